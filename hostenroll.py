@@ -1,0 +1,4441 @@
+#!/usr/bin/env python3
+"""hostenroll: decides who may join a fleet of machines, and knows which of them are alive.
+
+One file, the standard library alone, for networks with no way out. Copy it onto a box and run it:
+
+    python3 hostenroll.py serve             listens on 127.0.0.1:8080
+    python3 hostenroll.py mint-token        prints an enrollment token
+
+An agent, which may be curl in a shell script, exchanges the token, once, for a host record and
+a credential; with the credential it beats, and the host is online:
+
+    POST /api/agent/enroll        {"token": "het_...", "hostname": "web-1"}      201, a credential
+    POST /api/agent/heartbeat     Authorization: Bearer <credential>             200, lastSeen
+
+Words, each with one meaning, in code, SQL, API and command line alike:
+
+    token         lets hosts in: once (or --max-uses times), before its hour
+    API key       lets a person or a script use the user API
+    credential    what an enrolled host holds and beats with: a JWT, HS256
+    signing key   what signs credentials; lives in the key file, never in the database
+    host          a machine that has enrolled
+    organization  whose it is, by its slug
+    revoke        shut out until restored; the row stays
+    delete        gone; it must enroll anew, and its id never returns
+    re-enroll     a token bound to an existing host: new credential, same id, name and history
+    serial        the number of a credential among those issued to one host
+    tick          one turn of the server's loop: one batch of requests, one transaction, one time
+
+Contents; each section uses only those above it, and a test holds it to that:
+
+     1. Limits         imports and every number, with its unit and its reason
+     2. Problems       every refusal by name
+     3. Shapes         what a body and a query may say, checked and described from one declaration
+     4. Secrets        ids, tokens, API keys; the keyring that signs and verifies credentials
+     5. Store          the schema and the only SQL; the lock between processes
+     6. Registry       the rules: mint, enroll, beat, revoke; turns facts into refusals
+     7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
+     8. Assets         texts for people to copy
+     9. Api            routes, and the documents that they answer with
+    10. Server         the loop: sockets, deadlines, shutdown
+    11. Command line   COMMANDS and main()
+
+Laws that the code keeps, each explained where it is kept:
+
+    An answer is a promise: a tick is one transaction, and is answered only after its commit.
+    Between processes there is one writer at a time, and it is also the only one to checkpoint.
+    Nothing but SQLite opens the database while a connection is open.
+    Nothing secret is in the database, in a log, or in a refusal.
+    A refused request changes nothing; a refused enrollment never uses up a token.
+    Status is computed, never stored.
+    Parsing never touches a socket.
+    Memory and time are bounded for whatever a peer sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import fcntl
+import getpass
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import resource
+import secrets
+import selectors
+import signal
+import socket
+import sqlite3
+import stat
+import string
+import sys
+import time
+import zlib
+from collections import OrderedDict
+from contextlib import suppress
+from email.utils import formatdate
+from functools import lru_cache, partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
+from urllib.parse import parse_qsl, quote
+
+# 1. Limits
+#
+# Every number stands here, with its unit and its reason. Times in milliseconds where the name
+# ends in _MS, else in seconds; sizes in bytes.
+
+__version__ = "0.1.0"
+
+SECOND_MS = 1000
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+# Tokens and credentials.
+TOKEN_TTL = HOUR  # long enough to walk to the machine
+TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
+TOKEN_USES_RANGE = (1, 1_000_000)
+TOKEN_HOSTS_SHOWN = 100  # of the hosts that came in by a token, the newest
+CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
+CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
+REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
+KEY_FILE_MODE = 0o600
+
+# Heartbeats and status.
+HEARTBEAT_INTERVAL = 30
+HEARTBEAT_INTERVAL_RANGE = (1, DAY)
+HEARTBEAT_SPREAD = 0.15  # each reply draws its interval, so that a fleet does not beat as one
+MISSED_BEATS = 3  # this many intervals of silence, and the slack, are still online
+ONLINE_SLACK = 10
+MISSING_AFTER = 7 * DAY
+ALIVE_EVERY = 10  # how often a server writes that it lives
+ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
+
+# Lists. No act looks at more rows than this, so that no tick is long.
+PAGE_DEFAULT = 100
+PAGE_MAXIMUM = 1000
+ROWS_EXAMINED = 2000
+
+# HTTP messages.
+HEAD_MAXIMUM = 16 * 1024
+FIELDS_MAXIMUM = 100
+BODY_MAXIMUM = 64 * 1024
+CHUNK_LINE_MAXIMUM = 256
+CHUNK_OVERHEAD_MAXIMUM = 16 * 1024  # size lines and trailers together: tiny chunks are work
+INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
+HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
+HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
+CREDENTIALS_CACHED = 16384  # about 0.7 KiB each: 11 MiB
+CREDENTIAL_MAXIMUM = 1024
+
+# Connections. Each deadline class has one length, so its queue is in order by itself.
+CONNECTIONS_MAXIMUM = 4096
+BACKLOG = 4096  # the kernel lowers it to its own limit; a full queue costs honest peers seconds
+DESCRIPTORS_SPARE = 64  # beside the connections: database, locks, log, selector
+HEAD_DEADLINE = 10
+BODY_DEADLINE = 30
+IDLE_DEADLINE = 75
+ANSWER_DEADLINE = 30
+LINGER_DEADLINE = 2
+RECEIVE_SIZE = 16 * 1024
+HELD_MAXIMUM = 32 * 1024 * 1024  # of all unfinished requests together
+ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
+ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
+SHUTDOWN_DEADLINE = 4
+
+# The store.
+LOCK_PATIENCE = 5
+LOCK_POLL = 0.001
+RETRY_AFTER = 5
+WAL_MAXIMUM = 4 * 1024 * 1024  # checkpointed beyond this; about 10 ms on a small disk
+PAGE_CACHE_KIB = 8192
+
+DEFAULT_ORGANIZATION = "default"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
+DEFAULT_DATABASE = "hostenroll.db"
+
+log = logging.getLogger("hostenroll")
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=1024)
+def rfc3339(milliseconds: int) -> str:
+    """Unix time in milliseconds as an RFC 3339 timestamp in UTC, with milliseconds and Z."""
+    seconds, fraction = divmod(milliseconds, SECOND_MS)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:03d}Z"
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 95 s, 12 min, 3 h, 8 d."""
+    for size, unit in ((2 * DAY, "d"), (2 * HOUR, "h"), (10 * MINUTE, "min")):
+        if seconds >= size:
+            return f"{seconds // {'d': DAY, 'h': HOUR, 'min': MINUTE}[unit]:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# 2. Problems
+#
+# Every refusal has a name, and each name has one thing for the caller to do. A Problem is raised
+# at the place that knows and rendered in one place (section 7); what a peer may read of it is in
+# the document, and nothing else is.
+
+
+class OperatorError(Exception):
+    """A mistake or a trouble on the operator's side: one line that says what to do."""
+
+
+class FieldError(NamedTuple):
+    """One complaint about a body or a query: the member's name, and what is wrong with it."""
+
+    field: str
+    detail: str
+
+
+class Problem(Exception):
+    """A refusal: a problem document of RFC 9457, and the exit status 3 of a command."""
+
+    status = 500
+    code = "internal"
+    title = "The server failed"
+    remedy = "Try again later; the server's log says more."
+    closes = False  # the connection cannot be used further: where the next message starts is lost
+    challenge = ""  # the error attribute of WWW-Authenticate, RFC 6750 section 3
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Sequence[Tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(detail or self.remedy)
+        self.detail = detail or self.remedy
+        self.errors = tuple(errors)
+        self._headers = tuple(headers)
+
+    def document(self) -> Dict[str, Any]:
+        """The members of RFC 9457 section 3.1, then code, then errors where there are any."""
+        document: Dict[str, Any] = {
+            "type": f"urn:hostenroll:problem:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        if self.errors:
+            document["errors"] = [error._asdict() for error in self.errors]
+        return document
+
+    def headers(self) -> Tuple[Tuple[str, str], ...]:
+        """Header fields that the status asks for: RFC 9110 sections 11.6.1 and 10.2.3."""
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            error = f', error="{self.challenge}"' if self.challenge else ""
+            return (*self._headers, ("WWW-Authenticate", f'Bearer realm="hostenroll"{error}'))
+        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return (*self._headers, ("Retry-After", str(RETRY_AFTER)))
+        return self._headers
+
+
+class Internal(Problem):
+    """A defect of ours; the log has the traceback, the peer never does."""
+
+
+class MalformedRequest(Problem):
+    status = 400
+    code = "malformed-request"
+    title = "The message is not HTTP/1.1 as we read it"
+    remedy = "Send a well-formed HTTP/1.1 request."
+    closes = True
+
+
+class RequestTimeout(MalformedRequest):
+    status = 408
+    code = "request-timeout"
+    title = "The request did not arrive in time"
+    remedy = "Send the whole request without a pause."
+
+
+class BodyTooLarge(MalformedRequest):
+    status = 413
+    code = "body-too-large"
+    title = "The body is too large"
+    remedy = f"Send a body of at most {BODY_MAXIMUM} bytes."
+
+
+class HeadTooLarge(MalformedRequest):
+    status = 431
+    code = "head-too-large"
+    title = "The request line and header fields are too large"
+    remedy = f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head."
+
+
+class UnknownTransferCoding(MalformedRequest):
+    status = 501
+    code = "not-implemented"
+    title = "The transfer coding or method is not implemented"
+    remedy = "Send a method of the API, and a body plain or chunked."
+
+
+class HttpVersion(MalformedRequest):
+    status = 505
+    code = "http-version"
+    title = "The HTTP version is not supported"
+    remedy = "Speak HTTP/1.1."
+
+
+class ExpectationFailed(MalformedRequest):
+    status = 417
+    code = "expectation-failed"
+    title = "The expectation cannot be met"
+    remedy = "Expect 100-continue or nothing."
+
+
+class UnknownMethod(UnknownTransferCoding):
+    closes = False
+
+
+class InvalidBody(Problem):
+    status = 400
+    code = "invalid-body"
+    title = "The body is not what is asked for"
+    remedy = "Correct the fields named in errors."
+
+
+class InvalidQuery(Problem):
+    status = 400
+    code = "invalid-query"
+    title = "The query is not what is asked for"
+    remedy = "Correct the parameters named in errors."
+
+
+class Unauthorized(Problem):
+    """The caller has not shown that it may ask."""
+
+    status = 401
+    challenge = "invalid_token"
+
+
+class TokenUnknown(Unauthorized):
+    code = "token-unknown"
+    title = "The token is not known"
+    remedy = "Get a new token from the operator: mint-token."
+
+
+class TokenExpired(Unauthorized):
+    code = "token-expired"
+    title = "The token has expired"
+    remedy = "Get a new token from the operator: mint-token."
+
+
+class TokenRevoked(Unauthorized):
+    code = "token-revoked"
+    title = "The token has been revoked"
+    remedy = "Get a new token from the operator: mint-token."
+
+
+class TokenUsed(Unauthorized):
+    code = "token-used"
+    title = "The token has been used"
+    remedy = "A token lets in as many hosts as it was minted for. Get a new one: mint-token."
+
+
+class CredentialMissing(Unauthorized):
+    code = "credential-missing"
+    title = "There is no credential"
+    remedy = "Send the credential from enrollment as Authorization: Bearer <credential>."
+    challenge = ""
+
+
+class CredentialInvalid(Unauthorized):
+    code = "credential-invalid"
+    title = "The credential is not one of ours"
+    remedy = "Get a re-enroll token from the operator; until then ask again hourly."
+
+
+class CredentialExpired(Unauthorized):
+    code = "credential-expired"
+    title = "The credential has expired"
+    remedy = "Get a re-enroll token from the operator; until then ask again hourly."
+
+
+class CredentialSuperseded(Unauthorized):
+    code = "credential-superseded"
+    title = "A newer credential of this host is in use"
+    remedy = (
+        "If this host holds no newer credential, another machine may hold a copy: get a "
+        "re-enroll token from the operator; until then ask again hourly."
+    )
+
+
+class ApiKeyInvalid(Unauthorized):
+    code = "api-key-invalid"
+    title = "The API key is missing or not valid"
+    remedy = "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one."
+
+
+class Forbidden(Problem):
+    status = 403
+    code = "forbidden"
+    title = "The API key may not do this"
+    remedy = "Use an API key with the role admin."
+
+
+class TokenHostMismatch(Problem):
+    status = 403
+    code = "token-host-mismatch"
+    title = "The token is bound to another hostname"
+    remedy = "Use the token on the host that it was minted for; it is not used up."
+
+
+class HostRevoked(Problem):
+    status = 403
+    code = "host-revoked"
+    title = "The host has been revoked"
+    remedy = "Wait until the operator restores the host; ask again hourly."
+
+
+class NotFound(Problem):
+    status = 404
+    code = "not-found"
+    title = "There is no such thing here"
+    remedy = "Check the path and the id."
+
+
+class MethodNotAllowed(Problem):
+    status = 405
+    code = "method-not-allowed"
+    title = "The method does not go with this path"
+    remedy = "Use a method that the Allow header field names."
+
+
+class Conflict(Problem):
+    status = 409
+    code = "conflict"
+    title = "It exists already"
+    remedy = "Choose another name."
+
+
+class HostUnknown(Problem):
+    status = 410
+    code = "host-unknown"
+    title = "The host is gone"
+    remedy = "Enroll anew with a new token; until then ask again hourly."
+
+
+class Overloaded(Problem):
+    status = 503
+    code = "overloaded"
+    title = "The server has too much in hand"
+    remedy = "Try again after the time that Retry-After names."
+    closes = True
+
+
+class StorageUnavailable(Problem):
+    status = 503
+    code = "storage-unavailable"
+    title = "The database cannot be used now"
+    remedy = "Nothing was changed. Try again after the time that Retry-After names."
+
+
+def problems() -> Tuple[Type[Problem], ...]:
+    """One class for each code, in the order of status and code."""
+
+    def tree(parent: Type[Problem]) -> Iterator[Type[Problem]]:
+        yield parent
+        for child in parent.__subclasses__():
+            yield from tree(child)
+
+    by_code = {problem.code: problem for problem in reversed(list(tree(Problem)))}
+    return tuple(sorted(by_code.values(), key=lambda problem: (problem.status, problem.code)))
+
+
+# 3. Shapes
+#
+# What a body or a query may say is declared once: check() and schema() come from the same
+# declaration. A Kind judges one value; a Shape judges an object member by member, names every
+# member that is wrong, and gives back only what it knows.
+
+# Control characters, line and paragraph separators, and the marks that reorder text
+# (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+class Kind:
+    """What one value may be. check() returns it, or raises ValueError with what is wrong."""
+
+    def check(self, value: Any) -> Any:
+        """Judge a value from JSON."""
+        raise NotImplementedError
+
+    def read(self, text: str) -> Any:
+        """Judge a value from a query, where everything is text."""
+        return self.check(text)
+
+    def schema(self) -> Dict[str, Any]:
+        """The same in JSON Schema 2020-12."""
+        raise NotImplementedError
+
+
+class Text(Kind):
+    """A string of printable characters; a pattern is matched against the whole."""
+
+    def __init__(self, maximum: int, minimum: int = 0, pattern: str = "", say: str = "") -> None:
+        self._maximum, self._minimum = maximum, minimum
+        self._pattern, self._say = pattern, say
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        if not self._minimum <= len(value) <= self._maximum:
+            raise ValueError(f"must have {self._minimum} to {self._maximum} characters")
+        if UNPRINTABLE.search(value):
+            raise ValueError("must not contain control characters or text direction marks")
+        if self._pattern and not re.fullmatch(self._pattern, value):
+            raise ValueError(f"must be {self._say}")
+        return value
+
+    def schema(self) -> Dict[str, Any]:
+        limits: Dict[str, Any] = {"minLength": self._minimum, "maxLength": self._maximum}
+        if self._pattern:
+            limits["pattern"] = f"^{self._pattern}$"
+        return {"type": "string", **limits}
+
+
+class Whole(Kind):
+    """An integer within bounds, both included."""
+
+    def __init__(self, bounds: Tuple[int, int]) -> None:
+        self._minimum, self._maximum = bounds
+
+    def check(self, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError("must be an integer")
+        if not self._minimum <= value <= self._maximum:
+            raise ValueError(f"must be from {self._minimum} to {self._maximum}")
+        return value
+
+    def read(self, text: str) -> int:
+        if not re.fullmatch(f"-?[0-9]{{1,{INTEGER_DIGITS}}}", text):
+            raise ValueError("must be an integer")
+        return self.check(int(text))
+
+    def schema(self) -> Dict[str, Any]:
+        return {"type": "integer", "minimum": self._minimum, "maximum": self._maximum}
+
+
+class Choice(Kind):
+    """One of a few words."""
+
+    def __init__(self, *words: str) -> None:
+        self._words = words
+
+    def check(self, value: Any) -> str:
+        if value not in self._words or not isinstance(value, str):
+            raise ValueError(f"must be one of {', '.join(self._words)}")
+        return value
+
+    def schema(self) -> Dict[str, Any]:
+        return {"type": "string", "enum": list(self._words)}
+
+
+class Labels(Kind):
+    """An object of short keys and printable values; in a query, one key=value."""
+
+    COUNT = 32
+    KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", "letters, digits, . _ / -")
+    VALUE = Text(255)
+
+    def check(self, value: Any) -> Dict[str, str]:
+        if not isinstance(value, dict):
+            raise ValueError("must be an object")
+        if len(value) > self.COUNT:
+            raise ValueError(f"must have at most {self.COUNT} members")
+        for key, text in value.items():
+            self._check_one("a label's name", self.KEY, key)
+            self._check_one(f"the label {key}", self.VALUE, text)
+        return value
+
+    def read(self, text: str) -> Tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError("must be written key=value")
+        self.check({key: value})
+        return key, value
+
+    @staticmethod
+    def _check_one(what: str, kind: Text, value: Any) -> None:
+        try:
+            kind.check(value)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from None
+
+    def schema(self) -> Dict[str, Any]:
+        return {
+            "type": "object",
+            "maxProperties": self.COUNT,
+            "propertyNames": self.KEY.schema(),
+            "additionalProperties": self.VALUE.schema(),
+        }
+
+
+class Field(NamedTuple):
+    """One member of an object, or one parameter of a query."""
+
+    name: str
+    kind: Kind
+    required: bool = False
+    repeats: bool = False  # in a query: may come more than once, and is read as a list
+
+
+class Shape:
+    """An object's members. An open one ignores members that it does not know."""
+
+    def __init__(self, *fields: Field, open: bool = False) -> None:
+        self._fields = {field.name: field for field in fields}
+        self._open = open
+
+    def check(self, value: Any) -> Dict[str, Any]:
+        """The known members of a JSON object. Raises InvalidBody, which names all that is wrong."""
+        if not isinstance(value, dict):
+            raise InvalidBody("The body must be a JSON object.")
+        found: Dict[str, Any] = {}
+        errors: List[FieldError] = []
+        for name in value:
+            if name in self._fields:
+                self._judge(name, self._fields[name].kind.check, value[name], found, errors)
+            elif not self._open:
+                errors.append(FieldError(printable(name), "is not known here"))
+        required = (field.name for field in self._fields.values() if field.required)
+        errors += [FieldError(name, "is missing") for name in required if name not in value]
+        if errors:
+            raise InvalidBody(errors=errors)
+        return found
+
+    def read(self, pairs: Iterable[Tuple[str, str]]) -> Dict[str, Any]:
+        """The parameters of a query. Raises InvalidQuery, which names all that is wrong."""
+        found: Dict[str, Any] = {}
+        errors: List[FieldError] = []
+        for name, text in pairs:
+            field = self._fields.get(name)
+            if field is None:
+                errors.append(FieldError(printable(name), "is not known here"))
+            elif field.repeats:
+                one: Dict[str, Any] = {}
+                self._judge(name, field.kind.read, text, one, errors)
+                found.setdefault(name, []).extend(one.values())
+            elif name in found:
+                errors.append(FieldError(name, "is given more than once"))
+            else:
+                self._judge(name, field.kind.read, text, found, errors)
+        if errors:
+            raise InvalidQuery(errors=errors)
+        return found
+
+    @staticmethod
+    def _judge(
+        name: str,
+        check: Callable[[Any], Any],
+        value: Any,
+        found: Dict[str, Any],
+        errors: List[FieldError],
+    ) -> None:
+        try:
+            found[name] = check(value)
+        except ValueError as error:
+            errors.append(FieldError(name, str(error)))
+
+    def schema(self) -> Dict[str, Any]:
+        """The object in JSON Schema 2020-12."""
+        return {
+            "type": "object",
+            "properties": {field.name: field.kind.schema() for field in self._fields.values()},
+            "required": [field.name for field in self._fields.values() if field.required],
+            "additionalProperties": self._open,
+        }
+
+
+def printable(text: str) -> str:
+    """A peer's text made safe to show: no control characters, and not long."""
+    shown = UNPRINTABLE.sub("?", text).encode("utf-8", "replace").decode("utf-8")
+    return shown if len(shown) <= 64 else f"{shown[:61]}..."
+
+
+def _read_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise InvalidBody("The body has an object with the same member twice.")
+    return members
+
+
+def _read_integer(digits: str) -> int:
+    if len(digits) > INTEGER_DIGITS:
+        raise InvalidBody("The body has a number that is too long.")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidBody(f"The body has {name}, which JSON does not know.")
+
+
+def read_json(body: bytes) -> Any:
+    """A JSON text (RFC 8259, with the strictness of RFC 8785: unique members, no lone surrogates).
+
+    Raises InvalidBody.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_read_members,
+            parse_int=_read_integer,
+            parse_constant=_refuse_constant,
+        )
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        raise InvalidBody("The body must be UTF-8, without lone surrogates.") from None
+    except RecursionError:
+        raise InvalidBody("The body is nested too deeply.") from None
+    except ValueError:
+        raise InvalidBody("The body must be a JSON object.") from None
+    return value
+
+
+# 4. Secrets
+#
+# The only section with randomness and cryptography. Tokens and API keys are 256 random bits,
+# shown once and kept as SHA-256: what is random needs no slow hash. Credentials are compact JWS
+# (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518, section 3.2).
+
+ID_EPOCH = 1_577_836_800  # 2020-01-01, in Unix seconds: ids begin with the time since
+ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
+
+
+def new_id(now: int) -> int:
+    """A fresh id for time now, in Unix ms: 31 bits of seconds, then 32 random ones.
+
+    Ids in the order of time keep new rows together at the end of a table's b-tree, and the time
+    in them keeps the id of a deleted row from ever coming back.
+    """
+    seconds = max(0, now // SECOND_MS - ID_EPOCH) & 0x7FFFFFFF
+    return seconds << 32 | secrets.randbits(32)
+
+
+def id_text(number: int) -> str:
+    """An id as the world sees it: 16 hexadecimal digits."""
+    return f"{number:016x}"
+
+
+def read_id(text: str) -> Optional[int]:
+    """The number of an id, or None for what cannot be one."""
+    return int(text, 16) if ID.fullmatch(text) else None
+
+
+class Secret(NamedTuple):
+    """A token or an API key: what the database may know of it, and the text that is shown once."""
+
+    id: int
+    text: str
+
+    def digest(self) -> bytes:
+        """What is kept of it: SHA-256 of the whole text, so that no other spelling matches."""
+        return hashlib.sha256(self.text.encode("ascii")).digest()
+
+
+TOKEN_PREFIX = "het"
+API_KEY_PREFIX = "hak"
+SECRET = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]{43}([0-9a-f]{8})")
+
+
+def mint_secret(prefix: str, number: int) -> Secret:
+    """A new secret: prefix, id, 256 random bits in base64url, CRC-32 against slips of the pen."""
+    text = f"{prefix}_{id_text(number)}_{secrets.token_urlsafe(32)}"
+    return Secret(number, f"{text}{zlib.crc32(text.encode('ascii')):08x}")
+
+
+def read_secret(prefix: str, text: str) -> Optional[Secret]:
+    """The secret in a text, or None for what we cannot have minted."""
+    match = SECRET.fullmatch(text)
+    if match is None or match[1] != prefix:
+        return None
+    if zlib.crc32(text[:-8].encode("ascii")) != int(match[3], 16):
+        return None
+    return Secret(int(match[2], 16), text)
+
+
+def is_same(one: bytes, other: bytes) -> bool:
+    """Compare what must not be guessed, in constant time."""
+    return hmac.compare_digest(one, other)
+
+
+def fingerprint(text: str) -> bytes:
+    """SHA-256 of a caller's text: what is kept of an Idempotency-Key."""
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+def base64url(data: bytes) -> str:
+    """RFC 7515 section 2: base64url without padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _read_base64url(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+class Claims(NamedTuple):
+    """What a credential says; times in Unix seconds."""
+
+    host: int
+    organization: str
+    issued_at: int
+    serial: int
+    expires_at: Optional[int]
+    kid: str  # of the key that signs it: said in the header
+
+
+CREDENTIAL = re.compile(r"(([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+))\.([A-Za-z0-9_-]{43})")
+CLAIMS = re.compile(
+    rb'\{"iss":"hostenroll","sub":"([0-7][0-9a-f]{15})","org":"([A-Za-z0-9_-]{1,64})",'
+    rb'"iat":(0|[1-9][0-9]{0,11}),"ser":([1-9][0-9]{0,11})(?:,"exp":(0|[1-9][0-9]{0,11}))?\}'
+)
+
+
+class SigningKey:
+    """One key of the keyring: 32 random bytes by the name of a kid."""
+
+    def __init__(self, kid: str, octets: bytes) -> None:
+        self.kid = kid
+        self.octets = octets
+        self.header = base64url(
+            json.dumps({"alg": "HS256", "typ": "JWT", "kid": kid}, separators=(",", ":")).encode()
+        )
+        self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
+
+    def signature(self, signed: str) -> str:
+        """The JWS signature of header.payload, in base64url."""
+        mac = self._keyed.copy()
+        mac.update(signed.encode("ascii"))
+        return base64url(mac.digest())
+
+    def sign(self, claims: Claims) -> str:
+        """A credential. verify() takes this spelling of these members and no other."""
+        expiry = "" if claims.expires_at is None else f',"exp":{claims.expires_at}'
+        payload = (
+            f'{{"iss":"hostenroll","sub":"{id_text(claims.host)}","org":"{claims.organization}",'
+            f'"iat":{claims.issued_at},"ser":{claims.serial}{expiry}}}'
+        )
+        signed = f"{self.header}.{base64url(payload.encode('ascii'))}"
+        return f"{signed}.{self.signature(signed)}"
+
+
+class Keyring:
+    """The keys of one key file: the first signs, all verify. It never changes; a new file is a
+    new Keyring, and with it a new cache."""
+
+    def __init__(self, keys: Sequence[SigningKey], audit_key: bytes) -> None:
+        self.keys = tuple(keys)
+        self.audit_key = audit_key
+        self._by_header = {key.header: key for key in keys}
+        # A pure function of bytes that agents send again and again. Failures raise, and what
+        # raises is not cached: junk cannot push out the fleet.
+        self.verify = lru_cache(maxsize=CREDENTIALS_CACHED)(self._verify)
+
+    @property
+    def first(self) -> SigningKey:
+        """The key that signs."""
+        return self.keys[0]
+
+    def _verify(self, credential: str) -> Claims:
+        """The claims of a credential that we signed. Raises CredentialInvalid.
+
+        The header is never parsed: it must be, byte for byte, the one that we write for a key
+        that we hold. So there is no algorithm to choose, no embedded key to trust, no kid to
+        look up elsewhere. The signature is compared as text, so it has one spelling.
+        """
+        match = len(credential) <= CREDENTIAL_MAXIMUM and CREDENTIAL.fullmatch(credential)
+        if not match:
+            raise CredentialInvalid()
+        key = self._by_header.get(match[2])
+        if key is None or not hmac.compare_digest(key.signature(match[1]), match[4]):
+            raise CredentialInvalid()
+        claims = self._read_claims(match[3])
+        if claims is None:
+            raise CredentialInvalid()
+        host, organization, issued_at, serial, expires_at = claims.groups()
+        return Claims(
+            int(host, 16),
+            sys.intern(organization.decode("ascii")),
+            int(issued_at),
+            int(serial),
+            None if expires_at is None else int(expires_at),
+            key.kid,
+        )
+
+    @staticmethod
+    def _read_claims(payload: str) -> Optional["re.Match[bytes]"]:
+        try:
+            octets = _read_base64url(payload)
+        except binascii.Error:
+            return None
+        return CLAIMS.fullmatch(octets) if base64url(octets) == payload else None
+
+
+def new_keyring() -> Keyring:
+    """One fresh signing key, and a key for the audit chain beside it."""
+    return Keyring(
+        [SigningKey(secrets.token_hex(8), secrets.token_bytes(32))], secrets.token_bytes(32)
+    )
+
+
+def write_key_file(path: str, keyring: Keyring) -> None:
+    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns."""
+    keys = [
+        {"kty": "oct", "use": "sig", "alg": "HS256", "kid": key.kid, "k": base64url(key.octets)}
+        for key in keyring.keys
+    ]
+    keys.append({"kty": "oct", "use": "audit", "kid": "audit", "k": base64url(keyring.audit_key)})
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, KEY_FILE_MODE)
+    with open(descriptor, "w", encoding="ascii") as file:
+        os.fchmod(descriptor, KEY_FILE_MODE)
+        file.write(json.dumps({"keys": keys}, indent=2) + "\n")
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
+    use, kid, octets = str(jwk["use"]), jwk["kid"], _read_base64url(jwk["k"])
+    if jwk["kty"] != "oct" or not isinstance(kid, str) or len(octets) < 32:
+        raise ValueError("a key is not an oct key of 32 bytes or more with a kid")
+    return use, kid, octets
+
+
+def load_keyring(path: str) -> Keyring:
+    """The keyring of a key file. Raises OperatorError for a file that is bad or open to others."""
+    try:
+        with open(path, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            found = [_read_jwk(jwk) for jwk in json.load(file)["keys"]]
+    except OSError as error:
+        raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise OperatorError(
+            f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
+        ) from error
+    if mode & 0o077:
+        raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
+    signing = [SigningKey(kid, octets) for use, kid, octets in found if use == "sig"]
+    audit = [octets for use, _, octets in found if use == "audit"]
+    if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
+        raise OperatorError(
+            f"the key file {path} needs one audit key, and signing keys with a kid each: "
+            "restore it from a backup"
+        )
+    return Keyring(signing, audit[0])
+
+
+# 5. Store
+#
+# The database remembers; it decides nothing and refuses nothing. The only section with SQL and
+# the only one that takes the lock between processes. Its methods report facts: rows, or how many
+# rows a guarded statement changed.
+
+APPLICATION_ID = 0x686F7374  # "host"
+SCHEMA_VERSION = 1
+
+SCHEMA = """\
+-- hostenroll's database. Times are Unix milliseconds unless a comment says otherwise.
+-- Ids are integers here and 16 hexadecimal digits everywhere else.
+
+PRAGMA application_id = 0x686F7374;
+PRAGMA user_version = 1;
+
+CREATE TABLE organization (
+    -- Whose a host, a token or an API key is.
+    id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
+    created_at  INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE api_key (
+    -- What lets a person or a script use the user API.
+    id               INTEGER PRIMARY KEY,
+    secret_hash      BLOB    NOT NULL,  -- SHA-256 of the key's text
+    organization_id  TEXT    REFERENCES organization (id),  -- NULL: all of them
+    role             TEXT    NOT NULL CHECK (role IN ('admin', 'viewer')),
+    description      TEXT    NOT NULL,
+    created_at       INTEGER NOT NULL,
+    created_by       TEXT    NOT NULL,
+    revoked_at       INTEGER
+);
+
+CREATE TABLE token (
+    -- What lets hosts in. Rows stay when they are used up, expired or revoked.
+    id               INTEGER PRIMARY KEY,
+    secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
+    organization_id  TEXT    NOT NULL REFERENCES organization (id),
+    description      TEXT    NOT NULL,
+    hostname         TEXT,              -- bound to this hostname, where there is one
+    host_id          INTEGER,           -- bound to this host: a re-enroll token
+    labels           TEXT    NOT NULL,  -- a JSON object of strings, given to the host
+    max_uses         INTEGER NOT NULL CHECK (max_uses >= 1),
+    uses             INTEGER NOT NULL DEFAULT 0 CHECK (uses BETWEEN 0 AND max_uses),
+    created_at       INTEGER NOT NULL,
+    created_by       TEXT    NOT NULL,
+    expires_at       INTEGER NOT NULL,
+    used_at          INTEGER,           -- the last use
+    used_from        TEXT,              -- the address of the last use
+    revoked_at       INTEGER
+);
+CREATE INDEX token_organization ON token (organization_id);
+CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
+
+CREATE TABLE host (
+    -- A machine that has enrolled. What changes with each beat stands in heartbeat.
+    id               INTEGER PRIMARY KEY,
+    organization_id  TEXT    NOT NULL REFERENCES organization (id),
+    name             TEXT    NOT NULL,
+    hostname         TEXT    NOT NULL,
+    bound            INTEGER NOT NULL,  -- 1: the token named the hostname, no beat changes it
+    os               TEXT    NOT NULL,
+    architecture     TEXT    NOT NULL,
+    docker_version   TEXT    NOT NULL,
+    labels           TEXT    NOT NULL,  -- a JSON object of strings
+    issued           INTEGER NOT NULL,  -- the highest serial issued
+    enrolled_at      INTEGER NOT NULL,
+    revoked_at       INTEGER,
+    token_id         INTEGER NOT NULL,  -- the token that it last came in by; may be pruned
+    admitted         INTEGER NOT NULL,  -- the serial that was issued for that token
+    admitted_at      INTEGER NOT NULL,
+    idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
+);
+CREATE INDEX host_organization ON host (organization_id);
+CREATE UNIQUE INDEX host_token ON host (token_id, idempotency);
+
+CREATE TABLE signing_key (
+    -- The keys of the key file by name, never the keys themselves.
+    number      INTEGER PRIMARY KEY,
+    kid         TEXT    NOT NULL UNIQUE,
+    created_at  INTEGER NOT NULL
+);
+
+CREATE TABLE heartbeat (
+    -- One narrow row for each host: all that a heartbeat reads and writes.
+    host_id    INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen  INTEGER NOT NULL,  -- 0: never
+    serial     INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
+    key        INTEGER NOT NULL,  -- signing_key.number of the credential last seen
+    active     INTEGER NOT NULL   -- 0: revoked
+);
+
+CREATE TABLE service (
+    -- One row: what the servers on this database say of themselves, for whoever reads status.
+    id              INTEGER PRIMARY KEY CHECK (id = 1),
+    started         INTEGER NOT NULL,  -- when service began again after the last pause
+    alive           INTEGER NOT NULL,  -- when a server last said that it lives
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
+    public_url      TEXT    NOT NULL   -- where agents find the server
+);
+"""
+
+
+class Token(NamedTuple):
+    """A row of token."""
+
+    id: int
+    secret_hash: bytes
+    organization_id: str
+    description: str
+    hostname: Optional[str]
+    host_id: Optional[int]
+    labels: str
+    max_uses: int
+    uses: int
+    created_at: int
+    created_by: str
+    expires_at: int
+    used_at: Optional[int]
+    used_from: Optional[str]
+    revoked_at: Optional[int]
+
+
+class Host(NamedTuple):
+    """A row of host with its row of heartbeat."""
+
+    id: int
+    organization_id: str
+    name: str
+    hostname: str
+    bound: int
+    os: str
+    architecture: str
+    docker_version: str
+    labels: str
+    issued: int
+    enrolled_at: int
+    revoked_at: Optional[int]
+    token_id: int
+    admitted: int
+    admitted_at: int
+    idempotency: Optional[bytes]
+    last_seen: int
+    serial: int
+    key: int
+    active: int
+
+
+class ApiKey(NamedTuple):
+    """A row of api_key."""
+
+    id: int
+    secret_hash: bytes
+    organization_id: Optional[str]
+    role: str
+    description: str
+    created_at: int
+    created_by: str
+    revoked_at: Optional[int]
+
+
+class Organization(NamedTuple):
+    """A row of organization."""
+
+    id: str
+    created_at: int
+
+
+class Service(NamedTuple):
+    """The row of service."""
+
+    started: int
+    alive: int
+    previous_alive: int
+    interval: int
+    public_url: str
+
+
+# The parameters of the heartbeat statement: last_seen, serial, key, host_id, serial, last_seen.
+Beat = Tuple[int, int, int, int, int, int]
+
+_TOKEN = ", ".join(Token._fields)
+_HOST = ", ".join(Host._fields)
+_API_KEY = ", ".join(ApiKey._fields)
+_SERVICE = ", ".join(Service._fields)
+
+# The whole authorization of a heartbeat, beside its signature: one matched row means that the
+# host is active, that no newer credential of it has been seen, and that the time is written.
+# A clock that went back matches nothing and goes the slow way.
+_BEAT = """UPDATE heartbeat SET last_seen = ?, serial = ?, key = ?
+            WHERE host_id = ? AND serial <= ? AND last_seen <= ? AND active"""
+
+
+class StoreError(Exception):
+    """The database failed. The transaction is dead: abandon it, and run nothing more in it."""
+
+
+class StoreBusy(StoreError):
+    """Another writer has had the database for too long."""
+
+
+def _insert(table: str, row: NamedTuple) -> str:
+    marks = ", ".join("?" * len(row))
+    return f"INSERT INTO {table} ({', '.join(row._fields)}) VALUES ({marks})"
+
+
+class WriteLock:
+    """The one writer between processes: a turnstile of two flocks beside the database.
+
+    A waiter takes the gate, then waits for the lock with the gate in its hand, so that nobody
+    overtakes it; with the lock alone a busy server starves everyone else. The files are never
+    unlinked: a lock on an unlinked file excludes nobody.
+
+    Checkpoints take it too. SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when a checkpoint
+    meets another connection's write, and the boxes that we run on keep their old SQLite.
+    """
+
+    def __init__(self, database: str) -> None:
+        self._gate = self._open(f"{database}.gate")
+        self._lock = self._open(f"{database}.lock")
+        self._at_gate = self._held = False
+
+    @staticmethod
+    def _open(path: str) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @staticmethod
+    def _take(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def attempt(self) -> bool:
+        """Go one step further without waiting. True when the lock is held."""
+        if not self._at_gate:
+            self._at_gate = self._take(self._gate)
+        if self._at_gate:
+            self._held = self._take(self._lock)
+            if self._held:
+                self._leave_gate()
+        return self._held
+
+    def wait(self) -> None:
+        """Take the lock. Raises StoreBusy after LOCK_PATIENCE seconds."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while not self.attempt():
+            if time.monotonic() > deadline:
+                self.release()
+                raise StoreBusy("another process is writing to the database")
+            time.sleep(LOCK_POLL)
+
+    def _leave_gate(self) -> None:
+        fcntl.flock(self._gate, fcntl.LOCK_UN)
+        self._at_gate = False
+
+    def release(self) -> None:
+        """Give back whatever is held, lock or place at the gate."""
+        if self._at_gate:
+            self._leave_gate()
+        if self._held:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._held = False
+
+    def close(self) -> None:
+        """Release, and close the files."""
+        self.release()
+        os.close(self._gate)
+        os.close(self._lock)
+
+
+class Store:
+    """One connection to the database.
+
+    A transaction is begin(), statements, then commit() or abandon(). After any error of SQLite
+    the transaction is dead: FULL, IOERR and NOMEM have rolled it back already, and a further
+    statement would commit on its own.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Take a place beside the database; open() opens it. Raises StoreError."""
+        self.path = os.path.abspath(path)
+        try:
+            self.lock = WriteLock(self.path)
+        except OSError as error:
+            raise StoreError(f"cannot write beside {self.path}: {error.strerror}") from error
+        self._connection: Optional[sqlite3.Connection] = None
+        self._identity: Tuple[int, int] = (0, 0)
+        self._synchronous = ""
+
+    # Opening and closing: under the lock, by the caller.
+
+    def exists(self) -> bool:
+        """Whether there is a file: looked at, never opened."""
+        return os.path.exists(self.path)
+
+    def open(self) -> bool:
+        """Connect, making an empty file of mode 0600 where there is none.
+
+        True when the database has our schema, False when it is empty. Raises StoreError.
+        """
+        try:
+            if not self.exists():
+                # Closing a descriptor of a file drops the process's POSIX locks on it, and with
+                # them those of SQLite: so never on a database that may be open.
+                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            status = os.stat(self.path)
+            self._identity = (status.st_dev, status.st_ino)
+            self._connection = sqlite3.connect(
+                f"file:{quote(self.path)}?mode=rw", uri=True, timeout=0, isolation_level=None
+            )
+            return self._recognize()
+        except OSError as error:
+            raise StoreError(f"cannot make {self.path}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open {self.path}: {error}") from error
+
+    def _recognize(self) -> bool:
+        application = self._value("PRAGMA application_id")
+        version = self._value("PRAGMA user_version")
+        if application != APPLICATION_ID and self._value("SELECT count(*) FROM sqlite_master"):
+            raise StoreError(f"{self.path} is the database of another program")
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was made by a newer hostenroll (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): use that one"
+            )
+        self._run("PRAGMA journal_mode = WAL")
+        self._run("PRAGMA wal_autocheckpoint = 0")
+        self._run("PRAGMA journal_size_limit = 0")  # so that the WAL's size says what is in it
+        self._run("PRAGMA foreign_keys = ON")
+        self._run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
+        return bool(application == APPLICATION_ID)
+
+    def create(self, organization: Organization, kids: Iterable[str]) -> None:
+        """Make the schema in an empty database, and what every database has; all or nothing."""
+        self._begin_durable()
+        self._run_schema()
+        self.add_organization(organization)
+        self._add_signing_keys(kids, organization.created_at)
+        self._run("COMMIT")
+
+    def learn_signing_keys(self, kids: Iterable[str], now: int) -> None:
+        """Give each kid a number, where it has none."""
+        self._begin_durable()
+        self._add_signing_keys(kids, now)
+        self._run("COMMIT")
+
+    def _begin_durable(self) -> None:
+        self._run("PRAGMA synchronous = FULL")
+        self._run("BEGIN IMMEDIATE")
+
+    def _run_schema(self) -> None:
+        """Statement by statement: executescript() would commit first."""
+        statement = ""
+        for line in SCHEMA.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                self._run(statement)
+                statement = ""
+
+    def _add_signing_keys(self, kids: Iterable[str], now: int) -> None:
+        for kid in kids:
+            statement = "INSERT OR IGNORE INTO signing_key (kid, created_at) VALUES (?, ?)"
+            self._run(statement, kid, now)
+
+    def close(self) -> None:
+        """Close under the lock: the last connection to close checkpoints."""
+        if self._connection is not None:
+            self.lock.wait()
+            self._connection.close()
+            self._connection = None
+        self.lock.close()
+
+    # Transactions.
+
+    def begin(self, writes: bool, durable: bool) -> bool:
+        """Begin. False when another writer is at work: ask again, or abandon().
+
+        A durable transaction is on the disk when commit() returns; one that is not may be lost
+        with the power, and never with the process.
+        """
+        self._require_same_file()
+        if not writes:
+            self._run("BEGIN")
+            return True
+        if not self.lock.attempt():
+            return False
+        synchronous = "FULL" if durable else "NORMAL"
+        if synchronous != self._synchronous:  # inside a transaction it is an error
+            self._run(f"PRAGMA synchronous = {synchronous}")
+            self._synchronous = synchronous
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            self.lock.release()
+            # Python before 3.11 does not say which error it is: ask again, the wait is bounded.
+            if getattr(error, "sqlite_errorcode", 5) & 0xFF == 5:  # SQLITE_BUSY
+                return False
+            raise StoreError(str(error)) from error
+        return True
+
+    def commit(self) -> None:
+        """End the transaction and keep it. Raises StoreError; abandon() then."""
+        self._run("COMMIT")
+        self.lock.release()
+
+    def abandon(self) -> None:
+        """End the transaction, where there still is one, and keep nothing."""
+        try:
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            log.error("cannot roll back: %s", error)
+        finally:
+            self.lock.release()
+
+    def savepoint(self) -> None:
+        """Mark the place that rollback_to() returns to."""
+        self._run("SAVEPOINT act")
+
+    def release(self) -> None:
+        """Keep what came after the savepoint."""
+        self._run("RELEASE act")
+
+    def rollback_to(self) -> None:
+        """Undo what came after the savepoint."""
+        self._run("ROLLBACK TO act")
+        self._run("RELEASE act")
+
+    def checkpoint(self) -> None:
+        """Move the WAL into the database when it has grown, unless another writer is at work."""
+        try:
+            if os.stat(f"{self.path}-wal").st_size < WAL_MAXIMUM or not self.lock.attempt():
+                return
+            self._run("PRAGMA wal_checkpoint(PASSIVE)")
+        except (OSError, StoreError) as error:
+            log.warning("cannot checkpoint: %s", error)
+        finally:
+            self.lock.release()
+
+    def _require_same_file(self) -> None:
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise StoreError(f"{self.path} is gone: {error.strerror}") from error
+        if (status.st_dev, status.st_ino) != self._identity:
+            raise StoreError(f"{self.path} has been replaced: restart the server")
+
+    # Statements: every one goes through these three or the heartbeats' own.
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        assert self._connection is not None, "open() comes first"
+        return self._connection
+
+    def _run(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, parameters)
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def _rows(self, statement: str, *parameters: Any) -> List[Any]:
+        try:
+            return self._db.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def _value(self, statement: str, *parameters: Any) -> Any:
+        rows = self._rows(statement, *parameters)
+        return rows[0][0] if rows else None
+
+    def _one(self, record: Callable[[Iterable[Any]], T], statement: str, *p: Any) -> Optional[T]:
+        rows = self._rows(statement, *p)
+        return record(rows[0]) if rows else None
+
+    def _changed(self, statement: str, *parameters: Any) -> int:
+        return self._run(statement, *parameters).rowcount
+
+    # Organizations, API keys, signing keys, service.
+
+    def add_organization(self, organization: Organization) -> bool:
+        """False when there is one of that name."""
+        statement = "INSERT OR IGNORE INTO organization (id, created_at) VALUES (?, ?)"
+        return self._changed(statement, *organization) == 1
+
+    def organizations(self) -> List[Organization]:
+        """All, in the order of their names."""
+        return [Organization(*row) for row in self._rows("SELECT * FROM organization ORDER BY id")]
+
+    def has_organization(self, name: str) -> bool:
+        """Whether there is one of that name."""
+        return self._value("SELECT 1 FROM organization WHERE id = ?", name) is not None
+
+    def add_api_key(self, key: ApiKey) -> None:
+        """Add a row."""
+        self._run(_insert("api_key", key), *key)
+
+    def api_key(self, number: int) -> Optional[ApiKey]:
+        """One row, by id."""
+        return self._one(ApiKey._make, f"SELECT {_API_KEY} FROM api_key WHERE id = ?", number)
+
+    def api_keys(self) -> List[ApiKey]:
+        """All, in the order of their making."""
+        return [ApiKey(*row) for row in self._rows(f"SELECT {_API_KEY} FROM api_key ORDER BY id")]
+
+    def revoke_api_key(self, number: int, now: int) -> bool:
+        """False when there is none, or it is revoked already."""
+        statement = "UPDATE api_key SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
+        return self._changed(statement, now, number) == 1
+
+    def signing_keys(self) -> Dict[str, int]:
+        """The number of each kid."""
+        return dict(self._rows("SELECT kid, number FROM signing_key"))
+
+    def service(self) -> Optional[Service]:
+        """What the servers say of themselves; None before the first one ran."""
+        return self._one(Service._make, f"SELECT {_SERVICE} FROM service")
+
+    def put_service(self, service: Service) -> None:
+        """Write the row anew."""
+        self._run("DELETE FROM service")
+        self._run(_insert("service", service), *service)
+
+    def keep_alive(self, now: int) -> None:
+        """Say that a server lives."""
+        self._run("UPDATE service SET alive = max(alive, ?)", now)
+
+    # Tokens.
+
+    def add_token(self, token: Token) -> None:
+        """Add a row."""
+        self._run(_insert("token", token), *token)
+
+    def token(self, number: int) -> Optional[Token]:
+        """One row, by id."""
+        return self._one(Token._make, f"SELECT {_TOKEN} FROM token WHERE id = ?", number)
+
+    def tokens(self, organization: Optional[str], before: int, limit: int) -> List[Token]:
+        """The newest with an id below before; of one organization, or of all."""
+        return [Token(*row) for row in self._newest("token", _TOKEN, organization, before, limit)]
+
+    def use_token(self, number: int, now: int, address: str) -> bool:
+        """Take one use. False when it may not be taken: the guard against every race."""
+        statement = """UPDATE token SET uses = uses + 1, used_at = ?, used_from = ?
+             WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?"""
+        return self._changed(statement, now, address, number, now) == 1
+
+    def revoke_token(self, number: int, now: int) -> None:
+        """Revoke, unless it is."""
+        self._run(
+            "UPDATE token SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", now, number
+        )
+
+    def hosts_by_token(self, number: int, limit: int) -> List[int]:
+        """The ids of the newest hosts that came in by a token."""
+        statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
+        return [row[0] for row in self._rows(statement, number, limit)]
+
+    # Hosts.
+
+    def add_host(self, host: Host) -> bool:
+        """Add a row to host and one to heartbeat. False when there is one of that id."""
+        columns = Host._fields[: Host._fields.index("last_seen")]
+        marks = ", ".join("?" * len(columns))
+        statement = f"INSERT INTO host ({', '.join(columns)}) SELECT {marks} WHERE NOT EXISTS "
+        statement += "(SELECT 1 FROM host WHERE id = ?)"
+        if self._changed(statement, *host[: len(columns)], host.id) == 0:
+            return False
+        statement = "INSERT INTO heartbeat VALUES (?, ?, ?, ?, ?)"
+        self._run(statement, host.id, host.last_seen, host.serial, host.key, host.active)
+        return True
+
+    def host(self, number: int) -> Optional[Host]:
+        """One row, by id."""
+        statement = f"SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id WHERE id = ?"
+        return self._one(Host._make, statement, number)
+
+    def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
+        """The host that came in by a token with an Idempotency-Key."""
+        statement = f"""SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id
+             WHERE token_id = ? AND idempotency = ?"""
+        return self._one(Host._make, statement, token, idempotency)
+
+    def forget_idempotency(self, token: int, idempotency: bytes) -> None:
+        """Let go of an Idempotency-Key, so that another host may have it."""
+        statement = "UPDATE host SET idempotency = NULL WHERE token_id = ? AND idempotency = ?"
+        self._run(statement, token, idempotency)
+
+    def hosts(self, organization: Optional[str], before: int, limit: int) -> List[Host]:
+        """The newest with an id below before; of one organization, or of all."""
+        tables = "host JOIN heartbeat ON host_id = id"
+        return [Host(*row) for row in self._newest(tables, _HOST, organization, before, limit)]
+
+    def _newest(
+        self, tables: str, columns: str, organization: Optional[str], before: int, limit: int
+    ) -> List[Any]:
+        if organization is None:
+            statement = f"SELECT {columns} FROM {tables} WHERE id < ? ORDER BY id DESC LIMIT ?"
+            return self._rows(statement, before, limit)
+        statement = f"""SELECT {columns} FROM {tables}
+             WHERE organization_id = ? AND id < ? ORDER BY id DESC LIMIT ?"""
+        return self._rows(statement, organization, before, limit)
+
+    def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
+        """Set columns of a host; the caller names them, never a peer."""
+        settings = ", ".join(f"{column} = ?" for column in changes)
+        self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
+
+    def issue(self, number: int, serial: int) -> bool:
+        """Record that a serial is issued. False when a higher one has been."""
+        statement = "UPDATE host SET issued = ? WHERE id = ? AND issued <= ?"
+        return self._changed(statement, serial, number, serial) == 1
+
+    def activate(self, number: int, revoked_at: Optional[int]) -> None:
+        """Restore a host, or shut it out since a time: at once, for the next heartbeat."""
+        self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
+        active = int(revoked_at is None)
+        self._run("UPDATE heartbeat SET active = ? WHERE host_id = ?", active, number)
+
+    def delete_host(self, number: int, now: int) -> None:
+        """Remove a host and its heartbeat, and revoke the tokens that are bound to it."""
+        self._run(
+            "UPDATE token SET revoked_at = ? WHERE host_id = ? AND revoked_at IS NULL", now, number
+        )
+        self._run("DELETE FROM host WHERE id = ?", number)
+
+    # Heartbeats.
+
+    def beat(self, beats: Sequence[Beat]) -> int:
+        """Write a run of heartbeats; how many of them matched."""
+        try:
+            return self._db.executemany(_BEAT, beats).rowcount
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def beat_late(self, beat: Beat) -> None:
+        """Write one heartbeat whose clock may have gone back: lastSeen never does."""
+        statement = """UPDATE heartbeat SET last_seen = max(last_seen, ?), serial = ?, key = ?
+             WHERE host_id = ?"""
+        self._run(statement, *beat[:4])
+
+
+# 6. Registry
+#
+# The rules. Every rule runs inside a tick: one transaction, one time, and answers that are given
+# only after the commit. The command line uses the same rules by the same door, as a tick of one
+# act. What the Store reports becomes a refusal here.
+
+ALL_ORGANIZATIONS: Optional[str] = None
+
+
+class Principal(NamedTuple):
+    """Who asks, on the user API or the command line."""
+
+    name: str  # as createdBy shows it
+    organization: Optional[str]  # ALL_ORGANIZATIONS, or the only one that it sees
+    role: str  # admin or viewer
+    id: str = ""
+
+
+class Act(NamedTuple):
+    """Something to do in a tick. Of one that may write, a refusal leaves nothing behind."""
+
+    run: Callable[[int], Any]  # given the tick's time, in Unix ms
+    writes: bool = True
+    durable: bool = True
+
+
+class TokenOrder(NamedTuple):
+    """What a token is to be."""
+
+    organization: Optional[str] = None
+    ttl: int = TOKEN_TTL
+    max_uses: int = 1
+    description: str = ""
+    hostname: Optional[str] = None
+    labels: Mapping[str, str] = {}
+
+
+class Arrival(NamedTuple):
+    """What a machine says when it enrolls, and where it says it from."""
+
+    token: str
+    hostname: str
+    name: Optional[str] = None
+    os: str = ""
+    architecture: str = ""
+    docker_version: str = ""
+    idempotency_key: Optional[str] = None
+    address: str = ""
+
+
+class Grant(NamedTuple):
+    """A credential, fresh from the press; its expiry in Unix seconds."""
+
+    credential: str
+    expires_at: Optional[int]
+
+
+class Enrollment(NamedTuple):
+    """A host and the credential that it now holds."""
+
+    host: Host
+    grant: Grant
+
+
+class Beaten(NamedTuple):
+    """A heartbeat that counted: lastSeen in Unix ms, and a renewal where one is due."""
+
+    last_seen: int
+    grant: Optional[Grant]
+
+
+class TokenView(NamedTuple):
+    """A token and what is computed of it."""
+
+    token: Token
+    state: str
+    hosts: List[int]
+
+
+class HostView(NamedTuple):
+    """A host and what is computed of it."""
+
+    host: Host
+    status: str
+    reason: str
+
+
+class Page(NamedTuple):
+    """A part of a list. It may be empty and not the last: only next None ends a list."""
+
+    items: List[Any]
+    next: Optional[int]
+
+
+class HostQuery(NamedTuple):
+    """Which hosts to list."""
+
+    organization: Optional[str] = None
+    status: Optional[str] = None
+    labels: Sequence[Tuple[str, str]] = ()
+    text: str = ""
+    before: int = (1 << 63) - 1
+    limit: int = PAGE_DEFAULT
+
+    def matches(self, view: HostView) -> bool:
+        """Whether a host is one of those asked for."""
+        host, text = view.host, self.text.casefold()
+        if self.status is not None and self.status != view.status:
+            return False
+        if text not in f"{host.name}\n{host.hostname}\n{id_text(host.id)}".casefold():
+            return False
+        return not self.labels or set(self.labels) <= set(json.loads(host.labels).items())
+
+
+class TokenQuery(NamedTuple):
+    """Which tokens to list."""
+
+    organization: Optional[str] = None
+    state: Optional[str] = None
+    before: int = (1 << 63) - 1
+    limit: int = PAGE_DEFAULT
+
+
+STATUSES = ("pending", "online", "offline", "missing", "revoked")
+TOKEN_STATES = ("valid", "used", "expired", "revoked")
+
+
+def token_state(token: Token, now: int) -> str:
+    """One of TOKEN_STATES, at a time in Unix ms."""
+    if token.revoked_at is not None:
+        return "revoked"
+    if token.uses >= token.max_uses:
+        return "used"
+    return "valid" if now < token.expires_at else "expired"
+
+
+def silence_ms(host: Host, service: Optional[Service], now: int) -> int:
+    """How long a host has been silent while there was a server to hear it."""
+    if service is None:
+        return max(0, now - host.last_seen)
+    if now - service.alive > ALIVE_GRACE * SECOND_MS:
+        now = service.alive
+    silence = now - host.last_seen
+    if host.last_seen <= service.previous_alive:
+        silence -= service.started - service.previous_alive
+    return max(0, silence)
+
+
+def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
+    """One of STATUSES and the sentence that says why, at a time in Unix ms."""
+    if host.revoked_at is not None:
+        return "revoked", f"revoked at {rfc3339(host.revoked_at)}"
+    if host.last_seen == 0:
+        return "pending", "has enrolled and not yet beaten"
+    interval = service.interval if service else HEARTBEAT_INTERVAL
+    silence = silence_ms(host, service, now)
+    allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+    if silence <= (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS:
+        return "online", f"last seen {span(silence / SECOND_MS)} ago, within {allowed}"
+    status = "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
+    return status, f"last seen {span(silence / SECOND_MS)} ago, more than {allowed}"
+
+
+def is_same_hostname(one: str, other: str) -> bool:
+    """DNS names are compared without case, with or without the final dot: RFC 4343."""
+    return one.lower().rstrip(".") == other.lower().rstrip(".")
+
+
+class Registry:
+    """The fleet: what is remembered of it and what may be done to it."""
+
+    def __init__(
+        self,
+        store: Store,
+        keyring: Keyring,
+        *,
+        interval: int = HEARTBEAT_INTERVAL,
+        credential_ttl: Optional[int] = None,
+    ) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._key_numbers = store.signing_keys()
+        self.interval = interval
+        self._credential_ttl = credential_ttl
+        self._trouble = ""
+
+    # Ticks.
+
+    def tick(
+        self, beats: Sequence[Claims], acts: Sequence[Act], now: int
+    ) -> Optional[Tuple[List[Any], List[Any]]]:
+        """Plain heartbeats and acts in one transaction. Gives what each comes to, a value or a
+        Problem, when all of it is committed; None when another writer is at work: ask again, or
+        give_up().
+
+        If the transaction dies, so does every answer, also those of reads: they may have seen
+        rows that are gone now.
+        """
+        writes = bool(beats) or any(act.writes for act in acts)
+        durable = any(act.durable for act in acts)
+        try:
+            if not self._store.begin(writes, durable):
+                return None
+            beaten = self._beat_all(beats, now) if beats else []
+            done = [self._perform(act, now) for act in acts]
+            self._store.commit()
+        except StoreError as error:
+            self._store.abandon()
+            problem = self._unavailable(error)
+            return [problem] * len(beats), [problem] * len(acts)
+        except BaseException:
+            self._store.abandon()
+            raise
+        self._trouble = ""
+        return beaten, done
+
+    def _perform(self, act: Act, now: int) -> Any:
+        if act.writes:
+            self._store.savepoint()
+        try:
+            result = act.run(now)
+        except StoreError:
+            raise
+        except Problem as problem:
+            result = problem
+        except Exception:
+            log.exception("an act failed")
+            result = Internal()
+        if act.writes and isinstance(result, Problem):
+            self._store.rollback_to()
+        elif act.writes:
+            self._store.release()
+        return result
+
+    def _unavailable(self, error: StoreError) -> StorageUnavailable:
+        if str(error) != self._trouble:  # once for each trouble, not once for each tick
+            self._trouble = str(error)
+            log.error("storage: %s", error)
+        problem = StorageUnavailable()
+        problem.__cause__ = error
+        return problem
+
+    def perform(self, act: Act, now: int) -> Any:
+        """A tick of one act, waiting for other writers. Raises the Problem that it comes to."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        outcome = self.tick([], [act], now)
+        while outcome is None:
+            if time.monotonic() > deadline:
+                raise self.give_up()
+            time.sleep(LOCK_POLL)
+            outcome = self.tick([], [act], now)
+        result = outcome[1][0]
+        if isinstance(result, Problem):
+            raise result
+        return result
+
+    def give_up(self) -> StorageUnavailable:
+        """Stop waiting for the other writer."""
+        self._store.abandon()
+        return self._unavailable(StoreBusy("another process is writing to the database"))
+
+    def tidy(self) -> None:
+        """Between ticks: what no answer waits for."""
+        self._store.checkpoint()
+
+    def close(self) -> None:
+        """Close the database."""
+        self._store.close()
+
+    # Service.
+
+    def start_service(self, url: str, now: int) -> None:
+        """A server starts. If none has lived of late, what lies between is nobody's silence."""
+        old = self._store.service()
+        if old is None:
+            self._store.put_service(Service(now, now, now, self.interval, url))
+        elif now - old.alive <= ALIVE_EVERY * SECOND_MS:
+            alive = max(now, old.alive)
+            self._store.put_service(
+                old._replace(alive=alive, interval=self.interval, public_url=url)
+            )
+        else:
+            self._store.put_service(Service(now, now, old.alive, self.interval, url))
+
+    def keep_alive(self, now: int) -> None:
+        """A server lives, and can write."""
+        self._store.keep_alive(now)
+
+    def public_url(self) -> Optional[str]:
+        """Where agents find the server; None before one ran."""
+        service = self._store.service()
+        return service.public_url if service else None
+
+    # Organizations and API keys.
+
+    def add_organization(self, name: str, now: int) -> Organization:
+        """Raises Conflict."""
+        organization = Organization(name, now)
+        if not self._store.add_organization(organization):
+            raise Conflict(f"There is an organization {name} already.")
+        return organization
+
+    def organizations(self) -> List[Organization]:
+        """All of them."""
+        return self._store.organizations()
+
+    def mint_api_key(
+        self, by: Principal, organization: Optional[str], role: str, description: str, now: int
+    ) -> Tuple[ApiKey, str]:
+        """A key and its text, shown this once. Raises InvalidBody for an unknown organization."""
+        if organization is not None:
+            self._require_organization(organization, InvalidBody, "organizationId")
+        secret = mint_secret(API_KEY_PREFIX, new_id(now))
+        key = ApiKey(
+            secret.id, secret.digest(), organization, role, description, now, by.name, None
+        )
+        self._store.add_api_key(key)
+        return key, secret.text
+
+    def api_keys(self) -> List[ApiKey]:
+        """All of them."""
+        return self._store.api_keys()
+
+    def revoke_api_key(self, number: int, now: int) -> None:
+        """Idempotent. Raises NotFound."""
+        if not self._store.revoke_api_key(number, now) and self._store.api_key(number) is None:
+            raise NotFound("There is no API key with this id.")
+
+    def identify(self, text: str) -> Principal:
+        """Whose an API key is. Raises ApiKeyInvalid."""
+        secret = read_secret(API_KEY_PREFIX, text)
+        key = self._store.api_key(secret.id) if secret else None
+        if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):
+            raise ApiKeyInvalid()
+        if key.revoked_at is not None:
+            raise ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
+        return Principal(
+            f"api-key:{id_text(key.id)}", key.organization_id, key.role, id_text(key.id)
+        )
+
+    def _require_organization(self, name: str, problem: Type[Problem], field: str) -> None:
+        if not self._store.has_organization(name):
+            raise problem(errors=[FieldError(field, "there is no such organization")])
+
+    def _scope(
+        self, by: Principal, asked: Optional[str], problem: Type[Problem], field: str
+    ) -> Optional[str]:
+        """The organization that a request is about. One that the caller does not see is refused
+        as one that does not exist is."""
+        if asked is None:
+            return by.organization
+        if by.organization not in (ALL_ORGANIZATIONS, asked):
+            raise problem(errors=[FieldError(field, "there is no such organization")])
+        self._require_organization(asked, problem, field)
+        return asked
+
+    @staticmethod
+    def _require_own(by: Principal, organization: str, what: str) -> None:
+        if by.organization not in (ALL_ORGANIZATIONS, organization):
+            raise NotFound(f"There is no {what} with this id.")
+
+    # Tokens.
+
+    def mint(self, by: Principal, order: TokenOrder, now: int) -> Tuple[TokenView, str]:
+        """A token and its text, shown this once. Raises InvalidBody."""
+        organization = self._scope(by, order.organization, InvalidBody, "organizationId")
+        return self._mint(by, order, organization or DEFAULT_ORGANIZATION, None, now)
+
+    def reenroll(
+        self, by: Principal, number: int, order: TokenOrder, now: int
+    ) -> Tuple[TokenView, str]:
+        """A token that gives an existing host a new credential. Raises NotFound."""
+        host = self._host(by, number)
+        return self._mint(by, order._replace(max_uses=1), host.organization_id, host.id, now)
+
+    def _mint(
+        self, by: Principal, order: TokenOrder, organization: str, host: Optional[int], now: int
+    ) -> Tuple[TokenView, str]:
+        secret = mint_secret(TOKEN_PREFIX, new_id(now))
+        token = Token(
+            id=secret.id,
+            secret_hash=secret.digest(),
+            organization_id=organization,
+            description=order.description,
+            hostname=order.hostname,
+            host_id=host,
+            labels=json.dumps(dict(order.labels)),
+            max_uses=order.max_uses,
+            uses=0,
+            created_at=now,
+            created_by=by.name,
+            expires_at=now + order.ttl * SECOND_MS,
+            used_at=None,
+            used_from=None,
+            revoked_at=None,
+        )
+        self._store.add_token(token)
+        return TokenView(token, "valid", []), secret.text
+
+    def token(self, by: Principal, number: int, now: int) -> TokenView:
+        """Raises NotFound."""
+        return self._token_view(self._token(by, number), now)
+
+    def _token(self, by: Principal, number: int) -> Token:
+        token = self._store.token(number)
+        if token is None:
+            raise NotFound("There is no token with this id.")
+        self._require_own(by, token.organization_id, "token")
+        return token
+
+    def _token_view(self, token: Token, now: int) -> TokenView:
+        hosts = self._store.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
+        return TokenView(token, token_state(token, now), hosts)
+
+    def tokens(self, by: Principal, query: TokenQuery, now: int) -> Page:
+        """The newest first. Raises InvalidQuery."""
+        organization = self._scope(by, query.organization, InvalidQuery, "organization")
+        examine = query.limit if query.state is None else ROWS_EXAMINED
+        rows = self._store.tokens(organization, query.before, examine + 1)
+        found: List[TokenView] = []
+        looked = 0
+        for row in rows[:examine]:
+            looked += 1
+            if query.state in (None, token_state(row, now)):
+                view = self._token_view(row, now)
+                found.append(view)
+                looked += len(view.hosts)
+            if len(found) == query.limit or looked >= ROWS_EXAMINED:
+                return Page(found, row.id if row is not rows[-1] else None)
+        return Page(found, rows[examine - 1].id if len(rows) > examine else None)
+
+    def revoke_token(self, by: Principal, number: int, now: int) -> None:
+        """Idempotent. Raises NotFound."""
+        self._store.revoke_token(self._token(by, number).id, now)
+
+    # Enrollment.
+
+    def enroll(self, arrival: Arrival, now: int) -> Enrollment:
+        """Exchange a token for a host and its credential. Raises TokenUnknown, TokenRevoked,
+        TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
+
+        Why a token is refused is told only to a caller who has proved its secret.
+        """
+        secret = read_secret(TOKEN_PREFIX, arrival.token)
+        token = self._store.token(secret.id) if secret else None
+        if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
+            raise TokenUnknown()
+        idempotency = fingerprint(arrival.idempotency_key) if arrival.idempotency_key else None
+        replayed = self._replayed(token, idempotency, now) if idempotency else None
+        if replayed is not None:
+            return self._admit_again(replayed, now)
+        self._require_valid(token, now)
+        if token.hostname and not is_same_hostname(token.hostname, arrival.hostname):
+            raise TokenHostMismatch()
+        if not self._store.use_token(token.id, now, arrival.address):
+            raise TokenUsed()
+        if idempotency is not None:
+            self._store.forget_idempotency(token.id, idempotency)
+        if token.host_id is not None:
+            return self._readmit(token, token.host_id, arrival, idempotency, now)
+        return self._admit(token, arrival, idempotency, now)
+
+    @staticmethod
+    def _require_valid(token: Token, now: int) -> None:
+        refusals = {"revoked": TokenRevoked, "used": TokenUsed, "expired": TokenExpired}
+        state = token_state(token, now)
+        if state in refusals:
+            raise refusals[state]()
+
+    def _replayed(self, token: Token, idempotency: bytes, now: int) -> Optional[Host]:
+        """The host whose enrollment reply was lost: until its first beat, for a day."""
+        host = self._store.replayed_host(token.id, idempotency)
+        if host is None or token.revoked_at is not None or host.revoked_at is not None:
+            return None
+        if host.serial >= host.admitted or now - host.admitted_at > REPLAY_WINDOW_MS:
+            return None
+        return host
+
+    def _admit_again(self, host: Host, now: int) -> Enrollment:
+        self._store.issue(host.id, host.issued + 1)
+        return Enrollment(host, self._grant(host.id, host.organization_id, host.issued + 1, now))
+
+    def _admit(
+        self, token: Token, arrival: Arrival, idempotency: Optional[bytes], now: int
+    ) -> Enrollment:
+        host = Host(
+            id=new_id(now),
+            organization_id=token.organization_id,
+            name=arrival.name if arrival.name is not None else arrival.hostname,
+            hostname=arrival.hostname,
+            bound=int(token.hostname is not None),
+            os=arrival.os,
+            architecture=arrival.architecture,
+            docker_version=arrival.docker_version,
+            labels=token.labels,
+            issued=1,
+            enrolled_at=now,
+            revoked_at=None,
+            token_id=token.id,
+            admitted=1,
+            admitted_at=now,
+            idempotency=idempotency,
+            last_seen=0,
+            serial=0,
+            key=self._key_numbers[self._keyring.first.kid],
+            active=1,
+        )
+        while not self._store.add_host(host):
+            host = host._replace(id=new_id(now))
+        return Enrollment(host, self._grant(host.id, host.organization_id, 1, now))
+
+    def _readmit(
+        self, token: Token, number: int, arrival: Arrival, idempotency: Optional[bytes], now: int
+    ) -> Enrollment:
+        """Re-enroll: two serials on, so that no older credential can be renewed past this one."""
+        host = self._store.host(number)
+        if host is None:
+            raise HostUnknown()
+        if host.revoked_at is not None:
+            raise HostRevoked()
+        serial = host.issued + 2
+        changes: Dict[str, Any] = {
+            "issued": serial,
+            "token_id": token.id,
+            "admitted": serial,
+            "admitted_at": now,
+            "idempotency": idempotency,
+        }
+        facts = {
+            "hostname": arrival.hostname,
+            "os": arrival.os,
+            "architecture": arrival.architecture,
+            "docker_version": arrival.docker_version,
+        }
+        changes.update(self._changes(host, {k: v for k, v in facts.items() if v}))
+        self._store.edit_host(host.id, changes)
+        grant = self._grant(host.id, host.organization_id, serial, now)
+        return Enrollment(host._replace(**changes), grant)
+
+    def _grant(self, host: int, organization: str, serial: int, now: int) -> Grant:
+        issued_at = now // SECOND_MS
+        expires_at = None if self._credential_ttl is None else issued_at + self._credential_ttl
+        first = self._keyring.first
+        claims = Claims(host, organization, issued_at, serial, expires_at, first.kid)
+        return Grant(first.sign(claims), expires_at)
+
+    # Heartbeats.
+
+    def authenticate(self, credential: str, now: int) -> Claims:
+        """What a credential says, by its signature alone. Raises CredentialInvalid,
+        CredentialExpired. When it was issued is never judged: with a clock an hour back we would
+        refuse everyone."""
+        claims = self._keyring.verify(credential)
+        expires_at = claims.expires_at
+        if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
+            raise CredentialExpired()
+        return claims
+
+    def is_due(self, claims: Claims, now: int) -> bool:
+        """Whether a credential should be renewed: it is in the last third of its life, or signed
+        by a key that no longer signs, or lives longer than credentials may now."""
+        if claims.kid != self._keyring.first.kid:
+            return True
+        if claims.expires_at is None:
+            return self._credential_ttl is not None
+        life = claims.expires_at - claims.issued_at
+        if self._credential_ttl is not None and life > self._credential_ttl:
+            return True
+        return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
+
+    def beat(self, claims: Claims, facts: Mapping[str, Any], now: int) -> Beaten:
+        """A heartbeat that brings facts, or gets a renewal. Raises what _beat_one() raises."""
+        last_seen = self._beat_one(claims, now)
+        host = self._store.host(claims.host) if facts else None
+        changes = self._changes(host, facts) if host else {}
+        if changes:
+            self._store.edit_host(claims.host, changes)
+        return Beaten(last_seen, self._renew(claims, now))
+
+    @staticmethod
+    def _changes(host: Host, facts: Mapping[str, Any]) -> Dict[str, Any]:
+        """What facts change of a host. A bound hostname stays as the token named it."""
+        current = host._asdict()
+        changes = {name: value for name, value in facts.items() if current[name] != value}
+        if host.bound:
+            changes.pop("hostname", None)
+        return changes
+
+    def _renew(self, claims: Claims, now: int) -> Optional[Grant]:
+        """The next serial, and only the next: whoever holds an old copy cannot renew past a
+        re-enrollment. The credential in hand stays good until the new one is first used, so a
+        lost reply locks nobody out."""
+        serial = claims.serial + 1
+        if not self.is_due(claims, now) or not self._store.issue(claims.host, serial):
+            return None
+        return self._grant(claims.host, claims.organization, serial, now)
+
+    def _beat_all(self, beats: Sequence[Claims], now: int) -> List[Any]:
+        """lastSeen of each plain heartbeat, or the Problem that it comes to."""
+        rows = [self._beat_row(claims, now) for claims in beats]
+        if self._store.beat(rows) == len(rows):
+            return [now] * len(rows)
+        return [self._judge_beat(claims, now) for claims in beats]
+
+    def _beat_row(self, claims: Claims, now: int) -> Beat:
+        number = self._key_numbers[claims.kid]
+        return now, claims.serial, number, claims.host, claims.serial, now
+
+    def _judge_beat(self, claims: Claims, now: int) -> Union[int, Problem]:
+        try:
+            return self._beat_one(claims, now)
+        except Problem as problem:
+            return problem
+
+    def _beat_one(self, claims: Claims, now: int) -> int:
+        """lastSeen. Raises HostUnknown, CredentialSuperseded, HostRevoked."""
+        row = self._beat_row(claims, now)
+        if self._store.beat([row]) == 1:
+            return now
+        host = self._store.host(claims.host)
+        if host is None:
+            raise HostUnknown()
+        if claims.serial < host.serial:
+            raise CredentialSuperseded()
+        if not host.active:
+            raise HostRevoked()
+        self._store.beat_late(row)
+        return host.last_seen
+
+    def next_heartbeat(self) -> int:
+        """Seconds until the next one: the interval, a little more or less each time."""
+        spread = self.interval * HEARTBEAT_SPREAD
+        return round(self.interval + random.uniform(-spread, spread)) or 1
+
+    # Hosts.
+
+    def host(self, by: Principal, number: int, now: int) -> HostView:
+        """Raises NotFound."""
+        return self._host_view(self._host(by, number), self._store.service(), now)
+
+    def _host(self, by: Principal, number: int) -> Host:
+        host = self._store.host(number)
+        if host is None:
+            raise NotFound("There is no host with this id.")
+        self._require_own(by, host.organization_id, "host")
+        return host
+
+    @staticmethod
+    def _host_view(host: Host, service: Optional[Service], now: int) -> HostView:
+        return HostView(host, *host_status(host, service, now))
+
+    def hosts(self, by: Principal, query: HostQuery, now: int) -> Page:
+        """The newest first. Raises InvalidQuery."""
+        organization = self._scope(by, query.organization, InvalidQuery, "organization")
+        filtered = bool(query.status or query.labels or query.text)
+        examine = ROWS_EXAMINED if filtered else query.limit
+        rows = self._store.hosts(organization, query.before, examine + 1)
+        service = self._store.service()
+        found: List[HostView] = []
+        for row in rows[:examine]:
+            view = self._host_view(row, service, now)
+            if query.matches(view):
+                found.append(view)
+            if len(found) == query.limit:
+                return Page(found, row.id if row is not rows[-1] else None)
+        return Page(found, rows[examine - 1].id if len(rows) > examine else None)
+
+    def edit_host(
+        self, by: Principal, number: int, changes: Mapping[str, Any], now: int
+    ) -> HostView:
+        """Change name or labels. Raises NotFound."""
+        host = self._host(by, number)
+        columns = dict(changes)
+        if "labels" in columns:
+            columns["labels"] = json.dumps(columns["labels"])
+        if columns:
+            self._store.edit_host(host.id, columns)
+        return self.host(by, number, now)
+
+    def revoke_host(self, by: Principal, number: int, now: int) -> HostView:
+        """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
+        if self._host(by, number).revoked_at is None:
+            self._store.activate(number, now)
+        return self.host(by, number, now)
+
+    def restore_host(self, by: Principal, number: int, now: int) -> HostView:
+        """Let a revoked host in again, with the credential that it has. Raises NotFound."""
+        self._host(by, number)
+        self._store.activate(number, None)
+        return self.host(by, number, now)
+
+    def delete_host(self, by: Principal, number: int, now: int) -> None:
+        """Raises NotFound, also the second time."""
+        self._store.delete_host(self._host(by, number).id, now)
+
+
+def open_registry(
+    database: str,
+    key_file: str,
+    now: int,
+    *,
+    init: bool = False,
+    interval: int = HEARTBEAT_INTERVAL,
+    credential_ttl: Optional[int] = None,
+) -> Registry:
+    """The registry of a database and its key file; where there is neither, makes both.
+
+    One without the other is refused, unless init says to make what is missing: a database
+    without its keys would refuse its whole fleet, keys without their database would let every
+    credential they ever signed knock again. Raises OperatorError.
+    """
+    try:
+        store = Store(database)
+        try:
+            store.lock.wait()
+            keyring = _open_pair(store, key_file, init, now)
+            store.lock.release()
+            return Registry(store, keyring, interval=interval, credential_ttl=credential_ttl)
+        except BaseException:
+            store.abandon()
+            store.close()
+            raise
+    except StoreError as error:
+        raise OperatorError(f"{error}") from error
+
+
+def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
+    """Open or make database and key file, with the lock held."""
+    prepared = f"{key_file}.new"
+    has_keys = os.path.exists(key_file)
+    if has_keys and not store.exists() and not init:
+        raise OperatorError(
+            f"there is a key file {key_file} but no database {store.path}: restore the database "
+            "from a backup, or start anew with serve --init"
+        )
+    is_made = store.open()
+    if is_made and not has_keys and _is_prepared(store, prepared):
+        os.replace(prepared, key_file)  # a first start was killed just before this line
+        has_keys = True
+    if has_keys and not is_made and not init:
+        raise OperatorError(
+            f"there is a key file {key_file} but the database {store.path} is empty: restore it "
+            "from a backup, or start anew with serve --init"
+        )
+    if is_made and not has_keys and not init:
+        raise OperatorError(
+            f"there is a database {store.path} but no key file {key_file}: restore the key file "
+            "from a backup, or make new keys with serve --init (every host must re-enroll)"
+        )
+    keyring = load_keyring(key_file) if has_keys else new_keyring()
+    if not has_keys:
+        write_key_file(prepared, keyring)
+    kids = [key.kid for key in keyring.keys]
+    if is_made:
+        _require_pair(store, kids, init)
+        store.learn_signing_keys(kids, now)
+    else:
+        store.create(Organization(DEFAULT_ORGANIZATION, now), kids)
+    if not has_keys:
+        os.replace(prepared, key_file)
+        _sync_folder(key_file)
+    return keyring
+
+
+def _is_prepared(store: Store, prepared: str) -> bool:
+    if not os.path.exists(prepared):
+        return False
+    return any(key.kid in store.signing_keys() for key in load_keyring(prepared).keys)
+
+
+def _require_pair(store: Store, kids: Sequence[str], init: bool) -> None:
+    if not init and not store.signing_keys().keys() & set(kids):
+        raise OperatorError(
+            f"the key file is not that of the database {store.path}: restore the pair from one "
+            "backup, or go on with these keys with serve --init (every host must re-enroll)"
+        )
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename last: the folder is what changed."""
+    descriptor = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# 7. Messages
+#
+# HTTP/1.1 as bytes: RFC 9112, read strictly. Whatever two readers could frame differently is
+# refused, because that is how requests are smuggled past whoever stands in front. Parsing never
+# touches a socket: the reader is given bytes and gives back requests.
+#
+# http.server's own parser is not used: from 3.9 to 3.13 it takes two Content-Length fields that
+# differ, ignores Transfer-Encoding, reads "+4" and "0_4" as lengths, and drops every field after
+# a line without a colon.
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+TARGET = re.compile(
+    r"(?:https?://(?P<authority>[^/?#]*))?"
+    r"(?P<path>(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*)*)"
+    r"(?:\?(?P<query>(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*))?",
+    re.IGNORECASE,
+)
+HOST = re.compile(
+    r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?"
+)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+TOKEN68 = re.compile(rb"[A-Za-z0-9._~+/-]+=*")
+CHUNKED = -1  # as a length
+SINGLE = (
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "authorization",
+    "idempotency-key",
+    "expect",
+)
+
+
+class Head(NamedTuple):
+    """The request line and the fields that matter to us."""
+
+    method: str
+    path: str
+    query: str
+    length: int  # of the body in bytes, or CHUNKED
+    keep_alive: bool
+    expects: bool  # 100-continue, and has a body
+    authorization: Optional[str]
+    idempotency_key: Optional[str]
+
+
+class Request:
+    """One whole request."""
+
+    __slots__ = ("authorization", "body", "head")
+
+    def __init__(self, head: Head, authorization: Optional[str], body: bytes) -> None:
+        self.head = head
+        self.authorization = authorization
+        self.body = body
+
+
+def _read_fields(lines: Sequence[bytes]) -> Dict[str, List[bytes]]:
+    """Field lines by lower-case name (RFC 9112 section 5). No folding, no space at the colon."""
+    if len(lines) > FIELDS_MAXIMUM:
+        raise HeadTooLarge()
+    fields: Dict[str, List[bytes]] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not FIELD_NAME.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+            raise MalformedRequest("A header field line is malformed.")
+        fields.setdefault(name.decode("ascii").lower(), []).append(value.strip(b" \t"))
+    return fields
+
+
+def _single_fields(fields: Mapping[str, List[bytes]]) -> Dict[str, str]:
+    """The fields that may come only once, whoever else might take the first or the last."""
+    for name in SINGLE:
+        if len(fields.get(name, ())) > 1:
+            raise MalformedRequest(f"The header field {name} comes more than once.")
+    return {name: fields[name][0].decode("latin-1") for name in SINGLE if name in fields}
+
+
+def _read_length(single: Mapping[str, str], minor: int) -> int:
+    """The body's framing: RFC 9112 sections 6.1 to 6.3, without the leniencies."""
+    length, coding = single.get("content-length"), single.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or minor == 0:
+            raise MalformedRequest("Transfer-Encoding may not stand beside Content-Length.")
+        if coding.lower() != "chunked":
+            raise UnknownTransferCoding()
+        return CHUNKED
+    if length is None:
+        return 0
+    if not re.fullmatch("[0-9]+", length):
+        raise MalformedRequest("Content-Length is not a number.")
+    if len(length.lstrip("0")) > len(str(BODY_MAXIMUM)) or int(length) > BODY_MAXIMUM:
+        raise BodyTooLarge()
+    return int(length)
+
+
+def _read_target(method: str, text: str) -> Tuple[str, str]:
+    """Path and query of the target, RFC 9112 section 3.2: origin-form, absolute-form, or *."""
+    if text == "*" and method == "OPTIONS":
+        return "*", ""
+    match = TARGET.fullmatch(text)
+    if match is None or (not match["path"] and match["authority"] is None):
+        raise MalformedRequest("The request target is malformed.")
+    if match["authority"] is not None and not HOST.fullmatch(match["authority"]):
+        raise MalformedRequest("The authority of the request target is malformed.")
+    return match["path"] or "/", match["query"] or ""
+
+
+def _parse_head(data: bytes) -> Head:
+    """A head without its empty line. Raises MalformedRequest or one of its kinds."""
+    first, *lines = data.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if match is None:
+        raise MalformedRequest("The request line is malformed.")
+    if match[3] != b"1":
+        raise HttpVersion()
+    method, minor = match[1].decode("ascii"), int(match[4])
+    fields = _read_fields(lines)
+    single = _single_fields(fields)
+    if ("host" not in single and minor > 0) or not HOST.fullmatch(single.get("host", "-")):
+        raise MalformedRequest("There must be one Host header field, and it must name a host.")
+    length = _read_length(single, minor)
+    if method == "CONNECT":
+        raise UnknownTransferCoding()
+    path, query = _read_target(method, match[2].decode("ascii"))
+    options = b",".join(fields.get("connection", ())).lower()
+    expectation = single.get("expect", "").lower() if minor > 0 else ""
+    if expectation not in ("", "100-continue"):
+        raise ExpectationFailed()
+    return Head(
+        method=method,
+        path=path,
+        query=query,
+        length=length,
+        keep_alive=minor > 0 and b"close" not in [o.strip(b" \t") for o in options.split(b",")],
+        expects=bool(expectation) and length != 0,
+        authorization=single.get("authorization"),
+        idempotency_key=single.get("idempotency-key"),
+    )
+
+
+_parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
+_BEARER = b"\r\nAuthorization: Bearer "
+
+
+def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
+    """A head, without its empty line, and its Authorization. Raises MalformedRequest.
+
+    Agents' heads differ only in the credential. The usual spelling of that one line is cut out
+    before the rest is parsed, so the cache holds a handful of heads for any fleet. Cutting a
+    well-formed line changes nothing of how the others are read; a second Authorization among
+    them is refused here.
+    """
+    start = data.find(_BEARER)
+    if start > 0:
+        end = data.find(b"\r\n", start + len(_BEARER))
+        end = len(data) if end < 0 else end
+        value = data[start + len(_BEARER) : end]
+        if TOKEN68.fullmatch(value):
+            rest = data[:start] + data[end:]
+            parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
+            head = parse(rest)
+            if head.authorization is not None:
+                raise MalformedRequest("The header field authorization comes more than once.")
+            return head, value.decode("ascii")
+    head = _parse_head(data)
+    return head, bearer(head.authorization)
+
+
+def bearer(authorization: Optional[str]) -> Optional[str]:
+    """The token68 of a Bearer authorization (RFC 6750 section 2.1); None where there is none."""
+    scheme, _, value = (authorization or "").partition(" ")
+    return value.strip(" ") if scheme.lower() == "bearer" else None
+
+
+class ChunkedBody:
+    """A body in chunks, RFC 9112 section 7.1, read as it arrives and never twice."""
+
+    def __init__(self) -> None:
+        self._parts: List[bytes] = []
+        self.size = self._overhead = 0
+        self._left = 0  # of the chunk at hand, with the CRLF behind it
+        self._trailers: Optional[List[bytes]] = None  # from the last chunk on
+
+    @property
+    def body(self) -> bytes:
+        """What has been read."""
+        return b"".join(self._parts)
+
+    def feed(self, data: bytes) -> Tuple[bytes, bool]:
+        """Take from data what can be read. Gives back the rest, and whether the body has ended.
+        Raises MalformedRequest, BodyTooLarge."""
+        at = 0
+        while True:
+            if self._left:
+                if len(data) - at < self._left:
+                    return data[at:], False
+                self._take_chunk(data[at : at + self._left])
+                at += self._left
+                self._left = 0
+            end = data.find(b"\r\n", at)
+            line = data[at : end if end >= 0 else len(data)]
+            if len(line) > CHUNK_LINE_MAXIMUM or b"\n" in line or b"\r" in line[:-1]:
+                raise MalformedRequest("A chunk's size line is malformed.")
+            if end < 0:
+                return data[at:], False
+            at = end + 2
+            if self._take_line(line):
+                return data[at:], True
+
+    def _take_chunk(self, chunk: bytes) -> None:
+        if not chunk.endswith(b"\r\n"):
+            raise MalformedRequest("A chunk is longer than its size.")
+        self._parts.append(chunk[:-2])
+
+    def _take_line(self, line: bytes) -> bool:
+        """A size line, or a line of the trailer section. True at the end of the body."""
+        self._overhead += len(line) + 4
+        if self._overhead > CHUNK_OVERHEAD_MAXIMUM:
+            raise BodyTooLarge("The body comes in too many chunks.")
+        if self._trailers is not None:
+            if not line:
+                _read_fields(self._trailers)
+                return True
+            self._trailers.append(line)
+            return False
+        match = CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise MalformedRequest("A chunk's size line is malformed.")
+        size = int(match[1], 16)
+        self.size += size
+        if self.size > BODY_MAXIMUM:
+            raise BodyTooLarge()
+        if size:
+            self._left = size + 2
+        else:
+            self._trailers = []
+        return False
+
+
+class RequestReader:
+    """The requests in a stream of bytes, one by one. After a Problem there are no more: where
+    the next would start is not known."""
+
+    __slots__ = ("_authorization", "_chunked", "_head", "buffer")
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self._head: Optional[Head] = None
+        self._authorization: Optional[str] = None
+        self._chunked: Optional[ChunkedBody] = None
+
+    def next(self, data: bytes = b"") -> Optional[Request]:
+        """Take more bytes; the next request if it has arrived whole. Raises MalformedRequest."""
+        buffer = self.buffer + data if self.buffer else data
+        head = self._head
+        if head is None:
+            if buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: one empty line is ignored
+                buffer = buffer[2:]
+            end = buffer.find(b"\r\n\r\n")
+            if end < 0 or end > HEAD_MAXIMUM:
+                self.buffer = buffer
+                self._judge_unfinished(buffer)
+                return None
+            head, self._authorization = parse_head(buffer[:end])
+            buffer = buffer[end + 4 :]
+        length = head.length
+        if length == CHUNKED:
+            return self._next_chunked(head, buffer)
+        if len(buffer) < length:
+            self._head, self.buffer = head, buffer
+            return None
+        self._head, self.buffer = None, buffer[length:]
+        return Request(head, self._authorization, buffer[:length])
+
+    def _next_chunked(self, head: Head, buffer: bytes) -> Optional[Request]:
+        self._head = head
+        if self._chunked is None:
+            self._chunked = ChunkedBody()
+        self.buffer, ended = self._chunked.feed(buffer)
+        if not ended:
+            return None
+        body, self._head, self._chunked = self._chunked.body, None, None
+        return Request(head, self._authorization, body)
+
+    @staticmethod
+    def _judge_unfinished(buffer: bytes) -> None:
+        """Refuse at once what can never become a head: another protocol, a bare CR or LF, or too
+        many bytes."""
+        if buffer.strip(b"\r") and not FIELD_NAME.match(buffer):
+            raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
+        pairs = buffer.count(b"\r\n")
+        bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
+        if bare or buffer.count(b"\n") != pairs:
+            raise MalformedRequest("Lines must end with CR LF.")
+        if len(buffer) > HEAD_MAXIMUM:
+            raise HeadTooLarge()
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept of an unfinished request."""
+        return len(self.buffer) + (self._chunked.size if self._chunked else 0)
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether a head has arrived and its body has not."""
+        return self._head is not None
+
+    @property
+    def awaits_continue(self) -> bool:
+        """Whether the peer waits for 100 Continue before it sends the body it has announced."""
+        return self._head is not None and self._head.expects and not self.buffer
+
+
+JSON = "application/json"
+PROBLEM_JSON = "application/problem+json"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Response(NamedTuple):
+    """One answer."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON
+    headers: Tuple[Tuple[str, str], ...] = ()
+    closes: bool = False
+
+
+def write_json(document: Any) -> bytes:
+    """A JSON text in ASCII, without white space: sed in a shell script may have to read it."""
+    return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+
+def json_response(status: int, document: Any) -> Response:
+    """An answer with a JSON document."""
+    return Response(status, write_json(document))
+
+
+def refusal(problem: Problem) -> Response:
+    """A Problem as its problem document: the one place where peers get to see one."""
+    body = write_json(problem.document())
+    return Response(problem.status, body, PROBLEM_JSON, problem.headers(), problem.closes)
+
+
+@lru_cache(maxsize=4)
+def http_date(seconds: int) -> bytes:
+    """Unix time as an HTTP-date, RFC 9110 section 5.6.7."""
+    return formatdate(seconds, usegmt=True).encode("ascii")
+
+
+@lru_cache(maxsize=256)
+def _fields(
+    status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], closes: bool
+) -> bytes:
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if status != HTTPStatus.NO_CONTENT:
+        lines.append(f"Content-Type: {content_type}")
+    if closes:
+        lines.append("Connection: close")
+    lines += ["X-Content-Type-Options: nosniff", "Cache-Control: no-store", "Date: "]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def write_response(response: Response, seconds: int, closes: bool, head_only: bool) -> bytes:
+    """The bytes of an answer given at a Unix time. Content-Length is what a GET would have
+    (RFC 9110 section 9.3.2); 204 has none (RFC 9112 section 6.2)."""
+    status, body, content_type, headers, _ = response
+    fields = _fields(status, content_type, headers, closes)
+    if status == 204:
+        return b"%b%b\r\n\r\n" % (fields, http_date(seconds))
+    shown = b"" if head_only else body
+    return b"%b%b\r\nContent-Length: %d\r\n\r\n%b" % (fields, http_date(seconds), len(body), shown)
+
+
+# 8. Assets
+#
+# Texts for people to copy.
+
+# printf is part of the shell: the token is in no process's arguments, where ps would show it.
+ENROLL_COMMAND = string.Template(
+    """printf '{"token":"%s","hostname":"%s"}' $token "$$(hostname)" |
+  curl -sS $url/api/agent/enroll -d @-"""
+)
+
+
+# 9. Api
+#
+# Routes, and the documents that they answer with. One table says what there is, who may call it
+# and what it takes. A request is admitted first, which needs no database; what comes of that is
+# an answer, or a heartbeat or an act for the next tick.
+
+HOSTNAME = Text(
+    253, 1, r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", "letters, digits, dots, - and _"
+)
+NAME = Text(255, 1)
+FACT = Text(128)
+SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
+CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
+LABELS = Labels()
+DESCRIPTION = Text(1000)
+
+FACTS = (
+    Field("os", FACT),
+    Field("architecture", FACT),
+    Field("dockerVersion", FACT),
+)
+ENROLL_BODY = Shape(
+    Field("token", Text(256, 1), required=True),
+    Field("hostname", HOSTNAME, required=True),
+    Field("name", NAME),
+    *FACTS,
+    open=True,
+)
+HEARTBEAT_BODY = Shape(Field("hostname", HOSTNAME), *FACTS, open=True)
+MINT_BODY = Shape(
+    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE)),
+    Field("maxUses", Whole(TOKEN_USES_RANGE)),
+    Field("description", DESCRIPTION),
+    Field("hostname", HOSTNAME),
+    Field("labels", LABELS),
+    Field("organizationId", SLUG),
+)
+REENROLL_BODY = Shape(
+    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE)), Field("description", DESCRIPTION)
+)
+EDIT_BODY = Shape(Field("name", NAME), Field("labels", LABELS))
+PAGE_FIELDS = (Field("limit", Whole((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
+TOKENS_QUERY = Shape(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
+HOSTS_QUERY = Shape(
+    Field("status", Choice(*STATUSES)),
+    Field("organization", SLUG),
+    Field("label", LABELS, repeats=True),
+    Field("q", Text(255)),
+    *PAGE_FIELDS,
+)
+NOTHING = Shape()
+
+Document = Dict[str, Any]
+
+
+def _moment(milliseconds: Optional[int]) -> Optional[str]:
+    return rfc3339(milliseconds) if milliseconds else None
+
+
+def token_document(view: TokenView, text: Optional[str] = None) -> Document:
+    """Token; with its text only in the answer that mints it."""
+    token = view.token
+    document = {
+        "id": id_text(token.id),
+        "organizationId": token.organization_id,
+        "state": view.state,
+        "description": token.description,
+        "hostname": token.hostname,
+        "hostId": None if token.host_id is None else id_text(token.host_id),
+        "labels": json.loads(token.labels),
+        "maxUses": token.max_uses,
+        "uses": token.uses,
+        "createdAt": rfc3339(token.created_at),
+        "createdBy": token.created_by,
+        "expiresAt": rfc3339(token.expires_at),
+        "usedAt": _moment(token.used_at),
+        "usedFrom": token.used_from,
+        "revokedAt": _moment(token.revoked_at),
+        "hosts": [id_text(host) for host in view.hosts],
+    }
+    return document if text is None else {**document, "token": text}
+
+
+def host_document(view: HostView) -> Document:
+    """Host."""
+    host = view.host
+    return {
+        "id": id_text(host.id),
+        "organizationId": host.organization_id,
+        "name": host.name,
+        "hostname": host.hostname,
+        "os": host.os,
+        "architecture": host.architecture,
+        "dockerVersion": host.docker_version,
+        "labels": json.loads(host.labels),
+        "status": view.status,
+        "statusReason": view.reason,
+        "enrolledAt": rfc3339(host.enrolled_at),
+        "lastSeen": _moment(host.last_seen),
+        "tokenId": id_text(host.token_id),
+        "revokedAt": _moment(host.revoked_at),
+    }
+
+
+def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
+    """ApiKey; with its text only in the answer that mints it."""
+    document = {
+        "id": id_text(key.id),
+        "organizationId": key.organization_id,
+        "role": key.role,
+        "description": key.description,
+        "createdAt": rfc3339(key.created_at),
+        "createdBy": key.created_by,
+        "revokedAt": _moment(key.revoked_at),
+    }
+    return document if text is None else {**document, "apiKey": text}
+
+
+def organization_document(organization: Organization) -> Document:
+    """Organization."""
+    return {"id": organization.id, "createdAt": rfc3339(organization.created_at)}
+
+
+def page_document(name: str, page: Page, document: Callable[[Any], Document]) -> Document:
+    """A part of a list under its name, and nextCursor."""
+    cursor = None if page.next is None else id_text(page.next)
+    return {name: [document(item) for item in page.items], "nextCursor": cursor}
+
+
+def token_order(values: Mapping[str, Any]) -> TokenOrder:
+    """The order that MINT_BODY or REENROLL_BODY describes."""
+    return TokenOrder(
+        organization=values.get("organizationId"),
+        ttl=values.get("ttlSeconds", TOKEN_TTL),
+        max_uses=values.get("maxUses", 1),
+        description=values.get("description", ""),
+        hostname=values.get("hostname"),
+        labels=values.get("labels", {}),
+    )
+
+
+def _paging(values: Mapping[str, Any]) -> Dict[str, Any]:
+    paging = {"limit": values.get("limit", PAGE_DEFAULT)}
+    if "cursor" in values:
+        paging["before"] = int(values["cursor"], 16)
+    return paging
+
+
+def host_query(values: Mapping[str, Any]) -> HostQuery:
+    """The query that HOSTS_QUERY describes."""
+    return HostQuery(
+        organization=values.get("organization"),
+        status=values.get("status"),
+        labels=values.get("label", ()),
+        text=values.get("q", ""),
+        **_paging(values),
+    )
+
+
+def token_query(values: Mapping[str, Any]) -> TokenQuery:
+    """The query that TOKENS_QUERY describes."""
+    return TokenQuery(state=values.get("state"), **_paging(values))
+
+
+class Call(NamedTuple):
+    """A request to the user API, after everything about it has been checked but its object."""
+
+    by: Principal
+    id: int  # of the path; -1 for what cannot be an id, which no object has
+    values: Mapping[str, Any]  # of the body, or of the query of a GET
+    now: int
+
+
+def _post_token(registry: Registry, call: Call) -> Response:
+    view, text = registry.mint(call.by, token_order(call.values), call.now)
+    return json_response(201, token_document(view, text))
+
+
+def _get_tokens(registry: Registry, call: Call) -> Response:
+    page = registry.tokens(call.by, token_query(call.values), call.now)
+    return json_response(200, page_document("tokens", page, token_document))
+
+
+def _get_token(registry: Registry, call: Call) -> Response:
+    return json_response(200, token_document(registry.token(call.by, call.id, call.now)))
+
+
+def _delete_token(registry: Registry, call: Call) -> Response:
+    registry.revoke_token(call.by, call.id, call.now)
+    return Response(204)
+
+
+def _get_hosts(registry: Registry, call: Call) -> Response:
+    page = registry.hosts(call.by, host_query(call.values), call.now)
+    return json_response(200, page_document("hosts", page, host_document))
+
+
+def _get_host(registry: Registry, call: Call) -> Response:
+    return json_response(200, host_document(registry.host(call.by, call.id, call.now)))
+
+
+def _patch_host(registry: Registry, call: Call) -> Response:
+    view = registry.edit_host(call.by, call.id, call.values, call.now)
+    return json_response(200, host_document(view))
+
+
+def _delete_host(registry: Registry, call: Call) -> Response:
+    registry.delete_host(call.by, call.id, call.now)
+    return Response(204)
+
+
+def _post_revoke(registry: Registry, call: Call) -> Response:
+    return json_response(200, host_document(registry.revoke_host(call.by, call.id, call.now)))
+
+
+def _post_restore(registry: Registry, call: Call) -> Response:
+    return json_response(200, host_document(registry.restore_host(call.by, call.id, call.now)))
+
+
+def _post_reenroll(registry: Registry, call: Call) -> Response:
+    view, text = registry.reenroll(call.by, call.id, token_order(call.values), call.now)
+    return json_response(201, token_document(view, text))
+
+
+def _get_me(registry: Registry, call: Call) -> Response:
+    by = call.by
+    return json_response(200, {"id": by.id, "role": by.role, "organizationId": by.organization})
+
+
+class Admission(NamedTuple):
+    """A request on its way in."""
+
+    request: Request
+    route: Route
+    id: str  # as the path spells it
+    address: str
+    now: int
+
+
+Admitted = Union[Response, Claims, Act]  # an answer, a plain heartbeat, or an act
+
+
+def _admit_user(registry: Registry, admission: Admission) -> Admitted:
+    """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
+    route, request = admission.route, admission.request
+
+    def run(now: int) -> Response:
+        by = registry.identify(request.authorization or "")
+        if route.caller == "admin" and by.role != "admin":
+            raise Forbidden()
+        values = route.query.read(read_query(request.head.query))
+        if route.body is not None:
+            values = route.body.check(read_json(request.body or b"{}"))
+        number = read_id(admission.id)
+        return route.handle(registry, Call(by, -1 if number is None else number, values, now))
+
+    return Act(run, writes=route.method != "GET")
+
+
+def _admit_enrollment(registry: Registry, admission: Admission) -> Admitted:
+    key = admission.request.head.idempotency_key
+    if key is not None and not re.fullmatch("[\x21-\x7e]{1,128}", key):
+        raise MalformedRequest("Idempotency-Key must be 1 to 128 visible ASCII characters.")
+    facts = ENROLL_BODY.check(read_json(admission.request.body))
+    arrival = Arrival(
+        token=facts["token"],
+        hostname=facts["hostname"],
+        name=facts.get("name"),
+        os=facts.get("os", ""),
+        architecture=facts.get("architecture", ""),
+        docker_version=facts.get("dockerVersion", ""),
+        idempotency_key=key,
+        address=admission.address,
+    )
+    return Act(lambda now: _enrollment_response(registry, registry.enroll(arrival, now)))
+
+
+def _enrollment_response(registry: Registry, enrollment: Enrollment) -> Response:
+    host, grant = enrollment
+    document = {
+        "hostId": id_text(host.id),
+        "organizationId": host.organization_id,
+        "name": host.name,
+        **_grant_document(grant),
+        "heartbeatIntervalSeconds": registry.interval,
+    }
+    return json_response(201, document)
+
+
+def _grant_document(grant: Grant) -> Document:
+    expires_at = None if grant.expires_at is None else rfc3339(grant.expires_at * SECOND_MS)
+    return {"credential": grant.credential, "credentialExpiresAt": expires_at}
+
+
+def _admit_heartbeat(registry: Registry, admission: Admission) -> Admitted:
+    """A plain heartbeat, with nothing to tell and nothing to renew, goes with the others of its
+    tick in one statement; any other is an act."""
+    request, now = admission.request, admission.now
+    if not request.authorization:
+        raise CredentialMissing()
+    claims = registry.authenticate(request.authorization, now)
+    body = request.body
+    facts = HEARTBEAT_BODY.check(read_json(body)) if body and body != b"{}" else {}
+    if not facts and not registry.is_due(claims, now):
+        return claims
+    if "dockerVersion" in facts:
+        facts["docker_version"] = facts.pop("dockerVersion")
+    return Act(lambda now: _beaten_response(registry, claims, registry.beat(claims, facts, now)))
+
+
+def _plain_response(registry: Registry, claims: Claims, last_seen: int) -> Response:
+    """_beaten_response() without a renewal, at a quarter of its cost."""
+    body = b'{"hostId":"%016x","lastSeen":"%b","nextHeartbeatSeconds":%d}' % (
+        claims.host,
+        rfc3339(last_seen).encode("ascii"),
+        registry.next_heartbeat(),
+    )
+    return Response(200, body)
+
+
+def _beaten_response(registry: Registry, claims: Claims, beaten: Beaten) -> Response:
+    document = {
+        "hostId": id_text(claims.host),
+        "lastSeen": rfc3339(beaten.last_seen),
+        "nextHeartbeatSeconds": registry.next_heartbeat(),
+    }
+    if beaten.grant is not None:
+        document.update(_grant_document(beaten.grant))
+    return json_response(200, document)
+
+
+def _admit_health(registry: Registry, admission: Admission) -> Admitted:
+    return json_response(200, {"status": "ok"})
+
+
+def _admit_readiness(registry: Registry, admission: Admission) -> Admitted:
+    """Ready is who can write: so it writes."""
+
+    def run(now: int) -> Response:
+        registry.keep_alive(now)
+        return json_response(200, {"status": "ready"})
+
+    return Act(run, durable=False)
+
+
+def _unhandled(registry: Registry, call: Call) -> Response:
+    raise NotImplementedError  # a route that is not the user API's has no handler
+
+
+class Route(NamedTuple):
+    """One method of one path: who may call it, what it takes, and what is done."""
+
+    method: str
+    path: str
+    caller: str  # open, token, credential, viewer (any API key), or admin
+    summary: str
+    admit: Callable[[Registry, Admission], Admitted] = _admit_user
+    handle: Callable[[Registry, Call], Response] = _unhandled
+    body: Optional[Shape] = None
+    query: Shape = NOTHING
+
+
+def _user(
+    method: str,
+    path: str,
+    caller: str,
+    summary: str,
+    handle: Callable[[Registry, Call], Response],
+    body: Optional[Shape] = None,
+    query: Shape = NOTHING,
+) -> Route:
+    return Route(method, path, caller, summary, _admit_user, handle, body, query)
+
+
+ROUTES = (
+    Route("POST", "/api/agent/enroll", "token", "Exchange a token for a host", _admit_enrollment),
+    Route("POST", "/api/agent/heartbeat", "credential", "Say that a host lives", _admit_heartbeat),
+    _user("POST", "/api/hosts/tokens", "admin", "Mint a token", _post_token, MINT_BODY),
+    _user("GET", "/api/hosts/tokens", "viewer", "List tokens", _get_tokens, query=TOKENS_QUERY),
+    _user("GET", "/api/hosts/tokens/{id}", "viewer", "Show a token", _get_token),
+    _user("DELETE", "/api/hosts/tokens/{id}", "admin", "Revoke a token", _delete_token),
+    _user("GET", "/api/hosts", "viewer", "List hosts", _get_hosts, query=HOSTS_QUERY),
+    _user("GET", "/api/hosts/{id}", "viewer", "Show a host", _get_host),
+    _user("PATCH", "/api/hosts/{id}", "admin", "Name or label a host", _patch_host, EDIT_BODY),
+    _user("DELETE", "/api/hosts/{id}", "admin", "Delete a host", _delete_host),
+    _user("POST", "/api/hosts/{id}/revoke", "admin", "Shut a host out", _post_revoke, NOTHING),
+    _user("POST", "/api/hosts/{id}/restore", "admin", "Let it in again", _post_restore, NOTHING),
+    _user(
+        "POST",
+        "/api/hosts/{id}/reenroll",
+        "admin",
+        "Mint a token for a host that exists",
+        _post_reenroll,
+        REENROLL_BODY,
+    ),
+    _user("GET", "/api/me", "viewer", "Show whose the API key is", _get_me),
+    Route("GET", "/healthz", "open", "Whether the server answers", _admit_health),
+    Route("GET", "/readyz", "open", "Whether it can do its work", _admit_readiness),
+)
+
+Methods = Dict[str, Route]
+
+
+def _table(routes: Sequence[Route]) -> Dict[str, Methods]:
+    paths: Dict[str, Methods] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method] = route
+    for methods in paths.values():
+        if "GET" in methods:
+            methods["HEAD"] = methods["GET"]
+    return paths
+
+
+PATHS = _table(ROUTES)
+
+
+def _find_path(path: str) -> Tuple[Methods, str]:
+    if path in PATHS:
+        return PATHS[path], ""
+    segments = path.split("/")
+    for n, segment in enumerate(segments):
+        methods = PATHS.get("/".join((*segments[:n], "{id}", *segments[n + 1 :])))
+        if methods is not None:
+            return methods, segment
+    raise NotFound("There is nothing at this path.")
+
+
+def allow(methods: Methods) -> Tuple[Tuple[str, str], ...]:
+    """The Allow header field of a path."""
+    return (("Allow", ", ".join([*methods, "OPTIONS"])),)
+
+
+@lru_cache(maxsize=1024)
+def find_route(method: str, path: str) -> Tuple[Route, str]:
+    """The route of a request, and the id in its path. Raises NotFound, MethodNotAllowed,
+    UnknownMethod."""
+    if method not in METHODS:
+        raise UnknownMethod()
+    methods, identifier = _find_path(path)
+    if method not in methods:
+        raise MethodNotAllowed(headers=allow(methods))
+    return methods[method], identifier
+
+
+def _answer_options(path: str) -> Response:
+    everything = {method: route for methods in PATHS.values() for method, route in methods.items()}
+    return Response(204, headers=allow(everything if path == "*" else _find_path(path)[0]))
+
+
+def read_query(query: str) -> List[Tuple[str, str]]:
+    """The parameters of a query. Raises InvalidQuery."""
+    try:
+        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=64)
+    except ValueError:
+        raise InvalidQuery("The query is not made of UTF-8 parameters.") from None
+
+
+class Api:
+    """What requests come to."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def admit(self, request: Request, address: str, now: int) -> Admitted:
+        """What a request asks for, judged without the database."""
+        head = request.head
+        try:
+            if head.method == "OPTIONS":
+                return _answer_options(head.path)
+            route, identifier = find_route(head.method, head.path)
+            admission = Admission(request, route, identifier, address, now)
+            return route.admit(self._registry, admission)
+        except Problem as problem:
+            return refusal(problem)
+
+    def run(self, calls: Sequence[Union[Claims, Act]], now: int) -> Optional[List[Response]]:
+        """One tick: the answers, all of it committed. None when another writer is at work: ask
+        again with the same calls, or give_up()."""
+        beats = [call for call in calls if isinstance(call, Claims)]
+        acts = [call for call in calls if isinstance(call, Act)]
+        outcome = self._registry.tick(beats, acts, now)
+        if outcome is None:
+            return None
+        beaten, done = iter(outcome[0]), iter(outcome[1])
+        return [
+            self._answer_beat(call, next(beaten))
+            if isinstance(call, Claims)
+            else self._answer(next(done))
+            for call in calls
+        ]
+
+    def _answer_beat(self, claims: Claims, outcome: Union[int, Problem]) -> Response:
+        if isinstance(outcome, Problem):
+            return refusal(outcome)
+        return _plain_response(self._registry, claims, outcome)
+
+    @staticmethod
+    def _answer(outcome: Union[Response, Problem]) -> Response:
+        return refusal(outcome) if isinstance(outcome, Problem) else outcome
+
+    def give_up(self) -> Response:
+        """Stop waiting for the other writer: the answer to every call of the tick."""
+        return refusal(self._registry.give_up())
+
+    def sign_of_life(self) -> Act:
+        """What a server does every ALIVE_EVERY seconds."""
+
+        def run(now: int) -> Response:
+            self._registry.keep_alive(now)
+            return Response(204)
+
+        return Act(run, durable=False)
+
+    def tidy(self) -> None:
+        """Between ticks: what no answer waits for."""
+        self._registry.tidy()
+
+
+# 10. Server
+#
+# The loop: one thread, non-blocking sockets, no waiting but in one place. A turn takes whatever
+# has arrived, at most one request of each connection, runs it as one tick, and answers when the
+# tick is committed. http.server is the frame; its threads, its parser and its name look-ups at
+# start are not used.
+
+
+class Deadlines:
+    """The connections that must get on with something, the longest waiting first.
+
+    All have the same time for it, so the queue is in order by itself and each event costs O(1).
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: OrderedDict[Connection, float] = OrderedDict()
+
+    def start(self, connection: Connection, moment: float) -> None:
+        """Begin to wait, at the end of the queue."""
+        self._since[connection] = moment
+        self._since.move_to_end(connection)
+
+    def stop(self, connection: Connection) -> None:
+        """Wait no longer."""
+        self._since.pop(connection, None)
+
+    def first(self) -> Optional[Connection]:
+        """Who has waited longest."""
+        return next(iter(self._since), None)
+
+    def overdue(self, moment: float) -> Optional[Connection]:
+        """Who has waited longest, if that is too long."""
+        for connection, since in self._since.items():
+            return connection if moment - since >= self._seconds else None
+        return None
+
+    def left(self, moment: float) -> float:
+        """Seconds until somebody has waited too long."""
+        for since in self._since.values():
+            return max(0.0, since + self._seconds - moment)
+        return self._seconds
+
+
+class Connection:
+    """A peer: its socket, what has come of its next request, what it has not yet taken."""
+
+    __slots__ = (
+        "address",
+        "busy",
+        "closing",
+        "held",
+        "interest",
+        "lingers",
+        "output",
+        "phase",
+        "reader",
+        "socket",
+    )  # fmt: skip
+
+    def __init__(self, peer: socket.socket, address: str) -> None:
+        self.socket = peer
+        self.address = address
+        self.reader = RequestReader()
+        self.output = b""
+        self.phase: Optional[Deadlines] = None
+        self.interest = 0  # the events that the selector watches for
+        self.busy = False  # a request of its is in the tick
+        self.closing = False  # after the output
+        self.lingers = False  # before it closes: the peer may still be sending
+        self.held = 0  # bytes of an unfinished request
+
+
+class Arrived(NamedTuple):
+    """A request of a connection, and what it comes to in the tick."""
+
+    connection: Optional[Connection]  # None: the server's own
+    head_only: bool
+    keep_alive: bool
+    call: Union[Claims, Act]
+
+
+class Server(HTTPServer):
+    """An HTTP server for one Api. serve_forever() returns after stop()."""
+
+    request_queue_size = BACKLOG
+
+    def __init__(
+        self,
+        api: Api,
+        host: str,
+        port: int,
+        *,
+        clock: Callable[[], float],
+        connections: int = CONNECTIONS_MAXIMUM,
+        deadlines: Tuple[float, float, float, float] = (
+            HEAD_DEADLINE, BODY_DEADLINE, IDLE_DEADLINE, ANSWER_DEADLINE,
+        ),
+    ) -> None:  # fmt: skip
+        self._api = api
+        self._clock = clock  # of the wall, in Unix seconds
+        self._connections_maximum = connections
+        self._connections: set[Connection] = set()
+        self._heads, self._bodies, self._idle, self._answers = map(Deadlines, deadlines)
+        self._lingering = Deadlines(LINGER_DEADLINE)
+        self._classes = (self._heads, self._bodies, self._idle, self._answers, self._lingering)
+        self._held = 0
+        self._ready: List[Tuple[Connection, Request]] = []
+        self._waiting: List[Arrived] = []  # for another writer
+        self._waiting_since = 0.0
+        self._accept_after = 0.0
+        self._alive_after = 0.0
+        self._stop_before: Optional[float] = None
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._wakened = socket.socketpair()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), BaseHTTPRequestHandler)
+
+    # Starting and stopping.
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of our own name that HTTPServer does: there may be no DNS."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def server_activate(self) -> None:
+        """Listen. Accepted sockets inherit TCP_NODELAY."""
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.socket.listen(self.request_queue_size)
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._selector.register(self._wakened, selectors.EVENT_READ)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+
+    @property
+    def url(self) -> str:
+        """Where agents find it; by the name of this machine when it listens on every address."""
+        host = self.server_name
+        if ipaddress.ip_address(host).is_unspecified:
+            host = socket.gethostname()
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines can connect."""
+        return not ipaddress.ip_address(self.server_name).is_loopback
+
+    def stop(self, *_: object) -> None:
+        """Stop accepting, answer what has arrived, return from serve_forever(). A signal handler
+        may call it, or another thread."""
+        if self._stop_before is None:
+            self._stop_before = time.monotonic() + SHUTDOWN_DEADLINE
+        with suppress(BlockingIOError):  # it is awake already
+            self._waker.send(b"\0")
+
+    shutdown = stop
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Turn until stop() has been called and nobody is owed an answer."""
+        listening = True
+        while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
+            self._turn()
+            if self._stop_before is not None and listening:
+                listening = False
+                self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        """Take those who have connected already; part with those who have sent nothing."""
+        self._accept(time.monotonic(), int(self._clock() * SECOND_MS), BACKLOG)
+        self._watch_listener(False)
+        self.socket.close()
+        self._turn()  # reads what has arrived
+        for connection in list(self._connections):
+            if not (connection.busy or connection.held or connection.output):
+                self._drop(connection)
+
+    def server_close(self) -> None:
+        """Close every socket."""
+        for connection in list(self._connections):
+            self._drop(connection)
+        super().server_close()
+        self._selector.close()
+        self._waker.close()
+        self._wakened.close()
+
+    # One turn.
+
+    def _turn(self) -> None:
+        moment = time.monotonic()
+        events = self._selector.select(self._patience(moment))
+        moment = time.monotonic()
+        now = int(self._clock() * SECOND_MS)
+        ready, self._ready = self._ready, []
+        tick: List[Arrived] = []
+        for connection, request in ready:
+            self._admit(connection, request, now, tick)
+        accepting = False
+        for key, mask in events:
+            if key.data is not None:
+                self._attend(key.data, mask, moment, now, tick)
+            elif key.fileobj is self.socket:
+                accepting = True
+            else:
+                self._wakened.recv(RECEIVE_SIZE)
+        self._run(tick, moment, now)
+        if accepting:
+            self._accept(moment, now, ACCEPTS_PER_TURN)
+        self._expire(moment, now)
+
+    def _patience(self, moment: float) -> float:
+        """How long the selector may wait for something to happen."""
+        if self._ready:
+            return 0
+        if self._waiting:
+            return LOCK_POLL
+        waits = [deadlines.left(moment) for deadlines in self._classes]
+        waits.append(max(0.0, self._alive_after - moment))
+        if self._accept_after:
+            waits.append(max(0.0, self._accept_after - moment))
+        if self._stop_before is not None:
+            waits.append(max(0.0, self._stop_before - moment))
+        return min(waits)
+
+    def _attend(
+        self, connection: Connection, mask: int, moment: float, now: int, tick: List[Arrived]
+    ) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self._flush(connection, moment, now)
+        elif connection.phase is self._lingering:
+            self._linger(connection)
+        elif not connection.busy:
+            request = self._receive(connection, moment, now)
+            if request is not None:
+                self._admit(connection, request, now, tick)
+
+    def _receive(self, connection: Connection, moment: float, now: int) -> Optional[Request]:
+        """Take what has arrived; the request that it completes."""
+        try:
+            data = connection.socket.recv(RECEIVE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            self._drop(connection)
+            return None
+        if not data:
+            self._drop(connection)
+            return None
+        return self._read(connection, data, moment, now)
+
+    def _read(
+        self, connection: Connection, data: bytes, moment: float, now: int
+    ) -> Optional[Request]:
+        """The next request of what a connection has sent, if it is whole."""
+        reader = connection.reader
+        try:
+            request = reader.next(data)
+        except Problem as problem:
+            self._answer(connection, refusal(problem), now, keep_alive=False)
+            return None
+        if request is None or reader.buffer or connection.held:
+            self._held += reader.held - connection.held
+            connection.held = reader.held
+        if request is None:
+            self._hold(connection, moment, now)
+        return request
+
+    def _hold(self, connection: Connection, moment: float, now: int) -> None:
+        """Give an unfinished request its time."""
+        if self._held > HELD_MAXIMUM:
+            self._answer(connection, refusal(Overloaded()), now, keep_alive=False)
+        elif not connection.reader.is_in_body:
+            if connection.phase is not self._heads:
+                self._enter(connection, self._heads, moment)
+        elif connection.phase is not self._bodies:
+            self._enter(connection, self._bodies, moment)
+            if connection.reader.awaits_continue:
+                self._send(connection, CONTINUE)
+
+    def _admit(
+        self, connection: Connection, request: Request, now: int, tick: List[Arrived]
+    ) -> None:
+        head = request.head
+        try:
+            admitted = self._api.admit(request, connection.address, now)
+        except Exception:
+            log.exception("a request could not be admitted")
+            admitted = refusal(Internal())
+        connection.busy = not isinstance(admitted, Response)
+        if isinstance(admitted, Response):
+            self._answer(connection, admitted, now, head.method == "HEAD", head.keep_alive)
+        else:
+            tick.append(Arrived(connection, head.method == "HEAD", head.keep_alive, admitted))
+
+    # The tick.
+
+    def _run(self, tick: List[Arrived], moment: float, now: int) -> None:
+        """Run what has arrived; or, while another process writes, gather it and try again."""
+        if moment >= self._alive_after:
+            self._alive_after = moment + ALIVE_EVERY
+            tick.append(Arrived(None, False, True, self._api.sign_of_life()))
+        if self._waiting:
+            tick = self._waiting + tick
+        elif not tick:
+            return
+        responses = self._run_calls([arrived.call for arrived in tick], now)
+        if responses is None:
+            if not self._waiting:
+                self._waiting_since = moment
+            if moment - self._waiting_since <= LOCK_PATIENCE:
+                self._wait(tick)
+                return
+            responses = [self._api.give_up()] * len(tick)
+        self._waiting = []
+        for (connection, head_only, keep_alive, _), response in zip(tick, responses):
+            if connection is not None:
+                connection.busy = False
+                self._answer(connection, response, now, head_only, keep_alive)
+        self._api.tidy()
+
+    def _run_calls(
+        self, calls: Sequence[Union[Claims, Act]], now: int
+    ) -> Optional[Sequence[Response]]:
+        try:
+            return self._api.run(calls, now)
+        except Exception:
+            log.exception("a tick failed")
+            return [refusal(Internal())] * len(calls)
+
+    def _wait(self, tick: List[Arrived]) -> None:
+        """Keep a tick for later. Its connections are not read meanwhile, and not hurried."""
+        self._waiting = tick
+        for connection, *_ in tick:
+            if connection is not None:
+                self._enter(connection, None, 0.0)
+                self._watch(connection, 0)
+
+    # Answers.
+
+    def _answer(
+        self,
+        connection: Connection,
+        response: Response,
+        now: int,
+        head_only: bool = False,
+        keep_alive: bool = True,
+    ) -> None:
+        """Send an answer, and get on with what the connection sends next, or close it."""
+        closes = not keep_alive or response.closes or self._stop_before is not None
+        connection.closing, connection.lingers = closes, response.closes
+        data = write_response(response, now // SECOND_MS, closes, head_only)
+        if self._send(connection, data):
+            self._answered(connection, time.monotonic(), now)
+
+    def _send(self, connection: Connection, data: bytes) -> bool:
+        """Send what the peer takes at once. True when that is all of it."""
+        try:
+            sent = connection.socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self._drop(connection)
+            return False
+        if sent == len(data):
+            return True
+        connection.output += data[sent:]
+        self._enter(connection, self._answers, time.monotonic())
+        self._watch(connection, selectors.EVENT_WRITE)
+        return False
+
+    def _flush(self, connection: Connection, moment: float, now: int) -> None:
+        data, connection.output = connection.output, b""
+        if not self._send(connection, data):
+            return
+        if connection.reader.is_in_body and not connection.closing:  # it was 100 Continue
+            self._enter(connection, self._bodies, moment)
+            self._watch(connection, selectors.EVENT_READ)
+        else:
+            self._answered(connection, moment, now)
+
+    def _answered(self, connection: Connection, moment: float, now: int) -> None:
+        """The peer has its answer: go on to its next request, or part."""
+        if connection.closing:
+            if connection.lingers or connection.reader.buffer:
+                self._start_lingering(connection, moment)
+            else:
+                self._drop(connection)
+            return
+        if connection.reader.buffer:
+            request = self._read(connection, b"", moment, now)
+            if request is not None:
+                self._make_ready(connection, request)
+                return
+            if connection.closing:
+                return
+        else:
+            self._enter(connection, self._idle, moment)
+        self._watch(connection, selectors.EVENT_READ)
+
+    def _make_ready(self, connection: Connection, request: Request) -> None:
+        """Put a request into the next tick."""
+        connection.busy = True
+        self._enter(connection, None, 0.0)
+        self._ready.append((connection, request))
+
+    # Connections.
+
+    def _accept(self, moment: float, now: int, most: int) -> None:
+        for _ in range(most):
+            if len(self._connections) >= self._connections_maximum and not self._evict():
+                self._pause_accepting(moment)
+                return
+            try:
+                peer, address = self.socket.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:  # gone before we came
+                continue
+            except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
+                log.warning("cannot accept a connection: %s", error.strerror)
+                if not self._evict():
+                    self._pause_accepting(moment)
+                    return
+                continue
+            self._welcome(peer, address[0], moment, now)
+
+    def _welcome(self, peer: socket.socket, address: str, moment: float, now: int) -> None:
+        """Often a new peer has sent its request already, and is never waited for."""
+        peer.setblocking(False)
+        connection = Connection(peer, address)
+        self._connections.add(connection)
+        request = self._receive(connection, moment, now)
+        if request is not None:
+            self._make_ready(connection, request)
+        elif connection in self._connections and connection.interest == 0:
+            if connection.phase is None:
+                self._enter(connection, self._heads, moment)
+            self._watch(connection, selectors.EVENT_READ)
+
+    def _evict(self) -> bool:
+        """Make room: the longest idle gives way, then the slowest head."""
+        connection = self._idle.first() or self._heads.first()
+        if connection is not None:
+            self._drop(connection)
+        return connection is not None
+
+    def _pause_accepting(self, moment: float) -> None:
+        """The listener would stay readable, and the loop would spin."""
+        self._accept_after = moment + ACCEPT_PAUSE
+        self._watch_listener(False)
+
+    def _watch_listener(self, watched: bool) -> None:
+        is_watched = self.socket in self._selector.get_map()
+        if watched and not is_watched:
+            self._selector.register(self.socket, selectors.EVENT_READ)
+        elif is_watched and not watched:
+            self._selector.unregister(self.socket)
+
+    def _enter(self, connection: Connection, phase: Optional[Deadlines], moment: float) -> None:
+        """Put a connection under a deadline, or under none."""
+        if connection.phase is not None and connection.phase is not phase:
+            connection.phase.stop(connection)
+        connection.phase = phase
+        if phase is not None:
+            phase.start(connection, moment)
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        if events == connection.interest:
+            return
+        if connection.interest == 0:
+            self._selector.register(connection.socket, events, connection)
+        elif events == 0:
+            self._selector.unregister(connection.socket)
+        else:
+            self._selector.modify(connection.socket, events, connection)
+        connection.interest = events
+
+    def _expire(self, moment: float, now: int) -> None:
+        """Part with those whose time is over."""
+        for deadlines in self._classes:
+            connection = deadlines.overdue(moment)
+            while connection is not None:
+                if deadlines is self._heads or deadlines is self._bodies:
+                    self._answer(connection, refusal(RequestTimeout()), now, keep_alive=False)
+                else:
+                    self._drop(connection)
+                connection = deadlines.overdue(moment)
+        if self._accept_after and moment >= self._accept_after and self._stop_before is None:
+            self._accept_after = 0.0
+            self._watch_listener(True)
+
+    def _start_lingering(self, connection: Connection, moment: float) -> None:
+        """Close our side, and take what the peer still sends: to close on unread bytes would
+        reset the connection, and the peer would lose the answer (RFC 9112 section 9.6)."""
+        try:
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(connection)
+            return
+        self._enter(connection, self._lingering, moment)
+        self._watch(connection, selectors.EVENT_READ)
+
+    def _linger(self, connection: Connection) -> None:
+        try:
+            if not connection.socket.recv(RECEIVE_SIZE):
+                self._drop(connection)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.remove(connection)
+        self._held -= connection.held
+        self._enter(connection, None, 0.0)
+        self._watch(connection, 0)
+        connection.socket.close()
+
+
+def fit_connections(wanted: int) -> int:
+    """Raise the soft limit of descriptors for so many connections; how many it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + DESCRIPTORS_SPARE
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return min(wanted, needed - DESCRIPTORS_SPARE)
+
+
+# 11. Command line
+#
+# What an operator types. A secret or a requested value stands alone on stdout, facts for people
+# go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. The only section that prints,
+# reads the environment, and knows the wall clock.
+
+EXIT_FAILED, EXIT_REFUSED = 1, 3
+
+DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
+DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
+
+# With the environment, an example of each option of serve: HOSTENROLL_PORT=8080.
+ENVIRONMENT_PREFIX = "HOSTENROLL_"
+
+
+def duration(text: str) -> int:
+    """Seconds, written 90s, 30m, 24h or 7d. Raises ArgumentTypeError."""
+    match = DURATION.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write 90s, 30m, 24h or 7d")
+    return int(match[1]) * DURATION_UNITS[match[2]]
+
+
+def duration_within(bounds: Tuple[int, int]) -> Callable[[str], int]:
+    """duration(), and within bounds, in seconds."""
+
+    def check(text: str) -> int:
+        seconds = duration(text)
+        if not bounds[0] <= seconds <= bounds[1]:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of bounds: {span(bounds[0])} to {span(bounds[1])}"
+            )
+        return seconds
+
+    return check
+
+
+def port_number(text: str) -> int:
+    """A TCP port; 0 takes a free one. Raises ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
+    return int(text)
+
+
+def label(text: str) -> Tuple[str, str]:
+    """key=value. Raises ArgumentTypeError."""
+    try:
+        return LABELS.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a label {error}") from None
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them headings, in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _print_document(document: Mapping[str, Any], as_json: bool) -> None:
+    """One thing: a line for each member, or JSON."""
+    if as_json:
+        _print_json(document)
+    else:
+        print(table([(f"{name}:", _cell(value)) for name, value in document.items()]))
+
+
+def _print_documents(
+    documents: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool
+) -> None:
+    """A list of things: a table of some columns, or JSON with all of them."""
+    if as_json:
+        _print_json(list(documents))
+    else:
+        cells = [[_cell(document[column]) for column in columns] for document in documents]
+        print(table([columns, *cells]))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={text}" for key, text in value.items()) or "-"
+    if isinstance(value, list):
+        return " ".join(value) or "-"
+    return "-" if value in (None, "") else str(value)
+
+
+class Session(NamedTuple):
+    """What a command works with: its arguments and the world around it."""
+
+    arguments: argparse.Namespace
+    clock: Callable[[], float]
+
+    def now(self) -> int:
+        """Unix time in milliseconds."""
+        return int(self.clock() * SECOND_MS)
+
+    def open(self, **options: Any) -> Registry:
+        """The registry that the arguments name."""
+        database = self.arguments.db
+        key_file = self.arguments.key_file or os.path.join(
+            os.path.dirname(database), "hostenroll.key"
+        )
+        return open_registry(database, key_file, self.now(), **options)
+
+    def ask(self, question: Callable[[Registry, Principal, int], Any], writes: bool) -> Any:
+        """One act on the registry, as the operator of this machine."""
+        registry = self.open()
+        try:
+            by = Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
+            return registry.perform(
+                Act(lambda now: question(registry, by, now), writes), self.now()
+            )
+        finally:
+            registry.close()
+
+
+def _user_name() -> str:
+    try:
+        return printable(getpass.getuser())
+    except (KeyError, OSError):  # no such user in this container
+        return str(os.getuid())
+
+
+def _number(text: str) -> int:
+    number = read_id(text)
+    return -1 if number is None else number
+
+
+def _run_serve(session: Session) -> int:
+    arguments = session.arguments
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    registry = session.open(
+        init=arguments.init,
+        interval=arguments.heartbeat_interval,
+        credential_ttl=arguments.credential_ttl,
+    )
+    try:
+        with _listen(session, registry) as server:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, server.stop)
+            start = Act(lambda now: registry.start_service(server.url, now))
+            registry.perform(start, session.now())
+            _greet(server)
+            server.serve_forever()
+    finally:
+        registry.close()
+    return 0
+
+
+def _listen(session: Session, registry: Registry) -> Server:
+    arguments = session.arguments
+    connections = fit_connections(CONNECTIONS_MAXIMUM)
+    if connections < CONNECTIONS_MAXIMUM:
+        log.warning("the limit of open files allows %d connections: ulimit -Hn", connections)
+    try:
+        return Server(
+            Api(registry),
+            arguments.host,
+            arguments.port,
+            clock=session.clock,
+            connections=connections,
+        )
+    except (OSError, OverflowError) as error:
+        raise OperatorError(
+            f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose another "
+            "with --host and --port"
+        ) from error
+
+
+def _greet(server: Server) -> None:
+    if server.is_exposed:
+        log.warning("other machines can connect, and without TLS they send secrets in the clear")
+    _say(
+        f"hostenroll {__version__} listens on {server.url}",
+        "next, in another terminal: python3 hostenroll.py mint-token",
+    )
+
+
+def _run_mint_token(session: Session) -> int:
+    arguments = session.arguments
+    values: Dict[str, Any] = {"ttlSeconds": arguments.ttl, "maxUses": arguments.max_uses}
+    optional = {
+        "organizationId": arguments.org,
+        "hostname": arguments.hostname,
+        "description": arguments.description,
+        "labels": dict(arguments.label),
+    }
+    values.update({name: value for name, value in optional.items() if value})
+    order = token_order(MINT_BODY.check(values))
+
+    def mint(registry: Registry, by: Principal, now: int) -> Tuple[TokenView, str, Optional[str]]:
+        return (*registry.mint(by, order, now), registry.public_url())
+
+    return _show_minted(session, *session.ask(mint, writes=True))
+
+
+def _show_minted(session: Session, view: TokenView, text: str, url: Optional[str]) -> int:
+    document = token_document(view, text)
+    if session.arguments.json:
+        _print_json(document)
+        return 0
+    uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
+    command = ENROLL_COMMAND.substitute(
+        token=text, url=url or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+    )
+    print(text, flush=True)
+    _say(
+        f"token {document['id']} of {document['organizationId']}: {uses}, "
+        f"until {document['expiresAt']}",
+        "enroll with it, on the host:",
+        command,
+    )
+    return 0
+
+
+def _run_list_tokens(session: Session) -> int:
+    arguments = session.arguments
+    query = TokenQuery(organization=arguments.org, state=arguments.state, limit=PAGE_MAXIMUM)
+    documents = _all_pages(session, Registry.tokens, query, token_document)
+    columns = ("id", "organizationId", "state", "uses", "maxUses", "expiresAt", "description")
+    _print_documents(documents, columns, arguments.json)
+    return 0
+
+
+def _all_pages(
+    session: Session,
+    turn: Callable[[Registry, Principal, Any, int], Page],
+    query: Any,
+    document: Callable[[Any], Document],
+) -> List[Document]:
+    """A whole list, a page in each transaction."""
+    documents: List[Document] = []
+    page = Page([], query.before)
+    while page.next is not None:
+        part = query._replace(before=page.next)
+        page = session.ask(partial(_turn_page, turn, part), writes=False)
+        documents += [document(item) for item in page.items]
+    return documents
+
+
+def _turn_page(
+    turn: Callable[[Registry, Principal, Any, int], Page],
+    query: Any,
+    registry: Registry,
+    by: Principal,
+    now: int,
+) -> Page:
+    return turn(registry, by, query, now)
+
+
+def _run_show_token(session: Session) -> int:
+    number = _number(session.arguments.id)
+    view = session.ask(lambda r, by, now: r.token(by, number, now), writes=False)
+    _print_document(token_document(view), session.arguments.json)
+    return 0
+
+
+def _run_revoke_token(session: Session) -> int:
+    number = _number(session.arguments.id)
+    session.ask(lambda r, by, now: r.revoke_token(by, number, now), writes=True)
+    _say(f"token {session.arguments.id} is revoked; the hosts that it let in stay")
+    return 0
+
+
+def _run_list_hosts(session: Session) -> int:
+    arguments = session.arguments
+    query = HostQuery(
+        arguments.org, arguments.status, arguments.label, arguments.q, limit=PAGE_MAXIMUM
+    )
+    documents = _all_pages(session, Registry.hosts, query, host_document)
+    columns = ("id", "organizationId", "name", "status", "lastSeen", "hostname", "labels")
+    _print_documents(documents, columns, arguments.json)
+    return 0
+
+
+def _run_show_host(session: Session) -> int:
+    number = _number(session.arguments.id)
+    view = session.ask(lambda r, by, now: r.host(by, number, now), writes=False)
+    _print_document(host_document(view), session.arguments.json)
+    return 0
+
+
+def _run_edit_host(session: Session) -> int:
+    arguments = session.arguments
+    changes: Dict[str, Any] = {}
+    if arguments.name is not None:
+        changes["name"] = arguments.name
+    if arguments.label:
+        changes["labels"] = dict(arguments.label)
+    EDIT_BODY.check(changes)
+    number = _number(arguments.id)
+    view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
+    _print_document(host_document(view), arguments.json)
+    return 0
+
+
+def _run_revoke_host(session: Session) -> int:
+    number = _number(session.arguments.id)
+    session.ask(lambda r, by, now: r.revoke_host(by, number, now), writes=True)
+    _say(f"host {session.arguments.id} is shut out; restore-host lets it in again")
+    return 0
+
+
+def _run_restore_host(session: Session) -> int:
+    number = _number(session.arguments.id)
+    session.ask(lambda r, by, now: r.restore_host(by, number, now), writes=True)
+    _say(f"host {session.arguments.id} is let in again")
+    return 0
+
+
+def _run_delete_host(session: Session) -> int:
+    number = _number(session.arguments.id)
+    session.ask(lambda r, by, now: r.delete_host(by, number, now), writes=True)
+    _say(f"host {session.arguments.id} is gone; the machine must enroll anew")
+    return 0
+
+
+def _run_reenroll_host(session: Session) -> int:
+    arguments = session.arguments
+    order = token_order(REENROLL_BODY.check({"ttlSeconds": arguments.ttl}))
+    number = _number(arguments.id)
+
+    def mint(registry: Registry, by: Principal, now: int) -> Tuple[TokenView, str, Optional[str]]:
+        return (*registry.reenroll(by, number, order, now), registry.public_url())
+
+    return _show_minted(session, *session.ask(mint, writes=True))
+
+
+def _run_add_org(session: Session) -> int:
+    try:
+        name = SLUG.check(session.arguments.name)
+    except ValueError as error:
+        raise OperatorError(f"an organization's name {error}") from None
+    session.ask(lambda r, by, now: r.add_organization(name, now), writes=True)
+    _say(f"organization {name} is there: mint-token --org {name}")
+    return 0
+
+
+def _run_list_orgs(session: Session) -> int:
+    organizations = session.ask(lambda r, by, now: r.organizations(), writes=False)
+    documents = [organization_document(organization) for organization in organizations]
+    _print_documents(documents, ("id", "createdAt"), session.arguments.json)
+    return 0
+
+
+def _run_mint_api_key(session: Session) -> int:
+    arguments = session.arguments
+    organization = ALL_ORGANIZATIONS if arguments.all_orgs else arguments.org
+    description = DESCRIPTION.check(arguments.description)
+
+    def mint(registry: Registry, by: Principal, now: int) -> Tuple[ApiKey, str]:
+        return registry.mint_api_key(by, organization, arguments.role, description, now)
+
+    key, text = session.ask(mint, writes=True)
+    if arguments.json:
+        _print_json(api_key_document(key, text))
+        return 0
+    print(text, flush=True)
+    _say(f"API key {id_text(key.id)}: {key.role} of {key.organization_id or 'all organizations'}")
+    return 0
+
+
+def _run_list_api_keys(session: Session) -> int:
+    keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
+    columns = ("id", "organizationId", "role", "createdAt", "revokedAt", "description")
+    _print_documents([api_key_document(key) for key in keys], columns, session.arguments.json)
+    return 0
+
+
+def _run_revoke_api_key(session: Session) -> int:
+    number = _number(session.arguments.id)
+    session.ask(lambda r, by, now: r.revoke_api_key(number, now), writes=True)
+    _say(f"API key {session.arguments.id} is revoked")
+    return 0
+
+
+def _run_schema(session: Session) -> int:
+    print(SCHEMA, end="")
+    return 0
+
+
+class Argument:
+    """One argument of a command, as argparse takes it."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        self.names = names
+        self.options = options
+
+
+JSON_OPTION = Argument("--json", action="store_true", help="print JSON, in the API's shapes")
+ORG_OPTION = Argument("--org", metavar="NAME", help="only this organization")
+STORE_OPTIONS = (
+    Argument("--db", default=DEFAULT_DATABASE, metavar="FILE", help="the database (%(default)s)"),
+    Argument("--key-file", metavar="FILE", help="the keys (hostenroll.key beside the database)"),
+)
+SERVE_OPTIONS = (
+    Argument("--host", default=DEFAULT_HOST, help="the address to listen on (%(default)s)"),
+    Argument(
+        "--port",
+        type=port_number,
+        default=str(DEFAULT_PORT),
+        help="the port to listen on, 0 for a free one (%(default)s)",
+    ),
+    Argument(
+        "--heartbeat-interval",
+        type=duration_within(HEARTBEAT_INTERVAL_RANGE),
+        default=f"{HEARTBEAT_INTERVAL}s",
+        metavar="TIME",
+        help="how often hosts are to beat (%(default)s)",
+    ),
+    Argument(
+        "--credential-ttl",
+        type=duration_within(CREDENTIAL_TTL_RANGE),
+        metavar="TIME",
+        help="how long credentials live, and are renewed in time (for ever)",
+    ),
+    Argument(
+        "--init",
+        action="store_true",
+        help="make what is missing of database and key file, though the other is there",
+    ),
+)
+
+
+class Command(NamedTuple):
+    """One command: what it does, an example, and what it takes."""
+
+    name: str
+    summary: str
+    example: str
+    run: Callable[[Session], int]
+    arguments: Sequence[Argument] = ()
+    uses_store: bool = True
+
+
+def _by_id(name: str, summary: str, run: Callable[[Session], int], *more: Argument) -> Command:
+    arguments = (Argument("id", metavar="ID"), *more)
+    return Command(name, summary, f"{name} 0ca4f1b28e3d7a95", run, arguments)
+
+
+COMMANDS = (
+    Command(
+        "serve",
+        "answer agents and operators over HTTP",
+        "serve --host 127.0.0.1 --port 8080",
+        _run_serve,
+        SERVE_OPTIONS,
+    ),
+    Command(
+        "mint-token",
+        "make an enrollment token",
+        "mint-token --ttl 30m --label rack=b4",
+        _run_mint_token,
+        (
+            Argument("--org", metavar="NAME", help="whose hosts it lets in (default)"),
+            Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
+            Argument("--max-uses", type=int, default=1, metavar="N", help="(%(default)s)"),
+            Argument("--hostname", metavar="H", help="bind it to the host of this name"),
+            Argument("--description", metavar="TEXT", help="what it is for"),
+            Argument(
+                "--label",
+                type=label,
+                action="append",
+                default=[],
+                metavar="K=V",
+                help="given to the hosts that come in by it; repeatable",
+            ),
+            JSON_OPTION,
+        ),
+    ),
+    Command(
+        "list-tokens",
+        "list tokens, the newest first",
+        "list-tokens --state valid",
+        _run_list_tokens,
+        (ORG_OPTION, Argument("--state", choices=TOKEN_STATES), JSON_OPTION),
+    ),
+    _by_id("show-token", "show a token and who came in by it", _run_show_token, JSON_OPTION),
+    _by_id("revoke-token", "make a token useless", _run_revoke_token),
+    Command(
+        "list-hosts",
+        "list hosts, the newest first",
+        "list-hosts --status offline --label rack=b4",
+        _run_list_hosts,
+        (
+            ORG_OPTION,
+            Argument("--status", choices=STATUSES),
+            Argument("--label", type=label, action="append", default=[], metavar="K=V"),
+            Argument("--q", default="", metavar="TEXT", help="a part of name, hostname or id"),
+            JSON_OPTION,
+        ),
+    ),
+    _by_id("show-host", "show a host and why it has its status", _run_show_host, JSON_OPTION),
+    _by_id(
+        "edit-host",
+        "name or label a host",
+        _run_edit_host,
+        Argument("--name"),
+        Argument(
+            "--label",
+            type=label,
+            action="append",
+            default=[],
+            metavar="K=V",
+            help="the labels it is to have; repeatable",
+        ),
+        JSON_OPTION,
+    ),
+    _by_id("revoke-host", "shut a host out until restored", _run_revoke_host),
+    _by_id("restore-host", "let a revoked host in again", _run_restore_host),
+    _by_id("delete-host", "remove a host; it must enroll anew", _run_delete_host),
+    _by_id(
+        "reenroll-host",
+        "make a token that gives a host a new credential",
+        _run_reenroll_host,
+        Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
+        JSON_OPTION,
+    ),
+    Command("add-org", "add an organization", "add-org berlin", _run_add_org, (Argument("name"),)),
+    Command("list-orgs", "list organizations", "list-orgs", _run_list_orgs, (JSON_OPTION,)),
+    Command(
+        "mint-api-key",
+        "make a key for the user API",
+        "mint-api-key --org berlin --role viewer",
+        _run_mint_api_key,
+        (
+            Argument("--org", default=DEFAULT_ORGANIZATION, metavar="NAME", help="(%(default)s)"),
+            Argument("--all-orgs", action="store_true", help="for all organizations"),
+            Argument("--role", choices=("admin", "viewer"), default="admin", help="(%(default)s)"),
+            Argument("--description", default="", metavar="TEXT"),
+            JSON_OPTION,
+        ),
+    ),
+    Command("list-api-keys", "list API keys", "list-api-keys", _run_list_api_keys, (JSON_OPTION,)),
+    _by_id("revoke-api-key", "make an API key useless", _run_revoke_api_key),
+    Command("schema", "print the database's schema", "schema", _run_schema, uses_store=False),
+)
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hostenroll",
+        description="Decides who may join a fleet of machines, and knows which are alive.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hostenroll {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"example: hostenroll.py {command.example}",
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=command.run)
+        for argument in (*command.arguments, *(STORE_OPTIONS if command.uses_store else ())):
+            sub.add_argument(*argument.names, **argument.options)
+            if argument in STORE_OPTIONS or argument in SERVE_OPTIONS:
+                _take_default(sub, argument, environment)
+    return parser
+
+
+def _take_default(
+    parser: argparse.ArgumentParser, argument: Argument, environment: Mapping[str, str]
+) -> None:
+    """HOSTENROLL_<OPTION> in the environment stands in for --<option>."""
+    name = argument.names[0].lstrip("-").replace("-", "_")
+    text = environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")
+    if text:
+        is_flag = argument.options.get("action") == "store_true"
+        parser.set_defaults(**{name: text not in ("0", "no", "false") if is_flag else text})
+
+
+def main(
+    argv: Optional[Sequence[str]] = None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    clock: Callable[[], float] = time.time,
+) -> int:
+    """Run one command; its exit status."""
+    arguments = _parser(environment).parse_args(argv)
+    try:
+        return int(arguments.run(Session(arguments, clock)))
+    except StorageUnavailable as problem:
+        _say(f"hostenroll: {problem.__cause__ or problem.detail}")
+        return EXIT_FAILED
+    except Problem as problem:
+        said = "; ".join(f"{field} {detail}" for field, detail in problem.errors)
+        _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}")
+        return EXIT_REFUSED
+    except (OperatorError, OSError) as error:
+        _say(f"hostenroll: {error}")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+-- hostenroll's database. Times are Unix milliseconds unless a comment says otherwise.
+-- Ids are integers here and 16 hexadecimal digits everywhere else.
+
+PRAGMA application_id = 0x686F7374;
+PRAGMA user_version = 1;
+
+CREATE TABLE organization (
+    -- Whose a host, a token or an API key is.
+    id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
+    created_at  INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE api_key (
+    -- What lets a person or a script use the user API.
+    id               INTEGER PRIMARY KEY,
+    secret_hash      BLOB    NOT NULL,  -- SHA-256 of the key's text
+    organization_id  TEXT    REFERENCES organization (id),  -- NULL: all of them
+    role             TEXT    NOT NULL CHECK (role IN ('admin', 'viewer')),
+    description      TEXT    NOT NULL,
+    created_at       INTEGER NOT NULL,
+    created_by       TEXT    NOT NULL,
+    revoked_at       INTEGER
+);
+
+CREATE TABLE token (
+    -- What lets hosts in. Rows stay when they are used up, expired or revoked.
+    id               INTEGER PRIMARY KEY,
+    secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
+    organization_id  TEXT    NOT NULL REFERENCES organization (id),
+    description      TEXT    NOT NULL,
+    hostname         TEXT,              -- bound to this hostname, where there is one
+    host_id          INTEGER,           -- bound to this host: a re-enroll token
+    labels           TEXT    NOT NULL,  -- a JSON object of strings, given to the host
+    max_uses         INTEGER NOT NULL CHECK (max_uses >= 1),
+    uses             INTEGER NOT NULL DEFAULT 0 CHECK (uses BETWEEN 0 AND max_uses),
+    created_at       INTEGER NOT NULL,
+    created_by       TEXT    NOT NULL,
+    expires_at       INTEGER NOT NULL,
+    used_at          INTEGER,           -- the last use
+    used_from        TEXT,              -- the address of the last use
+    revoked_at       INTEGER
+);
+CREATE INDEX token_organization ON token (organization_id);
+CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
+
+CREATE TABLE host (
+    -- A machine that has enrolled. What changes with each beat stands in heartbeat.
+    id               INTEGER PRIMARY KEY,
+    organization_id  TEXT    NOT NULL REFERENCES organization (id),
+    name             TEXT    NOT NULL,
+    hostname         TEXT    NOT NULL,
+    bound            INTEGER NOT NULL,  -- 1: the token named the hostname, no beat changes it
+    os               TEXT    NOT NULL,
+    architecture     TEXT    NOT NULL,
+    docker_version   TEXT    NOT NULL,
+    labels           TEXT    NOT NULL,  -- a JSON object of strings
+    issued           INTEGER NOT NULL,  -- the highest serial issued
+    enrolled_at      INTEGER NOT NULL,
+    revoked_at       INTEGER,
+    token_id         INTEGER NOT NULL,  -- the token that it last came in by; may be pruned
+    admitted         INTEGER NOT NULL,  -- the serial that was issued for that token
+    admitted_at      INTEGER NOT NULL,
+    idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
+);
+CREATE INDEX host_organization ON host (organization_id);
+CREATE UNIQUE INDEX host_token ON host (token_id, idempotency);
+
+CREATE TABLE signing_key (
+    -- The keys of the key file by name, never the keys themselves.
+    number      INTEGER PRIMARY KEY,
+    kid         TEXT    NOT NULL UNIQUE,
+    created_at  INTEGER NOT NULL
+);
+
+CREATE TABLE heartbeat (
+    -- One narrow row for each host: all that a heartbeat reads and writes.
+    host_id    INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen  INTEGER NOT NULL,  -- 0: never
+    serial     INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
+    key        INTEGER NOT NULL,  -- signing_key.number of the credential last seen
+    active     INTEGER NOT NULL   -- 0: revoked
+);
+
+CREATE TABLE service (
+    -- One row: what the servers on this database say of themselves, for whoever reads status.
+    id              INTEGER PRIMARY KEY CHECK (id = 1),
+    started         INTEGER NOT NULL,  -- when service began again after the last pause
+    alive           INTEGER NOT NULL,  -- when a server last said that it lives
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
+    public_url      TEXT    NOT NULL   -- where agents find the server
+);
