@@ -178,6 +178,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 DEFAULT_DATABASE = "hostenroll.db"
 
 log = logging.getLogger("hostenroll")
+log.addHandler(logging.NullHandler())  # commands say what went wrong themselves, once
 
 T = TypeVar("T")
 
@@ -2786,7 +2787,7 @@ def write_response(response: Response, seconds: int, closes: bool, head_only: bo
 
 # printf is part of the shell: the token is in no process's arguments, where ps would show it.
 ENROLL_COMMAND = string.Template(
-    """printf '{"token":"%s","hostname":"%s"}' $token "$$(hostname)" |
+    """printf '{"token":"%s","hostname":"%s"}' $token "$$(uname -n)" |
   curl -sS $url/api/agent/enroll -d @-"""
 )
 
@@ -3223,7 +3224,7 @@ def allow(methods: Methods) -> Tuple[Tuple[str, str], ...]:
     return (("Allow", ", ".join([*methods, "OPTIONS"])),)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # a path may be 16 KiB long
 def find_route(method: str, path: str) -> Tuple[Route, str]:
     """The route of a request, and the id in its path. Raises NotFound, MethodNotAllowed,
     UnknownMethod."""
@@ -3476,7 +3477,7 @@ class Server(HTTPServer):
         """Turn until stop() has been called and nobody is owed an answer."""
         listening = True
         while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
-            self._turn()
+            self._turn(self._patience())
             if self._stop_before is not None and listening:
                 listening = False
                 self._stop_listening()
@@ -3487,7 +3488,7 @@ class Server(HTTPServer):
             self._welcome(connection)
         self._watch_listener(False)
         self.socket.close()
-        self._turn()  # reads what has arrived
+        self._turn(0)  # reads what has arrived
         for connection in list(self._connections):
             if not (connection.busy or connection.held or connection.output):
                 self._drop(connection)
@@ -3503,8 +3504,8 @@ class Server(HTTPServer):
 
     # One turn.
 
-    def _turn(self) -> None:
-        events = self._selector.select(self._patience())
+    def _turn(self, patience: float) -> None:
+        events = self._selector.select(patience)
         self._moment = time.monotonic()
         self._now = int(self._clock() * SECOND_MS)
         ready, self._ready = self._ready, []
@@ -3838,7 +3839,7 @@ def fit_connections(wanted: int) -> int:
         needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return min(wanted, needed - DESCRIPTORS_SPARE)
+    return max(1, min(wanted, needed - DESCRIPTORS_SPARE))
 
 
 # 11. Command line
@@ -3977,6 +3978,27 @@ def _number(text: str) -> int:
     return -1 if number is None else number
 
 
+def _shed_syntax_tree() -> None:
+    """Start over, as this process, with this file run by runpy. Python keeps the syntax tree of
+    its main script for as long as that runs, a quarter of an idle server's memory; what runpy
+    compiles, it lets go of. Before Python 3.10 nobody knows the interpreter's own options: there
+    it stays."""
+    again = "import runpy, sys; del sys.argv[0]; sys.exit(runpy.run_path(sys.argv[0])['main']())"
+    started = getattr(sys, "orig_argv", [])
+    if sys.executable and sys.argv[1:2] == ["serve"] and len(started) > len(sys.argv):
+        options = started[1 : len(started) - len(sys.argv)]
+        os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
+
+
+def _trim_memory() -> None:
+    """Give back what it took to compile this file: the C library keeps it otherwise. Where that
+    is not glibc, it stays."""
+    with suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _run_serve(session: Session) -> int:
     arguments = session.arguments
     logging.basicConfig(
@@ -3994,6 +4016,7 @@ def _run_serve(session: Session) -> int:
             start = Act(lambda now: registry.start_service(server.url, now))
             registry.perform(start, session.now())
             _greet(server)
+            _trim_memory()
             server.serve_forever()
     finally:
         registry.close()
@@ -4448,4 +4471,5 @@ def main(
 
 
 if __name__ == "__main__":
+    _shed_syntax_tree()
     sys.exit(main())
