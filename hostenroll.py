@@ -106,7 +106,7 @@ from urllib.parse import parse_qsl, quote
 # 1. Limits
 #
 # Every number stands here, with its unit and its reason. Times in milliseconds where the name
-# ends in _MS, else in seconds; sizes in bytes.
+# ends in _MS, else in seconds; sizes in bytes. Below them, how times and ids are written.
 
 __version__ = "0.1.0"
 
@@ -190,6 +190,19 @@ def rfc3339(milliseconds: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:03d}Z"
 
 
+ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
+
+
+def id_text(number: int) -> str:
+    """An id as the world sees it: 16 hexadecimal digits."""
+    return f"{number:016x}"
+
+
+def read_id(text: str) -> Optional[int]:
+    """The number of an id, or None for what cannot be one."""
+    return int(text, 16) if ID.fullmatch(text) else None
+
+
 def span(seconds: float) -> str:
     """A duration for people: 95 s, 12 min, 3 h, 8 d."""
     for size, unit in ((2 * DAY, "d"), (2 * HOUR, "h"), (10 * MINUTE, "min")):
@@ -266,6 +279,8 @@ class Internal(Problem):
 
 
 class MalformedRequest(Problem):
+    """Bytes that cannot be framed, or read, as HTTP/1.1: RFC 9112 sections 2.2, 5 and 6.3."""
+
     status = 400
     code = "malformed-request"
     title = "The message is not HTTP/1.1 as we read it"
@@ -274,6 +289,8 @@ class MalformedRequest(Problem):
 
 
 class RequestTimeout(MalformedRequest):
+    """A head or a body that came too slowly: RFC 9110 section 15.5.9."""
+
     status = 408
     code = "request-timeout"
     title = "The request did not arrive in time"
@@ -281,6 +298,8 @@ class RequestTimeout(MalformedRequest):
 
 
 class BodyTooLarge(MalformedRequest):
+    """More content than we read: RFC 9110 section 15.5.14."""
+
     status = 413
     code = "body-too-large"
     title = "The body is too large"
@@ -288,6 +307,8 @@ class BodyTooLarge(MalformedRequest):
 
 
 class HeadTooLarge(MalformedRequest):
+    """More fields, or longer ones, than we read: RFC 6585 section 5."""
+
     status = 431
     code = "head-too-large"
     title = "The request line and header fields are too large"
@@ -295,6 +316,8 @@ class HeadTooLarge(MalformedRequest):
 
 
 class UnknownTransferCoding(MalformedRequest):
+    """Any transfer coding but chunked: RFC 9112 section 6.1."""
+
     status = 501
     code = "not-implemented"
     title = "The transfer coding or method is not implemented"
@@ -302,6 +325,8 @@ class UnknownTransferCoding(MalformedRequest):
 
 
 class HttpVersion(MalformedRequest):
+    """A major version other than 1: RFC 9110 section 15.6.6."""
+
     status = 505
     code = "http-version"
     title = "The HTTP version is not supported"
@@ -309,6 +334,8 @@ class HttpVersion(MalformedRequest):
 
 
 class ExpectationFailed(MalformedRequest):
+    """An expectation other than 100-continue: RFC 9110 section 10.1.1."""
+
     status = 417
     code = "expectation-failed"
     title = "The expectation cannot be met"
@@ -316,10 +343,14 @@ class ExpectationFailed(MalformedRequest):
 
 
 class UnknownMethod(UnknownTransferCoding):
+    """A method that no route has: RFC 9110 section 9.1. The message itself is read."""
+
     closes = False
 
 
 class InvalidBody(Problem):
+    """Content that is not the JSON, or not the shape, that the route takes."""
+
     status = 400
     code = "invalid-body"
     title = "The body is not what is asked for"
@@ -327,6 +358,8 @@ class InvalidBody(Problem):
 
 
 class InvalidQuery(Problem):
+    """A query that is not what the route takes."""
+
     status = 400
     code = "invalid-query"
     title = "The query is not what is asked for"
@@ -341,30 +374,40 @@ class Unauthorized(Problem):
 
 
 class TokenUnknown(Unauthorized):
+    """A token that was never minted, or whose secret is wrong."""
+
     code = "token-unknown"
     title = "The token is not known"
     remedy = "Get a new token from the operator: mint-token."
 
 
 class TokenExpired(Unauthorized):
+    """Told, as the next two, only to a caller who has proved the secret."""
+
     code = "token-expired"
     title = "The token has expired"
     remedy = "Get a new token from the operator: mint-token."
 
 
 class TokenRevoked(Unauthorized):
+    """An operator took the token back, or deleted the host that it was bound to."""
+
     code = "token-revoked"
     title = "The token has been revoked"
     remedy = "Get a new token from the operator: mint-token."
 
 
 class TokenUsed(Unauthorized):
+    """No uses are left, whatever became of the hosts that came in by it."""
+
     code = "token-used"
     title = "The token has been used"
     remedy = "A token lets in as many hosts as it was minted for. Get a new one: mint-token."
 
 
 class CredentialMissing(Unauthorized):
+    """No Authorization of the scheme Bearer: RFC 6750 section 3."""
+
     code = "credential-missing"
     title = "There is no credential"
     remedy = "Send the credential from enrollment as Authorization: Bearer <credential>."
@@ -372,18 +415,24 @@ class CredentialMissing(Unauthorized):
 
 
 class CredentialInvalid(Unauthorized):
+    """Not signed by a key that we hold, or not as we would have written it."""
+
     code = "credential-invalid"
     title = "The credential is not one of ours"
     remedy = "Get a re-enroll token from the operator; until then ask again hourly."
 
 
 class CredentialExpired(Unauthorized):
+    """Past its exp (RFC 7519 section 4.1.4) and the days of grace after it."""
+
     code = "credential-expired"
     title = "The credential has expired"
     remedy = "Get a re-enroll token from the operator; until then ask again hourly."
 
 
 class CredentialSuperseded(Unauthorized):
+    """Its serial is below one that has been seen."""
+
     code = "credential-superseded"
     title = "A newer credential of this host is in use"
     remedy = (
@@ -393,12 +442,16 @@ class CredentialSuperseded(Unauthorized):
 
 
 class ApiKeyInvalid(Unauthorized):
+    """No API key, or one that is unknown or revoked."""
+
     code = "api-key-invalid"
     title = "The API key is missing or not valid"
     remedy = "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one."
 
 
 class Forbidden(Problem):
+    """The API key is good, and its role does not suffice."""
+
     status = 403
     code = "forbidden"
     title = "The API key may not do this"
@@ -406,6 +459,8 @@ class Forbidden(Problem):
 
 
 class TokenHostMismatch(Problem):
+    """A guard against mistakes, not a proof: a machine says its own name."""
+
     status = 403
     code = "token-host-mismatch"
     title = "The token is bound to another hostname"
@@ -413,6 +468,8 @@ class TokenHostMismatch(Problem):
 
 
 class HostRevoked(Problem):
+    """The host is shut out, and its row stays."""
+
     status = 403
     code = "host-revoked"
     title = "The host has been revoked"
@@ -420,6 +477,8 @@ class HostRevoked(Problem):
 
 
 class NotFound(Problem):
+    """No such path, or no such object in what the caller may see."""
+
     status = 404
     code = "not-found"
     title = "There is no such thing here"
@@ -427,6 +486,8 @@ class NotFound(Problem):
 
 
 class MethodNotAllowed(Problem):
+    """A method that other paths have: RFC 9110 section 15.5.6."""
+
     status = 405
     code = "method-not-allowed"
     title = "The method does not go with this path"
@@ -434,6 +495,8 @@ class MethodNotAllowed(Problem):
 
 
 class Conflict(Problem):
+    """What is to be made exists."""
+
     status = 409
     code = "conflict"
     title = "It exists already"
@@ -441,6 +504,8 @@ class Conflict(Problem):
 
 
 class HostUnknown(Problem):
+    """The credential is good, and its host has been deleted."""
+
     status = 410
     code = "host-unknown"
     title = "The host is gone"
@@ -448,6 +513,8 @@ class HostUnknown(Problem):
 
 
 class Overloaded(Problem):
+    """All unfinished requests together hold too much memory."""
+
     status = 503
     code = "overloaded"
     title = "The server has too much in hand"
@@ -456,6 +523,8 @@ class Overloaded(Problem):
 
 
 class StorageUnavailable(Problem):
+    """The database failed, or another writer has had it for too long."""
+
     status = 503
     code = "storage-unavailable"
     title = "The database cannot be used now"
@@ -732,7 +801,6 @@ def read_json(body: bytes) -> Any:
 # (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518, section 3.2).
 
 ID_EPOCH = 1_577_836_800  # 2020-01-01, in Unix seconds: ids begin with the time since
-ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
 
 
 def new_id(now: int) -> int:
@@ -743,16 +811,6 @@ def new_id(now: int) -> int:
     """
     seconds = max(0, now // SECOND_MS - ID_EPOCH) & 0x7FFFFFFF
     return seconds << 32 | secrets.randbits(32)
-
-
-def id_text(number: int) -> str:
-    """An id as the world sees it: 16 hexadecimal digits."""
-    return f"{number:016x}"
-
-
-def read_id(text: str) -> Optional[int]:
-    """The number of an id, or None for what cannot be one."""
-    return int(text, 16) if ID.fullmatch(text) else None
 
 
 class Secret(NamedTuple):
@@ -1640,6 +1698,9 @@ class Act(NamedTuple):
     durable: bool = True
 
 
+Work = Union[Claims, Act]  # what a tick runs: a plain heartbeat by its claims, or an act
+
+
 class TokenOrder(NamedTuple):
     """What a token is to be."""
 
@@ -1802,33 +1863,33 @@ class Registry:
 
     # Ticks.
 
-    def tick(
-        self, beats: Sequence[Claims], acts: Sequence[Act], now: int
-    ) -> Optional[Tuple[List[Any], List[Any]]]:
-        """Plain heartbeats and acts in one transaction. Gives what each comes to, a value or a
-        Problem, when all of it is committed; None when another writer is at work: ask again, or
-        give_up().
+    def tick(self, work: Sequence[Work], now: int) -> Optional[List[Any]]:
+        """Heartbeats and acts in one transaction. What each comes to, a value or a Problem, when
+        all of it is committed; None when another writer is at work: ask again, or give_up().
 
         If the transaction dies, so does every answer, also those of reads: they may have seen
         rows that are gone now.
         """
+        beats = [claims for claims in work if isinstance(claims, Claims)]
+        acts = [act for act in work if isinstance(act, Act)]
         writes = bool(beats) or any(act.writes for act in acts)
         durable = any(act.durable for act in acts)
         try:
             if not self._store.begin(writes, durable):
                 return None
-            beaten = self._beat_all(beats, now) if beats else []
-            done = [self._perform(act, now) for act in acts]
+            beaten = iter(self._beat_all(beats, now) if beats else ())
+            outcomes = [
+                self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work
+            ]
             self._store.commit()
         except StoreError as error:
             self._store.abandon()
-            problem = self._unavailable(error)
-            return [problem] * len(beats), [problem] * len(acts)
+            return [self._unavailable(error)] * len(work)
         except BaseException:
             self._store.abandon()
             raise
         self._trouble = ""
-        return beaten, done
+        return outcomes
 
     def _perform(self, act: Act, now: int) -> Any:
         if act.writes:
@@ -1859,13 +1920,13 @@ class Registry:
     def perform(self, act: Act, now: int) -> Any:
         """A tick of one act, waiting for other writers. Raises the Problem that it comes to."""
         deadline = time.monotonic() + LOCK_PATIENCE
-        outcome = self.tick([], [act], now)
-        while outcome is None:
+        outcomes = self.tick([act], now)
+        while outcomes is None:
             if time.monotonic() > deadline:
                 raise self.give_up()
             time.sleep(LOCK_POLL)
-            outcome = self.tick([], [act], now)
-        result = outcome[1][0]
+            outcomes = self.tick([act], now)
+        result = outcomes[0]
         if isinstance(result, Problem):
             raise result
         return result
@@ -2896,25 +2957,6 @@ def host_document(view: HostView) -> Document:
     }
 
 
-def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
-    """ApiKey; with its text only in the answer that mints it."""
-    document = {
-        "id": id_text(key.id),
-        "organizationId": key.organization_id,
-        "role": key.role,
-        "description": key.description,
-        "createdAt": rfc3339(key.created_at),
-        "createdBy": key.created_by,
-        "revokedAt": _moment(key.revoked_at),
-    }
-    return document if text is None else {**document, "apiKey": text}
-
-
-def organization_document(organization: Organization) -> Document:
-    """Organization."""
-    return {"id": organization.id, "createdAt": rfc3339(organization.created_at)}
-
-
 def page_document(name: str, page: Page, document: Callable[[Any], Document]) -> Document:
     """A part of a list under its name, and nextCursor."""
     cursor = None if page.next is None else id_text(page.next)
@@ -3031,7 +3073,8 @@ class Admission(NamedTuple):
     now: int
 
 
-Admitted = Union[Response, Claims, Act]  # an answer, a plain heartbeat, or an act
+Pending = Work  # a request that waits for the tick
+Admitted = Union[Response, Pending]
 
 
 def _admit_user(registry: Registry, admission: Admission) -> Admitted:
@@ -3099,22 +3142,26 @@ def _admit_heartbeat(registry: Registry, admission: Admission) -> Admitted:
         return claims
     if "dockerVersion" in facts:
         facts["docker_version"] = facts.pop("dockerVersion")
-    return Act(lambda now: _beaten_response(registry, claims, registry.beat(claims, facts, now)))
+
+    def run(now: int) -> Response:
+        return _beaten_response(registry, claims.host, registry.beat(claims, facts, now))
+
+    return Act(run)
 
 
-def _plain_response(registry: Registry, claims: Claims, last_seen: int) -> Response:
+def _plain_response(registry: Registry, host: int, last_seen: int) -> Response:
     """_beaten_response() without a renewal, at a quarter of its cost."""
     body = b'{"hostId":"%016x","lastSeen":"%b","nextHeartbeatSeconds":%d}' % (
-        claims.host,
+        host,
         rfc3339(last_seen).encode("ascii"),
         registry.next_heartbeat(),
     )
     return Response(200, body)
 
 
-def _beaten_response(registry: Registry, claims: Claims, beaten: Beaten) -> Response:
+def _beaten_response(registry: Registry, host: int, beaten: Beaten) -> Response:
     document = {
-        "hostId": id_text(claims.host),
+        "hostId": id_text(host),
         "lastSeen": rfc3339(beaten.last_seen),
         "nextHeartbeatSeconds": registry.next_heartbeat(),
     }
@@ -3267,30 +3314,21 @@ class Api:
         except Problem as problem:
             return refusal(problem)
 
-    def run(self, calls: Sequence[Union[Claims, Act]], now: int) -> Optional[List[Response]]:
+    def run(self, pending: Sequence[Pending], now: int) -> Optional[List[Response]]:
         """One tick: the answers, all of it committed. None when another writer is at work: ask
-        again with the same calls, or give_up()."""
-        beats = [call for call in calls if isinstance(call, Claims)]
-        acts = [call for call in calls if isinstance(call, Act)]
-        outcome = self._registry.tick(beats, acts, now)
-        if outcome is None:
+        again with the same requests, or give_up()."""
+        outcomes = self._registry.tick(pending, now)
+        if outcomes is None:
             return None
-        beaten, done = iter(outcome[0]), iter(outcome[1])
-        return [
-            self._answer_beat(call, next(beaten))
-            if isinstance(call, Claims)
-            else self._answer(next(done))
-            for call in calls
-        ]
+        return [self._answer(work, outcome) for work, outcome in zip(pending, outcomes)]
 
-    def _answer_beat(self, claims: Claims, outcome: Union[int, Problem]) -> Response:
+    def _answer(self, work: Pending, outcome: Any) -> Response:
         if isinstance(outcome, Problem):
             return refusal(outcome)
-        return _plain_response(self._registry, claims, outcome)
-
-    @staticmethod
-    def _answer(outcome: Union[Response, Problem]) -> Response:
-        return refusal(outcome) if isinstance(outcome, Problem) else outcome
+        if isinstance(work, Act):
+            response: Response = outcome
+            return response
+        return _plain_response(self._registry, work.host, outcome)
 
     def give_up(self) -> Response:
         """Stop waiting for the other writer: the answer to every call of the tick."""
@@ -3389,7 +3427,7 @@ class Arrived(NamedTuple):
     connection: Optional[Connection]  # None: the server's own
     head_only: bool
     keep_alive: bool
-    call: Union[Claims, Act]
+    work: Pending
 
 
 class Server(HTTPServer):
@@ -3618,7 +3656,7 @@ class Server(HTTPServer):
             tick = self._waiting + tick
         elif not tick:
             return
-        responses = self._run_calls([arrived.call for arrived in tick])
+        responses = self._run_work([arrived.work for arrived in tick])
         if responses is None:
             if not self._waiting:
                 self._waiting_since = self._moment
@@ -3633,12 +3671,12 @@ class Server(HTTPServer):
                 self._answer(connection, response, head_only, keep_alive)
         self._api.tidy()
 
-    def _run_calls(self, calls: Sequence[Union[Claims, Act]]) -> Optional[Sequence[Response]]:
+    def _run_work(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
         try:
-            return self._api.run(calls, self._now)
+            return self._api.run(work, self._now)
         except Exception:
             log.exception("a tick failed")
-            return [refusal(Internal())] * len(calls)
+            return [refusal(Internal())] * len(work)
 
     def _wait(self, tick: List[Arrived]) -> None:
         """Keep a tick for later. Its connections are not read meanwhile, and not hurried."""
@@ -3934,6 +3972,25 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(value) or "-"
     return "-" if value in (None, "") else str(value)
+
+
+def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
+    """ApiKey; with its text only in the answer that mints it."""
+    document = {
+        "id": id_text(key.id),
+        "organizationId": key.organization_id,
+        "role": key.role,
+        "description": key.description,
+        "createdAt": rfc3339(key.created_at),
+        "createdBy": key.created_by,
+        "revokedAt": _moment(key.revoked_at),
+    }
+    return document if text is None else {**document, "apiKey": text}
+
+
+def organization_document(organization: Organization) -> Document:
+    """Organization."""
+    return {"id": organization.id, "createdAt": rfc3339(organization.created_at)}
 
 
 class Session(NamedTuple):
