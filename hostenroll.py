@@ -135,6 +135,7 @@ ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
 
 # Lists. No act looks at more rows than this, so that no tick is long.
 PAGE_DEFAULT = 100
+ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 2000
 
@@ -248,7 +249,7 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail or self.remedy)
         self.detail = detail or self.remedy
-        self.errors = tuple(errors)
+        self.errors = tuple(errors[:ERRORS_NAMED])
         self._headers = tuple(headers)
 
     def document(self) -> Dict[str, Any]:
@@ -449,6 +450,12 @@ class ApiKeyInvalid(Unauthorized):
     remedy = "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one."
 
 
+class ApiKeyMissing(ApiKeyInvalid):
+    """No API key at all: RFC 6750 section 3.1 wants no error attribute then."""
+
+    challenge = ""
+
+
 class Forbidden(Problem):
     """The API key is good, and its role does not suffice."""
 
@@ -549,9 +556,11 @@ def problems() -> Tuple[Type[Problem], ...]:
 # declaration. A Kind judges one value; a Shape judges an object member by member, names every
 # member that is wrong, and gives back only what it knows.
 
-# Control characters, line and paragraph separators, and the marks that reorder text
-# (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
+# text (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
 
 
 class Kind:
@@ -881,6 +890,9 @@ CLAIMS = re.compile(
 )
 
 
+KID = r"[A-Za-z0-9_-]{1,64}"
+
+
 class SigningKey:
     """One key of the keyring: 32 random bytes by the name of a kid."""
 
@@ -986,8 +998,10 @@ def write_key_file(path: str, keyring: Keyring) -> None:
 
 def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
     use, kid, octets = str(jwk["use"]), jwk["kid"], _read_base64url(jwk["k"])
-    if jwk["kty"] != "oct" or not isinstance(kid, str) or len(octets) < 32:
-        raise ValueError("a key is not an oct key of 32 bytes or more with a kid")
+    if jwk["kty"] != "oct" or jwk.get("alg", "HS256") != "HS256" or not re.fullmatch(KID, kid):
+        raise ValueError("a key is not an oct key for HS256 with a kid")
+    if len(octets) < 32 or base64url(octets) != jwk["k"]:
+        raise ValueError("a key is not 32 bytes or more in base64url")
     return use, kid, octets
 
 
@@ -999,7 +1013,7 @@ def load_keyring(path: str) -> Keyring:
             found = [_read_jwk(jwk) for jwk in json.load(file)["keys"]]
     except OSError as error:
         raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OperatorError(
             f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
         ) from error
@@ -2557,9 +2571,10 @@ def _read_length(single: Mapping[str, str], minor: int) -> int:
         return 0
     if not re.fullmatch("[0-9]+", length):
         raise MalformedRequest("Content-Length is not a number.")
-    if len(length.lstrip("0")) > len(str(BODY_MAXIMUM)) or int(length) > BODY_MAXIMUM:
+    digits = length.lstrip("0") or "0"  # int() of thousands of zeros raises since Python 3.11
+    if len(digits) > len(str(BODY_MAXIMUM)) or int(digits) > BODY_MAXIMUM:
         raise BodyTooLarge()
-    return int(length)
+    return int(digits)
 
 
 def _read_target(method: str, text: str) -> Tuple[str, str]:
@@ -2576,6 +2591,8 @@ def _read_target(method: str, text: str) -> Tuple[str, str]:
 
 def _parse_head(data: bytes) -> Head:
     """A head without its empty line. Raises MalformedRequest or one of its kinds."""
+    if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
+        raise MalformedRequest("Lines must end with CR LF.")
     first, *lines = data.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
     if match is None:
@@ -2614,10 +2631,9 @@ _BEARER = b"\r\nAuthorization: Bearer "
 def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
     """A head, without its empty line, and its Authorization. Raises MalformedRequest.
 
-    Agents' heads differ only in the credential. The usual spelling of that one line is cut out
-    before the rest is parsed, so the cache holds a handful of heads for any fleet. Cutting a
-    well-formed line changes nothing of how the others are read; a second Authorization among
-    them is refused here.
+    Agents' heads differ only in the credential. Where it is spelled as usual, it is cut out of
+    its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
+    line stays, so a second Authorization is seen, and changes nothing of how others are read.
     """
     start = data.find(_BEARER)
     if start > 0:
@@ -2625,12 +2641,9 @@ def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
         end = len(data) if end < 0 else end
         value = data[start + len(_BEARER) : end]
         if value and not value.translate(None, TOKEN68):
-            rest = data[:start] + data[end:]
+            rest = data[: start + len(b"\r\nAuthorization:")] + data[end:]
             parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
-            head = parse(rest)
-            if head.authorization is not None:
-                raise MalformedRequest("The header field authorization comes more than once.")
-            return head, value.decode("ascii")
+            return parse(rest), value.decode("ascii")
     head = _parse_head(data)
     return head, bearer(head.authorization)
 
@@ -2668,7 +2681,9 @@ class ChunkedBody:
                 self._left = 0
             end = data.find(b"\r\n", at)
             line = data[at : end if end >= 0 else len(data)]
-            if len(line) > CHUNK_LINE_MAXIMUM or b"\n" in line or b"\r" in line[:-1]:
+            if end < 0 and line.endswith(b"\r"):
+                line = line[:-1]
+            if len(line) > CHUNK_LINE_MAXIMUM or b"\n" in line or b"\r" in line:
                 raise MalformedRequest("A chunk's size line is malformed.")
             if end < 0:
                 return data[at:], False
@@ -2723,14 +2738,13 @@ class RequestReader:
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
-            if buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: one empty line is ignored
-                buffer = buffer[2:]
-            end = buffer.find(b"\r\n\r\n")
-            if end < 0 or end > HEAD_MAXIMUM:
+            start = 2 if buffer.startswith(b"\r\n") else 0  # RFC 9112 section 2.2: one empty line
+            end = buffer.find(b"\r\n\r\n", start)
+            if end < 0 or end - start > HEAD_MAXIMUM:
                 self.buffer = buffer
-                self._judge_unfinished(buffer)
+                self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM + 4])
                 return None
-            head, self._authorization = parse_head(buffer[:end])
+            head, self._authorization = parse_head(buffer[start:end])
             buffer = buffer[end + 4 :]
         length = head.length
         if length == CHUNKED:
@@ -2761,7 +2775,7 @@ class RequestReader:
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
         if bare or buffer.count(b"\n") != pairs:
             raise MalformedRequest("Lines must end with CR LF.")
-        if len(buffer) > HEAD_MAXIMUM:
+        if len(buffer) == HEAD_MAXIMUM + 4:  # room for the longest head and its empty line
             raise HeadTooLarge()
 
     @property
@@ -2823,6 +2837,8 @@ def _fields(
 ) -> bytes:
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers]
+    if UNPRINTABLE.search("".join(lines)):
+        raise ValueError("a header field with a control character")
     if status != HTTPStatus.NO_CONTENT:
         lines.append(f"Content-Type: {content_type}")
     if closes:
@@ -3080,9 +3096,12 @@ Admitted = Union[Response, Pending]
 def _admit_user(registry: Registry, admission: Admission) -> Admitted:
     """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
     route, request = admission.route, admission.request
+    api_key = request.authorization
+    if not api_key:
+        raise ApiKeyMissing()
 
     def run(now: int) -> Response:
-        by = registry.identify(request.authorization or "")
+        by = registry.identify(api_key)
         if route.caller == "admin" and by.role != "admin":
             raise Forbidden()
         values = route.query.read(read_query(request.head.query))
@@ -3612,6 +3631,10 @@ class Server(HTTPServer):
             request = reader.next(data)
         except Problem as problem:
             self._answer(connection, refusal(problem), keep_alive=False)
+            return None
+        except Exception:
+            log.exception("a request could not be read")
+            self._answer(connection, refusal(Internal()), keep_alive=False)
             return None
         if request is None or reader.buffer or connection.held:
             self._held += reader.held - connection.held
