@@ -61,9 +61,11 @@ import fcntl
 import getpass
 import hashlib
 import hmac
+import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -106,7 +108,8 @@ from urllib.parse import parse_qsl, quote
 # 1. Limits
 #
 # Every number stands here, with its unit and its reason. Times in milliseconds where the name
-# ends in _MS, else in seconds; sizes in bytes. Below them, how times and ids are written.
+# ends in _MS, else in seconds; sizes in bytes. Below them, how times, ids and the texts of
+# peers are written.
 
 __version__ = "0.1.0"
 
@@ -168,10 +171,11 @@ SHUTDOWN_DEADLINE = 4
 
 # The store.
 LOCK_PATIENCE = 5
+CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a server stops
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
-WAL_MAXIMUM = 4 * 1024 * 1024  # checkpointed beyond this; about 10 ms on a small disk
-PAGE_SIZE = 4096
+CHECKPOINT_AFTER = 1600  # rows changed, about as many pages of 4 KiB; some 10 ms on a small disk
+WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_CACHE_KIB = 8192
 
 DEFAULT_ORGANIZATION = "default"
@@ -182,6 +186,13 @@ log = logging.getLogger("hostenroll")
 log.addHandler(logging.NullHandler())  # commands say what went wrong themselves, once
 
 T = TypeVar("T")
+
+
+# Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
+# text (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
 
 
 @lru_cache(maxsize=1024)
@@ -204,11 +215,17 @@ def read_id(text: str) -> Optional[int]:
     return int(text, 16) if ID.fullmatch(text) else None
 
 
+def printable(text: str) -> str:
+    """A peer's text made safe to show: no control characters, and not long."""
+    shown = UNPRINTABLE.sub("?", text)
+    return shown if len(shown) <= 64 else f"{shown[:61]}..."
+
+
 def span(seconds: float) -> str:
     """A duration for people: 95 s, 12 min, 3 h, 8 d."""
-    for size, unit in ((2 * DAY, "d"), (2 * HOUR, "h"), (10 * MINUTE, "min")):
-        if seconds >= size:
-            return f"{seconds // {'d': DAY, 'h': HOUR, 'min': MINUTE}[unit]:.0f} {unit}"
+    for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2), ("min", MINUTE, 10)):
+        if seconds >= least * size:
+            return f"{seconds // size:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
@@ -239,6 +256,7 @@ class Problem(Exception):
     remedy = "Try again later; the server's log says more."
     closes = False  # the connection cannot be used further: where the next message starts is lost
     challenge = ""  # the error attribute of WWW-Authenticate, RFC 6750 section 3
+    names_errors = False  # has a list of what is wrong with a body or a query
 
     def __init__(
         self,
@@ -253,7 +271,7 @@ class Problem(Exception):
         self._headers = tuple(headers)
 
     def document(self) -> Dict[str, Any]:
-        """The members of RFC 9457 section 3.1, then code, then errors where there are any."""
+        """The members of RFC 9457 section 3.1, then code, then errors for a body or a query."""
         document: Dict[str, Any] = {
             "type": f"urn:hostenroll:problem:{self.code}",
             "title": self.title,
@@ -261,7 +279,7 @@ class Problem(Exception):
             "detail": self.detail,
             "code": self.code,
         }
-        if self.errors:
+        if self.names_errors:
             document["errors"] = [error._asdict() for error in self.errors]
         return document
 
@@ -355,6 +373,7 @@ class InvalidBody(Problem):
     status = 400
     code = "invalid-body"
     title = "The body is not what is asked for"
+    names_errors = True
     remedy = "Correct the fields named in errors."
 
 
@@ -364,6 +383,7 @@ class InvalidQuery(Problem):
     status = 400
     code = "invalid-query"
     title = "The query is not what is asked for"
+    names_errors = True
     remedy = "Correct the parameters named in errors."
 
 
@@ -555,12 +575,6 @@ def problems() -> Tuple[Type[Problem], ...]:
 # What a body or a query may say is declared once: check() and schema() come from the same
 # declaration. A Kind judges one value; a Shape judges an object member by member, names every
 # member that is wrong, and gives back only what it knows.
-
-# Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
-# text (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
-UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)
 
 
 class Kind:
@@ -755,12 +769,6 @@ class Shape:
             "required": [field.name for field in self._fields.values() if field.required],
             "additionalProperties": self._open,
         }
-
-
-def printable(text: str) -> str:
-    """A peer's text made safe to show: no control characters, and not long."""
-    shown = UNPRINTABLE.sub("?", text).encode("utf-8", "replace").decode("utf-8")
-    return shown if len(shown) <= 64 else f"{shown[:61]}..."
 
 
 def _read_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1104,7 +1112,9 @@ CREATE TABLE host (
     idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
 );
 CREATE INDEX host_organization ON host (organization_id);
-CREATE UNIQUE INDEX host_token ON host (token_id, idempotency);
+CREATE INDEX host_token ON host (token_id);
+CREATE UNIQUE INDEX host_idempotency ON host (token_id, idempotency)
+    WHERE idempotency IS NOT NULL;
 
 CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.
@@ -1249,13 +1259,18 @@ class WriteLock:
     """
 
     def __init__(self, database: str) -> None:
-        self._gate = self._open(f"{database}.gate")
-        self._lock = self._open(f"{database}.lock")
+        self._gate = self._open(f"{database}.gate", database)
+        self._lock = self._open(f"{database}.lock", database)
         self._at_gate = self._held = False
 
     @staticmethod
-    def _open(path: str) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _open(path: str, database: str) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with suppress(OSError):  # no database yet, or not our file: then they are right already
+            status = os.stat(database)
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        return descriptor
 
     @staticmethod
     def _take(descriptor: int) -> bool:
@@ -1275,9 +1290,9 @@ class WriteLock:
                 self._leave_gate()
         return self._held
 
-    def wait(self) -> None:
-        """Take the lock. Raises StoreBusy after LOCK_PATIENCE seconds."""
-        deadline = time.monotonic() + LOCK_PATIENCE
+    def wait(self, patience: float) -> None:
+        """Take the lock. Raises StoreBusy when it is not to be had for so many seconds."""
+        deadline = time.monotonic() + patience
         while not self.attempt():
             if time.monotonic() > deadline:
                 self.release()
@@ -1297,10 +1312,12 @@ class WriteLock:
             self._held = False
 
     def close(self) -> None:
-        """Release, and close the files."""
-        self.release()
-        os.close(self._gate)
-        os.close(self._lock)
+        """Release, and close the files. Idempotent."""
+        if self._gate >= 0:
+            self.release()
+            os.close(self._gate)
+            os.close(self._lock)
+            self._gate = self._lock = -1
 
 
 class Store:
@@ -1313,7 +1330,7 @@ class Store:
 
     def __init__(self, path: str) -> None:
         """Take a place beside the database; open() opens it. Raises StoreError."""
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)  # a link must lead to the same lock
         try:
             self.lock = WriteLock(self.path)
         except OSError as error:
@@ -1322,7 +1339,6 @@ class Store:
         self._identity: Tuple[int, int] = (0, 0)
         self._synchronous = ""
         self._checkpointed_at = 0  # in the connection's count of rows changed
-        self._pages_per_change = 1.0
 
     # Opening and closing: under the lock, by the caller.
 
@@ -1343,27 +1359,30 @@ class Store:
             status = os.stat(self.path)
             self._identity = (status.st_dev, status.st_ino)
             self._connection = sqlite3.connect(
-                f"file:{quote(self.path)}?mode=rw", uri=True, timeout=0, isolation_level=None
+                f"file:{quote(os.fsencode(self.path))}?mode=rw",
+                uri=True,
+                timeout=0,
+                isolation_level=None,
             )
             return self._recognize()
         except OSError as error:
             raise StoreError(f"cannot make {self.path}: {error.strerror}") from error
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StoreError) as error:
             raise StoreError(f"cannot open {self.path}: {error}") from error
 
     def _recognize(self) -> bool:
         application = self._value("PRAGMA application_id")
         version = self._value("PRAGMA user_version")
         if application != APPLICATION_ID and self._value("SELECT count(*) FROM sqlite_master"):
-            raise StoreError(f"{self.path} is the database of another program")
+            raise StoreError("it is the database of another program")
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"{self.path} was made by a newer hostenroll (schema {version}, this one knows "
+                f"it was made by a newer hostenroll (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): use that one"
             )
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA wal_autocheckpoint = 0")
-        self._run(f"PRAGMA journal_size_limit = {4 * WAL_MAXIMUM}")
+        self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
         self._run("PRAGMA foreign_keys = ON")
         self._run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
         return bool(application == APPLICATION_ID)
@@ -1401,9 +1420,11 @@ class Store:
             self._run(statement, kid, now)
 
     def close(self) -> None:
-        """Close under the lock: the last connection to close checkpoints."""
+        """Close under the lock: the last connection to close checkpoints. Whoever keeps the lock
+        from us has the database open, so ours is not the last."""
         if self._connection is not None:
-            self.lock.wait()
+            with suppress(StoreBusy):
+                self.lock.wait(CLOSE_PATIENCE)
             self._connection.close()
             self._connection = None
         self.lock.close()
@@ -1428,13 +1449,20 @@ class Store:
             self._synchronous = synchronous
         try:
             self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
+            if not self._is_busy(error):
+                raise StoreError(str(error)) from error
             self.lock.release()
-            # Python before 3.11 does not say which error it is: ask again, the wait is bounded.
-            if getattr(error, "sqlite_errorcode", 5) & 0xFF == 5:  # SQLITE_BUSY
-                return False
-            raise StoreError(str(error)) from error
+            return False
         return True
+
+    @staticmethod
+    def _is_busy(error: sqlite3.Error) -> bool:
+        """Whether another program, without our lock, is writing. Python before 3.11 does not say
+        which error it is: then it may be, and the wait is bounded."""
+        busy = 5  # SQLITE_BUSY
+        code = getattr(error, "sqlite_errorcode", busy)
+        return isinstance(error, sqlite3.OperationalError) and code & 0xFF == busy
 
     def commit(self) -> None:
         """End the transaction and keep it. Raises StoreError; abandon() then."""
@@ -1467,18 +1495,16 @@ class Store:
     def checkpoint(self) -> None:
         """Move the WAL into the database when it has grown, unless another writer is at work.
 
-        SQLite tells how much is in the WAL only when it is checkpointed, and the file's size says
-        nothing: it is written over from the start, because to truncate it and let it grow again
-        costs a heartbeat a tenth of its time. So the rows changed are counted, and each
-        checkpoint says how many pages they came to.
+        How much is in the WAL is not to be had: the file is written over from its start, because
+        to truncate it and let it grow again costs a heartbeat a tenth of its time. A row changed
+        is about a page written, so the rows are counted.
         """
-        changes = self._db.total_changes - self._checkpointed_at
-        if changes * self._pages_per_change < WAL_MAXIMUM / PAGE_SIZE or not self.lock.attempt():
+        changes = self._db.total_changes
+        if changes - self._checkpointed_at < CHECKPOINT_AFTER or not self.lock.attempt():
             return
         try:
-            _, pages, _ = self._run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self._checkpointed_at += changes
-            self._pages_per_change = max(0.1, pages / changes)
+            self._run("PRAGMA wal_checkpoint(PASSIVE)")
+            self._checkpointed_at = changes
         except StoreError as error:
             log.warning("cannot checkpoint: %s", error)
         finally:
@@ -1872,6 +1898,10 @@ class Registry:
         self._keyring = keyring
         self._key_numbers = store.signing_keys()
         self.interval = interval
+        self._interval_bounds = (
+            math.ceil(interval * (1 - HEARTBEAT_SPREAD)),
+            math.floor(interval * (1 + HEARTBEAT_SPREAD)),
+        )
         self._credential_ttl = credential_ttl
         self._trouble = ""
 
@@ -1887,7 +1917,7 @@ class Registry:
         beats = [claims for claims in work if isinstance(claims, Claims)]
         acts = [act for act in work if isinstance(act, Act)]
         writes = bool(beats) or any(act.writes for act in acts)
-        durable = any(act.durable for act in acts)
+        durable = any(act.writes and act.durable for act in acts)
         try:
             if not self._store.begin(writes, durable):
                 return None
@@ -2319,9 +2349,9 @@ class Registry:
         return host.last_seen
 
     def next_heartbeat(self) -> int:
-        """Seconds until the next one: the interval, a little more or less each time."""
-        spread = HEARTBEAT_SPREAD * (2 * random.random() - 1)
-        return int(self.interval * (1 + spread) + 0.5)
+        """Seconds until the next one: the interval, up to HEARTBEAT_SPREAD more or less."""
+        shortest, longest = self._interval_bounds
+        return shortest + int(random.random() * (longest - shortest + 1))
 
     # Hosts.
 
@@ -2403,7 +2433,7 @@ def open_registry(
     try:
         store = Store(database)
         try:
-            store.lock.wait()
+            store.lock.wait(LOCK_PATIENCE)
             keyring = _open_pair(store, key_file, init, now)
             store.lock.release()
             return Registry(store, keyring, interval=interval, credential_ttl=credential_ttl)
@@ -2456,7 +2486,11 @@ def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
 def _is_prepared(store: Store, prepared: str) -> bool:
     if not os.path.exists(prepared):
         return False
-    return any(key.kid in store.signing_keys() for key in load_keyring(prepared).keys)
+    try:
+        keys = load_keyring(prepared).keys
+    except OperatorError:  # torn: killed before the database knew of it
+        return False
+    return any(key.kid in store.signing_keys() for key in keys)
 
 
 def _require_pair(store: Store, kids: Sequence[str], init: bool) -> None:
@@ -2919,6 +2953,8 @@ HOSTS_QUERY = Shape(
     Field("q", Text(255)),
     *PAGE_FIELDS,
 )
+API_KEY_BODY = Shape(Field("description", DESCRIPTION))
+ORGANIZATION_BODY = Shape(Field("name", SLUG, required=True))
 NOTHING = Shape()
 
 Document = Dict[str, Any]
@@ -3349,6 +3385,11 @@ class Api:
             return response
         return _plain_response(self._registry, work.host, outcome)
 
+    @staticmethod
+    def may_write(work: Pending) -> bool:
+        """Whether it has to wait for other writers."""
+        return not isinstance(work, Act) or work.writes
+
     def give_up(self) -> Response:
         """Stop waiting for the other writer: the answer to every call of the tick."""
         return refusal(self._registry.give_up())
@@ -3480,6 +3521,7 @@ class Server(HTTPServer):
         self._waiting: List[Arrived] = []  # for another writer
         self._waiting_since = 0.0
         self._crowded = False  # somebody waits for a connection to give way
+        self._short = False  # of descriptors; said once
         self._accept_after = 0.0
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
@@ -3525,7 +3567,7 @@ class Server(HTTPServer):
         may call it, or another thread."""
         if self._stop_before is None:
             self._stop_before = time.monotonic() + SHUTDOWN_DEADLINE
-        with suppress(BlockingIOError):  # it is awake already
+        with suppress(OSError):  # it is awake already, or has ended
             self._waker.send(b"\0")
 
     shutdown = stop
@@ -3547,7 +3589,8 @@ class Server(HTTPServer):
         self.socket.close()
         self._turn(0)  # reads what has arrived
         for connection in list(self._connections):
-            if not (connection.busy or connection.held or connection.output):
+            is_owed = connection.busy or connection.output or connection.reader.is_in_body
+            if not (is_owed or connection.held):
                 self._drop(connection)
 
     def server_close(self) -> None:
@@ -3671,28 +3714,36 @@ class Server(HTTPServer):
     # The tick.
 
     def _run(self, tick: List[Arrived]) -> None:
-        """Run what has arrived; or, while another process writes, gather it and try again."""
+        """Run what has arrived as one tick. While another process writes, what may write is
+        gathered and tried again; what only reads need not wait for it."""
         if self._moment >= self._alive_after:
             self._alive_after = self._moment + ALIVE_EVERY
             tick.append(Arrived(None, False, True, self._api.sign_of_life()))
         if self._waiting:
-            tick = self._waiting + tick
-        elif not tick:
-            return
+            reads = [arrived for arrived in tick if not self._api.may_write(arrived.work)]
+            if reads:
+                self._run_or_wait(reads)
+            self._suspend([arrived for arrived in tick if self._api.may_write(arrived.work)])
+            tick, self._waiting = self._waiting, []
+        if tick:
+            self._run_or_wait(tick)
+            self._api.tidy()
+        if not self._waiting:
+            self._waiting_since = 0.0
+
+    def _run_or_wait(self, tick: List[Arrived]) -> None:
         responses = self._run_work([arrived.work for arrived in tick])
         if responses is None:
-            if not self._waiting:
+            if self._waiting_since == 0:
                 self._waiting_since = self._moment
             if self._moment - self._waiting_since <= LOCK_PATIENCE:
-                self._wait(tick)
+                self._suspend(tick)
                 return
             responses = [self._api.give_up()] * len(tick)
-        self._waiting = []
         for (connection, head_only, keep_alive, _), response in zip(tick, responses):
             if connection is not None:
                 connection.busy = False
                 self._answer(connection, response, head_only, keep_alive)
-        self._api.tidy()
 
     def _run_work(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
         try:
@@ -3701,9 +3752,9 @@ class Server(HTTPServer):
             log.exception("a tick failed")
             return [refusal(Internal())] * len(work)
 
-    def _wait(self, tick: List[Arrived]) -> None:
+    def _suspend(self, tick: List[Arrived]) -> None:
         """Keep a tick for later. Its connections are not read meanwhile, and not hurried."""
-        self._waiting = tick
+        self._waiting += tick
         for connection, *_ in tick:
             if connection is not None:
                 self._enter(connection, None)
@@ -3737,7 +3788,8 @@ class Server(HTTPServer):
         if sent == len(data):
             return True
         connection.output += data[sent:]
-        self._enter(connection, self._answers)
+        if connection.phase is not self._answers:  # a trickle taken does not buy more time
+            self._enter(connection, self._answers)
         self._watch(connection, selectors.EVENT_WRITE)
         return False
 
@@ -3783,7 +3835,7 @@ class Server(HTTPServer):
         fresh: List[Connection] = []
         while len(fresh) < most:
             if len(self._connections) >= self._connections_maximum:
-                self._crowded = True
+                self._crowded = not fresh  # else it is the next turn that knows
                 break
             try:
                 peer, address = self.socket.accept()
@@ -3792,9 +3844,11 @@ class Server(HTTPServer):
             except ConnectionError:  # gone before we came
                 continue
             except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
-                log.warning("cannot accept a connection: %s", error.strerror)
-                self._crowded = True
+                if not self._short:
+                    log.warning("cannot accept connections: %s", error.strerror)
+                self._short = self._crowded = True
                 break
+            self._short = False
             peer.setblocking(False)
             fresh.append(Connection(peer, address[0]))
             self._connections.add(fresh[-1])
@@ -3823,6 +3877,8 @@ class Server(HTTPServer):
             self._watch_listener(False)
 
     def _watch_listener(self, watched: bool) -> None:
+        if self.socket.fileno() < 0:  # we are stopping
+            return
         is_watched = self.socket in self._selector.get_map()
         if watched and not is_watched:
             self._selector.register(self.socket, selectors.EVENT_READ)
@@ -3909,7 +3965,7 @@ def fit_connections(wanted: int) -> int:
 # go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. The only section that prints,
 # reads the environment, and knows the wall clock.
 
-EXIT_FAILED, EXIT_REFUSED = 1, 3
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 3, 130
 
 DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
@@ -3967,7 +4023,7 @@ def _say(*lines: str) -> None:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2))
 
 
 def _print_document(document: Mapping[str, Any], as_json: bool) -> None:
@@ -4098,6 +4154,8 @@ def _run_serve(session: Session) -> int:
             _greet(server)
             _trim_memory()
             server.serve_forever()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not spoil the exit status
     finally:
         registry.close()
     return 0
@@ -4241,7 +4299,7 @@ def _run_edit_host(session: Session) -> int:
     changes: Dict[str, Any] = {}
     if arguments.name is not None:
         changes["name"] = arguments.name
-    if arguments.label:
+    if arguments.label or arguments.no_labels:
         changes["labels"] = dict(arguments.label)
     EDIT_BODY.check(changes)
     number = _number(arguments.id)
@@ -4283,10 +4341,7 @@ def _run_reenroll_host(session: Session) -> int:
 
 
 def _run_add_org(session: Session) -> int:
-    try:
-        name = SLUG.check(session.arguments.name)
-    except ValueError as error:
-        raise OperatorError(f"an organization's name {error}") from None
+    name = ORGANIZATION_BODY.check({"name": session.arguments.name})["name"]
     session.ask(lambda r, by, now: r.add_organization(name, now), writes=True)
     _say(f"organization {name} is there: mint-token --org {name}")
     return 0
@@ -4302,7 +4357,7 @@ def _run_list_orgs(session: Session) -> int:
 def _run_mint_api_key(session: Session) -> int:
     arguments = session.arguments
     organization = ALL_ORGANIZATIONS if arguments.all_orgs else arguments.org
-    description = DESCRIPTION.check(arguments.description)
+    description = API_KEY_BODY.check({"description": arguments.description})["description"]
 
     def mint(registry: Registry, by: Principal, now: int) -> Tuple[ApiKey, str]:
         return registry.mint_api_key(by, organization, arguments.role, description, now)
@@ -4460,6 +4515,7 @@ COMMANDS = (
             metavar="K=V",
             help="the labels it is to have; repeatable",
         ),
+        Argument("--no-labels", action="store_true", help="it is to have none"),
         JSON_OPTION,
     ),
     _by_id("revoke-host", "shut a host out until restored", _run_revoke_host),
@@ -4536,6 +4592,9 @@ def main(
 ) -> int:
     """Run one command; its exit status."""
     arguments = _parser(environment).parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(arguments.run(Session(arguments, clock)))
     except StorageUnavailable as problem:
@@ -4548,6 +4607,8 @@ def main(
     except (OperatorError, OSError) as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

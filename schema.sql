@@ -63,7 +63,9 @@ CREATE TABLE host (
     idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
 );
 CREATE INDEX host_organization ON host (organization_id);
-CREATE UNIQUE INDEX host_token ON host (token_id, idempotency);
+CREATE INDEX host_token ON host (token_id);
+CREATE UNIQUE INDEX host_idempotency ON host (token_id, idempotency)
+    WHERE idempotency IS NOT NULL;
 
 CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.

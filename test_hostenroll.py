@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
@@ -21,7 +22,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import statistics
 import subprocess
 import sys
 import threading
@@ -35,8 +35,8 @@ import pytest
 import hostenroll
 from hostenroll import Act, Api, Principal, Problem, Registry, RequestReader, Server, open_registry
 
-HERE = Path(__file__).resolve().parent
 MODULE = Path(hostenroll.__file__).resolve()
+ROOT = MODULE.parent
 SOURCE = MODULE.read_text(encoding="utf-8")
 OPERATOR = Principal("cli:test", None, "admin")
 NOON = 1_800_000_000.0  # a Friday in 2027
@@ -531,6 +531,14 @@ class ServerProcess:
             self.kill()
 
 
+def table(rows: Dict[str, Any]) -> List[Any]:
+    """Parameters by their ids; a row that is no tuple is one parameter."""
+    return [
+        pytest.param(*(row if type(row) is tuple else (row,)), id=name)
+        for name, row in rows.items()
+    ]
+
+
 slow = pytest.mark.slow
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
@@ -577,3 +585,4730 @@ def test_the_story_of_one_host(tmp_path: Path) -> None:
         assert server.terminate() == 0
     # The silence while no server lives is nobody's fault.
     assert "online" in cli(tmp_path, "list-hosts").stdout
+
+
+# Promises
+
+SECTIONS = (
+    "Limits", "Problems", "Shapes", "Secrets", "Store", "Registry",
+    "Messages", "Assets", "Api", "Server", "Command line",
+)  # fmt: skip
+# The table of the design: which sections each may use, beside itself.
+MAY_USE = {
+    1: (), 2: (1,), 3: (1, 2), 4: (1, 2), 5: (1,), 6: (1, 2, 3, 4, 5), 7: (1, 2), 8: (1,),
+    9: (1, 2, 3, 6, 7, 8), 10: (1, 2, 7, 9), 11: (1, 2, 3, 4, 5, 6, 8, 9, 10),
+}  # fmt: skip
+POWERS = {
+    "sqlite3": 5, "fcntl": 5, "secrets": 4, "hmac": 4, "hashlib": 4, "selectors": 10,
+    "socket": 10, "ssl": 10, "argparse": 11, "print": 11, "os.environ": 11, "time.time": 11,
+}  # fmt: skip
+TREE = ast.parse(SOURCE)
+BANNERS = [
+    (SOURCE.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
+    for match in re.finditer(r"^# (\d+)\. (.+)$", SOURCE, re.MULTILINE)
+]
+
+
+def section_of(node: Any) -> int:
+    """The section that a top-level statement stands in; 0 for what is above the first banner."""
+    return max((number for line, number, _ in BANNERS if line <= node.lineno), default=0)
+
+
+def names_defined(node: Any) -> List[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    inner = [name for target in targets for name in ast.walk(target)]
+    return [name.id for name in inner if isinstance(name, ast.Name)]
+
+
+def names_used(node: Any) -> Dict[str, int]:
+    """The names that a statement takes from outside itself, each with a line that does.
+
+    Annotations are left out: they say what comes in, and nothing is called by them.
+    """
+    own = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    used: Dict[str, int] = {}
+    skipped = set()
+    for inner in ast.walk(node):
+        for annotation in (getattr(inner, "annotation", None), getattr(inner, "returns", None)):
+            if annotation is not None:
+                skipped.update(map(id, ast.walk(annotation)))
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and id(inner) not in skipped:
+            if isinstance(inner.ctx, ast.Load):
+                used.setdefault(inner.id, inner.lineno)
+            else:
+                own.add(inner.id)
+    return {name: line for name, line in used.items() if name not in own}
+
+
+def test_it_imports_the_standard_library_and_nothing_else() -> None:
+    roots = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            roots.add(str(node.module).split(".")[0])
+    assert {"sqlite3", "hmac"} <= roots
+    known = getattr(sys, "stdlib_module_names", None)  # from Python 3.10 on
+    if known is None:
+        known = {root for root in roots if "site-packages" not in str(__import__(root))}
+    assert roots <= set(known)
+    assert not re.search(r"\b(__import__|importlib|exec|eval)\b *\(", SOURCE)
+
+
+def test_the_sections_stand_in_their_order() -> None:
+    assert [(number, name) for _, number, name in BANNERS] == list(enumerate(SECTIONS, 1))
+
+
+def test_sections_only_look_up_and_only_where_they_may() -> None:
+    home: Dict[str, int] = {}
+    for node in TREE.body:
+        if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr, ast.If)):
+            home.update(dict.fromkeys(names_defined(node), section_of(node)))
+    assert len(home) > 150
+    strayed = [
+        f"{section_of(node)} uses {name} of {home[name]} in line {line}"
+        for node in TREE.body
+        for name, line in names_used(node).items()
+        if name in home and home[name] not in (section_of(node), *MAY_USE[section_of(node) or 11])
+    ]
+    assert strayed == []
+
+
+def test_each_power_stands_in_one_section() -> None:
+    seen: Dict[str, set] = {}
+    for node in TREE.body:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
+                seen.setdefault(f"{inner.value.id}.{inner.attr}", set()).add(section_of(node))
+            elif isinstance(inner, ast.Name):
+                seen.setdefault(inner.id, set()).add(section_of(node))
+    assert seen["sqlite3"] and seen["print"] and seen["time.time"]
+    strayed = {power: seen[power] - {at} for power, at in POWERS.items() if power in seen}
+    assert {power: where for power, where in strayed.items() if where} == {}
+
+
+def test_schema_sql_is_what_the_module_has_and_prints(tmp_path: Path) -> None:
+    copy = (ROOT / "schema.sql").read_bytes()
+    assert copy == hostenroll.SCHEMA.encode()
+    assert cli(tmp_path, "schema").stdout.encode() == copy
+    assert list(tmp_path.iterdir()) == []
+
+
+class OtherServer(ServerProcess):
+    """A server that is started by another command line, which ends with `serve --port 0`."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=str(folder),
+            env=clean_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said = []
+        self.port = self._read_port()
+        self.reader = threading.Thread(target=self._drain, daemon=True)
+        self.reader.start()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("-I", "-S"), ("-OO",), ("-W", "error", "-X", "dev")],
+    ids=["without site-packages", "without asserts", "with every warning an error"],
+)
+def test_one_file_alone_in_a_folder_is_the_whole_program(
+    flags: Tuple[str, ...], tmp_path: Path
+) -> None:
+    shutil.copy(MODULE, tmp_path / "hostenroll.py")
+    command = (sys.executable, *flags, "hostenroll.py")
+    minted = subprocess.run(
+        [*command, "mint-token"], cwd=str(tmp_path), env=clean_environment(), capture_output=True
+    )
+    assert minted.returncode == 0
+    with OtherServer(tmp_path, *command, "serve", "--port", "0") as server:
+        door = SocketDoor(server.port, "")
+        enrolled = door.enroll(minted.stdout.decode().strip())
+        assert door.beat(enrolled.document["credential"]).status == 200
+        assert server.terminate() == 0
+    assert "Warning" not in minted.stderr.decode() + "".join(server.said)
+
+
+def test_the_project_is_five_files() -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in listed if name}
+    assert {name for name in top if not name.startswith(".")} == {
+        "hostenroll.py", "test_hostenroll.py", "schema.sql", "pyproject.toml", "README.md",
+    }  # fmt: skip
+
+
+def test_no_line_is_longer_than_a_hundred_columns() -> None:
+    assert [n for n, line in enumerate(SOURCE.split("\n"), 1) if len(line) > 100] == []
+
+
+def test_the_readme_lists_every_route_command_and_refusal() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for route in hostenroll.ROUTES:
+        assert f"| {route.method} | `{route.path}` | {route.caller} | {route.summary} |" in readme
+    for command in hostenroll.COMMANDS:
+        assert f"| `{command.name}` | {command.summary} |" in readme
+    for problem in hostenroll.problems():
+        assert f"| `{problem.code}` | {problem.status} | {problem.remedy} |" in readme
+
+
+def test_the_sql_is_old_enough_for_sqlite_3_31() -> None:
+    start, end = (line for line, number, _ in BANNERS if number in (5, 6))
+    store = "\n".join(SOURCE.split("\n")[start:end])
+    newer = r"\bRETURNING\b|\bSTRICT\b|\bunixepoch\b|\bsqlite_schema\b|\bMATERIALIZED\b|\biif *\("
+    assert "INSERT" in store
+    assert re.findall(newer + r"|\bDROP COLUMN\b|->>", store) == []
+    outside = SOURCE.replace(store, "")
+    assert not re.search(r"(SELECT .+ FROM|INSERT INTO|DELETE FROM|UPDATE \w+ SET) ", outside)
+
+
+# 2. Problems
+
+CODES = {  # what others hold us to
+    code: status
+    for status, codes in {
+        400: "malformed-request invalid-body invalid-query",
+        401: "token-unknown token-expired token-revoked token-used credential-missing "
+        "credential-invalid credential-expired credential-superseded api-key-invalid",
+        403: "forbidden token-host-mismatch host-revoked",
+        404: "not-found",
+        405: "method-not-allowed",
+        408: "request-timeout",
+        409: "conflict",
+        410: "host-unknown",
+        413: "body-too-large",
+        417: "expectation-failed",
+        431: "head-too-large",
+        500: "internal",
+        501: "not-implemented",
+        503: "overloaded storage-unavailable",
+        505: "http-version",
+    }.items()
+    for code in codes.split()
+}
+KINDS_OF_PROBLEM = [
+    kind
+    for kind in vars(hostenroll).values()
+    if isinstance(kind, type) and issubclass(kind, Problem)
+]
+each_problem = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind.code) for kind in hostenroll.problems()]
+)
+
+
+def test_every_code_has_its_status_and_there_are_no_others() -> None:
+    assert {kind.code: kind.status for kind in hostenroll.problems()} == CODES
+    assert len(hostenroll.problems()) == len(CODES)
+
+
+def test_two_classes_share_a_code_only_with_its_status_and_title() -> None:
+    raised = set(KINDS_OF_PROBLEM) - {hostenroll.Unauthorized}
+    facts = {(kind.code, kind.status, kind.title, kind.remedy) for kind in raised}
+    assert sorted(code for code, *_ in facts) == sorted(CODES)
+
+
+@each_problem
+def test_a_problem_document_has_the_members_of_rfc_9457(kind: Any) -> None:
+    document = kind().document()
+    lists = ["errors"] if kind.code in ("invalid-body", "invalid-query") else []
+    assert list(document) == ["type", "title", "status", "detail", "code", *lists]
+    assert document["type"] == f"urn:hostenroll:problem:{document['code']}"
+    assert document["code"] == kind.code and document["status"] == kind.status
+    assert kind("Do that.").document() == {**document, "detail": "Do that."}
+    assert re.fullmatch(r"[A-Z][^\n]+[^.\n]", document["title"])
+
+
+@each_problem
+def test_every_problem_says_what_to_do(kind: Any) -> None:
+    verbs = "Check|Choose|Correct|Enroll|Expect|Get|Send|Speak|Try|Use|Wait|get|ask"
+    assert re.search(rf"\b({verbs})\b [^\n]+\.$", kind.remedy)
+    assert str(kind()) == kind().detail == kind.remedy
+
+
+def test_every_detail_in_the_source_is_a_whole_sentence() -> None:
+    names = {kind.__name__ for kind in KINDS_OF_PROBLEM}
+    details = [
+        ast.unparse(call.args[0])
+        for call in ast.walk(ast.parse(SOURCE))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if call.func.id in names and call.args
+    ]
+    assert len(details) > 10
+    assert [text for text in details if not re.fullmatch(r"f?(['\"])[A-Z{].*\.\1", text)] == []
+
+
+@each_problem
+def test_a_refusal_is_a_problem_document_with_the_fields_its_status_asks_for(kind: Any) -> None:
+    """RFC 9110: 401 MUST have WWW-Authenticate (15.5.2), 503 SHOULD have Retry-After (15.6.4)."""
+    response = hostenroll.refusal(kind())
+    assert (response.status, response.content_type) == (kind.status, "application/problem+json")
+    assert json.loads(response.body) == kind().document()
+    headers = dict(response.headers)
+    assert ("WWW-Authenticate" in headers) == (kind.status == 401)
+    assert headers.get("WWW-Authenticate", "Bearer realm=").startswith("Bearer realm=")
+    assert headers.get("Retry-After", "absent").isdigit() == (kind.status == 503)
+    assert response.closes == issubclass(kind, (hostenroll.MalformedRequest, hostenroll.Overloaded))
+
+
+def test_a_challenge_names_no_error_where_nothing_was_presented() -> None:
+    """RFC 6750 section 3.1: without authentication information there SHOULD be no error code."""
+    challenges = [dict(kind().headers())["WWW-Authenticate"] for kind in (
+        hostenroll.CredentialMissing, hostenroll.CredentialInvalid)]  # fmt: skip
+    realm = 'Bearer realm="hostenroll"'
+    assert challenges == [realm, f'{realm}, error="invalid_token"']
+
+
+def test_the_headers_of_a_problem_come_beside_those_of_its_status() -> None:
+    problem = hostenroll.MethodNotAllowed(headers=[("Allow", "GET")])
+    assert problem.headers() == (("Allow", "GET"),)
+    assert ("X", "y") in hostenroll.TokenUsed(headers=[("X", "y")]).headers()
+
+
+def test_errors_stand_in_the_document_by_field() -> None:
+    problem = hostenroll.InvalidBody(errors=[hostenroll.FieldError("name", "is missing")])
+    assert problem.document()["errors"] == [{"field": "name", "detail": "is missing"}]
+
+
+# 3. Shapes
+
+WORD = hostenroll.Text(5, 2, "[a-z]+", "small letters")
+COLOUR = hostenroll.Choice("red", "blue")
+SHAPE = hostenroll.Shape(
+    hostenroll.Field("word", WORD, required=True),
+    hostenroll.Field("count", hostenroll.Whole((1, 10))),
+    hostenroll.Field("colour", COLOUR),
+    hostenroll.Field("label", hostenroll.Labels(), repeats=True),
+)
+OPEN = hostenroll.Shape(hostenroll.Field("word", WORD), open=True)
+KINDS = {
+    "text": hostenroll.Text(5),
+    "text with a pattern": WORD,
+    "whole": hostenroll.Whole((1, 10)),
+    "whole below zero": hostenroll.Whole((-3, 0)),
+    "choice": COLOUR,
+    "labels": hostenroll.Labels(),
+    "hostname": hostenroll.HOSTNAME,
+    "slug": hostenroll.SLUG,
+    "cursor": hostenroll.CURSOR,
+}
+VALUES: List[Any] = [
+    "", "a", "ab", "abc", "abcde", "abcdef", "AB", "a b", "é", "😀" * 5, "😀" * 6,
+    "a-b", "-a", "a-", "a.b", "a.", ".a", "a" * 64, "a" * 65, "a" * 253, "a" * 254, "0" * 16,
+    "red", "blue", "RED", "red ", -4, -3, -1, 0, 1, 10, 11, 10**18, True, False, None, 1.5,
+    [], ["red"], {}, {"a": "b"}, {"a/b.c": ""}, {"": "b"}, {"a b": "c"}, {"a": 1}, {"a": None},
+    {"a" * 63: "v" * 255}, {"a" * 64: "v"}, {"a": "v" * 256},
+    {str(n): "" for n in range(32)}, {str(n): "" for n in range(33)},
+]  # fmt: skip
+
+
+def accepts(kind: Any, value: Any) -> bool:
+    try:
+        assert kind.check(value) == value
+    except ValueError as error:
+        assert str(error)
+        return False
+    return True
+
+
+def allows(schema: Dict[str, Any], value: Any) -> bool:
+    """JSON Schema 2020-12, as much of it as is used here."""
+    types = {"string": str, "integer": int, "object": dict}
+    if not isinstance(value, types[schema["type"]]) or isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        pattern = re.sub(r"\$$", r"\\Z", schema.get("pattern", ""))
+        return (
+            schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
+            and value in schema.get("enum", [value])
+            and bool(re.search(pattern, value))
+        )
+    if isinstance(value, int):
+        return bool(schema["minimum"] <= value <= schema["maximum"])
+    return len(value) <= schema["maxProperties"] and all(
+        allows({"type": "string", **schema["propertyNames"]}, key)
+        and allows(schema["additionalProperties"], text)
+        for key, text in value.items()
+    )
+
+
+@pytest.mark.parametrize("kind", table(KINDS))
+def test_the_schema_describes_what_the_check_takes(kind: Any) -> None:
+    taken = [value for value in VALUES if accepts(kind, value)]
+    assert taken == [value for value in VALUES if allows(kind.schema(), value)]
+    assert 0 < len(taken) < len(VALUES)
+
+
+UNSHOWABLE = {
+    "NUL": "\0", "CR LF": "\r\n", "newline": "\n", "tab": "\t", "escape": "\x1b[2J",
+    "delete": "\x7f", "C1 control": "\x9b2J", "next line": "\x85", "line separator": "\u2028",
+    "paragraph separator": "\u2029", "right-to-left override": "\u202e", "embedding": "\u202a",
+    "isolate": "\u2066", "pop isolate": "\u2069", "left-to-right mark": "\u200e",
+    "Arabic letter mark": "\u061c", "byte order mark": "\ufeff", "lone surrogate": "\udcff",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nasty", table(UNSHOWABLE))
+def test_no_text_brings_control_characters_or_reorders_what_stands_around_it(nasty: str) -> None:
+    for text in (nasty, f"a{nasty}", f"{nasty}b", f"a{nasty}b"):
+        assert not accepts(hostenroll.Text(50), text)
+        assert not accepts(WORD, text) and not accepts(COLOUR, f"red{nasty}")
+        assert not accepts(hostenroll.Labels(), {"a": text})
+        assert not accepts(hostenroll.Labels(), {text: "b"})
+    assert nasty not in hostenroll.printable(f"a{nasty}b")
+    with pytest.raises(hostenroll.InvalidBody) as refused:
+        SHAPE.check({"word": "abc", nasty: 1})
+    assert nasty not in refused.value.errors[0].field
+
+
+def test_a_peers_text_is_shown_short() -> None:
+    assert hostenroll.printable("a" * 64) == "a" * 64
+    assert hostenroll.printable("a" * 65) == "a" * 61 + "..."
+
+
+@pytest.mark.parametrize(
+    "value",
+    table({"true": True, "float": 3.0, "text": "3", "null": None, "list": [3], "object": {},
+           "zero": 0, "eleven": 11, "below": -1, "infinite": float("inf")}),
+)  # fmt: skip
+def test_a_count_is_an_integer_within_its_bounds(value: Any) -> None:
+    with pytest.raises(hostenroll.InvalidBody) as refused:
+        SHAPE.check({"word": "abc", "count": value})
+    assert [error.field for error in refused.value.errors] == ["count"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "+3", " 3", "3 ", "3\n", "0x3", "3.0", "1_0", "\u0663", "\u00b3", "1e1", "--3", "9" * 20,
+     "9" * 5000],
+)  # fmt: skip
+def test_a_count_in_a_query_is_plain_digits(text: str) -> None:
+    with pytest.raises(hostenroll.InvalidQuery):
+        SHAPE.read([("count", text)])
+    assert SHAPE.read([("count", "3")]) == {"count": 3}
+
+
+def test_all_that_is_wrong_with_a_body_is_named_at_once() -> None:
+    with pytest.raises(hostenroll.InvalidBody) as refused:
+        SHAPE.check({"count": 0, "colour": ["red"], "label": {"a": 1}, "constructor": 1})
+    errors = dict(refused.value.errors)
+    assert set(errors) == {"word", "count", "colour", "label", "constructor"}
+    assert errors["word"] == "is missing" and errors["constructor"] == "is not known here"
+    assert all(errors.values())
+
+
+def test_an_open_shape_ignores_what_it_does_not_know_and_gives_back_only_what_it_does() -> None:
+    assert OPEN.check({"word": "abc", "__class__": {}, "later": [1]}) == {"word": "abc"}
+    assert OPEN.check({}) == {}
+    assert OPEN.schema()["additionalProperties"] is True
+    schema = SHAPE.schema()
+    assert (schema["required"], schema["additionalProperties"]) == (["word"], False)
+    assert list(schema["properties"]) == ["word", "count", "colour", "label"]
+
+
+@pytest.mark.parametrize(
+    "value", table({"array": [], "text": "word", "number": 1, "null": None, "true": True})
+)
+def test_a_body_is_an_object(value: Any) -> None:
+    for shape in (SHAPE, OPEN):
+        with pytest.raises(hostenroll.InvalidBody):
+            shape.check(value)
+
+
+def test_a_query_parameter_comes_once_unless_it_repeats() -> None:
+    pairs = [("label", "a=b"), ("word", "abc"), ("label", "c=d=e"), ("label", "a=")]
+    assert SHAPE.read(pairs) == {"label": [("a", "b"), ("c", "d=e"), ("a", "")], "word": "abc"}
+    with pytest.raises(hostenroll.InvalidQuery) as refused:
+        SHAPE.read([("word", "abc"), ("word", "abc"), ("x", "1"), ("label", "a"), ("count", "0")])
+    assert {error.field for error in refused.value.errors} == {"word", "x", "label", "count"}
+
+
+@pytest.mark.parametrize(
+    "body, value",
+    table({
+        "an object": (b'{"a":1}', {"a": 1}),
+        "white space around": (b' \r\n\t{ "a" : [ ] }\n', {"a": []}),
+        "UTF-8": ('{"é":"😀"}'.encode(), {"é": "😀"}),
+        "a surrogate pair": (b'{"a":"\\ud83d\\ude00"}', {"a": "😀"}),
+        "an escaped NUL": (b'{"a":"\\u0000"}', {"a": "\0"}),
+        "a great integer": (b'{"a":9223372036854775807}', {"a": 2**63 - 1}),
+        "one name at two depths": (b'{"a":{"a":{"a":1}}}', {"a": {"a": {"a": 1}}}),
+        "one name in two objects": (b'[{"a":1},{"a":2}]', [{"a": 1}, {"a": 2}]),
+        "some depth": (b"[" * 50 + b"]" * 50, json.loads("[" * 50 + "]" * 50)),
+        "no object, which is the shape's to judge": (b'"text"', "text"),
+    }),
+)  # fmt: skip
+def test_a_json_text_is_read(body: bytes, value: Any) -> None:
+    assert hostenroll.read_json(body) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    table({
+        "empty": b"",
+        "white space": b" \n",
+        "cut off": b'{"a":1',
+        "something behind": b"{}x",
+        "two texts": b"{}{}",
+        "a form": b"token=het_1&hostname=web-1",
+        "a member twice": b'{"a":1,"a":1}',
+        "a member twice, spelled otherwise": b'{"a":1,"\\u0061":2}',
+        "a member twice, deep": b'{"x":[{"y":{"a":1,"b":2,"a":3}}]}',
+        "NaN": b'{"a":NaN}',
+        "Infinity": b'{"a":[Infinity]}',
+        "-Infinity": b'{"a":-Infinity}',
+        "a lone high surrogate": b'{"a":"\\ud800"}',
+        "a lone low surrogate": b'{"a":"x\\udc00y"}',
+        "surrogates in the wrong order": b'{"a":"\\ude00\\ud83d"}',
+        "a lone surrogate as a name": b'{"\\uD800":1}',
+        "a surrogate in UTF-8": b'{"a":"\xed\xa0\x80"}',
+        "an overlong slash": b'{"a":"\xc0\xaf"}',
+        "latin-1": b'{"a":"\xe9"}',
+        "UTF-16": '{"a":1}'.encode("utf-16"),
+        "UTF-16 without a mark": '{"a":1}'.encode("utf-16-le"),
+        "a byte order mark": b"\xef\xbb\xbf{}",
+        "a raw newline in a text": b'{"a":"x\ny"}',
+        "a raw NUL in a text": b'{"a":"x\0y"}',
+        "NUL behind": b"{}\0",
+        "no-break space": "{\u00a0}".encode(),
+        "single quotes": b"{'a':1}",
+        "no quotes": b"{a:1}",
+        "a comma at the end": b'{"a":1,}',
+        "a comment": b'{"a":1}//',
+        "a leading zero": b'{"a":01}',
+        "a plus sign": b'{"a":+1}',
+        "a bare point": b'{"a":1.}',
+        "hexadecimal": b'{"a":0x1}',
+        "Arabic digits": '{"a":\u0661}'.encode(),
+        "an integer of 20 digits": b'{"a":' + b"9" * 20 + b"}",
+        "an integer of 60,000 digits": b'{"a":-' + b"9" * 60_000 + b"}",
+        "too deep in arrays": b"[" * 65_000,
+        "too deep in objects": b'{"a":' * 13_000 + b"1" + b"}" * 13_000,
+        "too deep, with an escape": b'["\\u0041",' + b"[" * 30_000 + b"]" * 30_001,
+    }),
+)  # fmt: skip
+def test_what_is_not_strictly_json_is_refused_at_once(body: bytes) -> None:
+    began = time.perf_counter()
+    with pytest.raises(hostenroll.InvalidBody):
+        hostenroll.read_json(body)
+    assert time.perf_counter() - began < 0.25
+
+
+# 4. Secrets
+
+B64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+@pytest.mark.parametrize("prefix", ["het", "hak"])
+def test_a_secret_has_its_prefix_its_id_256_random_bits_and_a_check(prefix: str) -> None:
+    secret = hostenroll.mint_secret(prefix, 0x1234)
+    assert re.fullmatch(prefix + r"_0000000000001234_[A-Za-z0-9_-]{43}[0-9a-f]{8}", secret.text)
+    assert hostenroll.read_secret(prefix, secret.text) == secret
+    assert secret.digest() == hashlib.sha256(secret.text.encode()).digest()
+    texts = {hostenroll.mint_secret(prefix, 0x1234).text[21:64] for _ in range(200)}
+    assert len(texts) == 200
+    # Every bit of all 32 bytes varies.
+    octets = [int.from_bytes(base64.urlsafe_b64decode(text + "="), "big") for text in texts]
+    assert {sum(o >> bit & 1 for o in octets) for bit in range(256)}.isdisjoint({0, 200})
+
+
+def test_a_slip_of_the_pen_makes_no_secret() -> None:
+    text = hostenroll.mint_secret("het", hostenroll.new_id(int(NOON * 1000))).text
+    one = {text[:at] + c + text[at + 1 :] for at in range(len(text)) for c in B64 + " é\n"}
+    swapped = {
+        text[:at] + text[at + 1] + text[at] + text[at + 2 :] for at in range(4, len(text) - 1)
+    }
+    for slip in (one | swapped) - {text}:
+        assert hostenroll.read_secret("het", slip) is None, slip
+    assert len(one) > 4000
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    table({
+        "nothing": lambda text: "",
+        "a newline behind": lambda text: f"{text}\n",
+        "space before": lambda text: f" {text}",
+        "upper case": lambda text: text.upper(),
+        "prefix in upper case": lambda text: "HET" + text[3:],
+        "the other prefix": lambda text: "hak" + text[3:],
+        "cut short": lambda text: text[:-1],
+        "longer": lambda text: f"{text}0",
+        "twice": lambda text: text * 2,
+        "NUL": lambda text: f"{text}\0",
+        "full-width digits": lambda text: text[:-8] + "\uff10" * 8,
+        "very long": lambda text: text + "a" * 100_000,
+        "another prefix, well checked": lambda text: hostenroll.mint_secret("hex", 1).text,
+        "64 bits of id, well checked": lambda text: hostenroll.mint_secret("het", 2**63).text,
+        "an API key": lambda text: hostenroll.mint_secret("hak", 1).text,
+        "a credential": lambda text: KEY.sign(CLAIMS),
+    }),
+)  # fmt: skip
+def test_a_text_that_we_cannot_have_minted_is_no_secret(spoil: Callable[[str], str]) -> None:
+    assert hostenroll.read_secret("het", spoil(hostenroll.mint_secret("het", 1).text)) is None
+
+
+def test_ids_are_in_the_order_of_time_and_fit_63_bits() -> None:
+    noon, last = int(NOON * 1000), 3_700_000_000_000
+    times = [0, 1_577_836_800_000, *range(noon, noon + 50_000, 1000), last]
+    ids = [hostenroll.new_id(now) for now in times]
+    assert ids[1:] == sorted(ids[1:]) and max(ids) < 2**63 and min(ids) >= 0
+    assert len({hostenroll.new_id(0) for _ in range(20)}) == 20
+    assert all(hostenroll.read_id(hostenroll.id_text(number)) == number for number in ids)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "0" * 15, "0" * 17, "8" + "0" * 15, "0" * 15 + "G", "A" * 16, "0" * 16 + "\n",
+             "-" + "0" * 15, "0x" + "0" * 14, "0_" * 8, "\uff11" * 16, "' OR 1=1; --    "],
+)  # fmt: skip
+def test_an_id_has_one_spelling(text: str) -> None:
+    assert hostenroll.read_id(text) is None
+
+
+OCTETS = bytes(range(32))
+KEY = hostenroll.SigningKey("key-1", OCTETS)
+CLAIMS = hostenroll.Claims(0x0D3A5F0012345678, "acme", 1_800_000_000, 3, None, "key-1")
+HEADER = {"alg": "HS256", "typ": "JWT", "kid": "key-1"}
+PAYLOAD = {
+    "iss": "hostenroll",
+    "sub": "0d3a5f0012345678",
+    "org": "acme",
+    "iat": 1_800_000_000,
+    "ser": 3,
+}
+
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def unb64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def seal(signed: str, octets: bytes = OCTETS, digest: str = "sha256") -> str:
+    """header.payload with a true signature: an attacker never gets as far."""
+    return f"{signed}.{b64(hmac.new(octets, signed.encode(), digest).digest())}"
+
+
+def forge(header: Any = None, payload: Any = None, *key: Any) -> str:
+    """A JWT that says what it likes; a text goes as it is."""
+    parts = (HEADER if header is None else header, PAYLOAD if payload is None else payload)
+    texts = [p if isinstance(p, str) else json.dumps(p, separators=(",", ":")) for p in parts]
+    return seal(".".join(b64(text.encode()) for text in texts), *key)
+
+
+def respell(part: str) -> str:
+    """Other base64url of the same bytes: the last character has bits to spare."""
+    other = part[:-1] + B64[B64.index(part[-1]) + 1]
+    assert unb64(other) == unb64(part)
+    return other
+
+
+@pytest.fixture
+def keyring() -> hostenroll.Keyring:
+    return hostenroll.Keyring([KEY, hostenroll.SigningKey("key-2", b"2" * 32)], b"a" * 32)
+
+
+@pytest.mark.parametrize("expires_at", [None, 0, 1_800_086_400])
+def test_a_credential_is_a_plain_jwt_that_any_library_verifies(
+    keyring: hostenroll.Keyring, expires_at: Optional[int]
+) -> None:
+    """RFC 7515 section 3.1 and RFC 7519, by hand."""
+    claims = CLAIMS._replace(expires_at=expires_at)
+    credential = keyring.first.sign(claims)
+    header, payload, signature = credential.split(".")
+    expected = hmac.new(OCTETS, f"{header}.{payload}".encode("ascii"), hashlib.sha256).digest()
+    assert unb64(signature) == expected and "=" not in credential
+    assert json.loads(unb64(header)) == HEADER
+    expiry = {} if expires_at is None else {"exp": expires_at}
+    assert json.loads(unb64(payload)) == {**PAYLOAD, **expiry}
+    assert keyring.verify(credential) == claims
+
+
+def test_every_key_of_the_ring_verifies_and_the_first_signs(keyring: hostenroll.Keyring) -> None:
+    old = keyring.keys[1].sign(CLAIMS)
+    assert keyring.verify(old) == CLAIMS._replace(kid="key-2")
+    assert keyring.first.kid == "key-1"
+    with pytest.raises(hostenroll.CredentialInvalid):
+        hostenroll.Keyring([KEY], b"a" * 32).verify(old)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    table({
+        "the greatest": CLAIMS._replace(host=2**63 - 1, organization="Z" * 64, serial=10**12 - 1),
+        "the least": CLAIMS._replace(host=0, organization="-", issued_at=0, serial=1, expires_at=0),
+        "far off": CLAIMS._replace(expires_at=253_402_300_799),
+    }),
+)  # fmt: skip
+def test_what_is_signed_verifies(keyring: hostenroll.Keyring, claims: Any) -> None:
+    assert keyring.verify(keyring.first.sign(claims)) == claims
+
+
+def test_the_forger_of_these_tests_writes_what_we_would() -> None:
+    assert forge() == KEY.sign(CLAIMS)
+
+
+GENUINE = KEY.sign(CLAIMS)
+H, P, S = GENUINE.split(".")
+PUBLIC = {"kty": "oct", "k": b64(b"evil" * 8)}
+
+
+def said(text: str, instead: str) -> str:
+    """The genuine payload, with something else in it, truly signed."""
+    written = json.dumps(PAYLOAD, separators=(",", ":"))
+    assert text in written
+    return forge(None, written.replace(text, instead))
+
+
+FORGED = {
+    # RFC 8725 section 2.1: the algorithm must not be the attacker's to choose.
+    "alg none": b64(b'{"alg":"none"}') + f".{P}.",
+    "alg none with our kid": b64(b'{"alg":"none","typ":"JWT","kid":"key-1"}') + f".{P}.",
+    "alg none, signed": forge({**HEADER, "alg": "none"}),
+    "alg None": forge({**HEADER, "alg": "None"}),
+    "alg HS384": forge({**HEADER, "alg": "HS384"}, None, OCTETS, "sha384"),
+    "alg HS512": forge({**HEADER, "alg": "HS512"}, None, OCTETS, "sha512"),
+    "alg HS512 with an HS256 signature": forge({**HEADER, "alg": "HS512"}),
+    "alg RS256": forge({**HEADER, "alg": "RS256"}),
+    "alg in lower case": forge({**HEADER, "alg": "hs256"}),
+    "alg null": forge({**HEADER, "alg": None}),
+    "no alg": forge({"typ": "JWT", "kid": "key-1"}),
+    "no header": seal(f".{P}"),
+    # RFC 8725 section 3.10: kid, jku, jwk and x5u are the attacker's words.
+    "kid unknown": forge({**HEADER, "kid": "key-3"}),
+    "kid of the other key": forge({**HEADER, "kid": "key-2"}),
+    "kid missing": forge({"alg": "HS256", "typ": "JWT"}),
+    "kid empty": forge({**HEADER, "kid": ""}, None, b""),
+    "kid null": forge({**HEADER, "kid": None}),
+    "kid a list": forge({**HEADER, "kid": ["key-1"]}),
+    "kid a path": forge({**HEADER, "kid": "../../../../dev/null"}, None, b""),
+    "kid SQL": forge({**HEADER, "kid": "key-1' UNION SELECT 'evil' --"}, None, b"evil"),
+    "kid a command": forge({**HEADER, "kid": "key-1|id"}),
+    "the audit key": forge({**HEADER, "kid": "audit"}, None, b"a" * 32),
+    "an embedded key": forge({**HEADER, "jwk": PUBLIC}, None, b"evil" * 8),
+    "an embedded key, truly signed": forge({**HEADER, "jwk": PUBLIC}),
+    "a key's address": forge({**HEADER, "jku": "https://evil.test/jwks"}),
+    "a critical extension": forge({**HEADER, "crit": ["b64"], "b64": False}),
+    "typ in lower case": forge({**HEADER, "typ": "jwt"}),
+    "a content type": forge({**HEADER, "cty": "JWT"}),
+    "members in another order": forge({"typ": "JWT", "alg": "HS256", "kid": "key-1"}),
+    "space in the header": forge('{"alg": "HS256","typ":"JWT","kid":"key-1"}'),
+    "alg twice": forge('{"alg":"none","alg":"HS256","typ":"JWT","kid":"key-1"}'),
+    "a header that is no JSON": forge("x"),
+    "a header that is no object": forge([HEADER]),
+    # Claims, truly signed: whoever holds the key says something that we never would.
+    **{
+        f"without {name}": forge(None, {k: v for k, v in PAYLOAD.items() if k != name})
+        for name in PAYLOAD
+    },
+    "no claims": forge(None, {}),
+    "empty claims": seal(f"{H}."),
+    "claims that are no object": forge(None, [PAYLOAD]),
+    "claims that are no JSON": forge(None, "x"),
+    "a further claim": forge(None, {**PAYLOAD, "aud": "x"}),
+    "not before": forge(None, {**PAYLOAD, "nbf": 0}),
+    "claims in another order": forge(None, dict(reversed(list(PAYLOAD.items())))),
+    "space in the claims": forge(None, json.dumps(PAYLOAD)),
+    "a newline behind the claims": said("}", "}\n"),
+    "a serial twice": said('"ser":3', '"ser":3,"ser":4'),
+    "a serial as text": said('"ser":3', '"ser":"3"'),
+    "a serial with a fraction": said('"ser":3', '"ser":3.0'),
+    "a serial with an exponent": said('"ser":3', '"ser":3e0'),
+    "a serial with a leading zero": said('"ser":3', '"ser":03'),
+    "a serial that is true": said('"ser":3', '"ser":true'),
+    "serial zero": said('"ser":3', '"ser":0'),
+    "a serial below zero": said('"ser":3', '"ser":-3'),
+    "a serial of 30 digits": said('"ser":3', '"ser":' + "3" * 30),
+    "issued at a text": said('"iat":1800000000', '"iat":"1800000000"'),
+    "issued before 1970": said('"iat":1800000000', '"iat":-1'),
+    "expiry null": forge(None, {**PAYLOAD, "exp": None}),
+    "expiry a text": forge(None, {**PAYLOAD, "exp": "1900000000"}),
+    "expiry a float": forge(None, {**PAYLOAD, "exp": 1.9e9}),
+    "expiry infinite": said('"ser":3', '"ser":3,"exp":Infinity'),
+    "another issuer": said("hostenroll", "hostenrolled"),
+    "an id in capitals": said("0d3a5f", "0D3A5F"),
+    "an id of 15 digits": said('"0d3a', '"d3a'),
+    "an id of 64 bits": said('"0d3a', '"fd3a'),
+    "an id that is a number": said('"0d3a5f0012345678"', "42"),
+    "an id with an escape": said('"0d3a', '"\\u0030d3a'),
+    "no organization": said("acme", ""),
+    "an organization of 65 characters": said("acme", "a" * 65),
+    "an organization with a path": said("acme", "../x"),
+    "an organization that is not ASCII": said("acme", "é"),
+    "an organization with NUL": said("acme", "a\0b"),
+    # Signatures.
+    "no signature": f"{H}.{P}.",
+    "two parts": f"{H}.{P}",
+    "a signature cut short": GENUINE[:-1],
+    "the signature of another key": seal(f"{H}.{P}", b"evil" * 8),
+    "the signature of no key": seal(f"{H}.{P}", b""),
+    "a signature over the claims alone": f"{H}.{seal(P)}",
+    "SHA-1": seal(f"{H}.{P}", OCTETS, "sha1"),
+    "a signature in hexadecimal": f"{H}.{P}.{unb64(S).hex()}",
+    "other claims with this signature": f"{H}.{said('3}', '4}').split('.')[1]}.{S}",
+    # RFC 7515 section 2: one spelling, or a cache and a log can be led astray.
+    "another last character of the header": seal(f"{respell(H)}.{P}"),
+    "another last character of the claims": seal(f"{H}.{respell(P)}"),
+    "another last character of the signature": f"{H}.{P}.{respell(S)}",
+    "padding behind the header": seal(f"{H}=.{P}"),
+    "padding behind the claims": seal(f"{H}.{P}="),
+    "padding behind the signature": f"{GENUINE}=",
+    "plain base64": seal(f"{H}.{P[:-1]}+"),
+    "one character too many in the claims": seal(f"{H}.{P + 'A' * ((1 - len(P)) % 4)}"),
+    "space in the claims' base64": seal(f"{H}.{P[:8]} {P[8:]}"),
+    "a newline at the end": f"{GENUINE}\n",
+    "CR LF at the end": f"{GENUINE}\r\n",
+    "space before": f" {GENUINE}",
+    "NUL behind": f"{GENUINE}\0",
+    "a scheme before": f"Bearer {GENUINE}",
+    "four parts": f"{GENUINE}.{S}",
+    "five parts, as of a JWE": f"{H}..{P}.{S}.{S}",
+    "a dot before": f".{GENUINE}",
+    "not ASCII": GENUINE[:-1] + "é",
+    "full-width digits": GENUINE[:-1] + "\uff11",
+    "a lone surrogate": GENUINE[:-1] + "\udcff",
+    "JSON serialization": json.dumps({"protected": H, "payload": P, "signature": S}),
+    "very long": seal(f"{H}.{b64(b'x' * 100_000)}"),
+    "nothing": "",
+    "dots": "..",
+    "a token": hostenroll.mint_secret("het", 1).text,
+    "an API key": hostenroll.mint_secret("hak", 1).text,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("credential", table(FORGED))
+def test_only_what_we_signed_is_a_credential(keyring: hostenroll.Keyring, credential: str) -> None:
+    with pytest.raises(hostenroll.CredentialInvalid):
+        keyring.verify(credential)
+
+
+def test_no_character_of_a_credential_can_be_another(keyring: hostenroll.Keyring) -> None:
+    for at in range(len(GENUINE)):
+        for other in "A-Zz09_.=":
+            if other != GENUINE[at]:
+                with pytest.raises(hostenroll.CredentialInvalid):
+                    keyring.verify(GENUINE[:at] + other + GENUINE[at + 1 :])
+
+
+def test_junk_cannot_push_the_fleet_out_of_the_cache(keyring: hostenroll.Keyring) -> None:
+    assert keyring.verify(GENUINE) is keyring.verify(GENUINE)
+    for junk in FORGED.values():
+        for _ in range(2):
+            with pytest.raises(hostenroll.CredentialInvalid):
+                keyring.verify(junk)
+    info = keyring.verify.cache_info()
+    assert (info.currsize, info.hits) == (1, 1)
+    assert info.maxsize == hostenroll.CREDENTIALS_CACHED
+
+
+def test_fresh_keyrings_share_nothing() -> None:
+    one, other = hostenroll.new_keyring(), hostenroll.new_keyring()
+    secrets = {o for ring in (one, other) for o in (ring.first.octets, ring.audit_key)}
+    assert len(secrets) == 4 and {len(octets) for octets in secrets} == {32}
+    assert one.first.kid != other.first.kid
+    with pytest.raises(hostenroll.CredentialInvalid):
+        other.verify(one.first.sign(CLAIMS))
+
+
+def test_a_key_file_is_a_jwk_set_for_its_owner_alone(
+    tmp_path: Path, keyring: hostenroll.Keyring
+) -> None:
+    """RFC 7517 section 5, RFC 7518 section 6.4."""
+    path = tmp_path / "key"
+    path.write_text("x" * 10_000)
+    path.chmod(0o644)
+    hostenroll.write_key_file(str(path), keyring)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    keys = json.loads(path.read_bytes())["keys"]
+    assert [(key["kty"], key["use"], key["kid"]) for key in keys] == [
+        ("oct", "sig", "key-1"), ("oct", "sig", "key-2"), ("oct", "audit", "audit")]  # fmt: skip
+    assert [unb64(key["k"]) for key in keys] == [OCTETS, b"2" * 32, b"a" * 32]
+    loaded = hostenroll.load_keyring(str(path))
+    assert [(key.kid, key.octets) for key in loaded.keys] == [
+        ("key-1", OCTETS),
+        ("key-2", b"2" * 32),
+    ]
+    assert loaded.audit_key == b"a" * 32
+    assert loaded.verify(GENUINE) == CLAIMS
+
+
+def test_a_new_key_file_is_never_open_to_others(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        hostenroll.write_key_file(str(tmp_path / "key"), hostenroll.new_keyring())
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+
+
+def jwk(**members: Any) -> Dict[str, Any]:
+    key = {"kty": "oct", "use": "sig", "alg": "HS256", "kid": "key-1", "k": b64(OCTETS), **members}
+    return {name: value for name, value in key.items() if value is not ...}
+
+
+AUDIT = jwk(use="audit", alg=..., kid="audit")
+
+
+def jwks(*keys: Any) -> bytes:
+    return json.dumps({"keys": [*keys, AUDIT]}).encode()
+
+
+BAD_KEY_FILES = {
+    "empty": b"",
+    "cut off": jwks(jwk())[:-2],
+    "binary": b"\x7fELF\xff\0",
+    "an array": b"[]",
+    "a text": b'"keys"',
+    "no keys": b"{}",
+    "keys null": b'{"keys":null}',
+    "keys a text": b'{"keys":"k"}',
+    "keys an object": b'{"keys":{"k":1}}',
+    "a key that is null": jwks(None),
+    "nested without end": b'{"keys":' + b"[" * 50_000,
+    "no signing key": jwks(),
+    "no signing key, but one for encryption": jwks(jwk(use="enc")),
+    "no audit key": json.dumps({"keys": [jwk()]}).encode(),
+    "two audit keys": jwks(jwk(), AUDIT),
+    "one kid for two keys": jwks(jwk(), jwk(k=b64(b"2" * 32))),
+    "no use": jwks(jwk(use=...)),
+    "no kty": jwks(jwk(kty=...)),
+    "an RSA key": jwks(jwk(kty="RSA")),
+    "another algorithm": jwks(jwk(alg="HS512")),
+    "no kid": jwks(jwk(kid=...)),
+    "a kid that is a number": jwks(jwk(kid=1)),
+    "a kid with a newline": jwks(jwk(kid="k\n1")),
+    "a kid longer than a credential": jwks(jwk(kid="k" * 2000)),
+    "no k": jwks(jwk(k=...)),
+    "k null": jwks(jwk(k=None)),
+    "k empty": jwks(jwk(k="")),
+    "k of 31 bytes": jwks(jwk(k=b64(OCTETS[:31]))),
+    "k not ASCII": jwks(jwk(k="é" * 43)),
+    "k with something else in it": jwks(jwk(k=b64(OCTETS) + "!!!!")),
+    "k of one character too many": jwks(jwk(k=b64(OCTETS + b"x") + "A")),
+}
+
+
+@pytest.mark.parametrize("content", table(BAD_KEY_FILES))
+def test_a_bad_key_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "the.key"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(hostenroll.OperatorError) as refused:
+        hostenroll.load_keyring(str(path))
+    said = str(refused.value)
+    assert str(path) in said and "\n" not in said and b64(OCTETS) not in said
+    path.write_bytes(jwks(jwk(alg=...)))
+    assert hostenroll.load_keyring(str(path)).first.octets == OCTETS
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o610, 0o601, 0o666])
+def test_a_key_file_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "the.key"
+    hostenroll.write_key_file(str(path), hostenroll.new_keyring())
+    path.chmod(mode)
+    with pytest.raises(hostenroll.OperatorError, match="chmod 600"):
+        hostenroll.load_keyring(str(path))
+    path.chmod(0o400)
+    assert hostenroll.load_keyring(str(path)).keys
+
+
+def test_a_key_file_that_is_not_there_is_an_operators_trouble(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(hostenroll.OperatorError, match="cannot read the key file"):
+            hostenroll.load_keyring(str(path))
+
+
+# 5. Store
+
+
+class Faulty:
+    """A real connection of which one statement fails: the n-th, or the first that is `only`;
+    before it has done its work or, what is worse, after."""
+
+    def __init__(
+        self, real: Any, n: int = 0, only: str = "", after: bool = False, error: Any = None
+    ) -> None:
+        self.real, self.n, self.only, self.after = real, n, only, after
+        self.error = error or sqlite3.OperationalError("disk I/O error")
+        self.error.sqlite_errorcode = 10  # SQLITE_IOERR, as Python says it since 3.11
+        self.count, self.failed = 0, False
+
+    def _run(self, call: Callable[..., Any], statement: str, parameters: Any) -> Any:
+        self.count += 1
+        fails = not self.failed and (self.count == self.n or statement == self.only)
+        self.failed = self.failed or fails
+        # A COMMIT that fails after it has worked is not a failure that anyone could undo.
+        if fails and not (self.after and statement != "COMMIT"):
+            raise self.error
+        cursor = call(statement, parameters)
+        if fails:
+            raise self.error
+        return cursor
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        return self._run(self.real.execute, statement, parameters)
+
+    def executemany(self, statement: str, parameters: Any) -> Any:
+        return self._run(self.real.executemany, statement, parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@contextlib.contextmanager
+def faulty(registry: Registry, **how: Any) -> Iterator[Faulty]:
+    store: Any = registry._store
+    real, store._connection = store._connection, Faulty(store._connection, **how)
+    try:
+        yield store._connection
+    finally:
+        store._connection = real
+
+
+def connection_of(registry: Registry) -> Any:
+    return registry._store._connection
+
+
+def look(registry: Registry, statement: str, *parameters: Any) -> List[Any]:
+    """A look by the registry's own connection, outside of any tick."""
+    return list(connection_of(registry).execute(statement, parameters).fetchall())
+
+
+def snapshot(registry: Registry) -> Dict[str, List[Any]]:
+    """Every row of every table."""
+    names = look(registry, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+    return {name: look(registry, f"SELECT * FROM {name} ORDER BY 1") for (name,) in names}
+
+
+def is_free(paths: Tuple[str, str]) -> bool:
+    """Whether another process could write now."""
+    other = hostenroll.WriteLock(paths[0])
+    try:
+        return other.attempt()
+    finally:
+        other.close()
+
+
+def token_of(registry: Registry, clock: Clock, by: Principal = OPERATOR, **order: Any) -> str:
+    wanted = hostenroll.TokenOrder(**order)
+    return str(do(registry, clock, lambda now: registry.mint(by, wanted, now))[1])
+
+
+def came_in(registry: Registry, clock: Clock, name: str = "web-1", **order: Any) -> Tuple[int, str]:
+    """A host that has just enrolled: its id and its credential."""
+    arrival = hostenroll.Arrival(token_of(registry, clock, **order), name)
+    enrollment = do(registry, clock, lambda now: registry.enroll(arrival, now))
+    return enrollment.host.id, enrollment.grant.credential
+
+
+def serial_of(registry: Registry, credential: str) -> int:
+    return int(registry._keyring.verify(credential).serial)
+
+
+def beat(registry: Registry, clock: Clock, credential: str, **facts: Any) -> Any:
+    def act(now: int) -> Any:
+        return registry.beat(registry.authenticate(credential, now), facts, now)
+
+    return do(registry, clock, act)
+
+
+def test_every_file_is_for_its_owner_alone_whatever_the_umask(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    before = os.umask(0)
+    try:
+        registry = open_registry(*paths, clock.ms)
+        token_of(registry, clock)
+    finally:
+        os.umask(before)
+    files = [paths[0] + suffix for suffix in ("", "-wal", "-shm", ".gate", ".lock")] + [paths[1]]
+    modes = {file: stat.S_IMODE(os.stat(file).st_mode) for file in files}
+    assert modes == dict.fromkeys(files, 0o600)
+    registry.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_lock_files_that_root_makes_belong_to_the_owner_of_the_database(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """Restored from a backup, then looked at by root: the service must still be able to lock."""
+    open_registry(*paths, clock.ms).close()
+    os.chown(paths[0], 12345, 12345)
+    for suffix in (".gate", ".lock"):
+        os.unlink(paths[0] + suffix)
+    open_registry(*paths, clock.ms).close()
+    owners = [os.stat(paths[0] + suffix).st_uid for suffix in (".gate", ".lock")]
+    assert owners == [12345, 12345]
+
+
+def test_the_database_says_what_it_is(registry: Registry) -> None:
+    for pragma, value in (
+        ("journal_mode", "wal"),
+        ("application_id", hostenroll.APPLICATION_ID),
+        ("user_version", hostenroll.SCHEMA_VERSION),
+        ("foreign_keys", 1),
+        ("wal_autocheckpoint", 0),
+    ):
+        assert look(registry, f"PRAGMA {pragma}") == [(value,)], pragma
+
+
+def test_the_schema_in_the_database_is_the_one_in_the_module(registry: Registry) -> None:
+    statement = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
+    with contextlib.closing(sqlite3.connect(":memory:")) as reference:
+        reference.executescript(hostenroll.SCHEMA)
+        expected = reference.execute(statement).fetchall()
+    assert look(registry, statement) == expected
+
+
+def _newer(path: str) -> None:
+    sql(path, f"PRAGMA user_version = {hostenroll.SCHEMA_VERSION + 1}")
+    sql(path, f"PRAGMA application_id = {hostenroll.APPLICATION_ID}")
+
+
+STRANGE_DATABASES: Dict[str, Tuple[Callable[[str], Any], str]] = {
+    "made by a newer hostenroll": (_newer, "newer"),
+    "of another program": (lambda path: sql(path, "CREATE TABLE bookmarks (url)"), "another"),
+    "ten bytes": (lambda path: Path(path).write_bytes(b"0123456789"), "not a database"),
+    "a page of text": (lambda path: Path(path).write_bytes(b"text\n" * 2000), "not a database"),
+    "a folder": (lambda path: os.mkdir(path), "open"),
+}
+
+
+@pytest.mark.parametrize("make, word", STRANGE_DATABASES.values(), ids=STRANGE_DATABASES)
+def test_a_strange_database_is_refused_in_one_line_and_left_as_it_is(
+    make: Callable[[str], Any], word: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    make(paths[0])
+    before = Path(paths[0]).read_bytes() if os.path.isfile(paths[0]) else None
+    with pytest.raises(hostenroll.OperatorError) as caught:
+        open_registry(*paths, clock.ms)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert paths[0] in str(caught.value)
+    assert before is None or Path(paths[0]).read_bytes() == before
+    assert not os.path.exists(paths[1])
+    assert is_free(paths)
+
+
+def test_two_write_locks_exclude_each_other(tmp_path: Path) -> None:
+    one, other = (hostenroll.WriteLock(str(tmp_path / "db")) for _ in range(2))
+    assert one.attempt()
+    assert not other.attempt()
+    one.release()
+    assert other.attempt()
+    assert not one.attempt()
+    one.close()
+    other.close()
+
+
+def test_who_waits_at_the_gate_goes_next(tmp_path: Path) -> None:
+    """With one lock alone, a busy server that takes it again at once would starve all others."""
+    busy, waiter, late = (hostenroll.WriteLock(str(tmp_path / "db")) for _ in range(3))
+    assert busy.attempt()
+    assert not waiter.attempt()
+    assert not late.attempt()
+    busy.release()
+    assert not busy.attempt()
+    assert not late.attempt()
+    assert waiter.attempt()
+    assert not late.attempt()  # at the gate now
+    waiter.release()
+    assert not busy.attempt()
+    assert late.attempt()
+    for lock in (busy, waiter, late):
+        lock.close()
+
+
+def test_waiting_is_bounded_and_gives_up_its_place(
+    tmp_path: Path,
+) -> None:
+    holder, waiter, other = (hostenroll.WriteLock(str(tmp_path / "db")) for _ in range(3))
+    assert holder.attempt()
+    with pytest.raises(hostenroll.StoreBusy):
+        waiter.wait(0.02)
+    holder.release()
+    assert other.attempt()
+    for lock in (holder, waiter, other):
+        lock.close()
+
+
+def test_lock_files_are_never_unlinked(paths: Tuple[str, str], clock: Clock) -> None:
+    """A lock on an unlinked file excludes nobody."""
+    open_registry(*paths, clock.ms).close()
+    numbers = [os.stat(paths[0] + suffix).st_ino for suffix in (".gate", ".lock")]
+    for _ in range(3):
+        registry = open_registry(*paths, clock.ms)
+        token_of(registry, clock)
+        registry.close()
+    assert [os.stat(paths[0] + suffix).st_ino for suffix in (".gate", ".lock")] == numbers
+
+
+def test_a_path_is_a_path_whatever_is_in_it(tmp_path: Path, clock: Clock) -> None:
+    folder = tmp_path / "a b?mode=memory#%41'\u00e9"
+    folder.mkdir()
+    registry = open_registry(str(folder / "x?y.db"), str(folder / "x.key"), clock.ms)
+    token_of(registry, clock)
+    registry.close()
+    assert sql(str(folder / "x?y.db"), "SELECT count(*) FROM token") == [(1,)]
+
+
+def test_a_database_behind_a_link_has_one_lock(paths: Tuple[str, str], clock: Clock) -> None:
+    """SQLite resolves the link for its WAL; a lock by another name would exclude nobody."""
+    registry = open_registry(*paths, clock.ms)
+    link = f"{paths[0]}.link"
+    os.symlink(paths[0], link)
+    behind = open_registry(link, paths[1], clock.ms)
+    assert registry._store.lock.attempt()
+    write = Act(lambda now: behind.add_organization("x", now))
+    assert behind.tick([write], clock.ms) is None
+    registry._store.lock.release()
+    assert behind.tick([write], clock.ms) is not None
+    behind.close()
+    registry.close()
+
+
+@pytest.mark.parametrize("way", ["deleted", "replaced by a copy", "replaced by an empty file"])
+def test_a_database_that_is_gone_is_never_host_unknown(
+    way: str, registry: Registry, api: ApiDoor, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """410 would send a whole fleet to enroll anew because someone moved a file."""
+    enrolled = api.enroll(api.token()).document
+    assert api.beat(enrolled["credential"]).status == 200
+    os.rename(paths[0], paths[0] + ".away")
+    if way == "replaced by a copy":
+        shutil.copy(paths[0] + ".away", paths[0])
+    elif way == "replaced by an empty file":
+        Path(paths[0]).touch()
+    answers = [
+        api.beat(enrolled["credential"]),
+        api.beat(enrolled["credential"], os="linux"),
+        api.host(enrolled["hostId"]),
+        api.mint(),
+        api.enroll("het_0000000000000000_" + "a" * 43 + "00000000"),
+        api.call("GET", "/readyz"),
+    ]
+    assert [(answer.status, answer.code) for answer in answers[:4]] == [
+        (503, "storage-unavailable")
+    ] * 4
+    assert {answer.status for answer in answers} == {503}
+    assert all("retry-after" in answer.headers for answer in answers)
+    assert api.call("GET", "/healthz").status == 200
+    assert is_free(paths)
+    os.replace(paths[0] + ".away", paths[0])
+    clock.advance(1)
+    assert api.beat(enrolled["credential"]).status == 200
+    assert api.host(enrolled["hostId"]).document["lastSeen"] == hostenroll.rfc3339(clock.ms)
+
+
+READ = Act(lambda now: "read", writes=False)
+SYNCHRONOUS = {
+    "plain heartbeats": (True, [], 1),
+    "plain heartbeats and reads": (True, [READ], 1),
+    "a sign of life": (False, [Act(lambda now: "alive", durable=False)], 1),
+    "anything else that may write": (False, [Act(lambda now: "written")], 2),
+    "heartbeats with anything else": (True, [READ, Act(lambda now: "written")], 2),
+}
+
+
+@pytest.mark.parametrize("beats, acts, level", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
+def test_what_is_acknowledged_is_on_the_disk_but_for_plain_heartbeats(
+    beats: bool, acts: List[Act], level: int, registry: Registry, clock: Clock
+) -> None:
+    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    for before in ("NORMAL", "FULL"):
+        connection_of(registry).execute(f"PRAGMA synchronous = {before}")
+        registry._store._synchronous = before
+        registry.tick([claims, *acts] if beats else acts, clock.ms)
+        assert look(registry, "PRAGMA synchronous") == [(level,)]
+
+
+@pytest.mark.parametrize("before", [1, 100], ids=["alone", "after runs of many"])
+def test_the_wal_stays_bounded_under_a_run_of_beats(
+    before: int,
+    registry: Registry,
+    clock: Clock,
+    paths: Tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 64)
+    fill(registry, before)
+    kid = registry._keyring.first.kid
+    claims = [hostenroll.Claims(n << 8, "default", 0, 1, None, kid) for n in range(1, 101)]
+    for run in [claims[:before]] * 200 + [claims[:1]] * 700:
+        clock.advance(1)
+        assert registry.tick(run, clock.ms) == [clock.ms] * len(run)
+        registry.tidy()
+        assert os.stat(paths[0] + "-wal").st_size < 4 * 64 * 4096
+    assert is_free(paths)
+
+
+def test_a_checkpoint_is_for_who_holds_the_lock(
+    registry: Registry, clock: Clock, paths: Tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite up to 3.51.2 can corrupt a database whose checkpoint meets another's write."""
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 1)
+    token_of(registry, clock)
+    before = Path(paths[0]).stat().st_mtime_ns
+    other = hostenroll.WriteLock(paths[0])
+    assert other.attempt()
+    with faulty(registry) as connection:
+        registry.tidy()
+        assert connection.count == 0
+        other.close()
+        registry.tidy()
+        assert connection.count == 1
+    assert Path(paths[0]).stat().st_mtime_ns > before
+    assert is_free(paths)
+
+
+@pytest.mark.parametrize("writer", ["lock", "connection"])
+def test_beside_another_writer_a_tick_asks_to_come_again(
+    writer: str,
+    registry: Registry,
+    clock: Clock,
+    paths: Tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.02)
+    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    lock = hostenroll.WriteLock(paths[0])
+    foreign = sqlite3.connect(paths[0], isolation_level=None, timeout=0)
+    if writer == "lock":
+        assert lock.attempt()
+    else:
+        foreign.execute("BEGIN IMMEDIATE")
+    assert registry.tick([claims], clock.ms) is None
+    assert registry.tick([Act(lambda now: 1)], clock.ms) is None
+    assert registry.tick([READ], clock.ms) == ["read"]
+    with pytest.raises(hostenroll.StorageUnavailable):
+        token_of(registry, clock)
+    lock.close()
+    foreign.close()
+    assert registry.tick([claims], clock.ms) == [clock.ms]
+    assert len(look(registry, "SELECT 1 FROM token")) == 1
+
+
+def test_a_full_disk_undoes_the_tick_and_leaves_the_store_in_order(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """SQLITE_FULL rolls the whole transaction back by itself: the next statement would commit."""
+    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    (pages,) = look(registry, "PRAGMA page_count")[0]
+    look(registry, f"PRAGMA max_page_count = {pages + 3}")
+    before = snapshot(registry)
+
+    def minting(size: int) -> Act:
+        order = hostenroll.TokenOrder(description="x" * size)
+        return Act(lambda now: registry.mint(OPERATOR, order, now))
+
+    acts = [minting(1), minting(50_000), minting(1), READ]
+    outcome = registry.tick([claims, *acts], clock.ms) or []
+    assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable] * 5
+    assert not connection_of(registry).in_transaction
+    assert is_free(paths)
+    assert snapshot(registry) == before
+    assert registry.tick([claims, READ], clock.ms) == [clock.ms, "read"]
+    look(registry, "PRAGMA max_page_count = 1000000")
+    outcome = registry.tick([claims, *acts], clock.ms) or []
+    assert len(outcome) == 5 and not any(isinstance(result, Problem) for result in outcome)
+    assert look(registry, "PRAGMA integrity_check") == [("ok",)]
+
+
+Prepare = Callable[[Registry, Clock], Callable[[int], Any]]
+
+
+def _enrolling(key: Optional[str]) -> Prepare:
+    def prepare(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+        arrival = hostenroll.Arrival(token_of(registry, clock), "web-1", idempotency_key=key)
+        return lambda now: registry.enroll(arrival, now)
+
+    return prepare
+
+
+def _replaying(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    act = _enrolling("k")(registry, clock)
+    do(registry, clock, act)
+    return act
+
+
+def _reenrolling(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    number, _ = came_in(registry, clock)
+    order = hostenroll.TokenOrder()
+    text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+    arrival = hostenroll.Arrival(text, "web-2", idempotency_key="k")
+    return lambda now: registry.enroll(arrival, now)
+
+
+def _beating(facts: Dict[str, str], later: float) -> Prepare:
+    def prepare(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+        claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+        clock.advance(later)
+        return lambda now: registry.beat(claims, facts, now)
+
+    return prepare
+
+
+def _on_host(name: str, token: bool = False) -> Prepare:
+    def prepare(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+        number, _ = came_in(registry, clock)
+        order = hostenroll.TokenOrder()
+        if token:
+            do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))
+        return lambda now: getattr(registry, name)(OPERATOR, number, now)
+
+    return prepare
+
+
+WRITES: Dict[str, Prepare] = {
+    "mint": lambda registry, clock: (
+        lambda now: registry.mint(OPERATOR, hostenroll.TokenOrder(), now)
+    ),
+    "enroll": _enrolling(None),
+    "enroll with a key": _enrolling("k"),
+    "replay": _replaying,
+    "re-enroll": _reenrolling,
+    "beat with facts": _beating({"os": "linux"}, 1),
+    "beat late": _beating({"os": "linux"}, -1),
+    "renewal": _beating({}, 80),
+    "revoke": _on_host("revoke_host"),
+    "delete": _on_host("delete_host", token=True),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("prepare", WRITES.values(), ids=WRITES)
+def test_whichever_statement_fails_it_is_all_or_nothing(
+    prepare: Prepare, after: bool, paths: Tuple[str, str], clock: Clock
+) -> None:
+    registry = open_registry(*paths, clock.ms, credential_ttl=100)
+    act = prepare(registry, clock)
+    before = snapshot(registry)
+    failures = 0
+    for n in range(1, 60):
+        try:
+            with faulty(registry, n=n, after=after) as connection:
+                do(registry, clock, act)
+        except hostenroll.StorageUnavailable:
+            failures += 1
+            assert connection.failed
+            assert not connection_of(registry).in_transaction
+            assert is_free(paths)
+            assert snapshot(registry) == before, n
+        else:
+            break
+    assert not connection.failed and failures >= 5
+    assert snapshot(registry) != before
+    registry.close()
+
+
+@pytest.mark.parametrize("only", ["BEGIN IMMEDIATE", "COMMIT", "SAVEPOINT act", "BEGIN"])
+def test_a_damaged_database_is_unavailable_and_no_crash(
+    only: str, registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError, not as OperationalError."""
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    with faulty(registry, only=only, error=error) as connection:
+        outcome = registry.tick([Act(lambda now: 1, writes=only != "BEGIN")], clock.ms)
+        assert connection.failed
+    assert outcome is not None
+    assert isinstance(outcome[0], hostenroll.StorageUnavailable)
+    assert is_free(paths)
+    token_of(registry, clock)
+
+
+def test_a_commit_that_fails_answers_nothing_not_even_a_read(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """A read may have seen rows that are gone."""
+    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    before = snapshot(registry)
+    acts = [Act(lambda now: registry.add_organization("x", now)), READ]
+    with faulty(registry, only="COMMIT"):
+        outcome = registry.tick([claims, *acts], clock.ms + 1) or []
+    assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable] * 3
+    assert snapshot(registry) == before
+    with faulty(registry, only="COMMIT"):
+        outcome = registry.tick([READ], clock.ms) or []
+    assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable]
+    outcome = registry.tick([claims, *acts], clock.ms + 1) or []
+    assert (outcome[0], outcome[2]) == (clock.ms + 1, "read")
+
+
+def _lose(path: str) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
+
+
+def _other_key_file(paths: Tuple[str, str]) -> None:
+    hostenroll.write_key_file(paths[1], hostenroll.new_keyring())
+
+
+LOSSES: Dict[str, Tuple[Callable[[Tuple[str, str]], Any], str]] = {
+    "no key file": (lambda paths: _lose(paths[1]), "restore the key file"),
+    "no database": (lambda paths: _lose(paths[0]), "restore the database"),
+    "an empty database": (lambda paths: os.truncate(paths[0], 0), "restore it"),
+    "another's key file": (_other_key_file, "not that of the database"),
+}
+
+
+@pytest.mark.parametrize("lose, sentence", LOSSES.values(), ids=LOSSES)
+def test_half_of_a_pair_is_refused_unless_init_says_to_go_on(
+    lose: Callable[[Tuple[str, str]], Any], sentence: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    registry = open_registry(*paths, clock.ms)
+    _, credential = came_in(registry, clock)
+    registry.close()
+    lose(paths)
+    there = [os.path.exists(path) for path in paths]
+    key = Path(paths[1]).read_bytes() if there[1] else None
+    for _ in range(2):
+        with pytest.raises(hostenroll.OperatorError, match=sentence) as caught:
+            open_registry(*paths, clock.ms)
+        assert "--init" in str(caught.value) and "\n" not in str(caught.value)
+        assert [os.path.exists(path) for path in paths] == there
+    registry = open_registry(*paths, clock.ms, init=True)
+    assert key is None or Path(paths[1]).read_bytes() == key
+    # The old keys without their database know the credential, and no host of it.
+    kept = lose in (LOSSES["no database"][0], LOSSES["an empty database"][0])
+    with pytest.raises(hostenroll.HostUnknown if kept else hostenroll.CredentialInvalid):
+        beat(registry, clock, credential)
+    came_in(registry, clock)
+    registry.close()
+    open_registry(*paths, clock.ms).close()
+
+
+def test_a_pair_is_opened_as_it_is(paths: Tuple[str, str], clock: Clock) -> None:
+    open_registry(*paths, clock.ms).close()
+    key = Path(paths[1]).read_bytes()
+    for init in (False, True):
+        open_registry(*paths, clock.ms, init=init).close()
+        assert Path(paths[1]).read_bytes() == key
+        assert not os.path.exists(paths[1] + ".new")
+
+
+def _stop_before_the_rename(paths: Tuple[str, str], clock: Clock) -> None:
+    open_registry(*paths, clock.ms).close()
+    os.rename(paths[1], paths[1] + ".new")
+
+
+def _stop_before_the_commit(paths: Tuple[str, str], clock: Clock) -> None:
+    _stop_before_the_rename(paths, clock)
+    _lose(paths[0])
+    Path(paths[0]).touch()
+
+
+def _stop_before_the_database(paths: Tuple[str, str], clock: Clock) -> None:
+    _stop_before_the_rename(paths, clock)
+    _lose(paths[0])
+
+
+def _stop_in_the_key_file(paths: Tuple[str, str], clock: Clock) -> None:
+    Path(paths[0]).touch()
+    Path(paths[1] + ".new").write_text('{"keys": [{"kty"')
+
+
+CRASHES = (
+    _stop_in_the_key_file,
+    _stop_before_the_database,
+    _stop_before_the_commit,
+    _stop_before_the_rename,
+)
+
+
+@pytest.mark.parametrize("crash", CRASHES, ids=lambda crash: crash.__name__.strip("_"))
+def test_a_first_start_that_was_killed_is_made_good_by_the_next(
+    crash: Callable[..., None], paths: Tuple[str, str], clock: Clock
+) -> None:
+    crash(paths, clock)
+    prepared = Path(paths[1] + ".new").read_bytes()
+    registry = open_registry(*paths, clock.ms)
+    came_in(registry, clock)
+    registry.close()
+    assert not os.path.exists(paths[1] + ".new")
+    assert stat.S_IMODE(os.stat(paths[1]).st_mode) == 0o600
+    if crash is _stop_before_the_rename:  # the database knows these keys already
+        assert Path(paths[1]).read_bytes() == prepared
+    open_registry(*paths, clock.ms).close()
+
+
+@pytest.mark.parametrize("left", ["torn", "foreign"])
+def test_what_lies_beside_a_lost_key_file_is_not_taken_for_it(
+    left: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    """A serve --init that was killed while it wrote must not be the end of all serve --init."""
+    open_registry(*paths, clock.ms).close()
+    if left == "foreign":
+        hostenroll.write_key_file(paths[1] + ".new", hostenroll.new_keyring())
+    else:
+        Path(paths[1] + ".new").write_text('{"keys": [{"kty"')
+    os.unlink(paths[1])
+    with pytest.raises(hostenroll.OperatorError):
+        open_registry(*paths, clock.ms)
+    open_registry(*paths, clock.ms, init=True).close()
+    open_registry(*paths, clock.ms).close()
+
+
+def test_a_first_start_may_be_a_race(tmp_path: Path) -> None:
+    done: List[Any] = []
+    racers = [
+        threading.Thread(target=lambda: done.append(cli(tmp_path, "list-orgs"))) for _ in range(4)
+    ]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert [(run.returncode, "default" in run.stdout) for run in done] == [(0, True)] * 4, done
+    database = str(tmp_path / "hostenroll.db")
+    key_file = hostenroll.load_keyring(str(tmp_path / "hostenroll.key"))
+    assert sql(database, "SELECT kid FROM signing_key") == [(key.kid,) for key in key_file.keys]
+    assert not (tmp_path / "hostenroll.key.new").exists()
+
+
+# 6. Registry
+
+
+def enrolled(door: Door, name: str = "web-1", **order: Any) -> Any:
+    """The document of a host that has just enrolled."""
+    reply = door.enroll(door.token(**order), name)
+    assert reply.status == 201, reply
+    return reply.document
+
+
+def test_a_host_lives_and_dies(door: Door, clock: Clock) -> None:
+    minted = door.mint(labels={"rack": "b4"}).document
+    assert (minted["state"], minted["uses"], minted["hosts"]) == ("valid", 0, [])
+    host = door.enroll(minted["token"], "web-1", os="linux", dockerVersion="27.1").document
+    number, credential = host["hostId"], host["credential"]
+    assert host["organizationId"] == "default" and host["name"] == "web-1"
+    used = door.show_token(minted["id"]).document
+    assert (used["state"], used["uses"], used["hosts"]) == ("used", 1, [number])
+    assert used["usedAt"] == hostenroll.rfc3339(clock.ms) and "token" not in used
+    shown = door.host(number).document
+    assert (shown["status"], shown["lastSeen"]) == ("pending", None)
+    assert (shown["os"], shown["architecture"], shown["dockerVersion"]) == ("linux", "", "27.1")
+    assert (shown["labels"], shown["tokenId"]) == ({"rack": "b4"}, minted["id"])
+    clock.advance(1)
+    assert door.beat(credential).document["lastSeen"] == hostenroll.rfc3339(clock.ms)
+    assert door.host(number).document["status"] == "online"
+    for _ in range(2):
+        assert door.revoke(number).document["status"] == "revoked"
+        assert door.revoke(number).document["revokedAt"] == hostenroll.rfc3339(clock.ms)
+        assert (door.beat(credential).status, door.beat(credential).code) == (403, "host-revoked")
+        assert door.beat(credential, os="bsd").code == "host-revoked"
+    seen = door.host(number).document
+    assert (seen["os"], seen["lastSeen"]) == ("linux", hostenroll.rfc3339(clock.ms))
+    for _ in range(2):
+        assert door.restore(number).document["status"] == "online"
+    assert door.beat(credential).status == 200
+    assert door.delete(number).status == 204
+    assert [door.delete(number).code, door.host(number).code] == ["not-found"] * 2
+    assert (door.beat(credential).status, door.beat(credential).code) == (410, "host-unknown")
+    assert door.enroll(minted["token"]).code == "token-used"
+
+
+def test_a_token_enrolls_exactly_one_host(door: Door) -> None:
+    token = door.token()
+    assert [door.enroll(token, name).status for name in ("a", "b", "a")] == [201, 401, 401]
+    assert door.enroll(token).code == "token-used"
+
+
+def test_a_token_enrolls_as_many_hosts_as_it_was_minted_for(door: Door) -> None:
+    minted = door.mint(maxUses=3).document
+    numbers = {door.enroll(minted["token"]).document["hostId"] for _ in range(3)}
+    assert len(numbers) == 3
+    assert door.enroll(minted["token"]).code == "token-used"
+    shown = door.show_token(minted["id"]).document
+    assert (shown["uses"], set(shown["hosts"])) == (3, numbers)
+
+
+@pytest.mark.parametrize("end", ["revoke", "delete"])
+def test_a_used_token_stays_used_whatever_becomes_of_the_host(end: str, door: Door) -> None:
+    token = door.token()
+    number = door.enroll(token, key="k").document["hostId"]
+    getattr(door, end)(number)
+    assert door.enroll(token).code == "token-used"
+    assert door.enroll(token, key="k").code == "token-used"
+
+
+def test_a_token_has_one_state_and_says_the_strongest(door: Door, clock: Clock) -> None:
+    minted = [door.mint(ttlSeconds=60).document for _ in range(4)]
+    door.enroll(minted[1]["token"])
+    door.revoke_token(minted[2]["id"])
+    door.enroll(minted[3]["token"])
+    door.revoke_token(minted[3]["id"])
+    clock.advance(60)
+    shown = [door.show_token(token["id"]).document for token in minted]
+    assert [s["state"] for s in shown] == ["expired", "used", "revoked", "revoked"]
+    assert [door.enroll(token["token"]).code for token in minted] == [
+        f"token-{s['state']}" for s in shown
+    ]
+    assert door.revoke_token(minted[2]["id"]).status == 204
+    assert door.show_token(minted[2]["id"]).document == shown[2]
+
+
+@pytest.mark.parametrize("at, status", [(59.999, 201), (60, 401)])
+def test_a_token_lives_to_the_millisecond(at: float, status: int, door: Door, clock: Clock) -> None:
+    token = door.token(ttlSeconds=60)
+    clock.now = NOON + at
+    assert door.enroll(token).status == status
+
+
+def _slip(text: str) -> str:
+    return text[:-1] + ("0" if text[-1] != "0" else "1")
+
+
+def _other_secret(text: str) -> str:
+    return str(hostenroll.mint_secret("het", int(text[4:20], 16)).text)
+
+
+REFUSED_ENROLLMENTS: Dict[str, Tuple[Dict[str, Any], Callable[[Door, Any], Reply], str]] = {
+    "a slip": ({}, lambda door, t: door.enroll(_slip(t["token"])), "token-unknown"),
+    "a guess": ({}, lambda door, t: door.enroll(_other_secret(t["token"])), "token-unknown"),
+    "in capitals": ({}, lambda door, t: door.enroll(t["token"].upper()), "token-unknown"),
+    "a space": ({}, lambda door, t: door.enroll(t["token"] + " "), "token-unknown"),
+    "an API key": ({}, lambda door, t: door.enroll("hak" + t["token"][3:]), "token-unknown"),
+    "another host": (
+        {"hostname": "db-1"},
+        lambda door, t: door.enroll(t["token"], "db-10"),
+        "token-host-mismatch",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "order, attempt, code", REFUSED_ENROLLMENTS.values(), ids=REFUSED_ENROLLMENTS
+)
+def test_a_refused_enrollment_uses_up_nothing(
+    order: Dict[str, Any], attempt: Callable[[Door, Any], Reply], code: str, door: Door
+) -> None:
+    minted = door.mint(**order).document
+    before = door.show_token(minted["id"]).document
+    assert [attempt(door, minted).code for _ in range(3)] == [code] * 3
+    assert door.show_token(minted["id"]).document == before
+    assert door.enroll(minted["token"], order.get("hostname", "web-1")).status == 201
+
+
+def test_why_a_token_is_refused_is_told_only_to_who_has_its_secret(door: Door) -> None:
+    minted = door.mint().document
+    door.revoke_token(minted["id"])
+    assert door.enroll(minted["token"]).code == "token-revoked"
+    assert door.enroll(_other_secret(minted["token"])).code == "token-unknown"
+
+
+@pytest.mark.parametrize("name", ["db-1.lan", "DB-1.LAN", "db-1.lan.", "Db-1.Lan."])
+def test_a_bound_hostname_is_compared_as_dns_does(name: str, door: Door) -> None:
+    for bound in ("Db-1.lan", "db-1.LAN."):
+        assert door.enroll(door.token(hostname=bound), name).status == 201
+
+
+def test_a_beat_changes_facts_but_never_a_bound_hostname(door: Door) -> None:
+    free, bound = enrolled(door), enrolled(door, "db-1", hostname="db-1")
+    for host, hostname in ((free, "new"), (bound, "db-1")):
+        facts = {"hostname": "new", "os": "linux", "architecture": "arm64", "dockerVersion": "1"}
+        assert door.beat(host["credential"], **facts).status == 200
+        shown = door.host(host["hostId"]).document
+        assert {name: shown[name] for name in facts} == {**facts, "hostname": hostname}
+        assert shown["name"] == host["name"]
+        assert door.beat(host["credential"], os="").status == 200
+        assert door.host(host["hostId"]).document["os"] == ""
+
+
+def test_a_host_has_the_name_that_it_gives_or_its_hostname(door: Door) -> None:
+    assert door.enroll(door.token(), "web-1").document["name"] == "web-1"
+    assert door.enroll(door.token(), "web-1", name="Front").document["name"] == "Front"
+
+
+def test_a_re_enrolled_host_is_the_same_host(door: Door, clock: Clock) -> None:
+    host = enrolled(door, labels={"a": "1"})
+    door.beat(host["credential"])
+    before = door.host(host["hostId"]).document
+    clock.advance(5)
+    minted = door.reenroll(host["hostId"]).document
+    assert (minted["hostId"], minted["maxUses"]) == (host["hostId"], 1)
+    again = door.enroll(minted["token"], "web-9", name="other").document
+    assert (again["hostId"], again["name"]) == (host["hostId"], "web-1")
+    after = door.host(host["hostId"]).document
+    assert after == {**before, **{k: after[k] for k in ("hostname", "tokenId", "statusReason")}}
+    assert (after["hostname"], after["tokenId"]) == ("web-9", minted["id"])
+    # The old credential is good until the new one is first used, and not longer.
+    assert door.beat(host["credential"]).status == 200
+    assert door.beat(again["credential"]).status == 200
+    assert door.beat(host["credential"]).code == "credential-superseded"
+    assert door.enroll(minted["token"]).code == "token-used"
+
+
+def test_a_revoked_host_does_not_re_enroll_and_a_deleted_one_has_no_token(door: Door) -> None:
+    host = enrolled(door)
+    minted = door.reenroll(host["hostId"]).document
+    door.revoke(host["hostId"])
+    assert door.enroll(minted["token"]).code == "host-revoked"
+    assert door.show_token(minted["id"]).document["uses"] == 0
+    door.delete(host["hostId"])
+    assert door.show_token(minted["id"]).document["state"] == "revoked"
+    assert door.enroll(minted["token"]).code == "token-revoked"
+    assert door.reenroll(host["hostId"]).code == "not-found"
+
+
+def test_a_lost_reply_can_be_asked_for_again(door: Door) -> None:
+    minted = door.mint().document
+    first = door.enroll(minted["token"], "web-1", "k", os="linux").document
+    again = door.enroll(minted["token"], "other", "k", os="bsd", name="x").document
+    assert (again["hostId"], again["name"]) == (first["hostId"], "web-1")
+    assert again["credential"] != first["credential"]
+    shown = door.host(first["hostId"]).document
+    assert (shown["hostname"], shown["os"]) == ("web-1", "linux")
+    assert door.show_token(minted["id"]).document["uses"] == 1
+    assert door.enroll(minted["token"], key="other").code == "token-used"
+    assert door.enroll(minted["token"]).code == "token-used"
+    assert door.beat(first["credential"]).status == 200
+    assert door.beat(again["credential"]).status == 200
+    assert door.beat(first["credential"]).code == "credential-superseded"
+
+
+DAY_MS = 86_400_000
+REPLAYS: Dict[str, Tuple[Callable[[Door, Clock, Any, Any], Any], Optional[str]]] = {
+    "at once": (lambda door, clock, token, host: None, None),
+    "after a day": (lambda door, clock, token, host: clock.advance(DAY_MS / 1000), None),
+    "after a day and 1 ms": (
+        lambda door, clock, token, host: clock.advance(DAY_MS / 1000 + 0.001),
+        "token-used",
+    ),
+    "after the token's hour": (lambda door, clock, token, host: clock.advance(3601), None),
+    "after a beat": (lambda door, clock, token, host: door.beat(host["credential"]), "token-used"),
+    "token revoked": (lambda door, clock, token, host: door.revoke_token(token), "token-revoked"),
+    "host revoked": (lambda door, clock, token, host: door.revoke(host["hostId"]), "token-used"),
+    "host deleted": (lambda door, clock, token, host: door.delete(host["hostId"]), "token-used"),
+}
+
+
+@pytest.mark.parametrize("between, code", REPLAYS.values(), ids=REPLAYS)
+def test_a_replay_is_answered_until_the_first_beat_for_a_day(
+    between: Callable[..., Any], code: Optional[str], door: Door, clock: Clock
+) -> None:
+    minted = door.mint().document
+    host = door.enroll(minted["token"], key="k").document
+    between(door, clock, minted["id"], host)
+    reply = door.enroll(minted["token"], key="k")
+    assert reply.code == code
+    assert code or reply.document["hostId"] == host["hostId"]
+
+
+def test_each_host_of_a_token_has_its_own_replays(door: Door) -> None:
+    minted = door.mint(maxUses=3).document
+    a, b = (door.enroll(minted["token"], key=key).document["hostId"] for key in "ab")
+    assert a != b
+    again = door.enroll(minted["token"], key="a").document
+    assert (again["hostId"], door.show_token(minted["id"]).document["uses"]) == (a, 2)
+    door.beat(again["credential"])
+    third = door.enroll(minted["token"], key="a").document["hostId"]  # the key is free now
+    assert third not in (a, b)
+    assert door.enroll(minted["token"], key="a").document["hostId"] == third
+    assert door.enroll(minted["token"], key="c").code == "token-used"
+
+
+def test_a_replay_of_a_re_enrollment_is_one_too(door: Door) -> None:
+    host = enrolled(door)
+    door.beat(host["credential"])
+    token = door.reenroll(host["hostId"]).document["token"]
+    first, again = (door.enroll(token, key="k").document for _ in range(2))
+    assert first["hostId"] == again["hostId"] == host["hostId"]
+    assert door.beat(host["credential"]).status == 200  # not the beat that ends it
+    assert door.enroll(token, key="k").status == 201
+    assert door.beat(again["credential"]).status == 200
+    assert door.enroll(token, key="k").code == "token-used"
+
+
+def test_the_serials_of_a_host(registry: Registry, clock: Clock) -> None:
+    """Enrollment 1, a replay one more, a re-enrollment two more."""
+    arrival = hostenroll.Arrival(token_of(registry, clock), "web-1", idempotency_key="k")
+
+    def enroll(arrival: Any) -> Any:
+        return do(registry, clock, lambda now: registry.enroll(arrival, now))
+
+    serials = [serial_of(registry, enroll(arrival).grant.credential) for _ in range(3)]
+    assert serials == [1, 2, 3]
+    number = look(registry, "SELECT id FROM host")[0][0]
+    order = hostenroll.TokenOrder()
+    text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+    again = enroll(hostenroll.Arrival(text, "web-1"))
+    assert serial_of(registry, again.grant.credential) == 5
+
+
+@contextlib.contextmanager
+def opened(paths: Tuple[str, str], clock: Clock, **options: Any) -> Iterator[Registry]:
+    registry = open_registry(*paths, clock.ms, **options)
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+def test_a_renewal_is_the_next_serial_until_it_is_used(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    with opened(paths, clock, credential_ttl=300) as registry:
+        number, old = came_in(registry, clock)
+        clock.advance(201)
+        renewals = [beat(registry, clock, old).grant.credential for _ in range(3)]
+        assert [serial_of(registry, new) for new in renewals] == [2, 2, 2]
+        assert beat(registry, clock, renewals[0]).grant is None
+        with pytest.raises(hostenroll.CredentialSuperseded):
+            beat(registry, clock, old)
+        clock.advance(201)
+        third = beat(registry, clock, renewals[0]).grant.credential
+        assert serial_of(registry, third) == 3
+        # Whoever holds an old copy cannot renew past a re-enrollment.
+        order = hostenroll.TokenOrder()
+        text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+        arrival = hostenroll.Arrival(text, "web-1")
+        newest = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+        assert serial_of(registry, newest) == 5
+        clock.advance(201)
+        for copy in (renewals[0], third):
+            assert beat(registry, clock, copy).grant is None
+        assert serial_of(registry, beat(registry, clock, newest).grant.credential) == 6
+        with pytest.raises(hostenroll.CredentialSuperseded):
+            beat(registry, clock, third)
+
+
+GRACE = 7 * 86400
+AGES = {
+    "two thirds": (200, "beats"),
+    "1 ms more": (200.001, "renews"),
+    "at its end": (300, "renews"),
+    "7 days on": (300 + GRACE, "renews"),
+    "7 days and 1 ms": (300 + GRACE + 0.001, "expired"),
+}
+
+
+@pytest.mark.parametrize("age, outcome", AGES.values(), ids=AGES)
+def test_a_credential_is_renewed_in_its_last_third_and_for_a_week_after(
+    age: float, outcome: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    with opened(paths, clock, credential_ttl=300) as registry:
+        _, credential = came_in(registry, clock)
+        clock.now = NOON + age
+        if outcome == "expired":
+            with pytest.raises(hostenroll.CredentialExpired):
+                beat(registry, clock, credential)
+            assert look(registry, "SELECT last_seen FROM heartbeat") == [(0,)]
+            return
+        beaten = beat(registry, clock, credential)
+        assert beaten.last_seen == clock.ms
+        assert (beaten.grant is not None) == (outcome == "renews")
+        if beaten.grant is not None:
+            assert beaten.grant.expires_at == clock.ms // 1000 + 300
+
+
+TTLS = {
+    "none to one": (None, 300, 0, True, True),
+    "shorter": (600, 300, 0, True, True),
+    "the same": (300, 300, 0, False, None),
+    "longer": (300, 600, 0, False, None),
+    "longer, in the last third": (300, 600, 201, True, True),
+    "one to none": (300, None, 0, False, None),
+    "one to none, in the last third": (300, None, 201, True, False),
+    "none at all": (None, None, 10 * GRACE, False, None),
+}
+
+
+@pytest.mark.parametrize("before, now, age, renews, expires", TTLS.values(), ids=TTLS)
+def test_another_lifetime_reaches_the_fleet_by_renewal(
+    before: Optional[int],
+    now: Optional[int],
+    age: float,
+    renews: bool,
+    expires: Optional[bool],
+    paths: Tuple[str, str],
+    clock: Clock,
+) -> None:
+    with opened(paths, clock, credential_ttl=before) as registry:
+        _, credential = came_in(registry, clock)
+    clock.advance(age)
+    with opened(paths, clock, credential_ttl=now) as registry:
+        grant = beat(registry, clock, credential).grant
+        assert (grant is not None) == renews
+        if grant is not None:
+            assert (grant.expires_at is not None) == expires
+            assert beat(registry, clock, grant.credential).grant is None
+
+
+def test_a_rotated_key_empties_by_itself(paths: Tuple[str, str], clock: Clock) -> None:
+    with opened(paths, clock) as registry:
+        _, old = came_in(registry, clock)
+        beat(registry, clock, old)
+    keyring = hostenroll.load_keyring(paths[1])
+    new_key = hostenroll.SigningKey("new", b"n" * 32)
+    both = hostenroll.Keyring([new_key, *keyring.keys], keyring.audit_key)
+    hostenroll.write_key_file(paths[1], both)
+    last_used = "SELECT kid FROM heartbeat JOIN signing_key ON number = key"
+    with opened(paths, clock) as registry:
+        renewed = beat(registry, clock, old).grant.credential
+        assert registry.authenticate(renewed, clock.ms).kid == "new"
+        assert look(registry, last_used) == [(keyring.first.kid,)]
+        assert beat(registry, clock, renewed).grant is None
+        assert look(registry, last_used) == [("new",)]
+        unused = came_in(registry, clock)[1]
+        assert registry.authenticate(unused, clock.ms).kid == "new"
+    hostenroll.write_key_file(paths[1], hostenroll.Keyring([new_key], keyring.audit_key))
+    with opened(paths, clock) as registry:
+        assert beat(registry, clock, renewed).grant is None
+        with pytest.raises(hostenroll.CredentialInvalid):
+            beat(registry, clock, old)
+
+
+def test_last_seen_never_goes_back(door: Door, clock: Clock) -> None:
+    host = enrolled(door)
+    clock.advance(100)
+    latest = door.beat(host["credential"]).document["lastSeen"]
+    for facts in ({}, {"os": "linux"}, {}):
+        clock.advance(-30)
+        assert door.beat(host["credential"], **facts).document["lastSeen"] == latest
+        shown = door.host(host["hostId"]).document
+        assert (shown["lastSeen"], shown["status"]) == (latest, "online")
+    clock.now = NOON + 100.001
+    assert door.beat(host["credential"]).document["lastSeen"] > latest
+
+
+def host_at(**columns: Any) -> Any:
+    """A host as a row, seen at NOON unless told."""
+    row = dict.fromkeys(hostenroll.Host._fields, 0)
+    row.update(revoked_at=None, last_seen=int(NOON * 1000), **columns)
+    return hostenroll.Host(**row)
+
+
+WEEK_MS = 7 * DAY_MS
+STATUS_BY_SILENCE = [
+    (-5_000, "online"),
+    (0, "online"),
+    (99_999, "online"),
+    (100_000, "online"),
+    (100_001, "offline"),
+    (WEEK_MS - 1, "offline"),
+    (WEEK_MS, "offline"),
+    (WEEK_MS + 1, "missing"),
+]
+
+
+@pytest.mark.parametrize("silence, status", STATUS_BY_SILENCE)
+def test_status_comes_of_silence_to_the_millisecond(silence: int, status: str) -> None:
+    noon = int(NOON * 1000)
+    assert hostenroll.host_status(host_at(), None, noon + silence)[0] == status
+    service = hostenroll.Service(noon - 1, noon + silence, noon - 1, 30, "")
+    assert hostenroll.host_status(host_at(), service, noon + silence)[0] == status
+    revoked = host_at()._replace(revoked_at=noon)
+    assert hostenroll.host_status(revoked, service, noon + silence)[0] == "revoked"
+    never = host_at()._replace(last_seen=0)
+    assert hostenroll.host_status(never, service, noon + silence)[0] == "pending"
+
+
+@pytest.mark.parametrize("interval, silence", [(1, 13), (30, 100), (3600, 10810)])
+def test_online_is_three_intervals_and_ten_seconds(interval: int, silence: int) -> None:
+    noon = int(NOON * 1000)
+    for late, status in ((0, "online"), (1, "offline")):
+        now = noon + silence * 1000 + late
+        service = hostenroll.Service(noon - 1, now, noon - 1, interval, "")
+        assert hostenroll.host_status(host_at(), service, now)[0] == status
+
+
+def test_the_reason_is_a_sentence_with_the_numbers() -> None:
+    noon = int(NOON * 1000)
+    said = {s: hostenroll.host_status(host_at(), None, noon + s)[1] for s in (95_000, 150_000)}
+    assert said[95_000] == "last seen 95 s ago, within 3 x 30 s + 10 s"
+    assert said[150_000] == "last seen 150 s ago, more than 3 x 30 s + 10 s"
+    assert hostenroll.host_status(host_at(), None, noon + 8 * DAY_MS)[1].startswith("last seen 8 d")
+    revoked = hostenroll.host_status(host_at()._replace(revoked_at=noon), None, noon)[1]
+    assert revoked == f"revoked at {hostenroll.rfc3339(noon)}"
+
+
+def status_of(registry: Registry, clock: Clock, number: int) -> str:
+    return str(do(registry, clock, lambda now: registry.host(OPERATOR, number, now), False).status)
+
+
+def test_the_servers_own_downtime_is_nobodys_silence(registry: Registry, clock: Clock) -> None:
+    start = lambda now: registry.start_service("http://here", now)  # noqa: E731
+    do(registry, clock, start)
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    clock.advance(60)
+    do(registry, clock, registry.keep_alive)
+    clock.advance(3600)  # no server: to whoever asks, it is as it was
+    assert status_of(registry, clock, number) == "online"
+    do(registry, clock, start)
+    assert status_of(registry, clock, number) == "online"  # 60 s of silence
+    for seconds, status in ((40, "online"), (0.0015, "offline")):
+        clock.advance(seconds)
+        do(registry, clock, registry.keep_alive)
+        assert status_of(registry, clock, number) == status
+    beat(registry, clock, credential)  # after the pause, which is no longer counted
+    for seconds, status in ((100, "online"), (0.0015, "offline")):
+        clock.advance(seconds)
+        do(registry, clock, registry.keep_alive)
+        assert status_of(registry, clock, number) == status
+
+
+def test_a_second_server_beside_a_living_one_makes_no_pause(
+    registry: Registry, paths: Tuple[str, str], clock: Clock
+) -> None:
+    do(registry, clock, lambda now: registry.start_service("http://one", now))
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    for _ in range(11):
+        clock.advance(10)
+        do(registry, clock, registry.keep_alive)
+        with opened(paths, clock, interval=30) as second:
+            do(second, clock, lambda now: second.start_service("http://two", now))
+    assert status_of(registry, clock, number) == "offline"
+    assert do(registry, clock, lambda now: registry.public_url(), False) == "http://two"
+    clock.advance(-3600)
+    do(registry, clock, registry.keep_alive)
+    assert look(registry, "SELECT alive FROM service") == [(int(NOON + 110) * 1000,)]
+
+
+ALICE = Principal("alice", "a-team", "admin")
+BOB = Principal("bob", "b-team", "admin")
+BY_HOST = ("host", "revoke_host", "restore_host", "delete_host")
+
+
+@pytest.fixture
+def teams(registry: Registry, clock: Clock) -> Registry:
+    for name in ("a-team", "b-team"):
+        do(registry, clock, lambda now, name=name: registry.add_organization(name, now))
+    return registry
+
+
+def test_an_organization_is_a_wall(teams: Registry, clock: Clock) -> None:
+    """What is another's is refused as what does not exist is, word for word."""
+    token, text = do(teams, clock, lambda now: teams.mint(ALICE, hostenroll.TokenOrder(), now))
+    assert token.token.organization_id == "a-team"
+    arrival = hostenroll.Arrival(text, "web-1")
+    number = do(teams, clock, lambda now: teams.enroll(arrival, now)).host.id
+    order = hostenroll.TokenOrder()
+    on_host: List[Callable[[Principal, int, int], Any]] = [
+        *(getattr(teams, name) for name in BY_HOST),
+        lambda by, number, now: teams.reenroll(by, number, order, now),
+        lambda by, number, now: teams.edit_host(by, number, {"name": "mine"}, now),
+    ]
+    before = snapshot(teams)
+    for methods, there in ((on_host, number), ([teams.token, teams.revoke_token], token.token.id)):
+        for method in methods:
+            said = []
+            for asked in (there, there + 1, -1):
+                with pytest.raises(hostenroll.NotFound) as caught:
+                    do(teams, clock, lambda now, m=method, n=asked: m(BOB, n, now))
+                said.append(caught.value.document())
+            assert said[0] == said[1] == said[2]
+    for by, organization in ((BOB, "a-team"), (BOB, "no-team"), (OPERATOR, "no-team")):
+        elsewhere = hostenroll.TokenOrder(organization=organization)
+        with pytest.raises(hostenroll.InvalidBody) as refused:
+            do(teams, clock, lambda now, by=by, o=elsewhere: teams.mint(by, o, now))
+        assert refused.value.errors[0].field == "organizationId"
+        for listing, query in (
+            (teams.hosts, hostenroll.HostQuery(organization=organization)),
+            (teams.tokens, hostenroll.TokenQuery(organization=organization)),
+        ):
+            with pytest.raises(hostenroll.InvalidQuery):
+                do(teams, clock, lambda now, by=by, li=listing, q=query: li(by, q, now))
+    assert snapshot(teams) == before
+    for by, count in ((ALICE, 1), (BOB, 0), (OPERATOR, 1)):
+        hosts = do(teams, clock, lambda now, by=by: teams.hosts(by, hostenroll.HostQuery(), now))
+        tokens = do(teams, clock, lambda now, by=by: teams.tokens(by, hostenroll.TokenQuery(), now))
+        assert (len(hosts.items), len(tokens.items)) == (count, count)
+    assert do(teams, clock, lambda now: teams.host(ALICE, number, now)).status == "pending"
+    with pytest.raises(hostenroll.Conflict):
+        do(teams, clock, lambda now: teams.add_organization("a-team", now))
+
+
+def test_an_api_key_is_good_until_it_is_revoked(teams: Registry, clock: Clock) -> None:
+    text = make_api_key(teams, clock, "a-team", "viewer")
+    by = do(teams, clock, lambda now: teams.identify(text), False)
+    assert (by.organization, by.role, by.name) == ("a-team", "viewer", f"api-key:{by.id}")
+    guess = str(hostenroll.mint_secret("hak", int(by.id, 16)).text)
+    number = int(by.id, 16)
+    for wrong in ("", "hak_", text + "0", text.upper(), "het" + text[3:], guess):
+        with pytest.raises(hostenroll.ApiKeyInvalid):
+            do(teams, clock, lambda now, wrong=wrong: teams.identify(wrong), False)
+    for _ in range(2):
+        do(teams, clock, lambda now: teams.revoke_api_key(number, now))
+        with pytest.raises(hostenroll.ApiKeyInvalid):
+            do(teams, clock, lambda now: teams.identify(text), False)
+        clock.advance(1)
+    assert do(teams, clock, lambda now: teams.api_keys())[0].revoked_at == int(NOON * 1000)
+    with pytest.raises(hostenroll.NotFound):
+        do(teams, clock, lambda now: teams.revoke_api_key(number + 1, now))
+    with pytest.raises(hostenroll.InvalidBody):
+        make_api_key(teams, clock, "no-team")
+
+
+def pages(registry: Registry, clock: Clock, listing: str, query: Any) -> List[Any]:
+    """Every page of a list."""
+    found = []
+    while True:
+        page = do(
+            registry,
+            clock,
+            lambda now, q=query: getattr(registry, listing)(OPERATOR, q, now),
+            False,
+        )
+        found.append(page)
+        if page.next is None:
+            return found
+        assert page.next < query.before, "a list that never ends"
+        query = query._replace(before=page.next)
+
+
+def ids(found: List[Any]) -> List[int]:
+    return [item[0].id for page in found for item in page.items]
+
+
+def fill(registry: Registry, count: int, token: int = 1, organization: str = "default") -> None:
+    """Hosts by SQL, a millisecond each: the n-th has the id (n << 8)."""
+    connection = connection_of(registry)
+    connection.execute("BEGIN")
+    connection.executemany(
+        f"""INSERT INTO host VALUES (?, '{organization}', 'web', 'web.lan', 0, '', '', '',
+            '{{"a": "1"}}', 1, 0, NULL, {token}, 1, 0, NULL)""",
+        ((n << 8,) for n in range(1, count + 1)),
+    )
+    connection.executemany(
+        "INSERT INTO heartbeat VALUES (?, 0, 0, 1, 1)", ((n << 8,) for n in range(1, count + 1))
+    )
+    connection.execute("COMMIT")
+
+
+@pytest.mark.parametrize("limit", [1, 7, 40, 100])
+def test_a_list_has_everything_once_the_newest_first(
+    limit: int, teams: Registry, clock: Clock
+) -> None:
+    chance = random.Random(limit)
+    made = []
+    for n in range(40):
+        organization = chance.choice(["default", "a-team"])
+        number, credential = came_in(teams, clock, f"web-{n}", organization=organization)
+        if chance.random() < 0.5:
+            beat(teams, clock, credential)
+        made.append((number, organization))
+        clock.advance(chance.choice([1, 2]))
+    newest = [number for number, _ in reversed(made)]
+    found = pages(teams, clock, "hosts", hostenroll.HostQuery(limit=limit))
+    assert ids(found) == newest
+    assert {len(page.items) for page in found[:-1]} <= {limit} and found[-1].items
+    tokens = ids(pages(teams, clock, "tokens", hostenroll.TokenQuery(limit=limit)))
+    assert len(set(tokens)) == 40 and tokens == sorted(tokens, reverse=True)
+    for organization in ("default", "a-team"):
+        own = [number for number, whose in reversed(made) if whose == organization]
+        for status in ("online", "pending"):
+            query = hostenroll.HostQuery(organization, status, limit=limit)
+            other = query._replace(status="pending" if status == "online" else "online")
+            both = ids(pages(teams, clock, "hosts", query))
+            both += ids(pages(teams, clock, "hosts", other))
+            assert sorted(both, reverse=True) == own
+    query = hostenroll.TokenQuery(state="used", limit=limit)
+    assert ids(pages(teams, clock, "tokens", query)) == tokens
+
+
+FILTERS: Dict[str, Tuple[Dict[str, Any], List[str]]] = {
+    "a status": ({"status": "revoked"}, ["c"]),
+    "a label": ({"labels": [("k", "1")]}, ["b", "a"]),
+    "two labels": ({"labels": [("k", "1"), ("m", "x y")]}, ["b"]),
+    "a label of another value": ({"labels": [("k", "2")]}, []),
+    "a part of the name": ({"text": "ALPH"}, ["a"]),
+    "a part of the hostname": ({"text": ".lan"}, ["c", "b", "a"]),
+    "what spans name and hostname": ({"text": "alphaa.lan"}, []),
+    "a label and a text": ({"labels": [("k", "1")], "text": "b.lan"}, ["b"]),
+    "an SQL wildcard": ({"text": "%"}, []),
+}
+
+
+@pytest.mark.parametrize("query, expected", FILTERS.values(), ids=FILTERS)
+def test_a_filter_finds_what_it_says(
+    query: Dict[str, Any], expected: List[str], registry: Registry, clock: Clock
+) -> None:
+    for name, labels in (("a", {"k": "1"}), ("b", {"k": "1", "m": "x y"}), ("c", {})):
+        number, _ = came_in(registry, clock, f"{name}.lan", labels=labels)
+        if name == "a":
+            change = hostenroll.partial(registry.edit_host, OPERATOR, number, {"name": "alpha"})
+            do(registry, clock, change)
+        if name == "c":
+            do(registry, clock, hostenroll.partial(registry.revoke_host, OPERATOR, number))
+        clock.advance(1)
+    found = pages(registry, clock, "hosts", hostenroll.HostQuery(**query))
+    assert [view.host.hostname[0] for page in found for view in page.items] == expected
+
+
+def test_a_page_looks_at_so_many_rows_and_may_be_empty(registry: Registry, clock: Clock) -> None:
+    """Only next None ends a list."""
+    fill(registry, 5000)
+    for query in (
+        hostenroll.HostQuery(text="nowhere"),
+        hostenroll.HostQuery(status="missing", organization="default"),
+        hostenroll.HostQuery(labels=[("a", "2")]),
+    ):
+        found = pages(registry, clock, "hosts", query)
+        assert [len(page.items) for page in found] == [0, 0, 0]
+        assert found[0].next is not None
+    last = hostenroll.HostQuery(text=f"{1 << 8:016x}")
+    assert ids(pages(registry, clock, "hosts", last)) == [1 << 8]
+    assert len(ids(pages(registry, clock, "hosts", hostenroll.HostQuery(limit=1000)))) == 5000
+
+
+def test_no_act_looks_at_the_whole_fleet(registry: Registry, clock: Clock) -> None:
+    """In steps of SQLite's machine: about 40 for a row that is looked at and given."""
+    text = token_of(registry, clock, max_uses=1_000_000)
+    number = int(text[4:20], 16)
+    fill(registry, 20_000, number)
+    steps = [0]
+
+    def count() -> None:
+        steps[0] += 100
+
+    arrival = hostenroll.Arrival(text, "web-1", idempotency_key="k")
+    acts: Dict[str, Tuple[int, Callable[[int], Any]]] = {
+        "hosts": (
+            200_000,
+            lambda now: registry.hosts(OPERATOR, hostenroll.HostQuery(text="-"), now),
+        ),
+        "tokens": (
+            20_000,
+            lambda now: registry.tokens(OPERATOR, hostenroll.TokenQuery(state="valid"), now),
+        ),
+        "token": (5_000, lambda now: registry.token(OPERATOR, number, now)),
+        "enroll": (5_000, lambda now: registry.enroll(arrival, now)),
+        "replay": (5_000, lambda now: registry.enroll(arrival, now)),
+        "delete": (5_000, lambda now: registry.delete_host(OPERATOR, 1 << 8, now)),
+    }
+    taken = {}
+    connection_of(registry).set_progress_handler(count, 100)
+    for name, (_, act) in acts.items():
+        steps[0] = 0
+        do(registry, clock, act)
+        taken[name] = steps[0]
+    connection_of(registry).set_progress_handler(None, 0)
+    assert {name: n for name, n in taken.items() if n > acts[name][0]} == {}
+
+
+def test_each_of_a_tick_has_its_own_outcome(registry: Registry, clock: Clock) -> None:
+    """The good, the revoked, the superseded, the deleted; a refusal, a bug, and neighbours."""
+    hosts = [came_in(registry, clock, f"web-{n}") for n in range(5)]
+    claims = [registry.authenticate(credential, clock.ms) for _, credential in hosts]
+    do(registry, clock, lambda now: registry.revoke_host(OPERATOR, hosts[1][0], now))
+    newer = claims[2]._replace(serial=2)
+    registry.tick([newer], clock.ms)
+    do(registry, clock, lambda now: registry.delete_host(OPERATOR, hosts[3][0], now))
+    clock.advance(1)
+
+    def refused(now: int) -> None:
+        registry.add_organization("half", now)
+        raise hostenroll.Forbidden()
+
+    def broken(now: int) -> None:
+        registry.add_organization("broken", now)
+        raise ValueError("a defect")
+
+    acts = [
+        Act(lambda now: registry.add_organization("one", now).id),
+        Act(refused),
+        Act(broken),
+        Act(lambda now: [o.id for o in registry.organizations()], writes=False),
+        Act(lambda now: registry.add_organization("one", now)),
+        Act(lambda now: registry.add_organization("two", now).id),
+    ]
+    outcome = registry.tick([*claims, *acts], clock.ms) or []
+    beaten, done = outcome[:5], outcome[5:]
+    outcome = registry.tick([acts[1], claims[0], acts[2]], clock.ms) or []
+    assert outcome[1] == clock.ms
+    assert [b if isinstance(b, int) else type(b).__name__ for b in beaten] == [
+        clock.ms,
+        "HostRevoked",
+        "CredentialSuperseded",
+        "HostUnknown",
+        clock.ms,
+    ]
+    assert [d if isinstance(d, (str, list)) else type(d).__name__ for d in done] == [
+        "one",
+        "Forbidden",
+        "Internal",
+        ["default", "one"],
+        "Conflict",
+        "two",
+    ]
+    assert look(registry, "SELECT id FROM organization ORDER BY id") == [
+        ("default",),
+        ("one",),
+        ("two",),
+    ]
+    seen = dict(look(registry, "SELECT host_id, last_seen FROM heartbeat"))
+    assert [seen.get(number) for number, _ in hosts] == [
+        clock.ms,
+        0,
+        clock.ms - 1000,
+        None,
+        clock.ms,
+    ]
+    with pytest.raises(hostenroll.Internal) as caught:
+        do(registry, clock, broken)
+    assert "defect" not in str(caught.value.document())
+
+
+def test_what_is_raised_through_a_tick_leaves_it_undone(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    def interrupted(now: int) -> None:
+        registry.add_organization("half", now)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do(registry, clock, interrupted)
+    assert not connection_of(registry).in_transaction and is_free(paths)
+    assert look(registry, "SELECT count(*) FROM organization") == [(1,)]
+
+
+def test_ids_are_unique_and_never_come_back(registry: Registry, clock: Clock) -> None:
+    numbers = set()
+    for _ in range(30):
+        number, _ = came_in(registry, clock)
+        do(registry, clock, lambda now, n=number: registry.delete_host(OPERATOR, n, now))
+        numbers.add(number)
+    assert len(numbers) == 30 and all(0 < number < 1 << 63 for number in numbers)
+
+
+class Model:
+    """What the registry should be, as dictionaries."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.tokens: Dict[str, Any] = {}
+        self.hosts: Dict[str, Any] = {}
+
+    def enroll(self, token: Any, key: str, name: str) -> Tuple[Optional[str], Any]:
+        """The refusal, or the host that is expected; None for a new one."""
+        now = self.clock.ms
+        live = [host for host in self.hosts.values() if not host.deleted]
+        same = [host for host in live if key and (host.token, host.key) == (token.id, key)]
+        for host in same:
+            fresh = host.seen < host.admitted and now - host.admitted_at <= DAY_MS
+            if fresh and not token.revoked and not host.revoked:
+                host.issued += 1
+                return None, host
+        if token.revoked:
+            return "token-revoked", None
+        if token.uses >= token.max:
+            return "token-used", None
+        if now >= token.expires:
+            return "token-expired", None
+        if token.hostname and token.hostname != name:
+            return "token-host-mismatch", None
+        host = self.hosts[token.host] if token.host else None
+        if host and host.revoked:
+            return "host-revoked", None
+        token.uses += 1
+        for other in same:
+            other.key = ""
+        if host:
+            host.issued += 2
+            host.token, host.key = token.id, key
+            host.admitted, host.admitted_at = host.issued, now
+        return None, host
+
+    def beat(self, host: Any, serial: int) -> Optional[str]:
+        if host.deleted:
+            return "host-unknown"
+        if serial < host.seen:
+            return "credential-superseded"
+        if host.revoked:
+            return "host-revoked"
+        host.seen, host.last = serial, max(host.last, self.clock.ms)
+        return None
+
+    def status(self, host: Any) -> str:
+        if host.revoked or not host.last:
+            return "revoked" if host.revoked else "pending"
+        silence = self.clock.ms - host.last
+        return "online" if silence <= 100_000 else "offline" if silence <= WEEK_MS else "missing"
+
+
+@pytest.mark.parametrize("seed, steps", [(11, 1000), (None, 500)], ids=["11", "any"])
+def test_a_long_random_life_is_as_the_model_says(
+    seed: Optional[int], steps: int, registry: Registry, clock: Clock
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    chance, door, model = random.Random(seed), RegistryDoor(registry, clock), Model(clock)
+    pick = lambda table: chance.choice(list(table.values())[-12:])  # noqa: E731
+
+    def remember(document: Any, host: str = "") -> None:
+        model.tokens[document["id"]] = SimpleNamespace(
+            id=document["id"],
+            text=document["token"],
+            max=document["maxUses"],
+            expires=clock.ms + hostenroll.TOKEN_TTL * 1000,
+            hostname=document["hostname"],
+            host=host,
+            uses=0,
+            revoked=False,
+        )
+
+    for step in range(steps):
+        chosen = chance.random()
+        if chosen < 0.15 or not model.tokens:
+            order: Dict[str, Any] = {"maxUses": chance.choice([1, 1, 3])}
+            if chance.random() < 0.2:
+                order["hostname"] = "web-1"
+            remember(door.mint(**order).document)
+        elif chosen < 0.40 or not model.hosts:
+            token, key = pick(model.tokens), chance.choice(["", "k", "m"])
+            name = chance.choice(["web-1", "web-2"])
+            code, expected = model.enroll(token, key, name)
+            reply = door.enroll(token.text, name, key)
+            assert reply.code == code, (seed, step)
+            if code is None:
+                number = reply.document["hostId"]
+                if expected is None:
+                    assert number not in model.hosts, (seed, step)
+                    expected = model.hosts[number] = SimpleNamespace(
+                        id=number, token=token.id, key=key, issued=1, admitted=1, seen=0, last=0
+                    )
+                    expected.admitted_at, expected.credentials = clock.ms, []
+                    expected.revoked = expected.deleted = False
+                assert number == expected.id, (seed, step)
+                credential = reply.document["credential"]
+                assert serial_of(registry, credential) == expected.issued, (seed, step)
+                expected.credentials.append((expected.issued, credential))
+        elif chosen < 0.65:
+            host = pick(model.hosts)
+            serial, credential = chance.choice(host.credentials[-3:])
+            code = model.beat(host, serial)
+            reply = door.beat(credential)
+            assert reply.code == code, (seed, step)
+            assert code or reply.document["lastSeen"] == hostenroll.rfc3339(host.last), (seed, step)
+        elif chosen < 0.80:
+            host = pick(model.hosts)
+            act = chance.choice(["revoke", "restore", "restore", "delete"])
+            reply = getattr(door, act)(host.id)
+            assert reply.code == ("not-found" if host.deleted else None), (seed, step)
+            if act == "delete":
+                host.deleted = True
+                for token in model.tokens.values():
+                    token.revoked = token.revoked or token.host == host.id
+            elif not host.deleted:
+                host.revoked = act == "revoke"
+        elif chosen < 0.86:
+            host = pick(model.hosts)
+            reply = door.reenroll(host.id)
+            assert reply.code == ("not-found" if host.deleted else None), (seed, step)
+            if reply.code is None:
+                remember(reply.document, host.id)
+        elif chosen < 0.90:
+            token = pick(model.tokens)
+            assert door.revoke_token(token.id).status == 204
+            token.revoked = True
+        else:
+            clock.now = round(clock.now + chance.choice([0.001, 1, 99, 600, 90000, -50]), 3)
+        host = pick(model.hosts) if model.hosts else None
+        if host is not None and not host.deleted:
+            shown = door.host(host.id).document
+            assert shown["status"] == model.status(host), (seed, step)
+    listed = pages(registry, clock, "hosts", hostenroll.HostQuery(limit=50))
+    living = {int(host.id, 16) for host in model.hosts.values() if not host.deleted}
+    assert set(ids(listed)) == living, seed
+    for token in model.tokens.values():
+        assert door.show_token(token.id).document["uses"] == token.uses, seed
+
+
+# 7. Messages
+
+
+def get(target: bytes = b"/", fields: bytes = b"", version: bytes = b"1.1") -> bytes:
+    """A GET; each further field line ends with its CR LF."""
+    return b"GET %b HTTP/%b\r\nHost: h\r\n%b\r\n" % (target, version, fields)
+
+
+def post(fields: bytes, body: bytes = b"") -> bytes:
+    return b"POST /x HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n%b" % (fields, body)
+
+
+def chunked(body: bytes) -> bytes:
+    return post(b"Transfer-Encoding: chunked", body)
+
+
+def headed(size: int) -> bytes:
+    """A head of so many bytes, and its empty line."""
+    bare = len(get(b"/", b"X: \r\n")) - 4
+    return get(b"/", b"X: %b\r\n" % (b"a" * (size - bare)))
+
+
+def hear(pieces: Sequence[bytes]) -> List[Any]:
+    """The requests that a reader finds in a stream, and the problem or the state it ends in."""
+    reader, heard = RequestReader(), []  # type: RequestReader, List[Any]
+    try:
+        for piece in pieces:
+            request = reader.next(piece)
+            while request is not None:
+                heard.append((request.head, request.authorization, request.body))
+                request = reader.next()
+    except Problem as problem:
+        assert isinstance(problem, hostenroll.MalformedRequest) and problem.closes
+        return [*heard, problem.code]
+    return [*heard, reader.is_in_body]
+
+
+KIB = 1024
+LAST = b"0\r\n\r\n"
+LARGE = b"x" * 64 * KIB
+AT_ROOT = [("GET", "/", "", b"")]
+SENT, BARE = [("POST", "/x", "", b"{}")], [("POST", "/x", "", b"")]
+GOOD = {  # method, path, query, body of each request
+    "the least": (b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", AT_ROOT),
+    "HTTP/1.0 without Host": (b"GET / HTTP/1.0\r\n\r\n", AT_ROOT),
+    "HTTP/1.9, as RFC 9110 section 2.5 has it": (get(version=b"1.9"), AT_ROOT),
+    "a method that nobody knows": (
+        b"BREW /x HTTP/1.1\r\nHost: h\r\n\r\n", [("BREW", "/x", "", b"")]),
+    "path and query": (
+        get(b"/a%2Fb/c;d=1?x=%20&y=/?:@"), [("GET", "/a%2Fb/c;d=1", "x=%20&y=/?:@", b"")]),
+    "an empty query": (get(b"/?"), AT_ROOT),
+    "two slashes": (get(b"//h/x"), [("GET", "//h/x", "", b"")]),
+    "absolute-form": (get(b"http://a.test:80/x?y=1"), [("GET", "/x", "y=1", b"")]),
+    "absolute-form in capitals": (get(b"HTTPS://A/x"), [("GET", "/x", "", b"")]),
+    "absolute-form without a path": (get(b"http://[::1]:8080?y"), [("GET", "/", "y", b"")]),
+    "the server as a whole": (
+        b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", [("OPTIONS", "*", "", b"")]),
+    "no white space at all": (b"GET / HTTP/1.1\r\nHost:h\r\nX:\r\n\r\n", AT_ROOT),
+    "white space around values": (post(b"Content-Length: \t 2 \t", b"{}"), SENT),
+    "names in any case": (post(b"cOnTeNt-LeNgTh: 2", b"{}"), SENT),
+    "zeros before the length": (post(b"Content-Length: 0002", b"{}"), SENT),
+    # int() raises for more than 4,300 digits since Python 3.11, and is quadratic before it.
+    "5,000 zeros before the length": (post(b"Content-Length: " + b"0" * 5000 + b"2", b"{}"), SENT),
+    "nothing but zeros as the length": (post(b"Content-Length: " + b"0" * 5000), BARE),
+    "a body for GET": (get(b"/", b"Content-Length: 1\r\n") + b"x", [("GET", "/", "", b"x")]),
+    "a body of every byte": (
+        post(b"Content-Length: 256", bytes(range(256))), [("POST", "/x", "", bytes(range(256)))]),
+    "a body that looks like a request": (
+        post(b"Content-Length: 27", get()) + get(b"/2"),
+        [("POST", "/x", "", get()), ("GET", "/2", "", b"")]),
+    "latin-1 in a value": (get(b"/", b"X: \xe9\xff\r\n"), AT_ROOT),
+    "Host with a port": (b"GET / HTTP/1.1\r\nHost: a-b.test:8080\r\n\r\n", AT_ROOT),
+    "Host of IPv6": (b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n", AT_ROOT),
+    "a field of ours twice, but not a single one": (get(b"/", b"X: 1\r\nX: 2\r\n"), AT_ROOT),
+    "chunked": (chunked(b"2\r\n{}\r\n" + LAST), SENT),
+    "Chunked": (post(b"Transfer-Encoding: ChunKed", LAST), BARE),
+    "chunks": (chunked(b"a\r\n0123456789\r\n009\r\n\r\n0\r\n\r\nab\r\n" + LAST),
+               [("POST", "/x", "", b"0123456789\r\n0\r\n\r\nab")]),
+    "a chunk's extension": (chunked(b'2;a=b;c="d;\xe9"\r\n{}\r\n0;x\r\n\r\n'), SENT),
+    "a size line of 256 bytes": (
+        chunked(b"1;" + b"a" * 254 + b"\r\nx\r\n" + LAST), [("POST", "/x", "", b"x")]),
+    "zeros as the last size": (chunked(b"00000000\r\n\r\n"), BARE),
+    "trailers, which change nothing": (
+        chunked(b"0\r\nX: y\r\nContent-Length: 9\r\nAuthorization: Bearer x\r\n\r\n"), BARE),
+    "the largest body": (post(b"Content-Length: 65536", LARGE), [("POST", "/x", "", LARGE)]),
+    "the largest body in chunks": (
+        chunked(b"8000\r\n%b\r\n" % (b"x" * 32768) * 2 + LAST), [("POST", "/x", "", LARGE)]),
+    "one byte a chunk": (chunked(b"1\r\nx\r\n" * 3000 + LAST), [("POST", "/x", "", b"x" * 3000)]),
+    "the largest head": (headed(16 * KIB), AT_ROOT),
+    "100 fields": (get(b"/", b"X: y\r\n" * 99), AT_ROOT),
+    "100 fields, one of them a credential": (
+        get(b"/", b"Authorization: Bearer x\r\n" + b"X: y\r\n" * 98), AT_ROOT),
+    "one empty line before": (b"\r\n" + get(), AT_ROOT),
+    "an empty line between": (
+        get(b"/1") + b"\r\n" + get(b"/2"), [("GET", "/1", "", b""), ("GET", "/2", "", b"")]),
+    "several at once": (
+        get(b"/1") + post(b"Content-Length: 2", b"{}") + chunked(b"1\r\n!\r\n" + LAST) + get(b"/4"),
+        [("GET", "/1", "", b""), *SENT, ("POST", "/x", "", b"!"), ("GET", "/4", "", b"")]),
+}  # fmt: skip
+
+MALFORMED = {
+    # RFC 9112 section 6.3, and what two readers of a length have disagreed about.
+    "two lengths": post(b"Content-Length: 2\r\nContent-Length: 3", b"{}x"),
+    "two lengths that agree": post(b"Content-Length: 2\r\nContent-Length: 2", b"{}"),
+    "two lengths that agree, apart": post(b"Content-Length: 2\r\nX: y\r\ncontent-length: 2", b"{}"),
+    **{
+        f"a length of {value!r}": post(b"Content-Length: " + value, b"{}xx")
+        for value in (
+            b"", b"+4", b"-4", b"-0", b"0_4", b"4,4", b"4, 4", b"4 4", b"0x4", b"4.0", b"4e0",
+            b"4;", b'"4"', b"four", b"\xd9\xa4", b"\xef\xbc\x94", b"\xb2", b"4\x0b", b"4\x0c",
+            b"\xa04", b"4\x85",
+        )
+    },
+    "a length with NUL": post(b"Content-Length: 4\0", b"{}xx"),
+    "TE and CL": post(b"Transfer-Encoding: chunked\r\nContent-Length: 5", LAST),
+    "CL and TE": post(b"Content-Length: 5\r\nTransfer-Encoding: chunked", LAST),
+    "CL and an unknown TE": post(b"Content-Length: 5\r\nTransfer-Encoding: x", LAST),
+    "TE twice": post(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", LAST),
+    "TE twice, the first empty": post(b"Transfer-Encoding:\r\nTransfer-Encoding: chunked", LAST),
+    "TE in HTTP/1.0": b"POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST,
+    "TE with a vertical tab": post(b"Transfer-Encoding: \x0bchunked", LAST),
+    "TE in a folded line": post(b"Transfer-Encoding:\r\n chunked", LAST),
+    "TE with space at the colon": post(b"Transfer-Encoding : chunked", LAST),
+    # RFC 9112 section 2.2: a bare LF or CR is where two readers end a line differently.
+    "bare LF everywhere": b"GET / HTTP/1.1\nHost: h\n\n",
+    "bare LF after the request line": b"GET / HTTP/1.1\nHost: h\r\n\r\n",
+    "bare LF between fields": get(b"/", b"X: y\nContent-Length: 3\r\n"),
+    "bare LF at the head's end": b"GET / HTTP/1.1\r\nHost: h\r\n\n\r\n\r\n",
+    "bare CR in a value": get(b"/", b"X: y\rContent-Length: 3\r\n"),
+    "bare CR in the request line": get(b"/\r"),
+    "bare CR before CR LF": get(b"/", b"X: y\r\r\n"),
+    "bare CR at the head's end": b"GET / HTTP/1.1\r\nHost: h\r\r\n\r\n",
+    "bare LF and another version": b"GET / HTTP/2.0\r\nHost: h\nX: y\r\n\r\n",
+    "bare LF and an unknown coding": post(b"Transfer-Encoding: gzip\r\nX: y\nZ: z"),
+    "two empty lines before": b"\r\n\r\n" + get(),
+    "bare LF before": b"\n" + get(),
+    "bare CR before": b"\r" + get(),
+    "space before": b" " + get(),
+    # RFC 9112 section 5: field lines.
+    "a folded value": get(b"/", b"X: y\r\n z\r\n"),
+    "a folded value, by a tab": get(b"/", b"X: y\r\n\tz\r\n"),
+    "space before the first field": b"GET / HTTP/1.1\r\n Host: h\r\n\r\n",
+    "space before the colon": get(b"/", b"X : y\r\n"),
+    "a tab before the colon": get(b"/", b"X\t: y\r\n"),
+    "no name": get(b"/", b": y\r\n"),
+    "no colon": get(b"/", b"X\r\nContent-Length: 3\r\n"),
+    "a name that is no token": get(b"/", b"X(y): z\r\n"),
+    "a name that is not ASCII": get(b"/", b"\xe9: z\r\n"),
+    "NUL in a name": get(b"/", b"X\0: y\r\n"),
+    **{
+        f"{c!r} in a value": get(b"/", b"X: y%bz\r\n" % c)
+        for c in (b"\0", b"\x01", b"\x08", b"\x0b", b"\x1b", b"\x7f")
+    },
+    "no Host": b"GET / HTTP/1.1\r\n\r\n",
+    "two Hosts": get(b"/", b"Host: h\r\n"),
+    "two Hosts in HTTP/1.0": get(b"/", b"host: h\r\n", b"1.0"),
+    **{
+        f"Host {host!r}": b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host
+        for host in (
+            b"", b"a b", b"a/b", b"a,b c", b"a@b", b"a:b", b"a:1:2", b"http://a", b"[::1", b"[x]",
+            b"::1", b"a?", b"a#", b"a\\b", b"<a>", b"\xe9", b"%zz", b'"',
+        )
+    },
+    "a bad Host in HTTP/1.0": b"GET / HTTP/1.0\r\nHost: a b\r\n\r\n",
+    "a bad Host beside absolute-form": b"GET http://a/ HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "two credentials": get(b"/", b"Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"),
+    "a credential and another scheme": get(
+        b"/", b"authorization: Basic a\r\nAuthorization: Bearer b\r\n"),
+    "a credential and an empty one": get(b"/", b"Authorization: Bearer b\r\nAuthorization:\r\n"),
+    "two credentials and a large body": post(
+        b"Authorization: Bearer a\r\nContent-Length: 99999\r\nAuthorization: Bearer b"),
+    "two idempotency keys": get(b"/", b"Idempotency-Key: a\r\nidempotency-key: a\r\n"),
+    "two expectations": post(
+        b"Content-Length: 2\r\nExpect: 100-continue\r\nExpect: 100-continue", b"{}"),
+    # RFC 9112 section 3: the request line.
+    **{
+        f"request line {line!r}": line + b"\r\nHost: h\r\n\r\n"
+        for line in (
+            b"GET /", b"GET / ", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET /  HTTP/1.1",
+            b"GET\t/ HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1", b"GET / HTTP/1.",
+            b"GET / HTTP/1.10", b"GET / HTTP/01.1", b"GET / HTTP/+1.1", b"GET / HTTP 1.1",
+            b"GET / HTTPS/1.1", b"GET / \xc9TTP/1.1", b"HTTP/1.1 200 OK", b"G(T / HTTP/1.1",
+            b"G\xcbT / HTTP/1.1", b" GET / HTTP/1.1", b"/ HTTP/1.1", b"GET / x HTTP/1.1", b"GET",
+        )
+    },
+    **{
+        f"target {target!r}": get(target)
+        for target in (
+            b"x", b"*", b"?x", b"#", b"/#x", b"/x?y#z", b"/\xe9", b"/%", b"/%4", b"/%zz",
+            b"/?%u0041", b"/\\x", b'/"', b"/<", b"/^", b"/`", b"/{", b"/|", b"/[", b"/\0", b"/\x7f",
+            b"h:80", b"http:/x", b"http://", b"http:///x", b"http://a b/", b"http://u:p@h/",
+            b"http://h:x/", b"http://h/#x", b"http://[::1/", b"ftp://h/", b"file:///etc",
+            b"javascript:x", b"xhttp://h/", b"/*?\t",
+        )
+    },
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(32)),
+    "SSH": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "NULs": b"\0" * 64,
+    "a proxy's preface": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + get(),
+    # RFC 9112 section 7.1: chunks.
+    **{
+        f"a chunk's size {size!r}": chunked(size + b"\r\n{}\r\n" + LAST)
+        for size in (
+            b"", b" 2", b"2 ", b"\t2", b"+2", b"-2", b"0x2", b"2h", b"g", b"2,2", b"0_2", b"2 ;x",
+            b"\xd9\xa2", b"2\0", b"000000002", b"100000002", b"ffffffffffffffff2", b"2;\0",
+            b"2;a\nb", b"2;a\rb", b"2\r", b"2\n", b"2;" + b"a" * 255,
+        )
+    },
+    "a size line that never ends": chunked(b"2;" + b"a" * 300),
+    "a chunk longer than its size": chunked(b"2\r\n{}}\r\n" + LAST),
+    "a chunk shorter than its size": chunked(b"3\r\n{}\r\n" + LAST),
+    "a chunk that ends in LF": chunked(b"2\r\n{}\n" + LAST),
+    "LF after a chunk's size": chunked(b"2\n{}\r\n" + LAST),
+    "LF after the last chunk": chunked(b"0\n\n"),
+    "a chunk without an end": chunked(b"2\r\n{}" + LAST),
+    "other bytes where a chunk should end": chunked(b"2\r\n{}xx" + LAST),
+    **{
+        f"trailer {line!r}": chunked(b"0\r\n" + line + b"\r\n\r\n")
+        for line in (
+            b"x", b" x: y", b"x : y", b"x: \0", b"x: y\r\n z", b": y", b"x: y\nz: z", b"x: y\rz",
+            b"GET / HTTP/1.1", b"x: " + b"y" * 254,
+        )
+    },
+}  # fmt: skip
+OTHERWISE = {
+    "body-too-large": {
+        "a body of 64 KiB and 1": post(b"Content-Length: 65537"),
+        "a length of 30 digits": post(b"Content-Length: " + b"9" * 30),
+        "a length of 9,000 digits": post(b"Content-Length: 1" + b"0" * 9000),
+        "a length near 2**64": post(b"Content-Length: 18446744073709551618", b"{}"),
+        "a chunk of 64 KiB and 1": chunked(b"10001\r\n"),
+        "a chunk of 4 GiB": chunked(b"ffffffff\r\n"),
+        "64 KiB, and a chunk": chunked(b"10000\r\n" + b"x" * 65536 + b"\r\n1\r\n"),
+        "very many chunks": chunked(b"1\r\nx\r\n" * 4000 + LAST),
+        "very long extensions": chunked(b"1;%b\r\nx\r\n" % (b"e" * 250) * 100 + LAST),
+        "very long trailers": chunked(b"0\r\n" + b"X: %b\r\n" % (b"y" * 200) * 90 + b"\r\n"),
+    },
+    "head-too-large": {
+        "very many trailers": chunked(b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n"),
+        "a head of 16 KiB and 1": headed(16 * KIB + 1),
+        "a head of 16 KiB and 4": headed(16 * KIB + 4),
+        "a head that never ends": b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000,
+        "a request line that never ends": b"GET /" + b"a" * 40_000,
+        "a large head before a body of lines": headed(17 * KIB) + b"{\n}\r",
+        "101 fields": get(b"/", b"X: y\r\n" * 100),
+        "101 fields, one of them a credential": get(
+            b"/", b"Authorization: Bearer x\r\n" + b"X: y\r\n" * 99),
+    },
+    "not-implemented": {
+        "CONNECT": b"CONNECT h:80 HTTP/1.1\r\nHost: h:80\r\n\r\n",
+        "CONNECT to a path": b"CONNECT / HTTP/1.1\r\nHost: h\r\n\r\n",
+        **{
+            f"TE {coding!r}": post(b"Transfer-Encoding: " + coding, LAST)
+            for coding in (
+                b"", b"gzip", b"identity", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked",
+                b"chunked,", b",chunked", b"xchunked", b"chunked;q=1", b'"chunked"', b"chunked\xa0",
+                b"chunked chunked",
+            )
+        },
+    },
+    "http-version": {
+        "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        **{
+            f"HTTP/{version.decode()}": get(version=version)
+            for version in (b"0.9", b"2.0", b"3.0", b"9.9")
+        },
+    },
+    "expectation-failed": {
+        "another expectation": post(b"Content-Length: 2\r\nExpect: 200-ok", b"{}"),
+        "two in one": post(b"Content-Length: 2\r\nExpect: 100-continue, x", b"{}"),
+    },
+}  # fmt: skip
+BAD = {
+    name: (data, code)
+    for code, messages in {"malformed-request": MALFORMED, **OTHERWISE}.items()
+    for name, data in messages.items()
+}
+UNFINISHED = {
+    "nothing": b"",
+    "half an empty line": b"\r",
+    "an empty line": b"\r\n",
+    "a method": b"POST",
+    "half a line end": b"GET / HTTP/1.1\r",
+    "a head but for its last byte": get()[:-1],
+    "the largest head but for its last byte": headed(16 * KIB)[:-1],
+    "no body yet": post(b"Content-Length: 2"),
+    "half a body": post(b"Content-Length: 2", b"{"),
+    "no chunk yet": chunked(b""),
+    "half a chunk": chunked(b"2\r\n{"),
+    "no last chunk": chunked(b"2\r\n{}\r\n"),
+    "no end of the trailers": chunked(b"0\r\nX: y\r\n"),
+}
+
+
+@pytest.mark.parametrize("data, requests", table(GOOD))
+def test_a_well_formed_message_is_read(data: bytes, requests: List[Any]) -> None:
+    *heard, in_body = hear([data])
+    assert [(head.method, head.path, head.query, body) for head, _, body in heard] == requests
+    assert in_body is False
+
+
+@pytest.mark.parametrize("data, code", table(BAD))
+def test_a_message_that_others_might_read_otherwise_is_refused(data: bytes, code: str) -> None:
+    assert hear([data]) == [code]
+    # Whatever was whole before it is answered first; nothing behind it is ever a request.
+    first, *rest = hear([get(b"/first") + data + get(b"/smuggled")])
+    assert first[0].path == "/first" and rest == [code]
+
+
+@pytest.mark.parametrize("data", table(UNFINISHED))
+def test_an_unfinished_message_is_waited_for(data: bytes) -> None:
+    assert hear([data]) == [b"\r\n\r\n" in data]
+
+
+EVERY = {**{name: row[0] for name, row in {**GOOD, **BAD}.items()}, **UNFINISHED}
+
+
+@pytest.mark.parametrize("data", table(EVERY))
+def test_a_message_is_the_same_however_it_is_cut(data: bytes) -> None:
+    whole, size = hear([data]), len(data)
+    if size < 1000:
+        cuts, slow_parts = list(range(size)), size
+    else:
+        cuts, slow_parts = [*range(64), *range(64, size - 64, 1021), *range(size - 64, size)], 400
+    for cut in cuts:
+        assert hear([data[:cut], data[cut:]]) == whole, cut
+    assert hear([data[at : at + 1] for at in range(slow_parts)] + [data[slow_parts:]]) == whole
+    tail = max(0, size - slow_parts)
+    steps = [data[at : at + 89] for at in range(0, tail, 89)]
+    kept = sum(map(len, steps))
+    assert hear(steps + [data[at : at + 1] for at in range(kept, size)]) == whole
+
+
+def mutants(seed: int, count: int) -> Iterator[bytes]:
+    """Messages of the tables, spoiled here and there."""
+    rng = random.Random(seed)
+    stock = [data for data in EVERY.values() if 0 < len(data) < 400]
+    nasty = [
+        b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b"0", b"4", b"\xff",
+        b"%", b"#", b"\r\nHost: h", b"\r\nContent-Length: 3", b"\r\nTransfer-Encoding: chunked",
+        b"\r\nAuthorization: Bearer x", b"\r\nAuthorization: Bearer x y", b"\r\nConnection: close",
+        b"HTTP/2.0",
+    ]  # fmt: skip
+    for _ in range(count):
+        data = rng.choice(stock)
+        for _ in range(rng.randint(1, 3)):
+            start = rng.randint(0, len(data))
+            end = min(len(data), start + rng.choice([0, 0, 1, 1, 2, 8]))
+            data = data[:start] + rng.choice([b"", *nasty, rng.choice(stock)]) + data[end:]
+        yield data
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_whatever_arrives_is_requests_or_a_problem_however_it_is_cut(seed: int) -> None:
+    rng, ends = random.Random(seed), set()
+    for data in mutants(seed, 400):
+        whole = hear([data])
+        assert len(whole) <= 1 + len(data) // len(b"GET / HTTP/1.0\r\n\r\n")
+        cut = rng.randint(0, len(data))
+        assert hear([data[:cut], data[cut:]]) == whole, data
+        assert hear([data[at : at + 1] for at in range(len(data))]) == whole, data
+        ends.add(whole[-1])
+    assert ends >= {False, "malformed-request", "not-implemented"}
+
+
+def outcome(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        head, authorization = parse(data)
+    except Problem as problem:
+        return problem.code
+    return head._replace(authorization=None), authorization
+
+
+def test_the_short_cut_past_the_credential_changes_nothing() -> None:
+    """parse_head() is parse without a cache, and then bearer()."""
+
+    def plainly(data: bytes) -> Any:
+        head = hostenroll._parse_head(data)
+        return head, hostenroll.bearer(head.authorization)
+
+    rng = random.Random(7)
+    values = [
+        b" Bearer abc", b" Bearer a.b-c_d~e+f/g==", b" Bearer a=b", b" Bearer", b" Bearer ",
+        b" Bearer  abc", b" Bearer a b", b" Bearer abc ", b" Bearer abc\t", b" bearer abc",
+        b"Bearer abc", b" Bearer \xe9", b" Bearer a\rb", b" Bearer a\nb", b" Basic abc", b"",
+        b" Bearer abc,", b" Bearer a\0",
+    ]  # fmt: skip
+    lines = [b"Authorization:" + value for value in values]
+    lines += [b"authorization: Bearer x", b"Authorization : Bearer x", b"X-Authorization: Bearer x"]
+    others = [
+        b"X: y", b"Connection: close", b"Content-Length: 2", b"Content-Length: 99999", b"Expect: x",
+        b"Host: h", b"Transfer-Encoding: gzip", b"Idempotency-Key: k", b"no colon", b" folded", b"",
+    ]  # fmt: skip
+    heads = [[line] for line in lines] + [[one, two] for one in lines for two in lines]
+    heads += [
+        rng.choices(lines, k=rng.randint(0, 2)) + rng.choices(others, k=rng.randint(0, 3))
+        for _ in range(1500)
+    ]
+    heads += [[lines[0]] + [b"X: y"] * count for count in (97, 98, 99, 100)]
+    outcomes = set()
+    for fields in heads:
+        rng.shuffle(fields)
+        start = rng.choice(
+            [b"GET / HTTP/1.1"] * 3 + [b"GET / HTTP/1.0", b"GET / HTTP/2.0", b"GET /"]
+        )
+        data = b"\r\n".join([start, b"Host: h", *fields])
+        expected = outcome(plainly, data)
+        for _ in range(2):
+            assert outcome(hostenroll.parse_head, data) == expected, data
+        outcomes.add(expected if isinstance(expected, str) else expected[1])
+    assert outcomes >= {None, "", "abc", "a.b-c_d~e+f/g==", "a b"}
+    assert outcomes >= {"malformed-request", "head-too-large", "http-version"}
+
+
+def test_one_agents_credential_is_never_anothers() -> None:
+    for name in ("one", "two", "one"):
+        (head, authorization, _), _ = hear(
+            [get(b"/", b"Authorization: Bearer %b\r\n" % name.encode())]
+        )
+        assert authorization == name and not head.authorization
+    (_, nothing, _), _ = hear([get()])
+    assert nothing is None
+    assert hostenroll._parse_head_cached.cache_info().maxsize == hostenroll.HEADS_CACHED
+
+
+@pytest.mark.parametrize(
+    "fields, version, keeps",
+    [
+        (b"", b"1.1", True), (b"", b"1.0", False), (b"Connection: keep-alive\r\n", b"1.0", False),
+        (b"Connection: close\r\n", b"1.1", False), (b"Connection: CLOSE\r\n", b"1.1", False),
+        (b"Connection: x,\tClose ,y\r\n", b"1.1", False), (b"Connection: closed\r\n", b"1.1", True),
+        (b"Connection: keep-alive\r\nX: y\r\nConnection: close\r\n", b"1.1", False),
+        (b"Connection:\r\n", b"1.1", True), (b"X-Connection: close\r\n", b"1.1", True),
+    ],
+)  # fmt: skip
+def test_a_connection_is_kept_unless_somebody_says_close(
+    fields: bytes, version: bytes, keeps: bool
+) -> None:
+    (head, _, _), _ = hear([get(b"/", fields, version)])
+    assert head.keep_alive is keeps
+
+
+@pytest.mark.parametrize(
+    "data, waits",
+    table({
+        "a length": (post(b"Content-Length: 2\r\nExpect: 100-continue"), True),
+        "chunked": (post(b"Transfer-Encoding: chunked\r\nExpect: 100-Continue"), True),
+        "some of the body is here": (
+            post(b"Content-Length: 2\r\nExpect: 100-continue", b"{"), False),
+        "no expectation": (post(b"Content-Length: 2"), False),
+        "an empty one": (post(b"Content-Length: 2\r\nExpect:"), False),
+        "no head yet": (b"POST / HTTP/1.1\r\nExpect: 100-continue\r\n", False),
+        "HTTP/1.0": (
+            b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n", False),
+    }),
+)  # fmt: skip
+def test_only_a_peer_that_waits_for_100_is_told_to_go_on(data: bytes, waits: bool) -> None:
+    """RFC 9110 section 10.1.1."""
+    reader = RequestReader()
+    assert reader.next(data) is None
+    assert reader.awaits_continue is waits
+
+
+def test_an_expectation_that_cannot_matter_is_ignored() -> None:
+    (head, _, _), _ = hear([get(b"/", b"Expect: 100-continue\r\n")])
+    assert not head.expects
+    (head, _, _), _ = hear([get(b"/", b"Expect: a miracle\r\n", b"1.0")])
+    assert not head.expects
+
+
+def test_a_reader_holds_no_more_than_a_head_or_a_body() -> None:
+    reader, most = RequestReader(), 0
+    with pytest.raises(hostenroll.BodyTooLarge):
+        reader.next(chunked(b""))
+        while True:
+            reader.next(b"1000\r\n%b\r\n" % (b"x" * 4096))
+            most = max(most, reader.held)
+    assert most == hostenroll.BODY_MAXIMUM
+    reader = RequestReader()
+    assert reader.next(post(b"Content-Length: 5", b"1234")) is None
+    assert (reader.held, reader.is_in_body) == (4, True)
+    assert reader.next(b"5") is not None
+    assert (reader.held, reader.is_in_body) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    table({
+        "slashes": get(b"/" * 16_000),
+        "slashes and a bad end": get(b"/" * 16_000 + b"#"),
+        "path and a bad end": get(b"/" + b"a" * 16_000 + b"\\"),
+        "percents": get(b"/" + b"%41" * 5300 + b"%"),
+        "query and a bad end": get(b"/?" + b"a=/?" * 4000 + b"#"),
+        "authority and a bad end": get(b"http://" + b"a" * 16_000 + b"@"),
+        "http://": get(b"http://" * 2300),
+        "a method without end": b"G" * 16_000 + b"\r\n\r\n",
+        "spaces": b"GET " + b" " * 16_000 + b"\r\n\r\n",
+        "targets": b"GET " + b"/ HTTP/1." * 1700 + b"\r\n\r\n",
+        "Host and a bad end": b"GET / HTTP/1.1\r\nHost: " + b"a" * 16_000 + b"/\r\n\r\n",
+        "Host of percents": b"GET / HTTP/1.1\r\nHost: " + b"%41" * 5300 + b"%\r\n\r\n",
+        "Host of colons": b"GET / HTTP/1.1\r\nHost: [" + b":" * 16_000 + b"\r\n\r\n",
+        "white space in a value": get(b"/", b"X:" + b" \t" * 8000 + b"\0\r\n"),
+        "white space around a length": post(b"Content-Length:" + b" " * 16_000 + b"x"),
+        "a length": post(b"Content-Length: " + b"9" * 16_000 + b"x"),
+        "zeros": post(b"Content-Length: " + b"0" * 16_000),
+        "commas": get(b"/", b"Connection:" + b" ,\t" * 5300 + b"\r\n"),
+        "equals signs": get(b"/", b"Authorization: Bearer " + b"=" * 16_000 + b"\r\n"),
+        "a credential and a bad end": get(b"/",
+        b"Authorization: Bearer " + b"a" * 16_000 + b"=\xe9\r\n"),
+        "a credential of dots": get(b"/", b"Authorization: Bearer " + b"a." * 8000 + b"\r\n"),
+        "short lines": get(b"/", b"a:\r\n" * 4000),
+        "empty chunks": chunked(b"0" * 16_000),
+        "a chunk's extension": chunked(b"1" + b";" * 16_000),
+    }),
+)  # fmt: skip
+def test_no_message_is_slow_to_judge(data: bytes) -> None:
+    began = time.perf_counter()
+    *heard, _ = hear([data])
+    for _, authorization, _ in heard:
+        assert hostenroll.read_secret("hak", authorization or "") is None
+        with pytest.raises(hostenroll.CredentialInvalid):
+            hostenroll.new_keyring().verify(authorization or "")
+    assert time.perf_counter() - began < 0.25
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+DATED = (
+    b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    b"Date: Fri, 15 Jan 2027 08:00:00 GMT\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "response, closes, head_only, expected",
+    table({
+        "200": (
+            hostenroll.Response(200, b'{"a":1}'), False, False,
+            OK + DATED + b'Content-Length: 7\r\n\r\n{"a":1}'),
+        "HEAD, RFC 9110 section 9.3.2": (
+            hostenroll.Response(200, b'{"a":1}'), False, True,
+            OK + DATED + b"Content-Length: 7\r\n\r\n"),
+        "204, RFC 9112 section 6.2": (
+            hostenroll.Response(204, headers=(("Allow", "GET, HEAD"),)), False, False,
+            b"HTTP/1.1 204 No Content\r\nAllow: GET, HEAD\r\n" + DATED + b"\r\n"),
+        "close": (
+            hostenroll.Response(201, b"x", "text/plain"), True, False,
+            b"HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nConnection: close\r\n" + DATED
+            + b"Content-Length: 1\r\n\r\nx"),
+        "an empty body": (
+            hostenroll.Response(200), False, False,
+            OK + DATED + b"Content-Length: 0\r\n\r\n"),
+    }),
+)  # fmt: skip
+def test_an_answer_is_written_so(
+    response: Any, closes: bool, head_only: bool, expected: bytes
+) -> None:
+    for _ in range(2):
+        assert hostenroll.write_response(response, int(NOON), closes, head_only) == expected
+    later = hostenroll.write_response(response, int(NOON) + 1, closes, head_only)
+    assert later == expected.replace(b"08:00:00", b"08:00:01")
+
+
+@pytest.mark.parametrize(
+    "nasty", ["\r\nSet-Cookie: a=b", "\n\n<script>", "\r", "\0", "\u560d\u560a", "\u2028"]
+)
+def test_a_header_value_cannot_begin_another_line(nasty: str) -> None:
+    for headers in ((("X", nasty),), ((nasty, "y"),)):
+        response = hostenroll.Response(200, headers=headers)
+        with pytest.raises(ValueError):
+            hostenroll.write_response(response, int(NOON), False, False)
+
+
+@each_problem
+def test_a_refusal_is_a_well_formed_answer_with_nothing_raw_in_it(kind: Any) -> None:
+    problem = kind(
+        "Mind \r\n\x1b é 😀 </script>.", errors=[hostenroll.FieldError("\r\n", "\u202e")]
+    )
+    data = hostenroll.write_response(hostenroll.refusal(problem), int(NOON), True, False)
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert re.fullmatch(rb"HTTP/1.1 %d [ -~]+(\r\n[A-Za-z-]+: [ -~]+)+" % kind.status, head)
+    assert re.fullmatch(rb"[ -~]+", body) and json.loads(body) == problem.document()
+    assert b"\r\nContent-Length: %d" % len(body) in head and b"\r\nConnection: close\r\n" in head
+
+
+def test_json_is_written_so_that_sed_can_read_it() -> None:
+    written = hostenroll.write_json({"a": [1, None, True], "b": "é\n\u2028"})
+    assert written == b'{"a":[1,null,true],"b":"\\u00e9\\n\\u2028"}'
+
+
+# 9. Api
+
+NOWHERE = "0000000000000000"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+TOKEN = {
+    "id",
+    "organizationId",
+    "state",
+    "description",
+    "hostname",
+    "hostId",
+    "labels",
+    "maxUses",
+    "uses",
+    "createdAt",
+    "createdBy",
+    "expiresAt",
+    "usedAt",
+    "usedFrom",
+    "revokedAt",
+    "hosts",
+}
+HOST = {
+    "id",
+    "organizationId",
+    "name",
+    "hostname",
+    "os",
+    "architecture",
+    "dockerVersion",
+    "labels",
+    "status",
+    "statusReason",
+    "enrolledAt",
+    "lastSeen",
+    "tokenId",
+    "revokedAt",
+}
+PATHS = sorted({route.path for route in hostenroll.ROUTES})
+GETS = [route.path for route in hostenroll.ROUTES if route.method == "GET"]
+USER_ROUTES = [route for route in hostenroll.ROUTES if route.caller in ("admin", "viewer")]
+
+
+class Estate(NamedTuple):
+    """One token, one host, and every kind of caller."""
+
+    door: Any
+    token: Reply
+    enrolled: Reply
+    callers: Dict[str, Optional[str]]
+
+    def path(self, template: str) -> str:
+        """A path with an id that exists."""
+        number = self.token.document["id"] if "tokens" in template else self.host
+        return template.replace("{id}", number)
+
+    @property
+    def host(self) -> str:
+        return str(self.enrolled.document["hostId"])
+
+    def ask(self, caller: str, method: str, path: str, body: Any = None) -> Reply:
+        reply: Reply = self.door.call(method, path, body, self.callers[caller])
+        return reply
+
+
+@pytest.fixture
+def estate(api: ApiDoor) -> Estate:
+    registry, clock = api.registry, api.clock
+    do(registry, clock, lambda now: registry.add_organization("berlin", now))
+    callers: Dict[str, Optional[str]] = {
+        "owner": api.api_key,
+        "admin": make_api_key(registry, clock, "default"),
+        "viewer": make_api_key(registry, clock, "default", "viewer"),
+        "stranger": make_api_key(registry, clock, "berlin"),
+        "nobody": None,
+        "junk": "hak_junk",
+        "forged": api.api_key[:-9] + ("A" if api.api_key[-9] != "A" else "B") + api.api_key[-8:],
+        "revoked": make_api_key(registry, clock),
+    }
+    number = int(str(callers["revoked"]).split("_")[1], 16)
+    do(registry, clock, lambda now: registry.revoke_api_key(number, now))
+    token = api.mint(maxUses=2, labels={"rack": "b4"}, description="the cellar")
+    callers["token"] = str(token.document["token"])
+    enrolled = api.enroll(token.document["token"])
+    callers["credential"] = str(enrolled.document["credential"])
+    return Estate(api, token, enrolled, callers)
+
+
+@pytest.mark.parametrize("route", USER_ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_who_may_call_what(route: Any, estate: Estate) -> None:
+    path = estate.path(route.path)
+    for caller in ("nobody", "junk", "forged", "revoked", "token", "credential"):
+        reply = estate.ask(caller, route.method, path)
+        assert (caller, reply.status, reply.code) == (caller, 401, "api-key-invalid")
+    viewed = estate.ask("viewer", route.method, path)
+    assert viewed.code == ("forbidden" if route.caller == "admin" else None)
+    strange = estate.ask("stranger", route.method, path)
+    assert strange.code == ("not-found" if "{id}" in route.path else None)
+    assert estate.ask("admin", route.method, path).status in (200, 201, 204)
+
+
+ORDER = {
+    "the path comes before the method": ("nobody", "PUT", "/api/nothing?x=1", b"{", "not-found"),
+    "the method before the key": ("nobody", "PUT", "/api/hosts?x", b"{", "method-not-allowed"),
+    "the key before the role": ("junk", "POST", "/api/hosts/tokens?x=1", b"{", "api-key-invalid"),
+    "the role before the query": ("viewer", "POST", "/api/hosts/tokens?x=1", b"{}", "forbidden"),
+    "the role before the body": ("viewer", "POST", "/api/hosts/tokens", b"{", "forbidden"),
+    "the role before the object": (
+        "viewer", "DELETE", f"/api/hosts/{NOWHERE}", None, "forbidden"),
+    "the query before the object": (
+        "owner", "GET", f"/api/hosts/{NOWHERE}?x=1", None, "invalid-query"),
+    "the body before the object": (
+        "owner", "PATCH", f"/api/hosts/{NOWHERE}", {"x": 1}, "invalid-body"),
+    "the object last": ("owner", "PATCH", f"/api/hosts/{NOWHERE}", {}, "not-found"),
+    "an id of no shape is not found": ("owner", "GET", "/api/hosts/none", None, "not-found"),
+    "a credential before the body": ("nobody", "POST", "/api/agent/heartbeat", b"{",
+        "credential-missing"),
+    "a bad one before the body": ("owner", "POST", "/api/agent/heartbeat", b"{",
+        "credential-invalid"),
+    "a good one, then the body": ("credential", "POST", "/api/agent/heartbeat", b"{",
+        "invalid-body"),
+    "at enrollment the body": ("nobody", "POST", "/api/agent/enroll", {"token": "junk"},
+        "invalid-body"),
+    "and then the token": ("nobody", "POST", "/api/agent/enroll",
+        {"token": "junk", "hostname": "a"}, "token-unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORDER.values(), ids=ORDER)
+def test_the_order_of_refusals(case: Any, estate: Estate) -> None:
+    caller, method, path, body, code = case
+    assert estate.ask(caller, method, path, body).code == code
+
+
+def test_framing_is_refused_before_the_path(live: SocketDoor) -> None:
+    said = live.send(b"PUT /api/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n")
+    assert [reply.code for reply in said] == ["malformed-request"]
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_head_is_get_without_the_body(path: str, live: SocketDoor) -> None:
+    token = live.mint()
+    enrolled = live.enroll(token.document["token"])
+    path = Estate(live, token, enrolled, {}).path(path)
+    got = live.call("GET", path, bearer=live.api_key)
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        # A body after the head would stand where the second answer is read.
+        peer.sendall(request_bytes("HEAD", path, bearer=live.api_key) * 2)
+        for _ in range(2):
+            head = read_reply(stream, head_only=True)
+            assert head is not None
+            assert (head.status, head.document) == (200, None)
+            assert {**head.headers, "date": ""} == {**got.headers, "date": ""}
+    refused = live.call("HEAD", "/api/hosts")
+    assert refused.status == 401 and int(refused.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("path", [*PATHS, "*"])
+def test_every_path_says_what_it_allows(path: str, live: SocketDoor) -> None:
+    methods = {route.method for route in hostenroll.ROUTES if path in ("*", route.path)}
+    allowed = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+    target = path.replace("{id}", NOWHERE)
+    options = live.call("OPTIONS", target)
+    assert (options.status, options.document) == (204, None)
+    assert "content-length" not in options.headers  # RFC 9110 section 8.6
+    assert set(options.headers["allow"].split(", ")) == allowed
+    assert options.headers["allow"].count(",") == len(allowed) - 1
+    for method in () if path == "*" else {*hostenroll.METHODS} - allowed:
+        refused = live.call(method, target)
+        code = None if method == "HEAD" else "method-not-allowed"
+        assert (refused.status, refused.code) == (405, code)
+        assert refused.headers["allow"] == options.headers["allow"]
+
+
+@pytest.mark.parametrize("method", ["FOO", "get", "PROPFIND", "M-SEARCH", "CONNECT"])
+def test_a_method_that_nobody_knows_is_not_implemented(method: str, live: SocketDoor) -> None:
+    target = "enroll.test:443" if method == "CONNECT" else "/healthz"
+    assert live.call(method, target).code == "not-implemented"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing", "/api", "/api/hosts/", "/api/hosts//", "//healthz", "/healthz/", "/HEALTHZ",
+        "/api/hosts/../hosts", "/api/hosts/%2e%2e", "/%68ealthz", "/api/hosts/{id}/tokens",
+        "/api/hosts/tokens/{id}/revoke", "/api/hosts;x/tokens",
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_not_found(path: str, estate: Estate) -> None:
+    reply = estate.ask("owner", "GET", path.replace("{id}", estate.host))
+    assert (reply.status, reply.code) == (404, "not-found")
+
+
+def test_every_refusal_is_a_problem_document(live: SocketDoor) -> None:
+    asked = [
+        request_bytes("GET", "/nothing"),
+        request_bytes("PUT", "/healthz"),
+        request_bytes("FOO", "/healthz"),
+        request_bytes("GET", "/api/hosts"),
+        request_bytes("GET", "/api/hosts?x=1", bearer=live.api_key),
+        request_bytes("POST", "/api/agent/enroll", b"{}"),
+        request_bytes("POST", "/api/agent/enroll", {"token": "het_", "hostname": "a"}),
+        request_bytes("POST", "/api/agent/heartbeat"),
+        b"GET / HTTP/3.0\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 65537\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 17_000 + b"\r\n\r\n",
+    ]
+    codes = set()
+    for data in asked:
+        (reply,) = live.send(data)
+        codes.add(reply.code)
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert reply.document["type"] == f"urn:hostenroll:problem:{reply.code}"
+        assert reply.document["status"] == reply.status >= 400
+        assert reply.document["title"] and reply.document["detail"].endswith(".")
+        assert set(reply.document) - {"errors"} == {"type", "title", "status", "detail", "code"}
+        assert ("www-authenticate" in reply.headers) == (reply.status == 401)
+        assert ("allow" in reply.headers) == (reply.status == 405)
+    assert len(codes) == 13
+
+
+def test_no_answer_is_stored_or_sniffed_or_open_to_other_sites(live: SocketDoor) -> None:
+    token = live.mint()
+    number = token.document["id"]
+    enrolled = live.enroll(token.document["token"])
+    replies = [token, enrolled, live.beat(enrolled.document["credential"])]
+    replies += [live.revoke_token(number), live.call("OPTIONS", "/healthz"), live.host("none")]
+    replies += [live.call("GET", "/healthz"), *live.send(b"nonsense\r\n\r\n")]
+    for reply in replies:
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["cache-control"] == "no-store"
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", reply.headers["date"])
+        assert not [h for h in reply.headers if h.startswith("access-control") or "cookie" in h]
+        assert "server" not in reply.headers
+
+
+# Contract shapes: exactly these members, no more and no fewer.
+
+
+def test_a_token_has_exactly_its_members(estate: Estate, clock: Clock) -> None:
+    minted = estate.token.document
+    assert set(minted) == TOKEN | {"token"}
+    assert (minted["state"], minted["uses"], minted["usedAt"], minted["hosts"]) == (
+        "valid", 0, None, [])  # fmt: skip
+    shown = estate.ask("owner", "GET", estate.path("/api/hosts/tokens/{id}")).document
+    assert set(shown) == TOKEN
+    assert (shown["uses"], shown["usedFrom"], shown["hosts"]) == (1, "192.0.2.7", [estate.host])
+    assert shown["labels"] == {"rack": "b4"} and shown["createdBy"].startswith("api-key:")
+    assert shown["createdAt"] == shown["usedAt"] == "2027-01-15T08:00:00.000Z"
+    assert shown["expiresAt"] == "2027-01-15T09:00:00.000Z"
+    listed = estate.ask("owner", "GET", "/api/hosts/tokens").document
+    assert listed == {"tokens": [shown], "nextCursor": None}
+
+
+def test_a_token_is_shown_once(estate: Estate) -> None:
+    """Nor does any list, host, refusal or second look show a secret."""
+    secrets = [str(text) for name, text in estate.callers.items() if text and name != "junk"]
+    gets = [estate.path(route.path) for route in USER_ROUTES if route.method == "GET"]
+    said = [estate.ask("owner", "GET", path).document for path in gets]
+    said.append(estate.door.enroll(estate.token.document["token"] + "x").document)
+    said.append(estate.ask("forged", "GET", "/api/me").document)
+    assert [text for text in secrets if text in json.dumps(said)] == []
+
+
+def test_a_host_has_exactly_its_members(estate: Estate, clock: Clock) -> None:
+    shown = estate.door.host(estate.host).document
+    assert set(shown) == HOST
+    assert (shown["status"], shown["lastSeen"], shown["revokedAt"]) == ("pending", None, None)
+    assert (shown["name"], shown["hostname"], shown["labels"]) == (
+        "web-1", "web-1", {"rack": "b4"})  # fmt: skip
+    assert (shown["os"], shown["tokenId"]) == ("", estate.token.document["id"])
+    clock.advance(1.234)
+    estate.door.beat(estate.callers["credential"], os="Debian", dockerVersion="27.1")
+    revoked = estate.door.revoke(estate.host).document
+    assert set(revoked) == HOST
+    assert (revoked["status"], revoked["os"], revoked["dockerVersion"]) == (
+        "revoked", "Debian", "27.1")  # fmt: skip
+    assert revoked["lastSeen"] == revoked["revokedAt"] == "2027-01-15T08:00:01.234Z"
+    listed = estate.ask("owner", "GET", "/api/hosts").document
+    assert listed == {"hosts": [revoked], "nextCursor": None}
+
+
+def test_the_agents_replies_have_exactly_their_members(paths: Any, clock: Clock) -> None:
+    for ttl, more in ((None, set()), (30, {"credential", "credentialExpiresAt"})):
+        registry = open_registry(*paths, clock.ms, credential_ttl=ttl)
+        door = ApiDoor(registry, clock)
+        enrolled = door.enroll(door.token())
+        assert (enrolled.status, set(enrolled.document)) == (201, {
+            "hostId", "organizationId", "name", "credential", "credentialExpiresAt",
+            "heartbeatIntervalSeconds"})  # fmt: skip
+        assert enrolled.document["organizationId"] == "default"
+        assert enrolled.document["heartbeatIntervalSeconds"] == 30
+        expires = enrolled.document["credentialExpiresAt"]
+        assert (expires is None) == (ttl is None) and (expires is None or TIME.fullmatch(expires))
+        clock.advance(25)
+        beaten = door.beat(enrolled.document["credential"])
+        assert set(beaten.document) == {"hostId", "lastSeen", "nextHeartbeatSeconds"} | more
+        assert TIME.fullmatch(beaten.document["lastSeen"])
+        assert beaten.document["hostId"] == enrolled.document["hostId"]
+        if more:
+            assert door.beat(beaten.document["credential"]).status == 200
+        registry.close()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 5, 30, 3600])
+def test_the_next_heartbeat_is_within_fifteen_percent(
+    interval: int, paths: Any, clock: Clock
+) -> None:
+    registry = open_registry(*paths, clock.ms, interval=interval)
+    door = ApiDoor(registry, clock)
+    credential = door.enroll(door.token()).document["credential"]
+    facts: List[Dict[str, str]] = [{}, {"os": "Debian"}]
+    drawn = [
+        door.beat(credential, **facts[n % 2]).document["nextHeartbeatSeconds"] for n in range(80)
+    ]
+    registry.close()
+    assert all(isinstance(seconds, int) and seconds > 0 for seconds in drawn)
+    assert interval * 0.85 <= min(drawn) <= max(drawn) <= interval * 1.15
+    assert len(set(drawn)) > 1 or interval < 30  # a fleet does not beat as one
+
+
+def test_me_says_whose_a_key_is(estate: Estate) -> None:
+    seen = {
+        caller: estate.ask(caller, "GET", "/api/me").document
+        for caller in ("owner", "viewer", "stranger")
+    }
+    assert {name: (me["role"], me["organizationId"]) for name, me in seen.items()} == {
+        "owner": ("admin", None),
+        "viewer": ("viewer", "default"),
+        "stranger": ("admin", "berlin"),
+    }
+    assert set(seen["owner"]) == {"id", "role", "organizationId"}
+    assert seen["owner"]["id"] == str(estate.callers["owner"]).split("_")[1]
+
+
+# Bodies and queries.
+
+MANY_LABELS = {f"k{n}": "v" for n in range(33)}
+BAD_ARRIVALS: Dict[str, Tuple[Dict[str, Any], str]] = {
+    "nothing": ({"token": None, "hostname": None}, "hostname token"),
+    "a token that is a number": ({"token": 1}, "token"),
+    "an empty token": ({"token": ""}, "token"),
+    "an endless token": ({"token": "x" * 257}, "token"),
+    "no hostname": ({"hostname": ""}, "hostname"),
+    "a hostname with a space": ({"hostname": "web 1"}, "hostname"),
+    "a hostname with a newline": ({"hostname": "web-1\n"}, "hostname"),
+    "a hostname that is an option": ({"hostname": "-rf"}, "hostname"),
+    "a hostname with markup": ({"hostname": "<b>"}, "hostname"),
+    "a hostname of 254": ({"hostname": "h" * 254}, "hostname"),
+    "a name that turns the text": ({"name": "a\u202eb"}, "name"),
+    "a name with an escape": ({"name": "\x1b[2J"}, "name"),
+    "an empty name": ({"name": ""}, "name"),
+    "facts of the wrong kind": ({"os": 1, "dockerVersion": []}, "dockerVersion os"),
+    "a fact of 129": ({"architecture": "x" * 129}, "architecture"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRIVALS.values(), ids=BAD_ARRIVALS)
+def test_an_enrollment_names_every_member_that_is_wrong(case: Any, api: ApiDoor) -> None:
+    changes, fields = case
+    body = {"token": api.token(), "hostname": "web-1"}
+    refused = api.call("POST", "/api/agent/enroll", {**body, **changes})
+    assert (refused.status, refused.code) == (400, "invalid-body")
+    assert " ".join(sorted(e["field"] for e in refused.document["errors"])) == fields
+    assert all(set(error) == {"field", "detail"} for error in refused.document["errors"])
+    assert api.call("POST", "/api/agent/enroll", body).status == 201  # it was not used up
+
+
+NOT_OBJECTS = {
+    "half a body": b'{"token":', "a list": b"[]", "null": b"null", "a string": b'"x"',
+    "not UTF-8": b'{"token":"\xff","hostname":"a"}', "a BOM": b"\xef\xbb\xbf{}",
+    "a member twice": b'{"hostname":"a","hostname":"b"}', "NaN": b'{"os":NaN}',
+    "a lone surrogate": b'{"name":"\\ud800"}', "too deep": b'{"x":' + b"[" * 60_000,
+    "a number of a thousand digits": b'{"x":' + b"9" * 1000 + b"}", "form data": b"token=x",
+    "two bodies": b"{}{}", "a comment": b"{}//",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NOT_OBJECTS.values(), ids=NOT_OBJECTS)
+def test_what_is_not_a_json_object_is_refused(body: bytes, estate: Estate) -> None:
+    for caller, path in (
+        ("nobody", "/api/agent/enroll"),
+        ("credential", "/api/agent/heartbeat"),
+        ("owner", "/api/hosts/tokens"),
+    ):
+        refused = estate.ask(caller, "POST", path, body)
+        assert (path, refused.status, refused.code) == (path, 400, "invalid-body")
+
+
+def test_an_invalid_body_or_query_always_has_a_list_of_errors(estate: Estate) -> None:
+    for body in (b"", b"[]", b"{", b'{"os":NaN}'):
+        refused = estate.ask("nobody", "POST", "/api/agent/enroll", body).document
+        assert isinstance(refused.get("errors"), list), body
+    refused = estate.ask("owner", "GET", "/api/hosts?q=%ff").document
+    assert isinstance(refused.get("errors"), list)
+
+
+def test_what_an_empty_body_means(estate: Estate) -> None:
+    assert estate.ask("credential", "POST", "/api/agent/heartbeat", b"").status == 200
+    assert estate.ask("credential", "POST", "/api/agent/heartbeat", b"{}").status == 200
+    assert estate.ask("nobody", "POST", "/api/agent/enroll", b"").code == "invalid-body"
+    assert estate.ask("owner", "POST", "/api/hosts/tokens", b"").status == 201
+    unchanged = estate.ask("owner", "PATCH", estate.path("/api/hosts/{id}"), b"")
+    assert (unchanged.status, unchanged.document["name"]) == (200, "web-1")
+
+
+def test_agents_may_say_more_than_we_know(estate: Estate) -> None:
+    """A newer agent meets an older server; so does a query that a proxy added."""
+    more = {"kernel": "6.1", "deep": [{"a": None}], "__class__": 1}
+    token = estate.token.document["token"]
+    arrival = {"token": token, "hostname": "web-2", **more}
+    assert estate.ask("nobody", "POST", "/api/agent/enroll?from=proxy", arrival).status == 201
+    assert estate.ask("credential", "POST", "/api/agent/heartbeat?x=1", more).status == 200
+    assert estate.ask("nobody", "GET", "/healthz?verbose").status == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "\xff"])
+def test_the_content_type_is_never_looked_at(kind: str, live: SocketDoor) -> None:
+    body = json.dumps({"token": live.token(), "hostname": "web-1"}).encode()
+    head = f"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\n"
+    data = head.encode("latin-1") + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    assert [reply.status for reply in live.send(data)] == [201]
+
+
+BAD_ORDERS: Dict[str, Tuple[Dict[str, Any], str]] = {
+    "a second less than a minute": ({"ttlSeconds": 59}, "ttlSeconds"),
+    "a second more than 30 days": ({"ttlSeconds": 2_592_001}, "ttlSeconds"),
+    "text": ({"ttlSeconds": "3600"}, "ttlSeconds"),
+    "a float": ({"ttlSeconds": 3600.0}, "ttlSeconds"),
+    "true": ({"ttlSeconds": True}, "ttlSeconds"),
+    "null": ({"ttlSeconds": None}, "ttlSeconds"),
+    "no use": ({"maxUses": 0}, "maxUses"),
+    "more than a million uses": ({"maxUses": 1_000_001}, "maxUses"),
+    "a bad hostname": ({"hostname": "a b"}, "hostname"),
+    "a long description": ({"description": "x" * 1001}, "description"),
+    "labels in a list": ({"labels": ["a=b"]}, "labels"),
+    "a label without a name": ({"labels": {"": "x"}}, "labels"),
+    "a label that is a number": ({"labels": {"k": 1}}, "labels"),
+    "too many labels": ({"labels": MANY_LABELS}, "labels"),
+    "a member that nobody knows": ({"ttl": 60}, "ttl"),
+    "members of the answer": ({"state": "valid", "uses": 0}, "state uses"),
+    "no such organization": ({"organizationId": "nope"}, "organizationId"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ORDERS.values(), ids=BAD_ORDERS)
+def test_an_order_for_a_token_is_strict(case: Any, api: ApiDoor) -> None:
+    order, fields = case
+    refused = api.mint(**order)
+    assert (refused.status, refused.code) == (400, "invalid-body")
+    assert " ".join(sorted(e["field"] for e in refused.document["errors"])) == fields
+    assert api.call("GET", "/api/hosts/tokens", bearer=api.api_key).document["tokens"] == []
+
+
+@pytest.mark.parametrize("order", [{"ttlSeconds": 60}, {"ttlSeconds": 2_592_000},
+    {"maxUses": 1_000_000}, {"description": "x" * 1000}, {"labels": {"a/b.c_d-e": "\u00fc"}}],
+    ids=str)  # fmt: skip
+def test_what_is_just_within_bounds_is_taken(order: Dict[str, Any], api: ApiDoor) -> None:
+    minted = api.mint(**order).document
+    assert {name: minted[name] for name in order if name in minted} == {
+        name: value for name, value in order.items() if name in minted
+    }
+
+
+BAD_QUERIES = (
+    "limit=0", "limit=1001", "limit=-1", "limit=1e3", "limit=", "limit=%31%00", "limit=" + "9" * 30,
+    "limit=1&limit=2", "status=up", "status=Online", "label=rack", "label==x", "cursor=",
+    "cursor=x", "cursor=ffffffffffffffff", "nope=1", "Limit=1", "q=%00", "q=" + "x" * 256,
+    "organization=nope",
+    "organization=%27--", "state=valid", "q", "&".join(f"label=a{n}=b" for n in range(70)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("query", BAD_QUERIES, ids=lambda query: query[:24])
+def test_a_query_is_strict(query: str, api: ApiDoor) -> None:
+    if query == "q":
+        query = "q=%ff"
+    refused = api.call("GET", f"/api/hosts?{query}", bearer=api.api_key)
+    assert (refused.status, refused.code) == (400, "invalid-query")
+    for error in refused.document.get("errors", ()):
+        assert error["field"] in query and set(error) == {"field", "detail"}
+
+
+def walk(door: Door, key: str, path: str, name: str) -> List[Any]:
+    """A whole list, to its nextCursor null, in at most 50 pages."""
+    found: List[Any] = []
+    cursor = ""
+    for _ in range(50):
+        page = door.call("GET", f"{path}{cursor}", bearer=key)
+        assert page.status == 200
+        found += page.document[name]
+        if page.document["nextCursor"] is None:
+            return found
+        cursor = f"&cursor={page.document['nextCursor']}"
+    raise AssertionError("the list has no end")
+
+
+def test_lists_go_on_and_end(api: ApiDoor, clock: Clock) -> None:
+    token = api.token(maxUses=9)
+    numbers = []
+    for n in range(9):
+        clock.advance(n % 2)  # some of the same second
+        numbers.append(api.enroll(token, f"web-{n}").document["hostId"])
+    for limit in (1, 2, 3, 8, 9, 10):
+        found = walk(api, api.api_key, f"/api/hosts?limit={limit}", "hosts")
+        assert [host["id"] for host in found] == sorted(numbers, reverse=True)
+    chosen = walk(api, api.api_key, "/api/hosts?limit=1&q=WEB-3&status=pending", "hosts")
+    assert [host["hostname"] for host in chosen] == ["web-3"]
+    for n in range(4):
+        api.mint(description=str(n))
+    assert len(walk(api, api.api_key, "/api/hosts/tokens?limit=2&state=valid", "tokens")) == 4
+    assert len(walk(api, api.api_key, "/api/hosts/tokens?limit=2&state=used", "tokens")) == 1
+    past = api.call("GET", f"/api/hosts?cursor={NOWHERE}", bearer=api.api_key)
+    assert past.document == {"hosts": [], "nextCursor": None}
+
+
+def test_an_organization_sees_only_its_own(estate: Estate, clock: Clock) -> None:
+    """By ids, filters and cursors: what is another's is like what does not exist."""
+    clock.advance(1)
+    minted = estate.ask("stranger", "POST", "/api/hosts/tokens", {"organizationId": "berlin"})
+    assert minted.document["organizationId"] == "berlin"
+    own = estate.door.enroll(minted.document["token"], "spree").document["hostId"]
+    key = str(estate.callers["stranger"])
+    everything = estate.ask("owner", "GET", "/api/hosts").document["hosts"]
+    assert [host["id"] for host in everything] == [own, estate.host]
+    paths = (
+        "/api/hosts?limit=1",
+        f"/api/hosts?limit=1&cursor={own[:-1]}f",
+        "/api/hosts?q=web",
+        f"/api/hosts?q={estate.host}",
+        "/api/hosts?label=rack=b4",
+        "/api/hosts?status=pending",
+    )
+    for path in paths:  # fmt: skip
+        seen = estate.door.call("GET", path, bearer=key).document["hosts"]
+        assert {host["id"] for host in seen} <= {own}, path
+    tokens = walk(estate.door, key, "/api/hosts/tokens?limit=1", "tokens")
+    assert [token["id"] for token in tokens] == [minted.document["id"]]
+    for target in ("/api/hosts?organization={}", "/api/hosts/tokens"):
+        body = None if "?" in target else {"organizationId": "{}"}
+        said = []
+        for name in ("default", "nothing"):
+            order = body and {"organizationId": name}
+            method = "POST" if body else "GET"
+            said.append(estate.ask("stranger", method, target.format(name), order))
+        assert said[0].document == said[1].document and said[0].status == 400
+    there = estate.ask("stranger", "DELETE", f"/api/hosts/{estate.host}")
+    assert there == estate.ask("stranger", "DELETE", f"/api/hosts/{NOWHERE}")
+    assert estate.door.host(estate.host).document["status"] == "pending"
+
+
+def test_revoking_is_idempotent_and_deleting_is_not(estate: Estate) -> None:
+    token = estate.path("/api/hosts/tokens/{id}")
+    assert [estate.ask("owner", "DELETE", token).status for _ in range(2)] == [204, 204]
+    assert estate.ask("owner", "GET", token).document["state"] == "revoked"
+    assert estate.door.enroll(estate.token.document["token"]).code == "token-revoked"
+    host = estate.path("/api/hosts/{id}")
+    for action, status in (("revoke", "revoked"), ("restore", "pending")):
+        twice = [estate.ask("owner", "POST", f"{host}/{action}") for _ in range(2)]
+        assert twice[0] == twice[1]
+        assert (twice[0].status, twice[0].document["status"]) == (200, status)
+    assert [estate.ask("owner", "DELETE", host).status for _ in range(2)] == [204, 404]
+    assert estate.door.beat(estate.callers["credential"]).code == "host-unknown"
+
+
+def test_patch_changes_what_it_names_and_nothing_else(estate: Estate) -> None:
+    host = estate.path("/api/hosts/{id}")
+    before = estate.ask("owner", "GET", host).document
+    named = estate.ask("owner", "PATCH", host, {"name": "K\u00fcche"})
+    assert (named.status, named.document) == (200, {**before, "name": "K\u00fcche"})
+    cleared = estate.ask("owner", "PATCH", host, {"labels": {}}).document
+    assert cleared == {**named.document, "labels": {}}
+    for body in ({"name": ""}, {"name": None}, {"labels": None}, {"hostname": "x"}, {"os": "x"}):
+        refused = estate.ask("owner", "PATCH", host, {"name": "no", **body})
+        assert (refused.code, len(refused.document["errors"])) == ("invalid-body", 1)
+    assert estate.ask("owner", "GET", host).document == cleared
+
+
+def test_a_reenroll_token_brings_the_same_host_back(estate: Estate) -> None:
+    minted = estate.ask("owner", "POST", estate.path("/api/hosts/{id}/reenroll"))
+    assert (minted.status, set(minted.document)) == (201, TOKEN | {"token"})
+    assert (minted.document["hostId"], minted.document["maxUses"]) == (estate.host, 1)
+    again = estate.door.enroll(minted.document["token"])
+    assert (again.status, again.document["hostId"]) == (201, estate.host)
+    assert estate.door.beat(again.document["credential"]).status == 200
+    superseded = estate.door.beat(estate.callers["credential"])
+    assert superseded.code == "credential-superseded"
+
+
+@pytest.mark.parametrize("key", ["", " ", "x" * 129, "a b", "\u00fc", "\x7f"], ids=repr)
+def test_an_idempotency_key_is_visible_ascii(key: str, live: SocketDoor) -> None:
+    body = json.dumps({"token": live.token(), "hostname": "web-1"}).encode()
+    head = f"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nIdempotency-Key: {key}\r\n"
+    data = head.encode("utf-8") + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    assert [reply.code for reply in live.send(data)] == ["malformed-request"]
+
+
+def test_health_is_not_readiness(live: SocketDoor, paths: Any) -> None:
+    ready = live.call("GET", "/readyz")
+    assert (ready.status, ready.document) == (200, {"status": "ready"})
+    aside = f"{paths[0]}.aside"
+    os.rename(paths[0], aside)  # gone
+    for _ in range(2):
+        assert live.call("GET", "/healthz").status == 200
+        refused = live.call("GET", "/readyz")
+        assert (refused.status, refused.code) == (503, "storage-unavailable")
+        assert int(refused.headers["retry-after"]) > 0
+        assert live.call("GET", "/api/hosts", bearer=live.api_key).code == "storage-unavailable"
+        # Replaced by another file: what it does not know is not "gone for good" either.
+        Path(paths[0]).write_bytes(b"")
+    os.replace(aside, paths[0])
+    assert live.call("GET", "/readyz").status == 200
+
+
+# 10. Server
+
+HEALTH = request_bytes("GET", "/healthz")
+
+
+@contextlib.contextmanager
+def write_lock(database: Any) -> Iterator[None]:
+    """What another process does that writes for long."""
+    descriptor = os.open(f"{database}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def until(what: Callable[[], Any], seconds: float = 10) -> Any:
+    """Ask again and again, until it is true."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def has_ended(peer: socket.socket) -> bool:
+    """Closed, without another byte."""
+    try:
+        return peer.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return True
+    return False
+
+
+def tokens_of(door: Door) -> int:
+    return len(walk(door, door.api_key, "/api/hosts/tokens?limit=1000", "tokens"))
+
+
+def many(count: int, work: Callable[[int], Any]) -> List[Any]:
+    """The same in so many threads that start together; what each comes to."""
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def one(n: int) -> None:
+        barrier.wait(10)
+        results[n] = work(n)
+
+    threads = [threading.Thread(target=one, args=(n,), daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_pipelined_requests_are_answered_in_order_and_each_in_full(live: SocketDoor) -> None:
+    mint = request_bytes("POST", "/api/hosts/tokens", {"description": "x" * 500}, live.api_key)
+    head, _, body = mint.partition(b"\r\n\r\n")
+    chunked = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
+    chunked += b"\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(body), body)
+    nothing, me = request_bytes("GET", "/nothing"), request_bytes("GET", "/api/me")
+    turn = [HEALTH, mint, nothing, chunked, me]
+    said = live.send(b"".join(turn) * 30)
+    assert [reply.status for reply in said] == [200, 201, 404, 201, 401] * 30
+    assert tokens_of(live) == 60
+
+
+def test_a_request_may_come_byte_by_byte(live: SocketDoor) -> None:
+    mint = request_bytes("POST", "/api/hosts/tokens", {"description": "slow"}, live.api_key)
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):
+            for n in range(len(mint)):
+                peer.sendall(mint[n : n + 1])
+            reply = read_reply(stream)
+            assert reply is not None and reply.status == 201
+
+
+CLOSING = {
+    "HTTP/1.1 stays": (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", 2),
+    "keep-alive stays": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: Keep-Alive\r\n\r\n", 2),
+    "a refusal stays": (b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n", 2),
+    "close closes": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: x, Close\r\n\r\n", 1),
+    "close on a line of its own": (
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: x\r\nConnection: close\r\n\r\n", 1),
+    "HTTP/1.0 closes": (b"GET /healthz HTTP/1.0\r\n\r\n", 1),
+    "an absolute target": (b"GET http://b/healthz HTTP/1.1\r\nHost: a\r\n\r\n", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLOSING.values(), ids=CLOSING)
+def test_when_a_connection_ends(case: Any, live: SocketDoor) -> None:
+    data, answers = case
+    said = live.send(data * 2)
+    assert len(said) == answers
+    assert (said[-1].headers.get("connection") == "close") == (answers == 1)
+
+
+# What one reader takes for a body and another for the next request is how requests are
+# smuggled. In every row a second request, which would mint a token, hides behind the first.
+
+POST = b"POST /api/hosts/tokens HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+SMUGGLED: Dict[str, bytes] = {
+    "CL.TE": POST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
+    "TE.CL": POST + CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n",
+    "two equal lengths": POST + b"Content-Length: 0\r\ncontent-length: 0\r\n\r\n",
+    "a list of lengths": POST + b"Content-Length: 0, 0\r\n\r\n",
+    "a signed length": POST + b"Content-Length: +0\r\n\r\n",
+    "a negative length": POST + b"Content-Length: -1\r\n\r\n",
+    "a length with an underscore": POST + b"Content-Length: 0_0\r\n\r\n",
+    "a hexadecimal length": POST + b"Content-Length: 0x0\r\n\r\n",
+    "an empty length": POST + b"Content-Length:\r\n\r\n",
+    "a length in other digits": POST + "Content-Length: \u0660\r\n\r\n".encode(),
+    "a space before the colon": POST + b"Content-Length : 0\r\n\r\n",
+    "a line without a colon": POST + b"Junk\r\n\r\n",
+    "a folded line": POST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "a folded first field": b"POST / HTTP/1.1\r\n Host: a\r\n\r\n",
+    "chunked twice": POST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n",
+    "chunked and more": POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "nearly chunked": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "chunked with a vertical tab": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunked in HTTP/1.0": POST.replace(b"1.1", b"1.0") + CHUNKED + b"\r\n0\r\n\r\n",
+    "bare LF": POST.replace(b"\r", b"") + b"\n",
+    "a bare LF in a value": POST + b"X: y\nContent-Length: 9\r\n\r\n",
+    "a bare CR in a value": POST + b"X: y\rContent-Length: 9\r\n\r\n",
+    "a NUL in a value": POST + b"X: \x00\r\n\r\n",
+    "no host": b"POST /api/hosts/tokens HTTP/1.1\r\n\r\n",
+    "two hosts": POST + b"Host: b\r\n\r\n",
+    "two spaces": POST.replace(b" HTTP", b"  HTTP") + b"\r\n",
+    "a chunk that is longer": POST + CHUNKED + b"\r\n1\r\nab\r\n0\r\n\r\n",
+    "a signed chunk": POST + CHUNKED + b"\r\n+0\r\n\r\n",
+    "a chunk in 0x": POST + CHUNKED + b"\r\n0x0\r\n\r\n",
+    "a chunk with a space": POST + CHUNKED + b"\r\n0 \r\n\r\n",
+    "a chunk with a bare LF": POST + CHUNKED + b"\r\n0\n\r\n",
+    "an LF in an extension": POST + CHUNKED + b"\r\n0;a\n\r\n\r\n",
+    "an endless chunk": POST + CHUNKED + b"\r\nfffffffffffffffff0\r\n",
+    "a bad trailer": POST + CHUNKED + b"\r\n0\r\n: x\r\n\r\n",
+    "a length that is too large": POST + b"Content-Length: 65537\r\n\r\n",
+    "a protocol of its own": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: Any) -> Iterator[SocketDoor]:
+    """One server for all that must leave nothing behind."""
+    folder = tmp_path_factory.mktemp("shared")
+    with live_door((str(folder / "hostenroll.db"), str(folder / "hostenroll.key")), Clock()) as it:
+        yield it
+
+
+@pytest.mark.parametrize("first", SMUGGLED.values(), ids=SMUGGLED)
+def test_what_is_malformed_is_answered_once_and_nothing_behind_it_is_run(
+    first: bytes, shared: SocketDoor
+) -> None:
+    bearer = b"Authorization: Bearer " + shared.api_key.encode() + b"\r\n"
+    first = first.replace(b"Host: a\r\n", b"Host: a\r\n" + bearer, 1)
+    hidden = request_bytes("POST", "/api/hosts/tokens", {}, shared.api_key)
+    (said,) = shared.send(first + hidden)
+    assert said.status in (400, 413, 501)
+    assert said.headers["connection"] == "close"
+    assert tokens_of(shared) == 0
+
+
+def test_a_body_is_never_read_as_a_request(live: SocketDoor) -> None:
+    hidden = request_bytes("POST", "/api/hosts/tokens", {}, live.api_key)
+    assert [reply.status for reply in live.send(request_bytes("GET", "/healthz", hidden) * 2)] == [
+        200, 200]  # fmt: skip
+    assert tokens_of(live) == 0
+
+
+def test_the_hundred_that_continues(live: SocketDoor) -> None:
+    mint = request_bytes(
+        "POST", "/api/hosts/tokens", {"maxUses": 3}, live.api_key, [("Expect", "100-continue")]
+    )
+    head, _, body = mint.partition(b"\r\n\r\n")
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        for _ in range(2):
+            peer.sendall(head + b"\r\n\r\n")
+            assert (stream.readline(), stream.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+            peer.sendall(body)
+            reply = read_reply(stream)
+            assert reply is not None and reply.document["maxUses"] == 3
+    # The body is there already, or will never be welcome: nobody is told to go on.
+    assert [reply.status for reply in live.send(mint)] == [201]
+    large = head.replace(b"Content-Length: ", b"Content-Length: 99999")
+    assert [reply.status for reply in live.send(large + b"\r\n\r\n")] == [413]
+
+
+def test_who_still_sends_can_read_the_refusal(live: SocketDoor) -> None:
+    """To close on unread bytes resets the connection, and the answer would be lost."""
+    head = b"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+    for _ in range(3):
+        with live.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(head)
+            for _ in range(10):
+                peer.sendall(b"x" * 100_000)
+            reply = read_reply(stream)
+            assert reply is not None and reply.code == "body-too-large"
+            assert stream.read() == b""
+
+
+def test_nobody_waits_for_the_slow(paths: Any, clock: Clock) -> None:
+    with live_door(paths, clock, deadlines=(0.3, 0.3, 0.3, 0.3)) as live:
+        begun = time.monotonic()
+        for started in (b"", b"GET /hea", b"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-"
+                        b"Length: 9\r\n\r\n{", POST + CHUNKED + b"\r\n1\r\n{\r\n"):  # fmt: skip
+            with live.connect() as peer, peer.makefile("rb") as stream:
+                peer.sendall(started)
+                reply = read_reply(stream)
+                assert reply is not None and reply.code == "request-timeout"
+                assert reply.headers["connection"] == "close"
+                assert stream.read() == b""
+        with live.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(HEALTH)
+            assert read_reply(stream) is not None
+            assert stream.read() == b""  # idle: closed without a word
+        assert 1.4 < time.monotonic() - begun < 8
+
+
+def test_an_answer_that_nobody_takes_is_dropped(paths: Any, clock: Clock) -> None:
+    registry = open_registry(*paths, clock.ms)
+    door = ApiDoor(registry, clock)
+    token = door.token(maxUses=60, labels={f"k{n}": "x" * 250 for n in range(30)})
+    for n in range(60):
+        assert door.enroll(token, f"web-{n}").status == 201
+    registry.close()
+    with live_door(paths, clock, deadlines=(9, 9, 9, 0.3), connections=1) as live:
+        ask = request_bytes("GET", "/api/hosts?limit=1000", bearer=live.api_key)
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.connect(("127.0.0.1", live.port))
+            peer.sendall(ask * 40)  # about 20 MB of answers
+            # There is one place, and it is not given away to who comes: it falls free.
+            assert live.call("GET", "/healthz").status == 200
+            with peer.makefile("rb") as stream, contextlib.suppress(ConnectionError):
+                assert len(stream.read()) < 19_000_000
+
+
+def test_at_the_limit_the_longest_idle_gives_way_and_then_the_slowest_head(
+    paths: Any, clock: Clock
+) -> None:
+    with live_door(paths, clock, connections=3) as live, contextlib.ExitStack() as stack:
+        older, newer, head = [stack.enter_context(live.connect()) for _ in range(3)]
+        for peer in (older, newer):
+            peer.sendall(HEALTH)
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
+        head.sendall(b"GET /heal")
+        for gone in (older, newer, head):
+            late = stack.enter_context(live.connect())
+            late.sendall(b"GET /heal")
+            assert has_ended(gone)
+        late.sendall(b"thz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert late.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_at_the_limit_the_busy_never_give_way(paths: Any, clock: Clock) -> None:
+    with live_door(paths, clock, connections=2) as live, contextlib.ExitStack() as stack:
+        mint = request_bytes("POST", "/api/hosts/tokens", {}, live.api_key)
+        with write_lock(paths[0]):
+            peers = []
+            for _ in range(3):
+                peers.append(stack.enter_context(live.connect()))
+                peers[-1].sendall(mint)
+            peers[2].settimeout(0.3)
+            with pytest.raises(socket.timeout):
+                peers[2].recv(1)
+        peers[2].settimeout(10)
+        for peer in peers:
+            assert peer.recv(65536).startswith(b"HTTP/1.1 201 ")
+            peer.close()
+    assert sql(paths[0], "SELECT count(*) FROM token") == [(3,)]
+
+
+def test_hundreds_who_say_nothing_disturb_nobody(live: SocketDoor) -> None:
+    with contextlib.ExitStack() as stack:
+        for n in range(300):
+            peer = stack.enter_context(live.connect())
+            peer.sendall((b"", b"GET /", POST + b"Content-Length: 9\r\n\r\n{")[n % 3])
+        begun = time.monotonic()
+        for _ in range(20):
+            assert live.enroll(live.token()).status == 201
+        assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("limit", [100, 48])
+def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Path) -> None:
+    shell = f'ulimit -n {limit} && exec "$0" "$1" serve --port 0'
+    with OtherServer(tmp_path, "sh", "-c", shell, sys.executable, str(MODULE)) as server:
+        door = SocketDoor(server.port, "")
+        assert door.call("GET", "/healthz").status == 200
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(door.connect())
+            for _ in range(3):
+                assert door.call("GET", "/readyz").status == 200
+        assert cli(tmp_path, "mint-token").returncode == 0
+        assert server.terminate() == 0
+    assert "Traceback" not in "".join(server.said)
+
+
+def test_a_peer_that_resets_hurts_nobody(live: SocketDoor) -> None:
+    token = live.token(maxUses=100, labels={f"k{n}": "x" * 250 for n in range(30)})
+    for n in range(40):
+        live.enroll(token, f"web-{n}")
+    ask = request_bytes("GET", "/api/hosts?limit=1000", bearer=live.api_key)
+    for n in range(30):
+        peer = live.connect()
+        peer.sendall(ask * 20 if n % 2 else ask[: n * 4])
+        if n % 6 == 1:
+            peer.recv(1000)
+        # Linger of no seconds: close() sends RST.
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.close()
+        assert live.call("GET", "/readyz").status == 200
+
+
+def test_while_another_process_writes_beats_wait_and_health_does_not(
+    live: SocketDoor, paths: Any
+) -> None:
+    credential = live.enroll(live.token()).document["credential"]
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        with write_lock(paths[0]):
+            peer.sendall(request_bytes("POST", "/api/agent/heartbeat", bearer=credential) * 3)
+            for _ in range(20):
+                begun = time.monotonic()
+                assert live.call("GET", "/healthz").status == 200
+                assert time.monotonic() - begun < 0.5
+            peer.settimeout(0.2)
+            with pytest.raises(socket.timeout):
+                peer.recv(1)
+        peer.settimeout(10)
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        with write_lock(paths[0]):
+            peer.sendall(request_bytes("POST", "/api/agent/heartbeat", bearer=credential) * 3)
+            assert live.call("GET", "/healthz").status == 200
+        for _ in range(3):
+            reply = read_reply(stream)
+            assert reply is not None and reply.status == 200
+
+
+@slow
+def test_who_waits_too_long_for_another_process_is_told_to_come_again(
+    live: SocketDoor, paths: Any
+) -> None:
+    credential = live.enroll(live.token()).document["credential"]
+    begun = time.monotonic()
+    with write_lock(paths[0]):
+        refused = live.beat(credential)
+        assert 4.5 < time.monotonic() - begun < 7
+        assert (refused.status, refused.code) == (503, "storage-unavailable")
+        assert int(refused.headers["retry-after"]) > 0
+    assert live.beat(credential).status == 200
+
+
+# Stopping.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_idle_server_stops_at_once_and_without_a_word(number: int, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, "")
+        with door.connect() as idle, door.connect():
+            idle.sendall(HEALTH)
+            assert idle.recv(65536)
+            server.process.send_signal(number)
+            assert idle.recv(1) == b""
+        begun = time.monotonic()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - begun < 1
+        server._wait()
+        assert not re.search("Traceback|Error", "".join(server.said))
+
+
+def test_a_server_at_its_limit_stops_like_any_other(paths: Any, clock: Clock) -> None:
+    with contextlib.ExitStack() as peers, live_door(paths, clock, connections=1) as live:
+        first = peers.enter_context(live.connect())
+        first.sendall(b"nonsense\r\n\r\n")
+        assert first.recv(65536)  # it lingers now, and there is no room for another
+        peers.enter_context(live.connect())
+
+
+@pytest.mark.parametrize("cut", ["half of the head", "the head alone", "half of the body"])
+def test_a_request_in_flight_is_answered_before_the_server_stops(cut: str, tmp_path: Path) -> None:
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    enroll = request_bytes("POST", "/api/agent/enroll", {"token": token, "hostname": "web-1"})
+    at = {"half of the head": 20, "half of the body": len(enroll) - 9}
+    place = at.get(cut, enroll.index(b"\r\n\r\n") + 4)
+    with ServerProcess(tmp_path) as server:
+        with SocketDoor(server.port, "").connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(HEALTH + enroll[:place])
+            assert read_reply(stream) is not None  # so the rest has been read, too
+            begun = time.monotonic()
+            server.process.terminate()
+            until(lambda: is_refused(server.port))
+            peer.sendall(enroll[place:])
+            reply = read_reply(stream)
+            assert reply is not None and reply.status == 201
+            assert reply.headers["connection"] == "close"
+        assert server._wait() == 0
+        assert time.monotonic() - begun < 5
+    assert sql(str(tmp_path / "hostenroll.db"), "SELECT count(*), sum(uses) FROM token, host") == [
+        (1, 1)]  # fmt: skip
+
+
+@slow
+def test_a_server_stops_in_time_also_while_another_process_writes(tmp_path: Path) -> None:
+    """And however often it is told to."""
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    with ServerProcess(tmp_path) as server, write_lock(tmp_path / "hostenroll.db"):
+        with SocketDoor(server.port, "").connect() as peer:
+            body = {"token": token, "hostname": "web-1"}
+            peer.sendall(request_bytes("POST", "/api/agent/enroll", body))
+            begun = time.monotonic()
+            server.process.terminate()
+            until(lambda: is_refused(server.port))
+            while server.process.poll() is None and time.monotonic() < begun + 12:
+                server.process.terminate()
+                time.sleep(0.1)
+        took = time.monotonic() - begun
+        status = server._wait()
+    assert "Traceback" not in "".join(server.said)
+    assert "Bad file descriptor" not in "".join(server.said)
+    assert status == 0 and took < 6
+
+
+def test_a_restart_changes_nothing_for_a_host(tmp_path: Path) -> None:
+    credential, seen = "", ""
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    for round in range(3):
+        with ServerProcess(tmp_path) as server:
+            door = SocketDoor(server.port, "")
+            credential = credential or door.enroll(token).document["credential"]
+            beaten = door.beat(credential)
+            assert beaten.status == 200 and beaten.document["lastSeen"] > seen
+            seen = beaten.document["lastSeen"]
+            assert server.terminate() == 0 if round else server.kill() is None
+
+
+# Races and crashes.
+
+
+def api_key_of(folder: Path) -> str:
+    return cli(folder, "mint-api-key", "--all-orgs").stdout.strip()
+
+
+@pytest.mark.parametrize("uses", [1, 5])
+def test_two_servers_let_in_exactly_as_many_as_a_token_says(uses: int, tmp_path: Path) -> None:
+    key = api_key_of(tmp_path)
+    with ServerProcess(tmp_path) as one, ServerProcess(tmp_path) as other:
+        doors = [SocketDoor(server.port, key) for server in (one, other)]
+        for _ in range(8):
+            token = doors[0].token(maxUses=uses)
+
+            def rush(n: int, token: str = token) -> Reply:
+                return doors[n % 2].enroll(token, f"web-{n}")
+
+            said = many(16, rush)
+            assert sorted(reply.code or "" for reply in said) == [""] * uses + ["token-used"] * (
+                16 - uses
+            )
+            assert {reply.status for reply in said} == {201, 401}
+    database = str(tmp_path / "hostenroll.db")
+    assert sql(database, "SELECT count(*) FROM host") == [(8 * uses,)]
+
+
+@slow
+def test_after_kill_nine_nothing_acknowledged_is_missing(tmp_path: Path) -> None:
+    key = api_key_of(tmp_path)
+    database = str(tmp_path / "hostenroll.db")
+    hosts: Dict[str, str] = {}  # acknowledged, by token
+    beats: Dict[str, str] = {}
+    for round in range(4):
+        with ServerProcess(tmp_path) as server:
+            door = SocketDoor(server.port, key)
+            tokens = [door.token() for _ in range(400)]
+            enough = threading.Event()
+
+            def load(n: int, tokens: List[str] = tokens, door: Door = door) -> None:
+                for token in tokens[n::8]:
+                    with contextlib.suppress(OSError, AssertionError):
+                        enrolled = door.enroll(token)
+                        hosts[token] = enrolled.document["hostId"]
+                        beaten = door.beat(enrolled.document["credential"])
+                        beats[hosts[token]] = beaten.document["lastSeen"]
+                        if len(hosts) > 60 * (round + 1):
+                            enough.set()
+
+            killer = threading.Thread(target=lambda: (enough.wait(30), server.kill()), daemon=True)
+            killer.start()
+            many(8, load)
+            killer.join(30)
+        assert sql(database, "PRAGMA integrity_check") == [("ok",)]
+        assert sql(database, "PRAGMA foreign_key_check") == []
+    rows = sql(database, "SELECT id, token_id, last_seen FROM host JOIN heartbeat ON host_id = id")
+    stored = {f"{number:016x}": (f"{token:016x}", seen) for number, token, seen in rows}
+    assert len({token for token, _ in stored.values()}) == len(stored)  # no token twice
+    assert len(hosts) > 240
+    for text, number in hosts.items():
+        assert stored[number][0] == text.split("_")[1]
+    for number, seen in beats.items():
+        assert hostenroll.rfc3339(stored[number][1]) >= seen
+    assert sql(database, "SELECT sum(uses) FROM token") == [(len(stored),)]
+
+
+def test_beats_and_commands_do_not_starve_each_other(tmp_path: Path) -> None:
+    key = api_key_of(tmp_path)
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, key)
+        credential = door.enroll(door.token()).document["credential"]
+        beat = request_bytes("POST", "/api/agent/heartbeat", bearer=credential)
+        done, slowest, commands = threading.Event(), [], []
+
+        def work(n: int) -> None:
+            if n == 0:
+                for command in ("mint-token", "list-hosts", "mint-token", "list-tokens"):
+                    begun = time.monotonic()
+                    commands.append(cli(tmp_path, command).returncode)
+                    slowest.append(time.monotonic() - begun)
+                done.set()
+                return
+            with door.connect() as peer, peer.makefile("rb") as stream:
+                while not done.is_set():
+                    begun = time.monotonic()
+                    peer.sendall(beat)
+                    reply = read_reply(stream)
+                    assert reply is not None and reply.status == 200
+                    slowest.append(time.monotonic() - begun)
+
+        many(5, work)
+        assert (commands, server.terminate()) == ([0] * 4, 0)
+    assert len(slowest) > 100 and max(slowest) < 2
+
+
+@slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-s", "64", "-e", "trace=fsync,fdatasync,recvfrom,sendto"]
+    tried = subprocess.run([*strace, "true"], capture_output=True)
+    if tried.returncode:
+        pytest.skip("strace may not trace here")
+    command = [*strace, "-o", str(trace), sys.executable, str(MODULE), "serve", "--port", "0"]
+    with OtherServer(tmp_path, *command) as server:
+        door = SocketDoor(server.port, "")
+        enrolled = door.enroll(token)
+        assert enrolled.status == 201
+        assert door.beat(enrolled.document["credential"]).status == 200
+        number = int(trace.read_text().split()[0])
+        os.kill(number, signal.SIGTERM)
+        server._wait()
+    told = trace.read_text().split("\n")
+    (asked,) = [n for n, line in enumerate(told) if "POST /api/agent/enroll" in line]
+    (answered,) = [n for n, line in enumerate(told) if "HTTP/1.1 201" in line]
+    assert any("sync(" in line and line.endswith("= 0") for line in told[asked:answered])
+
+
+# 11. Command line
+
+
+class Operator:
+    """An operator who types commands in one folder, without a process for each."""
+
+    def __init__(self, folder: Path, clock: Clock, capsys: Any) -> None:
+        self.folder, self.clock, self.capsys = folder, clock, capsys
+        self.environment: Dict[str, str] = {}
+
+    def __call__(self, *arguments: str) -> SimpleNamespace:
+        files = ["--db", str(self.folder / "hostenroll.db")]
+        stored = arguments[0] not in ("schema", "--version", "--help") and "--db" not in arguments
+        argv = [*arguments, *(files if stored and not self.environment else [])]
+        self.capsys.readouterr()
+        try:
+            status = hostenroll.main(argv, environment=self.environment, clock=self.clock)
+        except SystemExit as usage:
+            status = usage.code
+        out, err = self.capsys.readouterr()
+        assert "Traceback" not in err
+        return SimpleNamespace(status=status, out=out, err=err)
+
+
+@pytest.fixture
+def operator(tmp_path: Path, clock: Clock, capsys: Any) -> Operator:
+    return Operator(tmp_path, clock, capsys)
+
+
+COMMANDS = [command.name for command in hostenroll.COMMANDS]
+
+
+def test_a_token_stands_alone_on_stdout(operator: Operator) -> None:
+    minted = operator("mint-token")
+    assert minted.status == 0
+    assert re.fullmatch(r"het_[0-9a-f]{16}_[A-Za-z0-9_-]{51}\n", minted.out)
+    number = minted.out.split("_")[1]
+    assert f"token {number} of default: 1 use, until 2027-01-15T09:00:00.000Z" in minted.err
+    assert "/api/agent/enroll" in minted.err
+    key = operator("mint-api-key")
+    assert re.fullmatch(r"hak_[0-9a-f]{16}_[A-Za-z0-9_-]{51}\n", key.out)
+    assert "admin of default" in key.err
+
+
+@needs_curl
+def test_the_line_that_mint_token_says_enrolls_when_a_shell_runs_it(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        minted = cli(tmp_path, "mint-token")
+        line = minted.stderr.split("enroll with it, on the host:\n")[1]
+        assert server.url in line
+        done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30)
+        assert json.loads(done.stdout)["name"] == os.uname().nodename
+        assert done.returncode == 0
+    assert json.loads(cli(tmp_path, "list-hosts", "--json").stdout)[0]["status"] == "pending"
+
+
+def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
+    minted = json.loads(operator("mint-token", "--json", "--label", "rack=b4").out)
+    assert set(minted) == TOKEN | {"token"} and minted["labels"] == {"rack": "b4"}
+    number = minted["id"]
+    registry = open_registry(
+        str(operator.folder / "hostenroll.db"),
+        str(operator.folder / "hostenroll.key"),
+        operator.clock.ms,
+    )
+    host = ApiDoor(registry, operator.clock).enroll(minted["token"]).document["hostId"]
+    registry.close()
+    token = json.loads(operator("show-token", number, "--json").out)
+    assert set(token) == TOKEN and token["hosts"] == [host]
+    assert json.loads(operator("list-tokens", "--json").out) == [token]
+    shown = json.loads(operator("show-host", host, "--json").out)
+    assert set(shown) == HOST
+    assert json.loads(operator("list-hosts", "--json").out) == [shown]
+    edited = json.loads(operator("edit-host", host, "--name", "K\u00fcche", "--json").out)
+    assert edited == {**shown, "name": "K\u00fcche"}
+    again = json.loads(operator("reenroll-host", host, "--json").out)
+    assert set(again) == TOKEN | {"token"} and again["hostId"] == host
+    assert {org["id"] for org in json.loads(operator("list-orgs", "--json").out)} == {"default"}
+    key = json.loads(operator("mint-api-key", "--json", "--role", "viewer").out)
+    listed = json.loads(operator("list-api-keys", "--json").out)
+    assert [{**one, "apiKey": key["apiKey"]} for one in listed if one["role"] == "viewer"] == [key]
+    for text in (minted["token"], key["apiKey"]):
+        for command in ("list-tokens", "list-api-keys", "list-hosts"):
+            assert text not in operator(command, "--json").out
+
+
+def test_tables_are_aligned_and_say_the_same(operator: Operator) -> None:
+    assert operator("list-hosts").out.split() == [
+        "id", "organizationId", "name", "status", "lastSeen", "hostname", "labels"]  # fmt: skip
+    for n in range(3):
+        operator("mint-token", "--description", "x" * n * 9, "--max-uses", str(10**n))
+    lines = operator("list-tokens").out.rstrip("\n").split("\n")
+    assert len(lines) == 4 and len({line.index("20") for line in lines[1:]}) >= 1
+    at = lines[0].index("state")
+    assert {line[at : at + 6] for line in lines[1:]} == {"valid "}
+    shown = operator("show-token", lines[1].split()[0]).out
+    assert re.search(r"^state: +valid$", shown, re.MULTILINE)
+
+
+def test_the_life_of_a_host_on_the_command_line(operator: Operator) -> None:
+    token = operator("mint-token").out.strip()
+    files = [str(operator.folder / f"hostenroll.{end}") for end in ("db", "key")]
+    registry = open_registry(*files, operator.clock.ms)
+    host = ApiDoor(registry, operator.clock).enroll(token).document["hostId"]
+    registry.close()
+    for command, status in (("revoke-host", "revoked"), ("restore-host", "pending")):
+        for _ in range(2):
+            assert operator(command, host).status == 0
+            assert json.loads(operator("show-host", host, "--json").out)["status"] == status
+    assert operator("edit-host", host, "--label", "a=b", "--label", "c=").status == 0
+    for arguments, count in (
+        (("--label", "a=b"), 1), (("--label", "a=x"), 0), (("--q", "WEB"), 1), (("--q", "xx"), 0),
+        (("--status", "online"), 0), (("--org", "default"), 1),
+    ):  # fmt: skip
+        assert len(json.loads(operator("list-hosts", "--json", *arguments).out)) == count
+    assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
+    number = token.split("_")[1]
+    assert [operator("revoke-token", number).status for _ in range(2)] == [0, 0]
+    assert json.loads(operator("list-tokens", "--state", "valid", "--json").out) == []
+
+
+DURATIONS: Dict[str, Optional[int]] = {
+    "60": 60, "60s": 60, "90s": 90, "30m": 1800, "24h": 86400, "7d": 604800, "30d": 2592000,
+    "001h": 3600, "": None, "h": None, "1w": None, "1.5h": None, "-1h": None, "+1h": None,
+    "1 h": None, "1H": None, "1h30m": None, "1_0m": None, "\u0661h": None, "1e2": None,
+    "9" * 30: None, "60s\n": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DURATIONS, ids=repr)
+def test_how_durations_are_written(text: str, operator: Operator) -> None:
+    minted = operator("mint-token", f"--ttl={text}", "--json")
+    if DURATIONS[text] is None:
+        assert (minted.status, minted.out) == (2, "")
+        return
+    expires = hostenroll.rfc3339(operator.clock.ms + int(DURATIONS[text] or 0) * 1000)
+    assert json.loads(minted.out)["expiresAt"] == expires
+
+
+UNKNOWN = "0ca4f1b28e3d7a95"
+STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
+    "no command": (2, "usage", ()),
+    "an unknown command": (2, "invalid choice", ("enrol",)),
+    "a part of a command": (2, "invalid choice", ("mint",)),
+    "an unknown option": (2, "unrecognized", ("mint-token", "--nope")),
+    "a part of an option": (2, "unrecognized", ("mint-token", "--max", "3")),
+    "a missing id": (2, "required", ("show-host",)),
+    "a state that is none": (2, "invalid choice", ("list-tokens", "--state", "dead")),
+    "a label without =": (2, "key=value", ("mint-token", "--label", "x")),
+    "a port": (2, "not a port", ("serve", "--port", "65536")),
+    "a role": (2, "invalid choice", ("mint-api-key", "--role", "root")),
+    "no interval": (2, "out of bounds", ("serve", "--heartbeat-interval", "0s")),
+    "a short time": (3, "ttlSeconds", ("mint-token", "--ttl", "59s")),
+    "a long time": (3, "ttlSeconds", ("mint-token", "--ttl", "31d")),
+    "no uses": (3, "maxUses", ("mint-token", "--max-uses", "0")),
+    "a bad hostname": (3, "hostname", ("mint-token", "--hostname", "a b")),
+    "a description that rings": (3, "description", ("mint-token", "--description", "\a")),
+    "a key's that rings": (3, "description", ("mint-api-key", "--description", "\a")),
+    "an unknown organization": (3, "organization", ("mint-token", "--org", "nope")),
+    "an unknown one for a key": (3, "organization", ("mint-api-key", "--org", "nope")),
+    "an unknown one in a list": (3, "organization", ("list-hosts", "--org", "nope")),
+    "one that is there": (3, "conflict", ("add-org", "default")),
+    "an unknown token": (3, "not-found", ("show-token", UNKNOWN)),
+    "an unknown token to revoke": (3, "not-found", ("revoke-token", UNKNOWN)),
+    "an unknown host": (3, "not-found", ("show-host", UNKNOWN)),
+    "an unknown host to edit": (3, "not-found", ("edit-host", UNKNOWN, "--name", "x")),
+    "an unknown host to revoke": (3, "not-found", ("revoke-host", UNKNOWN)),
+    "an unknown host to restore": (3, "not-found", ("restore-host", UNKNOWN)),
+    "an unknown host to delete": (3, "not-found", ("delete-host", UNKNOWN)),
+    "an unknown host to re-enroll": (3, "not-found", ("reenroll-host", UNKNOWN)),
+    "an unknown API key": (3, "not-found", ("revoke-api-key", UNKNOWN)),
+    "no id at all": (3, "not-found", ("show-host", "'; DROP TABLE host")),
+    "an address of nobody": (1, "cannot listen", ("serve", "--port", "0", "--host", "203.0.113.1")),
+    "no address": (1, "cannot listen", ("serve", "--port", "0", "--host", "a..b")),
+}
+
+
+@pytest.mark.parametrize("case", STATUSES.values(), ids=STATUSES)
+def test_what_is_refused_is_said_in_one_line_and_a_status(case: Any, tmp_path: Path) -> None:
+    status, word, arguments = case
+    done = cli(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    said = [line for line in done.stderr.rstrip().split("\n") if "hostenroll" in line]
+    assert word in done.stderr and "Traceback" not in done.stderr
+    if status != 2:
+        assert len(said) == 1 and said[0].startswith("hostenroll: ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_has_an_example(name: str, operator: Operator) -> None:
+    said = operator(name, "--help")
+    assert said.status == 0 and f"hostenroll.py {name}" in said.out.split("example: ")[1]
+
+
+def test_every_example_in_the_help_is_well_formed() -> None:
+    parser = hostenroll._parser({})
+    for command in hostenroll.COMMANDS:
+        assert parser.parse_args(command.example.split()).run is command.run
+
+
+def test_version_and_an_overview(operator: Operator) -> None:
+    assert operator("--version").out == f"hostenroll {hostenroll.__version__}\n"
+    overview = operator("--help").out
+    assert [name for name in COMMANDS if name not in overview] == []
+
+
+def test_organizations_are_added_once_and_by_slugs(operator: Operator) -> None:
+    assert [operator("add-org", "berlin").status for _ in range(2)] == [0, 3]
+    for bad in ("", "a b", "\u00fc", "x" * 65, "a/b", "_x"):
+        assert operator("add-org", bad).status in (1, 2, 3)
+    assert [line.split()[0] for line in operator("list-orgs").out.splitlines()] == [
+        "id", "berlin", "default"]  # fmt: skip
+    minted = json.loads(operator("mint-token", "--org", "berlin", "--json").out)
+    assert minted["organizationId"] == "berlin"
+
+
+def test_the_environment_sets_files_and_the_options_of_serve(tmp_path: Path) -> None:
+    environment = {
+        "HOSTENROLL_DB": str(tmp_path / "a.db"), "HOSTENROLL_KEY_FILE": str(tmp_path / "b.key"),
+        "HOSTENROLL_HEARTBEAT_INTERVAL": "7s", "HOSTENROLL_CREDENTIAL_TTL": "1h",
+        "HOSTENROLL_ORG": "nope", "HOSTENROLL_TTL": "x", "HOSTENROLL_PORT": "1",
+    }  # fmt: skip
+    token = cli(tmp_path, "mint-token", env=environment).stdout.strip()
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"a.db", "b.key"} <= files and "hostenroll.key" not in files
+    with ServerProcess(tmp_path, env=environment) as server:  # which has --port 0
+        enrolled = SocketDoor(server.port, "").enroll(token).document
+        assert enrolled["heartbeatIntervalSeconds"] == 7
+        assert enrolled["credentialExpiresAt"] is not None
+    with ServerProcess(tmp_path, "--heartbeat-interval", "9s", env=environment) as server:
+        token = cli(tmp_path, "mint-token", env=environment).stdout.strip()
+        enrolled = SocketDoor(server.port, "").enroll(token).document
+        assert enrolled["heartbeatIntervalSeconds"] == 9
+    assert cli(tmp_path, "list-tokens", "--db", "other.db").returncode == 0
+    assert (tmp_path / "other.db").exists() and (tmp_path / "hostenroll.key").exists()
+    bad = cli(tmp_path, "serve", env={"HOSTENROLL_PORT": "x"})
+    assert (bad.returncode, "not a port" in bad.stderr) == (2, True)
+
+
+def spoil(folder: Path, how: str) -> None:
+    database, key = folder / "hostenroll.db", folder / "hostenroll.key"
+    if how == "no key file":
+        key.unlink()
+    elif how == "no database":
+        database.unlink()
+    elif how == "an empty database":
+        database.write_bytes(b"")
+    elif how == "a database that is none":
+        database.write_bytes(b"nonsense" * 1000)
+    elif how == "the database of another program":
+        database.unlink()
+        sql(str(database), "CREATE TABLE t (x)")
+    elif how == "a database from the future":
+        sql(str(database), "PRAGMA user_version = 99")
+    elif how == "a key file that others can read":
+        key.chmod(0o644)
+    elif how == "a key file that is none":
+        key.write_text("[]")
+    elif how == "another's key file":
+        hostenroll.write_key_file(str(key), hostenroll.new_keyring())
+
+
+MENDED = ("no key file", "no database", "an empty database", "another's key file")
+SPOILT = (
+    *MENDED, "a database that is none", "the database of another program",
+    "a database from the future", "a key file that others can read", "a key file that is none",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_database_and_its_key_file_belong_together(how: str, tmp_path: Path) -> None:
+    assert cli(tmp_path, "mint-token").returncode == 0
+    spoil(tmp_path, how)
+    for command in (("mint-token",), ("list-hosts",), ("serve", "--port", "0")):
+        refused = cli(tmp_path, *command)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith("hostenroll: ") and refused.stderr.count("\n") == 1
+        assert "hostenroll." in refused.stderr.split(" ", 1)[1]
+    if how in MENDED:
+        assert "serve --init" in refused.stderr
+        with ServerProcess(tmp_path, "--init") as server:
+            assert server.terminate() == 0
+        assert cli(tmp_path, "mint-token").returncode == 0
+
+
+@pytest.mark.parametrize("path", ["nowhere/a.db", "file/a.db", "folder", "folder/"])
+def test_a_place_that_is_none_is_said_in_one_line(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    refused = cli(tmp_path, "mint-token", "--db", path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("hostenroll: ") and refused.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        refused = cli(tmp_path, "serve", "--port", str(port))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert f"port {port}" in refused.stderr and "--port" in refused.stderr
+
+
+def test_serve_says_where_it_listens_and_warns_when_others_can_hear(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        assert server.port > 0
+        assert f"listens on {server.url}\n" in "".join(server.said)
+        server.terminate()
+    assert "WARNING" not in "".join(server.said)
+    with ServerProcess(tmp_path, "--host", "0.0.0.0") as server:
+        assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
+        server.terminate()
+    assert "without TLS" in "".join(server.said)
+
+
+def test_commands_work_before_a_server_ran_while_it_runs_and_after(tmp_path: Path) -> None:
+    first = cli(tmp_path, "mint-token").stdout.strip()
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, "")
+        second = cli(tmp_path, "mint-token").stdout.strip()
+        enrolled = [door.enroll(token).document for token in (first, second)]
+        assert cli(tmp_path, "revoke-host", enrolled[0]["hostId"]).returncode == 0
+        assert door.beat(enrolled[0]["credential"]).code == "host-revoked"
+        assert cli(tmp_path, "delete-host", enrolled[1]["hostId"]).returncode == 0
+        assert door.beat(enrolled[1]["credential"]).code == "host-unknown"
+    assert len(cli(tmp_path, "list-hosts").stdout.splitlines()) == 2
+
+
+def test_first_commands_that_race_make_one_database(tmp_path: Path) -> None:
+    minted = many(6, lambda n: cli(tmp_path, "mint-token"))
+    assert [done.returncode for done in minted] == [0] * 6
+    assert len({done.stdout for done in minted}) == 6
+    assert len(json.loads(cli(tmp_path, "list-tokens", "--json").stdout)) == 6
+    assert stat.S_IMODE((tmp_path / "hostenroll.key").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(f"--{name}", b"k=\xff") for name in ("description", "label", "hostname", "org")],
+    ids=lambda arguments: arguments[0],
+)
+def test_bytes_that_are_no_text_are_refused_and_break_nothing(
+    arguments: Any, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(MODULE), "mint-token", "--json", *arguments]
+    done = subprocess.run(command, cwd=str(tmp_path), env=clean_environment(), capture_output=True)
+    assert done.returncode in (2, 3) and b"Traceback" not in done.stderr
+    for more in ("--json", None):
+        listed = cli(tmp_path, "list-tokens", *filter(None, [more]))
+        assert (listed.returncode, listed.stderr) == (0, "")
+
+
+def test_a_database_may_lie_at_a_path_of_any_bytes(tmp_path: Path) -> None:
+    for name in (b"a b%3f?#.db", b"\xff.db"):
+        files = ["--db", name, "--key-file", name + b"k"]
+        command = [sys.executable, str(MODULE), "mint-token", *files]
+        done = subprocess.run(command, cwd=str(tmp_path), capture_output=True)
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == 0 and os.path.exists(os.fsencode(tmp_path) + b"/" + name)
+
+
+def test_a_terminal_that_knows_few_letters_shows_the_others_somehow(tmp_path: Path) -> None:
+    """A host names itself: it must not be able to break the operator's list."""
+    with ServerProcess(tmp_path) as server:
+        token = cli(tmp_path, "mint-token").stdout.strip()
+        SocketDoor(server.port, "").enroll(token, name="\u65e5\u672c")
+    for more in ((), ("--json",)):
+        listed = cli(tmp_path, "list-hosts", *more, env={"PYTHONIOENCODING": "ascii"})
+        assert (listed.returncode, listed.stderr) == (0, "") and "web-1" in listed.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_what_cannot_be_printed_is_a_failure_in_one_line(tmp_path: Path) -> None:
+    for command in ("mint-token", "list-orgs", "schema"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, str(MODULE), command], cwd=str(tmp_path), stdout=full,
+                stderr=subprocess.PIPE, text=True, env=clean_environment(),
+            )  # fmt: skip
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("hostenroll: ")
+        assert done.returncode == 1
+
+
+def test_an_operator_may_lose_patience(tmp_path: Path) -> None:
+    assert cli(tmp_path, "list-orgs").returncode == 0
+    with write_lock(tmp_path / "hostenroll.db"):
+        command = [sys.executable, str(MODULE), "mint-token"]
+        waiting = subprocess.Popen(
+            command, cwd=str(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        with open(tmp_path / "hostenroll.db.gate") as gate:
+
+            def is_at_the_gate() -> bool:
+                try:
+                    fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                fcntl.flock(gate, fcntl.LOCK_UN)
+                return False
+
+            until(is_at_the_gate)
+        waiting.send_signal(signal.SIGINT)
+        out, err = waiting.communicate(timeout=10)
+    assert waiting.returncode not in (0, 2, 3) and out == ""
+    assert "Traceback" not in err
+
+
+@slow
+def test_a_command_that_waits_too_long_fails_in_one_line(tmp_path: Path) -> None:
+    assert cli(tmp_path, "list-orgs").returncode == 0
+    with write_lock(tmp_path / "hostenroll.db"):
+        begun = time.monotonic()
+        done = cli(tmp_path, "mint-token")
+        assert time.monotonic() - begun < 8
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
