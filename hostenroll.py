@@ -65,7 +65,6 @@ import io
 import ipaddress
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -80,8 +79,8 @@ import string
 import sys
 import time
 import zlib
-from collections import OrderedDict
-from contextlib import suppress
+from collections import OrderedDict, deque
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -120,7 +119,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 TOKEN_TTL = HOUR  # long enough to walk to the machine
 TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
 TOKEN_USES_RANGE = (1, 1_000_000)
-TOKEN_HOSTS_SHOWN = 100  # of the hosts that came in by a token, the newest
+TOKEN_HOSTS_SHOWN = 1000  # of the hosts that came in by a token, the newest
 CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
 CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
 REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
@@ -129,7 +128,7 @@ KEY_FILE_MODE = 0o600
 # Heartbeats and status.
 HEARTBEAT_INTERVAL = 30
 HEARTBEAT_INTERVAL_RANGE = (1, DAY)
-HEARTBEAT_SPREAD = 0.15  # each reply draws its interval, so that a fleet does not beat as one
+HEARTBEAT_SPREAD = 15  # per cent; each reply draws its interval: a fleet must not beat as one
 MISSED_BEATS = 3  # this many intervals of silence, and the slack, are still online
 ONLINE_SLACK = 10
 MISSING_AFTER = 7 * DAY
@@ -147,7 +146,7 @@ HEAD_MAXIMUM = 16 * 1024
 FIELDS_MAXIMUM = 100
 BODY_MAXIMUM = 64 * 1024
 CHUNK_LINE_MAXIMUM = 256
-CHUNK_OVERHEAD_MAXIMUM = 16 * 1024  # size lines and trailers together: tiny chunks are work
+CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
@@ -164,7 +163,7 @@ IDLE_DEADLINE = 75
 ANSWER_DEADLINE = 30
 LINGER_DEADLINE = 2
 RECEIVE_SIZE = 16 * 1024
-HELD_MAXIMUM = 32 * 1024 * 1024  # of all unfinished requests together
+HELD_MAXIMUM = 32 * 1024 * 1024  # of all unfinished requests and untaken answers together
 ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
 ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
 SHUTDOWN_DEADLINE = 4
@@ -180,7 +179,7 @@ PAGE_CACHE_KIB = 8192
 
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
-DEFAULT_DATABASE = "hostenroll.db"
+DEFAULT_DATABASE, DEFAULT_KEY_FILE = "hostenroll.db", "hostenroll.key"  # beside each other
 
 log = logging.getLogger("hostenroll")
 log.addHandler(logging.NullHandler())  # commands say what went wrong themselves, once
@@ -210,9 +209,9 @@ def id_text(number: int) -> str:
     return f"{number:016x}"
 
 
-def read_id(text: str) -> Optional[int]:
-    """The number of an id, or None for what cannot be one."""
-    return int(text, 16) if ID.fullmatch(text) else None
+def read_id(text: str) -> int:
+    """The number of an id; -1, which nothing has, for what cannot be one."""
+    return int(text, 16) if ID.fullmatch(text) else -1
 
 
 def printable(text: str) -> str:
@@ -625,15 +624,14 @@ class Whole(Kind):
         self._minimum, self._maximum = bounds
 
     def check(self, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError("must be an integer")
-        if not self._minimum <= value <= self._maximum:
-            raise ValueError(f"must be from {self._minimum} to {self._maximum}")
-        return value
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not self._minimum <= value <= self._maximum:
+            raise ValueError(f"must be an integer from {self._minimum} to {self._maximum}")
+        return int(value)
 
     def read(self, text: str) -> int:
         if not re.fullmatch(f"-?[0-9]{{1,{INTEGER_DIGITS}}}", text):
-            raise ValueError("must be an integer")
+            return self.check(text)
         return self.check(int(text))
 
     def schema(self) -> Dict[str, Any]:
@@ -778,10 +776,8 @@ def _read_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return members
 
 
-def _read_integer(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS:
-        raise InvalidBody("The body has a number that is too long.")
-    return int(digits)
+def _read_integer(digits: str) -> Union[int, float]:
+    return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -1106,14 +1102,15 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it last came in by; may be pruned
-    admitted         INTEGER NOT NULL,  -- the serial that was issued for that token
+    token_id         INTEGER NOT NULL,  -- the token that it first came in by; may be pruned
+    admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
+    admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
     idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_token ON host (token_id);
-CREATE UNIQUE INDEX host_idempotency ON host (token_id, idempotency)
+CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
 
 CREATE TABLE signing_key (
@@ -1125,11 +1122,11 @@ CREATE TABLE signing_key (
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
-    host_id    INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
-    last_seen  INTEGER NOT NULL,  -- 0: never
-    serial     INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
-    key        INTEGER NOT NULL,  -- signing_key.number of the credential last seen
-    active     INTEGER NOT NULL   -- 0: revoked
+    host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen   INTEGER NOT NULL,  -- 0: never
+    serial      INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
+    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential last seen
+    active      INTEGER NOT NULL   -- 0: revoked
 );
 
 CREATE TABLE service (
@@ -1137,7 +1134,8 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before the hosts could not be heard
+    paused          INTEGER NOT NULL,  -- for how long they could not, in milliseconds
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL   -- where agents find the server
 );
@@ -1180,12 +1178,13 @@ class Host(NamedTuple):
     enrolled_at: int
     revoked_at: Optional[int]
     token_id: int
-    admitted: int
+    admitted_by: int
     admitted_at: int
+    admitted_serial: int
     idempotency: Optional[bytes]
     last_seen: int
     serial: int
-    key: int
+    key_number: int
     active: int
 
 
@@ -1215,11 +1214,12 @@ class Service(NamedTuple):
     started: int
     alive: int
     previous_alive: int
+    paused: int
     interval: int
     public_url: str
 
 
-# The parameters of the heartbeat statement: last_seen, serial, key, host_id, serial, last_seen.
+# Of the heartbeat statement: last_seen, serial, key_number, host_id, serial, last_seen.
 Beat = Tuple[int, int, int, int, int, int]
 
 _TOKEN = ", ".join(Token._fields)
@@ -1230,7 +1230,7 @@ _SERVICE = ", ".join(Service._fields)
 # The whole authorization of a heartbeat, beside its signature: one matched row means that the
 # host is active, that no newer credential of it has been seen, and that the time is written.
 # A clock that went back matches nothing and goes the slow way.
-_BEAT = """UPDATE heartbeat SET last_seen = ?, serial = ?, key = ?
+_BEAT = """UPDATE heartbeat SET last_seen = ?, serial = ?, key_number = ?
             WHERE host_id = ? AND serial <= ? AND last_seen <= ? AND active"""
 
 
@@ -1269,7 +1269,7 @@ class WriteLock:
         with suppress(OSError):  # no database yet, or not our file: then they are right already
             status = os.stat(database)
             os.fchown(descriptor, status.st_uid, status.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+            os.fchmod(descriptor, stat.S_IMODE(status.st_mode) | 0o600)
         return descriptor
 
     @staticmethod
@@ -1287,7 +1287,7 @@ class WriteLock:
         if self._at_gate:
             self._held = self._take(self._lock)
             if self._held:
-                self._leave_gate()
+                self.leave_gate()
         return self._held
 
     def wait(self, patience: float) -> None:
@@ -1295,18 +1295,18 @@ class WriteLock:
         deadline = time.monotonic() + patience
         while not self.attempt():
             if time.monotonic() > deadline:
-                self.release()
+                self.leave_gate()
                 raise StoreBusy("another process is writing to the database")
             time.sleep(LOCK_POLL)
 
-    def _leave_gate(self) -> None:
-        fcntl.flock(self._gate, fcntl.LOCK_UN)
-        self._at_gate = False
+    def leave_gate(self) -> None:
+        """Wait no longer."""
+        if self._at_gate:
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            self._at_gate = False
 
     def release(self) -> None:
-        """Give back whatever is held, lock or place at the gate."""
-        if self._at_gate:
-            self._leave_gate()
+        """Give the lock back, where it is held; a place at the gate is kept."""
         if self._held:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._held = False
@@ -1315,6 +1315,7 @@ class WriteLock:
         """Release, and close the files. Idempotent."""
         if self._gate >= 0:
             self.release()
+            self.leave_gate()
             os.close(self._gate)
             os.close(self._lock)
             self._gate = self._lock = -1
@@ -1331,13 +1332,16 @@ class Store:
     def __init__(self, path: str) -> None:
         """Take a place beside the database; open() opens it. Raises StoreError."""
         self.path = os.path.realpath(path)  # a link must lead to the same lock
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise StoreError(f"{self.path} is not a file")
         try:
             self.lock = WriteLock(self.path)
         except OSError as error:
-            raise StoreError(f"cannot write beside {self.path}: {error.strerror}") from error
+            raise StoreError(f"cannot open {error.filename}: {error.strerror}") from error
         self._connection: Optional[sqlite3.Connection] = None
         self._identity: Tuple[int, int] = (0, 0)
         self._synchronous = ""
+        self._waits_for = ""
         self._checkpointed_at = 0  # in the connection's count of rows changed
 
     # Opening and closing: under the lock, by the caller.
@@ -1442,6 +1446,7 @@ class Store:
             self._run("BEGIN")
             return True
         if not self.lock.attempt():
+            self._waits_for = "another process is writing to the database"
             return False
         synchronous = "FULL" if durable else "NORMAL"
         if synchronous != self._synchronous:  # inside a transaction it is an error
@@ -1452,14 +1457,20 @@ class Store:
         except sqlite3.Error as error:
             if not self._is_busy(error):
                 raise StoreError(str(error)) from error
+            self._waits_for = str(error)
             self.lock.release()
             return False
         return True
 
+    def give_up(self) -> StoreBusy:
+        """Wait no longer for the other writer; what there was to wait for."""
+        self.lock.leave_gate()
+        return StoreBusy(self._waits_for)
+
     @staticmethod
     def _is_busy(error: sqlite3.Error) -> bool:
         """Whether another program, without our lock, is writing. Python before 3.11 does not say
-        which error it is: then it may be, and the wait is bounded."""
+        which error it is: then it may be, the wait is bounded, and in the end it is named."""
         busy = 5  # SQLITE_BUSY
         code = getattr(error, "sqlite_errorcode", busy)
         return isinstance(error, sqlite3.OperationalError) and code & 0xFF == busy
@@ -1483,11 +1494,11 @@ class Store:
         """Mark the place that rollback_to() returns to."""
         self._run("SAVEPOINT act")
 
-    def release(self) -> None:
+    def keep(self) -> None:
         """Keep what came after the savepoint."""
         self._run("RELEASE act")
 
-    def rollback_to(self) -> None:
+    def undo(self) -> None:
         """Undo what came after the savepoint."""
         self._run("ROLLBACK TO act")
         self._run("RELEASE act")
@@ -1639,7 +1650,7 @@ class Store:
         if self._changed(statement, *host[: len(columns)], host.id) == 0:
             return False
         statement = "INSERT INTO heartbeat VALUES (?, ?, ?, ?, ?)"
-        self._run(statement, host.id, host.last_seen, host.serial, host.key, host.active)
+        self._run(statement, host.id, host.last_seen, host.serial, host.key_number, host.active)
         return True
 
     def host(self, number: int) -> Optional[Host]:
@@ -1650,13 +1661,8 @@ class Store:
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
         """The host that came in by a token with an Idempotency-Key."""
         statement = f"""SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id
-             WHERE token_id = ? AND idempotency = ?"""
+             WHERE admitted_by = ? AND idempotency = ?"""
         return self._one(Host._make, statement, token, idempotency)
-
-    def forget_idempotency(self, token: int, idempotency: bytes) -> None:
-        """Let go of an Idempotency-Key, so that another host may have it."""
-        statement = "UPDATE host SET idempotency = NULL WHERE token_id = ? AND idempotency = ?"
-        self._run(statement, token, idempotency)
 
     def hosts(self, organization: Optional[str], before: int, limit: int) -> List[Host]:
         """The newest with an id below before; of one organization, or of all."""
@@ -1707,16 +1713,16 @@ class Store:
 
     def beat_late(self, beat: Beat) -> None:
         """Write one heartbeat whose clock may have gone back: lastSeen never does."""
-        statement = """UPDATE heartbeat SET last_seen = max(last_seen, ?), serial = ?, key = ?
-             WHERE host_id = ?"""
+        statement = """UPDATE heartbeat
+             SET last_seen = max(last_seen, ?), serial = ?, key_number = ? WHERE host_id = ?"""
         self._run(statement, *beat[:4])
 
 
 # 6. Registry
 #
-# The rules. Every rule runs inside a tick: one transaction, one time, and answers that are given
-# only after the commit. The command line uses the same rules by the same door, as a tick of one
-# act. What the Store reports becomes a refusal here.
+# The rules. Every rule runs inside a tick: one transaction, one time (now, in Unix ms), and
+# answers that are given only after the commit. The command line uses the same rules by the same
+# door, as a tick of one act. What the Store reports becomes a refusal here.
 
 ALL_ORGANIZATIONS: Optional[str] = None
 
@@ -1752,7 +1758,7 @@ class TokenOrder(NamedTuple):
     labels: Mapping[str, str] = {}
 
 
-class Arrival(NamedTuple):
+class Applicant(NamedTuple):
     """What a machine says when it enrolls, and where it says it from."""
 
     token: str
@@ -1821,11 +1827,13 @@ class HostQuery(NamedTuple):
 
     def matches(self, view: HostView) -> bool:
         """Whether a host is one of those asked for."""
-        host, text = view.host, self.text.casefold()
+        host = view.host
         if self.status is not None and self.status != view.status:
             return False
-        if text not in f"{host.name}\n{host.hostname}\n{id_text(host.id)}".casefold():
-            return False
+        if self.text:
+            names = f"{host.name}\n{host.hostname}\n{id_text(host.id)}"
+            if self.text.casefold() not in names.casefold():
+                return False
         return not self.labels or set(self.labels) <= set(json.loads(host.labels).items())
 
 
@@ -1859,8 +1867,13 @@ def silence_ms(host: Host, service: Optional[Service], now: int) -> int:
         now = service.alive
     silence = now - host.last_seen
     if host.last_seen <= service.previous_alive:
-        silence -= service.started - service.previous_alive
+        silence -= service.paused
     return max(0, silence)
+
+
+def allowed_silence_ms(interval: int) -> int:
+    """How long a host may be silent and still be online, by the interval in seconds."""
+    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
 
 
 def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
@@ -1872,7 +1885,7 @@ def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, 
     interval = service.interval if service else HEARTBEAT_INTERVAL
     silence = silence_ms(host, service, now)
     allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
-    if silence <= (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS:
+    if silence <= allowed_silence_ms(interval):
         return "online", f"last seen {span(silence / SECOND_MS)} ago, within {allowed}"
     status = "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
     return status, f"last seen {span(silence / SECOND_MS)} ago, more than {allowed}"
@@ -1899,8 +1912,8 @@ class Registry:
         self._key_numbers = store.signing_keys()
         self.interval = interval
         self._interval_bounds = (
-            math.ceil(interval * (1 - HEARTBEAT_SPREAD)),
-            math.floor(interval * (1 + HEARTBEAT_SPREAD)),
+            -(-interval * (100 - HEARTBEAT_SPREAD) // 100),
+            interval * (100 + HEARTBEAT_SPREAD) // 100,
         )
         self._credential_ttl = credential_ttl
         self._trouble = ""
@@ -1948,9 +1961,9 @@ class Registry:
             log.exception("an act failed")
             result = Internal()
         if act.writes and isinstance(result, Problem):
-            self._store.rollback_to()
+            self._store.undo()
         elif act.writes:
-            self._store.release()
+            self._store.keep()
         return result
 
     def _unavailable(self, error: StoreError) -> StorageUnavailable:
@@ -1977,8 +1990,7 @@ class Registry:
 
     def give_up(self) -> StorageUnavailable:
         """Stop waiting for the other writer."""
-        self._store.abandon()
-        return self._unavailable(StoreBusy("another process is writing to the database"))
+        return self._unavailable(self._store.give_up())
 
     def tidy(self) -> None:
         """Between ticks: what no answer waits for."""
@@ -1991,17 +2003,21 @@ class Registry:
     # Service.
 
     def start_service(self, url: str, now: int) -> None:
-        """A server starts. If none has lived of late, what lies between is nobody's silence."""
+        """A server starts. If none has lived of late, what lies between is nobody's silence; and
+        if the last one lived too briefly to hear the hosts, neither is the pause before it."""
         old = self._store.service()
         if old is None:
-            self._store.put_service(Service(now, now, now, self.interval, url))
+            self._store.put_service(Service(now, now, now, 0, self.interval, url))
         elif now - old.alive <= ALIVE_EVERY * SECOND_MS:
             alive = max(now, old.alive)
             self._store.put_service(
                 old._replace(alive=alive, interval=self.interval, public_url=url)
             )
         else:
-            self._store.put_service(Service(now, now, old.alive, self.interval, url))
+            before, paused = old.alive, now - old.alive
+            if old.alive - old.started <= allowed_silence_ms(old.interval):
+                before, paused = old.previous_alive, old.paused + paused
+            self._store.put_service(Service(now, now, before, paused, self.interval, url))
 
     def keep_alive(self, now: int) -> None:
         """A server lives, and can write."""
@@ -2042,7 +2058,7 @@ class Registry:
         """All of them."""
         return self._store.api_keys()
 
-    def revoke_api_key(self, number: int, now: int) -> None:
+    def revoke_api_key(self, by: Principal, number: int, now: int) -> None:
         """Idempotent. Raises NotFound."""
         if not self._store.revoke_api_key(number, now) and self._store.api_key(number) is None:
             raise NotFound("There is no API key with this id.")
@@ -2066,17 +2082,17 @@ class Registry:
     def _scope(
         self, by: Principal, asked: Optional[str], problem: Type[Problem], field: str
     ) -> Optional[str]:
-        """The organization that a request is about. One that the caller does not see is refused
-        as one that does not exist is."""
+        """The organization that a request is about. To a key of one organization there is no
+        other, whether it exists or not."""
         if asked is None:
             return by.organization
         if by.organization not in (ALL_ORGANIZATIONS, asked):
-            raise problem(errors=[FieldError(field, "there is no such organization")])
+            raise NotFound("There is no such organization.")
         self._require_organization(asked, problem, field)
         return asked
 
     @staticmethod
-    def _require_own(by: Principal, organization: str, what: str) -> None:
+    def _require_own(by: Principal, organization: Optional[str], what: str) -> None:
         if by.organization not in (ALL_ORGANIZATIONS, organization):
             raise NotFound(f"There is no {what} with this id.")
 
@@ -2130,7 +2146,10 @@ class Registry:
         return token
 
     def _token_view(self, token: Token, now: int) -> TokenView:
-        hosts = self._store.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
+        if token.host_id is None:
+            hosts = self._store.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
+        else:
+            hosts = [token.host_id] if token.uses else []
         return TokenView(token, token_state(token, now), hosts)
 
     def tokens(self, by: Principal, query: TokenQuery, now: int) -> Page:
@@ -2156,30 +2175,30 @@ class Registry:
 
     # Enrollment.
 
-    def enroll(self, arrival: Arrival, now: int) -> Enrollment:
+    def enroll(self, applicant: Applicant, now: int) -> Enrollment:
         """Exchange a token for a host and its credential. Raises TokenUnknown, TokenRevoked,
         TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
 
         Why a token is refused is told only to a caller who has proved its secret.
         """
-        secret = read_secret(TOKEN_PREFIX, arrival.token)
+        secret = read_secret(TOKEN_PREFIX, applicant.token)
         token = self._store.token(secret.id) if secret else None
         if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
             raise TokenUnknown()
-        idempotency = fingerprint(arrival.idempotency_key) if arrival.idempotency_key else None
-        replayed = self._replayed(token, idempotency, now) if idempotency else None
-        if replayed is not None:
-            return self._admit_again(replayed, now)
+        idempotency = fingerprint(applicant.idempotency_key) if applicant.idempotency_key else None
+        known = self._store.replayed_host(token.id, idempotency) if idempotency else None
+        if known is not None and self._may_replay(token, known, now):
+            return self._admit_again(known, now)
         self._require_valid(token, now)
-        if token.hostname and not is_same_hostname(token.hostname, arrival.hostname):
+        if known is not None:
+            raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
+        if token.hostname and not is_same_hostname(token.hostname, applicant.hostname):
             raise TokenHostMismatch()
-        if not self._store.use_token(token.id, now, arrival.address):
+        if not self._store.use_token(token.id, now, applicant.address):
             raise TokenUsed()
-        if idempotency is not None:
-            self._store.forget_idempotency(token.id, idempotency)
         if token.host_id is not None:
-            return self._readmit(token, token.host_id, arrival, idempotency, now)
-        return self._admit(token, arrival, idempotency, now)
+            return self._readmit(token, token.host_id, applicant, idempotency, now)
+        return self._admit(token, applicant, idempotency, now)
 
     @staticmethod
     def _require_valid(token: Token, now: int) -> None:
@@ -2188,42 +2207,42 @@ class Registry:
         if state in refusals:
             raise refusals[state]()
 
-    def _replayed(self, token: Token, idempotency: bytes, now: int) -> Optional[Host]:
-        """The host whose enrollment reply was lost: until its first beat, for a day."""
-        host = self._store.replayed_host(token.id, idempotency)
-        if host is None or token.revoked_at is not None or host.revoked_at is not None:
-            return None
-        if host.serial >= host.admitted or now - host.admitted_at > REPLAY_WINDOW_MS:
-            return None
-        return host
+    @staticmethod
+    def _may_replay(token: Token, host: Host, now: int) -> bool:
+        """Whether a reply that was lost may be given again: until it is used, for a day."""
+        if token.revoked_at is not None or host.revoked_at is not None:
+            return False
+        is_used = host.serial >= host.admitted_serial
+        return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS
 
     def _admit_again(self, host: Host, now: int) -> Enrollment:
         self._store.issue(host.id, host.issued + 1)
         return Enrollment(host, self._grant(host.id, host.organization_id, host.issued + 1, now))
 
     def _admit(
-        self, token: Token, arrival: Arrival, idempotency: Optional[bytes], now: int
+        self, token: Token, applicant: Applicant, idempotency: Optional[bytes], now: int
     ) -> Enrollment:
         host = Host(
             id=new_id(now),
             organization_id=token.organization_id,
-            name=arrival.name if arrival.name is not None else arrival.hostname,
-            hostname=arrival.hostname,
+            name=applicant.name if applicant.name is not None else applicant.hostname,
+            hostname=applicant.hostname,
             bound=int(token.hostname is not None),
-            os=arrival.os,
-            architecture=arrival.architecture,
-            docker_version=arrival.docker_version,
+            os=applicant.os,
+            architecture=applicant.architecture,
+            docker_version=applicant.docker_version,
             labels=token.labels,
             issued=1,
             enrolled_at=now,
             revoked_at=None,
             token_id=token.id,
-            admitted=1,
+            admitted_by=token.id,
             admitted_at=now,
+            admitted_serial=1,
             idempotency=idempotency,
             last_seen=0,
             serial=0,
-            key=self._key_numbers[self._keyring.first.kid],
+            key_number=self._key_numbers[self._keyring.first.kid],
             active=1,
         )
         while not self._store.add_host(host):
@@ -2231,7 +2250,12 @@ class Registry:
         return Enrollment(host, self._grant(host.id, host.organization_id, 1, now))
 
     def _readmit(
-        self, token: Token, number: int, arrival: Arrival, idempotency: Optional[bytes], now: int
+        self,
+        token: Token,
+        number: int,
+        applicant: Applicant,
+        idempotency: Optional[bytes],
+        now: int,
     ) -> Enrollment:
         """Re-enroll: two serials on, so that no older credential can be renewed past this one."""
         host = self._store.host(number)
@@ -2242,16 +2266,16 @@ class Registry:
         serial = host.issued + 2
         changes: Dict[str, Any] = {
             "issued": serial,
-            "token_id": token.id,
-            "admitted": serial,
+            "admitted_by": token.id,
             "admitted_at": now,
+            "admitted_serial": serial,
             "idempotency": idempotency,
         }
         facts = {
-            "hostname": arrival.hostname,
-            "os": arrival.os,
-            "architecture": arrival.architecture,
-            "docker_version": arrival.docker_version,
+            "hostname": applicant.hostname,
+            "os": applicant.os,
+            "architecture": applicant.architecture,
+            "docker_version": applicant.docker_version,
         }
         changes.update(self._changes(host, {k: v for k, v in facts.items() if v}))
         self._store.edit_host(host.id, changes)
@@ -2289,9 +2313,11 @@ class Registry:
             return True
         return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
 
-    def beat(self, claims: Claims, facts: Mapping[str, Any], now: int) -> Beaten:
-        """A heartbeat that brings facts, or gets a renewal. Raises what _beat_one() raises."""
+    def beat(self, claims: Claims, read_facts: Callable[[], Mapping[str, Any]], now: int) -> Beaten:
+        """A heartbeat that brings facts, or gets a renewal. The facts are read when the credential
+        has been accepted, and not before. Raises what _beat_one() and read_facts() raise."""
         last_seen = self._beat_one(claims, now)
+        facts = read_facts()
         host = self._store.host(claims.host) if facts else None
         changes = self._changes(host, facts) if host else {}
         if changes:
@@ -2349,7 +2375,7 @@ class Registry:
         return host.last_seen
 
     def next_heartbeat(self) -> int:
-        """Seconds until the next one: the interval, up to HEARTBEAT_SPREAD more or less."""
+        """Seconds until the next one: the interval, HEARTBEAT_SPREAD per cent more or less."""
         shortest, longest = self._interval_bounds
         return shortest + int(random.random() * (longest - shortest + 1))
 
@@ -2474,7 +2500,8 @@ def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
     kids = [key.kid for key in keyring.keys]
     if is_made:
         _require_pair(store, kids, init)
-        store.learn_signing_keys(kids, now)
+        if not store.signing_keys().keys() >= set(kids):
+            store.learn_signing_keys(kids, now)
     else:
         store.create(Organization(DEFAULT_ORGANIZATION, now), kids)
     if not has_keys:
@@ -2522,8 +2549,9 @@ def _sync_folder(path: str) -> None:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
+FIELD_NAME = re.compile(_TCHARS)
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(
     r"(?:https?://(?P<authority>[^/?#]*))?"
@@ -2534,7 +2562,11 @@ TARGET = re.compile(
 HOST = re.compile(
     r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?"
 )
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
+    % (_TCHARS, _TCHARS, _QUOTED)
+)
 TOKEN68 = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
 CHUNKED = -1  # as a length
 SINGLE = (
@@ -2693,7 +2725,7 @@ class ChunkedBody:
 
     def __init__(self) -> None:
         self._parts: List[bytes] = []
-        self.size = self._overhead = 0
+        self._announced = self.received = self._overhead = 0
         self._left = 0  # of the chunk at hand, with the CRLF behind it
         self._trailers: Optional[List[bytes]] = None  # from the last chunk on
 
@@ -2729,12 +2761,13 @@ class ChunkedBody:
         if not chunk.endswith(b"\r\n"):
             raise MalformedRequest("A chunk is longer than its size.")
         self._parts.append(chunk[:-2])
+        self.received += len(chunk) - 2
 
     def _take_line(self, line: bytes) -> bool:
         """A size line, or a line of the trailer section. True at the end of the body."""
         self._overhead += len(line) + 4
         if self._overhead > CHUNK_OVERHEAD_MAXIMUM:
-            raise BodyTooLarge("The body comes in too many chunks.")
+            raise BodyTooLarge("Send the body in fewer and larger chunks.")
         if self._trailers is not None:
             if not line:
                 _read_fields(self._trailers)
@@ -2745,8 +2778,8 @@ class ChunkedBody:
         if match is None:
             raise MalformedRequest("A chunk's size line is malformed.")
         size = int(match[1], 16)
-        self.size += size
-        if self.size > BODY_MAXIMUM:
+        self._announced += size
+        if self._announced > BODY_MAXIMUM:
             raise BodyTooLarge()
         if size:
             self._left = size + 2
@@ -2774,9 +2807,9 @@ class RequestReader:
         if head is None:
             start = 2 if buffer.startswith(b"\r\n") else 0  # RFC 9112 section 2.2: one empty line
             end = buffer.find(b"\r\n\r\n", start)
-            if end < 0 or end - start > HEAD_MAXIMUM:
-                self.buffer = buffer
-                self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM + 4])
+            self.buffer = buffer
+            if end < 0 or end + 4 - start > HEAD_MAXIMUM:
+                self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM])
                 return None
             head, self._authorization = parse_head(buffer[start:end])
             buffer = buffer[end + 4 :]
@@ -2809,13 +2842,25 @@ class RequestReader:
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
         if bare or buffer.count(b"\n") != pairs:
             raise MalformedRequest("Lines must end with CR LF.")
-        if len(buffer) == HEAD_MAXIMUM + 4:  # room for the longest head and its empty line
+        if len(buffer) == HEAD_MAXIMUM:
             raise HeadTooLarge()
 
     @property
     def held(self) -> int:
         """Bytes that are kept of an unfinished request."""
-        return len(self.buffer) + (self._chunked.size if self._chunked else 0)
+        return len(self.buffer) + (self._chunked.received if self._chunked else 0)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the unfinished request is a HEAD, whose answer has no content."""
+        if self._head is not None:
+            return self._head.method == "HEAD"
+        return self.buffer.lstrip(b"\r\n").startswith(b"HEAD ")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything of a request but the empty line that may come before it."""
+        return self._head is not None or self.buffer not in (b"", b"\r", b"\r\n")
 
     @property
     def is_in_body(self) -> bool:
@@ -3054,7 +3099,7 @@ class Call(NamedTuple):
     """A request to the user API, after everything about it has been checked but its object."""
 
     by: Principal
-    id: int  # of the path; -1 for what cannot be an id, which no object has
+    id: int  # of the path
     values: Mapping[str, Any]  # of the body, or of the query of a GET
     now: int
 
@@ -3143,8 +3188,7 @@ def _admit_user(registry: Registry, admission: Admission) -> Admitted:
         values = route.query.read(read_query(request.head.query))
         if route.body is not None:
             values = route.body.check(read_json(request.body or b"{}"))
-        number = read_id(admission.id)
-        return route.handle(registry, Call(by, -1 if number is None else number, values, now))
+        return route.handle(registry, Call(by, read_id(admission.id), values, now))
 
     return Act(run, writes=route.method != "GET")
 
@@ -3154,7 +3198,7 @@ def _admit_enrollment(registry: Registry, admission: Admission) -> Admitted:
     if key is not None and not re.fullmatch("[\x21-\x7e]{1,128}", key):
         raise MalformedRequest("Idempotency-Key must be 1 to 128 visible ASCII characters.")
     facts = ENROLL_BODY.check(read_json(admission.request.body))
-    arrival = Arrival(
+    applicant = Applicant(
         token=facts["token"],
         hostname=facts["hostname"],
         name=facts.get("name"),
@@ -3164,7 +3208,7 @@ def _admit_enrollment(registry: Registry, admission: Admission) -> Admitted:
         idempotency_key=key,
         address=admission.address,
     )
-    return Act(lambda now: _enrollment_response(registry, registry.enroll(arrival, now)))
+    return Act(lambda now: _enrollment_response(registry, registry.enroll(applicant, now)))
 
 
 def _enrollment_response(registry: Registry, enrollment: Enrollment) -> Response:
@@ -3192,16 +3236,21 @@ def _admit_heartbeat(registry: Registry, admission: Admission) -> Admitted:
         raise CredentialMissing()
     claims = registry.authenticate(request.authorization, now)
     body = request.body
-    facts = HEARTBEAT_BODY.check(read_json(body)) if body and body != b"{}" else {}
-    if not facts and not registry.is_due(claims, now):
+    if (not body or body == b"{}") and not registry.is_due(claims, now):
         return claims
-    if "dockerVersion" in facts:
-        facts["docker_version"] = facts.pop("dockerVersion")
 
     def run(now: int) -> Response:
-        return _beaten_response(registry, claims.host, registry.beat(claims, facts, now))
+        beaten = registry.beat(claims, lambda: _read_facts(body or b"{}"), now)
+        return _beaten_response(registry, claims.host, beaten)
 
     return Act(run)
+
+
+def _read_facts(body: bytes) -> Dict[str, Any]:
+    facts = HEARTBEAT_BODY.check(read_json(body))
+    if "dockerVersion" in facts:
+        facts["docker_version"] = facts.pop("dockerVersion")
+    return facts
 
 
 def _plain_response(registry: Registry, host: int, last_seen: int) -> Response:
@@ -3256,40 +3305,63 @@ class Route(NamedTuple):
     query: Shape = NOTHING
 
 
-def _user(
-    method: str,
-    path: str,
-    caller: str,
-    summary: str,
-    handle: Callable[[Registry, Call], Response],
-    body: Optional[Shape] = None,
-    query: Shape = NOTHING,
-) -> Route:
-    return Route(method, path, caller, summary, _admit_user, handle, body, query)
-
-
 ROUTES = (
     Route("POST", "/api/agent/enroll", "token", "Exchange a token for a host", _admit_enrollment),
     Route("POST", "/api/agent/heartbeat", "credential", "Say that a host lives", _admit_heartbeat),
-    _user("POST", "/api/hosts/tokens", "admin", "Mint a token", _post_token, MINT_BODY),
-    _user("GET", "/api/hosts/tokens", "viewer", "List tokens", _get_tokens, query=TOKENS_QUERY),
-    _user("GET", "/api/hosts/tokens/{id}", "viewer", "Show a token", _get_token),
-    _user("DELETE", "/api/hosts/tokens/{id}", "admin", "Revoke a token", _delete_token),
-    _user("GET", "/api/hosts", "viewer", "List hosts", _get_hosts, query=HOSTS_QUERY),
-    _user("GET", "/api/hosts/{id}", "viewer", "Show a host", _get_host),
-    _user("PATCH", "/api/hosts/{id}", "admin", "Name or label a host", _patch_host, EDIT_BODY),
-    _user("DELETE", "/api/hosts/{id}", "admin", "Delete a host", _delete_host),
-    _user("POST", "/api/hosts/{id}/revoke", "admin", "Shut a host out", _post_revoke, NOTHING),
-    _user("POST", "/api/hosts/{id}/restore", "admin", "Let it in again", _post_restore, NOTHING),
-    _user(
+    Route(
+        "POST",
+        "/api/hosts/tokens",
+        "admin",
+        "Mint a token",
+        handle=_post_token,
+        body=MINT_BODY,
+    ),
+    Route(
+        "GET",
+        "/api/hosts/tokens",
+        "viewer",
+        "List tokens",
+        handle=_get_tokens,
+        query=TOKENS_QUERY,
+    ),
+    Route("GET", "/api/hosts/tokens/{id}", "viewer", "Show a token", handle=_get_token),
+    Route("DELETE", "/api/hosts/tokens/{id}", "admin", "Revoke a token", handle=_delete_token),
+    Route("GET", "/api/hosts", "viewer", "List hosts", handle=_get_hosts, query=HOSTS_QUERY),
+    Route("GET", "/api/hosts/{id}", "viewer", "Show a host", handle=_get_host),
+    Route(
+        "PATCH",
+        "/api/hosts/{id}",
+        "admin",
+        "Name or label a host",
+        handle=_patch_host,
+        body=EDIT_BODY,
+    ),
+    Route("DELETE", "/api/hosts/{id}", "admin", "Delete a host", handle=_delete_host),
+    Route(
+        "POST",
+        "/api/hosts/{id}/revoke",
+        "admin",
+        "Shut a host out",
+        handle=_post_revoke,
+        body=NOTHING,
+    ),
+    Route(
+        "POST",
+        "/api/hosts/{id}/restore",
+        "admin",
+        "Let it in again",
+        handle=_post_restore,
+        body=NOTHING,
+    ),
+    Route(
         "POST",
         "/api/hosts/{id}/reenroll",
         "admin",
         "Mint a token for a host that exists",
-        _post_reenroll,
-        REENROLL_BODY,
+        handle=_post_reenroll,
+        body=REENROLL_BODY,
     ),
-    _user("GET", "/api/me", "viewer", "Show whose the API key is", _get_me),
+    Route("GET", "/api/me", "viewer", "Show whose the API key is", handle=_get_me),
     Route("GET", "/healthz", "open", "Whether the server answers", _admit_health),
     Route("GET", "/readyz", "open", "Whether it can do its work", _admit_readiness),
 )
@@ -3308,12 +3380,13 @@ def _table(routes: Sequence[Route]) -> Dict[str, Methods]:
 
 
 PATHS = _table(ROUTES)
+SEGMENTS_MAXIMUM = max(path.count("/") for path in PATHS) + 1  # more of them match nothing
 
 
 def _find_path(path: str) -> Tuple[Methods, str]:
     if path in PATHS:
         return PATHS[path], ""
-    segments = path.split("/")
+    segments = path.split("/", SEGMENTS_MAXIMUM)
     for n, segment in enumerate(segments):
         methods = PATHS.get("/".join((*segments[:n], "{id}", *segments[n + 1 :])))
         if methods is not None:
@@ -3411,19 +3484,21 @@ class Api:
 # 10. Server
 #
 # The loop: one thread, non-blocking sockets, no waiting but in one place. A turn takes whatever
-# has arrived, at most one request of each connection, runs it as one tick, and answers when the
-# tick is committed. http.server is the frame; its threads, its parser and its name look-ups at
-# start are not used.
+# has arrived, at most one request of each connection, runs what may write as one tick, and answers
+# when that is committed. http.server is the frame; its threads, its parser and its name look-ups
+# at start are not used.
 
 
-class Deadlines:
-    """The connections that must get on with something, the longest waiting first.
+class Phase:
+    """What the server waits for from some connections, and for how long.
 
-    All have the same time for it, so the queue is in order by itself and each event costs O(1).
+    All in a phase have the same time, so the queue is in order by itself, the longest waiting
+    first, and each event costs O(1).
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, events: int) -> None:
         self._seconds = seconds
+        self.events = events  # that the selector watches for
         self._since: OrderedDict[Connection, float] = OrderedDict()
 
     def start(self, connection: Connection, moment: float) -> None:
@@ -3433,7 +3508,11 @@ class Deadlines:
 
     def stop(self, connection: Connection) -> None:
         """Wait no longer."""
-        self._since.pop(connection, None)
+        del self._since[connection]
+
+    def everyone(self) -> List[Connection]:
+        """All who wait."""
+        return list(self._since)
 
     def first(self) -> Optional[Connection]:
         """Who has waited longest."""
@@ -3457,34 +3536,34 @@ class Connection:
 
     __slots__ = (
         "address",
-        "busy",
         "closing",
         "held",
         "interest",
+        "is_gone",
         "lingers",
         "output",
         "phase",
         "reader",
         "socket",
-    )  # fmt: skip
+    )
 
     def __init__(self, peer: socket.socket, address: str) -> None:
         self.socket = peer
         self.address = address
         self.reader = RequestReader()
-        self.output = b""
-        self.phase: Optional[Deadlines] = None
+        self.output: Union[bytes, memoryview] = b""
+        self.phase: Optional[Phase] = None  # None: the peer is not waited for
         self.interest = 0  # the events that the selector watches for
-        self.busy = False  # a request of its is in the tick
-        self.closing = False  # after the output
-        self.lingers = False  # before it closes: the peer may still be sending
         self.held = 0  # bytes of an unfinished request
+        self.closing = False  # when the output is taken
+        self.lingers = False  # before it closes: the peer may still be sending
+        self.is_gone = False
 
 
-class Arrived(NamedTuple):
-    """A request of a connection, and what it comes to in the tick."""
+class Owed(NamedTuple):
+    """An answer that somebody waits for."""
 
-    connection: Optional[Connection]  # None: the server's own
+    connection: Optional[Connection]  # None: nobody, it is the server's own business
     head_only: bool
     keep_alive: bool
     work: Pending
@@ -3504,25 +3583,33 @@ class Server(HTTPServer):
         clock: Callable[[], float],
         connections: int = CONNECTIONS_MAXIMUM,
         deadlines: Tuple[float, float, float, float] = (
-            HEAD_DEADLINE, BODY_DEADLINE, IDLE_DEADLINE, ANSWER_DEADLINE,
+            HEAD_DEADLINE,
+            BODY_DEADLINE,
+            IDLE_DEADLINE,
+            ANSWER_DEADLINE,
         ),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._api = api
         self._clock = clock
-        self._connections_maximum = connections
-        self._connections: set[Connection] = set()
-        self._heads, self._bodies, self._idle, self._answers = map(Deadlines, deadlines)
-        self._lingering = Deadlines(LINGER_DEADLINE)
-        self._classes = (self._heads, self._bodies, self._idle, self._answers, self._lingering)
-        self._held = 0  # of all connections together
         self._moment = time.monotonic()  # of this turn, for deadlines
         self._now = int(clock() * SECOND_MS)  # of this turn, for everything that is told
-        self._ready: List[Tuple[Connection, Request]] = []
-        self._waiting: List[Arrived] = []  # for another writer
-        self._waiting_since = 0.0
+        self._connections: set[Connection] = set()
+        self._connections_maximum = connections
+        self._held = 0  # of all connections together
+        head, body, idle, answer = deadlines
+        self._in_head = Phase(head, selectors.EVENT_READ)
+        self._in_body = Phase(body, selectors.EVENT_READ)
+        self._idle = Phase(idle, selectors.EVENT_READ)
+        self._taking = Phase(answer, selectors.EVENT_WRITE)
+        self._lingering = Phase(LINGER_DEADLINE, selectors.EVENT_READ)
+        self._phases = (self._in_head, self._in_body, self._idle, self._taking, self._lingering)
+        self._ready: List[Tuple[Connection, Request]] = []  # for the next turn
+        self._tick: List[Owed] = []  # what may write, of this turn; longer, for another writer
+        self._reads: deque[Owed] = deque()
+        self._waiting_since = 0.0  # for another writer; 0: not
         self._crowded = False  # somebody waits for a connection to give way
         self._short = False  # of descriptors; said once
-        self._accept_after = 0.0
+        self._accept_after = 0.0  # 0: now
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
         self._selector = selectors.DefaultSelector()
@@ -3580,18 +3667,20 @@ class Server(HTTPServer):
             if self._stop_before is not None and listening:
                 listening = False
                 self._stop_listening()
+        self._settle_tick([self._api.give_up()] * len(self._tick))
 
     def _stop_listening(self) -> None:
         """Take those who have connected already; part with those who have sent nothing."""
         for connection in self._accept(BACKLOG):
             self._welcome(connection)
         self._watch_listener(False)
+        self._accept_after = 0.0
         self.socket.close()
         self._turn(0)  # reads what has arrived
-        for connection in list(self._connections):
-            is_owed = connection.busy or connection.output or connection.reader.is_in_body
-            if not (is_owed or connection.held):
-                self._drop(connection)
+        for phase in (self._idle, self._in_head):
+            for connection in phase.everyone():
+                if not connection.held:
+                    self._drop(connection)
 
     def server_close(self) -> None:
         """Close every socket."""
@@ -3609,19 +3698,20 @@ class Server(HTTPServer):
         self._moment = time.monotonic()
         self._now = int(self._clock() * SECOND_MS)
         ready, self._ready = self._ready, []
-        tick: List[Arrived] = []
         for connection, request in ready:
-            self._admit(connection, request, tick)
+            self._admit(connection, request)
         accepting = False
-        for key, mask in events:
+        for key, _ in events:
             if key.data is not None:
-                self._attend(key.data, mask, tick)
+                self._attend(key.data)
             elif key.fileobj is self.socket:
                 accepting = True
             else:
                 self._wakened.recv(RECEIVE_SIZE)
         fresh = self._accept(ACCEPTS_PER_TURN) if accepting else []
-        self._run(tick)
+        self._say_alive()
+        self._write()
+        self._read_one()
         for connection in fresh:
             self._welcome(connection)
         if self._crowded:
@@ -3630,12 +3720,12 @@ class Server(HTTPServer):
 
     def _patience(self) -> float:
         """How long the selector may wait for something to happen."""
-        if self._ready:
+        if self._ready or self._reads:
             return 0
-        if self._waiting:
+        if self._waiting_since:
             return LOCK_POLL
         moment = time.monotonic()
-        waits = [deadlines.left(moment) for deadlines in self._classes]
+        waits = [phase.left(moment) for phase in self._phases]
         waits.append(max(0.0, self._alive_after - moment))
         if self._accept_after:
             waits.append(max(0.0, self._accept_after - moment))
@@ -3643,15 +3733,20 @@ class Server(HTTPServer):
             waits.append(max(0.0, self._stop_before - moment))
         return min(waits)
 
-    def _attend(self, connection: Connection, mask: int, tick: List[Arrived]) -> None:
-        if mask & selectors.EVENT_WRITE:
-            self._flush(connection)
-        elif connection.phase is self._lingering:
-            self._linger(connection)
-        elif not connection.busy:
-            request = self._receive(connection)
-            if request is not None:
-                self._admit(connection, request, tick)
+    def _attend(self, connection: Connection) -> None:
+        """Something has happened at a connection. Whatever goes wrong there ends there."""
+        try:
+            if connection.phase is self._taking:
+                self._flush(connection)
+            elif connection.phase is self._lingering:
+                self._linger(connection)
+            elif connection.phase is not None:
+                request = self._receive(connection)
+                if request is not None:
+                    self._admit(connection, request)
+        except Exception:
+            log.exception("a connection failed")
+            self._drop(connection)
 
     def _receive(self, connection: Connection) -> Optional[Request]:
         """Take what has arrived; the request that it completes."""
@@ -3660,24 +3755,23 @@ class Server(HTTPServer):
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
-            self._drop(connection)
-            return None
+            data = b""
         if not data:
             self._drop(connection)
             return None
-        return self._read(connection, data)
+        return self._parse(connection, data)
 
-    def _read(self, connection: Connection, data: bytes) -> Optional[Request]:
+    def _parse(self, connection: Connection, data: bytes) -> Optional[Request]:
         """The next request of what a connection has sent, if it is whole."""
         reader = connection.reader
         try:
             request = reader.next(data)
         except Problem as problem:
-            self._answer(connection, refusal(problem), keep_alive=False)
+            self._refuse(connection, problem)
             return None
         except Exception:
             log.exception("a request could not be read")
-            self._answer(connection, refusal(Internal()), keep_alive=False)
+            self._refuse(connection, Internal())
             return None
         if request is None or reader.buffer or connection.held:
             self._held += reader.held - connection.held
@@ -3689,76 +3783,84 @@ class Server(HTTPServer):
     def _hold(self, connection: Connection) -> None:
         """Give an unfinished request its time."""
         if self._held > HELD_MAXIMUM:
-            self._answer(connection, refusal(Overloaded()), keep_alive=False)
+            self._refuse(connection, Overloaded())
         elif not connection.reader.is_in_body:
-            if connection.phase is not self._heads:
-                self._enter(connection, self._heads)
-        elif connection.phase is not self._bodies:
-            self._enter(connection, self._bodies)
+            if connection.phase is not self._in_head and connection.reader.has_begun:
+                self._move(connection, self._in_head)
+        elif connection.phase is not self._in_body:
+            self._move(connection, self._in_body)
             if connection.reader.awaits_continue:
                 self._send(connection, CONTINUE)
 
-    def _admit(self, connection: Connection, request: Request, tick: List[Arrived]) -> None:
+    def _admit(self, connection: Connection, request: Request) -> None:
         head = request.head
         try:
             admitted = self._api.admit(request, connection.address, self._now)
         except Exception:
             log.exception("a request could not be admitted")
             admitted = refusal(Internal())
-        connection.busy = not isinstance(admitted, Response)
         if isinstance(admitted, Response):
             self._answer(connection, admitted, head.method == "HEAD", head.keep_alive)
+            return
+        owed = Owed(connection, head.method == "HEAD", head.keep_alive, admitted)
+        if self._api.may_write(admitted):
+            self._tick.append(owed)
         else:
-            tick.append(Arrived(connection, head.method == "HEAD", head.keep_alive, admitted))
+            self._reads.append(owed)
+            self._move(connection, None)
 
-    # The tick.
+    # Ticks.
 
-    def _run(self, tick: List[Arrived]) -> None:
-        """Run what has arrived as one tick. While another process writes, what may write is
-        gathered and tried again; what only reads need not wait for it."""
+    def _say_alive(self) -> None:
         if self._moment >= self._alive_after:
             self._alive_after = self._moment + ALIVE_EVERY
-            tick.append(Arrived(None, False, True, self._api.sign_of_life()))
-        if self._waiting:
-            reads = [arrived for arrived in tick if not self._api.may_write(arrived.work)]
-            if reads:
-                self._run_or_wait(reads)
-            self._suspend([arrived for arrived in tick if self._api.may_write(arrived.work)])
-            tick, self._waiting = self._waiting, []
-        if tick:
-            self._run_or_wait(tick)
-            self._api.tidy()
-        if not self._waiting:
-            self._waiting_since = 0.0
+            self._tick.append(Owed(None, False, True, self._api.sign_of_life()))
 
-    def _run_or_wait(self, tick: List[Arrived]) -> None:
-        responses = self._run_work([arrived.work for arrived in tick])
+    def _write(self) -> None:
+        """Run what may write as one tick. While another process writes, gather and try again."""
+        if not self._tick:
+            return
+        responses = self._run([owed.work for owed in self._tick])
         if responses is None:
-            if self._waiting_since == 0:
-                self._waiting_since = self._moment
+            self._waiting_since = self._waiting_since or self._moment
             if self._moment - self._waiting_since <= LOCK_PATIENCE:
-                self._suspend(tick)
+                for owed in self._tick:  # not read meanwhile, and not hurried
+                    if owed.connection is not None and owed.connection.phase is not None:
+                        self._move(owed.connection, None)
                 return
-            responses = [self._api.give_up()] * len(tick)
-        for (connection, head_only, keep_alive, _), response in zip(tick, responses):
-            if connection is not None:
-                connection.busy = False
-                self._answer(connection, response, head_only, keep_alive)
+            responses = [self._api.give_up()] * len(self._tick)
+        self._settle_tick(responses)
+        self._api.tidy()
 
-    def _run_work(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
+    def _settle_tick(self, responses: Sequence[Response]) -> None:
+        self._waiting_since = 0.0
+        tick, self._tick = self._tick, []
+        for owed, response in zip(tick, responses):
+            self._settle(owed, response)
+
+    def _read_one(self) -> None:
+        """Run one act that only reads, in a tick of its own: it may look at ROWS_EXAMINED rows,
+        and needs no lock that others wait for."""
+        if self._reads:
+            owed = self._reads.popleft()
+            for response in self._run([owed.work]) or ():
+                self._settle(owed, response)
+
+    def _run(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
         try:
             return self._api.run(work, self._now)
         except Exception:
             log.exception("a tick failed")
             return [refusal(Internal())] * len(work)
 
-    def _suspend(self, tick: List[Arrived]) -> None:
-        """Keep a tick for later. Its connections are not read meanwhile, and not hurried."""
-        self._waiting += tick
-        for connection, *_ in tick:
-            if connection is not None:
-                self._enter(connection, None)
-                self._watch(connection, 0)
+    def _settle(self, owed: Owed, response: Response) -> None:
+        if owed.connection is None:
+            return
+        try:
+            self._answer(owed.connection, response, owed.head_only, owed.keep_alive)
+        except Exception:
+            log.exception("an answer could not be given")
+            self._drop(owed.connection)
 
     # Answers.
 
@@ -3776,7 +3878,11 @@ class Server(HTTPServer):
         if self._send(connection, data):
             self._answered(connection)
 
-    def _send(self, connection: Connection, data: bytes) -> bool:
+    def _refuse(self, connection: Connection, problem: Problem) -> None:
+        """Answer what is no whole request, and read no further."""
+        self._answer(connection, refusal(problem), connection.reader.is_head, keep_alive=False)
+
+    def _send(self, connection: Connection, data: Union[bytes, memoryview]) -> bool:
         """Send what the peer takes at once. True when that is all of it."""
         try:
             sent = connection.socket.send(data)
@@ -3787,19 +3893,22 @@ class Server(HTTPServer):
             return False
         if sent == len(data):
             return True
-        connection.output += data[sent:]
-        if connection.phase is not self._answers:  # a trickle taken does not buy more time
-            self._enter(connection, self._answers)
-        self._watch(connection, selectors.EVENT_WRITE)
+        connection.output = memoryview(data)[sent:]
+        self._held += len(connection.output)
+        if self._held > HELD_MAXIMUM:
+            self._drop(connection)
+            return False
+        if connection.phase is not self._taking:  # a trickle taken does not buy more time
+            self._move(connection, self._taking)
         return False
 
     def _flush(self, connection: Connection) -> None:
         data, connection.output = connection.output, b""
+        self._held -= len(data)
         if not self._send(connection, data):
             return
         if connection.reader.is_in_body and not connection.closing:  # it was 100 Continue
-            self._enter(connection, self._bodies)
-            self._watch(connection, selectors.EVENT_READ)
+            self._move(connection, self._in_body)
         else:
             self._answered(connection)
 
@@ -3811,21 +3920,15 @@ class Server(HTTPServer):
             else:
                 self._drop(connection)
             return
+        self._move(connection, self._idle)
         if connection.reader.buffer:
-            request = self._read(connection, b"")
+            request = self._parse(connection, b"")
             if request is not None:
                 self._make_ready(connection, request)
-                return
-            if connection.closing:
-                return
-        else:
-            self._enter(connection, self._idle)
-        self._watch(connection, selectors.EVENT_READ)
 
     def _make_ready(self, connection: Connection, request: Request) -> None:
-        """Put a request into the next tick."""
-        connection.busy = True
-        self._enter(connection, None)
+        """Put a request into the next turn."""
+        self._move(connection, None)
         self._ready.append((connection, request))
 
     # Connections.
@@ -3860,16 +3963,14 @@ class Server(HTTPServer):
         request = self._receive(connection)
         if request is not None:
             self._make_ready(connection, request)
-        elif connection in self._connections and connection.interest == 0:
-            if connection.phase is None:
-                self._enter(connection, self._heads)
-            self._watch(connection, selectors.EVENT_READ)
+        elif connection.phase is None:
+            self._move(connection, self._in_head)
 
     def _make_room(self) -> None:
         """The longest idle gives way, then the slowest head. When neither can, new connections
         wait: the listener would stay readable, and the loop would spin."""
         self._crowded = False
-        connection = self._idle.first() or self._heads.first()
+        connection = self._idle.first() or self._in_head.first()
         if connection is not None:
             self._drop(connection)
         else:
@@ -3885,17 +3986,20 @@ class Server(HTTPServer):
         elif is_watched and not watched:
             self._selector.unregister(self.socket)
 
-    def _enter(self, connection: Connection, phase: Optional[Deadlines]) -> None:
-        """Put a connection under a deadline, or under none."""
+    def _move(self, connection: Connection, phase: Optional[Phase]) -> None:
+        """Put a connection into a phase: under its deadline, and watched for its events."""
+        if connection.is_gone:
+            return
         if connection.phase is not None and connection.phase is not phase:
             connection.phase.stop(connection)
         connection.phase = phase
         if phase is not None:
             phase.start(connection, self._moment)
+        events = 0 if phase is None else phase.events
+        if events != connection.interest:
+            self._watch(connection, events)
 
     def _watch(self, connection: Connection, events: int) -> None:
-        if events == connection.interest:
-            return
         if connection.interest == 0:
             self._selector.register(connection.socket, events, connection)
         elif events == 0:
@@ -3906,15 +4010,15 @@ class Server(HTTPServer):
 
     def _expire(self) -> None:
         """Part with those whose time is over."""
-        for deadlines in self._classes:
-            connection = deadlines.overdue(self._moment)
+        for phase in self._phases:
+            connection = phase.overdue(self._moment)
             while connection is not None:
-                if deadlines is self._heads or deadlines is self._bodies:
-                    self._answer(connection, refusal(RequestTimeout()), keep_alive=False)
+                if phase is self._in_head or phase is self._in_body:
+                    self._refuse(connection, RequestTimeout())
                 else:
                     self._drop(connection)
-                connection = deadlines.overdue(self._moment)
-        if self._accept_after and self._moment >= self._accept_after and self._stop_before is None:
+                connection = phase.overdue(self._moment)
+        if self._accept_after and self._moment >= self._accept_after:
             self._accept_after = 0.0
             self._watch_listener(True)
 
@@ -3926,25 +4030,24 @@ class Server(HTTPServer):
         except OSError:
             self._drop(connection)
             return
-        self._enter(connection, self._lingering)
-        self._watch(connection, selectors.EVENT_READ)
+        self._move(connection, self._lingering)
 
     def _linger(self, connection: Connection) -> None:
         try:
-            if not connection.socket.recv(RECEIVE_SIZE):
-                self._drop(connection)
+            if connection.socket.recv(RECEIVE_SIZE):
+                return
         except (BlockingIOError, InterruptedError):
-            pass
+            return
         except OSError:
-            self._drop(connection)
+            pass
+        self._drop(connection)
 
     def _drop(self, connection: Connection) -> None:
-        if connection not in self._connections:
-            return
-        self._connections.remove(connection)
-        self._held -= connection.held
-        self._enter(connection, None)
-        self._watch(connection, 0)
+        self._move(connection, None)
+        connection.is_gone = True
+        self._connections.discard(connection)
+        self._held -= connection.held + len(connection.output)
+        connection.held, connection.output = 0, b""
         connection.socket.close()
 
 
@@ -4003,6 +4106,13 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A number of things, in digits alone. Raises ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
 def label(text: str) -> Tuple[str, str]:
     """key=value. Raises ArgumentTypeError."""
     try:
@@ -4035,11 +4145,11 @@ def _print_document(document: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _print_documents(
-    documents: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool
+    name: str, documents: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool
 ) -> None:
-    """A list of things: a table of some columns, or JSON with all of them."""
+    """A list of things: a table of some columns, or JSON as the API lists them, on one page."""
     if as_json:
-        _print_json(list(documents))
+        _print_json({name: documents, "nextCursor": None})
     else:
         cells = [[_cell(document[column]) for column in columns] for document in documents]
         print(table([columns, *cells]))
@@ -4082,24 +4192,24 @@ class Session(NamedTuple):
         """Unix time in milliseconds."""
         return int(self.clock() * SECOND_MS)
 
-    def open(self, **options: Any) -> Registry:
-        """The registry that the arguments name."""
+    @contextmanager
+    def open(self, **options: Any) -> Iterator[Tuple[Registry, Principal]]:
+        """The registry that the arguments name, and the operator of this machine."""
         database = self.arguments.db
-        key_file = self.arguments.key_file or os.path.join(
-            os.path.dirname(database), "hostenroll.key"
-        )
-        return open_registry(database, key_file, self.now(), **options)
-
-    def ask(self, question: Callable[[Registry, Principal, int], Any], writes: bool) -> Any:
-        """One act on the registry, as the operator of this machine."""
-        registry = self.open()
+        beside = os.path.join(os.path.dirname(database), DEFAULT_KEY_FILE)
+        key_file = self.arguments.key_file or beside
+        registry = open_registry(database, key_file, self.now(), **options)
         try:
-            by = Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
-            return registry.perform(
-                Act(lambda now: question(registry, by, now), writes), self.now()
-            )
+            yield registry, Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
         finally:
             registry.close()
+
+    def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
+        """One act on the registry."""
+        with self.open() as (registry, by):
+            act = Act(lambda now: question(registry, by, now), writes)
+            answer: T = registry.perform(act, self.now())
+        return answer
 
 
 def _user_name() -> str:
@@ -4109,20 +4219,19 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def _number(text: str) -> int:
-    number = read_id(text)
-    return -1 if number is None else number
-
-
 def _shed_syntax_tree() -> None:
     """Start over, as this process, with this file run by runpy. Python keeps the syntax tree of
     its main script for as long as that runs, a quarter of an idle server's memory; what runpy
     compiles, it lets go of. Before Python 3.10 nobody knows the interpreter's own options: there
     it stays."""
-    again = "import runpy, sys; del sys.argv[0]; sys.exit(runpy.run_path(sys.argv[0])['main']())"
+    again = (
+        "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not from the cwd
+        "import runpy; sys.exit(runpy.run_path(sys.argv[0])['main']())"
+    )
     started = getattr(sys, "orig_argv", [])
-    if sys.executable and sys.argv[1:2] == ["serve"] and len(started) > len(sys.argv):
-        options = started[1 : len(started) - len(sys.argv)]
+    options = started[1 : len(started) - len(sys.argv)]
+    is_script = len(started) > len(sys.argv) and "-m" not in options
+    if sys.executable and is_script and sys.argv[1:2] == ["serve"]:
         os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
 
 
@@ -4140,25 +4249,25 @@ def _run_serve(session: Session) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    registry = session.open(
-        init=arguments.init,
-        interval=arguments.heartbeat_interval,
-        credential_ttl=arguments.credential_ttl,
-    )
-    try:
-        with _listen(session, registry) as server:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, server.stop)
-            start = Act(lambda now: registry.start_service(server.url, now))
-            registry.perform(start, session.now())
-            _greet(server)
-            _trim_memory()
-            server.serve_forever()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # a second one must not spoil the exit status
-    finally:
-        registry.close()
+    options = {
+        "init": arguments.init,
+        "interval": arguments.heartbeat_interval,
+        "credential_ttl": arguments.credential_ttl,
+    }
+    with session.open(**options) as (registry, _), _listen(session, registry) as server:
+        _on_signals(server.stop)
+        start = Act(lambda now: registry.start_service(server.url, now))
+        registry.perform(start, session.now())
+        _greet(server)
+        _trim_memory()
+        server.serve_forever()
+        _on_signals(signal.SIG_IGN)  # a second one must not spoil the exit status
     return 0
+
+
+def _on_signals(action: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, action)
 
 
 def _listen(session: Session, registry: Registry) -> Server:
@@ -4199,96 +4308,90 @@ def _run_mint_token(session: Session) -> int:
         "description": arguments.description,
         "labels": dict(arguments.label),
     }
-    values.update({name: value for name, value in optional.items() if value})
+    values.update({name: value for name, value in optional.items() if value is not None})
     order = token_order(MINT_BODY.check(values))
-
-    def mint(registry: Registry, by: Principal, now: int) -> Tuple[TokenView, str, Optional[str]]:
-        return (*registry.mint(by, order, now), registry.public_url())
-
-    return _show_minted(session, *session.ask(mint, writes=True))
+    return _mint(session, lambda registry, by, now: registry.mint(by, order, now))
 
 
-def _show_minted(session: Session, view: TokenView, text: str, url: Optional[str]) -> int:
+def _require_stdout() -> None:
+    """Nothing is minted that nobody can read."""
+    if sys.stdout is None:
+        raise OperatorError("stdout is closed: the secret would be lost")
+
+
+def _mint(
+    session: Session, mint: Callable[[Registry, Principal, int], Tuple[TokenView, str]]
+) -> int:
+    """Mint a token; show its text on stdout, and on stderr what to do with it."""
+    _require_stdout()
+    (view, text), url = session.ask(
+        lambda registry, by, now: (mint(registry, by, now), registry.public_url()), writes=True
+    )
     document = token_document(view, text)
     if session.arguments.json:
         _print_json(document)
         return 0
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
-    command = ENROLL_COMMAND.substitute(
-        token=text, url=url or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
-    )
+    url = url or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
     print(text, flush=True)
     _say(
         f"token {document['id']} of {document['organizationId']}: {uses}, "
         f"until {document['expiresAt']}",
         "enroll with it, on the host:",
-        command,
+        ENROLL_COMMAND.substitute(token=text, url=url),
     )
     return 0
 
 
 def _run_list_tokens(session: Session) -> int:
     arguments = session.arguments
-    query = TokenQuery(organization=arguments.org, state=arguments.state, limit=PAGE_MAXIMUM)
-    documents = _all_pages(session, Registry.tokens, query, token_document)
+    query = TokenQuery(_organization(arguments.org), arguments.state)
+    documents = [token_document(view) for view in _all_pages(session, Registry.tokens, query)]
     columns = ("id", "organizationId", "state", "uses", "maxUses", "expiresAt", "description")
-    _print_documents(documents, columns, arguments.json)
+    _print_documents("tokens", documents, columns, arguments.json)
     return 0
 
 
+def _organization(name: Optional[str]) -> Optional[str]:
+    return None if name is None else str(ORGANIZATION_BODY.check({"name": name})["name"])
+
+
 def _all_pages(
-    session: Session,
-    turn: Callable[[Registry, Principal, Any, int], Page],
-    query: Any,
-    document: Callable[[Any], Document],
-) -> List[Document]:
+    session: Session, turn: Callable[[Registry, Principal, Any, int], Page], query: Any
+) -> List[Any]:
     """A whole list, a page in each transaction."""
-    documents: List[Document] = []
-    page = Page([], query.before)
-    while page.next is not None:
-        part = query._replace(before=page.next)
-        page = session.ask(partial(_turn_page, turn, part), writes=False)
-        documents += [document(item) for item in page.items]
-    return documents
-
-
-def _turn_page(
-    turn: Callable[[Registry, Principal, Any, int], Page],
-    query: Any,
-    registry: Registry,
-    by: Principal,
-    now: int,
-) -> Page:
-    return turn(registry, by, query, now)
+    items: List[Any] = []
+    with session.open() as (registry, by):
+        before: Optional[int] = query.before
+        while before is not None:
+            act = partial(turn, registry, by, query._replace(before=before, limit=PAGE_MAXIMUM))
+            page = registry.perform(Act(act, writes=False), session.now())
+            items += page.items
+            before = page.next
+    return items
 
 
 def _run_show_token(session: Session) -> int:
-    number = _number(session.arguments.id)
+    number = read_id(session.arguments.id)
     view = session.ask(lambda r, by, now: r.token(by, number, now), writes=False)
     _print_document(token_document(view), session.arguments.json)
     return 0
 
 
-def _run_revoke_token(session: Session) -> int:
-    number = _number(session.arguments.id)
-    session.ask(lambda r, by, now: r.revoke_token(by, number, now), writes=True)
-    _say(f"token {session.arguments.id} is revoked; the hosts that it let in stay")
-    return 0
-
-
 def _run_list_hosts(session: Session) -> int:
     arguments = session.arguments
-    query = HostQuery(
-        arguments.org, arguments.status, arguments.label, arguments.q, limit=PAGE_MAXIMUM
-    )
-    documents = _all_pages(session, Registry.hosts, query, host_document)
+    asked = {"organization": arguments.org, "status": arguments.status, "q": arguments.q}
+    pairs = [(name, text) for name, text in asked.items() if text is not None]
+    pairs += [("label", text) for text in arguments.label]
+    query = host_query(HOSTS_QUERY.read(pairs))
+    documents = [host_document(view) for view in _all_pages(session, Registry.hosts, query)]
     columns = ("id", "organizationId", "name", "status", "lastSeen", "hostname", "labels")
-    _print_documents(documents, columns, arguments.json)
+    _print_documents("hosts", documents, columns, arguments.json)
     return 0
 
 
 def _run_show_host(session: Session) -> int:
-    number = _number(session.arguments.id)
+    number = read_id(session.arguments.id)
     view = session.ask(lambda r, by, now: r.host(by, number, now), writes=False)
     _print_document(host_document(view), session.arguments.json)
     return 0
@@ -4302,46 +4405,21 @@ def _run_edit_host(session: Session) -> int:
     if arguments.label or arguments.no_labels:
         changes["labels"] = dict(arguments.label)
     EDIT_BODY.check(changes)
-    number = _number(arguments.id)
+    number = read_id(arguments.id)
     view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
     _print_document(host_document(view), arguments.json)
-    return 0
-
-
-def _run_revoke_host(session: Session) -> int:
-    number = _number(session.arguments.id)
-    session.ask(lambda r, by, now: r.revoke_host(by, number, now), writes=True)
-    _say(f"host {session.arguments.id} is shut out; restore-host lets it in again")
-    return 0
-
-
-def _run_restore_host(session: Session) -> int:
-    number = _number(session.arguments.id)
-    session.ask(lambda r, by, now: r.restore_host(by, number, now), writes=True)
-    _say(f"host {session.arguments.id} is let in again")
-    return 0
-
-
-def _run_delete_host(session: Session) -> int:
-    number = _number(session.arguments.id)
-    session.ask(lambda r, by, now: r.delete_host(by, number, now), writes=True)
-    _say(f"host {session.arguments.id} is gone; the machine must enroll anew")
     return 0
 
 
 def _run_reenroll_host(session: Session) -> int:
     arguments = session.arguments
     order = token_order(REENROLL_BODY.check({"ttlSeconds": arguments.ttl}))
-    number = _number(arguments.id)
-
-    def mint(registry: Registry, by: Principal, now: int) -> Tuple[TokenView, str, Optional[str]]:
-        return (*registry.reenroll(by, number, order, now), registry.public_url())
-
-    return _show_minted(session, *session.ask(mint, writes=True))
+    number = read_id(arguments.id)
+    return _mint(session, lambda registry, by, now: registry.reenroll(by, number, order, now))
 
 
 def _run_add_org(session: Session) -> int:
-    name = ORGANIZATION_BODY.check({"name": session.arguments.name})["name"]
+    name = str(ORGANIZATION_BODY.check({"name": session.arguments.name})["name"])
     session.ask(lambda r, by, now: r.add_organization(name, now), writes=True)
     _say(f"organization {name} is there: mint-token --org {name}")
     return 0
@@ -4350,14 +4428,19 @@ def _run_add_org(session: Session) -> int:
 def _run_list_orgs(session: Session) -> int:
     organizations = session.ask(lambda r, by, now: r.organizations(), writes=False)
     documents = [organization_document(organization) for organization in organizations]
-    _print_documents(documents, ("id", "createdAt"), session.arguments.json)
+    _print_documents("organizations", documents, ("id", "createdAt"), session.arguments.json)
     return 0
 
 
 def _run_mint_api_key(session: Session) -> int:
     arguments = session.arguments
-    organization = ALL_ORGANIZATIONS if arguments.all_orgs else arguments.org
+    if arguments.all_orgs and arguments.org is not None:
+        raise InvalidBody(errors=[FieldError("--org", "does not go with --all-orgs")])
+    one = DEFAULT_ORGANIZATION if arguments.org is None else arguments.org
+    organization = ALL_ORGANIZATIONS if arguments.all_orgs else one
     description = API_KEY_BODY.check({"description": arguments.description})["description"]
+
+    _require_stdout()
 
     def mint(registry: Registry, by: Principal, now: int) -> Tuple[ApiKey, str]:
         return registry.mint_api_key(by, organization, arguments.role, description, now)
@@ -4374,14 +4457,8 @@ def _run_mint_api_key(session: Session) -> int:
 def _run_list_api_keys(session: Session) -> int:
     keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
     columns = ("id", "organizationId", "role", "createdAt", "revokedAt", "description")
-    _print_documents([api_key_document(key) for key in keys], columns, session.arguments.json)
-    return 0
-
-
-def _run_revoke_api_key(session: Session) -> int:
-    number = _number(session.arguments.id)
-    session.ask(lambda r, by, now: r.revoke_api_key(number, now), writes=True)
-    _say(f"API key {session.arguments.id} is revoked")
+    documents = [api_key_document(key) for key in keys]
+    _print_documents("apiKeys", documents, columns, session.arguments.json)
     return 0
 
 
@@ -4444,6 +4521,20 @@ class Command(NamedTuple):
     uses_store: bool = True
 
 
+def _act(
+    act: Callable[[Registry, Principal, int, int], Any], outcome: str
+) -> Callable[[Session], int]:
+    """What a command does that acts on what an id names, and says what has become of it."""
+
+    def run(session: Session) -> int:
+        number = read_id(session.arguments.id)
+        session.ask(lambda registry, by, now: act(registry, by, number, now), writes=True)
+        _say(outcome.format(id=session.arguments.id))
+        return 0
+
+    return run
+
+
 def _by_id(name: str, summary: str, run: Callable[[Session], int], *more: Argument) -> Command:
     arguments = (Argument("id", metavar="ID"), *more)
     return Command(name, summary, f"{name} 0ca4f1b28e3d7a95", run, arguments)
@@ -4465,7 +4556,7 @@ COMMANDS = (
         (
             Argument("--org", metavar="NAME", help="whose hosts it lets in (default)"),
             Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
-            Argument("--max-uses", type=int, default=1, metavar="N", help="(%(default)s)"),
+            Argument("--max-uses", type=count, default="1", metavar="N", help="(%(default)s)"),
             Argument("--hostname", metavar="H", help="bind it to the host of this name"),
             Argument("--description", metavar="TEXT", help="what it is for"),
             Argument(
@@ -4487,7 +4578,11 @@ COMMANDS = (
         (ORG_OPTION, Argument("--state", choices=TOKEN_STATES), JSON_OPTION),
     ),
     _by_id("show-token", "show a token and who came in by it", _run_show_token, JSON_OPTION),
-    _by_id("revoke-token", "make a token useless", _run_revoke_token),
+    _by_id(
+        "revoke-token",
+        "make a token useless",
+        _act(Registry.revoke_token, "token {id} is revoked; the hosts that it let in stay"),
+    ),
     Command(
         "list-hosts",
         "list hosts, the newest first",
@@ -4496,8 +4591,8 @@ COMMANDS = (
         (
             ORG_OPTION,
             Argument("--status", choices=STATUSES),
-            Argument("--label", type=label, action="append", default=[], metavar="K=V"),
-            Argument("--q", default="", metavar="TEXT", help="a part of name, hostname or id"),
+            Argument("--label", action="append", default=[], metavar="K=V"),
+            Argument("--q", metavar="TEXT", help="a part of name, hostname or id"),
             JSON_OPTION,
         ),
     ),
@@ -4518,9 +4613,21 @@ COMMANDS = (
         Argument("--no-labels", action="store_true", help="it is to have none"),
         JSON_OPTION,
     ),
-    _by_id("revoke-host", "shut a host out until restored", _run_revoke_host),
-    _by_id("restore-host", "let a revoked host in again", _run_restore_host),
-    _by_id("delete-host", "remove a host; it must enroll anew", _run_delete_host),
+    _by_id(
+        "revoke-host",
+        "shut a host out until restored",
+        _act(Registry.revoke_host, "host {id} is shut out; restore-host lets it in again"),
+    ),
+    _by_id(
+        "restore-host",
+        "let a revoked host in again",
+        _act(Registry.restore_host, "host {id} is let in again"),
+    ),
+    _by_id(
+        "delete-host",
+        "remove a host; it must enroll anew",
+        _act(Registry.delete_host, "host {id} is gone; the machine must enroll anew"),
+    ),
     _by_id(
         "reenroll-host",
         "make a token that gives a host a new credential",
@@ -4536,7 +4643,7 @@ COMMANDS = (
         "mint-api-key --org berlin --role viewer",
         _run_mint_api_key,
         (
-            Argument("--org", default=DEFAULT_ORGANIZATION, metavar="NAME", help="(%(default)s)"),
+            Argument("--org", metavar="NAME", help=f"({DEFAULT_ORGANIZATION})"),
             Argument("--all-orgs", action="store_true", help="for all organizations"),
             Argument("--role", choices=("admin", "viewer"), default="admin", help="(%(default)s)"),
             Argument("--description", default="", metavar="TEXT"),
@@ -4544,7 +4651,11 @@ COMMANDS = (
         ),
     ),
     Command("list-api-keys", "list API keys", "list-api-keys", _run_list_api_keys, (JSON_OPTION,)),
-    _by_id("revoke-api-key", "make an API key useless", _run_revoke_api_key),
+    _by_id(
+        "revoke-api-key",
+        "make an API key useless",
+        _act(Registry.revoke_api_key, "API key {id} is revoked"),
+    ),
     Command("schema", "print the database's schema", "schema", _run_schema, uses_store=False),
 )
 

@@ -57,14 +57,15 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it last came in by; may be pruned
-    admitted         INTEGER NOT NULL,  -- the serial that was issued for that token
+    token_id         INTEGER NOT NULL,  -- the token that it first came in by; may be pruned
+    admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
+    admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
     idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_token ON host (token_id);
-CREATE UNIQUE INDEX host_idempotency ON host (token_id, idempotency)
+CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
 
 CREATE TABLE signing_key (
@@ -76,11 +77,11 @@ CREATE TABLE signing_key (
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
-    host_id    INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
-    last_seen  INTEGER NOT NULL,  -- 0: never
-    serial     INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
-    key        INTEGER NOT NULL,  -- signing_key.number of the credential last seen
-    active     INTEGER NOT NULL   -- 0: revoked
+    host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen   INTEGER NOT NULL,  -- 0: never
+    serial      INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
+    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential last seen
+    active      INTEGER NOT NULL   -- 0: revoked
 );
 
 CREATE TABLE service (
@@ -88,7 +89,8 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before the hosts could not be heard
+    paused          INTEGER NOT NULL,  -- for how long they could not, in milliseconds
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL   -- where agents find the server
 );

@@ -22,6 +22,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -214,7 +215,7 @@ class RegistryDoor(Door):
         )
 
     def enroll(self, token: str, hostname: str = "web-1", key: str = "", **facts: Any) -> Reply:
-        arrival = hostenroll.Arrival(
+        arrival = hostenroll.Applicant(
             token,
             hostname,
             facts.get("name"),
@@ -245,7 +246,7 @@ class RegistryDoor(Door):
 
         def act(now: int) -> Any:
             claims = self.registry.authenticate(credential, now)
-            return self.registry.beat(claims, changes, now)
+            return self.registry.beat(claims, lambda: changes, now)
 
         return self._do(200, act, show)
 
@@ -1090,8 +1091,6 @@ def test_a_json_text_is_read(body: bytes, value: Any) -> None:
         "a bare point": b'{"a":1.}',
         "hexadecimal": b'{"a":0x1}',
         "Arabic digits": '{"a":\u0661}'.encode(),
-        "an integer of 20 digits": b'{"a":' + b"9" * 20 + b"}",
-        "an integer of 60,000 digits": b'{"a":-' + b"9" * 60_000 + b"}",
         "too deep in arrays": b"[" * 65_000,
         "too deep in objects": b'{"a":' * 13_000 + b"1" + b"}" * 13_000,
         "too deep, with an escape": b'["\\u0041",' + b"[" * 30_000 + b"]" * 30_001,
@@ -1172,7 +1171,7 @@ def test_ids_are_in_the_order_of_time_and_fit_63_bits() -> None:
              "-" + "0" * 15, "0x" + "0" * 14, "0_" * 8, "\uff11" * 16, "' OR 1=1; --    "],
 )  # fmt: skip
 def test_an_id_has_one_spelling(text: str) -> None:
-    assert hostenroll.read_id(text) is None
+    assert hostenroll.read_id(text) == -1
 
 
 OCTETS = bytes(range(32))
@@ -1608,7 +1607,7 @@ def token_of(registry: Registry, clock: Clock, by: Principal = OPERATOR, **order
 
 def came_in(registry: Registry, clock: Clock, name: str = "web-1", **order: Any) -> Tuple[int, str]:
     """A host that has just enrolled: its id and its credential."""
-    arrival = hostenroll.Arrival(token_of(registry, clock, **order), name)
+    arrival = hostenroll.Applicant(token_of(registry, clock, **order), name)
     enrollment = do(registry, clock, lambda now: registry.enroll(arrival, now))
     return enrollment.host.id, enrollment.grant.credential
 
@@ -1619,7 +1618,7 @@ def serial_of(registry: Registry, credential: str) -> int:
 
 def beat(registry: Registry, clock: Clock, credential: str, **facts: Any) -> Any:
     def act(now: int) -> Any:
-        return registry.beat(registry.authenticate(credential, now), facts, now)
+        return registry.beat(registry.authenticate(credential, now), lambda: facts, now)
 
     return do(registry, clock, act)
 
@@ -1682,7 +1681,7 @@ STRANGE_DATABASES: Dict[str, Tuple[Callable[[str], Any], str]] = {
     "of another program": (lambda path: sql(path, "CREATE TABLE bookmarks (url)"), "another"),
     "ten bytes": (lambda path: Path(path).write_bytes(b"0123456789"), "not a database"),
     "a page of text": (lambda path: Path(path).write_bytes(b"text\n" * 2000), "not a database"),
-    "a folder": (lambda path: os.mkdir(path), "open"),
+    "a folder": (lambda path: os.mkdir(path), "not a file"),
 }
 
 
@@ -1930,7 +1929,7 @@ Prepare = Callable[[Registry, Clock], Callable[[int], Any]]
 
 def _enrolling(key: Optional[str]) -> Prepare:
     def prepare(registry: Registry, clock: Clock) -> Callable[[int], Any]:
-        arrival = hostenroll.Arrival(token_of(registry, clock), "web-1", idempotency_key=key)
+        arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key=key)
         return lambda now: registry.enroll(arrival, now)
 
     return prepare
@@ -1946,7 +1945,7 @@ def _reenrolling(registry: Registry, clock: Clock) -> Callable[[int], Any]:
     number, _ = came_in(registry, clock)
     order = hostenroll.TokenOrder()
     text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
-    arrival = hostenroll.Arrival(text, "web-2", idempotency_key="k")
+    arrival = hostenroll.Applicant(text, "web-2", idempotency_key="k")
     return lambda now: registry.enroll(arrival, now)
 
 
@@ -1954,7 +1953,7 @@ def _beating(facts: Dict[str, str], later: float) -> Prepare:
     def prepare(registry: Registry, clock: Clock) -> Callable[[int], Any]:
         claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
         clock.advance(later)
-        return lambda now: registry.beat(claims, facts, now)
+        return lambda now: registry.beat(claims, lambda: facts, now)
 
     return prepare
 
@@ -2340,8 +2339,10 @@ def test_a_re_enrolled_host_is_the_same_host(door: Door, clock: Clock) -> None:
     again = door.enroll(minted["token"], "web-9", name="other").document
     assert (again["hostId"], again["name"]) == (host["hostId"], "web-1")
     after = door.host(host["hostId"]).document
-    assert after == {**before, **{k: after[k] for k in ("hostname", "tokenId", "statusReason")}}
-    assert (after["hostname"], after["tokenId"]) == ("web-9", minted["id"])
+    assert after == {**before, **{k: after[k] for k in ("hostname", "statusReason")}}
+    assert after["hostname"] == "web-9"
+    assert door.show_token(before["tokenId"]).document["hosts"] == [host["hostId"]]
+    assert door.show_token(minted["id"]).document["hosts"] == [host["hostId"]]
     # The old credential is good until the new one is first used, and not longer.
     assert door.beat(host["credential"]).status == 200
     assert door.beat(again["credential"]).status == 200
@@ -2412,10 +2413,11 @@ def test_each_host_of_a_token_has_its_own_replays(door: Door) -> None:
     again = door.enroll(minted["token"], key="a").document
     assert (again["hostId"], door.show_token(minted["id"]).document["uses"]) == (a, 2)
     door.beat(again["credential"])
-    third = door.enroll(minted["token"], key="a").document["hostId"]  # the key is free now
-    assert third not in (a, b)
-    assert door.enroll(minted["token"], key="a").document["hostId"] == third
-    assert door.enroll(minted["token"], key="c").code == "token-used"
+    # A key is one request for ever: it never lets in a second host.
+    assert door.enroll(minted["token"], key="a").code == "token-used"
+    assert door.show_token(minted["id"]).document["uses"] == 2
+    assert door.enroll(minted["token"], key="c").status == 201
+    assert door.enroll(minted["token"], key="d").code == "token-used"
 
 
 def test_a_replay_of_a_re_enrollment_is_one_too(door: Door) -> None:
@@ -2432,7 +2434,7 @@ def test_a_replay_of_a_re_enrollment_is_one_too(door: Door) -> None:
 
 def test_the_serials_of_a_host(registry: Registry, clock: Clock) -> None:
     """Enrollment 1, a replay one more, a re-enrollment two more."""
-    arrival = hostenroll.Arrival(token_of(registry, clock), "web-1", idempotency_key="k")
+    arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
 
     def enroll(arrival: Any) -> Any:
         return do(registry, clock, lambda now: registry.enroll(arrival, now))
@@ -2442,7 +2444,7 @@ def test_the_serials_of_a_host(registry: Registry, clock: Clock) -> None:
     number = look(registry, "SELECT id FROM host")[0][0]
     order = hostenroll.TokenOrder()
     text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
-    again = enroll(hostenroll.Arrival(text, "web-1"))
+    again = enroll(hostenroll.Applicant(text, "web-1"))
     assert serial_of(registry, again.grant.credential) == 5
 
 
@@ -2472,7 +2474,7 @@ def test_a_renewal_is_the_next_serial_until_it_is_used(
         # Whoever holds an old copy cannot renew past a re-enrollment.
         order = hostenroll.TokenOrder()
         text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
-        arrival = hostenroll.Arrival(text, "web-1")
+        arrival = hostenroll.Applicant(text, "web-1")
         newest = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
         assert serial_of(registry, newest) == 5
         clock.advance(201)
@@ -2553,7 +2555,7 @@ def test_a_rotated_key_empties_by_itself(paths: Tuple[str, str], clock: Clock) -
     new_key = hostenroll.SigningKey("new", b"n" * 32)
     both = hostenroll.Keyring([new_key, *keyring.keys], keyring.audit_key)
     hostenroll.write_key_file(paths[1], both)
-    last_used = "SELECT kid FROM heartbeat JOIN signing_key ON number = key"
+    last_used = "SELECT kid FROM heartbeat JOIN signing_key ON number = key_number"
     with opened(paths, clock) as registry:
         renewed = beat(registry, clock, old).grant.credential
         assert registry.authenticate(renewed, clock.ms).kid == "new"
@@ -2606,7 +2608,7 @@ STATUS_BY_SILENCE = [
 def test_status_comes_of_silence_to_the_millisecond(silence: int, status: str) -> None:
     noon = int(NOON * 1000)
     assert hostenroll.host_status(host_at(), None, noon + silence)[0] == status
-    service = hostenroll.Service(noon - 1, noon + silence, noon - 1, 30, "")
+    service = hostenroll.Service(noon - 1, noon + silence, noon - 1, 0, 30, "")
     assert hostenroll.host_status(host_at(), service, noon + silence)[0] == status
     revoked = host_at()._replace(revoked_at=noon)
     assert hostenroll.host_status(revoked, service, noon + silence)[0] == "revoked"
@@ -2619,7 +2621,7 @@ def test_online_is_three_intervals_and_ten_seconds(interval: int, silence: int) 
     noon = int(NOON * 1000)
     for late, status in ((0, "online"), (1, "offline")):
         now = noon + silence * 1000 + late
-        service = hostenroll.Service(noon - 1, now, noon - 1, interval, "")
+        service = hostenroll.Service(noon - 1, now, noon - 1, 0, interval, "")
         assert hostenroll.host_status(host_at(), service, now)[0] == status
 
 
@@ -2693,7 +2695,7 @@ def test_an_organization_is_a_wall(teams: Registry, clock: Clock) -> None:
     """What is another's is refused as what does not exist is, word for word."""
     token, text = do(teams, clock, lambda now: teams.mint(ALICE, hostenroll.TokenOrder(), now))
     assert token.token.organization_id == "a-team"
-    arrival = hostenroll.Arrival(text, "web-1")
+    arrival = hostenroll.Applicant(text, "web-1")
     number = do(teams, clock, lambda now: teams.enroll(arrival, now)).host.id
     order = hostenroll.TokenOrder()
     on_host: List[Callable[[Principal, int, int], Any]] = [
@@ -2712,14 +2714,16 @@ def test_an_organization_is_a_wall(teams: Registry, clock: Clock) -> None:
             assert said[0] == said[1] == said[2]
     for by, organization in ((BOB, "a-team"), (BOB, "no-team"), (OPERATOR, "no-team")):
         elsewhere = hostenroll.TokenOrder(organization=organization)
-        with pytest.raises(hostenroll.InvalidBody) as refused:
+        kinds = (hostenroll.InvalidBody, hostenroll.InvalidQuery)
+        kinds = (hostenroll.NotFound,) * 2 if by is BOB else kinds
+        with pytest.raises(kinds[0]) as refused:
             do(teams, clock, lambda now, by=by, o=elsewhere: teams.mint(by, o, now))
-        assert refused.value.errors[0].field == "organizationId"
+        assert by is BOB or refused.value.errors[0].field == "organizationId"
         for listing, query in (
             (teams.hosts, hostenroll.HostQuery(organization=organization)),
             (teams.tokens, hostenroll.TokenQuery(organization=organization)),
         ):
-            with pytest.raises(hostenroll.InvalidQuery):
+            with pytest.raises(kinds[1]):
                 do(teams, clock, lambda now, by=by, li=listing, q=query: li(by, q, now))
     assert snapshot(teams) == before
     for by, count in ((ALICE, 1), (BOB, 0), (OPERATOR, 1)):
@@ -2741,13 +2745,13 @@ def test_an_api_key_is_good_until_it_is_revoked(teams: Registry, clock: Clock) -
         with pytest.raises(hostenroll.ApiKeyInvalid):
             do(teams, clock, lambda now, wrong=wrong: teams.identify(wrong), False)
     for _ in range(2):
-        do(teams, clock, lambda now: teams.revoke_api_key(number, now))
+        do(teams, clock, lambda now: teams.revoke_api_key(OPERATOR, number, now))
         with pytest.raises(hostenroll.ApiKeyInvalid):
             do(teams, clock, lambda now: teams.identify(text), False)
         clock.advance(1)
     assert do(teams, clock, lambda now: teams.api_keys())[0].revoked_at == int(NOON * 1000)
     with pytest.raises(hostenroll.NotFound):
-        do(teams, clock, lambda now: teams.revoke_api_key(number + 1, now))
+        do(teams, clock, lambda now: teams.revoke_api_key(OPERATOR, number + 1, now))
     with pytest.raises(hostenroll.InvalidBody):
         make_api_key(teams, clock, "no-team")
 
@@ -2779,7 +2783,7 @@ def fill(registry: Registry, count: int, token: int = 1, organization: str = "de
     connection.execute("BEGIN")
     connection.executemany(
         f"""INSERT INTO host VALUES (?, '{organization}', 'web', 'web.lan', 0, '', '', '',
-            '{{"a": "1"}}', 1, 0, NULL, {token}, 1, 0, NULL)""",
+            '{{"a": "1"}}', 1, 0, NULL, {token}, {token}, 0, 1, NULL)""",
         ((n << 8,) for n in range(1, count + 1)),
     )
     connection.executemany(
@@ -2874,7 +2878,7 @@ def test_no_act_looks_at_the_whole_fleet(registry: Registry, clock: Clock) -> No
     def count() -> None:
         steps[0] += 100
 
-    arrival = hostenroll.Arrival(text, "web-1", idempotency_key="k")
+    arrival = hostenroll.Applicant(text, "web-1", idempotency_key="k")
     acts: Dict[str, Tuple[int, Callable[[int], Any]]] = {
         "hosts": (
             200_000,
@@ -3008,14 +3012,14 @@ class Model:
             return "token-used", None
         if now >= token.expires:
             return "token-expired", None
+        if same:
+            return "token-used", None
         if token.hostname and token.hostname != name:
             return "token-host-mismatch", None
         host = self.hosts[token.host] if token.host else None
         if host and host.revoked:
             return "host-revoked", None
         token.uses += 1
-        for other in same:
-            other.key = ""
         if host:
             host.issued += 2
             host.token, host.key = token.id, key
@@ -3126,6 +3130,73 @@ def test_a_long_random_life_is_as_the_model_says(
         assert door.show_token(token.id).document["uses"] == token.uses, seed
 
 
+def test_what_only_reads_keeps_our_place_in_the_turnstile(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """Else whoever reads much waits for ever to write."""
+    order = hostenroll.TokenOrder()
+    mint = Act(lambda now: registry.mint(OPERATOR, order, now))
+    look_up = Act(lambda now: registry.organizations(), writes=False)
+    holder, other = (hostenroll.WriteLock(paths[0]) for _ in range(2))
+    assert holder.attempt()
+    assert registry.tick([mint], clock.ms) is None  # at the gate now
+    assert registry.tick([look_up], clock.ms) is not None
+    holder.release()
+    assert not other.attempt()
+    assert registry.tick([mint], clock.ms) is not None
+    holder.close()
+    other.close()
+
+
+def test_a_database_that_was_read_only_for_a_while_can_be_written_again(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """The locks have the mode of the database, but never one that locks us out."""
+    open_registry(*paths, clock.ms).close()
+    os.chmod(paths[0], 0o440)
+    with contextlib.suppress(hostenroll.OperatorError):
+        open_registry(*paths, clock.ms).close()
+    for end in (".gate", ".lock"):
+        assert stat.S_IMODE(os.stat(paths[0] + end).st_mode) == 0o640
+
+
+def test_a_foreign_writer_is_waited_for_and_hinders_no_opening(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    with contextlib.closing(sqlite3.connect(paths[0], isolation_level=None)) as foreign:
+        foreign.execute("BEGIN IMMEDIATE")
+        open_registry(*paths, clock.ms).close()  # opening writes nothing
+        assert registry.tick([Act(registry.keep_alive)], clock.ms) is None
+        foreign.execute("COMMIT")
+    do(registry, clock, registry.keep_alive)
+
+
+def test_a_crash_loop_is_nobodys_silence_either(registry: Registry, clock: Clock) -> None:
+    """A server that lives for seconds hears nobody: the pause before it still counts."""
+    start = lambda now: registry.start_service("http://here", now)  # noqa: E731
+    do(registry, clock, start)
+    number, credential = came_in(registry, clock)
+    for _ in range(20):
+        clock.advance(10)
+        do(registry, clock, registry.keep_alive)
+    beat(registry, clock, credential)
+    for pause in (3600, 15, 15, 15):
+        clock.advance(pause)
+        do(registry, clock, start)
+        assert status_of(registry, clock, number) == "online"
+        clock.advance(2)
+        do(registry, clock, registry.keep_alive)
+
+
+@pytest.mark.parametrize("interval, shortest, longest", [(1, 1, 1), (5, 5, 5), (100, 85, 115)])
+def test_the_interval_is_drawn_to_its_very_ends(
+    interval: int, shortest: int, longest: int, paths: Tuple[str, str], clock: Clock
+) -> None:
+    with opened(paths, clock, interval=interval) as registry:
+        drawn = {registry.next_heartbeat() for _ in range(2000)}
+    assert (min(drawn), max(drawn)) == (shortest, longest)
+
+
 # 7. Messages
 
 
@@ -3143,8 +3214,8 @@ def chunked(body: bytes) -> bytes:
 
 
 def headed(size: int) -> bytes:
-    """A head of so many bytes, and its empty line."""
-    bare = len(get(b"/", b"X: \r\n")) - 4
+    """A head of so many bytes, with its empty line."""
+    bare = len(get(b"/", b"X: \r\n"))
     return get(b"/", b"X: %b\r\n" % (b"a" * (size - bare)))
 
 
@@ -3205,6 +3276,11 @@ GOOD = {  # method, path, query, body of each request
     "chunks": (chunked(b"a\r\n0123456789\r\n009\r\n\r\n0\r\n\r\nab\r\n" + LAST),
                [("POST", "/x", "", b"0123456789\r\n0\r\n\r\nab")]),
     "a chunk's extension": (chunked(b'2;a=b;c="d;\xe9"\r\n{}\r\n0;x\r\n\r\n'), SENT),
+    "bad white space in it": (chunked(b'2 ; a = "b\\"" ;c\r\n{}\r\n' + LAST), SENT),
+    "a body in small chunks": (
+        chunked(b"10\r\n%b\r\n" % (b"x" * 16) * 4096 + LAST),
+        [("POST", "/x", "", b"x" * 65_536)],
+    ),
     "a size line of 256 bytes": (
         chunked(b"1;" + b"a" * 254 + b"\r\nx\r\n" + LAST), [("POST", "/x", "", b"x")]),
     "zeros as the last size": (chunked(b"00000000\r\n\r\n"), BARE),
@@ -3329,9 +3405,10 @@ MALFORMED = {
     **{
         f"a chunk's size {size!r}": chunked(size + b"\r\n{}\r\n" + LAST)
         for size in (
-            b"", b" 2", b"2 ", b"\t2", b"+2", b"-2", b"0x2", b"2h", b"g", b"2,2", b"0_2", b"2 ;x",
-            b"\xd9\xa2", b"2\0", b"000000002", b"100000002", b"ffffffffffffffff2", b"2;\0",
-            b"2;a\nb", b"2;a\rb", b"2\r", b"2\n", b"2;" + b"a" * 255,
+            b"", b" 2", b"2 ", b"\t2", b"+2", b"-2", b"0x2", b"2h", b"g", b"2,2", b"0_2", b"2;",
+            b"2;;", b"2;=b", b"2;a=", b'2;a="b', b"2;\xff", b"2; ", b"2 x", b"\xd9\xa2", b"2\0",
+            b"000000002", b"100000002", b"ffffffffffffffff2", b"2;\0", b"2;a\nb", b"2;a\rb",
+            b"2\r", b"2\n", b"2;" + b"a" * 255,
         )
     },
     "a size line that never ends": chunked(b"2;" + b"a" * 300),
@@ -3359,9 +3436,9 @@ OTHERWISE = {
         "a chunk of 64 KiB and 1": chunked(b"10001\r\n"),
         "a chunk of 4 GiB": chunked(b"ffffffff\r\n"),
         "64 KiB, and a chunk": chunked(b"10000\r\n" + b"x" * 65536 + b"\r\n1\r\n"),
-        "very many chunks": chunked(b"1\r\nx\r\n" * 4000 + LAST),
-        "very long extensions": chunked(b"1;%b\r\nx\r\n" % (b"e" * 250) * 100 + LAST),
-        "very long trailers": chunked(b"0\r\n" + b"X: %b\r\n" % (b"y" * 200) * 90 + b"\r\n"),
+        "very many chunks": chunked(b"1\r\nx\r\n" * 14_000 + LAST),
+        "very long extensions": chunked(b"1;%b\r\nx\r\n" % (b"e" * 250) * 300 + LAST),
+        "very long trailers": chunked(b"0\r\n" + b"X: %b\r\n" % (b"y" * 200) * 400 + b"\r\n"),
     },
     "head-too-large": {
         "very many trailers": chunked(b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n"),
@@ -3795,7 +3872,7 @@ def estate(api: ApiDoor) -> Estate:
         "revoked": make_api_key(registry, clock),
     }
     number = int(str(callers["revoked"]).split("_")[1], 16)
-    do(registry, clock, lambda now: registry.revoke_api_key(number, now))
+    do(registry, clock, lambda now: registry.revoke_api_key(OPERATOR, number, now))
     token = api.mint(maxUses=2, labels={"rack": "b4"}, description="the cellar")
     callers["token"] = str(token.document["token"])
     enrolled = api.enroll(token.document["token"])
@@ -4091,7 +4168,7 @@ NOT_OBJECTS = {
     "not UTF-8": b'{"token":"\xff","hostname":"a"}', "a BOM": b"\xef\xbb\xbf{}",
     "a member twice": b'{"hostname":"a","hostname":"b"}', "NaN": b'{"os":NaN}',
     "a lone surrogate": b'{"name":"\\ud800"}', "too deep": b'{"x":' + b"[" * 60_000,
-    "a number of a thousand digits": b'{"x":' + b"9" * 1000 + b"}", "form data": b"token=x",
+    "form data": b"token=x",
     "two bodies": b"{}{}", "a comment": b"{}//",
 }  # fmt: skip
 
@@ -4263,7 +4340,7 @@ def test_an_organization_sees_only_its_own(estate: Estate, clock: Clock) -> None
             order = body and {"organizationId": name}
             method = "POST" if body else "GET"
             said.append(estate.ask("stranger", method, target.format(name), order))
-        assert said[0].document == said[1].document and said[0].status == 400
+        assert said[0].document == said[1].document and said[0].status == 404
     there = estate.ask("stranger", "DELETE", f"/api/hosts/{estate.host}")
     assert there == estate.ask("stranger", "DELETE", f"/api/hosts/{NOWHERE}")
     assert estate.door.host(estate.host).document["status"] == "pending"
@@ -4896,6 +4973,139 @@ def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
     assert any("sync(" in line and line.endswith("= 0") for line in told[asked:answered])
 
 
+def test_a_peer_that_leaves_while_it_is_told_to_continue_ends_nobody_else(
+    live: SocketDoor,
+) -> None:
+    """The reset comes with the first answer; 100 Continue then goes to a socket that is closed."""
+    expecting = POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    for _ in range(30):
+        peer = live.connect()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.sendall(request_bytes("GET", "/healthz") + expecting)
+        peer.close()
+    assert live.call("GET", "/healthz").status == 200
+
+
+def test_answers_that_are_taken_slowly_keep_their_order(live: SocketDoor) -> None:
+    """One needs the database and one does not: neither may overtake, or cut into, the other."""
+    paths = ["/readyz", "/healthz", "/api/me", "/nothing"]
+    wanted = [paths[n * n % 4] for n in range(2000)]
+    codes = {"/readyz": 200, "/healthz": 200, "/api/me": 401, "/nothing": 404}
+    with live.connect() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sender = threading.Thread(
+            target=lambda: peer.sendall(b"".join(request_bytes("GET", path) for path in wanted))
+        )
+        sender.start()
+        with peer.makefile("rb", buffering=512) as stream:
+            for path in wanted:
+                reply = read_reply(stream)
+                assert reply is not None and reply.status == codes[path]
+        sender.join(10)
+
+
+def test_a_path_of_slashes_costs_no_more_than_another(live: SocketDoor) -> None:
+    begun = time.process_time()
+    for _ in range(20):
+        assert live.call("GET", "/" * 15_000).code == "not-found"
+    assert time.process_time() - begun < 1
+
+
+def test_a_flood_of_lists_does_not_hold_up_a_beat(paths: Any, clock: Clock) -> None:
+    """No tick looks at more than one page."""
+    with live_door(paths, clock) as door:
+        credential = door.enroll(door.token()).document["credential"]
+        listing = request_bytes("GET", "/api/hosts?q=nobody", bearer=door.api_key)
+        with contextlib.ExitStack() as stack:
+            peers = [stack.enter_context(door.connect()) for _ in range(60)]
+            beating = stack.enter_context(door.connect())
+            with write_lock(paths[0]):  # all of them arrive before any is answered
+                for peer in peers:
+                    peer.sendall(listing)
+                beating.sendall(request_bytes("POST", "/api/agent/heartbeat", bearer=credential))
+            with beating.makefile("rb") as stream:
+                reply = read_reply(stream)
+            assert reply is not None and reply.status == 200
+            for peer in peers:
+                with peer.makefile("rb") as stream:
+                    reply = read_reply(stream)
+                    assert reply is not None and reply.document["hosts"] == []
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
+    count: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 1024 * 1024)
+    with live_door(paths, clock) as door, contextlib.ExitStack() as stack:
+        registry = open_registry(*paths, clock.ms)
+        fill(registry, 1000)
+        registry.close()
+        request = request_bytes("GET", "/api/hosts?limit=1000", bearer=door.api_key)
+        peers = []
+        for _ in range(count):
+            peer = stack.enter_context(socket.socket())
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            peer.connect(("127.0.0.1", door.port))
+            peer.sendall(request * 12)
+            peers.append(peer)
+        until(lambda: door.call("GET", "/healthz").status == 200)
+        ended = 0
+        for peer in peers:
+            peer.settimeout(10)
+            with contextlib.suppress(OSError, AssertionError), peer.makefile("rb") as stream:
+                for _ in range(12):
+                    if read_reply(stream) is None:
+                        break
+                else:
+                    continue
+            ended += 1
+        assert (ended > 0) == (count > 1)
+
+
+def test_a_small_announcement_of_much_holds_little() -> None:
+    reader = RequestReader()
+    reader.next(POST + b"Transfer-Encoding: chunked\r\n\r\n10000\r\nabc")
+    assert reader.held == 3
+    assert reader.next(b"d" * 100) is None and reader.held == 103
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"HEAD /x HTTP/1.1\r\n\r\n", b"HEAD /x HTTP/1.1\r\nHost: h\r\nContent-Length: 70000\r\n\r\n"],
+    ids=["malformed", "too large"],
+)
+def test_a_refused_head_has_no_content_either(request_line: bytes, live: SocketDoor) -> None:
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        peer.sendall(request_line)
+        reply = read_reply(stream, head_only=True)
+        assert reply is not None and reply.status in (400, 413)
+        assert stream.read() == b""
+
+
+def test_an_empty_line_behind_a_request_is_not_the_start_of_another(
+    paths: Any, clock: Clock
+) -> None:
+    with live_door(paths, clock, deadlines=(0.2, 0.2, 0.8, 10)) as door:
+        with door.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(request_bytes("GET", "/healthz") + b"\r\n")
+            assert read_reply(stream)
+            assert stream.read() == b""  # idle for too long: closed without a word
+
+
+def test_who_waits_for_another_process_when_the_server_stops_is_told(tmp_path: Path) -> None:
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    with ServerProcess(tmp_path) as server, write_lock(tmp_path / "hostenroll.db"):
+        with SocketDoor(server.port, "").connect() as peer, peer.makefile("rb") as stream:
+            body = {"token": token, "hostname": "web-1"}
+            peer.sendall(request_bytes("POST", "/api/agent/enroll", body))
+            until(lambda: curl(f"{server.url}/healthz").status == 200)
+            server.process.terminate()
+            reply = read_reply(stream)
+            assert reply is not None and reply.code == "storage-unavailable"
+            assert server._wait() == 0
+
+
 # 11. Command line
 
 
@@ -4949,7 +5159,9 @@ def test_the_line_that_mint_token_says_enrolls_when_a_shell_runs_it(tmp_path: Pa
         done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30)
         assert json.loads(done.stdout)["name"] == os.uname().nodename
         assert done.returncode == 0
-    assert json.loads(cli(tmp_path, "list-hosts", "--json").stdout)[0]["status"] == "pending"
+    assert (
+        json.loads(cli(tmp_path, "list-hosts", "--json").stdout)["hosts"][0]["status"] == "pending"
+    )
 
 
 def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
@@ -4965,17 +5177,21 @@ def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
     registry.close()
     token = json.loads(operator("show-token", number, "--json").out)
     assert set(token) == TOKEN and token["hosts"] == [host]
-    assert json.loads(operator("list-tokens", "--json").out) == [token]
+    assert json.loads(operator("list-tokens", "--json").out) == {
+        "tokens": [token],
+        "nextCursor": None,
+    }
     shown = json.loads(operator("show-host", host, "--json").out)
     assert set(shown) == HOST
-    assert json.loads(operator("list-hosts", "--json").out) == [shown]
+    assert json.loads(operator("list-hosts", "--json").out)["hosts"] == [shown]
     edited = json.loads(operator("edit-host", host, "--name", "K\u00fcche", "--json").out)
     assert edited == {**shown, "name": "K\u00fcche"}
     again = json.loads(operator("reenroll-host", host, "--json").out)
     assert set(again) == TOKEN | {"token"} and again["hostId"] == host
-    assert {org["id"] for org in json.loads(operator("list-orgs", "--json").out)} == {"default"}
+    listed = json.loads(operator("list-orgs", "--json").out)["organizations"]
+    assert {organization["id"] for organization in listed} == {"default"}
     key = json.loads(operator("mint-api-key", "--json", "--role", "viewer").out)
-    listed = json.loads(operator("list-api-keys", "--json").out)
+    listed = json.loads(operator("list-api-keys", "--json").out)["apiKeys"]
     assert [{**one, "apiKey": key["apiKey"]} for one in listed if one["role"] == "viewer"] == [key]
     for text in (minted["token"], key["apiKey"]):
         for command in ("list-tokens", "list-api-keys", "list-hosts"):
@@ -5010,11 +5226,11 @@ def test_the_life_of_a_host_on_the_command_line(operator: Operator) -> None:
         (("--label", "a=b"), 1), (("--label", "a=x"), 0), (("--q", "WEB"), 1), (("--q", "xx"), 0),
         (("--status", "online"), 0), (("--org", "default"), 1),
     ):  # fmt: skip
-        assert len(json.loads(operator("list-hosts", "--json", *arguments).out)) == count
+        assert len(json.loads(operator("list-hosts", "--json", *arguments).out)["hosts"]) == count
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
     number = token.split("_")[1]
     assert [operator("revoke-token", number).status for _ in range(2)] == [0, 0]
-    assert json.loads(operator("list-tokens", "--state", "valid", "--json").out) == []
+    assert json.loads(operator("list-tokens", "--state", "valid", "--json").out)["tokens"] == []
 
 
 DURATIONS: Dict[str, Optional[int]] = {
@@ -5229,7 +5445,7 @@ def test_first_commands_that_race_make_one_database(tmp_path: Path) -> None:
     minted = many(6, lambda n: cli(tmp_path, "mint-token"))
     assert [done.returncode for done in minted] == [0] * 6
     assert len({done.stdout for done in minted}) == 6
-    assert len(json.loads(cli(tmp_path, "list-tokens", "--json").stdout)) == 6
+    assert len(json.loads(cli(tmp_path, "list-tokens", "--json").stdout)["tokens"]) == 6
     assert stat.S_IMODE((tmp_path / "hostenroll.key").stat().st_mode) == 0o600
 
 
@@ -5312,3 +5528,55 @@ def test_a_command_that_waits_too_long_fails_in_one_line(tmp_path: Path) -> None
         done = cli(tmp_path, "mint-token")
         assert time.monotonic() - begun < 8
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_serve_runs_nothing_from_the_folder_it_is_started_in(tmp_path: Path) -> None:
+    """Modules of the standard library's names may lie in a folder that others can write to."""
+    for name in ("secrets", "runpy", "hmac"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not me')\n")
+    with ServerProcess(tmp_path) as server:
+        assert curl(f"{server.url}/healthz").status == 200
+        assert server.terminate() == 0
+
+
+def test_the_module_can_be_run_by_its_name(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hostenroll", "serve", "--port", "0"]
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        command, cwd=str(tmp_path), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stderr is not None
+    with started.stderr:
+        assert "listens on" in started.stderr.readline()
+        started.terminate()
+        assert started.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("mint-token", "--hostname", ""),
+        ("mint-token", "--org", ""),
+        ("mint-token", "--max-uses", "0"),
+        ("mint-api-key", "--org", "default", "--all-orgs"),
+        ("list-hosts", "--org", "\udcff"),
+        ("list-hosts", "--label", "rack"),
+        ("list-tokens", "--org", "nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_or_contradictory_option_is_refused_and_mints_nothing(
+    arguments: Tuple[str, ...], operator: Operator
+) -> None:
+    done = operator(*arguments)
+    assert (done.status, done.out) == (3, "")
+    assert done.err.startswith("hostenroll: refused (") and done.err.count("\n") == 1
+    assert "internal" not in done.err
+    assert json.loads(operator("list-tokens", "--json").out)["tokens"] == []
+
+
+def test_a_secret_that_nobody_could_read_is_not_minted(tmp_path: Path) -> None:
+    command = f"{sys.executable} {MODULE} mint-token >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=str(tmp_path), stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"stdout is closed" in done.stderr
+    assert json.loads(cli(tmp_path, "list-tokens", "--json").stdout)["tokens"] == []
