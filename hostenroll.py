@@ -101,6 +101,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    cast,
 )
 from urllib.parse import parse_qsl, quote
 
@@ -1927,17 +1928,21 @@ class Registry:
         If the transaction dies, so does every answer, also those of reads: they may have seen
         rows that are gone now.
         """
-        beats = [claims for claims in work if isinstance(claims, Claims)]
         acts = [act for act in work if isinstance(act, Act)]
+        beats = (
+            [it for it in work if isinstance(it, Claims)] if acts else cast(Sequence[Claims], work)
+        )
         writes = bool(beats) or any(act.writes for act in acts)
         durable = any(act.writes and act.durable for act in acts)
         try:
             if not self._store.begin(writes, durable):
                 return None
-            beaten = iter(self._beat_all(beats, now) if beats else ())
-            outcomes = [
-                self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work
-            ]
+            outcomes = self._beat_all(beats, now) if beats else []
+            if acts:
+                beaten = iter(outcomes)
+                outcomes = [
+                    self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work
+                ]
             self._store.commit()
         except StoreError as error:
             self._store.abandon()
@@ -2593,14 +2598,15 @@ class Head(NamedTuple):
 
 
 class Request:
-    """One whole request."""
+    """One whole request, and the address that it came from."""
 
-    __slots__ = ("authorization", "body", "head")
+    __slots__ = ("address", "authorization", "body", "head")
 
-    def __init__(self, head: Head, authorization: Optional[str], body: bytes) -> None:
+    def __init__(self, head: Head, authorization: Optional[str], body: bytes, address: str) -> None:
         self.head = head
         self.authorization = authorization
         self.body = body
+        self.address = address
 
 
 def _read_fields(lines: Sequence[bytes]) -> Dict[str, List[bytes]]:
@@ -2792,9 +2798,10 @@ class RequestReader:
     """The requests in a stream of bytes, one by one. After a Problem there are no more: where
     the next would start is not known."""
 
-    __slots__ = ("_authorization", "_chunked", "_head", "buffer")
+    __slots__ = ("_address", "_authorization", "_chunked", "_head", "buffer")
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "") -> None:
+        self._address = address
         self.buffer = b""
         self._head: Optional[Head] = None
         self._authorization: Optional[str] = None
@@ -2820,7 +2827,7 @@ class RequestReader:
             self._head, self.buffer = head, buffer
             return None
         self._head, self.buffer = None, buffer[length:]
-        return Request(head, self._authorization, buffer[:length])
+        return Request(head, self._authorization, buffer[:length], self._address)
 
     def _next_chunked(self, head: Head, buffer: bytes) -> Optional[Request]:
         self._head = head
@@ -2830,7 +2837,7 @@ class RequestReader:
         if not ended:
             return None
         body, self._head, self._chunked = self._chunked.body, None, None
-        return Request(head, self._authorization, body)
+        return Request(head, self._authorization, body, self._address)
 
     @staticmethod
     def _judge_unfinished(buffer: bytes) -> None:
@@ -3160,23 +3167,14 @@ def _get_me(registry: Registry, call: Call) -> Response:
     return json_response(200, {"id": by.id, "role": by.role, "organizationId": by.organization})
 
 
-class Admission(NamedTuple):
-    """A request on its way in."""
-
-    request: Request
-    route: Route
-    id: str  # as the path spells it
-    address: str
-    now: int
-
-
 Pending = Work  # a request that waits for the tick
 Admitted = Union[Response, Pending]
 
 
-def _admit_user(registry: Registry, admission: Admission) -> Admitted:
+def _admit_user(
+    registry: Registry, request: Request, route: Route, identifier: str, now: int
+) -> Admitted:
     """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
-    route, request = admission.route, admission.request
     api_key = request.authorization
     if not api_key:
         raise ApiKeyMissing()
@@ -3188,16 +3186,16 @@ def _admit_user(registry: Registry, admission: Admission) -> Admitted:
         values = route.query.read(read_query(request.head.query))
         if route.body is not None:
             values = route.body.check(read_json(request.body or b"{}"))
-        return route.handle(registry, Call(by, read_id(admission.id), values, now))
+        return route.handle(registry, Call(by, read_id(identifier), values, now))
 
     return Act(run, writes=route.method != "GET")
 
 
-def _admit_enrollment(registry: Registry, admission: Admission) -> Admitted:
-    key = admission.request.head.idempotency_key
+def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admitted:
+    key = request.head.idempotency_key
     if key is not None and not re.fullmatch("[\x21-\x7e]{1,128}", key):
         raise MalformedRequest("Idempotency-Key must be 1 to 128 visible ASCII characters.")
-    facts = ENROLL_BODY.check(read_json(admission.request.body))
+    facts = ENROLL_BODY.check(read_json(request.body))
     applicant = Applicant(
         token=facts["token"],
         hostname=facts["hostname"],
@@ -3206,7 +3204,7 @@ def _admit_enrollment(registry: Registry, admission: Admission) -> Admitted:
         architecture=facts.get("architecture", ""),
         docker_version=facts.get("dockerVersion", ""),
         idempotency_key=key,
-        address=admission.address,
+        address=request.address,
     )
     return Act(lambda now: _enrollment_response(registry, registry.enroll(applicant, now)))
 
@@ -3228,10 +3226,11 @@ def _grant_document(grant: Grant) -> Document:
     return {"credential": grant.credential, "credentialExpiresAt": expires_at}
 
 
-def _admit_heartbeat(registry: Registry, admission: Admission) -> Admitted:
+def _admit_heartbeat(
+    registry: Registry, request: Request, route: Route, identifier: str, now: int
+) -> Admitted:
     """A plain heartbeat, with nothing to tell and nothing to renew, goes with the others of its
     tick in one statement; any other is an act."""
-    request, now = admission.request, admission.now
     if not request.authorization:
         raise CredentialMissing()
     claims = registry.authenticate(request.authorization, now)
@@ -3274,11 +3273,11 @@ def _beaten_response(registry: Registry, host: int, beaten: Beaten) -> Response:
     return json_response(200, document)
 
 
-def _admit_health(registry: Registry, admission: Admission) -> Admitted:
+def _admit_health(*_: object) -> Admitted:
     return json_response(200, {"status": "ok"})
 
 
-def _admit_readiness(registry: Registry, admission: Admission) -> Admitted:
+def _admit_readiness(registry: Registry, *_: object) -> Admitted:
     """Ready is who can write: so it writes."""
 
     def run(now: int) -> Response:
@@ -3299,7 +3298,7 @@ class Route(NamedTuple):
     path: str
     caller: str  # open, token, credential, viewer (any API key), or admin
     summary: str
-    admit: Callable[[Registry, Admission], Admitted] = _admit_user
+    admit: Callable[[Registry, Request, Route, str, int], Admitted] = _admit_user
     handle: Callable[[Registry, Call], Response] = _unhandled
     body: Optional[Shape] = None
     query: Shape = NOTHING
@@ -3430,15 +3429,14 @@ class Api:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def admit(self, request: Request, address: str, now: int) -> Admitted:
+    def admit(self, request: Request, now: int) -> Admitted:
         """What a request asks for, judged without the database."""
         head = request.head
         try:
             if head.method == "OPTIONS":
                 return _answer_options(head.path)
             route, identifier = find_route(head.method, head.path)
-            admission = Admission(request, route, identifier, address, now)
-            return route.admit(self._registry, admission)
+            return route.admit(self._registry, request, route, identifier, now)
         except Problem as problem:
             return refusal(problem)
 
@@ -3535,7 +3533,6 @@ class Connection:
     """A peer: its socket, what has come of its next request, what it has not yet taken."""
 
     __slots__ = (
-        "address",
         "closing",
         "held",
         "interest",
@@ -3549,8 +3546,7 @@ class Connection:
 
     def __init__(self, peer: socket.socket, address: str) -> None:
         self.socket = peer
-        self.address = address
-        self.reader = RequestReader()
+        self.reader = RequestReader(address)
         self.output: Union[bytes, memoryview] = b""
         self.phase: Optional[Phase] = None  # None: the peer is not waited for
         self.interest = 0  # the events that the selector watches for
@@ -3795,7 +3791,7 @@ class Server(HTTPServer):
     def _admit(self, connection: Connection, request: Request) -> None:
         head = request.head
         try:
-            admitted = self._api.admit(request, connection.address, self._now)
+            admitted = self._api.admit(request, self._now)
         except Exception:
             log.exception("a request could not be admitted")
             admitted = refusal(Internal())
@@ -4219,16 +4215,24 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
+def _command_line() -> List[str]:
+    """How this interpreter was started. Before Python 3.10 only Linux tells."""
+    if sys.version_info >= (3, 10):
+        return sys.orig_argv
+    with suppress(OSError), open("/proc/self/cmdline", "rb") as file:
+        return [os.fsdecode(argument) for argument in file.read().split(b"\0")[:-1]]
+    return []
+
+
 def _shed_syntax_tree() -> None:
     """Start over, as this process, with this file run by runpy. Python keeps the syntax tree of
     its main script for as long as that runs, a quarter of an idle server's memory; what runpy
-    compiles, it lets go of. Before Python 3.10 nobody knows the interpreter's own options: there
-    it stays."""
+    compiles, it lets go of."""
     again = (
         "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not from the cwd
         "import runpy; sys.exit(runpy.run_path(sys.argv[0])['main']())"
     )
-    started = getattr(sys, "orig_argv", [])
+    started = _command_line()
     options = started[1 : len(started) - len(sys.argv)]
     is_script = len(started) > len(sys.argv) and "-m" not in options
     if sys.executable and is_script and sys.argv[1:2] == ["serve"]:

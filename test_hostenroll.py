@@ -308,9 +308,10 @@ class ApiDoor(Door):
         bearer: Optional[str] = None,
         headers: Sequence[Tuple[str, str]] = (),
     ) -> Reply:
-        request = RequestReader().next(request_bytes(method, path, body, bearer, headers))
+        reader = RequestReader("192.0.2.7")
+        request = reader.next(request_bytes(method, path, body, bearer, headers))
         assert request is not None
-        admitted = self.api.admit(request, "192.0.2.7", self.clock.ms)
+        admitted = self.api.admit(request, self.clock.ms)
         if isinstance(admitted, hostenroll.Response):
             return self._reply(admitted)
         responses = self.api.run([admitted], self.clock.ms)
@@ -2173,6 +2174,20 @@ def test_a_first_start_may_be_a_race(tmp_path: Path) -> None:
     key_file = hostenroll.load_keyring(str(tmp_path / "hostenroll.key"))
     assert sql(database, "SELECT kid FROM signing_key") == [(key.kid,) for key in key_file.keys]
     assert not (tmp_path / "hostenroll.key.new").exists()
+
+
+@pytest.mark.parametrize("why", ["used", "revoked", "expired"])
+def test_a_use_that_may_not_be_taken_is_not(why: str, registry: Registry, clock: Clock) -> None:
+    """The statement itself is the guard, whatever was looked at before."""
+    number = int(token_of(registry, clock)[4:20], 16)
+    store = registry._store
+    if why == "used":
+        assert do(registry, clock, lambda now: store.use_token(number, now, ""))
+    elif why == "revoked":
+        do(registry, clock, lambda now: store.revoke_token(number, now))
+    else:
+        clock.advance(hostenroll.TOKEN_TTL)
+    assert do(registry, clock, lambda now: store.use_token(number, now, "")) is False
 
 
 # 6. Registry
