@@ -65,12 +65,14 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
 import resource
 import secrets
 import selectors
+import shlex
 import signal
 import socket
 import sqlite3
@@ -138,7 +140,6 @@ ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
 
 # Lists. No act looks at more rows than this, so that no tick is long.
 PAGE_DEFAULT = 100
-ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 2000
 
@@ -148,6 +149,7 @@ FIELDS_MAXIMUM = 100
 BODY_MAXIMUM = 64 * 1024
 CHUNK_LINE_MAXIMUM = 256
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
+ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
@@ -164,7 +166,7 @@ IDLE_DEADLINE = 75
 ANSWER_DEADLINE = 30
 LINGER_DEADLINE = 2
 RECEIVE_SIZE = 16 * 1024
-HELD_MAXIMUM = 32 * 1024 * 1024  # of all unfinished requests and untaken answers together
+HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
 ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
 ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
 SHUTDOWN_DEADLINE = 4
@@ -297,17 +299,22 @@ class Internal(Problem):
     """A defect of ours; the log has the traceback, the peer never does."""
 
 
-class MalformedRequest(Problem):
+class Unframed(Problem):
+    """A refusal after which nobody knows where the next message starts."""
+
+    closes = True
+
+
+class MalformedRequest(Unframed):
     """Bytes that cannot be framed, or read, as HTTP/1.1: RFC 9112 sections 2.2, 5 and 6.3."""
 
     status = 400
     code = "malformed-request"
     title = "The message is not HTTP/1.1 as we read it"
     remedy = "Send a well-formed HTTP/1.1 request."
-    closes = True
 
 
-class RequestTimeout(MalformedRequest):
+class RequestTimeout(Unframed):
     """A head or a body that came too slowly: RFC 9110 section 15.5.9."""
 
     status = 408
@@ -316,7 +323,7 @@ class RequestTimeout(MalformedRequest):
     remedy = "Send the whole request without a pause."
 
 
-class BodyTooLarge(MalformedRequest):
+class BodyTooLarge(Unframed):
     """More content than we read: RFC 9110 section 15.5.14."""
 
     status = 413
@@ -325,7 +332,7 @@ class BodyTooLarge(MalformedRequest):
     remedy = f"Send a body of at most {BODY_MAXIMUM} bytes."
 
 
-class HeadTooLarge(MalformedRequest):
+class HeadTooLarge(Unframed):
     """More fields, or longer ones, than we read: RFC 6585 section 5."""
 
     status = 431
@@ -334,7 +341,7 @@ class HeadTooLarge(MalformedRequest):
     remedy = f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head."
 
 
-class UnknownTransferCoding(MalformedRequest):
+class UnknownTransferCoding(Unframed):
     """Any transfer coding but chunked: RFC 9112 section 6.1."""
 
     status = 501
@@ -343,7 +350,7 @@ class UnknownTransferCoding(MalformedRequest):
     remedy = "Send a method of the API, and a body plain or chunked."
 
 
-class HttpVersion(MalformedRequest):
+class HttpVersion(Unframed):
     """A major version other than 1: RFC 9110 section 15.6.6."""
 
     status = 505
@@ -352,7 +359,7 @@ class HttpVersion(MalformedRequest):
     remedy = "Speak HTTP/1.1."
 
 
-class ExpectationFailed(MalformedRequest):
+class ExpectationFailed(Unframed):
     """An expectation other than 100-continue: RFC 9110 section 10.1.1."""
 
     status = 417
@@ -539,14 +546,13 @@ class HostUnknown(Problem):
     remedy = "Enroll anew with a new token; until then ask again hourly."
 
 
-class Overloaded(Problem):
+class Overloaded(Unframed):
     """All unfinished requests together hold too much memory."""
 
     status = 503
     code = "overloaded"
     title = "The server has too much in hand"
     remedy = "Try again after the time that Retry-After names."
-    closes = True
 
 
 class StorageUnavailable(Problem):
@@ -621,13 +627,14 @@ class Text(Kind):
 class Whole(Kind):
     """An integer within bounds, both included."""
 
-    def __init__(self, bounds: Tuple[int, int]) -> None:
+    def __init__(self, bounds: Tuple[int, int], unit: str = "") -> None:
         self._minimum, self._maximum = bounds
+        self._bounds = f" from {self._minimum} to {self._maximum}{unit and ' '}{unit}"
 
     def check(self, value: Any) -> int:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or not self._minimum <= value <= self._maximum:
-            raise ValueError(f"must be an integer from {self._minimum} to {self._maximum}")
+            raise ValueError(f"must be an integer{self._bounds}")
         return int(value)
 
     def read(self, text: str) -> int:
@@ -814,17 +821,17 @@ def read_json(body: bytes) -> Any:
 # shown once and kept as SHA-256: what is random needs no slow hash. Credentials are compact JWS
 # (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518, section 3.2).
 
-ID_EPOCH = 1_577_836_800  # 2020-01-01, in Unix seconds: ids begin with the time since
+ID_EPOCH_MS = 1_577_836_800_000  # 2020-01-01: ids begin with the time since
 
 
 def new_id(now: int) -> int:
-    """A fresh id for time now, in Unix ms: 31 bits of seconds, then 32 random ones.
+    """A fresh id for time now, in Unix ms: 41 bits of milliseconds, then 22 random ones.
 
-    Ids in the order of time keep new rows together at the end of a table's b-tree, and the time
-    in them keeps the id of a deleted row from ever coming back.
+    Ids in the order of time list themselves, keep new rows together at the end of a table's
+    b-tree, and keep the id of a deleted row from ever coming back. Two of one millisecond may
+    be the same: who adds a row with one looks whether it is taken.
     """
-    seconds = max(0, now // SECOND_MS - ID_EPOCH) & 0x7FFFFFFF
-    return seconds << 32 | secrets.randbits(32)
+    return max(0, now - ID_EPOCH_MS) % (1 << 41) << 22 | secrets.randbits(22)
 
 
 class Secret(NamedTuple):
@@ -1103,7 +1110,7 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it first came in by; may be pruned
+    token_id         INTEGER NOT NULL,  -- the token that it first came in by
     admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
@@ -1135,8 +1142,7 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before the hosts could not be heard
-    paused          INTEGER NOT NULL,  -- for how long they could not, in milliseconds
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL   -- where agents find the server
 );
@@ -1215,7 +1221,6 @@ class Service(NamedTuple):
     started: int
     alive: int
     previous_alive: int
-    paused: int
     interval: int
     public_url: str
 
@@ -1243,17 +1248,20 @@ class StoreBusy(StoreError):
     """Another writer has had the database for too long."""
 
 
-def _insert(table: str, row: NamedTuple) -> str:
-    marks = ", ".join("?" * len(row))
-    return f"INSERT INTO {table} ({', '.join(row._fields)}) VALUES ({marks})"
+def _insert(table: str, columns: Sequence[str]) -> str:
+    """Insert a row, unless its id, which is given once more at the end, is taken."""
+    marks = ", ".join("?" * len(columns))
+    taken = f"SELECT 1 FROM {table} WHERE id = ?"
+    return f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} WHERE NOT EXISTS ({taken})"
 
 
 class WriteLock:
     """The one writer between processes: a turnstile of two flocks beside the database.
 
     A waiter takes the gate, then waits for the lock with the gate in its hand, so that nobody
-    overtakes it; with the lock alone a busy server starves everyone else. The files are never
-    unlinked: a lock on an unlinked file excludes nobody.
+    overtakes it; with the lock alone a busy server starves everyone else. Whoever does not go on
+    asking leaves the gate. The files are never unlinked: a lock on an unlinked file excludes
+    nobody.
 
     Checkpoints take it too. SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when a checkpoint
     meets another connection's write, and the boxes that we run on keep their old SQLite.
@@ -1335,6 +1343,9 @@ class Store:
         self.path = os.path.realpath(path)  # a link must lead to the same lock
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise StoreError(f"{self.path} is not a file")
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder} for the database")
         try:
             self.lock = WriteLock(self.path)
         except OSError as error:
@@ -1385,7 +1396,8 @@ class Store:
                 f"it was made by a newer hostenroll (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): use that one"
             )
-        self._run("PRAGMA journal_mode = WAL")
+        if self._value("PRAGMA journal_mode = WAL") != "wal":
+            raise StoreError("its file system cannot do write-ahead logging")
         self._run("PRAGMA wal_autocheckpoint = 0")
         self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
         self._run("PRAGMA foreign_keys = ON")
@@ -1426,7 +1438,7 @@ class Store:
 
     def close(self) -> None:
         """Close under the lock: the last connection to close checkpoints. Whoever keeps the lock
-        from us has the database open, so ours is not the last."""
+        from us for so long is at work in the database, so ours is not the last."""
         if self._connection is not None:
             with suppress(StoreBusy):
                 self.lock.wait(CLOSE_PATIENCE)
@@ -1490,6 +1502,12 @@ class Store:
             log.error("cannot roll back: %s", error)
         finally:
             self.lock.release()
+            self.lock.leave_gate()
+
+    def start_over(self) -> None:
+        """Undo all of a transaction that writes, and go on in a new one."""
+        self._run("ROLLBACK")
+        self._run("BEGIN IMMEDIATE")
 
     def savepoint(self) -> None:
         """Mark the place that rollback_to() returns to."""
@@ -1512,7 +1530,10 @@ class Store:
         is about a page written, so the rows are counted.
         """
         changes = self._db.total_changes
-        if changes - self._checkpointed_at < CHECKPOINT_AFTER or not self.lock.attempt():
+        if changes - self._checkpointed_at < CHECKPOINT_AFTER:
+            return
+        if not self.lock.attempt():
+            self.lock.leave_gate()
             return
         try:
             self._run("PRAGMA wal_checkpoint(PASSIVE)")
@@ -1575,17 +1596,18 @@ class Store:
         """Whether there is one of that name."""
         return self._value("SELECT 1 FROM organization WHERE id = ?", name) is not None
 
-    def add_api_key(self, key: ApiKey) -> None:
-        """Add a row."""
-        self._run(_insert("api_key", key), *key)
+    def add_api_key(self, key: ApiKey) -> bool:
+        """False when there is one of that id."""
+        return self._changed(_insert("api_key", ApiKey._fields), *key, key.id) == 1
 
     def api_key(self, number: int) -> Optional[ApiKey]:
         """One row, by id."""
         return self._one(ApiKey._make, f"SELECT {_API_KEY} FROM api_key WHERE id = ?", number)
 
     def api_keys(self) -> List[ApiKey]:
-        """All, in the order of their making."""
-        return [ApiKey(*row) for row in self._rows(f"SELECT {_API_KEY} FROM api_key ORDER BY id")]
+        """All, the newest first."""
+        rows = self._rows(f"SELECT {_API_KEY} FROM api_key ORDER BY id DESC")
+        return [ApiKey(*row) for row in rows]
 
     def revoke_api_key(self, number: int, now: int) -> bool:
         """False when there is none, or it is revoked already."""
@@ -1602,8 +1624,9 @@ class Store:
 
     def put_service(self, service: Service) -> None:
         """Write the row anew."""
+        marks = ", ".join("?" * len(service))
         self._run("DELETE FROM service")
-        self._run(_insert("service", service), *service)
+        self._run(f"INSERT INTO service ({_SERVICE}) VALUES ({marks})", *service)
 
     def keep_alive(self, now: int) -> None:
         """Say that a server lives."""
@@ -1611,9 +1634,9 @@ class Store:
 
     # Tokens.
 
-    def add_token(self, token: Token) -> None:
-        """Add a row."""
-        self._run(_insert("token", token), *token)
+    def add_token(self, token: Token) -> bool:
+        """False when there is one of that id."""
+        return self._changed(_insert("token", Token._fields), *token, token.id) == 1
 
     def token(self, number: int) -> Optional[Token]:
         """One row, by id."""
@@ -1645,10 +1668,7 @@ class Store:
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
         columns = Host._fields[: Host._fields.index("last_seen")]
-        marks = ", ".join("?" * len(columns))
-        statement = f"INSERT INTO host ({', '.join(columns)}) SELECT {marks} WHERE NOT EXISTS "
-        statement += "(SELECT 1 FROM host WHERE id = ?)"
-        if self._changed(statement, *host[: len(columns)], host.id) == 0:
+        if self._changed(_insert("host", columns), *host[: len(columns)], host.id) == 0:
             return False
         statement = "INSERT INTO heartbeat VALUES (?, ?, ?, ?, ?)"
         self._run(statement, host.id, host.last_seen, host.serial, host.key_number, host.active)
@@ -1740,7 +1760,7 @@ class Principal(NamedTuple):
 class Act(NamedTuple):
     """Something to do in a tick. Of one that may write, a refusal leaves nothing behind."""
 
-    run: Callable[[int], Any]  # given the tick's time, in Unix ms
+    run: Callable[[int], Any]  # given the tick's time in Unix ms; its result is what it comes to
     writes: bool = True
     durable: bool = True
 
@@ -1813,7 +1833,7 @@ class Page(NamedTuple):
     """A part of a list. It may be empty and not the last: only next None ends a list."""
 
     items: List[Any]
-    next: Optional[int]
+    next: Optional[int]  # the id to go on below
 
 
 class HostQuery(NamedTuple):
@@ -1860,15 +1880,21 @@ def token_state(token: Token, now: int) -> str:
     return "valid" if now < token.expires_at else "expired"
 
 
+def is_served(service: Optional[Service], now: int) -> bool:
+    """Whether a server lives."""
+    return service is not None and now - service.alive <= ALIVE_GRACE * SECOND_MS
+
+
 def silence_ms(host: Host, service: Optional[Service], now: int) -> int:
     """How long a host has been silent while there was a server to hear it."""
     if service is None:
         return max(0, now - host.last_seen)
-    if now - service.alive > ALIVE_GRACE * SECOND_MS:
-        now = service.alive
-    silence = now - host.last_seen
+    until = now if is_served(service, now) else service.alive
+    silence = until - host.last_seen
     if host.last_seen <= service.previous_alive:
-        silence -= service.paused
+        silence -= service.started - service.previous_alive
+    elif host.last_seen < service.started:  # heard in a life too brief to end the pause
+        silence = until - service.started
     return max(0, silence)
 
 
@@ -1886,10 +1912,15 @@ def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, 
     interval = service.interval if service else HEARTBEAT_INTERVAL
     silence = silence_ms(host, service, now)
     allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+    is_stopped = service is not None and not is_served(service, now)
+    until = "before the server stopped" if is_stopped else "ago"
+    seen = f"last seen {span(silence / SECOND_MS)} {until}"
+    if host.last_seen > now:
+        return "online", f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
     if silence <= allowed_silence_ms(interval):
-        return "online", f"last seen {span(silence / SECOND_MS)} ago, within {allowed}"
+        return "online", f"{seen}, within {allowed}"
     status = "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
-    return status, f"last seen {span(silence / SECOND_MS)} ago, more than {allowed}"
+    return status, f"{seen}, more than {allowed}"
 
 
 def is_same_hostname(one: str, other: str) -> bool:
@@ -2008,21 +2039,20 @@ class Registry:
     # Service.
 
     def start_service(self, url: str, now: int) -> None:
-        """A server starts. If none has lived of late, what lies between is nobody's silence; and
-        if the last one lived too briefly to hear the hosts, neither is the pause before it."""
+        """A server starts. If none has lived of late, the pause is nobody's silence; it goes on
+        through lives that are too brief to hear the hosts, as in a crash loop."""
         old = self._store.service()
         if old is None:
-            self._store.put_service(Service(now, now, now, 0, self.interval, url))
+            self._store.put_service(Service(now, now, now, self.interval, url))
         elif now - old.alive <= ALIVE_EVERY * SECOND_MS:
             alive = max(now, old.alive)
             self._store.put_service(
                 old._replace(alive=alive, interval=self.interval, public_url=url)
             )
         else:
-            before, paused = old.alive, now - old.alive
-            if old.alive - old.started <= allowed_silence_ms(old.interval):
-                before, paused = old.previous_alive, old.paused + paused
-            self._store.put_service(Service(now, now, before, paused, self.interval, url))
+            is_brief = old.alive - old.started <= allowed_silence_ms(old.interval)
+            before = old.previous_alive if is_brief else old.alive
+            self._store.put_service(Service(now, now, before, self.interval, url))
 
     def keep_alive(self, now: int) -> None:
         """A server lives, and can write."""
@@ -2056,7 +2086,8 @@ class Registry:
         key = ApiKey(
             secret.id, secret.digest(), organization, role, description, now, by.name, None
         )
-        self._store.add_api_key(key)
+        if not self._store.add_api_key(key):
+            return self.mint_api_key(by, organization, role, description, now)
         return key, secret.text
 
     def api_keys(self) -> List[ApiKey]:
@@ -2136,7 +2167,8 @@ class Registry:
             used_from=None,
             revoked_at=None,
         )
-        self._store.add_token(token)
+        if not self._store.add_token(token):
+            return self._mint(by, order, organization, host, now)
         return TokenView(token, "valid", []), secret.text
 
     def token(self, by: Principal, number: int, now: int) -> TokenView:
@@ -2352,6 +2384,7 @@ class Registry:
         rows = [self._beat_row(claims, now) for claims in beats]
         if self._store.beat(rows) == len(rows):
             return [now] * len(rows)
+        self._store.start_over()  # else one beat would be judged by what others have written
         return [self._judge_beat(claims, now) for claims in beats]
 
     def _beat_row(self, claims: Claims, now: int) -> Beat:
@@ -2483,7 +2516,8 @@ def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
     if has_keys and not store.exists() and not init:
         raise OperatorError(
             f"there is a key file {key_file} but no database {store.path}: restore the database "
-            "from a backup, or start anew with serve --init"
+            "from a backup, name other files with --db and --key-file, or start anew with these "
+            "keys with serve --init"
         )
     is_made = store.open()
     if is_made and not has_keys and _is_prepared(store, prepared):
@@ -2502,6 +2536,9 @@ def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
     keyring = load_keyring(key_file) if has_keys else new_keyring()
     if not has_keys:
         write_key_file(prepared, keyring)
+        _sync_folder(key_file)
+    if is_made and not has_keys:
+        log.warning("made new keys for %s: every host must re-enroll", store.path)
     kids = [key.kid for key in keyring.keys]
     if is_made:
         _require_pair(store, kids, init)
@@ -2662,7 +2699,7 @@ def _read_target(method: str, text: str) -> Tuple[str, str]:
 
 
 def _parse_head(data: bytes) -> Head:
-    """A head without its empty line. Raises MalformedRequest or one of its kinds."""
+    """A head without its empty line. Raises a kind of Unframed."""
     if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
         raise MalformedRequest("Lines must end with CR LF.")
     first, *lines = data.split(b"\r\n")
@@ -2701,7 +2738,7 @@ _BEARER = b"\r\nAuthorization: Bearer "
 
 
 def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
-    """A head, without its empty line, and its Authorization. Raises MalformedRequest.
+    """A head, without its empty line, and its Authorization. Raises a kind of Unframed.
 
     Agents' heads differ only in the credential. Where it is spelled as usual, it is cut out of
     its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
@@ -2808,7 +2845,7 @@ class RequestReader:
         self._chunked: Optional[ChunkedBody] = None
 
     def next(self, data: bytes = b"") -> Optional[Request]:
-        """Take more bytes; the next request if it has arrived whole. Raises MalformedRequest."""
+        """Take more bytes; the next request if it has arrived whole. Raises Unframed's kinds."""
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
@@ -2950,7 +2987,7 @@ def write_response(response: Response, seconds: int, closes: bool, head_only: bo
 
 # printf is part of the shell: the token is in no process's arguments, where ps would show it.
 ENROLL_COMMAND = string.Template(
-    """printf '{"token":"%s","hostname":"%s"}' $token "$$(uname -n)" |
+    """printf '{"token":"%s","hostname":"%s"}' $token $hostname |
   curl -sS $url/api/agent/enroll -d @-"""
 )
 
@@ -2985,7 +3022,7 @@ ENROLL_BODY = Shape(
 )
 HEARTBEAT_BODY = Shape(Field("hostname", HOSTNAME), *FACTS, open=True)
 MINT_BODY = Shape(
-    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE)),
+    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE, "seconds")),
     Field("maxUses", Whole(TOKEN_USES_RANGE)),
     Field("description", DESCRIPTION),
     Field("hostname", HOSTNAME),
@@ -2993,7 +3030,7 @@ MINT_BODY = Shape(
     Field("organizationId", SLUG),
 )
 REENROLL_BODY = Shape(
-    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE)), Field("description", DESCRIPTION)
+    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION)
 )
 EDIT_BODY = Shape(Field("name", NAME), Field("labels", LABELS))
 PAGE_FIELDS = (Field("limit", Whole((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
@@ -3012,7 +3049,7 @@ NOTHING = Shape()
 Document = Dict[str, Any]
 
 
-def _moment(milliseconds: Optional[int]) -> Optional[str]:
+def _when(milliseconds: Optional[int]) -> Optional[str]:
     return rfc3339(milliseconds) if milliseconds else None
 
 
@@ -3032,9 +3069,9 @@ def token_document(view: TokenView, text: Optional[str] = None) -> Document:
         "createdAt": rfc3339(token.created_at),
         "createdBy": token.created_by,
         "expiresAt": rfc3339(token.expires_at),
-        "usedAt": _moment(token.used_at),
+        "usedAt": _when(token.used_at),
         "usedFrom": token.used_from,
-        "revokedAt": _moment(token.revoked_at),
+        "revokedAt": _when(token.revoked_at),
         "hosts": [id_text(host) for host in view.hosts],
     }
     return document if text is None else {**document, "token": text}
@@ -3055,9 +3092,9 @@ def host_document(view: HostView) -> Document:
         "status": view.status,
         "statusReason": view.reason,
         "enrolledAt": rfc3339(host.enrolled_at),
-        "lastSeen": _moment(host.last_seen),
+        "lastSeen": _when(host.last_seen),
         "tokenId": id_text(host.token_id),
-        "revokedAt": _moment(host.revoked_at),
+        "revokedAt": _when(host.revoked_at),
     }
 
 
@@ -3175,7 +3212,8 @@ def _admit_user(
     registry: Registry, request: Request, route: Route, identifier: str, now: int
 ) -> Admitted:
     """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
-    api_key = request.authorization
+    api_key, query = request.authorization, request.head.query
+    body = b"" if route.body is None else request.body  # what is not read is not kept
     if not api_key:
         raise ApiKeyMissing()
 
@@ -3183,9 +3221,9 @@ def _admit_user(
         by = registry.identify(api_key)
         if route.caller == "admin" and by.role != "admin":
             raise Forbidden()
-        values = route.query.read(read_query(request.head.query))
+        values = route.query.read(read_query(query))
         if route.body is not None:
-            values = route.body.check(read_json(request.body or b"{}"))
+            values = route.body.check(read_json(body or b"{}"))
         return route.handle(registry, Call(by, read_id(identifier), values, now))
 
     return Act(run, writes=route.method != "GET")
@@ -3526,7 +3564,7 @@ class Phase:
         """Seconds until somebody has waited too long."""
         for since in self._since.values():
             return max(0.0, since + self._seconds - moment)
-        return self._seconds
+        return math.inf
 
 
 class Connection:
@@ -3550,7 +3588,7 @@ class Connection:
         self.output: Union[bytes, memoryview] = b""
         self.phase: Optional[Phase] = None  # None: the peer is not waited for
         self.interest = 0  # the events that the selector watches for
-        self.held = 0  # bytes of an unfinished request
+        self.held = 0  # bytes of an unfinished request, or of a large one in the tick
         self.closing = False  # when the output is taken
         self.lingers = False  # before it closes: the peer may still be sending
         self.is_gone = False
@@ -3663,12 +3701,13 @@ class Server(HTTPServer):
             if self._stop_before is not None and listening:
                 listening = False
                 self._stop_listening()
-        self._settle_tick([self._api.give_up()] * len(self._tick))
+        if self._tick:
+            self._settle_tick([self._api.give_up()] * len(self._tick))
 
     def _stop_listening(self) -> None:
         """Take those who have connected already; part with those who have sent nothing."""
         for connection in self._accept(BACKLOG):
-            self._welcome(connection)
+            self._guard(connection, self._welcome)
         self._watch_listener(False)
         self._accept_after = 0.0
         self.socket.close()
@@ -3695,11 +3734,11 @@ class Server(HTTPServer):
         self._now = int(self._clock() * SECOND_MS)
         ready, self._ready = self._ready, []
         for connection, request in ready:
-            self._admit(connection, request)
+            self._guard(connection, self._admit, request)
         accepting = False
         for key, _ in events:
             if key.data is not None:
-                self._attend(key.data)
+                self._guard(key.data, self._attend)
             elif key.fileobj is self.socket:
                 accepting = True
             else:
@@ -3709,7 +3748,7 @@ class Server(HTTPServer):
         self._write()
         self._read_one()
         for connection in fresh:
-            self._welcome(connection)
+            self._guard(connection, self._welcome)
         if self._crowded:
             self._make_room()
         self._expire()
@@ -3729,20 +3768,23 @@ class Server(HTTPServer):
             waits.append(max(0.0, self._stop_before - moment))
         return min(waits)
 
-    def _attend(self, connection: Connection) -> None:
-        """Something has happened at a connection. Whatever goes wrong there ends there."""
+    def _guard(self, connection: Connection, step: Callable[..., None], *arguments: Any) -> None:
+        """Do something for a connection. Whatever goes wrong there ends there."""
         try:
-            if connection.phase is self._taking:
-                self._flush(connection)
-            elif connection.phase is self._lingering:
-                self._linger(connection)
-            elif connection.phase is not None:
-                request = self._receive(connection)
-                if request is not None:
-                    self._admit(connection, request)
+            step(connection, *arguments)
         except Exception:
             log.exception("a connection failed")
             self._drop(connection)
+
+    def _attend(self, connection: Connection) -> None:
+        if connection.phase is self._taking:
+            self._flush(connection)
+        elif connection.phase is self._lingering:
+            self._linger(connection)
+        elif connection.phase is not None:
+            request = self._receive(connection)
+            if request is not None:
+                self._admit(connection, request)
 
     def _receive(self, connection: Connection) -> Optional[Request]:
         """Take what has arrived; the request that it completes."""
@@ -3765,22 +3807,22 @@ class Server(HTTPServer):
         except Problem as problem:
             self._refuse(connection, problem)
             return None
-        except Exception:
-            log.exception("a request could not be read")
-            self._refuse(connection, Internal())
-            return None
         if request is None or reader.buffer or connection.held:
-            self._held += reader.held - connection.held
-            connection.held = reader.held
+            self._account(connection, reader.held + (len(request.body) if request else 0))
+            if self._held > HELD_MAXIMUM:
+                self._refuse(connection, Overloaded())
+                return None
         if request is None:
             self._hold(connection)
         return request
 
+    def _account(self, connection: Connection, held: int) -> None:
+        self._held += held - connection.held
+        connection.held = held
+
     def _hold(self, connection: Connection) -> None:
         """Give an unfinished request its time."""
-        if self._held > HELD_MAXIMUM:
-            self._refuse(connection, Overloaded())
-        elif not connection.reader.is_in_body:
+        if not connection.reader.is_in_body:
             if connection.phase is not self._in_head and connection.reader.has_begun:
                 self._move(connection, self._in_head)
         elif connection.phase is not self._in_body:
@@ -3810,7 +3852,8 @@ class Server(HTTPServer):
     def _say_alive(self) -> None:
         if self._moment >= self._alive_after:
             self._alive_after = self._moment + ALIVE_EVERY
-            self._tick.append(Owed(None, False, True, self._api.sign_of_life()))
+            work = self._api.sign_of_life()
+            self._tick.append(Owed(connection=None, head_only=False, keep_alive=True, work=work))
 
     def _write(self) -> None:
         """Run what may write as one tick. While another process writes, gather and try again."""
@@ -3839,8 +3882,9 @@ class Server(HTTPServer):
         and needs no lock that others wait for."""
         if self._reads:
             owed = self._reads.popleft()
-            for response in self._run([owed.work]) or ():
-                self._settle(owed, response)
+            responses = self._run([owed.work])
+            assert responses is not None, "what only reads waits for nobody"
+            self._settle(owed, responses[0])
 
     def _run(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
         try:
@@ -3850,13 +3894,8 @@ class Server(HTTPServer):
             return [refusal(Internal())] * len(work)
 
     def _settle(self, owed: Owed, response: Response) -> None:
-        if owed.connection is None:
-            return
-        try:
-            self._answer(owed.connection, response, owed.head_only, owed.keep_alive)
-        except Exception:
-            log.exception("an answer could not be given")
-            self._drop(owed.connection)
+        if owed.connection is not None:
+            self._guard(owed.connection, self._answer, response, owed.head_only, owed.keep_alive)
 
     # Answers.
 
@@ -3876,7 +3915,10 @@ class Server(HTTPServer):
 
     def _refuse(self, connection: Connection, problem: Problem) -> None:
         """Answer what is no whole request, and read no further."""
-        self._answer(connection, refusal(problem), connection.reader.is_head, keep_alive=False)
+        is_head = connection.reader.is_head
+        connection.reader = RequestReader()  # what it held is let go at once
+        self._account(connection, 0)
+        self._answer(connection, refusal(problem), is_head, keep_alive=False)
 
     def _send(self, connection: Connection, data: Union[bytes, memoryview]) -> bool:
         """Send what the peer takes at once. True when that is all of it."""
@@ -3917,6 +3959,8 @@ class Server(HTTPServer):
                 self._drop(connection)
             return
         self._move(connection, self._idle)
+        if connection.held:
+            self._account(connection, connection.reader.held)
         if connection.reader.buffer:
             request = self._parse(connection, b"")
             if request is not None:
@@ -4010,7 +4054,7 @@ class Server(HTTPServer):
             connection = phase.overdue(self._moment)
             while connection is not None:
                 if phase is self._in_head or phase is self._in_body:
-                    self._refuse(connection, RequestTimeout())
+                    self._guard(connection, self._refuse, RequestTimeout())
                 else:
                     self._drop(connection)
                 connection = phase.overdue(self._moment)
@@ -4069,7 +4113,6 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 3, 130
 DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
-# With the environment, an example of each option of serve: HOSTENROLL_PORT=8080.
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
 
 
@@ -4114,7 +4157,7 @@ def label(text: str) -> Tuple[str, str]:
     try:
         return LABELS.read(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a label {error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -4125,7 +4168,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr)
+    if sys.stderr is not None:  # to print to None is to print to stdout
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def _print_json(document: Any) -> None:
@@ -4168,7 +4212,7 @@ def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
         "description": key.description,
         "createdAt": rfc3339(key.created_at),
         "createdBy": key.created_by,
-        "revokedAt": _moment(key.revoked_at),
+        "revokedAt": _when(key.revoked_at),
     }
     return document if text is None else {**document, "apiKey": text}
 
@@ -4262,7 +4306,7 @@ def _run_serve(session: Session) -> int:
         _on_signals(server.stop)
         start = Act(lambda now: registry.start_service(server.url, now))
         registry.perform(start, session.now())
-        _greet(server)
+        _greet(session, server)
         _trim_memory()
         server.serve_forever()
         _on_signals(signal.SIG_IGN)  # a second one must not spoil the exit status
@@ -4294,12 +4338,16 @@ def _listen(session: Session, registry: Registry) -> Server:
         ) from error
 
 
-def _greet(server: Server) -> None:
+def _greet(session: Session, server: Server) -> None:
+    named = {"--db": session.arguments.db, "--key-file": session.arguments.key_file}
+    usual = (DEFAULT_DATABASE, None)
+    options = [word for pair in named.items() if pair[1] not in usual for word in pair]
+    mint = shlex.join(["python3", "hostenroll.py", "mint-token", *options])
     if server.is_exposed:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
     _say(
         f"hostenroll {__version__} listens on {server.url}",
-        "next, in another terminal: python3 hostenroll.py mint-token",
+        f"next, in another terminal: {mint}",
     )
 
 
@@ -4342,7 +4390,9 @@ def _mint(
         f"token {document['id']} of {document['organizationId']}: {uses}, "
         f"until {document['expiresAt']}",
         "enroll with it, on the host:",
-        ENROLL_COMMAND.substitute(token=text, url=url),
+        ENROLL_COMMAND.substitute(
+            token=text, hostname=view.token.hostname or '"$(uname -n)"', url=url
+        ),
     )
     return 0
 
@@ -4471,6 +4521,19 @@ def _run_schema(session: Session) -> int:
     return 0
 
 
+# What the command line calls the members of bodies and queries.
+OPTIONS = {
+    "description": "--description",
+    "hostname": "--hostname",
+    "label": "--label",
+    "labels": "--label",
+    "maxUses": "--max-uses",
+    "organization": "--org",
+    "organizationId": "--org",
+    "ttlSeconds": "--ttl",
+}
+
+
 class Argument:
     """One argument of a command, as argparse takes it."""
 
@@ -4539,9 +4602,11 @@ def _act(
     return run
 
 
-def _by_id(name: str, summary: str, run: Callable[[Session], int], *more: Argument) -> Command:
+def _by_id(
+    name: str, summary: str, run: Callable[[Session], int], *more: Argument, options: str = ""
+) -> Command:
     arguments = (Argument("id", metavar="ID"), *more)
-    return Command(name, summary, f"{name} 0ca4f1b28e3d7a95", run, arguments)
+    return Command(name, summary, f"{name} 0ca4f1b28e3d7a95{options}", run, arguments)
 
 
 COMMANDS = (
@@ -4616,6 +4681,7 @@ COMMANDS = (
         ),
         Argument("--no-labels", action="store_true", help="it is to have none"),
         JSON_OPTION,
+        options=" --name web-1",
     ),
     _by_id(
         "revoke-host",
@@ -4666,7 +4732,7 @@ COMMANDS = (
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hostenroll",
+        prog="hostenroll.py",
         description="Decides who may join a fleet of machines, and knows which are alive.",
         allow_abbrev=False,
     )
@@ -4677,7 +4743,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
             command.name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"example: hostenroll.py {command.example}",
+            epilog=f"example: {parser.prog} {command.example}",
             allow_abbrev=False,
         )
         sub.set_defaults(run=command.run)
@@ -4716,9 +4782,12 @@ def main(
         _say(f"hostenroll: {problem.__cause__ or problem.detail}")
         return EXIT_FAILED
     except Problem as problem:
-        said = "; ".join(f"{field} {detail}" for field, detail in problem.errors)
+        said = "; ".join(f"{OPTIONS.get(name, name)}: {what}" for name, what in problem.errors)
         _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}")
         return EXIT_REFUSED
+    except BrokenPipeError:  # whoever read us has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OperatorError, OSError) as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED

@@ -57,7 +57,7 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it first came in by; may be pruned
+    token_id         INTEGER NOT NULL,  -- the token that it first came in by
     admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
@@ -89,8 +89,7 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before the hosts could not be heard
-    paused          INTEGER NOT NULL,  -- for how long they could not, in milliseconds
+    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL   -- where agents find the server
 );
