@@ -153,7 +153,7 @@ ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 16384  # about 0.7 KiB each: 11 MiB
+CREDENTIALS_CACHED = 24576  # about 0.7 KiB each: 17 MiB
 CREDENTIAL_MAXIMUM = 1024
 
 # Connections. Each deadline class has one length, so its queue is in order by itself.
