@@ -5794,3 +5794,27 @@ def test_the_newest_come_first_to_the_millisecond(registry: Registry, clock: Clo
         registry, clock, lambda now: registry.tokens(OPERATOR, hostenroll.TokenQuery(), now)
     )
     assert [view.token.id for view in listed.items] == [view.token.id for view in minted[::-1]]
+
+
+@slow
+@needs_curl
+def test_the_first_block_of_the_readme_does_what_it_says(tmp_path: Path) -> None:
+    """Letter by letter, but for the port, which may be somebody else's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## Sixty seconds.*?```sh\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shutil.copy(MODULE, tmp_path)
+    done = subprocess.run(
+        ["sh", "-c", f"{block[1].replace('8080', port)}\nkill $!; wait"],
+        cwd=str(tmp_path),
+        env={**clean_environment(), "HOSTENROLL_PORT": port},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    ready, beat, _, host, *more = done.stdout.splitlines()
+    assert json.loads(ready) == {"status": "ready"} and more == []
+    assert json.loads(beat)["hostId"] == host.split()[0] and host.split()[3] == "online"
