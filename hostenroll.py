@@ -2510,56 +2510,74 @@ def open_registry(
 
 
 def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
-    """Open or make database and key file, with the lock held."""
-    prepared = f"{key_file}.new"
-    has_keys = os.path.exists(key_file)
-    if has_keys and not store.exists() and not init:
-        raise OperatorError(
-            f"there is a key file {key_file} but no database {store.path}: restore the database "
-            "from a backup, name other files with --db and --key-file, or start anew with these "
-            "keys with serve --init"
-        )
-    is_made = store.open()
-    if is_made and not has_keys and _is_prepared(store, prepared):
-        os.replace(prepared, key_file)  # a first start was killed just before this line
-        has_keys = True
-    if has_keys and not is_made and not init:
-        raise OperatorError(
-            f"there is a key file {key_file} but the database {store.path} is empty: restore it "
-            "from a backup, or start anew with serve --init"
-        )
-    if is_made and not has_keys and not init:
-        raise OperatorError(
-            f"there is a database {store.path} but no key file {key_file}: restore the key file "
-            "from a backup, or make new keys with serve --init (every host must re-enroll)"
-        )
-    keyring = load_keyring(key_file) if has_keys else new_keyring()
-    if not has_keys:
-        write_key_file(prepared, keyring)
-        _sync_folder(key_file)
-    if is_made and not has_keys:
-        log.warning("made new keys for %s: every host must re-enroll", store.path)
+    """Open database and key file, or make them, with the lock held.
+
+    database  key file
+    there     there      they must know each other
+    there     missing    refused; with init, new keys are made for it
+    missing   there      refused; with init, a database is made for them
+    missing   missing    both are made
+    """
+    is_file = store.exists()
+    is_made = is_file and store.open()
+    has_keys = os.path.exists(key_file) or (is_made and _recover_keys(store, key_file))
+    if is_made != has_keys and not init:
+        raise OperatorError(_half_a_pair(store.path, key_file, is_made))
+    keyring = load_keyring(key_file) if has_keys else _prepare_keys(key_file)
     kids = [key.kid for key in keyring.keys]
-    if is_made:
+    if not is_made:
+        if not is_file:
+            store.open()
+        store.create(Organization(DEFAULT_ORGANIZATION, now), kids)
+    elif not has_keys:
+        log.warning("made new keys for %s: every host must re-enroll", store.path)
+        store.learn_signing_keys(kids, now)
+    else:
         _require_pair(store, kids, init)
         if not store.signing_keys().keys() >= set(kids):
             store.learn_signing_keys(kids, now)
-    else:
-        store.create(Organization(DEFAULT_ORGANIZATION, now), kids)
     if not has_keys:
-        os.replace(prepared, key_file)
-        _sync_folder(key_file)
+        _install_keys(key_file)
     return keyring
 
 
-def _is_prepared(store: Store, prepared: str) -> bool:
-    if not os.path.exists(prepared):
-        return False
+def _half_a_pair(database: str, key_file: str, is_made: bool) -> str:
+    if is_made:
+        return (
+            f"there is a database {database} but no key file {key_file}: restore the key file "
+            "from a backup, or make new keys with serve --init (every host must re-enroll)"
+        )
+    return (
+        f"there is a key file {key_file} but no database {database}: restore the database from a "
+        "backup, name other files with --db and --key-file, or start anew with these keys with "
+        "serve --init"
+    )
+
+
+def _prepare_keys(key_file: str) -> Keyring:
+    """New keys, in a file beside their place: they come there when the database knows them. A
+    first start that is killed in between is made good by the next."""
+    keyring = new_keyring()
+    write_key_file(f"{key_file}.new", keyring)
+    _sync_folder(key_file)
+    return keyring
+
+
+def _install_keys(key_file: str) -> None:
+    os.replace(f"{key_file}.new", key_file)
+    _sync_folder(key_file)
+
+
+def _recover_keys(store: Store, key_file: str) -> bool:
+    """Put prepared keys that the database knows where they belong, if there are any."""
     try:
-        keys = load_keyring(prepared).keys
-    except OperatorError:  # torn: killed before the database knew of it
+        prepared = load_keyring(f"{key_file}.new").keys
+    except OperatorError:  # none, or torn: killed before the database knew of them
         return False
-    return any(key.kid in store.signing_keys() for key in keys)
+    is_known = any(key.kid in store.signing_keys() for key in prepared)
+    if is_known:
+        _install_keys(key_file)
+    return is_known
 
 
 def _require_pair(store: Store, kids: Sequence[str], init: bool) -> None:

@@ -2060,7 +2060,7 @@ def _other_key_file(paths: Tuple[str, str]) -> None:
 LOSSES: Dict[str, Tuple[Callable[[Tuple[str, str]], Any], str]] = {
     "no key file": (lambda paths: _lose(paths[1]), "restore the key file"),
     "no database": (lambda paths: _lose(paths[0]), "restore the database"),
-    "an empty database": (lambda paths: os.truncate(paths[0], 0), "restore it"),
+    "an empty database": (lambda paths: os.truncate(paths[0], 0), "restore the database"),
     "another's key file": (_other_key_file, "not that of the database"),
 }
 
