@@ -4025,15 +4025,16 @@ class Server(HTTPServer):
             self._move(connection, self._in_head)
 
     def _make_room(self) -> None:
-        """The longest idle gives way, then the slowest head. When neither can, new connections
-        wait: the listener would stay readable, and the loop would spin."""
+        """The longest idle gives way, then the slowest head, then the slowest body. When nobody
+        can, new connections wait: the listener would stay readable, and the loop would spin."""
         self._crowded = False
-        connection = self._idle.first() or self._in_head.first()
-        if connection is not None:
-            self._drop(connection)
-        else:
-            self._accept_after = self._moment + ACCEPT_PAUSE
-            self._watch_listener(False)
+        for phase in (self._idle, self._in_head, self._in_body, self._lingering):
+            connection = phase.first()
+            if connection is not None:
+                self._drop(connection)
+                return
+        self._accept_after = self._moment + ACCEPT_PAUSE
+        self._watch_listener(False)
 
     def _watch_listener(self, watched: bool) -> None:
         if self.socket.fileno() < 0:  # we are stopping

@@ -4760,6 +4760,16 @@ def test_at_the_limit_the_longest_idle_gives_way_and_then_the_slowest_head(
         assert late.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_at_the_limit_a_stalled_body_gives_way_too(paths: Any, clock: Clock) -> None:
+    """Else whoever stalls in as many bodies as there are places keeps everyone out."""
+    with live_door(paths, clock, connections=2) as live, contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(live.connect()) for _ in range(2)]
+        for peer in stalled:
+            peer.sendall(POST + b"Content-Length: 9\r\n\r\n{")
+        assert live.call("GET", "/healthz").status == 200
+        assert has_ended(stalled[0])
+
+
 def test_at_the_limit_the_busy_never_give_way(paths: Any, clock: Clock) -> None:
     with live_door(paths, clock, connections=2) as live, contextlib.ExitStack() as stack:
         mint = request_bytes("POST", "/api/hosts/tokens", {}, live.api_key)
