@@ -3724,8 +3724,7 @@ class Server(HTTPServer):
 
     def _stop_listening(self) -> None:
         """Take those who have connected already; part with those who have sent nothing."""
-        for connection in self._accept(BACKLOG):
-            self._guard(connection, self._welcome)
+        self._welcome_all(self._accept(BACKLOG))
         self._watch_listener(False)
         self._accept_after = 0.0
         self.socket.close()
@@ -3752,11 +3751,17 @@ class Server(HTTPServer):
         self._now = int(self._clock() * SECOND_MS)
         ready, self._ready = self._ready, []
         for connection, request in ready:
-            self._guard(connection, self._admit, request)
+            try:
+                self._admit(connection, request)
+            except Exception:
+                self._fail(connection)
         accepting = False
         for key, _ in events:
             if key.data is not None:
-                self._guard(key.data, self._attend)
+                try:
+                    self._attend(key.data)
+                except Exception:
+                    self._fail(key.data)
             elif key.fileobj is self.socket:
                 accepting = True
             else:
@@ -3765,8 +3770,7 @@ class Server(HTTPServer):
         self._say_alive()
         self._write()
         self._read_one()
-        for connection in fresh:
-            self._guard(connection, self._welcome)
+        self._welcome_all(fresh)
         if self._crowded:
             self._make_room()
         self._expire()
@@ -3786,13 +3790,10 @@ class Server(HTTPServer):
             waits.append(max(0.0, self._stop_before - moment))
         return min(waits)
 
-    def _guard(self, connection: Connection, step: Callable[..., None], *arguments: Any) -> None:
-        """Do something for a connection. Whatever goes wrong there ends there."""
-        try:
-            step(connection, *arguments)
-        except Exception:
-            log.exception("a connection failed")
-            self._drop(connection)
+    def _fail(self, connection: Connection) -> None:
+        """Whatever goes wrong with a connection ends there, and not the loop."""
+        log.exception("a connection failed")
+        self._drop(connection)
 
     def _attend(self, connection: Connection) -> None:
         if connection.phase is self._taking:
@@ -3895,6 +3896,14 @@ class Server(HTTPServer):
         for owed, response in zip(tick, responses):
             self._settle(owed, response)
 
+    def _settle(self, owed: Owed, response: Response) -> None:
+        connection, head_only, keep_alive, _ = owed
+        if connection is not None:
+            try:
+                self._answer(connection, response, head_only, keep_alive)
+            except Exception:
+                self._fail(connection)
+
     def _read_one(self) -> None:
         """Run one act that only reads, in a tick of its own: it may look at ROWS_EXAMINED rows,
         and needs no lock that others wait for."""
@@ -3910,10 +3919,6 @@ class Server(HTTPServer):
         except Exception:
             log.exception("a tick failed")
             return [refusal(Internal())] * len(work)
-
-    def _settle(self, owed: Owed, response: Response) -> None:
-        if owed.connection is not None:
-            self._guard(owed.connection, self._answer, response, owed.head_only, owed.keep_alive)
 
     # Answers.
 
@@ -4015,6 +4020,13 @@ class Server(HTTPServer):
             self._connections.add(fresh[-1])
         return fresh
 
+    def _welcome_all(self, fresh: Sequence[Connection]) -> None:
+        for connection in fresh:
+            try:
+                self._welcome(connection)
+            except Exception:
+                self._fail(connection)
+
     def _welcome(self, connection: Connection) -> None:
         """Read a new connection. It was taken before the tick and is read after it: most often
         the request is there by now, and the selector never hears of the connection."""
@@ -4073,7 +4085,7 @@ class Server(HTTPServer):
             connection = phase.overdue(self._moment)
             while connection is not None:
                 if phase is self._in_head or phase is self._in_body:
-                    self._guard(connection, self._refuse, RequestTimeout())
+                    self._refuse(connection, RequestTimeout())
                 else:
                     self._drop(connection)
                 connection = phase.overdue(self._moment)
