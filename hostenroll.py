@@ -2128,7 +2128,7 @@ class Registry:
         return asked
 
     @staticmethod
-    def _require_own(by: Principal, organization: Optional[str], what: str) -> None:
+    def _require_own(by: Principal, organization: str, what: str) -> None:
         if by.organization not in (ALL_ORGANIZATIONS, organization):
             raise NotFound(f"There is no {what} with this id.")
 
@@ -4084,14 +4084,21 @@ class Server(HTTPServer):
         for phase in self._phases:
             connection = phase.overdue(self._moment)
             while connection is not None:
-                if phase is self._in_head or phase is self._in_body:
-                    self._refuse(connection, RequestTimeout())
-                else:
-                    self._drop(connection)
+                try:
+                    self._end(connection)
+                except Exception:
+                    self._fail(connection)
                 connection = phase.overdue(self._moment)
         if self._accept_after and self._moment >= self._accept_after:
             self._accept_after = 0.0
             self._watch_listener(True)
+
+    def _end(self, connection: Connection) -> None:
+        """Whoever is in the middle of a request is told; the others have nothing to hear."""
+        if connection.phase is self._in_head or connection.phase is self._in_body:
+            self._refuse(connection, RequestTimeout())
+        else:
+            self._drop(connection)
 
     def _start_lingering(self, connection: Connection) -> None:
         """Close our side, and take what the peer still sends: to close on unread bytes would
