@@ -76,19 +76,23 @@ import shlex
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import string
 import sys
 import time
 import zlib
-from collections import OrderedDict, deque
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product, takewhile
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Dict,
     Iterable,
@@ -127,6 +131,8 @@ CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
 CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
 REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
 KEY_FILE_MODE = 0o600
+TOKEN_KEPT = 30 * DAY  # after it has ended
+TWINS_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
 
 # Heartbeats and status.
 HEARTBEAT_INTERVAL = 30
@@ -138,10 +144,28 @@ MISSING_AFTER = 7 * DAY
 ALIVE_EVERY = 10  # how often a server writes that it lives
 ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
 
-# Lists. No act looks at more rows than this, so that no tick is long.
+# Lists. No request looks at more rows than this, and no tick at more than a slice of them, so that
+# a heartbeat behind it waits about a millisecond.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 2000
+SLICE = 64
+COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census: SQLite counts them by itself
+CENSUS_KEPT = 5  # a census that took longer than one slice is good for so long
+PRUNED_AT_ONCE = 500
+
+# The audit log.
+REFUSALS_AUDITED = 60  # of one code, in a minute; the others are summed up in one event
+NOTES_MAXIMUM = 1000
+AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
+
+# Metrics: upper bounds of histogram buckets.
+SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+
+# Backups.
+BACKUP_PAGES = 256  # copied at once
+BACKUP_PAUSE = 0.002  # after each, so that the disk is there for others too
 
 # HTTP messages.
 HEAD_MAXIMUM = 16 * 1024
@@ -160,16 +184,19 @@ CREDENTIAL_MAXIMUM = 1024
 CONNECTIONS_MAXIMUM = 4096
 BACKLOG = 4096  # the kernel lowers it to its own limit; a full queue costs honest peers seconds
 DESCRIPTORS_SPARE = 64  # beside the connections: database, locks, log, selector
+HANDSHAKE_DEADLINE = 10
 HEAD_DEADLINE = 10
 BODY_DEADLINE = 30
 IDLE_DEADLINE = 75
 ANSWER_DEADLINE = 30
 LINGER_DEADLINE = 2
+TLS_RECORD = 16384  # the longest plain text of one: RFC 8446 section 5.1
 RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than it saves
 HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
 ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
 ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
 SHUTDOWN_DEADLINE = 4
+FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
 
 # The store.
 LOCK_PATIENCE = 5
@@ -259,6 +286,13 @@ class Problem(Exception):
     closes = False  # the connection cannot be used further: where the next message starts is lost
     challenge = ""  # the error attribute of WWW-Authenticate, RFC 6750 section 3
     names_errors = False  # has a list of what is wrong with a body or a query
+    is_audited = False  # somebody asked for what is not theirs
+
+    # What the audit log may know of it; peers never see it.
+    actor = "anonymous"
+    subject = ""
+    organization: Optional[str] = None
+    particulars: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -271,6 +305,14 @@ class Problem(Exception):
         self.detail = detail or self.remedy
         self.errors = tuple(errors[:ERRORS_NAMED])
         self._headers = tuple(headers)
+
+    def concerning(
+        self, actor: str, subject: str, organization: Optional[str], **particulars: Any
+    ) -> Problem:
+        """The same, with what the audit log may know of it."""
+        self.actor, self.subject, self.organization = actor, subject, organization
+        self.particulars = particulars
+        return self
 
     def document(self) -> Dict[str, Any]:
         """The members of RFC 9457 section 3.1, then code, then errors for a body or a query."""
@@ -398,6 +440,7 @@ class Unauthorized(Problem):
     """The caller has not shown that it may ask."""
 
     status = 401
+    is_audited = True
     challenge = "invalid_token"
 
 
@@ -487,6 +530,7 @@ class Forbidden(Problem):
     """The API key is good, and its role does not suffice."""
 
     status = 403
+    is_audited = True
     code = "forbidden"
     title = "The API key may not do this"
     remedy = "Use an API key with the role admin."
@@ -496,6 +540,7 @@ class TokenHostMismatch(Problem):
     """A guard against mistakes, not a proof: a machine says its own name."""
 
     status = 403
+    is_audited = True
     code = "token-host-mismatch"
     title = "The token is bound to another hostname"
     remedy = "Use the token on the host that it was minted for; it is not used up."
@@ -505,6 +550,7 @@ class HostRevoked(Problem):
     """The host is shut out, and its row stays."""
 
     status = 403
+    is_audited = True
     code = "host-revoked"
     title = "The host has been revoked"
     remedy = "Wait until the operator restores the host; ask again hourly."
@@ -529,18 +575,19 @@ class MethodNotAllowed(Problem):
 
 
 class Conflict(Problem):
-    """What is to be made exists."""
+    """What is asked for does not go with what there is."""
 
     status = 409
     code = "conflict"
-    title = "It exists already"
-    remedy = "Choose another name."
+    title = "It does not go with what there is"
+    remedy = "Choose another name, or do first what the detail names."
 
 
 class HostUnknown(Problem):
     """The credential is good, and its host has been deleted."""
 
     status = 410
+    is_audited = True
     code = "host-unknown"
     title = "The host is gone"
     remedy = "Enroll anew with a new token; until then ask again hourly."
@@ -824,6 +871,11 @@ def read_json(body: bytes) -> Any:
 ID_EPOCH_MS = 1_577_836_800_000  # 2020-01-01: ids begin with the time since
 
 
+def first_id(now: int) -> int:
+    """The lowest id that new_id() makes at a time in Unix ms."""
+    return max(0, now - ID_EPOCH_MS) % (1 << 41) << 22
+
+
 def new_id(now: int) -> int:
     """A fresh id for time now, in Unix ms: 41 bits of milliseconds, then 22 random ones.
 
@@ -831,7 +883,7 @@ def new_id(now: int) -> int:
     b-tree, and keep the id of a deleted row from ever coming back. Two of one millisecond may
     be the same: who adds a row with one looks whether it is taken.
     """
-    return max(0, now - ID_EPOCH_MS) % (1 << 41) << 22 | secrets.randbits(22)
+    return first_id(now) | secrets.randbits(22)
 
 
 class Secret(NamedTuple):
@@ -950,6 +1002,23 @@ class Keyring:
         """The key that signs."""
         return self.keys[0]
 
+    @property
+    def kids(self) -> List[str]:
+        """The names of the keys, that of the first first."""
+        return [key.kid for key in self.keys]
+
+    def rotated(self) -> Keyring:
+        """With a new key before the others."""
+        return Keyring([_new_signing_key(), *self.keys], self.audit_key)
+
+    def without(self, kid: str) -> Keyring:
+        """With one key less."""
+        return Keyring([key for key in self.keys if key.kid != kid], self.audit_key)
+
+    def chain(self, previous: bytes, record: bytes) -> bytes:
+        """The HMAC-SHA256 that ties a record of the audit log to all before it."""
+        return hmac.new(self.audit_key, previous + record, "sha256").digest()
+
     def _verify(self, credential: str) -> Claims:
         """The claims of a credential that we signed. Raises CredentialInvalid.
 
@@ -986,26 +1055,57 @@ class Keyring:
         return CLAIMS.fullmatch(octets) if base64url(octets) == payload else None
 
 
+def _new_signing_key() -> SigningKey:
+    return SigningKey(secrets.token_hex(8), secrets.token_bytes(32))
+
+
 def new_keyring() -> Keyring:
     """One fresh signing key, and a key for the audit chain beside it."""
-    return Keyring(
-        [SigningKey(secrets.token_hex(8), secrets.token_bytes(32))], secrets.token_bytes(32)
-    )
+    return Keyring([_new_signing_key()], secrets.token_bytes(32))
 
 
 def write_key_file(path: str, keyring: Keyring) -> None:
-    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns."""
+    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns. A file that is
+    there is replaced whole, or not at all, and keeps its owner: the server may be another user
+    than the operator."""
     keys = [
         {"kty": "oct", "use": "sig", "alg": "HS256", "kid": key.kid, "k": base64url(key.octets)}
         for key in keyring.keys
     ]
     keys.append({"kty": "oct", "use": "audit", "kid": "audit", "k": base64url(keyring.audit_key)})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, KEY_FILE_MODE)
-    with open(descriptor, "w", encoding="ascii") as file:
+    with replacing(path) as file:
+        file.write(json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n")
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file of mode 0600 that takes the place of path when all of it is on the disk."""
+    fresh = f"{path}.tmp"
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, KEY_FILE_MODE)
+    with open(descriptor, "wb") as file:
         os.fchmod(descriptor, KEY_FILE_MODE)
-        file.write(json.dumps({"keys": keys}, indent=2) + "\n")
+        with suppress(OSError):  # none is there, or it is not ours to give away
+            status = os.stat(path)
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+        yield file
         file.flush()
         os.fsync(descriptor)
+    os.replace(fresh, path)
+    sync_folder(path)
+
+
+def sync_folder(path: str) -> None:
+    """Make a rename last: the folder is what changed."""
+    sync_file(os.path.dirname(os.path.abspath(path)))
+
+
+def sync_file(path: str) -> None:
+    """Have what is written to a file, or a folder, on the disk. Never a database in use."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
@@ -1041,6 +1141,81 @@ def load_keyring(path: str) -> Keyring:
     return Keyring(signing, audit[0])
 
 
+class KeyFile:
+    """A key file that others may replace while we run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.trouble = ""  # why what is in the file now is not what we go by
+        self._seen: Optional[Tuple[int, ...]] = None
+
+    def load(self) -> Keyring:
+        """The keyring in it. Raises OperatorError."""
+        self._seen = self._look()
+        return load_keyring(self.path)
+
+    def replace(self, keyring: Keyring) -> None:
+        """Put a keyring into it, whole or not at all."""
+        write_key_file(self.path, keyring)
+        self._seen = self._look()
+
+    def reload(self) -> Optional[Keyring]:
+        """The keyring in it, if it has changed since it was last looked at and is a good one."""
+        seen = self._look()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            keyring = load_keyring(self.path)
+        except OperatorError as error:
+            self.trouble = str(error)
+            log.error("%s; until then the keys that were loaded before are used", error)
+            return None
+        self.trouble = ""
+        return keyring
+
+    def _look(self) -> Optional[Tuple[int, ...]]:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        # A write, a rename, a chmod: each changes st_ctime.
+        return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
+def _read_der(octets: bytes) -> Tuple[int, bytes, bytes]:
+    """The first element of DER (ITU-T X.690, section 8.1): tag, whole element, and what follows."""
+    length, start = octets[1], 2
+    if length & 0x80:
+        start += length & 0x7F
+        length = int.from_bytes(octets[2:start], "big")
+    if len(octets) < start + length:
+        raise ValueError("cut short")
+    return octets[0], octets[: start + length], octets[start + length :]
+
+
+def _der_contents(element: bytes) -> bytes:
+    return element[2 + (element[1] & 0x7F if element[1] & 0x80 else 0) :]
+
+
+def public_key_pin(certificate: bytes) -> str:
+    """The pin of a certificate in DER, as curl's --pinnedpubkey takes it: SHA-256 of its
+    SubjectPublicKeyInfo, which is the seventh member of what is signed, or the sixth where no
+    version stands first (RFC 5280 section 4.1). Raises ValueError."""
+    try:
+        _, signed, _ = _read_der(_der_contents(certificate))
+        rest = _der_contents(signed)
+        members = []
+        while rest:
+            tag, element, rest = _read_der(rest)
+            members.append((tag, element))
+        has_version = members[0][0] == 0xA0
+        key = members[6 if has_version else 5][1]
+    except IndexError:
+        raise ValueError("not a certificate") from None
+    return f"sha256//{base64.b64encode(hashlib.sha256(key).digest()).decode('ascii')}"
+
+
 # 5. Store
 #
 # The database remembers; it decides nothing and refuses nothing. The only section with SQL and
@@ -1048,14 +1223,14 @@ def load_keyring(path: str) -> Keyring:
 # rows a guarded statement changed.
 
 APPLICATION_ID = 0x686F7374  # "host"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """\
 -- hostenroll's database. Times are Unix milliseconds unless a comment says otherwise.
 -- Ids are integers here and 16 hexadecimal digits everywhere else.
 
 PRAGMA application_id = 0x686F7374;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 
 CREATE TABLE organization (
     -- Whose a host, a token or an API key is.
@@ -1114,9 +1289,12 @@ CREATE TABLE host (
     admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
-    idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
+    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
+    issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
+    twin_id          INTEGER            -- a live host that had this hostname when it came in
 );
 CREATE INDEX host_organization ON host (organization_id);
+CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
@@ -1125,17 +1303,19 @@ CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.
     number      INTEGER PRIMARY KEY,
     kid         TEXT    NOT NULL UNIQUE,
-    created_at  INTEGER NOT NULL
+    created_at  INTEGER NOT NULL,
+    retired_at  INTEGER                -- NULL: it is in the key file
 );
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
-    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential last seen
+    serial      INTEGER NOT NULL,  -- that counts: the highest seen, at first the one expected
+    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active      INTEGER NOT NULL   -- 0: revoked
 );
+CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
 CREATE TABLE service (
     -- One row: what the servers on this database say of themselves, for whoever reads status.
@@ -1144,9 +1324,68 @@ CREATE TABLE service (
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
-    public_url      TEXT    NOT NULL   -- where agents find the server
+    public_url      TEXT    NOT NULL,  -- where agents find the server
+    pin             TEXT    NOT NULL DEFAULT ''  -- of its certificate, where it speaks TLS itself
 );
+
+CREATE TABLE audit (
+    -- What happened, event after event. Each mac covers its row and the mac before it, by the
+    -- audit key of the key file: who has only the database can neither change a row nor add one.
+    number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
+    at               INTEGER NOT NULL,
+    action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
+    actor            TEXT    NOT NULL,  -- api-key:<id>, cli:<user>, token:<id>, host:<id> ...
+    address          TEXT    NOT NULL,  -- '': this machine's command line, or the server itself
+    organization_id  TEXT,              -- whose it is; NULL: nobody's
+    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': nothing that we know
+    code             TEXT,              -- of a refusal
+    detail           TEXT    NOT NULL,  -- a JSON object
+    mac              BLOB    NOT NULL   -- HMAC-SHA256
+);
+CREATE INDEX audit_organization ON audit (organization_id);
+
+CREATE TABLE audit_anchor (
+    -- One row, where older events have been pruned: what the first of the rest is chained to.
+    id      INTEGER PRIMARY KEY CHECK (id = 1),
+    number  INTEGER NOT NULL,  -- of the last event before the rest
+    mac     BLOB    NOT NULL,  -- its mac
+    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
+);
+
+CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
+CREATE TRIGGER audit_is_only_pruned BEFORE DELETE ON audit
+WHEN OLD.number > coalesce((SELECT number FROM audit_anchor), 0)
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
 """
+
+# What to alter in a database of an older version; what is new in SCHEMA is then created by it.
+ALTERATIONS: Mapping[int, Sequence[str]] = {
+    1: (
+        "ALTER TABLE host ADD COLUMN issued_to TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE host ADD COLUMN twin_id INTEGER",
+        "ALTER TABLE signing_key ADD COLUMN retired_at INTEGER",
+        "ALTER TABLE service ADD COLUMN pin TEXT NOT NULL DEFAULT ''",
+        "UPDATE heartbeat SET serial = 1 WHERE serial = 0",
+    ),
+}
+
+SQLITE_VERSION = sqlite3.sqlite_version
+
+# The WAL-reset bug, fixed in 3.51.3, 3.50.7 and 3.44.6.
+WAL_RESET_BUG = ((3, 7, 0), (3, 51, 3))
+WAL_RESET_FIXED = ((3, 50, 7), (3, 44, 6))
+
+
+def has_wal_reset_bug(version: Tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
+    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write."""
+    is_fixed = any(fixed <= version < (3, fixed[1] + 1, 0) for fixed in WAL_RESET_FIXED)
+    return WAL_RESET_BUG[0] <= version < WAL_RESET_BUG[1] and not is_fixed
 
 
 class Token(NamedTuple):
@@ -1189,6 +1428,8 @@ class Host(NamedTuple):
     admitted_at: int
     admitted_serial: int
     idempotency: Optional[bytes]
+    issued_to: str
+    twin_id: Optional[int]
     last_seen: int
     serial: int
     key_number: int
@@ -1223,21 +1464,72 @@ class Service(NamedTuple):
     previous_alive: int
     interval: int
     public_url: str
+    pin: str = ""
 
 
-# Of the heartbeat statement: last_seen, serial, key_number, host_id, serial, last_seen.
-Beat = Tuple[int, int, int, int, int, int]
+class SigningKeyRow(NamedTuple):
+    """A row of signing_key."""
+
+    number: int
+    kid: str
+    created_at: int
+    retired_at: Optional[int]
+
+
+class Event(NamedTuple):
+    """A row of audit. Its number and its mac are given when it joins the chain."""
+
+    number: int
+    at: int
+    action: str
+    actor: str
+    address: str
+    organization_id: Optional[str]
+    subject: str
+    code: Optional[str]
+    detail: str
+    mac: bytes
+
+    def record(self) -> bytes:
+        """What its mac covers, beside the mac before it."""
+        return json.dumps(self[:-1], separators=(",", ":")).encode("ascii")
+
+
+class Anchor(NamedTuple):
+    """The row of audit_anchor, without its id."""
+
+    number: int
+    mac: bytes
+    proof: bytes
+
+    def record(self) -> bytes:
+        """What its proof covers."""
+        return b"anchor %d %b" % (self.number, self.mac)
+
+
+# Of the heartbeat statement: last_seen, host_id, serial, last_seen.
+Beat = Tuple[int, int, int, int]
 
 _TOKEN = ", ".join(Token._fields)
 _HOST = ", ".join(Host._fields)
 _API_KEY = ", ".join(ApiKey._fields)
 _SERVICE = ", ".join(Service._fields)
+_EVENT = ", ".join(Event._fields)
+_FOREIGN_KEYS = "PRAGMA foreign_key_check"
 
 # The whole authorization of a heartbeat, beside its signature: one matched row means that the
-# host is active, that no newer credential of it has been seen, and that the time is written.
-# A clock that went back matches nothing and goes the slow way.
-_BEAT = """UPDATE heartbeat SET last_seen = ?, serial = ?, key_number = ?
-            WHERE host_id = ? AND serial <= ? AND last_seen <= ? AND active"""
+# host is active, that this is its credential that counts, and that the time is written. The
+# first use of a newer credential, and a clock that went back, match nothing and go the slow way.
+_BEAT = """UPDATE heartbeat SET last_seen = ?
+            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active"""
+
+
+def file_mode(path: str) -> Optional[int]:
+    """The permissions of a file: looked at, never opened. None where there is none."""
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return None
 
 
 class StoreError(Exception):
@@ -1407,34 +1699,44 @@ class Store:
     def create(self, organization: Organization, kids: Iterable[str]) -> None:
         """Make the schema in an empty database, and what every database has; all or nothing."""
         self._begin_durable()
-        self._run_schema()
+        self._complete_schema()
         self.add_organization(organization)
-        self._add_signing_keys(kids, organization.created_at)
+        for kid in kids:
+            self.add_signing_key(kid, organization.created_at)
         self._run("COMMIT")
 
-    def learn_signing_keys(self, kids: Iterable[str], now: int) -> None:
-        """Give each kid a number, where it has none."""
-        self._begin_durable()
-        self._add_signing_keys(kids, now)
-        self._run("COMMIT")
+    def version(self) -> int:
+        """Of the schema that the database has."""
+        return int(self._value("PRAGMA user_version"))
+
+    def migrate(self) -> None:
+        """Bring the schema of an older version up to ours; all or nothing."""
+        version = self.version()
+        if version < SCHEMA_VERSION:
+            self._begin_durable()
+            for older in range(version, SCHEMA_VERSION):
+                for statement in ALTERATIONS[older]:
+                    self._run(statement)
+            self._complete_schema()
+            self._run("COMMIT")
+            log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
 
     def _begin_durable(self) -> None:
         self._run("PRAGMA synchronous = FULL")
+        self._synchronous = "FULL"
         self._run("BEGIN IMMEDIATE")
 
-    def _run_schema(self) -> None:
-        """Statement by statement: executescript() would commit first."""
+    def _complete_schema(self) -> None:
+        """Create what is missing, statement by statement: executescript() would commit first."""
+        there = {row[0] for row in self._rows("SELECT name FROM sqlite_master")}
         statement = ""
         for line in SCHEMA.splitlines(keepends=True):
             statement += line
             if sqlite3.complete_statement(statement):
-                self._run(statement)
+                created = re.search(r"^CREATE (?:UNIQUE )?[A-Z]+ (\w+)", statement, re.MULTILINE)
+                if created is None or created[1] not in there:
+                    self._run(statement)
                 statement = ""
-
-    def _add_signing_keys(self, kids: Iterable[str], now: int) -> None:
-        for kid in kids:
-            statement = "INSERT OR IGNORE INTO signing_key (kid, created_at) VALUES (?, ?)"
-            self._run(statement, kid, now)
 
     def close(self) -> None:
         """Close under the lock: the last connection to close checkpoints. Whoever keeps the lock
@@ -1543,6 +1845,31 @@ class Store:
         finally:
             self.lock.release()
 
+    def copy_to(self, path: str) -> None:
+        """Copy the database as it is at this moment into an empty file, while others go on
+        writing: a read transaction holds the moment fast."""
+        try:
+            target = sqlite3.connect(path, isolation_level=None)
+            try:
+                target.execute("PRAGMA journal_mode = OFF")
+                target.execute("PRAGMA synchronous = OFF")  # the caller syncs, once
+                self._run("BEGIN")
+                self._rows("SELECT 1 FROM service")
+                self._db.backup(
+                    target, pages=BACKUP_PAGES, progress=lambda *_: time.sleep(BACKUP_PAUSE)
+                )
+                self._run("ROLLBACK")
+            finally:
+                target.close()
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot copy {self.path}: {error}") from error
+
+    def faults(self) -> List[str]:
+        """What is wrong with the database, by SQLite's own checks."""
+        found = [row[0] for row in self._rows("PRAGMA integrity_check")]
+        found += [f"a row of {row[0]} lacks its {row[2]}" for row in self._rows(_FOREIGN_KEYS)]
+        return [fault for fault in found if fault != "ok"]
+
     def _require_same_file(self) -> None:
         try:
             status = os.stat(self.path)
@@ -1550,6 +1877,16 @@ class Store:
             raise StoreError(f"{self.path} is gone: {error.strerror}") from error
         if (status.st_dev, status.st_ino) != self._identity:
             raise StoreError(f"{self.path} has been replaced: restart the server")
+
+    def file_sizes(self) -> Tuple[int, int]:
+        """Bytes of the database and of its WAL: looked at, never opened."""
+        sizes = []
+        for path in (self.path, f"{self.path}-wal"):
+            try:
+                sizes.append(os.stat(path).st_size)
+            except FileNotFoundError:
+                sizes.append(0)
+        return sizes[0], sizes[1]
 
     # Statements: every one goes through these three or the heartbeats' own.
 
@@ -1614,9 +1951,30 @@ class Store:
         statement = "UPDATE api_key SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
         return self._changed(statement, now, number) == 1
 
-    def signing_keys(self) -> Dict[str, int]:
-        """The number of each kid."""
-        return dict(self._rows("SELECT kid, number FROM signing_key"))
+    def signing_keys(self) -> List[SigningKeyRow]:
+        """All that ever were, the newest first."""
+        columns = ", ".join(SigningKeyRow._fields)
+        rows = self._rows(f"SELECT {columns} FROM signing_key ORDER BY number DESC")
+        return [SigningKeyRow(*row) for row in rows]
+
+    def add_signing_key(self, kid: str, now: int) -> None:
+        """Give a kid a number; one that was retired is there again."""
+        statement = "INSERT OR IGNORE INTO signing_key (kid, created_at) VALUES (?, ?)"
+        self._run(statement, kid, now)
+        self._run("UPDATE signing_key SET retired_at = NULL WHERE kid = ?", kid)
+
+    def retire_signing_key(self, kid: str, now: int) -> None:
+        """Record that a key is no longer in the key file."""
+        self._run("UPDATE signing_key SET retired_at = ? WHERE kid = ?", now, kid)
+
+    def signing_key_number(self, kid: str) -> Optional[int]:
+        """The number of a kid."""
+        number: Optional[int] = self._value("SELECT number FROM signing_key WHERE kid = ?", kid)
+        return number
+
+    def hosts_by_signing_key(self, number: int) -> int:
+        """How many hosts hold credentials that a key has signed."""
+        return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
 
     def service(self) -> Optional[Service]:
         """What the servers say of themselves; None before the first one ran."""
@@ -1631,6 +1989,10 @@ class Store:
     def keep_alive(self, now: int) -> None:
         """Say that a server lives."""
         self._run("UPDATE service SET alive = max(alive, ?)", now)
+
+    def put_pin(self, pin: str) -> None:
+        """Say what the pin of the server's certificate is now."""
+        self._run("UPDATE service SET pin = ?", pin)
 
     # Tokens.
 
@@ -1657,6 +2019,23 @@ class Store:
         self._run(
             "UPDATE token SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", now, number
         )
+
+    def prune_tokens(self, after: int, before: int, ended: int, limit: int) -> Optional[int]:
+        """Look at so many tokens with an id between after and before, and delete those that have
+        ended by a time. The id to go on after; None when all have been looked at."""
+        statement = "SELECT id FROM token WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+        rows = self._rows(statement, after, before, limit)
+        if not rows:
+            return None
+        last: int = rows[-1][0]
+        self._run(
+            """DELETE FROM token WHERE id > ? AND id <= ? AND coalesce(revoked_at,
+                 CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ?""",
+            after,
+            last,
+            ended,
+        )
+        return last if len(rows) == limit else None
 
     def hosts_by_token(self, number: int, limit: int) -> List[int]:
         """The ids of the newest hosts that came in by a token."""
@@ -1691,24 +2070,58 @@ class Store:
         return [Host(*row) for row in self._newest(tables, _HOST, organization, before, limit)]
 
     def _newest(
-        self, tables: str, columns: str, organization: Optional[str], before: int, limit: int
+        self,
+        tables: str,
+        columns: str,
+        organization: Optional[str],
+        before: int,
+        limit: int,
+        key: str = "id",
     ) -> List[Any]:
-        if organization is None:
-            statement = f"SELECT {columns} FROM {tables} WHERE id < ? ORDER BY id DESC LIMIT ?"
-            return self._rows(statement, before, limit)
+        own = "" if organization is None else "organization_id = ? AND"
+        of = () if organization is None else (organization,)
         statement = f"""SELECT {columns} FROM {tables}
-             WHERE organization_id = ? AND id < ? ORDER BY id DESC LIMIT ?"""
-        return self._rows(statement, organization, before, limit)
+             WHERE {own} {key} < ? ORDER BY {key} DESC LIMIT ?"""
+        return self._rows(statement, *of, before, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host; the caller names them, never a peer."""
         settings = ", ".join(f"{column} = ?" for column in changes)
         self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
 
-    def issue(self, number: int, serial: int) -> bool:
-        """Record that a serial is issued. False when a higher one has been."""
-        statement = "UPDATE host SET issued = ? WHERE id = ? AND issued <= ?"
-        return self._changed(statement, serial, number, serial) == 1
+    def hosts_by_hostname(self, organization: str, hostname: str, limit: int) -> List[Host]:
+        """The newest of an organization by a hostname: RFC 4343, without the final dot."""
+        statement = f"""SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id
+             WHERE organization_id = ? AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.'))
+             ORDER BY id DESC LIMIT ?"""
+        return [Host(*row) for row in self._rows(statement, organization, hostname, limit)]
+
+    def census(
+        self, organization: Optional[str], after: int, limit: int, seen_since: Sequence[int]
+    ) -> Tuple[List[Tuple[str, str, int]], Optional[int]]:
+        """Count so many hosts with an id above after by organization and status, where a host
+        last seen at the first of two times or later is online, at the second or later offline.
+        The counts, and the id to go on after; None at the end."""
+        where = "id > ?" if organization is None else "id > ? AND organization_id = ?"
+        of = () if organization is None else (organization,)
+        last = (
+            f"SELECT max(id), count(*) FROM (SELECT id FROM host WHERE {where} ORDER BY id LIMIT ?)"
+        )
+        until, examined = self._rows(last, after, *of, limit)[0]
+        if not examined:
+            return [], None
+        statement = f"""SELECT organization_id, CASE WHEN NOT active THEN 'revoked'
+                 WHEN last_seen = 0 THEN 'pending' WHEN last_seen >= ? THEN 'online'
+                 WHEN last_seen >= ? THEN 'offline' ELSE 'missing' END AS status, count(*)
+             FROM host JOIN heartbeat ON host_id = id
+             WHERE {where} AND id <= ? GROUP BY organization_id, status"""
+        rows = self._rows(statement, *seen_since, after, *of, until)
+        return [(row[0], row[1], row[2]) for row in rows], until if examined == limit else None
+
+    def issue(self, number: int, serial: int, address: str) -> bool:
+        """Record that a serial is issued, and to whom. False when a higher one has been."""
+        statement = "UPDATE host SET issued = ?, issued_to = ? WHERE id = ? AND issued <= ?"
+        return self._changed(statement, serial, address, number, serial) == 1
 
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
         """Restore a host, or shut it out since a time: at once, for the next heartbeat."""
@@ -1732,11 +2145,67 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(str(error)) from error
 
-    def beat_late(self, beat: Beat) -> None:
+    def beat_late(self, number: int, now: int) -> None:
         """Write one heartbeat whose clock may have gone back: lastSeen never does."""
-        statement = """UPDATE heartbeat
-             SET last_seen = max(last_seen, ?), serial = ?, key_number = ? WHERE host_id = ?"""
-        self._run(statement, *beat[:4])
+        statement = "UPDATE heartbeat SET last_seen = max(last_seen, ?) WHERE host_id = ?"
+        self._run(statement, now, number)
+
+    def supersede(self, number: int, serial: int, key_number: int) -> None:
+        """From now on this credential of a host counts, and older ones do not."""
+        statement = "UPDATE heartbeat SET serial = ?, key_number = ? WHERE host_id = ?"
+        self._run(statement, serial, key_number, number)
+
+    # The audit log.
+
+    def last_event(self) -> Tuple[int, bytes]:
+        """Number and mac that the next event is chained to."""
+        rows = self._rows("SELECT number, mac FROM audit ORDER BY number DESC LIMIT 1")
+        if rows:
+            return rows[0][0], rows[0][1]
+        anchor = self.anchor()
+        return (anchor.number, anchor.mac) if anchor else (0, b"")
+
+    def add_events(self, events: Sequence[Event]) -> None:
+        """Append to the log."""
+        marks = ", ".join("?" * len(Event._fields))
+        try:
+            self._db.executemany(f"INSERT INTO audit ({_EVENT}) VALUES ({marks})", events)
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def events(self, organization: Optional[str], before: int, limit: int) -> List[Event]:
+        """The newest with a number below before; of one organization, or all."""
+        rows = self._newest("audit", _EVENT, organization, before, limit, "number")
+        return [Event(*row) for row in rows]
+
+    def events_after(self, number: int) -> Iterator[Event]:
+        """All that follow a number, in order; in one transaction."""
+        statement = f"SELECT {_EVENT} FROM audit WHERE number > ? ORDER BY number"
+        cursor = self._run(statement, number)
+        try:
+            yield from map(Event._make, cursor)
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def anchor(self) -> Optional[Anchor]:
+        """What the first of the rest is chained to, where there is an anchor."""
+        return self._one(Anchor._make, "SELECT number, mac, proof FROM audit_anchor")
+
+    def put_anchor(self, anchor: Anchor) -> None:
+        """Chain what follows to this; what is not after it may be pruned now."""
+        self._run("DELETE FROM audit_anchor")
+        self._run("INSERT INTO audit_anchor VALUES (1, ?, ?, ?)", *anchor)
+
+    def oldest_events(self, before: int, limit: int) -> List[Event]:
+        """The first events of the log, as long as they are older than a time."""
+        statement = f"SELECT {_EVENT} FROM audit ORDER BY number LIMIT ?"
+        return list(
+            takewhile(lambda e: e.at < before, map(Event._make, self._rows(statement, limit)))
+        )
+
+    def prune_events(self, last: int) -> None:
+        """Delete the first events up to a number that is not after the anchor."""
+        self._run("DELETE FROM audit WHERE number <= ?", last)
 
 
 # 6. Registry
@@ -1757,12 +2226,32 @@ class Principal(NamedTuple):
     id: str = ""
 
 
+class Origin(NamedTuple):
+    """Where a request came from, for the log and the audit log."""
+
+    address: str = ""  # '': the command line of this machine, or the server itself
+    request: str = ""  # its id
+
+
+class Noted(NamedTuple):
+    """An event, and the id of the request that it comes of."""
+
+    event: Event
+    request: str
+
+
+NOWHERE = Origin()
+UNFINISHED = object()  # what an act comes to that wants to be run again, in another tick
+
+
 class Act(NamedTuple):
-    """Something to do in a tick. Of one that may write, a refusal leaves nothing behind."""
+    """Something to do in a tick. Of one that may write, a refusal leaves nothing behind; one
+    that only reads may be UNFINISHED."""
 
     run: Callable[[int], Any]  # given the tick's time in Unix ms; its result is what it comes to
     writes: bool = True
     durable: bool = True
+    origin: Origin = NOWHERE
 
 
 Work = Union[Claims, Act]  # what a tick runs: a plain heartbeat by its claims, or an act
@@ -1827,6 +2316,15 @@ class HostView(NamedTuple):
     host: Host
     status: str
     reason: str
+    warnings: Sequence[str] = ()
+
+
+class SigningKeyView(NamedTuple):
+    """A signing key, what it does, and how many hosts hold a credential that it has signed."""
+
+    key: SigningKeyRow
+    state: str
+    hosts: int
 
 
 class Page(NamedTuple):
@@ -1867,8 +2365,117 @@ class TokenQuery(NamedTuple):
     limit: int = PAGE_DEFAULT
 
 
+class EventQuery(NamedTuple):
+    """Which events to list."""
+
+    organization: Optional[str] = None
+    action: Optional[str] = None
+    subject: Optional[str] = None
+    code: Optional[str] = None
+    before: int = (1 << 63) - 1
+    limit: int = PAGE_DEFAULT
+
+    def matches(self, event: Event) -> bool:
+        """Whether an event is one of those asked for."""
+        return (
+            self.action in (None, event.action)
+            and self.subject in (None, event.subject)
+            and self.code in (None, event.code)
+        )
+
+
 STATUSES = ("pending", "online", "offline", "missing", "revoked")
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
+ACTIONS = (
+    "mint",
+    "enroll",
+    "re-enroll",
+    "replay",
+    "renew",
+    "supersede",
+    "refuse",
+    "edit",
+    "revoke",
+    "restore",
+    "delete",
+    "add",
+    "rotate",
+    "retire",
+    "init",
+)
+
+
+class Histogram:
+    """How often a measure was at most so much: cumulative only when it is shown."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, once or for as many as it is true of."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+
+class Metrics:
+    """What a process has counted since it started. It may be forgotten."""
+
+    def __init__(self) -> None:
+        self.enrollments = self.heartbeats = self.renewals = 0
+        self.connections = self.connections_accepted = 0
+        self.refusals: Counter[str] = Counter()
+        self.requests = Histogram(SECONDS_BUCKETS)  # from the turn that takes it to its answer
+        self.commits = Histogram(SECONDS_BUCKETS)
+        self.lock_waits = Histogram(SECONDS_BUCKETS)
+        self.ticks = Histogram(SIZE_BUCKETS)  # requests in each
+
+
+class Census:
+    """The fleet counted by organization and status, in slices: it may be a million hosts."""
+
+    def __init__(self, organization: Optional[str]) -> None:
+        self.organization = organization
+        self.counts: Counter[Tuple[str, str]] = Counter()
+        self.finished_at: Optional[int] = None  # Unix ms
+        self._after: Optional[int] = -1
+        self._slices = 0
+
+    def go_on(self, store: Store, seen_since: Sequence[int], now: int) -> None:
+        """Count one slice more."""
+        if self._after is not None:
+            rows, self._after = store.census(
+                self.organization, self._after, COUNTED_AT_ONCE, seen_since
+            )
+            self._slices += 1
+            for organization, status, count in rows:
+                self.counts[organization, status] += count
+        if self._after is None:
+            self.finished_at = now
+
+    def is_good(self, now: int) -> bool:
+        """Whether it need not be made anew: it goes on, or was long, and is not old."""
+        if self.finished_at is None:
+            return True
+        return self._slices > 1 and 0 <= now - self.finished_at <= CENSUS_KEPT * SECOND_MS
+
+
+class RefusalWindow:
+    """The refusals of one code in a minute: so many are audited, the others summed up."""
+
+    def __init__(self, now: int) -> None:
+        self.since = now
+        self.seen = 0
+
+    @property
+    def summed_up(self) -> int:
+        """How many are not audited one by one."""
+        return max(0, self.seen - REFUSALS_AUDITED)
+
+    def is_over(self, now: int) -> bool:
+        """Whether its minute is."""
+        return not 0 <= now - self.since < MINUTE * SECOND_MS
 
 
 def token_state(token: Token, now: int) -> str:
@@ -1885,22 +2492,41 @@ def is_served(service: Optional[Service], now: int) -> bool:
     return service is not None and now - service.alive <= ALIVE_GRACE * SECOND_MS
 
 
-def silence_ms(host: Host, service: Optional[Service], now: int) -> int:
+def allowed_silence_ms(interval: int) -> int:
+    """How long a host may be silent and still be online, by the interval in seconds."""
+    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
+
+
+def silence_ms(last_seen: int, service: Optional[Service], now: int) -> int:
     """How long a host has been silent while there was a server to hear it."""
     if service is None:
-        return max(0, now - host.last_seen)
+        return max(0, now - last_seen)
     until = now if is_served(service, now) else service.alive
-    silence = until - host.last_seen
-    if host.last_seen <= service.previous_alive:
+    silence = until - last_seen
+    if last_seen <= service.previous_alive:
         silence -= service.started - service.previous_alive
-    elif host.last_seen < service.started:  # heard in a life too brief to end the pause
+    elif last_seen < service.started:  # heard in a life too brief to end the pause
         silence = until - service.started
     return max(0, silence)
 
 
-def allowed_silence_ms(interval: int) -> int:
-    """How long a host may be silent and still be online, by the interval in seconds."""
-    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
+def seen_since(service: Optional[Service], now: int, silence: int) -> int:
+    """The earliest last_seen of hosts that have not been silent for longer: silence_ms() turned
+    round, because a census compares a million of them."""
+    if service is None:
+        return now - silence
+    until = now if is_served(service, now) else service.alive
+    if until - silence > service.started:
+        return until - silence
+    return until - silence - service.started + service.previous_alive
+
+
+def status_bounds(service: Optional[Service], now: int) -> Tuple[int, int]:
+    """The earliest last_seen of a host that is online, and of one that is offline: before that,
+    it is missing."""
+    interval = service.interval if service else HEARTBEAT_INTERVAL
+    online = seen_since(service, now, allowed_silence_ms(interval))
+    return online, seen_since(service, now, MISSING_AFTER * SECOND_MS)
 
 
 def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
@@ -1910,22 +2536,44 @@ def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, 
     if host.last_seen == 0:
         return "pending", "has enrolled and not yet beaten"
     interval = service.interval if service else HEARTBEAT_INTERVAL
-    silence = silence_ms(host, service, now)
+    silence = silence_ms(host.last_seen, service, now)
     allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
     is_stopped = service is not None and not is_served(service, now)
     until = "before the server stopped" if is_stopped else "ago"
     seen = f"last seen {span(silence / SECOND_MS)} {until}"
     if host.last_seen > now:
         return "online", f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
-    if silence <= allowed_silence_ms(interval):
+    online, offline = status_bounds(service, now)
+    if host.last_seen >= online:
         return "online", f"{seen}, within {allowed}"
-    status = "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
-    return status, f"{seen}, more than {allowed}"
+    return "offline" if host.last_seen >= offline else "missing", f"{seen}, more than {allowed}"
 
 
 def is_same_hostname(one: str, other: str) -> bool:
     """DNS names are compared without case, with or without the final dot: RFC 4343."""
     return one.lower().rstrip(".") == other.lower().rstrip(".")
+
+
+def verify_chain(
+    store: Store, keyring: Keyring, head: Optional[bytes]
+) -> Tuple[int, int, bytes, bool]:
+    """Go through the whole audit log: the number of the first event, of the last, its mac, and
+    whether an event has the head as its mac. Raises OperatorError, which names the first that is
+    not as it was written."""
+    anchor = store.anchor()
+    number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
+    if anchor and not is_same(anchor.proof, keyring.chain(b"", anchor.record())):
+        raise OperatorError("the anchor of the audit log is not as it was written")
+    first, found = number + 1, mac == head
+    for event in store.events_after(number):
+        number += 1
+        if event.number != number:
+            raise OperatorError(f"event {number} of the audit log is missing")
+        mac = keyring.chain(mac, event.record())
+        if not is_same(mac, event.mac):
+            raise OperatorError(f"event {number} of the audit log is not as it was written")
+        found = found or mac == head
+    return first, number, mac, found
 
 
 class Registry:
@@ -1934,27 +2582,44 @@ class Registry:
     def __init__(
         self,
         store: Store,
+        key_file: KeyFile,
         keyring: Keyring,
         *,
         interval: int = HEARTBEAT_INTERVAL,
         credential_ttl: Optional[int] = None,
+        audit_keep: Optional[int] = None,
     ) -> None:
         self._store = store
+        self._key_file = key_file
         self._keyring = keyring
-        self._key_numbers = store.signing_keys()
         self.interval = interval
         self._interval_bounds = (
             -(-interval * (100 - HEARTBEAT_SPREAD) // 100),
             interval * (100 + HEARTBEAT_SPREAD) // 100,
         )
         self._credential_ttl = credential_ttl
+        self._audit_keep = audit_keep
         self._trouble = ""
+        self._pin: Optional[str] = None  # to be written
+        self._tokens_looked_at = -1
+        self._origin = NOWHERE  # of the act at hand
+        self._events: List[Noted] = []  # of the tick at hand
+        self._notes: List[Noted] = []  # for the next tick that writes
+        self._windows: Dict[str, RefusalWindow] = {}
+        self._censuses: Dict[Optional[str], Census] = {}
+        self.metrics = Metrics()
 
     # Ticks.
 
-    def tick(self, work: Sequence[Work], now: int) -> Optional[List[Any]]:
+    def tick(
+        self,
+        work: Sequence[Work],
+        now: int,
+        origin_of: Callable[[int], Origin] = lambda place: NOWHERE,
+    ) -> Optional[List[Any]]:
         """Heartbeats and acts in one transaction. What each comes to, a value or a Problem, when
         all of it is committed; None when another writer is at work: ask again, or give_up().
+        origin_of says where the heartbeat at a place of work came from.
 
         If the transaction dies, so does every answer, also those of reads: they may have seen
         rows that are gone now.
@@ -1968,23 +2633,42 @@ class Registry:
         try:
             if not self._store.begin(writes, durable):
                 return None
-            outcomes = self._beat_all(beats, now) if beats else []
+            if writes:
+                self._events, self._notes = self._notes, []
+            if acts:
+                self.notice_keys()
+            outcomes = self._beat_all(work, beats, now, origin_of) if beats else []
             if acts:
                 beaten = iter(outcomes)
                 outcomes = [
                     self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work
                 ]
-            self._store.commit()
+            self._commit(writes)
         except StoreError as error:
             self._store.abandon()
+            self._events = []
+            self.metrics.refusals[StorageUnavailable.code] += len(work)
             return [self._unavailable(error)] * len(work)
         except BaseException:
             self._store.abandon()
             raise
         self._trouble = ""
+        self.metrics.heartbeats += len(beats)
         return outcomes
 
+    def _commit(self, writes: bool) -> None:
+        if writes and self._events:
+            self._chain_events()
+        started = time.perf_counter()
+        self._store.commit()
+        if writes:
+            self.metrics.commits.observe(time.perf_counter() - started)
+            if self._events:
+                self._log_events()
+
     def _perform(self, act: Act, now: int) -> Any:
+        self._origin = act.origin
+        mark = len(self._events)
         if act.writes:
             self._store.savepoint()
         try:
@@ -1994,10 +2678,13 @@ class Registry:
         except Problem as problem:
             result = problem
         except Exception:
-            log.exception("an act failed")
+            log.exception("an act failed", extra={"request": act.origin.request})
             result = Internal()
-        if act.writes and isinstance(result, Problem):
-            self._store.undo()
+        if isinstance(result, Problem):
+            if act.writes:
+                self._store.undo()
+                del self._events[mark:]
+            self._note_refusal(self._events if act.writes else self._notes, result, now)
         elif act.writes:
             self._store.keep()
         return result
@@ -2011,15 +2698,18 @@ class Registry:
         return problem
 
     def perform(self, act: Act, now: int) -> Any:
-        """A tick of one act, waiting for other writers. Raises the Problem that it comes to."""
+        """A tick of one act, or as many as it takes, waiting for other writers. Raises the
+        Problem that it comes to."""
         deadline = time.monotonic() + LOCK_PATIENCE
-        outcomes = self.tick([act], now)
-        while outcomes is None:
-            if time.monotonic() > deadline:
-                raise self.give_up()
-            time.sleep(LOCK_POLL)
+        result = UNFINISHED
+        while result is UNFINISHED:
             outcomes = self.tick([act], now)
-        result = outcomes[0]
+            if outcomes is not None:
+                result = outcomes[0]
+            elif time.monotonic() > deadline:
+                raise self.give_up()
+            else:
+                time.sleep(LOCK_POLL)
         if isinstance(result, Problem):
             raise result
         return result
@@ -2032,44 +2722,336 @@ class Registry:
         """Between ticks: what no answer waits for."""
         self._store.checkpoint()
 
+    def back_up(self, folder: str) -> Tuple[str, str]:
+        """Copy database, then keys, into a folder, whole or not at all; where they are. The keys
+        come last: then they are all that the copy of the database knows. Raises StoreError,
+        OSError."""
+        folder = os.path.realpath(folder)
+        files = self._store.path, os.path.realpath(self._key_file.path)
+        paths = [os.path.join(folder, os.path.basename(path)) for path in files]
+        for path in (*paths, f"{paths[0]}-wal"):
+            if path in files or (path.endswith("-wal") and os.path.exists(path)):
+                raise OperatorError(f"{folder} has a database in use: name another folder")
+        fresh = f"{paths[0]}.tmp"
+        with suppress(FileNotFoundError):
+            os.remove(fresh)
+        os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
+        try:
+            self._store.copy_to(fresh)
+            sync_file(fresh)
+            write_key_file(paths[1], self._key_file.load())
+            os.replace(fresh, paths[0])
+            sync_folder(fresh)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.remove(fresh)
+            raise
+        return paths[0], paths[1]
+
     def close(self) -> None:
         """Close the database."""
         self._store.close()
 
+    # The audit log.
+
+    def _record(
+        self,
+        now: int,
+        action: str,
+        actor: str,
+        subject: str,
+        organization: Optional[str],
+        **detail: Any,
+    ) -> None:
+        """Say in the audit log what the act at hand does. It stands there if the act does."""
+        self._events.append(self._event(now, action, actor, subject, organization, None, detail))
+
+    def _event(
+        self,
+        now: int,
+        action: str,
+        actor: str,
+        subject: str,
+        organization: Optional[str],
+        code: Optional[str],
+        detail: Mapping[str, Any],
+    ) -> Noted:
+        said = {name: value for name, value in detail.items() if value not in (None, "", {}, [])}
+        address, request = self._origin
+        text = json.dumps(said)
+        event = Event(0, now, action, actor, address, organization, subject, code, text, b"")
+        return Noted(event, request)
+
+    def refused(self, problem: Problem, origin: Origin, now: int) -> None:
+        """Count a refusal that no act came to; the next tick that writes audits it."""
+        self._origin = origin
+        self._note_refusal(self._notes, problem, now)
+
+    def _note_refusal(self, events: List[Noted], problem: Problem, now: int) -> None:
+        code = problem.code
+        self.metrics.refusals[code] += 1
+        if not problem.is_audited:
+            return
+        window = self._windows.get(code)
+        if window is None or window.is_over(now):
+            self._sum_up(events, code, now)
+            window = self._windows[code] = RefusalWindow(now)
+        window.seen += 1
+        if not window.summed_up and len(events) < NOTES_MAXIMUM:
+            about = (problem.actor, problem.subject, problem.organization)
+            events.append(self._event(now, "refuse", *about, code, problem.particulars))
+
+    def _sum_up(self, events: List[Noted], code: str, now: int) -> None:
+        window = self._windows.pop(code, None)
+        if window is not None and window.summed_up:
+            detail = {"more": window.summed_up, "since": rfc3339(window.since)}
+            event = self._event(now, "refuse", "anonymous", "", None, code, detail).event
+            events.append(Noted(event._replace(address=""), ""))
+
+    @property
+    def owes_notes(self) -> bool:
+        """Whether there are refusals for the next tick that writes."""
+        return bool(self._notes)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether there are refusals that are not audited one by one, and not yet summed up."""
+        return any(window.summed_up for window in self._windows.values())
+
+    def sum_up_refusals(self, now: int, *, all_of_them: bool = False) -> None:
+        """In a tick: one event for what was not audited of a minute that is over."""
+        for code, window in list(self._windows.items()):
+            if all_of_them or window.is_over(now):
+                self._sum_up(self._events, code, now)
+
+    def _chain_events(self) -> None:
+        number, mac = self._store.last_event()
+        chained: List[Event] = []
+        for event, _ in self._events:
+            number += 1
+            numbered = event._replace(number=number)
+            mac = self._keyring.chain(mac, numbered.record())
+            chained.append(numbered._replace(mac=mac))
+        self._store.add_events(chained)
+
+    def _log_events(self) -> None:
+        events, self._events = self._events, []
+        for event, request in events:
+            log.info(
+                "%s %s by %s%s%s",
+                event.action,
+                event.subject or "-",
+                event.actor,
+                f" from {event.address}" if event.address else "",
+                f": {event.code}" if event.code else "",
+                extra={"event": event, "request": request},
+            )
+
+    def events(self, by: Principal, query: EventQuery, now: int) -> Page:
+        """The newest first. Raises InvalidQuery."""
+        organization = self._scope(by, query.organization, InvalidQuery, "organization")
+        examine = SLICE
+        rows = self._store.events(organization, query.before, examine + 1)
+        found = [row for row in rows[:examine] if query.matches(row)]
+        if len(found) > query.limit:
+            found = found[: query.limit]
+            return Page(found, found[-1].number)
+        return Page(found, rows[examine - 1].number if len(rows) > examine else None)
+
+    def verify_audit(self, head: Optional[bytes]) -> Tuple[int, int, bytes, bool]:
+        """verify_chain() of this log."""
+        return verify_chain(self._store, self._keyring, head)
+
+    def start_audit_anew(self, now: int) -> None:
+        """The audit key is another: only what follows can be verified with it."""
+        self._put_anchor(*self._store.last_event())
+        self._record(now, "init", "key-file", "audit", None)
+
+    def _put_anchor(self, number: int, mac: bytes) -> None:
+        anchor = Anchor(number, mac, b"")
+        self._store.put_anchor(anchor._replace(proof=self._keyring.chain(b"", anchor.record())))
+
+    def _prune_events(self, now: int) -> None:
+        if self._audit_keep is not None:
+            before = now - self._audit_keep * SECOND_MS
+            old = self._store.oldest_events(before, PRUNED_AT_ONCE)
+            if old:
+                anchor = self._store.anchor()
+                if anchor is None or anchor.number < old[-1].number:
+                    self._put_anchor(old[-1].number, old[-1].mac)
+                self._store.prune_events(old[-1].number)
+
+    # Signing keys.
+
+    def notice_keys(self) -> None:
+        """Go by the key file as it is now: somebody may have rotated it."""
+        keyring = self._key_file.reload()
+        if keyring is not None:
+            self._keyring = keyring
+
+    @property
+    def key_trouble(self) -> str:
+        """Why the keys in use are not those in the key file; '' when they are."""
+        return self._key_file.trouble
+
+    def _key_number(self, kid: str, now: int) -> int:
+        number = self._store.signing_key_number(kid)
+        if number is None:
+            self._store.add_signing_key(kid, now)
+            number = self._store.signing_key_number(kid)
+            assert number is not None
+        return number
+
+    def learn_keys(self, actor: str, now: int) -> None:
+        """Have the database know the keys of the key file, and no others."""
+        known = {row.kid for row in self._store.signing_keys() if row.retired_at is None}
+        for kid in reversed(self._keyring.kids):
+            if kid not in known:
+                self._store.add_signing_key(kid, now)
+                self._record(now, "rotate", actor, f"signing-key:{kid}", None)
+        for kid in sorted(known.difference(self._keyring.kids)):
+            self._store.retire_signing_key(kid, now)
+            self._record(now, "retire", actor, f"signing-key:{kid}", None)
+
+    def knows_keys(self) -> bool:
+        """Whether the database knows the keys of the key file, and no others."""
+        known = {row.kid for row in self._store.signing_keys() if row.retired_at is None}
+        return known == set(self._keyring.kids)
+
+    def signing_keys(self) -> List[SigningKeyView]:
+        """All that ever were, the newest first."""
+        states = dict.fromkeys(self._keyring.kids, "verifies")
+        states[self._keyring.first.kid] = "signs"
+        return [
+            SigningKeyView(
+                row,
+                states.get(row.kid, "retired"),
+                self._store.hosts_by_signing_key(row.number),
+            )
+            for row in self._store.signing_keys()
+        ]
+
+    def rotate_signing_key(self, by: Principal, now: int) -> str:
+        """A new key signs from now on, and the others verify; its kid. The key file is replaced
+        before the commit: if that fails, or we are killed, the database learns of it later."""
+        self._replace_keys(self._keyring.rotated())
+        self.learn_keys(by.name, now)
+        return self._keyring.first.kid
+
+    def retire_signing_key(self, by: Principal, kid: str, force: bool, now: int) -> int:
+        """Verify by a key no longer; how many hosts that locks out. Raises NotFound, Conflict."""
+        if kid not in self._keyring.kids:
+            raise NotFound("There is no signing key with this kid in the key file.")
+        if kid == self._keyring.first.kid:
+            raise Conflict("This key signs. Make another first: rotate-signing-key.")
+        hosts = self._store.hosts_by_signing_key(self._key_number(kid, now))
+        if hosts and not force:
+            raise Conflict(
+                f"{hosts} hosts still use this key. They move to the first one when they beat; "
+                "with --force they must re-enroll."
+            )
+        self._replace_keys(self._keyring.without(kid))
+        self.learn_keys(by.name, now)
+        return hosts
+
+    def _replace_keys(self, keyring: Keyring) -> None:
+        self._key_file.replace(keyring)
+        self._keyring = keyring
+
     # Service.
 
-    def start_service(self, url: str, now: int) -> None:
-        """A server starts. If none has lived of late, the pause is nobody's silence; it goes on
-        through lives that are too brief to hear the hosts, as in a crash loop."""
+    def start_service(self, url: str, now: int, pin: str = "") -> None:
+        """A server starts, to be found at a URL, its certificate by a pin. If none has lived of
+        late, the pause is nobody's silence; it goes on through lives that are too brief to hear
+        the hosts, as in a crash loop."""
         old = self._store.service()
         if old is None:
-            self._store.put_service(Service(now, now, now, self.interval, url))
+            self._store.put_service(Service(now, now, now, self.interval, url, pin))
         elif now - old.alive <= ALIVE_EVERY * SECOND_MS:
             alive = max(now, old.alive)
             self._store.put_service(
-                old._replace(alive=alive, interval=self.interval, public_url=url)
+                old._replace(alive=alive, interval=self.interval, public_url=url, pin=pin)
             )
         else:
             is_brief = old.alive - old.started <= allowed_silence_ms(old.interval)
             before = old.previous_alive if is_brief else old.alive
-            self._store.put_service(Service(now, now, before, self.interval, url))
+            self._store.put_service(Service(now, now, before, self.interval, url, pin))
 
     def keep_alive(self, now: int) -> None:
         """A server lives, and can write."""
         self._store.keep_alive(now)
+
+    def keep_house(self, now: int) -> None:
+        """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
+        self._origin = NOWHERE
+        self._store.keep_alive(now)
+        if self._pin is not None:
+            self._store.put_pin(self._pin)
+        self.sum_up_refusals(now)
+        if not self.knows_keys():
+            self.learn_keys("key-file", now)
+        self._prune_tokens(now)
+        self._prune_events(now)
+
+    def announce_pin(self, pin: str) -> None:
+        """The server has another certificate: keep_house() writes its pin."""
+        self._pin = pin
+
+    @property
+    def announced_pin(self) -> str:
+        """The pin of the server's certificate; '' where it speaks no TLS."""
+        return self._pin or ""
+
+    def _prune_tokens(self, now: int) -> None:
+        """Ids are in the order of time: what was minted since cannot have ended so long ago."""
+        ended = now - TOKEN_KEPT * SECOND_MS
+        looked_at = self._store.prune_tokens(
+            self._tokens_looked_at, first_id(ended), ended, PRUNED_AT_ONCE
+        )
+        self._tokens_looked_at = -1 if looked_at is None else looked_at
 
     def public_url(self) -> Optional[str]:
         """Where agents find the server; None before one ran."""
         service = self._store.service()
         return service.public_url if service else None
 
+    def public_pin(self) -> str:
+        """The pin of the server's certificate; '' where it speaks no TLS itself."""
+        service = self._store.service()
+        return service.pin if service else ""
+
+    def census(self, by: Principal, now: int) -> Optional[Census]:
+        """The fleet counted, or None: one slice more is, ask again in another tick."""
+        census = self._censuses.get(by.organization)
+        if census is None or not census.is_good(now):
+            census = self._censuses[by.organization] = Census(by.organization)
+        if census.finished_at is None:
+            census.go_on(self._store, status_bounds(self._store.service(), now), now)
+        return None if census.finished_at is None else census
+
+    def storage_bytes(self) -> Tuple[int, int]:
+        """Of the database, and of its WAL."""
+        return self._store.file_sizes()
+
+    @property
+    def sqlite_version(self) -> str:
+        """Of the library that runs."""
+        return SQLITE_VERSION
+
+    def visible_organizations(self, by: Principal) -> List[str]:
+        """Those that somebody sees."""
+        if by.organization is not None:
+            return [by.organization]
+        return [organization.id for organization in self._store.organizations()]
+
     # Organizations and API keys.
 
-    def add_organization(self, name: str, now: int) -> Organization:
+    def add_organization(self, by: Principal, name: str, now: int) -> Organization:
         """Raises Conflict."""
         organization = Organization(name, now)
         if not self._store.add_organization(organization):
             raise Conflict(f"There is an organization {name} already.")
+        self._record(now, "add", by.name, f"organization:{name}", name)
         return organization
 
     def organizations(self) -> List[Organization]:
@@ -2088,6 +3070,8 @@ class Registry:
         )
         if not self._store.add_api_key(key):
             return self.mint_api_key(by, organization, role, description, now)
+        subject = f"api-key:{id_text(key.id)}"
+        self._record(now, "mint", by.name, subject, organization, role=role)
         return key, secret.text
 
     def api_keys(self) -> List[ApiKey]:
@@ -2096,20 +3080,24 @@ class Registry:
 
     def revoke_api_key(self, by: Principal, number: int, now: int) -> None:
         """Idempotent. Raises NotFound."""
-        if not self._store.revoke_api_key(number, now) and self._store.api_key(number) is None:
+        key = self._store.api_key(number)
+        if key is None:
             raise NotFound("There is no API key with this id.")
+        if self._store.revoke_api_key(number, now):
+            subject = f"api-key:{id_text(number)}"
+            self._record(now, "revoke", by.name, subject, key.organization_id)
 
-    def identify(self, text: str) -> Principal:
-        """Whose an API key is. Raises ApiKeyInvalid."""
+    def identify(self, text: str, what: str = "") -> Principal:
+        """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid."""
         secret = read_secret(API_KEY_PREFIX, text)
         key = self._store.api_key(secret.id) if secret else None
+        name = f"api-key:{id_text(secret.id)}" if secret else ""
         if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):
-            raise ApiKeyInvalid()
+            raise ApiKeyInvalid().concerning("anonymous", name, None, request=what)
         if key.revoked_at is not None:
-            raise ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
-        return Principal(
-            f"api-key:{id_text(key.id)}", key.organization_id, key.role, id_text(key.id)
-        )
+            problem = ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
+            raise problem.concerning(name, name, key.organization_id, request=what)
+        return Principal(name, key.organization_id, key.role, id_text(key.id))
 
     def _require_organization(self, name: str, problem: Type[Problem], field: str) -> None:
         if not self._store.has_organization(name):
@@ -2169,6 +3157,17 @@ class Registry:
         )
         if not self._store.add_token(token):
             return self._mint(by, order, organization, host, now)
+        self._record(
+            now,
+            "mint",
+            by.name,
+            f"token:{id_text(token.id)}",
+            organization,
+            host=None if host is None else id_text(host),
+            maxUses=order.max_uses,
+            expiresAt=rfc3339(token.expires_at),
+            description=order.description,
+        )
         return TokenView(token, "valid", []), secret.text
 
     def token(self, by: Principal, number: int, now: int) -> TokenView:
@@ -2192,23 +3191,26 @@ class Registry:
     def tokens(self, by: Principal, query: TokenQuery, now: int) -> Page:
         """The newest first. Raises InvalidQuery."""
         organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        examine = query.limit if query.state is None else ROWS_EXAMINED
-        rows = self._store.tokens(organization, query.before, examine + 1)
+        rows = self._store.tokens(organization, query.before, SLICE + 1)
         found: List[TokenView] = []
         looked = 0
-        for row in rows[:examine]:
+        for row in rows[:SLICE]:
             looked += 1
             if query.state in (None, token_state(row, now)):
                 view = self._token_view(row, now)
                 found.append(view)
                 looked += len(view.hosts)
-            if len(found) == query.limit or looked >= ROWS_EXAMINED:
+            if len(found) == query.limit or looked >= SLICE:
                 return Page(found, row.id if row is not rows[-1] else None)
-        return Page(found, rows[examine - 1].id if len(rows) > examine else None)
+        return Page(found, rows[SLICE - 1].id if len(rows) > SLICE else None)
 
     def revoke_token(self, by: Principal, number: int, now: int) -> None:
         """Idempotent. Raises NotFound."""
-        self._store.revoke_token(self._token(by, number).id, now)
+        token = self._token(by, number)
+        if token.revoked_at is None:
+            self._store.revoke_token(token.id, now)
+            subject = f"token:{id_text(number)}"
+            self._record(now, "revoke", by.name, subject, token.organization_id)
 
     # Enrollment.
 
@@ -2220,12 +3222,21 @@ class Registry:
         """
         secret = read_secret(TOKEN_PREFIX, applicant.token)
         token = self._store.token(secret.id) if secret else None
+        name = f"token:{id_text(secret.id)}" if secret else ""
         if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
-            raise TokenUnknown()
+            raise TokenUnknown().concerning("anonymous", name, None, hostname=applicant.hostname)
+        try:
+            return self._enroll(token, applicant, now)
+        except Problem as problem:
+            raise problem.concerning(
+                name, name, token.organization_id, hostname=applicant.hostname
+            ) from problem.__cause__
+
+    def _enroll(self, token: Token, applicant: Applicant, now: int) -> Enrollment:
         idempotency = fingerprint(applicant.idempotency_key) if applicant.idempotency_key else None
         known = self._store.replayed_host(token.id, idempotency) if idempotency else None
         if known is not None and self._may_replay(token, known, now):
-            return self._admit_again(known, now)
+            return self._admit_again(token, known, applicant, now)
         self._require_valid(token, now)
         if known is not None:
             raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
@@ -2249,12 +3260,31 @@ class Registry:
         """Whether a reply that was lost may be given again: until it is used, for a day."""
         if token.revoked_at is not None or host.revoked_at is not None:
             return False
-        is_used = host.serial >= host.admitted_serial
+        is_used = host.last_seen > 0 and host.serial >= host.admitted_serial
         return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS
 
-    def _admit_again(self, host: Host, now: int) -> Enrollment:
-        self._store.issue(host.id, host.issued + 1)
-        return Enrollment(host, self._grant(host.id, host.organization_id, host.issued + 1, now))
+    def _admit_again(self, token: Token, host: Host, applicant: Applicant, now: int) -> Enrollment:
+        serial = host.issued + 1
+        self._store.issue(host.id, serial, applicant.address)
+        self._record_admission(now, "replay", token, host, applicant, serial=serial)
+        return Enrollment(host, self._grant(host.id, host.organization_id, serial, now))
+
+    def _record_admission(
+        self, now: int, action: str, token: Token, host: Host, applicant: Applicant, **more: Any
+    ) -> None:
+        actor, subject = f"token:{id_text(token.id)}", f"host:{id_text(host.id)}"
+        hostname = applicant.hostname
+        self._record(now, action, actor, subject, host.organization_id, hostname=hostname, **more)
+
+    def _twin(self, organization: str, hostname: str, own: int, now: int) -> Optional[int]:
+        """A live host of an organization that has a hostname, and is another than own."""
+        others = self._store.hosts_by_hostname(organization, hostname, TWINS_EXAMINED)
+        service = self._store.service() if others else None
+        for host in others:
+            live = host_status(host, service, now)[0] in ("pending", "online")
+            if live and host.id != own:
+                return host.id
+        return None
 
     def _admit(
         self, token: Token, applicant: Applicant, idempotency: Optional[bytes], now: int
@@ -2277,13 +3307,18 @@ class Registry:
             admitted_at=now,
             admitted_serial=1,
             idempotency=idempotency,
+            issued_to=applicant.address,
+            twin_id=self._twin(token.organization_id, applicant.hostname, -1, now),
             last_seen=0,
-            serial=0,
-            key_number=self._key_numbers[self._keyring.first.kid],
+            serial=1,
+            key_number=self._key_number(self._keyring.first.kid, now),
             active=1,
         )
         while not self._store.add_host(host):
             host = host._replace(id=new_id(now))
+        twin = None if host.twin_id is None else id_text(host.twin_id)
+        self._record_admission(now, "enroll", token, host, applicant, sameHostnameAs=twin)
+        self.metrics.enrollments += 1
         return Enrollment(host, self._grant(host.id, host.organization_id, 1, now))
 
     def _readmit(
@@ -2307,6 +3342,7 @@ class Registry:
             "admitted_at": now,
             "admitted_serial": serial,
             "idempotency": idempotency,
+            "issued_to": applicant.address,
         }
         facts = {
             "hostname": applicant.hostname,
@@ -2315,7 +3351,14 @@ class Registry:
             "docker_version": applicant.docker_version,
         }
         changes.update(self._changes(host, {k: v for k, v in facts.items() if v}))
+        hostname = changes.get("hostname", host.hostname)
+        changes["twin_id"] = self._twin(host.organization_id, hostname, host.id, now)
         self._store.edit_host(host.id, changes)
+        twin = None if changes["twin_id"] is None else id_text(changes["twin_id"])
+        self._record_admission(
+            now, "re-enroll", token, host, applicant, serial=serial, sameHostnameAs=twin
+        )
+        self.metrics.enrollments += 1
         grant = self._grant(host.id, host.organization_id, serial, now)
         return Enrollment(host._replace(**changes), grant)
 
@@ -2335,7 +3378,8 @@ class Registry:
         claims = self._keyring.verify(credential)
         expires_at = claims.expires_at
         if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
-            raise CredentialExpired()
+            name = f"host:{id_text(claims.host)}"
+            raise CredentialExpired().concerning(name, name, claims.organization)
         return claims
 
     def is_due(self, claims: Claims, now: int) -> bool:
@@ -2353,7 +3397,10 @@ class Registry:
     def beat(self, claims: Claims, read_facts: Callable[[], Mapping[str, Any]], now: int) -> Beaten:
         """A heartbeat that brings facts, or gets a renewal. The facts are read when the credential
         has been accepted, and not before. Raises what _beat_one() and read_facts() raise."""
+        if claims.kid not in self._keyring.kids:  # it was, when the request came
+            raise CredentialInvalid()
         last_seen = self._beat_one(claims, now)
+        self.metrics.heartbeats += 1
         facts = read_facts()
         host = self._store.host(claims.host) if facts else None
         changes = self._changes(host, facts) if host else {}
@@ -2374,43 +3421,67 @@ class Registry:
         """The next serial, and only the next: whoever holds an old copy cannot renew past a
         re-enrollment. The credential in hand stays good until the new one is first used, so a
         lost reply locks nobody out."""
-        serial = claims.serial + 1
-        if not self.is_due(claims, now) or not self._store.issue(claims.host, serial):
+        serial, address = claims.serial + 1, self._origin.address
+        if not self.is_due(claims, now) or not self._store.issue(claims.host, serial, address):
             return None
+        name = f"host:{id_text(claims.host)}"
+        self._record(now, "renew", name, name, claims.organization, serial=serial)
+        self.metrics.renewals += 1
         return self._grant(claims.host, claims.organization, serial, now)
 
-    def _beat_all(self, beats: Sequence[Claims], now: int) -> List[Any]:
+    def _beat_all(
+        self,
+        work: Sequence[Work],
+        beats: Sequence[Claims],
+        now: int,
+        origin_of: Callable[[int], Origin],
+    ) -> List[Any]:
         """lastSeen of each plain heartbeat, or the Problem that it comes to."""
-        rows = [self._beat_row(claims, now) for claims in beats]
+        rows = [(now, claims.host, claims.serial, now) for claims in beats]
         if self._store.beat(rows) == len(rows):
             return [now] * len(rows)
         self._store.start_over()  # else one beat would be judged by what others have written
-        return [self._judge_beat(claims, now) for claims in beats]
+        return [
+            self._judge_beat(claims, now, origin_of(place))
+            for place, claims in enumerate(work)
+            if isinstance(claims, Claims)
+        ]
 
-    def _beat_row(self, claims: Claims, now: int) -> Beat:
-        number = self._key_numbers[claims.kid]
-        return now, claims.serial, number, claims.host, claims.serial, now
-
-    def _judge_beat(self, claims: Claims, now: int) -> Union[int, Problem]:
+    def _judge_beat(self, claims: Claims, now: int, origin: Origin) -> Union[int, Problem]:
+        self._origin = origin
         try:
             return self._beat_one(claims, now)
         except Problem as problem:
+            self._note_refusal(self._events, problem, now)
+            self.metrics.heartbeats -= 1  # those of the tick are counted together
             return problem
 
     def _beat_one(self, claims: Claims, now: int) -> int:
         """lastSeen. Raises HostUnknown, CredentialSuperseded, HostRevoked."""
-        row = self._beat_row(claims, now)
-        if self._store.beat([row]) == 1:
+        if self._store.beat([(now, claims.host, claims.serial, now)]) == 1:
             return now
         host = self._store.host(claims.host)
+        name = f"host:{id_text(claims.host)}"
         if host is None:
-            raise HostUnknown()
+            raise HostUnknown().concerning(name, name, claims.organization)
         if claims.serial < host.serial:
-            raise CredentialSuperseded()
+            raise CredentialSuperseded().concerning(
+                name,
+                name,
+                claims.organization,
+                serial=claims.serial,
+                newest=host.serial,
+                newestIssuedTo=host.issued_to,
+            )
         if not host.active:
-            raise HostRevoked()
-        self._store.beat_late(row)
-        return host.last_seen
+            raise HostRevoked().concerning(name, name, claims.organization)
+        if claims.serial > host.serial:
+            number = self._key_number(claims.kid, now)
+            self._store.supersede(host.id, claims.serial, number)
+            serials = {"serial": claims.serial, "superseded": host.serial}
+            self._record(now, "supersede", name, name, claims.organization, **serials)
+        self._store.beat_late(host.id, now)
+        return max(now, host.last_seen)
 
     def next_heartbeat(self) -> int:
         """Seconds until the next one: the interval, HEARTBEAT_SPREAD per cent more or less."""
@@ -2423,6 +3494,16 @@ class Registry:
         """Raises NotFound."""
         return self._host_view(self._host(by, number), self._store.service(), now)
 
+    def _warnings(self, host: Host) -> List[str]:
+        """What an operator should look at. It goes away when the other host is shut out."""
+        twin = None if host.twin_id is None else self._store.host(host.twin_id)
+        if twin is None or twin.revoked_at is not None:
+            return []
+        return [
+            f"when it came in, host {id_text(twin.id)} with the same hostname was live: one of "
+            "them may be a clone, or an old record to delete"
+        ]
+
     def _host(self, by: Principal, number: int) -> Host:
         host = self._store.host(number)
         if host is None:
@@ -2430,25 +3511,22 @@ class Registry:
         self._require_own(by, host.organization_id, "host")
         return host
 
-    @staticmethod
-    def _host_view(host: Host, service: Optional[Service], now: int) -> HostView:
-        return HostView(host, *host_status(host, service, now))
+    def _host_view(self, host: Host, service: Optional[Service], now: int) -> HostView:
+        return HostView(host, *host_status(host, service, now), self._warnings(host))
 
     def hosts(self, by: Principal, query: HostQuery, now: int) -> Page:
         """The newest first. Raises InvalidQuery."""
         organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        filtered = bool(query.status or query.labels or query.text)
-        examine = ROWS_EXAMINED if filtered else query.limit
-        rows = self._store.hosts(organization, query.before, examine + 1)
+        rows = self._store.hosts(organization, query.before, SLICE + 1)
         service = self._store.service()
         found: List[HostView] = []
-        for row in rows[:examine]:
-            view = self._host_view(row, service, now)
+        for row in rows[:SLICE]:
+            view = HostView(row, *host_status(row, service, now))
             if query.matches(view):
-                found.append(view)
+                found.append(view._replace(warnings=self._warnings(row)))
             if len(found) == query.limit:
                 return Page(found, row.id if row is not rows[-1] else None)
-        return Page(found, rows[examine - 1].id if len(rows) > examine else None)
+        return Page(found, rows[SLICE - 1].id if len(rows) > SLICE else None)
 
     def edit_host(
         self, by: Principal, number: int, changes: Mapping[str, Any], now: int
@@ -2460,35 +3538,40 @@ class Registry:
             columns["labels"] = json.dumps(columns["labels"])
         if columns:
             self._store.edit_host(host.id, columns)
+            self._record_act(now, "edit", by, host, **changes)
         return self.host(by, number, now)
+
+    def _record_act(self, now: int, action: str, by: Principal, host: Host, **more: Any) -> None:
+        self._record(now, action, by.name, f"host:{id_text(host.id)}", host.organization_id, **more)
 
     def revoke_host(self, by: Principal, number: int, now: int) -> HostView:
         """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
-        if self._host(by, number).revoked_at is None:
+        host = self._host(by, number)
+        if host.revoked_at is None:
             self._store.activate(number, now)
+            self._record_act(now, "revoke", by, host)
         return self.host(by, number, now)
 
     def restore_host(self, by: Principal, number: int, now: int) -> HostView:
         """Let a revoked host in again, with the credential that it has. Raises NotFound."""
-        self._host(by, number)
-        self._store.activate(number, None)
+        host = self._host(by, number)
+        if host.revoked_at is not None:
+            self._store.activate(number, None)
+            self._record_act(now, "restore", by, host)
         return self.host(by, number, now)
 
     def delete_host(self, by: Principal, number: int, now: int) -> None:
         """Raises NotFound, also the second time."""
-        self._store.delete_host(self._host(by, number).id, now)
+        host = self._host(by, number)
+        self._store.delete_host(host.id, now)
+        self._record_act(now, "delete", by, host, hostname=host.hostname)
 
 
 def open_registry(
-    database: str,
-    key_file: str,
-    now: int,
-    *,
-    init: bool = False,
-    interval: int = HEARTBEAT_INTERVAL,
-    credential_ttl: Optional[int] = None,
+    database: str, key_file: str, now: int, *, init: bool = False, **options: Any
 ) -> Registry:
-    """The registry of a database and its key file; where there is neither, makes both.
+    """The registry of a database and its key file; where there is neither, makes both. Options
+    are those of Registry.
 
     One without the other is refused, unless init says to make what is missing: a database
     without its keys would refuse its whole fleet, keys without their database would let every
@@ -2498,19 +3581,38 @@ def open_registry(
         store = Store(database)
         try:
             store.lock.wait(LOCK_PATIENCE)
-            keyring = _open_pair(store, key_file, init, now)
+            keys = KeyFile(key_file)
+            keyring, is_adopted = _open_pair(store, keys, init, now)
             store.lock.release()
-            return Registry(store, keyring, interval=interval, credential_ttl=credential_ttl)
+            registry = Registry(store, keys, keyring, **options)
+            _settle_in(registry, is_adopted, now)
+            return registry
         except BaseException:
             store.abandon()
             store.close()
             raise
     except StoreError as error:
         raise OperatorError(f"{error}") from error
+    except StorageUnavailable as problem:
+        raise OperatorError(f"{problem.__cause__}") from problem
 
 
-def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
-    """Open database and key file, or make them, with the lock held.
+def _settle_in(registry: Registry, is_adopted: bool, now: int) -> None:
+    """Have the database know the keys of its key file. Keys that are not its own cannot verify
+    its audit log so far: what follows is chained to an anchor."""
+
+    def act(now: int) -> None:
+        if is_adopted:
+            registry.start_audit_anew(now)
+        registry.learn_keys("key-file", now)
+
+    if is_adopted or not registry.perform(Act(lambda now: registry.knows_keys(), False), now):
+        registry.perform(Act(act), now)
+
+
+def _open_pair(store: Store, keys: KeyFile, init: bool, now: int) -> Tuple[Keyring, bool]:
+    """Open database and key file, or make them, with the lock held. The keyring, and whether it
+    was not that of the database.
 
     database  key file
     there     there      they must know each other
@@ -2518,27 +3620,26 @@ def _open_pair(store: Store, key_file: str, init: bool, now: int) -> Keyring:
     missing   there      refused; with init, a database is made for them
     missing   missing    both are made
     """
+    key_file = keys.path
     is_file = store.exists()
     is_made = is_file and store.open()
+    if is_made:
+        store.migrate()
     has_keys = os.path.exists(key_file) or (is_made and _recover_keys(store, key_file))
     if is_made != has_keys and not init:
         raise OperatorError(_half_a_pair(store.path, key_file, is_made))
-    keyring = load_keyring(key_file) if has_keys else _prepare_keys(key_file)
-    kids = [key.kid for key in keyring.keys]
+    keyring = keys.load() if has_keys else _prepare_keys(key_file)
+    is_adopted = is_made and not _is_pair(store, keyring.kids)
     if not is_made:
         if not is_file:
             store.open()
-        store.create(Organization(DEFAULT_ORGANIZATION, now), kids)
-    elif not has_keys:
-        log.warning("made new keys for %s: every host must re-enroll", store.path)
-        store.learn_signing_keys(kids, now)
-    else:
-        _require_pair(store, kids, init)
-        if not store.signing_keys().keys() >= set(kids):
-            store.learn_signing_keys(kids, now)
+        store.create(Organization(DEFAULT_ORGANIZATION, now), keyring.kids)
+    elif is_adopted:
+        _require_init(store, has_keys, init)
     if not has_keys:
         _install_keys(key_file)
-    return keyring
+        keyring = keys.load()
+    return keyring, is_adopted
 
 
 def _half_a_pair(database: str, key_file: str, is_made: bool) -> str:
@@ -2559,42 +3660,114 @@ def _prepare_keys(key_file: str) -> Keyring:
     first start that is killed in between is made good by the next."""
     keyring = new_keyring()
     write_key_file(f"{key_file}.new", keyring)
-    _sync_folder(key_file)
     return keyring
 
 
 def _install_keys(key_file: str) -> None:
     os.replace(f"{key_file}.new", key_file)
-    _sync_folder(key_file)
+    sync_folder(key_file)
 
 
 def _recover_keys(store: Store, key_file: str) -> bool:
     """Put prepared keys that the database knows where they belong, if there are any."""
     try:
-        prepared = load_keyring(f"{key_file}.new").keys
+        prepared = load_keyring(f"{key_file}.new")
     except OperatorError:  # none, or torn: killed before the database knew of them
         return False
-    is_known = any(key.kid in store.signing_keys() for key in prepared)
+    is_known = _is_pair(store, prepared.kids)
     if is_known:
         _install_keys(key_file)
     return is_known
 
 
-def _require_pair(store: Store, kids: Sequence[str], init: bool) -> None:
-    if not init and not store.signing_keys().keys() & set(kids):
+def _is_pair(store: Store, kids: Sequence[str]) -> bool:
+    return any(row.kid in kids for row in store.signing_keys())
+
+
+def _require_init(store: Store, has_keys: bool, init: bool) -> None:
+    if not init:
         raise OperatorError(
             f"the key file is not that of the database {store.path}: restore the pair from one "
             "backup, or go on with these keys with serve --init (every host must re-enroll)"
         )
+    if not has_keys:
+        log.warning("made new keys for %s: every host must re-enroll", store.path)
 
 
-def _sync_folder(path: str) -> None:
-    """Make a rename last: the folder is what changed."""
-    descriptor = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+class Finding(NamedTuple):
+    """What examine() has looked at."""
+
+    name: str
+    is_good: bool
+    detail: str
+
+
+def examine(database: str, key_file: str) -> List[Finding]:
+    """Look at a database and its key file, and change nothing. Raises OperatorError when the
+    database cannot be looked at."""
+    if not os.path.exists(database):
+        raise OperatorError(f"there is no database {database}: name it with --db")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        store = Store(database)
+        try:
+            store.lock.wait(LOCK_PATIENCE)
+            is_made = store.open()
+            store.lock.release()
+            if not is_made:
+                raise OperatorError(
+                    f"the database {database} is empty: a first start was cut short"
+                )
+            return [*_examine_store(store), *_examine_keys(store, key_file), *_examine_modes(store)]
+        finally:
+            store.abandon()
+            store.close()
+    except StoreError as error:
+        raise OperatorError(f"{error}") from error
+
+
+def _examine_store(store: Store) -> Iterator[Finding]:
+    version, faults = store.version(), store.faults()
+    detail = (
+        f"{version}, that of this program"
+        if version == SCHEMA_VERSION
+        else (f"{version}: the next start or command brings it to {SCHEMA_VERSION}")
+    )
+    yield Finding("schema", version == SCHEMA_VERSION, detail)
+    yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
+    bug = "has" if has_wal_reset_bug() else "does not have"
+    yield Finding(
+        "sqlite",
+        True,
+        f"{SQLITE_VERSION} {bug} the WAL-reset bug; every checkpoint and every write is made "
+        "under one lock, so it cannot strike",
+    )
+
+
+def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
+    try:
+        keyring = load_keyring(key_file)
+    except OperatorError as error:
+        yield Finding("keys", False, str(error))
+        return
+    if not _is_pair(store, keyring.kids):
+        yield Finding("keys", False, f"{key_file} is not the key file of this database")
+        return
+    yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
+    if store.version() == SCHEMA_VERSION:
+        try:
+            first, last, _, _ = verify_chain(store, keyring, None)
+            yield Finding("audit", True, f"events {first} to {last} are as they were written")
+        except OperatorError as error:
+            yield Finding("audit", False, str(error))
+
+
+def _examine_modes(store: Store) -> Iterator[Finding]:
+    names = [f"{store.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
+    modes = {name: file_mode(name) for name in names}
+    wrong = [
+        f"chmod 600 {name}" for name, mode in modes.items() if mode is not None and mode & 0o077
+    ]
+    yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
 
 # 7. Messages
@@ -2655,13 +3828,33 @@ class Head(NamedTuple):
 class Request:
     """One whole request, and the address that it came from."""
 
-    __slots__ = ("address", "authorization", "body", "head")
+    __slots__ = ("_connection", "_number", "address", "authorization", "body", "head")
 
-    def __init__(self, head: Head, authorization: Optional[str], body: bytes, address: str) -> None:
+    def __init__(
+        self,
+        head: Head,
+        authorization: Optional[str],
+        body: bytes,
+        address: str = "",
+        connection: int = 0,
+        number: int = 0,
+    ) -> None:
         self.head = head
         self.authorization = authorization
         self.body = body
         self.address = address
+        self._connection = connection
+        self._number = number
+
+    @property
+    def id(self) -> str:
+        """What the log calls it, and the X-Request-Id of its refusal."""
+        return request_id(self._connection, self._number)
+
+
+def request_id(connection: int, number: int) -> str:
+    """The number of a connection, and of a request among those on it."""
+    return f"{connection:x}-{number}"
 
 
 def _read_fields(lines: Sequence[bytes]) -> Dict[str, List[bytes]]:
@@ -2853,10 +4046,20 @@ class RequestReader:
     """The requests in a stream of bytes, one by one. After a Problem there are no more: where
     the next would start is not known."""
 
-    __slots__ = ("_address", "_authorization", "_chunked", "_head", "buffer")
+    __slots__ = (
+        "_authorization",
+        "_chunked",
+        "_head",
+        "address",
+        "buffer",
+        "connection",
+        "number",
+    )
 
-    def __init__(self, address: str = "") -> None:
-        self._address = address
+    def __init__(self, address: str = "", connection: int = 0) -> None:
+        self.address = address
+        self.connection = connection
+        self.number = 1  # of the request that comes next
         self.buffer = b""
         self._head: Optional[Head] = None
         self._authorization: Optional[str] = None
@@ -2882,7 +4085,12 @@ class RequestReader:
             self._head, self.buffer = head, buffer
             return None
         self._head, self.buffer = None, buffer[length:]
-        return Request(head, self._authorization, buffer[:length], self._address)
+        return self._request(head, buffer[:length])
+
+    def _request(self, head: Head, body: bytes) -> Request:
+        number = self.number
+        self.number = number + 1
+        return Request(head, self._authorization, body, self.address, self.connection, number)
 
     def _next_chunked(self, head: Head, buffer: bytes) -> Optional[Request]:
         self._head = head
@@ -2892,7 +4100,7 @@ class RequestReader:
         if not ended:
             return None
         body, self._head, self._chunked = self._chunked.body, None, None
-        return Request(head, self._authorization, body, self._address)
+        return self._request(head, body)
 
     @staticmethod
     def _judge_unfinished(buffer: bytes) -> None:
@@ -2906,6 +4114,12 @@ class RequestReader:
             raise MalformedRequest("Lines must end with CR LF.")
         if len(buffer) == HEAD_MAXIMUM:
             raise HeadTooLarge()
+
+    def unread(self) -> Request:
+        """What stands for a request that cannot be read, in its refusal and in the log."""
+        method = "HEAD" if self.is_head else "-"
+        head = Head(method, "-", "", 0, False, False, None, None)
+        return Request(head, None, b"", self.address, self.connection, self.number)
 
     @property
     def held(self) -> int:
@@ -2988,15 +4202,19 @@ def _fields(
     return "\r\n".join(lines).encode("latin-1")
 
 
-def write_response(response: Response, seconds: int, closes: bool, head_only: bool) -> bytes:
-    """The bytes of an answer given at a Unix time. Content-Length is what a GET would have
-    (RFC 9110 section 9.3.2); 204 has none (RFC 9112 section 6.2)."""
+def write_response(
+    response: Response, seconds: int, closes: bool, head_only: bool, request: str = ""
+) -> bytes:
+    """The bytes of an answer given at a Unix time; a refusal names the request. Content-Length is
+    what a GET would have (RFC 9110 section 9.3.2); 204 has none (RFC 9112 section 6.2)."""
     status, body, content_type, headers, _ = response
     fields = _fields(status, content_type, headers, closes)
+    named = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
     if status == 204:
-        return b"%b%b\r\n\r\n" % (fields, http_date(seconds))
+        return b"%b%b%b\r\n\r\n" % (fields, http_date(seconds), named)
     shown = b"" if head_only else body
-    return b"%b%b\r\nContent-Length: %d\r\n\r\n%b" % (fields, http_date(seconds), len(body), shown)
+    length = b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return b"%b%b%b%b%b" % (fields, http_date(seconds), named, length, shown)
 
 
 # 8. Assets
@@ -3006,8 +4224,79 @@ def write_response(response: Response, seconds: int, closes: bool, head_only: bo
 # printf is part of the shell: the token is in no process's arguments, where ps would show it.
 ENROLL_COMMAND = string.Template(
     """printf '{"token":"%s","hostname":"%s"}' $token $hostname |
-  curl -sS $url/api/agent/enroll -d @-"""
+  curl -sS$trust $url/api/agent/enroll -d @-"""
 )
+
+# With a certificate that no authority has signed, curl needs -k beside the pin, and the pin alone
+# decides. Over plain http it would be ignored without a word: hence --proto.
+TRUST_AUTHORITIES = " --proto =https"
+TRUST_PIN = string.Template(" --proto =https -k --pinnedpubkey '$pin'")
+
+UNIT = string.Template(
+    """\
+[Unit]
+Description=hostenroll, which decides who may join the fleet and knows who is alive
+After=network.target
+
+[Service]
+Type=notify
+ExecStart=$python $program serve
+ExecReload=/bin/kill -HUP $$MAINPID
+Restart=on-failure
+RestartSec=1
+TimeoutStopSec=10
+LimitNOFILE=8192
+
+# Options: HOSTENROLL_PORT=8443 and so on, one a line. Commands beside the server need the same
+# --db: sudo $python $program mint-token --db /var/lib/hostenroll/hostenroll.db
+Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db
+EnvironmentFile=-/etc/default/hostenroll
+StateDirectory=hostenroll
+StateDirectoryMode=0700
+UMask=0077
+
+DynamicUser=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+)
+
+SOCKET_UNIT = """\
+[Unit]
+Description=the socket of hostenroll
+
+[Socket]
+ListenStream=443
+NoDelay=yes
+Backlog=4096
+
+[Install]
+WantedBy=sockets.target
+"""
 
 
 # 9. Api
@@ -3058,6 +4347,13 @@ HOSTS_QUERY = Shape(
     Field("organization", SLUG),
     Field("label", LABELS, repeats=True),
     Field("q", Text(255)),
+    *PAGE_FIELDS,
+)
+AUDIT_QUERY = Shape(
+    Field("organization", SLUG),
+    Field("action", Choice(*ACTIONS)),
+    Field("subject", Text(128)),
+    Field("code", Text(64)),
     *PAGE_FIELDS,
 )
 API_KEY_BODY = Shape(Field("description", DESCRIPTION))
@@ -3113,13 +4409,23 @@ def host_document(view: HostView) -> Document:
         "lastSeen": _when(host.last_seen),
         "tokenId": id_text(host.token_id),
         "revokedAt": _when(host.revoked_at),
+        "warnings": list(view.warnings),
     }
 
 
-def page_document(name: str, page: Page, document: Callable[[Any], Document]) -> Document:
-    """A part of a list under its name, and nextCursor."""
-    cursor = None if page.next is None else id_text(page.next)
-    return {name: [document(item) for item in page.items], "nextCursor": cursor}
+def event_document(event: Event) -> Document:
+    """Event."""
+    return {
+        "number": event.number,
+        "time": rfc3339(event.at),
+        "action": event.action,
+        "actor": event.actor,
+        "address": event.address or None,
+        "organizationId": event.organization_id,
+        "subject": event.subject or None,
+        "code": event.code,
+        "detail": json.loads(event.detail),
+    }
 
 
 def token_order(values: Mapping[str, Any]) -> TokenOrder:
@@ -3157,6 +4463,51 @@ def token_query(values: Mapping[str, Any]) -> TokenQuery:
     return TokenQuery(state=values.get("state"), **_paging(values))
 
 
+def event_query(values: Mapping[str, Any]) -> EventQuery:
+    """The query that AUDIT_QUERY describes."""
+    return EventQuery(
+        organization=values.get("organization"),
+        action=values.get("action"),
+        subject=values.get("subject"),
+        code=values.get("code"),
+        **_paging(values),
+    )
+
+
+class Part:
+    """What there is of a page of a list: it comes together in slices, one in a tick."""
+
+    def __init__(self) -> None:
+        self.items: List[bytes] = []  # in JSON
+        self.slices = 0
+        self.next: Optional[int] = None
+
+
+class Listing(NamedTuple):
+    """A list: what it is called, and how a slice of it is had and shown."""
+
+    name: str
+    query: Callable[[Mapping[str, Any]], Any]
+    turn: Callable[[Registry, Principal, Any, int], Page]
+    document: Callable[[Any], Document]
+
+    def go_on(self, registry: Registry, call: Call) -> Any:
+        """One slice more: the whole page, or UNFINISHED."""
+        query, part = self.query(call.values), call.part
+        left = query.limit - len(part.items)
+        before = query.before if part.next is None else part.next
+        page = self.turn(registry, call.by, query._replace(before=before, limit=left), call.now)
+        part.items += [write_json(self.document(item)) for item in page.items]
+        part.slices += 1
+        part.next = page.next
+        is_full = len(part.items) == query.limit or part.slices * SLICE >= ROWS_EXAMINED
+        if page.next is not None and not is_full:
+            return UNFINISHED
+        cursor = write_json(None if page.next is None else id_text(page.next))
+        items = b",".join(part.items)
+        return Response(200, b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), items, cursor))
+
+
 class Call(NamedTuple):
     """A request to the user API, after everything about it has been checked but its object."""
 
@@ -3164,16 +4515,12 @@ class Call(NamedTuple):
     id: int  # of the path
     values: Mapping[str, Any]  # of the body, or of the query of a GET
     now: int
+    part: Part
 
 
 def _post_token(registry: Registry, call: Call) -> Response:
     view, text = registry.mint(call.by, token_order(call.values), call.now)
     return json_response(201, token_document(view, text))
-
-
-def _get_tokens(registry: Registry, call: Call) -> Response:
-    page = registry.tokens(call.by, token_query(call.values), call.now)
-    return json_response(200, page_document("tokens", page, token_document))
 
 
 def _get_token(registry: Registry, call: Call) -> Response:
@@ -3183,11 +4530,6 @@ def _get_token(registry: Registry, call: Call) -> Response:
 def _delete_token(registry: Registry, call: Call) -> Response:
     registry.revoke_token(call.by, call.id, call.now)
     return Response(204)
-
-
-def _get_hosts(registry: Registry, call: Call) -> Response:
-    page = registry.hosts(call.by, host_query(call.values), call.now)
-    return json_response(200, page_document("hosts", page, host_document))
 
 
 def _get_host(registry: Registry, call: Call) -> Response:
@@ -3222,8 +4564,124 @@ def _get_me(registry: Registry, call: Call) -> Response:
     return json_response(200, {"id": by.id, "role": by.role, "organizationId": by.organization})
 
 
+TOKENS = Listing("tokens", token_query, Registry.tokens, token_document)
+HOSTS = Listing("hosts", host_query, Registry.hosts, host_document)
+EVENTS = Listing("events", event_query, Registry.events, event_document)
+
+
+class Exposition:
+    """Metrics in Prometheus' text format, version 0.0.4."""
+
+    CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self) -> None:
+        self._lines: List[str] = []
+
+    def head(self, name: str, kind: str, help: str) -> None:
+        """Begin a family."""
+        self._lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+
+    def sample(self, name: str, value: float, **labels: str) -> None:
+        """One sample of the family that was begun last."""
+        said = ",".join(f'{label}="{self._escape(text)}"' for label, text in labels.items())
+        shown = f"{name}{{{said}}}" if said else name
+        self._lines.append(f"{shown} {value!r}")
+
+    def family(self, name: str, kind: str, help: str, value: float, **labels: str) -> None:
+        """A family of one sample."""
+        self.head(name, kind, help)
+        self.sample(name, value, **labels)
+
+    def histogram(self, name: str, help: str, histogram: Histogram) -> None:
+        """A histogram: its buckets are cumulative, and the last has everything."""
+        self.head(name, "histogram", help)
+        below = 0
+        for bound, count in zip((*histogram.bounds, math.inf), histogram.counts):
+            below += count
+            self.sample(f"{name}_bucket", below, le="+Inf" if bound == math.inf else f"{bound:g}")
+        self.sample(f"{name}_sum", histogram.sum)
+        self.sample(f"{name}_count", below)
+
+    @staticmethod
+    def _escape(text: str) -> str:
+        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    def response(self) -> Response:
+        """All of it."""
+        body = "".join(f"{line}\n" for line in self._lines).encode("utf-8")
+        return Response(200, body, self.CONTENT_TYPE)
+
+
+def _get_metrics(registry: Registry, call: Call) -> Any:
+    """The fleet, to whoever may see it; what the process has counted, to keys for all."""
+    census = registry.census(call.by, call.now)
+    if census is None:
+        return UNFINISHED
+    text = Exposition()
+    text.head("hostenroll_hosts", "gauge", "Hosts by organization and status.")
+    organizations = registry.visible_organizations(call.by)
+    for organization, status in product(organizations, STATUSES):
+        count = census.counts[organization, status]
+        text.sample("hostenroll_hosts", count, organization=organization, status=status)
+    if call.by.organization is None:
+        _expose_process(text, registry)
+    return text.response()
+
+
+def _expose_process(text: Exposition, registry: Registry) -> None:
+    metrics = registry.metrics
+    counters = {
+        "heartbeats": ("Heartbeats that counted.", metrics.heartbeats),
+        "enrollments": ("Hosts enrolled or re-enrolled.", metrics.enrollments),
+        "renewals": ("Credentials renewed.", metrics.renewals),
+        "connections": ("Connections accepted.", metrics.connections_accepted),
+    }
+    for name, (help, value) in counters.items():
+        text.family(f"hostenroll_{name}_total", "counter", help, value)
+    text.head("hostenroll_refusals_total", "counter", "Refusals by code.")
+    for problem in problems():
+        refused = metrics.refusals[problem.code]
+        text.sample("hostenroll_refusals_total", refused, code=problem.code)
+    text.family("hostenroll_open_connections", "gauge", "Connections now.", metrics.connections)
+    histograms = {
+        "request_duration_seconds": ("From the turn that takes a request on.", metrics.requests),
+        "commit_duration_seconds": ("To commit a tick that writes.", metrics.commits),
+        "lock_wait_seconds": ("For another writer, where there was one.", metrics.lock_waits),
+        "tick_requests": ("Requests in a tick that writes.", metrics.ticks),
+    }
+    for name, (help, histogram) in histograms.items():
+        text.histogram(f"hostenroll_{name}", help, histogram)
+    database, wal = registry.storage_bytes()
+    text.head("hostenroll_database_bytes", "gauge", "Size of the database's files.")
+    text.sample("hostenroll_database_bytes", database, file="database")
+    text.sample("hostenroll_database_bytes", wal, file="wal")
+    text.family(
+        "hostenroll_keys_ok",
+        "gauge",
+        "1 while the key file is as it should be.",
+        int(not registry.key_trouble),
+    )
+    text.family(
+        "hostenroll_build_info",
+        "gauge",
+        "What runs.",
+        1,
+        version=__version__,
+        python=".".join(map(str, sys.version_info[:3])),
+        sqlite=registry.sqlite_version,
+    )
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime
+    text.family("process_cpu_seconds_total", "counter", "CPU time of the process.", cpu)
+
+
 Pending = Work  # a request that waits for the tick
 Admitted = Union[Response, Pending]
+
+
+def origin_of(request: Request) -> Origin:
+    """Where a request came from."""
+    return Origin(request.address, request.id)
 
 
 def _admit_user(
@@ -3232,19 +4690,21 @@ def _admit_user(
     """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
     api_key, query = request.authorization, request.head.query
     body = b"" if route.body is None else request.body  # what is not read is not kept
+    what = printable(f"{route.method} {request.head.path}")
     if not api_key:
-        raise ApiKeyMissing()
+        raise ApiKeyMissing().concerning("anonymous", "", None, request=what)
+    part = Part()
 
-    def run(now: int) -> Response:
-        by = registry.identify(api_key)
+    def run(now: int) -> Any:
+        by = registry.identify(api_key, what)
         if route.caller == "admin" and by.role != "admin":
-            raise Forbidden()
+            raise Forbidden().concerning(by.name, by.name, by.organization, request=what)
         values = route.query.read(read_query(query))
         if route.body is not None:
             values = route.body.check(read_json(body or b"{}"))
-        return route.handle(registry, Call(by, read_id(identifier), values, now))
+        return route.handle(registry, Call(by, read_id(identifier), values, now, part))
 
-    return Act(run, writes=route.method != "GET")
+    return Act(run, writes=route.method != "GET", origin=origin_of(request))
 
 
 def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admitted:
@@ -3262,7 +4722,10 @@ def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admit
         idempotency_key=key,
         address=request.address,
     )
-    return Act(lambda now: _enrollment_response(registry, registry.enroll(applicant, now)))
+    return Act(
+        lambda now: _enrollment_response(registry, registry.enroll(applicant, now)),
+        origin=origin_of(request),
+    )
 
 
 def _enrollment_response(registry: Registry, enrollment: Enrollment) -> Response:
@@ -3298,7 +4761,7 @@ def _admit_heartbeat(
         beaten = registry.beat(claims, lambda: _read_facts(body or b"{}"), now)
         return _beaten_response(registry, claims.host, beaten)
 
-    return Act(run)
+    return Act(run, origin=origin_of(request))
 
 
 def _read_facts(body: bytes) -> Dict[str, Any]:
@@ -3334,10 +4797,15 @@ def _admit_health(*_: object) -> Admitted:
 
 
 def _admit_readiness(registry: Registry, *_: object) -> Admitted:
-    """Ready is who can write: so it writes."""
+    """Ready is who can write: so it writes. Bad keys refuse nobody yet, and a restart would."""
 
     def run(now: int) -> Response:
         registry.keep_alive(now)
+        if registry.key_trouble:
+            raise StorageUnavailable(
+                "The key file is missing or bad. The keys that were loaded before are in use; the "
+                "log says what is wrong."
+            )
         return json_response(200, {"status": "ready"})
 
     return Act(run, durable=False)
@@ -3355,7 +4823,7 @@ class Route(NamedTuple):
     caller: str  # open, token, credential, viewer (any API key), or admin
     summary: str
     admit: Callable[[Registry, Request, Route, str, int], Admitted] = _admit_user
-    handle: Callable[[Registry, Call], Response] = _unhandled
+    handle: Callable[[Registry, Call], Any] = _unhandled  # a Response, or UNFINISHED
     body: Optional[Shape] = None
     query: Shape = NOTHING
 
@@ -3376,12 +4844,12 @@ ROUTES = (
         "/api/hosts/tokens",
         "viewer",
         "List tokens",
-        handle=_get_tokens,
+        handle=TOKENS.go_on,
         query=TOKENS_QUERY,
     ),
     Route("GET", "/api/hosts/tokens/{id}", "viewer", "Show a token", handle=_get_token),
     Route("DELETE", "/api/hosts/tokens/{id}", "admin", "Revoke a token", handle=_delete_token),
-    Route("GET", "/api/hosts", "viewer", "List hosts", handle=_get_hosts, query=HOSTS_QUERY),
+    Route("GET", "/api/hosts", "viewer", "List hosts", handle=HOSTS.go_on, query=HOSTS_QUERY),
     Route("GET", "/api/hosts/{id}", "viewer", "Show a host", handle=_get_host),
     Route(
         "PATCH",
@@ -3416,7 +4884,16 @@ ROUTES = (
         handle=_post_reenroll,
         body=REENROLL_BODY,
     ),
+    Route(
+        "GET",
+        "/api/audit",
+        "viewer",
+        "List what happened",
+        handle=EVENTS.go_on,
+        query=AUDIT_QUERY,
+    ),
     Route("GET", "/api/me", "viewer", "Show whose the API key is", handle=_get_me),
+    Route("GET", "/metrics", "viewer", "Count, for Prometheus", handle=_get_metrics),
     Route("GET", "/healthz", "open", "Whether the server answers", _admit_health),
     Route("GET", "/readyz", "open", "Whether it can do its work", _admit_readiness),
 )
@@ -3484,6 +4961,7 @@ class Api:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self.metrics = registry.metrics
 
     def admit(self, request: Request, now: int) -> Admitted:
         """What a request asks for, judged without the database."""
@@ -3494,21 +4972,33 @@ class Api:
             route, identifier = find_route(head.method, head.path)
             return route.admit(self._registry, request, route, identifier, now)
         except Problem as problem:
-            return refusal(problem)
+            return self.refuse(problem, request.address, request.id, now)
 
-    def run(self, pending: Sequence[Pending], now: int) -> Optional[List[Response]]:
-        """One tick: the answers, all of it committed. None when another writer is at work: ask
-        again with the same requests, or give_up()."""
-        outcomes = self._registry.tick(pending, now)
+    def refuse(self, problem: Problem, address: str, request: str, now: int) -> Response:
+        """The answer to what no act has come of."""
+        self._registry.refused(problem, Origin(address, request), now)
+        return refusal(problem)
+
+    def run(
+        self,
+        pending: Sequence[Pending],
+        now: int,
+        origin_of: Callable[[int], Tuple[str, str]] = lambda place: NOWHERE,
+    ) -> Optional[List[Optional[Response]]]:
+        """One tick: the answers, all of it committed; in place of an answer None, if an act wants
+        to be run again in another tick. None at all when another writer is at work: ask again
+        with the same requests, or give_up(). origin_of says of the request at a place its address
+        and its id."""
+        outcomes = self._registry.tick(pending, now, lambda place: Origin(*origin_of(place)))
         if outcomes is None:
             return None
         return [self._answer(work, outcome) for work, outcome in zip(pending, outcomes)]
 
-    def _answer(self, work: Pending, outcome: Any) -> Response:
+    def _answer(self, work: Pending, outcome: Any) -> Optional[Response]:
         if isinstance(outcome, Problem):
             return refusal(outcome)
         if isinstance(work, Act):
-            response: Response = outcome
+            response: Optional[Response] = None if outcome is UNFINISHED else outcome
             return response
         return _plain_response(self._registry, work.host, outcome)
 
@@ -3521,11 +5011,31 @@ class Api:
         """Stop waiting for the other writer: the answer to every call of the tick."""
         return refusal(self._registry.give_up())
 
-    def sign_of_life(self) -> Act:
+    def notice_keys(self) -> None:
+        """Before a turn: go by the key file as it is now."""
+        self._registry.notice_keys()
+
+    @property
+    def owes_notes(self) -> bool:
+        """Whether the next tick should come soon: there are refusals to be audited."""
+        return self._registry.owes_notes
+
+    def housekeeping(self) -> Act:
         """What a server does every ALIVE_EVERY seconds."""
 
         def run(now: int) -> Response:
-            self._registry.keep_alive(now)
+            self._registry.keep_house(now)
+            return Response(204)
+
+        return Act(run, durable=False)
+
+    def last_will(self) -> Optional[Act]:
+        """What a server does before it ends, where there is something to do."""
+        if not self._registry.has_sums:
+            return None
+
+        def run(now: int) -> Response:
+            self._registry.sum_up_refusals(now, all_of_them=True)
             return Response(204)
 
         return Act(run, durable=False)
@@ -3541,6 +5051,8 @@ class Api:
 # has arrived, at most one request of each connection, runs what may write as one tick, and answers
 # when that is committed. http.server is the frame; its threads, its parser and its name look-ups
 # at start are not used.
+
+PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class Phase:
@@ -3585,6 +5097,74 @@ class Phase:
         return math.inf
 
 
+class Tls:
+    """The TLS of one connection: bytes to bytes, it never touches the socket."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.is_shaken = False  # hands are: the handshake is over
+
+    def receive(self, data: bytes) -> bytes:
+        """The plain text in what has arrived. Raises ssl.SSLError."""
+        self._incoming.write(data)
+        parts: List[bytes] = []
+        with suppress(ssl.SSLWantReadError):
+            if not self.is_shaken:
+                self._session.do_handshake()
+                self.is_shaken = True
+            part = self._session.read(TLS_RECORD)
+            while part:
+                parts.append(part)
+                part = self._session.read(TLS_RECORD)
+        return b"".join(parts)
+
+    def send(self, data: Union[bytes, memoryview]) -> bytes:
+        """What to send for a plain text, after what is to be sent anyway."""
+        self._session.write(data)
+        return self._outgoing.read()
+
+    def output(self) -> bytes:
+        """What is to be sent anyway: a part of the handshake, an alert."""
+        return self._outgoing.read()
+
+    def farewell(self) -> bytes:
+        """What to send last: without a close_notify an end may be an attack that cuts short."""
+        with suppress(ssl.SSLError):
+            self._session.unwrap()
+        return self._outgoing.read()
+
+
+TlsLoader = Callable[[], ssl.SSLContext]
+
+
+def load_tls(certificate: str, key: str) -> Tuple[ssl.SSLContext, bytes]:
+    """The TLS of a server with a certificate chain and its key, both PEM files; and the first
+    certificate in DER. Raises OperatorError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        with open(certificate, encoding="ascii") as file, open(key, "rb"):
+            chain = PEM_CERTIFICATE.search(file.read())
+        if chain is None:
+            raise OperatorError(f"there is no PEM certificate in {certificate}")
+        context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
+        return context, ssl.PEM_cert_to_DER_cert(chain[0])
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise OperatorError(f"{key} is not the key of the certificate {certificate}") from error
+        raise OperatorError(
+            f"{certificate} and {key} are not a certificate and its key without a password, in "
+            f"PEM: {error.reason or error}"
+        ) from error
+    except OSError as error:
+        raise OperatorError(f"cannot read {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise OperatorError(f"there is no PEM certificate in {certificate}") from error
+
+
 class Connection:
     """A peer: its socket, what has come of its next request, what it has not yet taken."""
 
@@ -3598,11 +5178,13 @@ class Connection:
         "phase",
         "reader",
         "socket",
+        "tls",
     )
 
-    def __init__(self, peer: socket.socket, address: str) -> None:
+    def __init__(self, peer: socket.socket, address: str, number: int) -> None:
         self.socket = peer
-        self.reader = RequestReader(address)
+        self.tls: Optional[Tls] = None
+        self.reader = RequestReader(address, number)
         self.output: Union[bytes, memoryview] = b""
         self.phase: Optional[Phase] = None  # None: the peer is not waited for
         self.interest = 0  # the events that the selector watches for
@@ -3616,9 +5198,9 @@ class Owed(NamedTuple):
     """An answer that somebody waits for."""
 
     connection: Optional[Connection]  # None: nobody, it is the server's own business
-    head_only: bool
-    keep_alive: bool
+    request: Request
     work: Pending
+    since: float
 
 
 class Server(HTTPServer):
@@ -3640,21 +5222,43 @@ class Server(HTTPServer):
             IDLE_DEADLINE,
             ANSWER_DEADLINE,
         ),
+        load_tls: Optional[TlsLoader] = None,
+        public_url: str = "",
+        listener: Optional[socket.socket] = None,
+        access_log: bool = False,
+        notify: Callable[[str], None] = lambda state: None,
     ) -> None:
+        """load_tls gives a fresh context when it starts and at each SIGHUP; a listener is one
+        that somebody else has bound; notify tells a service manager about our state."""
         self._api = api
+        self._metrics = api.metrics
         self._clock = clock
+        self._load_tls = load_tls
+        self._tls = load_tls() if load_tls else None
+        self._public_url = public_url
+        self._listener = listener
+        self._access_log = access_log
+        self._notify = notify
         self._moment = time.monotonic()  # of this turn, for deadlines
         self._now = int(clock() * SECOND_MS)  # of this turn, for everything that is told
         self._connections: set[Connection] = set()
         self._connections_maximum = connections
         self._held = 0  # of all connections together
         head, body, idle, answer = deadlines
+        self._shaking = Phase(min(head, HANDSHAKE_DEADLINE), selectors.EVENT_READ)
         self._in_head = Phase(head, selectors.EVENT_READ)
         self._in_body = Phase(body, selectors.EVENT_READ)
         self._idle = Phase(idle, selectors.EVENT_READ)
         self._taking = Phase(answer, selectors.EVENT_WRITE)
         self._lingering = Phase(LINGER_DEADLINE, selectors.EVENT_READ)
-        self._phases = (self._in_head, self._in_body, self._idle, self._taking, self._lingering)
+        self._phases = (
+            self._shaking,
+            self._in_head,
+            self._in_body,
+            self._idle,
+            self._taking,
+            self._lingering,
+        )
         self._ready: List[Tuple[Connection, Request]] = []  # for the next turn
         self._tick: List[Owed] = []  # what may write, of this turn; longer, for another writer
         self._reads: deque[Owed] = deque()
@@ -3664,10 +5268,19 @@ class Server(HTTPServer):
         self._accept_after = 0.0  # 0: now
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
+        self._is_to_reload = False
+        self._accepted = self._now << 20  # numbers for connections, and not those of a life before
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakened = socket.socketpair()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), BaseHTTPRequestHandler)
+        if listener is None:
+            self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            super().__init__((host, port), BaseHTTPRequestHandler)
+        else:
+            super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
+            self.socket.close()
+            self.socket = listener
+            self._learn_address()
+            self.server_activate()
 
     # Starting and stopping.
 
@@ -3675,6 +5288,9 @@ class Server(HTTPServer):
         """Bind without the look-up of our own name that HTTPServer does: there may be no DNS."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
+        self._learn_address()
+
+    def _learn_address(self) -> None:
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -3691,10 +5307,18 @@ class Server(HTTPServer):
     @property
     def url(self) -> str:
         """Where agents find it; by the name of this machine when it listens on every address."""
+        if self._public_url:
+            return self._public_url
         host = self.server_name
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+
+    @property
+    def is_in_the_clear(self) -> bool:
+        """Whether secrets are sent to other machines for all on the way to read."""
+        return self.is_exposed and self._tls is None
 
     @property
     def is_exposed(self) -> bool:
@@ -3711,14 +5335,26 @@ class Server(HTTPServer):
 
     shutdown = stop
 
+    def reload(self, *_: object) -> None:
+        """Load the certificate anew. A signal handler may call it, or another thread."""
+        self._is_to_reload = True
+        with suppress(OSError):
+            self._waker.send(b"\0")
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Turn until stop() has been called and nobody is owed an answer."""
         listening = True
+        self._notify("READY=1")
         while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
             self._turn(self._patience())
             if self._stop_before is not None and listening:
                 listening = False
+                self._notify("STOPPING=1")
                 self._stop_listening()
+        last_will = self._api.last_will()
+        if last_will is not None and not self._tick:
+            self._owe(last_will)
+            self._write()
         if self._tick:
             self._settle_tick([self._api.give_up()] * len(self._tick))
 
@@ -3729,7 +5365,7 @@ class Server(HTTPServer):
         self._accept_after = 0.0
         self.socket.close()
         self._turn(0)  # reads what has arrived
-        for phase in (self._idle, self._in_head):
+        for phase in (self._idle, self._shaking, self._in_head):
             for connection in phase.everyone():
                 if not connection.held:
                     self._drop(connection)
@@ -3749,6 +5385,9 @@ class Server(HTTPServer):
         events = self._selector.select(patience)
         self._moment = time.monotonic()
         self._now = int(self._clock() * SECOND_MS)
+        self._api.notice_keys()
+        if self._is_to_reload:
+            self._reload()
         ready, self._ready = self._ready, []
         for connection, request in ready:
             try:
@@ -3767,7 +5406,7 @@ class Server(HTTPServer):
             else:
                 self._wakened.recv(RECEIVE_SIZE)
         fresh = self._accept(ACCEPTS_PER_TURN) if accepting else []
-        self._say_alive()
+        self._keep_house()
         self._write()
         self._read_one()
         self._welcome_all(fresh)
@@ -3781,6 +5420,8 @@ class Server(HTTPServer):
             return 0
         if self._waiting_since:
             return LOCK_POLL
+        if self._api.owes_notes:
+            return 0
         moment = time.monotonic()
         waits = [phase.left(moment) for phase in self._phases]
         waits.append(max(0.0, self._alive_after - moment))
@@ -3816,7 +5457,37 @@ class Server(HTTPServer):
         if not data:
             self._drop(connection)
             return None
+        if connection.tls is not None:
+            data = self._decrypt(connection, connection.tls, data)
+            if not data:
+                return None
         return self._parse(connection, data)
+
+    def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
+        """The plain text in what has arrived; what TLS has to say goes out before an answer does,
+        or at once where there will be none yet."""
+        try:
+            plain = tls.receive(data)
+        except ssl.SSLError as error:
+            self._part_from_tls(connection, tls, error)
+            return b""
+        if tls.is_shaken and connection.phase in (None, self._shaking):
+            self._move(connection, self._in_head)
+        if not plain:
+            output = tls.output()
+            if output:
+                self._push(connection, output)
+        return plain
+
+    def _part_from_tls(self, connection: Connection, tls: Tls, error: ssl.SSLError) -> None:
+        output = tls.output()
+        connection.tls = None
+        if error.reason == "HTTP_REQUEST":
+            self._refuse(connection, MalformedRequest("This port speaks TLS: use https."))
+            return
+        connection.closing = connection.lingers = True
+        if not output or self._push(connection, output):
+            self._start_lingering(connection)
 
     def _parse(self, connection: Connection, data: bytes) -> Optional[Request]:
         """The next request of what a connection has sent, if it is whole."""
@@ -3850,16 +5521,16 @@ class Server(HTTPServer):
                 self._send(connection, CONTINUE)
 
     def _admit(self, connection: Connection, request: Request) -> None:
-        head = request.head
         try:
             admitted = self._api.admit(request, self._now)
         except Exception:
-            log.exception("a request could not be admitted")
+            log.exception("a request could not be admitted", extra={"request": request.id})
             admitted = refusal(Internal())
         if isinstance(admitted, Response):
-            self._answer(connection, admitted, head.method == "HEAD", head.keep_alive)
+            self._answer(connection, admitted, request)
+            self._metrics.requests.observe(time.monotonic() - self._moment)
             return
-        owed = Owed(connection, head.method == "HEAD", head.keep_alive, admitted)
+        owed = Owed(connection, request, admitted, self._moment)
         if self._api.may_write(admitted):
             self._tick.append(owed)
         else:
@@ -3868,17 +5539,35 @@ class Server(HTTPServer):
 
     # Ticks.
 
-    def _say_alive(self) -> None:
-        if self._moment >= self._alive_after:
+    def _keep_house(self) -> None:
+        is_due = self._moment >= self._alive_after
+        if is_due or (self._api.owes_notes and not self._waiting_since):
             self._alive_after = self._moment + ALIVE_EVERY
-            work = self._api.sign_of_life()
-            self._tick.append(Owed(connection=None, head_only=False, keep_alive=True, work=work))
+            self._owe(self._api.housekeeping())
+
+    def _owe(self, work: Pending) -> None:
+        """Put business of our own into the tick."""
+        nobody = RequestReader().unread()
+        self._tick.append(Owed(None, nobody, work, self._moment))
+
+    def _reload(self) -> None:
+        """Another certificate, for the connections to come; a bad one changes nothing."""
+        self._is_to_reload = False
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._moment * 1_000_000)}")
+        if self._load_tls is not None:
+            try:
+                self._tls = self._load_tls()
+                log.info("loaded the certificate anew")
+            except OperatorError as error:
+                log.error("%s; the certificate in use stays", error)
+        self._alive_after = 0.0
+        self._notify("READY=1")
 
     def _write(self) -> None:
         """Run what may write as one tick. While another process writes, gather and try again."""
         if not self._tick:
             return
-        responses = self._run([owed.work for owed in self._tick])
+        responses = self._run(self._tick)
         if responses is None:
             self._waiting_since = self._waiting_since or self._moment
             if self._moment - self._waiting_since <= LOCK_PATIENCE:
@@ -3890,61 +5579,106 @@ class Server(HTTPServer):
         self._settle_tick(responses)
         self._api.tidy()
 
-    def _settle_tick(self, responses: Sequence[Response]) -> None:
-        self._waiting_since = 0.0
+    def _settle_tick(self, responses: Sequence[Optional[Response]]) -> None:
+        began = self._moment
+        if self._waiting_since:
+            began, self._waiting_since = self._waiting_since, 0.0
+            self._metrics.lock_waits.observe(self._moment - began)
         tick, self._tick = self._tick, []
         for owed, response in zip(tick, responses):
             self._settle(owed, response)
+        self._metrics.ticks.observe(len(tick))
+        self._metrics.requests.observe(time.monotonic() - began, len(tick))
 
-    def _settle(self, owed: Owed, response: Response) -> None:
-        connection, head_only, keep_alive, _ = owed
+    def _settle(self, owed: Owed, response: Optional[Response]) -> None:
+        connection = owed.connection
         if connection is not None:
+            assert response is not None, "only a read may be unfinished"
             try:
-                self._answer(connection, response, head_only, keep_alive)
+                self._answer(connection, response, owed.request, owed.since)
             except Exception:
                 self._fail(connection)
 
     def _read_one(self) -> None:
-        """Run one act that only reads, in a tick of its own: it may look at ROWS_EXAMINED rows,
-        and needs no lock that others wait for."""
-        if self._reads:
+        """Run one act that only reads, or a slice of it, in a tick of its own: no beat waits for
+        more, and it needs no lock that others wait for."""
+        while self._reads:
             owed = self._reads.popleft()
-            responses = self._run([owed.work])
+            if owed.connection is None or owed.connection.is_gone:
+                continue
+            responses = self._run([owed])
             assert responses is not None, "what only reads waits for nobody"
-            self._settle(owed, responses[0])
+            if responses[0] is None:
+                self._reads.append(owed)
+            else:
+                self._settle(owed, responses[0])
+                self._metrics.requests.observe(time.monotonic() - owed.since)
+            return
 
-    def _run(self, work: Sequence[Pending]) -> Optional[Sequence[Response]]:
+    def _run(self, tick: Sequence[Owed]) -> Optional[Sequence[Optional[Response]]]:
+        def origin_of(place: int) -> Tuple[str, str]:
+            return tick[place].request.address, tick[place].request.id
+
         try:
-            return self._api.run(work, self._now)
+            return self._api.run([owed.work for owed in tick], self._now, origin_of)
         except Exception:
             log.exception("a tick failed")
-            return [refusal(Internal())] * len(work)
+            return [refusal(Internal())] * len(tick)
 
     # Answers.
 
     def _answer(
-        self,
-        connection: Connection,
-        response: Response,
-        head_only: bool = False,
-        keep_alive: bool = True,
+        self, connection: Connection, response: Response, request: Request, since: float = 0.0
     ) -> None:
         """Send an answer, and get on with what the connection sends next, or close it."""
-        closes = not keep_alive or response.closes or self._stop_before is not None
+        head = request.head
+        closes = not head.keep_alive or response.closes or self._stop_before is not None
         connection.closing, connection.lingers = closes, response.closes
-        data = write_response(response, self._now // SECOND_MS, closes, head_only)
+        name = request.id if response.content_type is PROBLEM_JSON else ""
+        data = write_response(response, self._now // SECOND_MS, closes, head.method == "HEAD", name)
+        if self._access_log:
+            self._log_access(request, response, since or self._moment)
         if self._send(connection, data):
             self._answered(connection)
 
+    def _log_access(self, request: Request, response: Response, since: float) -> None:
+        head = request.head
+        access = {
+            "address": request.address,
+            "method": head.method,
+            "path": printable(head.path),
+            "status": response.status,
+            "bytes": len(response.body),
+            "seconds": round(time.monotonic() - since, 6),
+        }
+        log.info(
+            "%(address)s %(method)s %(path)s %(status)d %(bytes)d B %(seconds)f s",
+            access,
+            extra={"access": access, "request": request.id},
+        )
+
     def _refuse(self, connection: Connection, problem: Problem) -> None:
         """Answer what is no whole request, and read no further."""
-        is_head = connection.reader.is_head
-        connection.reader = RequestReader()  # what it held is let go at once
+        reader = connection.reader
+        request = reader.unread()
+        connection.reader = RequestReader(
+            reader.address, reader.connection
+        )  # what it held is let go
         self._account(connection, 0)
-        self._answer(connection, refusal(problem), is_head, keep_alive=False)
+        response = self._api.refuse(problem, request.address, request.id, self._now)
+        self._answer(connection, response, request)
 
-    def _send(self, connection: Connection, data: Union[bytes, memoryview]) -> bool:
+    def _send(self, connection: Connection, data: bytes) -> bool:
         """Send what the peer takes at once. True when that is all of it."""
+        if connection.tls is not None:
+            try:
+                data = connection.tls.send(data)
+            except ssl.SSLError:
+                self._drop(connection)
+                return False
+        return self._push(connection, data)
+
+    def _push(self, connection: Connection, data: Union[bytes, memoryview]) -> bool:
         try:
             sent = connection.socket.send(data)
         except (BlockingIOError, InterruptedError):
@@ -3966,9 +5700,11 @@ class Server(HTTPServer):
     def _flush(self, connection: Connection) -> None:
         data, connection.output = connection.output, b""
         self._held -= len(data)
-        if not self._send(connection, data):
+        if not self._push(connection, data):
             return
-        if connection.reader.is_in_body and not connection.closing:  # it was 100 Continue
+        if connection.tls is not None and not connection.tls.is_shaken:
+            self._move(connection, self._shaking)
+        elif connection.reader.is_in_body and not connection.closing:  # it was 100 Continue
             self._move(connection, self._in_body)
         else:
             self._answered(connection)
@@ -4016,8 +5752,11 @@ class Server(HTTPServer):
                 break
             self._short = False
             peer.setblocking(False)
-            fresh.append(Connection(peer, address[0]))
+            self._accepted += 1
+            self._metrics.connections_accepted += 1
+            fresh.append(Connection(peer, address[0], self._accepted))
             self._connections.add(fresh[-1])
+        self._metrics.connections = len(self._connections)
         return fresh
 
     def _welcome_all(self, fresh: Sequence[Connection]) -> None:
@@ -4030,17 +5769,19 @@ class Server(HTTPServer):
     def _welcome(self, connection: Connection) -> None:
         """Read a new connection. It was taken before the tick and is read after it: most often
         the request is there by now, and the selector never hears of the connection."""
+        if self._tls is not None:
+            connection.tls = Tls(self._tls)
         request = self._receive(connection)
         if request is not None:
             self._make_ready(connection, request)
         elif connection.phase is None:
-            self._move(connection, self._in_head)
+            self._move(connection, self._shaking if connection.tls else self._in_head)
 
     def _make_room(self) -> None:
-        """The longest idle gives way, then the slowest head, then the slowest body. When nobody
-        can, new connections wait: the listener would stay readable, and the loop would spin."""
+        """The longest idle gives way, then the slowest handshake, head and body. When nobody can,
+        new connections wait: the listener would stay readable, and the loop would spin."""
         self._crowded = False
-        for phase in (self._idle, self._in_head, self._in_body, self._lingering):
+        for phase in (self._idle, self._shaking, self._in_head, self._in_body, self._lingering):
             connection = phase.first()
             if connection is not None:
                 self._drop(connection)
@@ -4103,6 +5844,7 @@ class Server(HTTPServer):
     def _start_lingering(self, connection: Connection) -> None:
         """Close our side, and take what the peer still sends: to close on unread bytes would
         reset the connection, and the peer would lose the answer (RFC 9112 section 9.6)."""
+        self._bid_farewell(connection)
         try:
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -4120,13 +5862,50 @@ class Server(HTTPServer):
             pass
         self._drop(connection)
 
+    def _bid_farewell(self, connection: Connection) -> None:
+        tls, connection.tls = connection.tls, None
+        if tls is not None and tls.is_shaken and not connection.output:
+            with suppress(OSError):
+                connection.socket.send(tls.farewell())
+
     def _drop(self, connection: Connection) -> None:
+        if connection.tls is not None:
+            self._bid_farewell(connection)
         self._move(connection, None)
         connection.is_gone = True
         self._connections.discard(connection)
         self._held -= connection.held + len(connection.output)
         connection.held, connection.output = 0, b""
         connection.socket.close()
+        self._metrics.connections = len(self._connections)
+
+
+def tell_service_manager(address: str, state: str) -> None:
+    """Say how we are, as sd_notify(3) does."""
+    where = f"\0{address[1:]}" if address.startswith("@") else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as it:
+            it.sendto(state.encode("utf-8"), where)
+    except OSError as error:
+        log.warning("cannot tell the service manager that %s: %s", state, error.strerror)
+
+
+def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
+    """The socket that a service manager has bound for us, as sd_listen_fds(3) has it; None where
+    there is none. Raises OperatorError."""
+    if process != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        raise OperatorError(f"the service manager hands over {count} sockets: we take one")
+    try:
+        listener = socket.socket(fileno=FIRST_INHERITED)
+        accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise OperatorError(f"the service manager's socket is none: {error.strerror}") from error
+    if not accepts or listener.family not in (socket.AF_INET, socket.AF_INET6):
+        raise OperatorError("the service manager's socket does not listen for TCP connections")
+    os.set_inheritable(FIRST_INHERITED, False)
+    return listener
 
 
 def fit_connections(wanted: int) -> int:
@@ -4181,6 +5960,13 @@ def port_number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
     return int(text)
+
+
+def web_address(text: str) -> str:
+    """Where agents find the server. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~/-]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like https://enroll.lan:8443")
+    return text.rstrip("/")
 
 
 def count(text: str) -> int:
@@ -4260,11 +6046,76 @@ def organization_document(organization: Organization) -> Document:
     return {"id": organization.id, "createdAt": rfc3339(organization.created_at)}
 
 
+def signing_key_document(view: SigningKeyView) -> Document:
+    """SigningKey."""
+    return {
+        "kid": view.key.kid,
+        "state": view.state,
+        "hosts": view.hosts,
+        "createdAt": rfc3339(view.key.created_at),
+        "retiredAt": _when(view.key.retired_at),
+    }
+
+
+class JsonFormatter(logging.Formatter):
+    """A log line as a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever is in it."""
+        line: Dict[str, Any] = {
+            "time": rfc3339(int(record.created * SECOND_MS)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        request, event, access = (
+            getattr(record, name, None) for name in ("request", "event", "access")
+        )
+        if request:
+            line["request"] = request
+        if event is not None:
+            line["event"] = event_document(event)
+        if access is not None:
+            line["access"] = access
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class TextFormatter(logging.Formatter):
+    """A log line for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time with its zone, the level, what happened, and in which request."""
+        request = getattr(record, "request", "")
+        said = (
+            f"{rfc3339(int(record.created * SECOND_MS))} {record.levelname} {record.getMessage()}"
+        )
+        lines = [f"{said} [{request}]" if request else said]
+        if record.exc_info:
+            lines.append(self.formatException(record.exc_info))
+        return "\n".join(lines)
+
+
+def _start_log(format: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
 class Session(NamedTuple):
     """What a command works with: its arguments and the world around it."""
 
     arguments: argparse.Namespace
     clock: Callable[[], float]
+    environment: Mapping[str, str] = {}
+
+    @property
+    def key_file(self) -> str:
+        """The key file that the arguments name."""
+        beside = os.path.join(os.path.dirname(self.arguments.db), DEFAULT_KEY_FILE)
+        return str(self.arguments.key_file or beside)
 
     def now(self) -> int:
         """Unix time in milliseconds."""
@@ -4273,10 +6124,7 @@ class Session(NamedTuple):
     @contextmanager
     def open(self, **options: Any) -> Iterator[Tuple[Registry, Principal]]:
         """The registry that the arguments name, and the operator of this machine."""
-        database = self.arguments.db
-        beside = os.path.join(os.path.dirname(database), DEFAULT_KEY_FILE)
-        key_file = self.arguments.key_file or beside
-        registry = open_registry(database, key_file, self.now(), **options)
+        registry = open_registry(self.arguments.db, self.key_file, self.now(), **options)
         try:
             yield registry, Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
         finally:
@@ -4324,7 +6172,7 @@ def _shed_syntax_tree() -> None:
 def _trim_memory() -> None:
     """Give back what it took to compile this file: the C library keeps it otherwise. Where that
     is not glibc, it stays."""
-    with suppress(ImportError, OSError, AttributeError):
+    with suppress(ImportError, OSError, AttributeError, MemoryError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
@@ -4332,17 +6180,18 @@ def _trim_memory() -> None:
 
 def _run_serve(session: Session) -> int:
     arguments = session.arguments
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    _start_log(arguments.log_format)
     options = {
         "init": arguments.init,
         "interval": arguments.heartbeat_interval,
         "credential_ttl": arguments.credential_ttl,
+        "audit_keep": arguments.audit_keep,
     }
     with session.open(**options) as (registry, _), _listen(session, registry) as server:
         _on_signals(server.stop)
-        start = Act(lambda now: registry.start_service(server.url, now))
+        signal.signal(signal.SIGHUP, server.reload)
+        pin = registry.announced_pin
+        start = Act(lambda now: registry.start_service(server.url, now, pin))
         registry.perform(start, session.now())
         _greet(session, server)
         _trim_memory()
@@ -4357,10 +6206,11 @@ def _on_signals(action: Any) -> None:
 
 
 def _listen(session: Session, registry: Registry) -> Server:
-    arguments = session.arguments
+    arguments, environment = session.arguments, session.environment
     connections = fit_connections(CONNECTIONS_MAXIMUM)
     if connections < CONNECTIONS_MAXIMUM:
         log.warning("the limit of open files allows %d connections: ulimit -Hn", connections)
+    manager = environment.get("NOTIFY_SOCKET")
     try:
         return Server(
             Api(registry),
@@ -4368,6 +6218,13 @@ def _listen(session: Session, registry: Registry) -> Server:
             arguments.port,
             clock=session.clock,
             connections=connections,
+            load_tls=_tls_loader(arguments.tls_cert, arguments.tls_key, registry),
+            public_url=arguments.public_url or "",
+            listener=inherited_listener(
+                environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
+            ),
+            access_log=arguments.access_log,
+            notify=partial(tell_service_manager, manager) if manager else lambda state: None,
         )
     except (OSError, OverflowError) as error:
         raise OperatorError(
@@ -4376,12 +6233,29 @@ def _listen(session: Session, registry: Registry) -> Server:
         ) from error
 
 
+def _tls_loader(
+    certificate: Optional[str], key: Optional[str], registry: Registry
+) -> Optional[TlsLoader]:
+    """What loads the pair that the arguments name, and announces its pin. Raises OperatorError."""
+    if not certificate and not key:
+        return None
+    if not certificate or not key:
+        raise OperatorError("--tls-cert and --tls-key go together: make-cert makes a pair")
+
+    def load() -> Any:
+        context, leaf = load_tls(str(certificate), str(key))
+        registry.announce_pin(public_key_pin(leaf))
+        return context
+
+    return load
+
+
 def _greet(session: Session, server: Server) -> None:
     named = {"--db": session.arguments.db, "--key-file": session.arguments.key_file}
     usual = (DEFAULT_DATABASE, None)
     options = [word for pair in named.items() if pair[1] not in usual for word in pair]
     mint = shlex.join(["python3", "hostenroll.py", "mint-token", *options])
-    if server.is_exposed:
+    if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
     _say(
         f"hostenroll {__version__} listens on {server.url}",
@@ -4414,8 +6288,13 @@ def _mint(
 ) -> int:
     """Mint a token; show its text on stdout, and on stderr what to do with it."""
     _require_stdout()
-    (view, text), url = session.ask(
-        lambda registry, by, now: (mint(registry, by, now), registry.public_url()), writes=True
+    (view, text), url, pin = session.ask(
+        lambda registry, by, now: (
+            mint(registry, by, now),
+            registry.public_url(),
+            registry.public_pin(),
+        ),
+        writes=True,
     )
     document = token_document(view, text)
     if session.arguments.json:
@@ -4429,10 +6308,20 @@ def _mint(
         f"until {document['expiresAt']}",
         "enroll with it, on the host:",
         ENROLL_COMMAND.substitute(
-            token=text, hostname=view.token.hostname or '"$(uname -n)"', url=url
+            token=text,
+            hostname=view.token.hostname or '"$(uname -n)"',
+            url=url,
+            trust=_trust(url, pin),
         ),
     )
     return 0
+
+
+def _trust(url: str, pin: str) -> str:
+    """How curl is to know the server."""
+    if not url.startswith("https:"):
+        return ""
+    return TRUST_PIN.substitute(pin=pin) if pin else TRUST_AUTHORITIES
 
 
 def _run_list_tokens(session: Session) -> int:
@@ -4449,18 +6338,21 @@ def _organization(name: Optional[str]) -> Optional[str]:
 
 
 def _all_pages(
-    session: Session, turn: Callable[[Registry, Principal, Any, int], Page], query: Any
+    session: Session,
+    turn: Callable[[Registry, Principal, Any, int], Page],
+    query: Any,
+    limit: Optional[int] = None,
 ) -> List[Any]:
-    """A whole list, a page in each transaction."""
+    """A whole list, or its first part, a slice in each transaction."""
     items: List[Any] = []
     with session.open() as (registry, by):
         before: Optional[int] = query.before
-        while before is not None:
+        while before is not None and (limit is None or len(items) < limit):
             act = partial(turn, registry, by, query._replace(before=before, limit=PAGE_MAXIMUM))
             page = registry.perform(Act(act, writes=False), session.now())
             items += page.items
             before = page.next
-    return items
+    return items[:limit]
 
 
 def _run_show_token(session: Session) -> int:
@@ -4512,7 +6404,7 @@ def _run_reenroll_host(session: Session) -> int:
 
 def _run_add_org(session: Session) -> int:
     name = str(ORGANIZATION_BODY.check({"name": session.arguments.name})["name"])
-    session.ask(lambda r, by, now: r.add_organization(name, now), writes=True)
+    session.ask(lambda r, by, now: r.add_organization(by, name, now), writes=True)
     _say(f"organization {name} is there: mint-token --org {name}")
     return 0
 
@@ -4552,6 +6444,151 @@ def _run_list_api_keys(session: Session) -> int:
     documents = [api_key_document(key) for key in keys]
     _print_documents("apiKeys", documents, columns, session.arguments.json)
     return 0
+
+
+def _run_list_signing_keys(session: Session) -> int:
+    views = session.ask(lambda r, by, now: r.signing_keys(), writes=False)
+    columns = ("kid", "state", "hosts", "createdAt", "retiredAt")
+    documents = [signing_key_document(view) for view in views]
+    _print_documents("signingKeys", documents, columns, session.arguments.json)
+    return 0
+
+
+def _run_rotate_signing_key(session: Session) -> int:
+    kid = session.ask(lambda r, by, now: r.rotate_signing_key(by, now), writes=True)
+    print(kid)
+    _say(
+        "signs from now on; hosts move to it when they beat: list-signing-keys counts them,",
+        "and retire-signing-key ends an old one",
+    )
+    return 0
+
+
+def _run_retire_signing_key(session: Session) -> int:
+    kid, force = session.arguments.kid, session.arguments.force
+    hosts = session.ask(lambda r, by, now: r.retire_signing_key(by, kid, force, now), writes=True)
+    _say(f"signing key {kid} is retired" + (f": {hosts} hosts must re-enroll" if hosts else ""))
+    return 0
+
+
+def _run_show_audit(session: Session) -> int:
+    arguments = session.arguments
+    asked = {
+        "organization": arguments.org,
+        "action": arguments.action,
+        "subject": arguments.subject,
+        "code": arguments.code,
+    }
+    pairs = [(name, text) for name, text in asked.items() if text is not None]
+    query = event_query(AUDIT_QUERY.read(pairs))
+    events = _all_pages(session, Registry.events, query, arguments.limit)
+    columns = ("number", "time", "action", "code", "subject", "actor", "address", "detail")
+    documents = [event_document(event) for event in events]
+    _print_documents("events", documents, columns, arguments.json)
+    return 0
+
+
+def _run_verify_audit(session: Session) -> int:
+    asked = session.arguments.head
+    head = None if asked is None else bytes.fromhex(asked)
+    first, last, mac, is_found = session.ask(lambda r, by, now: r.verify_audit(head), writes=False)
+    if head is not None and not is_found:
+        raise OperatorError(
+            "the audit log has no event with this head: its end has been cut off, or all of it "
+            "up to there is pruned"
+        )
+    print(mac.hex())
+    _say(
+        f"events {first} to {last} are as they were written; the head is on stdout"
+        if last >= first
+        else "the audit log is empty",
+        "nothing after the head given has been cut off"
+        if head is not None
+        else "whether its end has been cut off shows only with --head, the head of an earlier run",
+    )
+    return 0
+
+
+def mac_text(text: str) -> str:
+    """The head of an audit log, in hexadecimal digits. Raises ArgumentTypeError."""
+    if not re.fullmatch("(?:[0-9a-f]{64})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not what verify-audit prints")
+    return text
+
+
+def _run_backup(session: Session) -> int:
+    folder = session.arguments.folder
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with session.open() as (registry, _):
+        try:
+            database, key_file = registry.back_up(folder)
+        except StoreError as error:
+            raise OperatorError(f"{error}") from error
+    _say(f"copied the database to {database} and its keys to {key_file}: keep both secret")
+    return 0
+
+
+def _run_check(session: Session) -> int:
+    findings = examine(session.arguments.db, session.key_file)
+    is_good = all(finding.is_good for finding in findings)
+    if session.arguments.json:
+        documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
+        _print_json({"ok": is_good, "findings": documents})
+    else:
+        print(table([("ok" if f.is_good else "BAD", f.name, f.detail) for f in findings]))
+    return 0 if is_good else EXIT_FAILED
+
+
+def _run_unit(session: Session) -> int:
+    if session.arguments.socket:
+        print(SOCKET_UNIT, end="")
+        return 0
+    program = os.path.abspath(__file__)
+    print(UNIT.substitute(python=sys.executable, program=program), end="")
+    if program.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
+        _say(f"the service cannot see {program}: copy it to /usr/local/lib, and run it from there")
+    return 0
+
+
+def _run_make_cert(session: Session) -> int:
+    import subprocess  # one command of all needs it, and it costs each a hundredth of a second
+
+    arguments = session.arguments
+    names = [_subject_alternative_name(name) for name in arguments.name]
+    for path in (arguments.tls_cert, arguments.tls_key):
+        if os.path.lexists(path):
+            raise OperatorError(f"{path} is there already: remove it, or name another file")
+    os.close(os.open(arguments.tls_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
+    command = [
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+        *("-nodes", "-sha256", "-days", str(arguments.days), "-subj", f"/CN={arguments.name[0]}"),
+        *("-addext", f"subjectAltName={','.join(names)}"),
+        *("-keyout", arguments.tls_key, "-out", arguments.tls_cert),
+    ]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        failure = made.stderr.strip().rpartition("\n")[2] if made.returncode else ""
+    except FileNotFoundError:
+        failure = "there is no openssl program: make a pair on another machine, and copy it here"
+    if failure:
+        os.remove(arguments.tls_key)
+        raise OperatorError(f"cannot make a certificate: {failure}")
+    _say(
+        f"made {arguments.tls_cert} and {arguments.tls_key}; now",
+        f"serve --tls-cert {shlex.quote(arguments.tls_cert)} "
+        f"--tls-key {shlex.quote(arguments.tls_key)}",
+    )
+    return 0
+
+
+def _subject_alternative_name(name: str) -> str:
+    with suppress(ValueError):
+        return f"IP:{ipaddress.ip_address(name)}"
+    if not re.fullmatch(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", name):
+        raise OperatorError(
+            f"{printable(name)!r} is no name for a server: letters, digits, . and -"
+        )
+    return f"DNS:{name}"
 
 
 def _run_schema(session: Session) -> int:
@@ -4607,6 +6644,22 @@ SERVE_OPTIONS = (
         metavar="TIME",
         help="how long credentials live, and are renewed in time (for ever)",
     ),
+    Argument("--tls-cert", metavar="FILE", help="speak TLS, with this certificate chain in PEM"),
+    Argument("--tls-key", metavar="FILE", help="its key, in PEM; SIGHUP loads both anew"),
+    Argument(
+        "--public-url",
+        type=web_address,
+        metavar="URL",
+        help="where agents find the server, for mint-token to print",
+    ),
+    Argument(
+        "--audit-keep",
+        type=duration_within(AUDIT_KEEP_RANGE),
+        metavar="TIME",
+        help="how long the audit log is kept (for ever)",
+    ),
+    Argument("--log-format", choices=("text", "json"), default="text", help="(%(default)s)"),
+    Argument("--access-log", action="store_true", help="log every request, heartbeats too"),
     Argument(
         "--init",
         action="store_true",
@@ -4764,6 +6817,95 @@ COMMANDS = (
         "make an API key useless",
         _act(Registry.revoke_api_key, "API key {id} is revoked"),
     ),
+    Command(
+        "list-signing-keys",
+        "list the keys that sign credentials",
+        "list-signing-keys",
+        _run_list_signing_keys,
+        (JSON_OPTION,),
+    ),
+    Command(
+        "rotate-signing-key",
+        "sign with a new key from now on",
+        "rotate-signing-key",
+        _run_rotate_signing_key,
+    ),
+    Command(
+        "retire-signing-key",
+        "accept no credential of a key any longer",
+        "retire-signing-key 5b1c09d2f3a4e687",
+        _run_retire_signing_key,
+        (
+            Argument("kid", metavar="KID"),
+            Argument("--force", action="store_true", help="though hosts still use it"),
+        ),
+    ),
+    Command(
+        "show-audit",
+        "list what happened, the newest first",
+        "show-audit --action refuse --limit 20",
+        _run_show_audit,
+        (
+            ORG_OPTION,
+            Argument("--action", choices=ACTIONS),
+            Argument("--subject", metavar="KIND:ID", help="as in host:0ca4f1b28e3d7a95"),
+            Argument("--code", metavar="CODE", help="of a refusal"),
+            Argument("--limit", type=count, metavar="N", help="only the newest"),
+            JSON_OPTION,
+        ),
+    ),
+    Command(
+        "verify-audit",
+        "find what has been changed in the audit log",
+        "verify-audit",
+        _run_verify_audit,
+        (Argument("--head", type=mac_text, metavar="HASH", help="what an earlier run printed"),),
+    ),
+    Command(
+        "backup",
+        "copy database and keys, also while a server runs",
+        "backup /var/backups/hostenroll",
+        _run_backup,
+        (Argument("folder", metavar="DIR"),),
+    ),
+    Command(
+        "check",
+        "say whether database, keys and files are sound",
+        "check",
+        _run_check,
+        (JSON_OPTION,),
+    ),
+    Command(
+        "make-cert",
+        "make a self-signed certificate and its key",
+        "make-cert --name enroll.lan",
+        _run_make_cert,
+        (
+            Argument(
+                "--name",
+                action="append",
+                required=True,
+                metavar="NAME",
+                help="a name or address that agents find the server by; repeatable",
+            ),
+            Argument("--days", type=count, default="3650", metavar="N", help="(%(default)s)"),
+            Argument(
+                "--tls-cert", default="hostenroll-tls.crt", metavar="FILE", help="(%(default)s)"
+            ),
+            Argument(
+                "--tls-key", default="hostenroll-tls.key", metavar="FILE", help="(%(default)s)"
+            ),
+        ),
+        uses_store=False,
+    ),
+    Command(
+        "unit",
+        "print a systemd unit",
+        "unit",
+        _run_unit,
+        (Argument("--socket", action="store_true", help="that of a socket to go with it"),),
+        uses_store=False,
+    ),
     Command("schema", "print the database's schema", "schema", _run_schema, uses_store=False),
 )
 
@@ -4815,7 +6957,7 @@ def main(
         if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
             stream.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.run(Session(arguments, clock)))
+        return int(arguments.run(Session(arguments, clock, environment)))
     except StorageUnavailable as problem:
         _say(f"hostenroll: {problem.__cause__ or problem.detail}")
         return EXIT_FAILED

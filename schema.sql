@@ -2,7 +2,7 @@
 -- Ids are integers here and 16 hexadecimal digits everywhere else.
 
 PRAGMA application_id = 0x686F7374;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 
 CREATE TABLE organization (
     -- Whose a host, a token or an API key is.
@@ -61,9 +61,12 @@ CREATE TABLE host (
     admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
-    idempotency      BLOB               -- SHA-256 of the Idempotency-Key sent with it
+    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
+    issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
+    twin_id          INTEGER            -- a live host that had this hostname when it came in
 );
 CREATE INDEX host_organization ON host (organization_id);
+CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
@@ -72,17 +75,19 @@ CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.
     number      INTEGER PRIMARY KEY,
     kid         TEXT    NOT NULL UNIQUE,
-    created_at  INTEGER NOT NULL
+    created_at  INTEGER NOT NULL,
+    retired_at  INTEGER                -- NULL: it is in the key file
 );
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- the highest serial seen; lower ones are superseded
-    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential last seen
+    serial      INTEGER NOT NULL,  -- that counts: the highest seen, at first the one expected
+    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active      INTEGER NOT NULL   -- 0: revoked
 );
+CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
 CREATE TABLE service (
     -- One row: what the servers on this database say of themselves, for whoever reads status.
@@ -91,5 +96,41 @@ CREATE TABLE service (
     alive           INTEGER NOT NULL,  -- when a server last said that it lives
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
-    public_url      TEXT    NOT NULL   -- where agents find the server
+    public_url      TEXT    NOT NULL,  -- where agents find the server
+    pin             TEXT    NOT NULL DEFAULT ''  -- of its certificate, where it speaks TLS itself
 );
+
+CREATE TABLE audit (
+    -- What happened, event after event. Each mac covers its row and the mac before it, by the
+    -- audit key of the key file: who has only the database can neither change a row nor add one.
+    number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
+    at               INTEGER NOT NULL,
+    action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
+    actor            TEXT    NOT NULL,  -- api-key:<id>, cli:<user>, token:<id>, host:<id> ...
+    address          TEXT    NOT NULL,  -- '': this machine's command line, or the server itself
+    organization_id  TEXT,              -- whose it is; NULL: nobody's
+    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': nothing that we know
+    code             TEXT,              -- of a refusal
+    detail           TEXT    NOT NULL,  -- a JSON object
+    mac              BLOB    NOT NULL   -- HMAC-SHA256
+);
+CREATE INDEX audit_organization ON audit (organization_id);
+
+CREATE TABLE audit_anchor (
+    -- One row, where older events have been pruned: what the first of the rest is chained to.
+    id      INTEGER PRIMARY KEY CHECK (id = 1),
+    number  INTEGER NOT NULL,  -- of the last event before the rest
+    mac     BLOB    NOT NULL,  -- its mac
+    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
+);
+
+CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
+CREATE TRIGGER audit_is_only_pruned BEFORE DELETE ON audit
+WHEN OLD.number > coalesce((SELECT number FROM audit_anchor), 0)
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
