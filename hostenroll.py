@@ -2826,13 +2826,12 @@ class Registry:
 
     def _chain_events(self) -> None:
         number, mac = self._store.last_event()
-        chained: List[Event] = []
-        for event, _ in self._events:
+        for place, (event, request) in enumerate(self._events):
             number += 1
             numbered = event._replace(number=number)
             mac = self._keyring.chain(mac, numbered.record())
-            chained.append(numbered._replace(mac=mac))
-        self._store.add_events(chained)
+            self._events[place] = Noted(numbered._replace(mac=mac), request)
+        self._store.add_events([noted.event for noted in self._events])
 
     def _log_events(self) -> None:
         events, self._events = self._events, []
@@ -6257,10 +6256,11 @@ def _greet(session: Session, server: Server) -> None:
     mint = shlex.join(["python3", "hostenroll.py", "mint-token", *options])
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
-    _say(
-        f"hostenroll {__version__} listens on {server.url}",
-        f"next, in another terminal: {mint}",
-    )
+    listens = f"hostenroll {__version__} listens on {server.url}"
+    if session.arguments.log_format == "json":
+        log.info(listens)
+    else:
+        _say(listens, f"next, in another terminal: {mint}")
 
 
 def _run_mint_token(session: Session) -> int:

@@ -4029,7 +4029,8 @@ def test_head_is_get_without_the_body(path: str, live: SocketDoor) -> None:
             head = read_reply(stream, head_only=True)
             assert head is not None
             assert (head.status, head.document) == (200, None)
-            assert {**head.headers, "date": ""} == {**got.headers, "date": ""}
+            moving = {"date": "", **({"content-length": ""} if path == "/metrics" else {})}
+            assert {**head.headers, **moving} == {**got.headers, **moving}
     refused = live.call("HEAD", "/api/hosts")
     assert refused.status == 401 and int(refused.headers["content-length"]) > 0
 
