@@ -156,7 +156,6 @@ PRUNED_AT_ONCE = 500
 
 # The audit log.
 REFUSALS_AUDITED = 60  # of one code, in a minute; the others are summed up in one event
-NOTES_MAXIMUM = 1000
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 
 # Metrics: upper bounds of histogram buckets.
@@ -1160,14 +1159,17 @@ class KeyFile:
         write_key_file(self.path, keyring)
         self._seen = self._look()
 
-    def reload(self) -> Optional[Keyring]:
-        """The keyring in it, if it has changed since it was last looked at and is a good one."""
+    def reload(self, current: Keyring) -> Optional[Keyring]:
+        """The keyring in it, if it has changed since it was last looked at, is a good one, and is
+        of the same database as the current one: the audit key never changes."""
         seen = self._look()
         if seen == self._seen:
             return None
         self._seen = seen
         try:
             keyring = load_keyring(self.path)
+            if not is_same(keyring.audit_key, current.audit_key):
+                raise OperatorError(f"{self.path} is another database's: put the right one back")
         except OperatorError as error:
             self.trouble = str(error)
             log.error("%s; until then the keys that were loaded before are used", error)
@@ -2460,23 +2462,6 @@ class Census:
         return self._slices > 1 and 0 <= now - self.finished_at <= CENSUS_KEPT * SECOND_MS
 
 
-class RefusalWindow:
-    """The refusals of one code in a minute: so many are audited, the others summed up."""
-
-    def __init__(self, now: int) -> None:
-        self.since = now
-        self.seen = 0
-
-    @property
-    def summed_up(self) -> int:
-        """How many are not audited one by one."""
-        return max(0, self.seen - REFUSALS_AUDITED)
-
-    def is_over(self, now: int) -> bool:
-        """Whether its minute is."""
-        return not 0 <= now - self.since < MINUTE * SECOND_MS
-
-
 def token_state(token: Token, now: int) -> str:
     """One of TOKEN_STATES, at a time in Unix ms."""
     if token.revoked_at is not None:
@@ -2575,6 +2560,164 @@ def verify_chain(
     return first, number, mac, found
 
 
+class RefusalWindow:
+    """The refusals of one code in a minute: so many are audited, the others summed up."""
+
+    def __init__(self, now: int) -> None:
+        self.since = now
+        self.seen = 0
+
+    @property
+    def summed_up(self) -> int:
+        """How many are not audited one by one."""
+        return max(0, self.seen - REFUSALS_AUDITED)
+
+    def is_over(self, now: int) -> bool:
+        """Whether its minute is."""
+        return not 0 <= now - self.since < MINUTE * SECOND_MS
+
+
+class AuditLog:
+    """What happens, event after event. Acts record what they do while a tick goes on; its events
+    are chained and written just before its commit, and logged after it."""
+
+    def __init__(self, store: Store, keep: Optional[int]) -> None:
+        self._store = store
+        self._keep = keep  # seconds; None: for ever
+        self.origin = NOWHERE  # of the act at hand
+        self._events: List[Noted] = []  # of the tick at hand
+        self._notes: List[Noted] = []  # of refusals outside of one, for the next that writes
+        self._windows: Dict[str, RefusalWindow] = {}
+
+    # In a tick.
+
+    def begin(self) -> None:
+        """A tick that writes begins: it writes the notes too."""
+        self._events, self._notes = self._notes, []
+
+    @property
+    def mark(self) -> int:
+        """The place that undo() returns to."""
+        return len(self._events)
+
+    def undo(self, mark: int) -> None:
+        """What was recorded since has not happened."""
+        del self._events[mark:]
+
+    def forget(self) -> None:
+        """The tick has died."""
+        self._events, self._notes = [], []
+
+    def record(
+        self,
+        now: int,
+        action: str,
+        actor: str,
+        subject: str,
+        organization: Optional[str],
+        **detail: Any,
+    ) -> None:
+        """The act at hand does this. It stands in the log if the act does."""
+        self._events.append(self._event(now, action, actor, subject, organization, None, detail))
+
+    def _event(
+        self,
+        now: int,
+        action: str,
+        actor: str,
+        subject: str,
+        organization: Optional[str],
+        code: Optional[str],
+        detail: Mapping[str, Any],
+    ) -> Noted:
+        said = {name: value for name, value in detail.items() if value not in (None, "", {}, [])}
+        address, request = self.origin
+        text = json.dumps(said)
+        event = Event(0, now, action, actor, address, organization, subject, code, text, b"")
+        return Noted(event, request)
+
+    def write(self, keyring: Keyring) -> None:
+        """Chain the tick's events to the last one, and append them."""
+        if self._events:
+            number, mac = self._store.last_event()
+            for place, (event, request) in enumerate(self._events):
+                number += 1
+                numbered = event._replace(number=number)
+                mac = keyring.chain(mac, numbered.record())
+                self._events[place] = Noted(numbered._replace(mac=mac), request)
+            self._store.add_events([noted.event for noted in self._events])
+
+    def tell(self) -> None:
+        """The tick is committed: its events go to the log for people too."""
+        events, self._events = self._events, []
+        for event, request in events:
+            log.info(
+                "%s %s by %s%s%s",
+                event.action,
+                event.subject or "-",
+                event.actor,
+                f" from {event.address}" if event.address else "",
+                f": {event.code}" if event.code else "",
+                extra={"event": event, "request": request},
+            )
+
+    # Refusals: anybody can cause them, so they are bounded.
+
+    def refuse(self, problem: Problem, now: int, in_tick: bool) -> None:
+        """The act or the request at hand is refused."""
+        events, code = self._events if in_tick else self._notes, problem.code
+        window = self._windows.get(code)
+        if window is None or window.is_over(now):
+            self._sum_up(events, code, now)
+            window = self._windows[code] = RefusalWindow(now)
+        window.seen += 1
+        if not window.summed_up:
+            about = (problem.actor, problem.subject, problem.organization)
+            events.append(self._event(now, "refuse", *about, code, problem.particulars))
+
+    def _sum_up(self, events: List[Noted], code: str, now: int) -> None:
+        window = self._windows.pop(code, None)
+        if window is not None and window.summed_up:
+            detail = {"more": window.summed_up, "since": rfc3339(window.since)}
+            event = self._event(now, "refuse", "anonymous", "", None, code, detail).event
+            events.append(Noted(event._replace(address=""), ""))
+
+    def sum_up(self, now: int, *, all_of_them: bool = False) -> None:
+        """In a tick: one event for the rest of a minute that is over."""
+        for code, window in list(self._windows.items()):
+            if all_of_them or window.is_over(now):
+                self._sum_up(self._events, code, now)
+
+    @property
+    def owes_notes(self) -> bool:
+        """Whether there are refusals for the next tick that writes."""
+        return bool(self._notes)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether there are refusals that are not listed one by one, and not yet summed up."""
+        return any(window.summed_up for window in self._windows.values())
+
+    # The start of the log.
+
+    def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
+        """Chain what comes after a number to its mac alone."""
+        anchor = Anchor(number, mac, b"")
+        self._store.put_anchor(anchor._replace(proof=keyring.chain(b"", anchor.record())))
+
+    def prune(self, keyring: Keyring, now: int) -> None:
+        """Delete some of what is too old."""
+        if self._keep is None:
+            return
+        old = self._store.oldest_events(now - self._keep * SECOND_MS, PRUNED_AT_ONCE)
+        if old:
+            last = old[-1]
+            anchor = self._store.anchor()
+            if anchor is None or anchor.number < last.number:
+                self.put_anchor(keyring, last.number, last.mac)
+            self._store.prune_events(last.number)
+
+
 class Registry:
     """The fleet: what is remembered of it and what may be done to it."""
 
@@ -2597,15 +2740,11 @@ class Registry:
             interval * (100 + HEARTBEAT_SPREAD) // 100,
         )
         self._credential_ttl = credential_ttl
-        self._audit_keep = audit_keep
         self._trouble = ""
         self._pin: Optional[str] = None  # to be written
         self._tokens_looked_at = -1
-        self._origin = NOWHERE  # of the act at hand
-        self._events: List[Noted] = []  # of the tick at hand
-        self._notes: List[Noted] = []  # for the next tick that writes
-        self._windows: Dict[str, RefusalWindow] = {}
         self._censuses: Dict[Optional[str], Census] = {}
+        self.audit = AuditLog(store, audit_keep)
         self.metrics = Metrics()
 
     # Ticks.
@@ -2633,7 +2772,7 @@ class Registry:
             if not self._store.begin(writes, durable):
                 return None
             if writes:
-                self._events, self._notes = self._notes, []
+                self.audit.begin()
             if acts:
                 self.notice_keys()
             outcomes = self._beat_all(work, beats, now, origin_of) if beats else []
@@ -2645,29 +2784,30 @@ class Registry:
             self._commit(writes)
         except StoreError as error:
             self._store.abandon()
-            self._events = []
+            self.audit.forget()
             self.metrics.refusals[StorageUnavailable.code] += len(work)
             return [self._unavailable(error)] * len(work)
         except BaseException:
             self._store.abandon()
+            self.audit.forget()
             raise
         self._trouble = ""
         self.metrics.heartbeats += len(beats)
         return outcomes
 
     def _commit(self, writes: bool) -> None:
-        if writes and self._events:
-            self._chain_events()
+        if not writes:
+            self._store.commit()
+            return
+        self.audit.write(self._keyring)
         started = time.perf_counter()
         self._store.commit()
-        if writes:
-            self.metrics.commits.observe(time.perf_counter() - started)
-            if self._events:
-                self._log_events()
+        self.metrics.commits.observe(time.perf_counter() - started)
+        self.audit.tell()
 
     def _perform(self, act: Act, now: int) -> Any:
-        self._origin = act.origin
-        mark = len(self._events)
+        self.audit.origin = act.origin
+        mark = self.audit.mark
         if act.writes:
             self._store.savepoint()
         try:
@@ -2682,8 +2822,8 @@ class Registry:
         if isinstance(result, Problem):
             if act.writes:
                 self._store.undo()
-                del self._events[mark:]
-            self._note_refusal(self._events if act.writes else self._notes, result, now)
+                self.audit.undo(mark)
+            self._note_refusal(result, now, in_tick=act.writes)
         elif act.writes:
             self._store.keep()
         return result
@@ -2760,108 +2900,25 @@ class Registry:
 
     # The audit log.
 
-    def _record(
-        self,
-        now: int,
-        action: str,
-        actor: str,
-        subject: str,
-        organization: Optional[str],
-        **detail: Any,
-    ) -> None:
-        """Say in the audit log what the act at hand does. It stands there if the act does."""
-        self._events.append(self._event(now, action, actor, subject, organization, None, detail))
-
-    def _event(
-        self,
-        now: int,
-        action: str,
-        actor: str,
-        subject: str,
-        organization: Optional[str],
-        code: Optional[str],
-        detail: Mapping[str, Any],
-    ) -> Noted:
-        said = {name: value for name, value in detail.items() if value not in (None, "", {}, [])}
-        address, request = self._origin
-        text = json.dumps(said)
-        event = Event(0, now, action, actor, address, organization, subject, code, text, b"")
-        return Noted(event, request)
-
     def refused(self, problem: Problem, origin: Origin, now: int) -> None:
         """Count a refusal that no act came to; the next tick that writes audits it."""
-        self._origin = origin
-        self._note_refusal(self._notes, problem, now)
+        self.audit.origin = origin
+        self._note_refusal(problem, now, in_tick=False)
 
-    def _note_refusal(self, events: List[Noted], problem: Problem, now: int) -> None:
-        code = problem.code
-        self.metrics.refusals[code] += 1
-        if not problem.is_audited:
-            return
-        window = self._windows.get(code)
-        if window is None or window.is_over(now):
-            self._sum_up(events, code, now)
-            window = self._windows[code] = RefusalWindow(now)
-        window.seen += 1
-        if not window.summed_up and len(events) < NOTES_MAXIMUM:
-            about = (problem.actor, problem.subject, problem.organization)
-            events.append(self._event(now, "refuse", *about, code, problem.particulars))
-
-    def _sum_up(self, events: List[Noted], code: str, now: int) -> None:
-        window = self._windows.pop(code, None)
-        if window is not None and window.summed_up:
-            detail = {"more": window.summed_up, "since": rfc3339(window.since)}
-            event = self._event(now, "refuse", "anonymous", "", None, code, detail).event
-            events.append(Noted(event._replace(address=""), ""))
-
-    @property
-    def owes_notes(self) -> bool:
-        """Whether there are refusals for the next tick that writes."""
-        return bool(self._notes)
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether there are refusals that are not audited one by one, and not yet summed up."""
-        return any(window.summed_up for window in self._windows.values())
-
-    def sum_up_refusals(self, now: int, *, all_of_them: bool = False) -> None:
-        """In a tick: one event for what was not audited of a minute that is over."""
-        for code, window in list(self._windows.items()):
-            if all_of_them or window.is_over(now):
-                self._sum_up(self._events, code, now)
-
-    def _chain_events(self) -> None:
-        number, mac = self._store.last_event()
-        for place, (event, request) in enumerate(self._events):
-            number += 1
-            numbered = event._replace(number=number)
-            mac = self._keyring.chain(mac, numbered.record())
-            self._events[place] = Noted(numbered._replace(mac=mac), request)
-        self._store.add_events([noted.event for noted in self._events])
-
-    def _log_events(self) -> None:
-        events, self._events = self._events, []
-        for event, request in events:
-            log.info(
-                "%s %s by %s%s%s",
-                event.action,
-                event.subject or "-",
-                event.actor,
-                f" from {event.address}" if event.address else "",
-                f": {event.code}" if event.code else "",
-                extra={"event": event, "request": request},
-            )
+    def _note_refusal(self, problem: Problem, now: int, in_tick: bool) -> None:
+        self.metrics.refusals[problem.code] += 1
+        if problem.is_audited:
+            self.audit.refuse(problem, now, in_tick)
 
     def events(self, by: Principal, query: EventQuery, now: int) -> Page:
         """The newest first. Raises InvalidQuery."""
         organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        examine = SLICE
-        rows = self._store.events(organization, query.before, examine + 1)
-        found = [row for row in rows[:examine] if query.matches(row)]
+        rows = self._store.events(organization, query.before, SLICE + 1)
+        found = [row for row in rows[:SLICE] if query.matches(row)]
         if len(found) > query.limit:
             found = found[: query.limit]
             return Page(found, found[-1].number)
-        return Page(found, rows[examine - 1].number if len(rows) > examine else None)
+        return Page(found, rows[SLICE - 1].number if len(rows) > SLICE else None)
 
     def verify_audit(self, head: Optional[bytes]) -> Tuple[int, int, bytes, bool]:
         """verify_chain() of this log."""
@@ -2869,28 +2926,14 @@ class Registry:
 
     def start_audit_anew(self, now: int) -> None:
         """The audit key is another: only what follows can be verified with it."""
-        self._put_anchor(*self._store.last_event())
-        self._record(now, "init", "key-file", "audit", None)
-
-    def _put_anchor(self, number: int, mac: bytes) -> None:
-        anchor = Anchor(number, mac, b"")
-        self._store.put_anchor(anchor._replace(proof=self._keyring.chain(b"", anchor.record())))
-
-    def _prune_events(self, now: int) -> None:
-        if self._audit_keep is not None:
-            before = now - self._audit_keep * SECOND_MS
-            old = self._store.oldest_events(before, PRUNED_AT_ONCE)
-            if old:
-                anchor = self._store.anchor()
-                if anchor is None or anchor.number < old[-1].number:
-                    self._put_anchor(old[-1].number, old[-1].mac)
-                self._store.prune_events(old[-1].number)
+        self.audit.put_anchor(self._keyring, *self._store.last_event())
+        self.audit.record(now, "init", "key-file", "audit", None)
 
     # Signing keys.
 
     def notice_keys(self) -> None:
         """Go by the key file as it is now: somebody may have rotated it."""
-        keyring = self._key_file.reload()
+        keyring = self._key_file.reload(self._keyring)
         if keyring is not None:
             self._keyring = keyring
 
@@ -2913,10 +2956,10 @@ class Registry:
         for kid in reversed(self._keyring.kids):
             if kid not in known:
                 self._store.add_signing_key(kid, now)
-                self._record(now, "rotate", actor, f"signing-key:{kid}", None)
+                self.audit.record(now, "rotate", actor, f"signing-key:{kid}", None)
         for kid in sorted(known.difference(self._keyring.kids)):
             self._store.retire_signing_key(kid, now)
-            self._record(now, "retire", actor, f"signing-key:{kid}", None)
+            self.audit.record(now, "retire", actor, f"signing-key:{kid}", None)
 
     def knows_keys(self) -> bool:
         """Whether the database knows the keys of the key file, and no others."""
@@ -2988,15 +3031,14 @@ class Registry:
 
     def keep_house(self, now: int) -> None:
         """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
-        self._origin = NOWHERE
         self._store.keep_alive(now)
         if self._pin is not None:
             self._store.put_pin(self._pin)
-        self.sum_up_refusals(now)
+        self.audit.sum_up(now)
         if not self.knows_keys():
             self.learn_keys("key-file", now)
         self._prune_tokens(now)
-        self._prune_events(now)
+        self.audit.prune(self._keyring, now)
 
     def announce_pin(self, pin: str) -> None:
         """The server has another certificate: keep_house() writes its pin."""
@@ -3056,7 +3098,7 @@ class Registry:
         organization = Organization(name, now)
         if not self._store.add_organization(organization):
             raise Conflict(f"There is an organization {name} already.")
-        self._record(now, "add", by.name, f"organization:{name}", name)
+        self.audit.record(now, "add", by.name, f"organization:{name}", name)
         return organization
 
     def organizations(self) -> List[Organization]:
@@ -3076,7 +3118,7 @@ class Registry:
         if not self._store.add_api_key(key):
             return self.mint_api_key(by, organization, role, description, now)
         subject = f"api-key:{id_text(key.id)}"
-        self._record(now, "mint", by.name, subject, organization, role=role)
+        self.audit.record(now, "mint", by.name, subject, organization, role=role)
         return key, secret.text
 
     def api_keys(self) -> List[ApiKey]:
@@ -3090,7 +3132,7 @@ class Registry:
             raise NotFound("There is no API key with this id.")
         if self._store.revoke_api_key(number, now):
             subject = f"api-key:{id_text(number)}"
-            self._record(now, "revoke", by.name, subject, key.organization_id)
+            self.audit.record(now, "revoke", by.name, subject, key.organization_id)
 
     def identify(self, text: str, what: str = "") -> Principal:
         """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid."""
@@ -3162,7 +3204,7 @@ class Registry:
         )
         if not self._store.add_token(token):
             return self._mint(by, order, organization, host, now)
-        self._record(
+        self.audit.record(
             now,
             "mint",
             by.name,
@@ -3215,7 +3257,7 @@ class Registry:
         if token.revoked_at is None:
             self._store.revoke_token(token.id, now)
             subject = f"token:{id_text(number)}"
-            self._record(now, "revoke", by.name, subject, token.organization_id)
+            self.audit.record(now, "revoke", by.name, subject, token.organization_id)
 
     # Enrollment.
 
@@ -3279,7 +3321,9 @@ class Registry:
     ) -> None:
         actor, subject = f"token:{id_text(token.id)}", f"host:{id_text(host.id)}"
         hostname = applicant.hostname
-        self._record(now, action, actor, subject, host.organization_id, hostname=hostname, **more)
+        self.audit.record(
+            now, action, actor, subject, host.organization_id, hostname=hostname, **more
+        )
 
     def _twin(self, organization: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
@@ -3426,11 +3470,11 @@ class Registry:
         """The next serial, and only the next: whoever holds an old copy cannot renew past a
         re-enrollment. The credential in hand stays good until the new one is first used, so a
         lost reply locks nobody out."""
-        serial, address = claims.serial + 1, self._origin.address
+        serial, address = claims.serial + 1, self.audit.origin.address
         if not self.is_due(claims, now) or not self._store.issue(claims.host, serial, address):
             return None
         name = f"host:{id_text(claims.host)}"
-        self._record(now, "renew", name, name, claims.organization, serial=serial)
+        self.audit.record(now, "renew", name, name, claims.organization, serial=serial)
         self.metrics.renewals += 1
         return self._grant(claims.host, claims.organization, serial, now)
 
@@ -3453,11 +3497,11 @@ class Registry:
         ]
 
     def _judge_beat(self, claims: Claims, now: int, origin: Origin) -> Union[int, Problem]:
-        self._origin = origin
+        self.audit.origin = origin
         try:
             return self._beat_one(claims, now)
         except Problem as problem:
-            self._note_refusal(self._events, problem, now)
+            self._note_refusal(problem, now, in_tick=True)
             self.metrics.heartbeats -= 1  # those of the tick are counted together
             return problem
 
@@ -3484,7 +3528,7 @@ class Registry:
             number = self._key_number(claims.kid, now)
             self._store.supersede(host.id, claims.serial, number)
             serials = {"serial": claims.serial, "superseded": host.serial}
-            self._record(now, "supersede", name, name, claims.organization, **serials)
+            self.audit.record(now, "supersede", name, name, claims.organization, **serials)
         self._store.beat_late(host.id, now)
         return max(now, host.last_seen)
 
@@ -3547,7 +3591,9 @@ class Registry:
         return self.host(by, number, now)
 
     def _record_act(self, now: int, action: str, by: Principal, host: Host, **more: Any) -> None:
-        self._record(now, action, by.name, f"host:{id_text(host.id)}", host.organization_id, **more)
+        self.audit.record(
+            now, action, by.name, f"host:{id_text(host.id)}", host.organization_id, **more
+        )
 
     def revoke_host(self, by: Principal, number: int, now: int) -> HostView:
         """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
@@ -5023,7 +5069,7 @@ class Api:
     @property
     def owes_notes(self) -> bool:
         """Whether the next tick should come soon: there are refusals to be audited."""
-        return self._registry.owes_notes
+        return self._registry.audit.owes_notes
 
     def housekeeping(self) -> Act:
         """What a server does every ALIVE_EVERY seconds."""
@@ -5036,11 +5082,11 @@ class Api:
 
     def last_will(self) -> Optional[Act]:
         """What a server does before it ends, where there is something to do."""
-        if not self._registry.has_sums:
+        if not self._registry.audit.has_sums:
             return None
 
         def run(now: int) -> Response:
-            self._registry.sum_up_refusals(now, all_of_them=True)
+            self._registry.audit.sum_up(now, all_of_them=True)
             return Response(204)
 
         return Act(run, durable=False)
@@ -5864,7 +5910,7 @@ class Server(HTTPServer):
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            os.fdatasync(descriptor)  # all at the end would hold up every other fsync
+            pass
         self._drop(connection)
 
     def _bid_farewell(self, connection: Connection) -> None:
