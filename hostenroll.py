@@ -25,19 +25,20 @@ Words, each with one meaning, in code, SQL, API and command line alike:
     re-enroll     a token bound to an existing host: new credential, same id, name and history
     serial        the number of a credential among those issued to one host
     tick          one turn of the server's loop: one batch of requests, one transaction, one time
+    event         what happened, as a row of the audit log
 
 Contents; each section uses only those above it, and a test holds it to that:
 
      1. Limits         imports and every number, with its unit and its reason
      2. Problems       every refusal by name
      3. Shapes         what a body and a query may say, checked and described from one declaration
-     4. Secrets        ids, tokens, API keys; the keyring that signs and verifies credentials
+     4. Secrets        ids, tokens, API keys; the keyring and its file; the pin of a certificate
      5. Store          the schema and the only SQL; the lock between processes
-     6. Registry       the rules: mint, enroll, beat, revoke; turns facts into refusals
+     6. Registry       the rules: mint, enroll, beat, revoke, rotate; the audit log; refusals
      7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
      8. Assets         texts for people to copy
-     9. Api            routes, and the documents that they answer with
-    10. Server         the loop: sockets, deadlines, shutdown
+     9. Api            routes, and the documents that they answer with; metrics
+    10. Server         the loop: sockets, TLS, deadlines, shutdown
     11. Command line   COMMANDS and main()
 
 Laws that the code keeps, each explained where it is kept:

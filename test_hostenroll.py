@@ -323,9 +323,12 @@ class ApiDoor(Door):
         admitted = self.api.admit(request, self.clock.ms)
         if isinstance(admitted, hostenroll.Response):
             return self._reply(admitted)
-        responses = self.api.run([admitted], self.clock.ms)
-        assert responses is not None
-        return self._reply(responses[0])
+        response = None
+        while response is None:  # a list comes in slices, one in a tick
+            responses = self.api.run([admitted], self.clock.ms)
+            assert responses is not None
+            response = responses[0]
+        return self._reply(response)
 
     @staticmethod
     def _reply(response: hostenroll.Response) -> Reply:
@@ -2929,6 +2932,106 @@ def test_no_act_looks_at_the_whole_fleet(registry: Registry, clock: Clock) -> No
     assert {name: n for name, n in taken.items() if n > acts[name][0]} == {}
 
 
+def test_a_slice_of_a_list_is_small(registry: Registry, clock: Clock) -> None:
+    """A heartbeat behind it waits for no more."""
+    fill(registry, 3 * hostenroll.SLICE)
+    steps = [0]
+
+    def count() -> None:
+        steps[0] += 100
+
+    connection_of(registry).set_progress_handler(count, 100)
+    for limit in (1, hostenroll.SLICE, 1000):
+        steps[0] = 0
+        query = hostenroll.HostQuery(limit=limit)
+        page = do(registry, clock, lambda now, q=query: registry.hosts(OPERATOR, q, now), False)
+        assert len(page.items) == min(limit, hostenroll.SLICE)
+        assert steps[0] < 100 * hostenroll.SLICE
+    connection_of(registry).set_progress_handler(None, 0)
+
+
+def census_of(registry: Registry, clock: Clock, by: Principal = OPERATOR) -> Tuple[Any, int]:
+    """A whole census, and how many ticks it took."""
+    for ticks in range(1, 1000):
+        census = do(registry, clock, lambda now: registry.census(by, now), False)
+        if census is not None:
+            return census, ticks
+    raise AssertionError("a census that never ends")
+
+
+def test_a_census_counts_each_host_once_by_organization_and_status(
+    registry: Registry, clock: Clock
+) -> None:
+    do(registry, clock, lambda now: registry.add_organization(OPERATOR, "berlin", now))
+    chance = random.Random(5)
+    for n in range(60):
+        number, credential = came_in(registry, clock, f"web-{n}", organization=chance.choice(
+            ["default", "berlin"]))  # fmt: skip
+        if chance.random() < 0.8:
+            beat(registry, clock, credential)
+        if chance.random() < 0.2:
+            do(registry, clock, hostenroll.partial(registry.revoke_host, OPERATOR, number))
+        clock.advance(chance.choice([1, 30, 3600, 86400 / 2]))
+    beat(registry, clock, came_in(registry, clock, "web-now")[1])
+    listed = [view for page in pages(registry, clock, "hosts", hostenroll.HostQuery())
+              for view in page.items]  # fmt: skip
+    expected = hostenroll.Counter((view.host.organization_id, view.status) for view in listed)
+    assert len({status for _, status in expected}) == len(hostenroll.STATUSES)
+    census, ticks = census_of(registry, clock)
+    assert (census.counts, ticks) == (expected, 1)
+    berlin = Principal("api-key:1", "berlin", "viewer")
+    census, _ = census_of(registry, clock, berlin)
+    assert census.counts == {key: n for key, n in expected.items() if key[0] == "berlin"}
+
+
+def test_a_census_of_a_large_fleet_goes_in_slices_and_is_kept_for_a_while(
+    registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 100)
+    fill(registry, 950)
+    census, ticks = census_of(registry, clock)
+    assert (ticks, census.counts) == (10, {("default", "pending"): 950})
+    came_in(registry, clock)
+    clock.advance(hostenroll.CENSUS_KEPT)
+    again, ticks = census_of(registry, clock)
+    assert (ticks, again) == (1, census)
+    clock.advance(0.001)
+    fresh, ticks = census_of(registry, clock)
+    assert (ticks, fresh.counts) == (10, {("default", "pending"): 951})
+
+
+def test_a_census_of_a_small_fleet_is_never_old(registry: Registry, clock: Clock) -> None:
+    for n in range(3):
+        assert sum(census_of(registry, clock)[0].counts.values()) == n
+        came_in(registry, clock, f"web-{n}")
+
+
+def test_two_who_ask_for_a_census_share_it(
+    registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 100)
+    fill(registry, 400)
+    ask = lambda: do(registry, clock, lambda now: registry.census(OPERATOR, now), False)  # noqa: E731
+    assert [ask() is None for _ in range(5)] == [True, True, True, True, False]
+    assert ask() is not None
+
+
+def test_the_bounds_of_a_status_are_those_of_its_silence() -> None:
+    chance = random.Random(11)
+    for _ in range(3000):
+        previous = chance.randrange(1, 5000)
+        started = previous + chance.randrange(0, 5000)
+        alive = started + chance.randrange(0, 5000)
+        now = alive + chance.choice([0, 10, 25_000, 25_001, 90_000])
+        service = hostenroll.Service(started, alive, previous, 30, "")
+        silence = chance.randrange(0, 12_000)
+        bound = hostenroll.seen_since(service, now, silence)
+        for seen in (bound - 1, bound, bound + 1, previous, previous + 1, started, alive):
+            if 0 < seen <= now:
+                is_within = hostenroll.silence_ms(seen, service, now) <= silence
+                assert is_within == (seen >= bound), (service, now, silence, seen)
+
+
 def test_each_of_a_tick_has_its_own_outcome(registry: Registry, clock: Clock) -> None:
     """The good, the revoked, the superseded, the deleted; a refusal, a bug, and neighbours."""
     hosts = [came_in(registry, clock, f"web-{n}") for n in range(5)]
@@ -4495,6 +4598,83 @@ def test_health_is_not_readiness(live: SocketDoor, paths: Any) -> None:
     assert live.call("GET", "/readyz").status == 200
 
 
+def samples(text: str) -> Dict[str, float]:
+    """Prometheus' text format, read by its rules."""
+    found: Dict[str, float] = {}
+    for line in text.split("\n")[:-1]:
+        if not line.startswith("# "):
+            name, _, value = line.rpartition(" ")
+            assert re.fullmatch(r'[a-z_]+(\{[a-z_]+="[^"\n]*"(,[a-z_]+="[^"\n]*")*\})?', name), line
+            assert name not in found
+            found[name] = float(value)
+    return found
+
+
+def test_metrics_count_what_has_happened(estate: Estate, clock: Clock) -> None:
+    before = samples(estate.ask("owner", "GET", "/metrics").document)
+    estate.door.beat(str(estate.callers["credential"]))
+    estate.door.beat(str(estate.callers["credential"]), os="Debian")
+    estate.door.beat("x.y.z")
+    estate.ask("viewer", "DELETE", f"/api/hosts/{estate.host}")
+    estate.door.enroll(str(estate.callers["token"]), "web-2")
+    estate.door.enroll(str(estate.callers["token"]), "web-3")
+    after = samples(estate.ask("owner", "GET", "/metrics").document)
+    changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    counted = {name: n for name, n in changed.items() if "seconds" not in name}
+    counted.pop('hostenroll_database_bytes{file="wal"}', None)
+    assert counted == {
+        "hostenroll_heartbeats_total": 2,
+        "hostenroll_enrollments_total": 1,
+        'hostenroll_refusals_total{code="credential-invalid"}': 1,
+        'hostenroll_refusals_total{code="forbidden"}': 1,
+        'hostenroll_refusals_total{code="token-used"}': 1,
+        'hostenroll_hosts{organization="default",status="online"}': 1,
+    }
+    assert after['hostenroll_hosts{organization="default",status="pending"}'] == 1
+    assert changed["hostenroll_commit_duration_seconds_count"] >= 4
+
+
+def test_an_organization_sees_its_own_hosts_in_metrics_and_nothing_else(estate: Estate) -> None:
+    seen = samples(estate.ask("viewer", "GET", "/metrics").document)
+    assert set(seen) == {
+        f'hostenroll_hosts{{organization="default",status="{status}"}}'
+        for status in hostenroll.STATUSES
+    }
+    other = samples(estate.ask("stranger", "GET", "/metrics").document)
+    assert set(other.values()) == {0.0} and all('"berlin"' in name for name in other)
+
+
+def test_a_histogram_is_cumulative_and_has_everything_in_its_last_bucket() -> None:
+    histogram = hostenroll.Histogram((0.1, 1.0))
+    for value, times in ((0.05, 1), (0.1, 2), (0.5, 1), (7.0, 3)):
+        histogram.observe(value, times)
+    text = hostenroll.Exposition()
+    text.histogram("t", "Help.", histogram)
+    seen = samples(text.response().body.decode())
+    assert {name: n for name, n in seen.items() if name != "t_sum"} == {
+        't_bucket{le="0.1"}': 3, 't_bucket{le="1"}': 4, 't_bucket{le="+Inf"}': 7, "t_count": 7
+    }  # fmt: skip
+    assert seen["t_sum"] == pytest.approx(0.05 + 0.2 + 0.5 + 21)
+
+
+def test_a_page_over_many_slices_is_one_json_text(api: ApiDoor, clock: Clock) -> None:
+    fill(api.registry, 3000)
+    path, seen, counts = "/api/hosts?limit=1000", [], []
+    cursor = ""
+    while cursor is not None:
+        page = api.call("GET", path + (f"&cursor={cursor}" if cursor else ""), bearer=api.api_key)
+        counts.append(len(page.document["hosts"]))
+        seen += [host["id"] for host in page.document["hosts"]]
+        cursor = page.document["nextCursor"]
+    assert counts == [1000, 1000, 1000] and seen == sorted(set(seen), reverse=True)
+    searched = api.call("GET", "/api/hosts?q=nowhere", bearer=api.api_key).document
+    assert searched["hosts"] == [] and searched["nextCursor"] is not None
+    again = api.call(
+        "GET", f"/api/hosts?q=nowhere&cursor={searched['nextCursor']}", bearer=api.api_key
+    ).document
+    assert again == {"hosts": [], "nextCursor": None}
+
+
 # 10. Server
 
 HEALTH = request_bytes("GET", "/healthz")
@@ -5302,6 +5482,51 @@ def test_an_idle_server_sleeps(paths: Any, clock: Clock) -> None:
     with LiveServer(paths, clock) as live:
         SocketDoor(live.port, "").call("GET", "/healthz")
         assert live.server._patience() > 5
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_promtool_finds_nothing_wrong_with_the_metrics(live: SocketDoor) -> None:
+    live.beat(live.enroll(live.token()).document["credential"])
+    text = live.call("GET", "/metrics", bearer=live.api_key).document
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=30
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus")
+@pytest.mark.slow
+def test_a_real_prometheus_scrapes_us(live: SocketDoor, tmp_path: Path) -> None:
+    live.beat(live.enroll(live.token()).document["credential"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "api-key").write_text(live.api_key)
+    (tmp_path / "prometheus.yml").write_text(
+        "scrape_configs:\n  - job_name: hostenroll\n    scrape_interval: 1s\n"
+        f"    authorization: {{ credentials_file: {tmp_path}/api-key }}\n"
+        f"    static_configs: [{{ targets: ['127.0.0.1:{live.port}'] }}]\n"
+    )
+    process = subprocess.Popen(
+        ["prometheus", f"--config.file={tmp_path}/prometheus.yml",
+         f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        query = "hostenroll_hosts{status='online'}%20==%201"
+        deadline, found = time.monotonic() + 60, []
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.2)
+            done = subprocess.run(
+                ["curl", "-sS", "-g", f"http://127.0.0.1:{port}/api/v1/query?query={query}"],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode == 0 and done.stdout.startswith("{"):
+                found = json.loads(done.stdout)["data"]["result"]
+        assert [sample["metric"]["organization"] for sample in found] == ["default"]
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 # 11. Command line
