@@ -174,6 +174,7 @@ FIELDS_MAXIMUM = 100
 BODY_MAXIMUM = 64 * 1024
 CHUNK_LINE_MAXIMUM = 256
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
+REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
@@ -628,7 +629,12 @@ def problems() -> Tuple[Type[Problem], ...]:
 #
 # What a body or a query may say is declared once: check() and schema() come from the same
 # declaration. A Kind judges one value; a Shape judges an object member by member, names every
-# member that is wrong, and gives back only what it knows.
+# member that is wrong, and gives back only what it knows. What the API answers is declared in the
+# same way, for those who read schemas and for the tests.
+
+# What UNPRINTABLE leaves, as ECMA-262 writes it, which JSON Schema goes by. Surrogates stay out:
+# JSON that we read has none, and an engine that knows UTF-16 alone sees two of them in an emoji.
+PRINTABLE = "[^" + json.dumps(UNPRINTABLE.pattern)[2:-1].replace(r"\ud800-\udfff", "")
 
 
 class Kind:
@@ -646,13 +652,23 @@ class Kind:
         """The same in JSON Schema 2020-12."""
         raise NotImplementedError
 
+    def parameter(self) -> Dict[str, Any]:
+        """The schema of what read() takes."""
+        return self.schema()
+
 
 class Text(Kind):
-    """A string of printable characters; a pattern is matched against the whole."""
+    """A string of printable characters; a pattern is matched against the whole, and takes none
+    that is not printable."""
 
     def __init__(self, maximum: int, minimum: int = 0, pattern: str = "", say: str = "") -> None:
         self._maximum, self._minimum = maximum, minimum
         self._pattern, self._say = pattern, say
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the whole, within the lengths."""
+        return self._pattern or f"{PRINTABLE}{{{self._minimum},{self._maximum}}}"
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -666,10 +682,23 @@ class Text(Kind):
         return value
 
     def schema(self) -> Dict[str, Any]:
-        limits: Dict[str, Any] = {"minLength": self._minimum, "maxLength": self._maximum}
-        if self._pattern:
-            limits["pattern"] = f"^{self._pattern}$"
-        return {"type": "string", **limits}
+        return {
+            "type": "string",
+            "minLength": self._minimum,
+            "maxLength": self._maximum,
+            "pattern": f"^{self._pattern or PRINTABLE + '*'}$",
+        }
+
+
+class Moment(Text):
+    """A time as rfc3339() writes it."""
+
+    def __init__(self) -> None:
+        pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z"
+        super().__init__(24, 24, pattern, "like 2027-01-15T08:00:00.000Z")
+
+    def schema(self) -> Dict[str, Any]:
+        return {**super().schema(), "format": "date-time"}
 
 
 class Whole(Kind):
@@ -680,8 +709,8 @@ class Whole(Kind):
         self._bounds = f" from {self._minimum} to {self._maximum}{unit and ' '}{unit}"
 
     def check(self, value: Any) -> int:
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or not self._minimum <= value <= self._maximum:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value % 1 or not self._minimum <= value <= self._maximum:
             raise ValueError(f"must be an integer{self._bounds}")
         return int(value)
 
@@ -713,7 +742,7 @@ class Labels(Kind):
     """An object of short keys and printable values; in a query, one key=value."""
 
     COUNT = 32
-    KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", "letters, digits, . _ / -")
+    KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", "letters, digits, . _ / -")
     VALUE = Text(255)
 
     def check(self, value: Any) -> Dict[str, str]:
@@ -748,6 +777,56 @@ class Labels(Kind):
             "additionalProperties": self.VALUE.schema(),
         }
 
+    def parameter(self) -> Dict[str, Any]:
+        return {"type": "string", "pattern": f"^{self.KEY.pattern}={self.VALUE.pattern}$"}
+
+
+class Nullable(Kind):
+    """Something, or null where there is none."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+
+    def check(self, value: Any) -> Any:
+        return None if value is None else self._kind.check(value)
+
+    def schema(self) -> Dict[str, Any]:
+        return {"anyOf": [self._kind.schema(), {"type": "null"}]}
+
+
+class ListOf(Kind):
+    """An array of one kind of thing."""
+
+    def __init__(self, kind: Kind, maximum: int) -> None:
+        self._kind, self._maximum = kind, maximum
+
+    def check(self, value: Any) -> List[Any]:
+        if not isinstance(value, list):
+            raise ValueError("must be an array")
+        if len(value) > self._maximum:
+            raise ValueError(f"must have at most {self._maximum} items")
+        return [self._kind.check(item) for item in value]
+
+    def schema(self) -> Dict[str, Any]:
+        return {"type": "array", "maxItems": self._maximum, "items": self._kind.schema()}
+
+
+class ObjectOf(Kind):
+    """An object of a Shape, within another."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+
+    def check(self, value: Any) -> Dict[str, Any]:
+        try:
+            return self._shape.check(value)
+        except InvalidBody as problem:
+            said = (f"{error.field} {error.detail}" for error in problem.errors)
+            raise ValueError("; ".join(said) or "must be an object") from None
+
+    def schema(self) -> Dict[str, Any]:
+        return self._shape.reference()
+
 
 class Field(NamedTuple):
     """One member of an object, or one parameter of a query."""
@@ -758,12 +837,19 @@ class Field(NamedTuple):
     repeats: bool = False  # in a query: may come more than once, and is read as a list
 
 
-class Shape:
-    """An object's members. An open one ignores members that it does not know."""
+def members(**kinds: Kind) -> List[Field]:
+    """Members that are always there."""
+    return [Field(name, kind, required=True) for name, kind in kinds.items()]
 
-    def __init__(self, *fields: Field, open: bool = False) -> None:
+
+class Shape:
+    """An object's members. An open one ignores members that it does not know. What has a name
+    is described once in a document, and referred to."""
+
+    def __init__(self, *fields: Field, open: bool = False, name: str = "") -> None:
         self._fields = {field.name: field for field in fields}
         self._open = open
+        self.name = name
 
     def check(self, value: Any) -> Dict[str, Any]:
         """The known members of a JSON object. Raises InvalidBody, which names all that is wrong."""
@@ -794,6 +880,8 @@ class Shape:
                 one: Dict[str, Any] = {}
                 self._judge(name, field.kind.read, text, one, errors)
                 found.setdefault(name, []).extend(one.values())
+                if len(found[name]) == REPEATS_MAXIMUM + 1:
+                    errors.append(FieldError(name, f"is given more than {REPEATS_MAXIMUM} times"))
             elif name in found:
                 errors.append(FieldError(name, "is given more than once"))
             else:
@@ -823,6 +911,24 @@ class Shape:
             "required": [field.name for field in self._fields.values() if field.required],
             "additionalProperties": self._open,
         }
+
+    def reference(self) -> Dict[str, Any]:
+        """Where the schema stands in an OpenAPI document; the schema, if it has no name."""
+        return {"$ref": f"#/components/schemas/{self.name}"} if self.name else self.schema()
+
+    def parameters(self, place: str) -> List[Dict[str, Any]]:
+        """The same as parameters of OpenAPI 3.1, in a place: query, header or path."""
+        return [
+            {"name": f.name, "in": place, "required": f.required, "schema": self._parameter(f)}
+            for f in self._fields.values()
+        ]
+
+    @staticmethod
+    def _parameter(field: Field) -> Dict[str, Any]:
+        one = field.kind.parameter()
+        return (
+            {"type": "array", "maxItems": REPEATS_MAXIMUM, "items": one} if field.repeats else one
+        )
 
 
 def _read_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -3832,7 +3938,7 @@ def _examine_modes(store: Store) -> Iterator[Finding]:
 # differ, ignores Transfer-Encoding, reads "+4" and "0_4" as lengths, and drops every field after
 # a line without a colon.
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 
 _TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
@@ -4363,9 +4469,22 @@ HOSTNAME = Text(
 NAME = Text(255, 1)
 FACT = Text(128)
 SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
+ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
+SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
 DESCRIPTION = Text(1000)
+IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
+
+# What only answers have.
+TIME = Moment()
+MAYBE_TIME = Nullable(TIME)
+ACTOR = Text(255, 1)  # somebody or something by name, as in host:<id>
+ADDRESS = Text(255, 1)
+SENTENCE = Text(1000, 1)
+CREDENTIAL = Text(CREDENTIAL_MAXIMUM, 1, r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", "a JWT")
+BEAT_RANGE = (1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100)
+ANYTHING = Shape(open=True)
 
 FACTS = (
     Field("os", FACT),
@@ -4373,12 +4492,13 @@ FACTS = (
     Field("dockerVersion", FACT),
 )
 ENROLL_BODY = Shape(
-    Field("token", Text(256, 1), required=True),
+    Field("token", SECRET_TEXT, required=True),
     Field("hostname", HOSTNAME, required=True),
     Field("name", NAME),
     *FACTS,
     open=True,
 )
+ENROLL_HEADERS = Shape(Field("Idempotency-Key", IDEMPOTENCY_KEY))
 HEARTBEAT_BODY = Shape(Field("hostname", HOSTNAME), *FACTS, open=True)
 MINT_BODY = Shape(
     Field("ttlSeconds", Whole(TOKEN_TTL_RANGE, "seconds")),
@@ -4411,12 +4531,35 @@ AUDIT_QUERY = Shape(
 API_KEY_BODY = Shape(Field("description", DESCRIPTION))
 ORGANIZATION_BODY = Shape(Field("name", SLUG, required=True))
 NOTHING = Shape()
+ID_PATH = Shape(*members(id=ID_TEXT))
 
 Document = Dict[str, Any]
 
 
 def _when(milliseconds: Optional[int]) -> Optional[str]:
     return rfc3339(milliseconds) if milliseconds else None
+
+
+TOKEN_MEMBERS = members(
+    id=ID_TEXT,
+    organizationId=SLUG,
+    state=Choice(*TOKEN_STATES),
+    description=DESCRIPTION,
+    hostname=Nullable(HOSTNAME),
+    hostId=Nullable(ID_TEXT),
+    labels=LABELS,
+    maxUses=Whole(TOKEN_USES_RANGE),
+    uses=Whole((0, TOKEN_USES_RANGE[1])),
+    createdAt=TIME,
+    createdBy=ACTOR,
+    expiresAt=TIME,
+    usedAt=MAYBE_TIME,
+    usedFrom=Nullable(ADDRESS),
+    revokedAt=MAYBE_TIME,
+    hosts=ListOf(ID_TEXT, TOKEN_HOSTS_SHOWN),
+)
+TOKEN_DOCUMENT = Shape(*TOKEN_MEMBERS, name="Token")
+MINTED_TOKEN_DOCUMENT = Shape(*TOKEN_MEMBERS, *members(token=SECRET_TEXT), name="MintedToken")
 
 
 def token_document(view: TokenView, text: Optional[str] = None) -> Document:
@@ -4443,6 +4586,28 @@ def token_document(view: TokenView, text: Optional[str] = None) -> Document:
     return document if text is None else {**document, "token": text}
 
 
+HOST_DOCUMENT = Shape(
+    *members(
+        id=ID_TEXT,
+        organizationId=SLUG,
+        name=NAME,
+        hostname=HOSTNAME,
+        os=FACT,
+        architecture=FACT,
+        dockerVersion=FACT,
+        labels=LABELS,
+        status=Choice(*STATUSES),
+        statusReason=SENTENCE,
+        enrolledAt=TIME,
+        lastSeen=MAYBE_TIME,
+        tokenId=ID_TEXT,
+        revokedAt=MAYBE_TIME,
+        warnings=ListOf(SENTENCE, 10),
+    ),
+    name="Host",
+)
+
+
 def host_document(view: HostView) -> Document:
     """Host."""
     host = view.host
@@ -4463,6 +4628,22 @@ def host_document(view: HostView) -> Document:
         "revokedAt": _when(host.revoked_at),
         "warnings": list(view.warnings),
     }
+
+
+EVENT_DOCUMENT = Shape(
+    *members(
+        number=Whole((1, (1 << 63) - 1)),
+        time=TIME,
+        action=Choice(*ACTIONS),
+        actor=ACTOR,
+        address=Nullable(ADDRESS),
+        organizationId=Nullable(SLUG),
+        subject=Nullable(ACTOR),
+        code=Nullable(Choice(*(problem.code for problem in problems()))),
+        detail=ObjectOf(ANYTHING),
+    ),
+    name="Event",
+)
 
 
 def event_document(event: Event) -> Document:
@@ -4560,6 +4741,17 @@ class Listing(NamedTuple):
         return Response(200, b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), items, cursor))
 
 
+def _list_document(name: str, of: Shape) -> Shape:
+    """What Listing answers with."""
+    items = ListOf(ObjectOf(of), PAGE_MAXIMUM)
+    return Shape(*members(**{name: items}, nextCursor=Nullable(CURSOR)), name=f"{of.name}List")
+
+
+TOKENS_DOCUMENT = _list_document("tokens", TOKEN_DOCUMENT)
+HOSTS_DOCUMENT = _list_document("hosts", HOST_DOCUMENT)
+EVENTS_DOCUMENT = _list_document("events", EVENT_DOCUMENT)
+
+
 class Call(NamedTuple):
     """A request to the user API, after everything about it has been checked but its object."""
 
@@ -4609,6 +4801,11 @@ def _post_restore(registry: Registry, call: Call) -> Response:
 def _post_reenroll(registry: Registry, call: Call) -> Response:
     view, text = registry.reenroll(call.by, call.id, token_order(call.values), call.now)
     return json_response(201, token_document(view, text))
+
+
+ME_DOCUMENT = Shape(
+    *members(id=ID_TEXT, role=Choice("admin", "viewer"), organizationId=Nullable(SLUG)), name="Me"
+)
 
 
 def _get_me(registry: Registry, call: Call) -> Response:
@@ -4759,10 +4956,15 @@ def _admit_user(
     return Act(run, writes=route.method != "GET", origin=origin_of(request))
 
 
+def _read_idempotency_key(key: Optional[str]) -> Optional[str]:
+    try:
+        return None if key is None else IDEMPOTENCY_KEY.check(key)
+    except ValueError as error:
+        raise MalformedRequest(f"Idempotency-Key {error}.") from None
+
+
 def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admitted:
-    key = request.head.idempotency_key
-    if key is not None and not re.fullmatch("[\x21-\x7e]{1,128}", key):
-        raise MalformedRequest("Idempotency-Key must be 1 to 128 visible ASCII characters.")
+    key = _read_idempotency_key(request.head.idempotency_key)
     facts = ENROLL_BODY.check(read_json(request.body))
     applicant = Applicant(
         token=facts["token"],
@@ -4778,6 +4980,22 @@ def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admit
         lambda now: _enrollment_response(registry, registry.enroll(applicant, now)),
         origin=origin_of(request),
     )
+
+
+GRANT_KINDS: Mapping[str, Kind] = {
+    "credential": CREDENTIAL,
+    "credentialExpiresAt": MAYBE_TIME,
+}
+ENROLLMENT_DOCUMENT = Shape(
+    *members(
+        hostId=ID_TEXT,
+        organizationId=SLUG,
+        name=NAME,
+        **GRANT_KINDS,
+        heartbeatIntervalSeconds=Whole(HEARTBEAT_INTERVAL_RANGE),
+    ),
+    name="Enrollment",
+)
 
 
 def _enrollment_response(registry: Registry, enrollment: Enrollment) -> Response:
@@ -4823,6 +5041,13 @@ def _read_facts(body: bytes) -> Dict[str, Any]:
     return facts
 
 
+BEATEN_DOCUMENT = Shape(
+    *members(hostId=ID_TEXT, lastSeen=TIME, nextHeartbeatSeconds=Whole(BEAT_RANGE)),
+    *(Field(name, kind) for name, kind in GRANT_KINDS.items()),
+    name="Heartbeat",
+)
+
+
 def _plain_response(registry: Registry, host: int, last_seen: int) -> Response:
     """_beaten_response() without a renewal, at a quarter of its cost."""
     body = b'{"hostId":"%016x","lastSeen":"%b","nextHeartbeatSeconds":%d}' % (
@@ -4844,6 +5069,10 @@ def _beaten_response(registry: Registry, host: int, beaten: Beaten) -> Response:
     return json_response(200, document)
 
 
+HEALTH_DOCUMENT = Shape(*members(status=Choice("ok")))
+READINESS_DOCUMENT = Shape(*members(status=Choice("ready")))
+
+
 def _admit_health(*_: object) -> Admitted:
     return json_response(200, {"status": "ok"})
 
@@ -4863,92 +5092,390 @@ def _admit_readiness(registry: Registry, *_: object) -> Admitted:
     return Act(run, durable=False)
 
 
+def _admit_openapi(*_: object) -> Admitted:
+    return Response(200, _openapi_json())
+
+
 def _unhandled(registry: Registry, call: Call) -> Response:
     raise NotImplementedError  # a route that is not the user API's has no handler
 
 
-class Route(NamedTuple):
-    """One method of one path: who may call it, what it takes, and what is done."""
+class Caller(NamedTuple):
+    """Who may call a route: how that is shown, and what it is refused for."""
 
+    tag: str
+    scheme: Optional[str]  # of SECURITY_SCHEMES
+    problems: Tuple[Type[Problem], ...]
+
+
+AGENT_PROBLEMS = (HostRevoked, HostUnknown, StorageUnavailable)
+TOKEN_PROBLEMS = (TokenUnknown, TokenExpired, TokenRevoked, TokenUsed, TokenHostMismatch)
+CREDENTIAL_PROBLEMS = (
+    CredentialMissing,
+    CredentialInvalid,
+    CredentialExpired,
+    CredentialSuperseded,
+)
+USER_PROBLEMS = (ApiKeyInvalid, InvalidQuery, StorageUnavailable)
+CALLERS = {
+    "open": Caller("open", None, ()),
+    "token": Caller("agent", None, (*TOKEN_PROBLEMS, *AGENT_PROBLEMS)),
+    "credential": Caller("agent", "credential", (*CREDENTIAL_PROBLEMS, *AGENT_PROBLEMS)),
+    "viewer": Caller("user", "apiKey", USER_PROBLEMS),
+    "admin": Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
+}
+
+
+class Route(NamedTuple):
+    """One method of one path: who may call it, what it takes, what is done, and what comes of
+    it."""
+
+    name: str  # as a command's, where one does the same
     method: str
     path: str
-    caller: str  # open, token, credential, viewer (any API key), or admin
+    caller: str  # of CALLERS: viewer is any API key
     summary: str
     admit: Callable[[Registry, Request, Route, str, int], Admitted] = _admit_user
     handle: Callable[[Registry, Call], Any] = _unhandled  # a Response, or UNFINISHED
     body: Optional[Shape] = None
     query: Shape = NOTHING
+    headers: Shape = NOTHING
+    status: int = 200
+    answer: Optional[Shape] = None  # None: text, or nothing where the status says so
+    content_type: str = JSON
+    raises: Tuple[Type[Problem], ...] = ()  # beside what problems() knows
+
+    def problems(self) -> List[Type[Problem]]:
+        """What it can be refused for, in the order of status and code."""
+        raised = {Problem, *CALLERS[self.caller].problems, *self.raises}
+        if "{id}" in self.path:
+            raised.add(NotFound)
+        if self.body is not None:
+            raised.add(InvalidBody)
+        return [kind for kind in problems() if kind in raised or issubclass(kind, Unframed)]
 
 
 ROUTES = (
-    Route("POST", "/api/agent/enroll", "token", "Exchange a token for a host", _admit_enrollment),
-    Route("POST", "/api/agent/heartbeat", "credential", "Say that a host lives", _admit_heartbeat),
     Route(
+        "enroll",
+        "POST",
+        "/api/agent/enroll",
+        "token",
+        "Exchange a token for a host",
+        _admit_enrollment,
+        body=ENROLL_BODY,
+        headers=ENROLL_HEADERS,
+        status=201,
+        answer=ENROLLMENT_DOCUMENT,
+    ),
+    Route(
+        "beat",
+        "POST",
+        "/api/agent/heartbeat",
+        "credential",
+        "Say that a host lives",
+        _admit_heartbeat,
+        body=HEARTBEAT_BODY,
+        answer=BEATEN_DOCUMENT,
+    ),
+    Route(
+        "mint-token",
         "POST",
         "/api/hosts/tokens",
         "admin",
         "Mint a token",
         handle=_post_token,
         body=MINT_BODY,
+        status=201,
+        answer=MINTED_TOKEN_DOCUMENT,
+        raises=(NotFound,),
     ),
     Route(
+        "list-tokens",
         "GET",
         "/api/hosts/tokens",
         "viewer",
         "List tokens",
         handle=TOKENS.go_on,
         query=TOKENS_QUERY,
+        answer=TOKENS_DOCUMENT,
     ),
-    Route("GET", "/api/hosts/tokens/{id}", "viewer", "Show a token", handle=_get_token),
-    Route("DELETE", "/api/hosts/tokens/{id}", "admin", "Revoke a token", handle=_delete_token),
-    Route("GET", "/api/hosts", "viewer", "List hosts", handle=HOSTS.go_on, query=HOSTS_QUERY),
-    Route("GET", "/api/hosts/{id}", "viewer", "Show a host", handle=_get_host),
     Route(
+        "show-token",
+        "GET",
+        "/api/hosts/tokens/{id}",
+        "viewer",
+        "Show a token",
+        handle=_get_token,
+        answer=TOKEN_DOCUMENT,
+    ),
+    Route(
+        "revoke-token",
+        "DELETE",
+        "/api/hosts/tokens/{id}",
+        "admin",
+        "Revoke a token",
+        handle=_delete_token,
+        status=204,
+    ),
+    Route(
+        "list-hosts",
+        "GET",
+        "/api/hosts",
+        "viewer",
+        "List hosts",
+        handle=HOSTS.go_on,
+        query=HOSTS_QUERY,
+        answer=HOSTS_DOCUMENT,
+        raises=(NotFound,),
+    ),
+    Route(
+        "show-host",
+        "GET",
+        "/api/hosts/{id}",
+        "viewer",
+        "Show a host",
+        handle=_get_host,
+        answer=HOST_DOCUMENT,
+    ),
+    Route(
+        "edit-host",
         "PATCH",
         "/api/hosts/{id}",
         "admin",
         "Name or label a host",
         handle=_patch_host,
         body=EDIT_BODY,
+        answer=HOST_DOCUMENT,
     ),
-    Route("DELETE", "/api/hosts/{id}", "admin", "Delete a host", handle=_delete_host),
     Route(
+        "delete-host",
+        "DELETE",
+        "/api/hosts/{id}",
+        "admin",
+        "Delete a host",
+        handle=_delete_host,
+        status=204,
+    ),
+    Route(
+        "revoke-host",
         "POST",
         "/api/hosts/{id}/revoke",
         "admin",
         "Shut a host out",
         handle=_post_revoke,
         body=NOTHING,
+        answer=HOST_DOCUMENT,
     ),
     Route(
+        "restore-host",
         "POST",
         "/api/hosts/{id}/restore",
         "admin",
         "Let it in again",
         handle=_post_restore,
         body=NOTHING,
+        answer=HOST_DOCUMENT,
     ),
     Route(
+        "reenroll-host",
         "POST",
         "/api/hosts/{id}/reenroll",
         "admin",
         "Mint a token for a host that exists",
         handle=_post_reenroll,
         body=REENROLL_BODY,
+        status=201,
+        answer=MINTED_TOKEN_DOCUMENT,
     ),
     Route(
+        "show-audit",
         "GET",
         "/api/audit",
         "viewer",
         "List what happened",
         handle=EVENTS.go_on,
         query=AUDIT_QUERY,
+        answer=EVENTS_DOCUMENT,
+        raises=(NotFound,),
     ),
-    Route("GET", "/api/me", "viewer", "Show whose the API key is", handle=_get_me),
-    Route("GET", "/metrics", "viewer", "Count, for Prometheus", handle=_get_metrics),
-    Route("GET", "/healthz", "open", "Whether the server answers", _admit_health),
-    Route("GET", "/readyz", "open", "Whether it can do its work", _admit_readiness),
+    Route(
+        "show-me",
+        "GET",
+        "/api/me",
+        "viewer",
+        "Show whose the API key is",
+        handle=_get_me,
+        answer=ME_DOCUMENT,
+    ),
+    Route(
+        "metrics",
+        "GET",
+        "/metrics",
+        "viewer",
+        "Count, for Prometheus",
+        handle=_get_metrics,
+        content_type=Exposition.CONTENT_TYPE,
+    ),
+    Route(
+        "health",
+        "GET",
+        "/healthz",
+        "open",
+        "Whether the server answers",
+        _admit_health,
+        answer=HEALTH_DOCUMENT,
+    ),
+    Route(
+        "readiness",
+        "GET",
+        "/readyz",
+        "open",
+        "Whether it can do its work",
+        _admit_readiness,
+        answer=READINESS_DOCUMENT,
+        raises=(StorageUnavailable,),
+    ),
+    Route(
+        "openapi",
+        "GET",
+        "/openapi.json",
+        "open",
+        "Describe this API in OpenAPI 3.1",
+        _admit_openapi,
+        answer=ANYTHING,
+    ),
 )
+
+# The OpenAPI document says what ROUTES, the shapes and the problems say, and nothing else.
+
+TAGS = {
+    "agent": "What a machine calls, with a token and then with its credential.",
+    "user": "What operators and their programs call, with an API key.",
+    "open": "What anybody may call.",
+}
+SECURITY_SCHEMES = {
+    "apiKey": {"type": "http", "scheme": "bearer", "bearerFormat": "hak_..."},
+    "credential": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+}
+NAMED_SHAPES = (
+    TOKEN_DOCUMENT,
+    MINTED_TOKEN_DOCUMENT,
+    TOKENS_DOCUMENT,
+    HOST_DOCUMENT,
+    HOSTS_DOCUMENT,
+    EVENT_DOCUMENT,
+    EVENTS_DOCUMENT,
+    ME_DOCUMENT,
+    ENROLLMENT_DOCUMENT,
+    BEATEN_DOCUMENT,
+)
+HEADERS: Mapping[str, Kind] = {
+    "Retry-After": Whole((0, DAY), "seconds"),
+    "WWW-Authenticate": Text(255, 1),
+}
+FIELD_ERROR = Shape(*members(field=Text(64), detail=SENTENCE), name="FieldError")
+
+
+def problem_shape(kind: Type[Problem]) -> Shape:
+    """What Problem.document() gives."""
+    errors = ListOf(ObjectOf(FIELD_ERROR), ERRORS_NAMED)
+    return Shape(
+        *members(
+            type=Choice(f"urn:hostenroll:problem:{kind.code}"),
+            title=Choice(kind.title),
+            status=Whole((kind.status, kind.status)),
+            detail=SENTENCE,
+            code=Choice(kind.code),
+        ),
+        *(members(errors=errors) if kind.names_errors else ()),
+        name=kind.code,
+    )
+
+
+def _refusals(route: Route) -> Iterator[Tuple[int, str, List[Type[Problem]]]]:
+    """For each status: what its response is called, and the problems that have it."""
+    by_status: Dict[int, List[Type[Problem]]] = {}
+    for kind in route.problems():
+        by_status.setdefault(kind.status, []).append(kind)
+    for status, kinds in by_status.items():
+        yield status, "-or-".join(kind.code for kind in kinds), kinds
+
+
+def _refusal_response(kinds: Sequence[Type[Problem]]) -> Document:
+    named = {name for kind in kinds for name, _ in kind().headers()}
+    headers = {n: {"required": True, "schema": HEADERS[n].schema()} for n in sorted(named)}
+    schemas = [problem_shape(kind).reference() for kind in kinds]
+    schema = schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
+    return {
+        "description": "\n\n".join(f"{kind.code}: {kind.remedy}" for kind in kinds),
+        **({"headers": headers} if headers else {}),
+        "content": {PROBLEM_JSON: {"schema": schema}},
+    }
+
+
+def _success_response(route: Route) -> Document:
+    response: Document = {"description": HTTPStatus(route.status).phrase}
+    if route.status != HTTPStatus.NO_CONTENT:
+        schema = {"type": "string"} if route.answer is None else route.answer.reference()
+        response["content"] = {route.content_type: {"schema": schema}}
+    return response
+
+
+def _operation(route: Route) -> Document:
+    tag, scheme, _ = CALLERS[route.caller]
+    operation: Document = {
+        "operationId": route.name,
+        "summary": route.summary,
+        "tags": [tag],
+        "security": [{scheme: []}] if scheme else [],
+        "parameters": [
+            *(ID_PATH.parameters("path") if "{id}" in route.path else ()),
+            *route.query.parameters("query"),
+            *route.headers.parameters("header"),
+        ],
+    }
+    if route.body is not None:
+        schema = route.body.schema()
+        required, content = bool(schema["required"]), {JSON: {"schema": schema}}
+        operation["requestBody"] = {"required": required, "content": content}
+    refusals = {
+        str(status): {"$ref": f"#/components/responses/{name}"}
+        for status, name, _ in _refusals(route)
+    }
+    operation["responses"] = {str(route.status): _success_response(route), **refusals}
+    return operation
+
+
+def openapi_document() -> Document:
+    """The API in OpenAPI 3.1."""
+    paths: Dict[str, Document] = {}
+    responses: Document = {}
+    raised = set()
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        for _, name, kinds in _refusals(route):
+            responses[name] = _refusal_response(kinds)
+            raised.update(kinds)
+    refused = [problem_shape(kind) for kind in problems() if kind in raised]
+    shapes = (*NAMED_SHAPES, *refused, FIELD_ERROR)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "hostenroll", "version": __version__},
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "paths": paths,
+        "components": {
+            "schemas": {shape.name: shape.schema() for shape in shapes},
+            "responses": responses,
+            "securitySchemes": SECURITY_SCHEMES,
+        },
+    }
+
+
+@lru_cache(maxsize=1)
+def _openapi_json() -> bytes:
+    return write_json(openapi_document())
+
 
 Methods = Dict[str, Route]
 
@@ -6650,6 +7177,11 @@ def _run_schema(session: Session) -> int:
     return 0
 
 
+def _run_openapi(session: Session) -> int:
+    _print_json(openapi_document())
+    return 0
+
+
 # What the command line calls the members of bodies and queries.
 OPTIONS = {
     "description": "--description",
@@ -6961,6 +7493,13 @@ COMMANDS = (
         uses_store=False,
     ),
     Command("schema", "print the database's schema", "schema", _run_schema, uses_store=False),
+    Command(
+        "openapi",
+        "print the API in OpenAPI 3.1",
+        "openapi",
+        _run_openapi,
+        uses_store=False,
+    ),
 )
 
 

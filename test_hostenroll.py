@@ -937,8 +937,12 @@ def accepts(kind: Any, value: Any) -> bool:
 
 def allows(schema: Dict[str, Any], value: Any) -> bool:
     """JSON Schema 2020-12, as much of it as is used here."""
-    types = {"string": str, "integer": int, "object": dict}
-    if not isinstance(value, types[schema["type"]]) or isinstance(value, bool):
+    if "anyOf" in schema:
+        return any(allows(one, value) for one in schema["anyOf"])
+    types = {"string": str, "integer": (int, float), "object": dict, "array": list}
+    if schema["type"] == "null" or isinstance(value, bool):
+        return schema["type"] == "null" and value is None
+    if not isinstance(value, types[schema["type"]]):
         return False
     if isinstance(value, str):
         pattern = re.sub(r"\$$", r"\\Z", schema.get("pattern", ""))
@@ -947,12 +951,23 @@ def allows(schema: Dict[str, Any], value: Any) -> bool:
             and value in schema.get("enum", [value])
             and bool(re.search(pattern, value))
         )
-    if isinstance(value, int):
-        return bool(schema["minimum"] <= value <= schema["maximum"])
-    return len(value) <= schema["maxProperties"] and all(
-        allows({"type": "string", **schema["propertyNames"]}, key)
-        and allows(schema["additionalProperties"], text)
-        for key, text in value.items()
+    if isinstance(value, (int, float)):
+        return value % 1 == 0 and bool(schema["minimum"] <= value <= schema["maximum"])
+    if isinstance(value, list):
+        return len(value) <= schema["maxItems"] and all(
+            allows(schema["items"], item) for item in value
+        )
+    named, others = schema.get("properties", {}), schema["additionalProperties"]
+    return (
+        len(value) <= schema.get("maxProperties", len(value))
+        and set(schema.get("required", ())) <= set(value)
+        and all(allows({"type": "string", **schema.get("propertyNames", {})}, key) for key in value)
+        and all(
+            allows(named.get(key, others), value[key])
+            if isinstance(named.get(key, others), dict)
+            else others
+            for key in value
+        )
     )
 
 
@@ -992,7 +1007,7 @@ def test_a_peers_text_is_shown_short() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    table({"true": True, "float": 3.0, "text": "3", "null": None, "list": [3], "object": {},
+    table({"true": True, "float": 3.5, "text": "3", "null": None, "list": [3], "object": {},
            "zero": 0, "eleven": 11, "below": -1, "infinite": float("inf")}),
 )  # fmt: skip
 def test_a_count_is_an_integer_within_its_bounds(value: Any) -> None:
@@ -1114,6 +1129,80 @@ def test_what_is_not_strictly_json_is_refused_at_once(body: bytes) -> None:
     with pytest.raises(hostenroll.InvalidBody):
         hostenroll.read_json(body)
     assert time.process_time() - began < 0.25
+
+
+ANSWER_KINDS = {
+    "time": hostenroll.Moment(),
+    "text or null": hostenroll.Nullable(WORD),
+    "choice or null": hostenroll.Nullable(COLOUR),
+    "list of texts": hostenroll.ListOf(WORD, 2),
+    "list of texts or null": hostenroll.ListOf(hostenroll.Nullable(WORD), 2),
+    "list of lists": hostenroll.ListOf(hostenroll.ListOf(COLOUR, 1), 1),
+    "object": hostenroll.ObjectOf(SHAPE),
+    "objects": hostenroll.ListOf(hostenroll.ObjectOf(SHAPE), 2),
+    "counts as floats": hostenroll.Whole((1, 10)),
+}
+ANSWER_VALUES: List[Any] = [
+    "2027-01-15T08:00:00.000Z", "2027-01-15T08:00:00Z", "2027-01-15T08:00:00.000z",
+    "2027-01-15 08:00:00.000Z", "2027-01-15T08:00:00.000+00:00", "2027-01-15T08:00:00.000Z\n",
+    None, True, 0, 1, 1.0, 10.0, 11.0, 1.5, float("inf"), float("nan"), "", "abc", "red", [],
+    [None], ["abc"], ["abc", "abc"], ["abc", None], ["abc"] * 3, ["red"], [["red"]], [["red"] * 2],
+    [[], []], [1], {}, {"word": "abc"}, {"word": None}, {"word": "abc", "count": 1},
+    {"word": "abc", "count": 0}, {"word": "abc", "colour": "red", "label": {"a": "b"}},
+    {"word": "abc", "more": 1}, [{"word": "abc"}], [{"word": "abc"}, {}], [{"word": "abc"}] * 3,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", table(ANSWER_KINDS))
+def test_the_schema_of_an_answer_describes_what_its_check_takes(kind: Any) -> None:
+    taken = [n for n, value in enumerate(ANSWER_VALUES) if accepts(kind, value)]
+    assert taken == [n for n, v in enumerate(ANSWER_VALUES) if allows(kind.schema(), v)]
+    assert 0 < len(taken) < len(ANSWER_VALUES)
+
+
+@pytest.mark.parametrize("nasty", table(UNSHOWABLE))
+def test_the_schema_of_a_text_takes_nothing_unprintable_either(nasty: str) -> None:
+    """So a program that makes what the schema allows is never refused."""
+    if nasty == UNSHOWABLE["lone surrogate"]:
+        return  # no JSON text has one
+    for text in (nasty, f"a{nasty}", f"{nasty}b", f"a{nasty}b"):
+        assert not allows(hostenroll.Text(50).schema(), text)
+        assert not allows(hostenroll.Labels().schema(), {"a": text})
+        assert not allows(hostenroll.Labels().parameter(), f"a={text}")
+    assert allows(hostenroll.Text(50).schema(), "K\u00fcche \U0001f600 \u4e2d\u6587 \u05d0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "=", "=b", "a=", "a=b", "a=b=c", "a b=c", "a/b.c=d", "a/=b", "a=\u00fc",
+     f"{'a' * 63}=b", f"{'a' * 64}=b", f"a={'v' * 255}", f"a={'v' * 256}"],
+)  # fmt: skip
+def test_a_label_in_a_query_is_described_as_the_text_that_it_is(text: str) -> None:
+    label = hostenroll.Labels()
+    try:
+        key, value = label.read(text)
+        taken = f"{key}={value}" == text
+    except ValueError:
+        taken = False
+    assert taken == allows(label.parameter(), text)
+
+
+def test_a_parameter_that_repeats_does_so_as_often_as_its_schema_says() -> None:
+    described = {one["name"]: one for one in SHAPE.parameters("query")}
+    assert list(described) == ["word", "count", "colour", "label"]
+    assert [one["required"] for one in described.values()] == [True, False, False, False]
+    most = described["label"]["schema"]["maxItems"]
+    pairs = [("label", f"a={n}") for n in range(most + 1)]
+    assert len(SHAPE.read(pairs[:-1])["label"]) == most
+    with pytest.raises(hostenroll.InvalidQuery) as refused:
+        SHAPE.read(pairs)
+    assert [error.field for error in refused.value.errors] == ["label"]
+
+
+def test_a_shape_with_a_name_is_described_in_one_place() -> None:
+    named = hostenroll.Shape(hostenroll.Field("word", WORD), name="Word")
+    assert hostenroll.ObjectOf(named).schema() == {"$ref": "#/components/schemas/Word"}
+    assert hostenroll.ObjectOf(SHAPE).schema() == SHAPE.schema()
 
 
 # 4. Secrets
@@ -4412,7 +4501,7 @@ BAD_ORDERS: Dict[str, Tuple[Dict[str, Any], str]] = {
     "a second less than a minute": ({"ttlSeconds": 59}, "ttlSeconds"),
     "a second more than 30 days": ({"ttlSeconds": 2_592_001}, "ttlSeconds"),
     "text": ({"ttlSeconds": "3600"}, "ttlSeconds"),
-    "a float": ({"ttlSeconds": 3600.0}, "ttlSeconds"),
+    "a float": ({"ttlSeconds": 3600.5}, "ttlSeconds"),
     "true": ({"ttlSeconds": True}, "ttlSeconds"),
     "null": ({"ttlSeconds": None}, "ttlSeconds"),
     "no use": ({"maxUses": 0}, "maxUses"),
@@ -4673,6 +4762,234 @@ def test_a_page_over_many_slices_is_one_json_text(api: ApiDoor, clock: Clock) ->
         "GET", f"/api/hosts?q=nowhere&cursor={searched['nextCursor']}", bearer=api.api_key
     ).document
     assert again == {"hosts": [], "nextCursor": None}
+
+
+def beside_python(tool: str) -> Optional[str]:
+    """A program of another package, from the environment of this Python or the path."""
+    places = [os.path.dirname(sys.executable), os.environ.get("PATH", "")]
+    return shutil.which(tool, path=os.pathsep.join(places))
+
+
+def needs(tool: str) -> Any:
+    return pytest.mark.skipif(beside_python(tool) is None, reason=f"{tool} is not installed")
+
+
+class WitnessDoor(ApiDoor):
+    """Holds every answer to what its route declares."""
+
+    def __init__(self, registry: Registry, clock: Clock) -> None:
+        super().__init__(registry, clock)
+        self.seen: Dict[str, set] = {route.name: set() for route in hostenroll.ROUTES}
+
+    def call(self, method: str, path: str, *more: Any, **named: Any) -> Reply:
+        reply = super().call(method, path, *more, **named)
+        route, _ = hostenroll.find_route(method, path.partition("?")[0])
+        self.seen[route.name].add(reply.code or reply.status)
+        if reply.status < 400:
+            self._hold_answer(route, reply)
+        else:
+            kind = next(kind for kind in route.problems() if kind.code == reply.code)
+            hostenroll.problem_shape(kind).check(reply.document)
+            assert {name.lower() for name, _ in kind().headers()} <= set(reply.headers)
+        return reply
+
+    @staticmethod
+    def _hold_answer(route: Any, reply: Reply) -> None:
+        assert reply.status == route.status
+        if route.answer is not None:
+            route.answer.check(reply.document)
+        else:
+            assert isinstance(reply.document, type(None) if reply.status == 204 else str)
+
+
+@pytest.fixture
+def witness(paths: Tuple[str, str], clock: Clock) -> Iterator[WitnessDoor]:
+    registry = open_registry(*paths, clock.ms, credential_ttl=30)
+    yield WitnessDoor(registry, clock)
+    registry.close()
+
+
+def visit_agent_routes(door: WitnessDoor, clock: Clock) -> None:
+    """Every answer and every refusal of what machines call."""
+    token = door.token(maxUses=2, labels={"rack": "b4"})
+    arrival = {"token": token, "hostname": "web-1"}
+    enrolled = door.enroll(token, key="once", os="Debian").document
+    door.enroll(token, key="once")  # again
+    door.enroll(token, key="a key")  # with a space
+    door.call("POST", "/api/agent/enroll", {**arrival, "os": 1})
+    door.enroll("het_nonsense")
+    door.enroll(door.token(hostname="web-2"), "web-3")
+    expired, revoked = door.token(ttlSeconds=60), door.mint().document
+    door.revoke_token(revoked["id"])
+    door.enroll(revoked["token"])
+    door.enroll(token, "web-2")  # the last use
+    door.enroll(token)
+    credential, host = enrolled["credential"], enrolled["hostId"]
+    door.beat(credential)
+    clock.advance(25)
+    renewed = door.beat(credential).document["credential"]
+    door.beat(renewed, os="Debian 13")
+    door.beat(credential)
+    door.call("POST", "/api/agent/heartbeat", {"os": 1}, renewed)
+    door.call("POST", "/api/agent/heartbeat")
+    door.beat("nonsense")
+    again = door.reenroll(host).document["token"]
+    door.revoke(host)
+    door.enroll(again)
+    door.beat(renewed)
+    door.restore(host)
+    door.enroll(again)
+    door.delete(host)
+    door.beat(renewed)
+    clock.advance(8 * 86400)
+    door.beat(renewed)
+    door.enroll(expired)
+
+
+def visit_user_routes(door: WitnessDoor, clock: Clock) -> None:
+    """Every answer and every refusal of what operators call."""
+    viewer = make_api_key(door.registry, clock, "default", "viewer")
+    for n in range(2):
+        door.enroll(door.token(description=f"the cellar {n}", hostname="web-1"))
+    token, host = (
+        door.call("GET", f"/api/hosts{path}?limit=1", bearer=door.api_key).document
+        for path in ("/tokens", "")
+    )
+    numbers = {True: token["tokens"][0]["id"], False: host["hosts"][0]["id"]}
+    routes = [route for route in hostenroll.ROUTES if route.caller in ("viewer", "admin")]
+    for route in sorted(routes, key=lambda route: route.method == "DELETE"):
+        path = route.path.replace("{id}", numbers["tokens" in route.path])
+        nowhere = route.path.replace("{id}", NOWHERE)
+        for key in (door.api_key, viewer, None, "hak_nonsense"):
+            door.call(route.method, path, bearer=key)
+        for asked in (f"{path}?x=1", nowhere):
+            door.call(route.method, asked, bearer=door.api_key)
+        door.call(route.method, nowhere, [], door.api_key)
+    for path in ("/api/hosts?organization=other", "/api/audit?organization=other"):
+        door.call("GET", path, bearer=viewer)
+    admin = make_api_key(door.registry, clock, "default")
+    door.call("POST", "/api/hosts/tokens", {"organizationId": "other"}, admin)
+
+
+def test_every_answer_fits_its_shape_and_every_refusal_is_declared(
+    witness: WitnessDoor, clock: Clock
+) -> None:
+    """And what is declared happens, but for what is the server's and not the route's."""
+    visit_agent_routes(witness, clock)
+    visit_user_routes(witness, clock)
+    for path in ("/healthz", "/readyz", "/openapi.json"):
+        witness.call("GET", path)
+    servers = {kind.code for kind in KINDS_OF_PROBLEM if issubclass(kind, hostenroll.Unframed)}
+    servers |= {"internal", "storage-unavailable"}
+    for route in hostenroll.ROUTES:
+        declared = {kind.code for kind in route.problems()} - servers
+        if route.name == "enroll":  # its header; and of a host that is gone, tokens are revoked
+            declared = declared - {"host-unknown"} | {"malformed-request"}
+        assert witness.seen[route.name] == {route.status} | declared, route.name
+
+
+def references(document: Any) -> Iterator[str]:
+    if isinstance(document, dict):
+        yield from ([document["$ref"]] if isinstance(document.get("$ref"), str) else [])
+        document = list(document.values())
+    for inner in document if isinstance(document, list) else ():
+        yield from references(inner)
+
+
+def test_the_openapi_document_has_exactly_the_routes() -> None:
+    document = hostenroll.openapi_document()
+    operations = {
+        (method.upper(), path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert list(operations) == [(route.method, route.path) for route in hostenroll.ROUTES]
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
+    for route, operation in zip(hostenroll.ROUTES, operations.values()):
+        statuses = {str(kind.status) for kind in route.problems()} | {str(route.status)}
+        assert set(operation["responses"]) == statuses
+        assert operation["security"] == (
+            [] if route.caller in ("open", "token")
+            else [{"credential" if route.caller == "credential" else "apiKey": []}]
+        )  # fmt: skip
+
+
+def test_the_openapi_document_refers_to_all_that_it_has_and_to_nothing_else() -> None:
+    document = hostenroll.openapi_document()
+    components = document["components"]
+    there = {f"#/components/{kind}/{name}" for kind in components for name in components[kind]}
+    schemes = {f"#/components/securitySchemes/{name}" for name in components["securitySchemes"]}
+    assert set(references(document)) == there - schemes
+    assert document["info"] == {"title": "hostenroll", "version": hostenroll.__version__}
+
+
+@pytest.mark.parametrize("route", hostenroll.ROUTES, ids=lambda route: route.name)
+def test_the_openapi_document_names_the_refusals_of_a_route(route: Any) -> None:
+    document = hostenroll.openapi_document()
+    components = document["components"]
+    operation = document["paths"][route.path][route.method.lower()]
+    codes = []
+    for status, response in operation["responses"].items():
+        if status != str(route.status):
+            response = components["responses"][response["$ref"].rpartition("/")[2]]
+            named = [reference.rpartition("/")[2] for reference in references(response)]
+            assert all(CODES[code] == int(status) for code in named)
+            assert ("WWW-Authenticate" in response.get("headers", ())) == (status == "401")
+            assert ("Retry-After" in response.get("headers", ())) == (status == "503")
+            codes += named
+    assert codes == [kind.code for kind in route.problems()]
+
+
+@needs("openapi-spec-validator")
+def test_openapi_spec_validator_finds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "openapi.json"
+    path.write_text(cli(tmp_path, "openapi").stdout)
+    command = [str(beside_python("openapi-spec-validator")), str(path)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+# DELETE revokes a token, and a revoked one can still be looked at. The credential is that of a
+# host of another organization, which the API key cannot delete; nor is a name that is not its own
+# organization's an invalid query to it, which no schema could say.
+SCHEMATHESIS = """
+[auth.openapi.apiKey]
+bearer = "{key}"
+[auth.openapi.credential]
+bearer = "{credential}"
+[[operations]]
+include-path = "/api/hosts/tokens/{{id}}"
+checks.use_after_free.enabled = false
+"""
+
+
+@slow
+@needs("schemathesis")
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        cli(tmp_path, "add-org", "elsewhere")
+        elsewhere, token = (
+            cli(tmp_path, "mint-token", "--max-uses", "30", "--org", name).stdout.strip()
+            for name in ("elsewhere", "default")
+        )
+        door = SocketDoor(server.port, cli(tmp_path, "mint-api-key").stdout.strip())
+        credential = door.enroll(elsewhere).document["credential"]
+        for n in range(30):  # to look at, change and delete
+            door.enroll(token, f"web-{n}")
+        configuration = SCHEMATHESIS.format(key=door.api_key, credential=credential)
+        (tmp_path / "schemathesis.toml").write_text(configuration)
+        command = [
+            *(str(beside_python("schemathesis")), "--config-file", "schemathesis.toml"),
+            *("run", f"{server.url}/openapi.json", "--checks", "all", "--seed", "1"),
+            *("--max-examples", "50", "--generation-database", "none"),
+        ]
+        found = subprocess.run(
+            command, cwd=str(tmp_path), capture_output=True, text=True, timeout=120
+        )
+        assert found.returncode == 0, found.stdout[-9000:] + found.stderr
+        tested = len(hostenroll.ROUTES) - 1  # all but the document's own
+        assert f"{tested} selected / {tested} total" in found.stdout
+        assert "Traceback" not in "".join(server.said)
 
 
 # 10. Server
@@ -6064,3 +6381,14 @@ def test_the_first_block_of_the_readme_does_what_it_says(tmp_path: Path) -> None
     ready, beat, _, host, *more = done.stdout.splitlines()
     assert json.loads(ready) == {"status": "ready"} and more == []
     assert json.loads(beat)["hostId"] == host.split()[0] and host.split()[3] == "online"
+
+
+def test_the_openapi_command_prints_what_the_server_serves(tmp_path: Path, api: ApiDoor) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    printed = cli(folder, "openapi")
+    served = api.call("GET", "/openapi.json")
+    assert served.headers["content-type"] == "application/json"
+    assert json.loads(printed.stdout) == served.document == hostenroll.openapi_document()
+    assert printed.stdout.startswith('{\n  "openapi": "3.1.0",')
+    assert list(folder.iterdir()) == []
