@@ -5802,7 +5802,6 @@ class Server(HTTPServer):
             ANSWER_DEADLINE,
         ),
         load_tls: Optional[TlsLoader] = None,
-        public_url: str = "",
         listener: Optional[socket.socket] = None,
         access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
@@ -5814,7 +5813,6 @@ class Server(HTTPServer):
         self._clock = clock
         self._load_tls = load_tls
         self._tls = load_tls() if load_tls else None
-        self._public_url = public_url
         self._listener = listener
         self._access_log = access_log
         self._notify = notify
@@ -5885,9 +5883,7 @@ class Server(HTTPServer):
 
     @property
     def url(self) -> str:
-        """Where agents find it; by the name of this machine when it listens on every address."""
-        if self._public_url:
-            return self._public_url
+        """Where it listens; by the name of this machine when it listens on every address."""
         host = self.server_name
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
@@ -6770,7 +6766,8 @@ def _run_serve(session: Session) -> int:
         _on_signals(server.stop)
         signal.signal(signal.SIGHUP, server.reload)
         pin = registry.announced_pin
-        start = Act(lambda now: registry.start_service(server.url, now, pin))
+        url = arguments.public_url or server.url
+        start = Act(lambda now: registry.start_service(url, now, pin))
         registry.perform(start, session.now())
         _greet(session, server)
         _trim_memory()
@@ -6798,7 +6795,6 @@ def _listen(session: Session, registry: Registry) -> Server:
             clock=session.clock,
             connections=connections,
             load_tls=_tls_loader(arguments.tls_cert, arguments.tls_key, registry),
-            public_url=arguments.public_url or "",
             listener=inherited_listener(
                 environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
             ),
