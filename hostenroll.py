@@ -104,6 +104,7 @@ from typing import (
     NoReturn,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Type,
     TypeVar,
@@ -234,6 +235,7 @@ def rfc3339(milliseconds: int) -> str:
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
+LAST_ID = (1 << 63) - 1
 
 
 def id_text(number: int) -> str:
@@ -1186,18 +1188,24 @@ def write_key_file(path: str, keyring: Keyring) -> None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file of mode 0600 that takes the place of path when all of it is on the disk."""
+    """A file of mode 0600 that takes the place of path when all of it is on the disk. A link
+    stays one."""
+    path = os.path.realpath(path)
     fresh = f"{path}.tmp"
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, KEY_FILE_MODE)
-    with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, KEY_FILE_MODE)
-        with suppress(OSError):  # none is there, or it is not ours to give away
-            status = os.stat(path)
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-        yield file
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(fresh, path)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, KEY_FILE_MODE)
+            with suppress(OSError):  # none is there, or it is not ours to give away
+                status = os.stat(path)
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(fresh, path)
+    except BaseException:
+        os.remove(fresh)
+        raise
     sync_folder(path)
 
 
@@ -1281,6 +1289,8 @@ class KeyFile:
             self.trouble = str(error)
             log.error("%s; until then the keys that were loaded before are used", error)
             return None
+        if self.trouble:
+            log.info("the key file %s is as it should be again", self.path)
         self.trouble = ""
         return keyring
 
@@ -1289,8 +1299,9 @@ class KeyFile:
             status = os.stat(self.path)
         except OSError:
             return None
-        # A write, a rename, a chmod: each changes st_ctime.
-        return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+        # A write, a rename, a chmod: each changes st_ctime, unless within one tick of its clock.
+        kept = status.st_dev, status.st_ino, status.st_mode, status.st_size
+        return (*kept, status.st_ctime_ns)
 
 
 def _read_der(octets: bytes) -> Tuple[int, bytes, bytes]:
@@ -1474,6 +1485,8 @@ BEGIN
 END;
 """
 
+CREATED = re.compile(r"^CREATE (?:UNIQUE )?[A-Z]+ (\w+)", re.MULTILINE)
+
 # What to alter in a database of an older version; what is new in SCHEMA is then created by it.
 ALTERATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -1625,7 +1638,6 @@ _HOST = ", ".join(Host._fields)
 _API_KEY = ", ".join(ApiKey._fields)
 _SERVICE = ", ".join(Service._fields)
 _EVENT = ", ".join(Event._fields)
-_FOREIGN_KEYS = "PRAGMA foreign_key_check"
 
 # The whole authorization of a heartbeat, beside its signature: one matched row means that the
 # host is active, that this is its credential that counts, and that the time is written. The
@@ -1684,7 +1696,8 @@ class WriteLock:
         return descriptor
 
     @staticmethod
-    def _take(descriptor: int) -> bool:
+    def take(descriptor: int) -> bool:
+        """Lock a file, if that can be had without waiting."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1694,9 +1707,9 @@ class WriteLock:
     def attempt(self) -> bool:
         """Go one step further without waiting. True when the lock is held."""
         if not self._at_gate:
-            self._at_gate = self._take(self._gate)
+            self._at_gate = self.take(self._gate)
         if self._at_gate:
-            self._held = self._take(self._lock)
+            self._held = self.take(self._lock)
             if self._held:
                 self.leave_gate()
         return self._held
@@ -1764,8 +1777,8 @@ class Store:
         """Whether there is a file: looked at, never opened."""
         return os.path.exists(self.path)
 
-    def open(self) -> bool:
-        """Connect, making an empty file of mode 0600 where there is none.
+    def open(self, as_it_is: bool = False) -> bool:
+        """Connect, making an empty file of mode 0600 where there is none; or change nothing.
 
         True when the database has our schema, False when it is empty. Raises StoreError.
         """
@@ -1782,13 +1795,13 @@ class Store:
                 timeout=0,
                 isolation_level=None,
             )
-            return self._recognize()
+            return self._recognize(as_it_is)
         except OSError as error:
             raise StoreError(f"cannot make {self.path}: {error.strerror}") from error
         except (sqlite3.Error, StoreError) as error:
             raise StoreError(f"cannot open {self.path}: {error}") from error
 
-    def _recognize(self) -> bool:
+    def _recognize(self, as_it_is: bool) -> bool:
         application = self._value("PRAGMA application_id")
         version = self._value("PRAGMA user_version")
         if application != APPLICATION_ID and self._value("SELECT count(*) FROM sqlite_master"):
@@ -1798,7 +1811,9 @@ class Store:
                 f"it was made by a newer hostenroll (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): use that one"
             )
-        if self._value("PRAGMA journal_mode = WAL") != "wal":
+        if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *ALTERATIONS):
+            raise StoreError(f"its schema version {version} was never one of ours")
+        if not as_it_is and self._value("PRAGMA journal_mode = WAL") != "wal":
             raise StoreError("its file system cannot do write-ahead logging")
         self._run("PRAGMA wal_autocheckpoint = 0")
         self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
@@ -1843,7 +1858,7 @@ class Store:
         for line in SCHEMA.splitlines(keepends=True):
             statement += line
             if sqlite3.complete_statement(statement):
-                created = re.search(r"^CREATE (?:UNIQUE )?[A-Z]+ (\w+)", statement, re.MULTILINE)
+                created = CREATED.search(statement)
                 if created is None or created[1] not in there:
                     self._run(statement)
                 statement = ""
@@ -1955,28 +1970,50 @@ class Store:
         finally:
             self.lock.release()
 
-    def copy_to(self, path: str, pause: Callable[[], None]) -> None:
+    @contextmanager
+    def alone_in(self, folder: str) -> Iterator[None]:
+        """Be the only one who copies into a folder. Raises StoreBusy."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if not WriteLock.take(descriptor):
+                raise StoreBusy(f"another backup into {folder} is under way")
+            yield
+        finally:
+            os.close(descriptor)
+
+    def copy_to(self, path: str, pause: Callable[[], None]) -> Set[str]:
         """Copy the database as it is at this moment into an empty file, while others go on
-        writing: a read transaction holds the moment fast. A pause comes after BACKUP_PAGES."""
+        writing: a read transaction holds the moment fast. A pause comes after BACKUP_PAGES. The
+        kids that the copy knows."""
         try:
             target = sqlite3.connect(path, isolation_level=None)
             try:
                 target.execute("PRAGMA journal_mode = OFF")
                 target.execute("PRAGMA synchronous = OFF")  # the caller syncs, once
                 self._run("BEGIN")
-                self._rows("SELECT 1 FROM service")
+                known = {row.kid for row in self.signing_keys()}
                 self._db.backup(target, pages=BACKUP_PAGES, progress=lambda *_: pause())
-                self._run("ROLLBACK")
+                return known
             finally:
+                self.abandon()
                 target.close()
         except sqlite3.Error as error:
             raise StoreError(f"cannot copy {self.path}: {error}") from error
 
     def faults(self) -> List[str]:
-        """What is wrong with the database, by SQLite's own checks."""
-        found = [row[0] for row in self._rows("PRAGMA integrity_check")]
-        found += [f"a row of {row[0]} lacks its {row[2]}" for row in self._rows(_FOREIGN_KEYS)]
-        return [fault for fault in found if fault != "ok"]
+        """What is wrong with the database, by SQLite's own checks and by our schema."""
+        try:
+            found = [row[0] for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
+            lacking = self._rows("PRAGMA foreign_key_check")
+            found += [f"a row of {row[0]} lacks its {row[2]}" for row in lacking]
+            there = {row[0] for row in self._rows("SELECT name FROM sqlite_master")}
+            if self.version() == SCHEMA_VERSION:
+                found += [
+                    f"{name} is missing" for name in CREATED.findall(SCHEMA) if name not in there
+                ]
+        except StoreError as error:
+            return [str(error)]
+        return found
 
     def _require_same_file(self) -> None:
         try:
@@ -2449,7 +2486,7 @@ class HostQuery(NamedTuple):
     status: Optional[str] = None
     labels: Sequence[Tuple[str, str]] = ()
     text: str = ""
-    before: int = (1 << 63) - 1
+    before: int = LAST_ID
     limit: int = PAGE_DEFAULT
 
     def matches(self, view: HostView) -> bool:
@@ -2469,7 +2506,7 @@ class TokenQuery(NamedTuple):
 
     organization: Optional[str] = None
     state: Optional[str] = None
-    before: int = (1 << 63) - 1
+    before: int = LAST_ID
     limit: int = PAGE_DEFAULT
 
 
@@ -2480,7 +2517,7 @@ class EventQuery(NamedTuple):
     action: Optional[str] = None
     subject: Optional[str] = None
     code: Optional[str] = None
-    before: int = (1 << 63) - 1
+    before: int = LAST_ID
     limit: int = PAGE_DEFAULT
 
     def matches(self, event: Event) -> bool:
@@ -2919,7 +2956,7 @@ class Registry:
             self._store.savepoint()
         try:
             result = act.run(now)
-        except StoreError:
+        except (StoreError, OperatorError):
             raise
         except Problem as problem:
             result = problem
@@ -2978,7 +3015,14 @@ class Registry:
         for path in (*paths, f"{paths[0]}-wal"):
             if path in files or (path.endswith("-wal") and os.path.exists(path)):
                 raise OperatorError(f"{folder} has a database in use: name another folder")
-        fresh = f"{paths[0]}.tmp"
+        if paths[0] == paths[1]:
+            raise OperatorError("database and key file have one name: rename one to copy both")
+        with self._store.alone_in(folder):
+            self._copy_to(*paths)
+        return paths[0], paths[1]
+
+    def _copy_to(self, database: str, key_file: str) -> None:
+        fresh = f"{database}.tmp"
         with suppress(FileNotFoundError):
             os.remove(fresh)
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE)
@@ -2988,10 +3032,13 @@ class Registry:
             time.sleep(BACKUP_PAUSE)
 
         try:
-            self._store.copy_to(fresh, pause)
+            known = self._store.copy_to(fresh, pause)
             os.fsync(descriptor)
-            write_key_file(paths[1], self._key_file.load())
-            os.replace(fresh, paths[0])
+            keyring = self._key_file.load()
+            if not known.intersection(keyring.kids):
+                raise OperatorError("all keys were retired meanwhile: back up again")
+            write_key_file(key_file, keyring)
+            os.replace(fresh, database)
             sync_folder(fresh)
         except BaseException:
             with suppress(FileNotFoundError):
@@ -2999,7 +3046,6 @@ class Registry:
             raise
         finally:
             os.close(descriptor)
-        return paths[0], paths[1]
 
     def close(self) -> None:
         """Close the database."""
@@ -3052,6 +3098,7 @@ class Registry:
     def _key_number(self, kid: str, now: int) -> int:
         number = self._store.signing_key_number(kid)
         if number is None:
+            self.audit.record(now, "rotate", "key-file", f"signing-key:{kid}", None)
             self._store.add_signing_key(kid, now)
             number = self._store.signing_key_number(kid)
             assert number is not None
@@ -3102,15 +3149,18 @@ class Registry:
         hosts = self._store.hosts_by_signing_key(self._key_number(kid, now))
         if hosts and not force:
             raise Conflict(
-                f"{hosts} hosts still use this key. They move to the first one when they beat; "
-                "with --force they must re-enroll."
+                f"Hosts that still use this key: {hosts}. They move to the first one when they "
+                "beat; with --force they must re-enroll."
             )
         self._replace_keys(self._keyring.without(kid))
         self.learn_keys(by.name, now)
         return hosts
 
     def _replace_keys(self, keyring: Keyring) -> None:
-        self._key_file.replace(keyring)
+        try:
+            self._key_file.replace(keyring)
+        except OSError as error:
+            raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
         self._keyring = keyring
 
     # Service.
@@ -3491,7 +3541,7 @@ class Registry:
             raise HostUnknown()
         if host.revoked_at is not None:
             raise HostRevoked()
-        serial = host.issued + 2
+        serial = max(host.issued, host.serial) + 2  # more was issued before a restored backup
         changes: Dict[str, Any] = {
             "issued": serial,
             "admitted_by": token.id,
@@ -3787,13 +3837,13 @@ def _open_pair(store: Store, keys: KeyFile, init: bool, now: int) -> Tuple[Keyri
     if is_made != has_keys and not init:
         raise OperatorError(_half_a_pair(store.path, key_file, is_made))
     keyring = keys.load() if has_keys else _prepare_keys(key_file)
-    is_adopted = is_made and not _is_pair(store, keyring.kids)
+    is_adopted = is_made and not _is_pair(store, keyring)
     if not is_made:
         if not is_file:
             store.open()
         store.create(Organization(DEFAULT_ORGANIZATION, now), keyring.kids)
     elif is_adopted:
-        _require_init(store, has_keys, init)
+        _require_init(store, has_keys, init, now)
     if not has_keys:
         _install_keys(key_file)
         keyring = keys.load()
@@ -3832,22 +3882,39 @@ def _recover_keys(store: Store, key_file: str) -> bool:
         prepared = load_keyring(f"{key_file}.new")
     except OperatorError:  # none, or torn: killed before the database knew of them
         return False
-    is_known = _is_pair(store, prepared.kids)
+    is_known = _is_pair(store, prepared)
     if is_known:
         _install_keys(key_file)
     return is_known
 
 
-def _is_pair(store: Store, kids: Sequence[str]) -> bool:
-    return any(row.kid in kids for row in store.signing_keys())
+def _is_pair(store: Store, keyring: Keyring) -> bool:
+    """Whether they know each other: by a key, or, where all of those have been retired since a
+    backup that is put back, by the audit log."""
+    if any(store.signing_key_number(kid) is not None for kid in keyring.kids):
+        return True
+    return store.version() == SCHEMA_VERSION and _has_chained(store, keyring)
 
 
-def _require_init(store: Store, has_keys: bool, init: bool) -> None:
+def _has_chained(store: Store, keyring: Keyring) -> bool:
+    """Whether the last event is chained with the audit key."""
+    events = store.events(None, LAST_ID, 2)
+    if not events:
+        return False
+    anchor = store.anchor()
+    start = anchor.mac if anchor else b""
+    previous = events[1].mac if len(events) == 2 else start
+    return is_same(keyring.chain(previous, events[0].record()), events[0].mac)
+
+
+def _require_init(store: Store, has_keys: bool, init: bool, now: int) -> None:
     if not init:
         raise OperatorError(
             f"the key file is not that of the database {store.path}: restore the pair from one "
             "backup, or go on with these keys with serve --init (every host must re-enroll)"
         )
+    if is_served(store.service(), now):  # it would go on with the keys that it has
+        raise OperatorError(f"a server has lived on {store.path} until now: stop it, wait 30 s")
     if not has_keys:
         log.warning("made new keys for %s: every host must re-enroll", store.path)
 
@@ -3869,8 +3936,9 @@ def examine(database: str, key_file: str) -> List[Finding]:
         store = Store(database)
         try:
             store.lock.wait(LOCK_PATIENCE)
-            is_made = store.open()
+            is_made = store.open(as_it_is=True)
             store.lock.release()
+            store.begin(writes=False, durable=False)  # one moment for all that is looked at
             if not is_made:
                 raise OperatorError(
                     f"the database {database} is empty: a first start was cut short"
@@ -3907,14 +3975,15 @@ def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
     except OperatorError as error:
         yield Finding("keys", False, str(error))
         return
-    if not _is_pair(store, keyring.kids):
+    if not _is_pair(store, keyring):
         yield Finding("keys", False, f"{key_file} is not the key file of this database")
         return
     yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
     if store.version() == SCHEMA_VERSION:
         try:
             first, last, _, _ = verify_chain(store, keyring, None)
-            yield Finding("audit", True, f"events {first} to {last} are as they were written")
+            written = f"events {first} to {last} are as they were written"
+            yield Finding("audit", True, written if last >= first else "no events")
         except OperatorError as error:
             yield Finding("audit", False, str(error))
 
@@ -4632,7 +4701,7 @@ def host_document(view: HostView) -> Document:
 
 EVENT_DOCUMENT = Shape(
     *members(
-        number=Whole((1, (1 << 63) - 1)),
+        number=Whole((1, LAST_ID)),
         time=TIME,
         action=Choice(*ACTIONS),
         actor=ACTOR,

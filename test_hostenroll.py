@@ -13,10 +13,12 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -1631,6 +1634,253 @@ def test_a_key_file_that_is_not_there_is_an_operators_trouble(tmp_path: Path) ->
             hostenroll.load_keyring(str(path))
 
 
+@pytest.mark.parametrize(
+    "now, number",
+    table({
+        "the epoch": (hostenroll.ID_EPOCH_MS, 0),
+        "1 ms on": (hostenroll.ID_EPOCH_MS + 1, 1 << 22),
+        "a clock that was never set": (0, 0),
+        "the last of 69 years": (hostenroll.ID_EPOCH_MS + (1 << 41) - 1, ((1 << 41) - 1) << 22),
+        "after them": (hostenroll.ID_EPOCH_MS + (1 << 41), 0),
+    }),
+)  # fmt: skip
+def test_an_id_begins_with_the_time_and_the_lowest_of_a_time_is_known(
+    now: int, number: int
+) -> None:
+    assert hostenroll.first_id(now) == number
+    made = [hostenroll.new_id(now) for _ in range(50)]
+    assert {it >> 22 for it in made} == {number >> 22} and min(made) >= number
+    assert len({it & (1 << 22) - 1 for it in made}) > 40
+    assert hostenroll.read_id(hostenroll.id_text(max(made))) == max(made)
+
+
+def test_a_rotated_ring_signs_with_a_key_that_is_new_and_verifies_by_all(
+    keyring: hostenroll.Keyring,
+) -> None:
+    rotated = keyring.rotated()
+    assert rotated.kids[1:] == keyring.kids == ["key-1", "key-2"]
+    assert re.fullmatch("[0-9a-f]{16}", rotated.first.kid) and len(rotated.first.octets) == 32
+    assert rotated.audit_key == keyring.audit_key
+    assert rotated.verify(GENUINE) == CLAIMS
+    fresh = rotated.first.sign(CLAIMS)
+    assert rotated.verify(fresh) == CLAIMS._replace(kid=rotated.first.kid)
+    without = rotated.without("key-1")
+    assert without.kids == [rotated.first.kid, "key-2"]
+    assert without.audit_key == keyring.audit_key
+    for ring, credential in ((keyring, fresh), (without, GENUINE)):
+        with pytest.raises(hostenroll.CredentialInvalid):
+            ring.verify(credential)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    with hostenroll.replacing(str(path)) as file:
+        file.write(b"new, and longer")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new, and longer"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(ValueError), hostenroll.replacing(str(path)) as file:
+        file.write(b"half")
+        raise ValueError
+    assert path.read_bytes() == b"new, and longer"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_one_left_is_no_hindrance_and_its_mode_is_not_inherited(
+    tmp_path: Path,
+) -> None:
+    path, left = tmp_path / "file", tmp_path / "file.tmp"
+    left.write_bytes(b"x" * 10_000)
+    left.chmod(0o666)
+    with hostenroll.replacing(str(path)) as file:
+        assert stat.S_IMODE(left.stat().st_mode) == 0o600  # before the first byte
+        file.write(b"new")
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
+    assert not left.exists()
+
+
+def test_what_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    """A half-written file of keys must not lie about."""
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError), hostenroll.replacing(str(tmp_path / "file")) as file:
+        file.write(b"secret")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_to_a_key_file_stays_one(tmp_path: Path, keyring: hostenroll.Keyring) -> None:
+    """Else the file that it leads to would keep the old keys, for whoever reads it there."""
+    (tmp_path / "safe").mkdir()
+    path, real = tmp_path / "the.key", tmp_path / "safe" / "real.key"
+    hostenroll.write_key_file(str(real), keyring)
+    path.symlink_to("safe/real.key")
+    hostenroll.write_key_file(str(path), keyring.rotated())
+    assert path.is_symlink()
+    assert len(hostenroll.load_keyring(str(real)).kids) == 3
+    assert sorted(os.listdir(tmp_path)) == ["safe", "the.key"]
+    assert os.listdir(tmp_path / "safe") == ["real.key"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_replaced_key_file_keeps_its_owner(tmp_path: Path, keyring: hostenroll.Keyring) -> None:
+    """Root rotates the key of a service that runs as another user."""
+    path = tmp_path / "the.key"
+    hostenroll.write_key_file(str(path), keyring)
+    os.chown(path, 12345, 23456)
+    hostenroll.write_key_file(str(path), keyring.rotated())
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (12345, 23456, 0o600)
+
+
+def test_a_key_file_is_read_again_when_it_has_changed_and_not_else(
+    tmp_path: Path, keyring: hostenroll.Keyring
+) -> None:
+    path = tmp_path / "the.key"
+    hostenroll.write_key_file(str(path), keyring)
+    file = hostenroll.KeyFile(str(path))
+    assert file.load().kids == keyring.kids
+    assert file.reload(keyring) is None
+    file.replace(keyring.rotated())
+    assert file.reload(keyring) is None  # its own doing
+    hostenroll.write_key_file(str(path), keyring.without("key-2"))
+    assert file.reload(keyring).kids == ["key-1"]
+    assert file.reload(keyring) is None
+    assert file.trouble == ""
+
+
+KEY_TROUBLES: Dict[str, Callable[[Path], Any]] = {
+    "another database's": lambda path: hostenroll.write_key_file(
+        str(path), hostenroll.new_keyring()
+    ),
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: os.truncate(path, path.stat().st_size - 9),
+    "not ours": lambda path: path.write_bytes(b"[]"),
+    "open to others": lambda path: path.chmod(0o644),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize("spoil", table(KEY_TROUBLES))
+def test_a_key_file_that_goes_bad_is_said_once_and_noticed_when_it_is_good_again(
+    spoil: Callable[[Path], Any], tmp_path: Path, keyring: hostenroll.Keyring, caplog: Any
+) -> None:
+    path = tmp_path / "the.key"
+    hostenroll.write_key_file(str(path), keyring)
+    file = hostenroll.KeyFile(str(path))
+    file.load()
+    for _ in range(2):
+        spoil(path)
+        assert [file.reload(keyring) for _ in range(4)] == [None] * 4
+        assert str(path) in file.trouble
+        if path.is_dir():
+            path.rmdir()
+        elif path.is_symlink():
+            path.unlink()
+        hostenroll.write_key_file(str(path), keyring)
+        assert file.reload(keyring).kids == keyring.kids
+        assert file.trouble == "" and file.reload(keyring) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all(str(path) in line and "\n" not in line for line in said)
+
+
+def test_a_key_file_is_noticed_however_soon_its_mode_is_put_right(
+    tmp_path: Path, keyring: hostenroll.Keyring
+) -> None:
+    """Copied, looked at, and chmod 600, within one tick of the clock of the file system."""
+    path = tmp_path / "the.key"
+    hostenroll.write_key_file(str(path), keyring)
+    file = hostenroll.KeyFile(str(path))
+    file.load()
+    for _ in range(300):
+        path.chmod(0o644)
+        file.reload(keyring)
+        path.chmod(0o600)
+        file.reload(keyring)
+        assert file.trouble == ""
+
+
+def der(tag: int, *contents: bytes) -> bytes:
+    """One element of DER."""
+    body = b"".join(contents)
+    if len(body) < 0x80:
+        return bytes([tag, len(body)]) + body
+    octets = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(octets)]) + octets + body
+
+
+SUBJECT_KEY = der(0x30, der(0x30, b"\x06\x01\x2a"), der(0x03, b"\0" + b"k" * 300))
+
+
+def certificate_with(key: bytes, version: Optional[bytes] = b"\2") -> bytes:
+    """As RFC 5280 section 4.1 draws it; nothing of it is true but its shape."""
+    name, times = der(0x30, b""), der(0x30, der(0x17, b"270115080000Z") * 2)
+    head = () if version is None else (der(0xA0, der(2, version)),)
+    rest = (der(2, b"\x7f" * 20), der(0x30, b"\x06\x01\x2a"), name, times, name, key)
+    signed = der(0x30, *head, *rest, der(0xA3, b"x" * 200))
+    return der(0x30, signed, der(0x30, b"\x06\x01\x2a"), der(0x03, b"\0" + b"s" * 256))
+
+
+@pytest.mark.parametrize("version", [None, b"\2"], ids=["version 1", "version 3"])
+def test_a_pin_is_the_hash_of_the_key_whatever_stands_before_it(version: Optional[bytes]) -> None:
+    pin = hostenroll.public_key_pin(certificate_with(SUBJECT_KEY, version))
+    digest = base64.b64encode(hashlib.sha256(SUBJECT_KEY).digest()).decode()
+    assert pin == f"sha256//{digest}"
+
+
+def test_whatever_is_no_certificate_has_no_pin_and_breaks_nothing() -> None:
+    whole = certificate_with(SUBJECT_KEY)
+    pin, seed = hostenroll.public_key_pin(whole), random.Random(7)
+    signed = len(whole) - len(der(0x30, b"\x06\x01\x2a")) - len(der(0x03, b"s" * 257))
+    junk = [whole[:length] for length in range(signed)]
+    junk += [bytes([octet]) * size for octet in (0, 0x30, 0x80, 0x84, 0xFF) for size in range(9)]
+    for data in junk:
+        with pytest.raises(ValueError):
+            hostenroll.public_key_pin(data)
+    for _ in range(3000):
+        data = bytearray(whole)
+        for _ in range(seed.randint(1, 4)):
+            data[seed.randrange(len(data))] = seed.randrange(256)
+        with contextlib.suppress(ValueError):
+            assert hostenroll.public_key_pin(bytes(data)).startswith("sha256//")
+    assert hostenroll.public_key_pin(whole[:signed]) == pin
+
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    "key, extensions",
+    table({
+        "EC": (["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"], True),
+        "RSA": (["-newkey", "rsa:2048"], True),
+        "Ed25519": (["-newkey", "ed25519"], True),
+        "version 1": (["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"], False),
+    }),
+)  # fmt: skip
+def test_a_pin_is_what_openssl_says(key: List[str], extensions: bool, tmp_path: Path) -> None:
+    def openssl(*arguments: str, data: bytes = b"") -> bytes:
+        done = subprocess.run(
+            ["openssl", *arguments], cwd=tmp_path, input=data, capture_output=True, check=True
+        )
+        return done.stdout
+
+    openssl("req", "-new", "-nodes", *key, "-subj", "/CN=x", "-keyout", "key", "-out", "request")
+    (tmp_path / "extensions").write_text("subjectAltName=DNS:x\n")
+    more = ["-extfile", "extensions"] if extensions else []
+    openssl("x509", "-req", "-in", "request", "-signkey", "key", "-out", "cert", *more)
+    public = openssl("pkey", "-pubin", "-outform", "der", data=openssl(
+        "x509", "-in", "cert", "-noout", "-pubkey"))  # fmt: skip
+    expected = base64.b64encode(openssl("dgst", "-sha256", "-binary", data=public)).decode()
+    certificate = openssl("x509", "-in", "cert", "-outform", "der")
+    assert hostenroll.public_key_pin(certificate) == f"sha256//{expected}"
+    assert (b"\xa0\x03\x02\x01" in certificate[:20]) is extensions
+
+
 # 5. Store
 
 
@@ -2290,6 +2540,270 @@ def test_a_use_that_may_not_be_taken_is_not(why: str, registry: Registry, clock:
     else:
         clock.advance(hostenroll.TOKEN_TTL)
     assert do(registry, clock, lambda now: store.use_token(number, now, "")) is False
+
+
+BUGGY_VERSIONS = {
+    (3, 6, 23): False, (3, 7, 0): True, (3, 31, 1): True, (3, 40, 1): True,
+    (3, 44, 0): True, (3, 44, 5): True, (3, 44, 6): False, (3, 44, 9): False,
+    (3, 45, 0): True, (3, 49, 2): True,
+    (3, 50, 0): True, (3, 50, 6): True, (3, 50, 7): False, (3, 50, 99): False,
+    (3, 51, 0): True, (3, 51, 2): True, (3, 51, 3): False, (3, 52, 0): False, (4, 0, 0): False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version, has_it", BUGGY_VERSIONS.items(), ids=map(str, BUGGY_VERSIONS))
+def test_which_sqlite_has_the_wal_reset_bug(version: Tuple[int, ...], has_it: bool) -> None:
+    assert hostenroll.has_wal_reset_bug(version) is has_it
+
+
+SCHEMA_1 = """
+PRAGMA journal_mode = WAL;
+PRAGMA application_id = 0x686F7374;
+PRAGMA user_version = 1;
+CREATE TABLE organization (id TEXT NOT NULL PRIMARY KEY, created_at INTEGER NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE api_key (
+    id INTEGER PRIMARY KEY, secret_hash BLOB NOT NULL,
+    organization_id TEXT REFERENCES organization (id),
+    role TEXT NOT NULL CHECK (role IN ('admin', 'viewer')), description TEXT NOT NULL,
+    created_at INTEGER NOT NULL, created_by TEXT NOT NULL, revoked_at INTEGER);
+CREATE TABLE token (
+    id INTEGER PRIMARY KEY, secret_hash BLOB NOT NULL,
+    organization_id TEXT NOT NULL REFERENCES organization (id), description TEXT NOT NULL,
+    hostname TEXT, host_id INTEGER, labels TEXT NOT NULL,
+    max_uses INTEGER NOT NULL CHECK (max_uses >= 1),
+    uses INTEGER NOT NULL DEFAULT 0 CHECK (uses BETWEEN 0 AND max_uses),
+    created_at INTEGER NOT NULL, created_by TEXT NOT NULL, expires_at INTEGER NOT NULL,
+    used_at INTEGER, used_from TEXT, revoked_at INTEGER);
+CREATE INDEX token_organization ON token (organization_id);
+CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
+CREATE TABLE host (
+    id INTEGER PRIMARY KEY, organization_id TEXT NOT NULL REFERENCES organization (id),
+    name TEXT NOT NULL, hostname TEXT NOT NULL, bound INTEGER NOT NULL, os TEXT NOT NULL,
+    architecture TEXT NOT NULL, docker_version TEXT NOT NULL, labels TEXT NOT NULL,
+    issued INTEGER NOT NULL, enrolled_at INTEGER NOT NULL, revoked_at INTEGER,
+    token_id INTEGER NOT NULL, admitted_by INTEGER NOT NULL, admitted_at INTEGER NOT NULL,
+    admitted_serial INTEGER NOT NULL, idempotency BLOB);
+CREATE INDEX host_organization ON host (organization_id);
+CREATE INDEX host_token ON host (token_id);
+CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
+    WHERE idempotency IS NOT NULL;
+CREATE TABLE signing_key (
+    number INTEGER PRIMARY KEY, kid TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL);
+CREATE TABLE heartbeat (
+    host_id INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen INTEGER NOT NULL, serial INTEGER NOT NULL, key_number INTEGER NOT NULL,
+    active INTEGER NOT NULL);
+CREATE TABLE service (
+    id INTEGER PRIMARY KEY CHECK (id = 1), started INTEGER NOT NULL, alive INTEGER NOT NULL,
+    previous_alive INTEGER NOT NULL, interval INTEGER NOT NULL, public_url TEXT NOT NULL);
+"""
+OLD_HOSTS = {
+    # name: issued, admitted_serial, seconds since the last beat, serial, active
+    "beats": (1, 1, 5, 1, 1),
+    "renewed": (4, 1, 5, 3, 1),
+    "never beat": (1, 1, None, 0, 1),
+    "asked again": (3, 1, None, 0, 1),
+    "re-enrolls": (5, 5, 5, 3, 1),
+    "revoked": (1, 1, 5, 1, 0),
+    "revoked before it beat": (1, 1, None, 0, 0),
+}
+
+
+class Old(NamedTuple):
+    """A fleet as the first version left it."""
+
+    ids: Dict[str, int]
+    keyring: Any
+    token: Any  # valid
+    used: Any  # let all the hosts in, each by its name as Idempotency-Key
+
+    def credential(self, name: str, serial: int) -> str:
+        number, first = self.ids[name], self.keyring.first
+        claims = hostenroll.Claims(number, "default", 1_799_000_000, serial, None, first.kid)
+        return str(first.sign(claims))
+
+
+def old_fleet(paths: Tuple[str, str], clock: Clock) -> Old:
+    keyring = hostenroll.new_keyring()
+    hostenroll.write_key_file(paths[1], keyring)
+    os.close(os.open(paths[0], os.O_WRONLY | os.O_CREAT, 0o600))
+    before = clock.ms - 3_600_000
+    token, used = (hostenroll.mint_secret("het", (before << 8) + n) for n in (1, 2))
+    ids = {name: (before << 8) + n for n, name in enumerate(OLD_HOSTS)}
+    with contextlib.closing(sqlite3.connect(paths[0])) as db:
+        db.executescript(SCHEMA_1)
+        db.execute("INSERT INTO organization VALUES ('default', ?)", (before,))
+        db.execute("INSERT INTO signing_key VALUES (1, ?, ?)", (keyring.first.kid, before))
+        db.execute("INSERT INTO service VALUES (1, 0, ?, 0, 30, 'http://x')", (clock.ms,))
+        for secret, uses, ends in ((token, 0, 60_000), (used, 9, -1)):
+            db.execute(
+                """INSERT INTO token VALUES (?, ?, 'default', 'd', NULL, NULL, '{"a": "1"}', 9, ?,
+                   ?, 'cli:x', ?, NULL, NULL, NULL)""",
+                (secret.id, secret.digest(), uses, before, clock.ms + ends),
+            )
+        for name, (issued, admitted, silence, serial, active) in OLD_HOSTS.items():
+            db.execute(
+                """INSERT INTO host VALUES (?, 'default', ?, ?, 0, '', '', '', '{}', ?, ?, ?,
+                   ?, ?, ?, ?, ?)""",
+                (ids[name], name, f"{name}.lan", issued, before, None if active else before,
+                 used.id, used.id, before, admitted, hostenroll.fingerprint(name)),
+            )  # fmt: skip
+            seen = 0 if silence is None else clock.ms - silence * 1000
+            db.execute("INSERT INTO heartbeat VALUES (?, ?, ?, 1, ?)",
+                       (ids[name], seen, serial, active))  # fmt: skip
+        db.commit()
+    return Old(ids, keyring, token, used)
+
+
+def anatomy(path: str) -> Dict[str, Any]:
+    """All that a schema means, and not how it is written."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+
+        def ask(pragma: str, name: str) -> List[Any]:
+            return sorted(db.execute(f"PRAGMA {pragma}('{name}')").fetchall(), key=repr)
+
+        def written(name: str) -> str:
+            statement = "SELECT sql FROM sqlite_master WHERE name = ?"
+            text = db.execute(statement, (name,)).fetchone()[0] or ""
+            return " ".join(re.sub(r"--.*", "", text).split())
+
+        found: Dict[str, Any] = {}
+        for kind, name, of in db.execute("SELECT type, name, tbl_name FROM sqlite_master"):
+            found[f"{kind} {name}"] = [of, written(name) if kind in ("index", "trigger") else ""]
+            if kind == "table":
+                columns = [row[1:] for row in ask("table_info", name)]
+                indexes = sorted(row[1:] for row in ask("index_list", name))
+                found[f"{kind} {name}"] += [sorted(columns), indexes, ask("foreign_key_list", name)]
+            elif kind == "index":
+                found[f"{kind} {name}"] += [ask("index_xinfo", name)]
+        for pragma in ("application_id", "user_version", "journal_mode"):
+            found[pragma] = db.execute(f"PRAGMA {pragma}").fetchone()
+        return found
+
+
+def contents(path: str) -> Tuple[List[str], Dict[str, Any]]:
+    """What is in a database that nobody has open, and what it is written in."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        names = [n for (n,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {n: db.execute(f"SELECT * FROM {n} ORDER BY 1").fetchall() for n in sorted(names)}
+    return sorted(anatomy(path)), rows
+
+
+def test_a_migrated_database_is_what_a_fresh_one_is(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    (tmp_path / "fresh").mkdir()
+    fresh = str(tmp_path / "fresh" / "x.db"), str(tmp_path / "fresh" / "x.key")
+    open_registry(*fresh, clock.ms).close()
+    old_fleet(paths, clock)
+    assert anatomy(paths[0]) != anatomy(fresh[0])
+    key, before = Path(paths[1]).read_bytes(), contents(paths[0])[1]
+    open_registry(*paths, clock.ms).close()
+    assert anatomy(paths[0]) == anatomy(fresh[0])
+    after = contents(paths[0])[1]
+    assert {name: len(rows) for name, rows in after.items() if rows} == {
+        name: len(rows) for name, rows in before.items() if rows
+    }
+    for name in ("organization", "token", "api_key"):
+        assert after[name] == before[name]
+    for name in ("host", "signing_key", "service"):
+        assert [row[: len(old)] for row, old in zip(after[name], before[name])] == before[name]
+    serials = [[row[2] for row in rows["heartbeat"]] for rows in (before, after)]
+    assert serials == [[1, 3, 0, 0, 3, 1, 0], [1, 3, 1, 1, 3, 1, 1]]
+    assert Path(paths[1]).read_bytes() == key
+    open_registry(*paths, clock.ms).close()
+    assert contents(paths[0])[1] == after
+
+
+def test_whichever_statement_of_a_migration_fails_it_is_all_or_nothing(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    old_fleet(paths, clock)
+    before, old = contents(paths[0]), shutil.copy(paths[0], tmp_path / "old.db")
+    open_registry(*paths, clock.ms).close()
+    expected, failures = contents(paths[0]), 0
+    for after in (False, True):
+        shutil.copy(old, paths[0])
+        for n in range(1, 200):
+            store: Any = hostenroll.Store(paths[0])
+            store.lock.wait(5)
+            assert store.open()
+            store._connection = Faulty(store._connection, n=n, after=after)
+            try:
+                store.migrate()
+            except hostenroll.StoreError:
+                failures += 1
+                store.abandon()
+            failed = store._connection.failed
+            store.close()
+            assert contents(paths[0]) == (before if failed else expected), n
+            if not failed:
+                break
+        assert not failed and failures > 15
+
+
+def killed_at(n: int, prepare: Callable[[], Any], act: Callable[[Any], Any]) -> bool:
+    """Whether an act, in a process of its own, is killed before its n-th call of the system or of
+    SQLite; False when it comes to its end first."""
+    with warnings.catch_warnings():  # a thread of an earlier test may not quite have ended
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            calls = 0
+
+            def watch(frame: Any, event: str, called: Any) -> None:
+                nonlocal calls
+                if event == "c_call":
+                    owner = type(getattr(called, "__self__", None)).__module__
+                    if called.__module__ in ("posix", "fcntl") or owner in ("_io", "sqlite3"):
+                        calls += 1
+                        if calls == n:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+            prepared = prepare()
+            sys.setprofile(watch)
+            act(prepared)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status != 0
+
+
+def test_a_migration_that_is_killed_leaves_a_whole_old_database(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    old_fleet(paths, clock)
+    (tmp_path / "run").mkdir()
+    path = str(tmp_path / "run" / "hostenroll.db")
+    before = contents(paths[0])
+
+    def opened_store() -> hostenroll.Store:
+        store = hostenroll.Store(path)
+        store.lock.wait(5)
+        assert store.open()
+        return store
+
+    n, outcomes = 0, []
+    while True:
+        n += 1
+        _lose(path)
+        shutil.copy(paths[0], path)
+        killed = killed_at(n, opened_store, lambda store: store.migrate())
+        version = sql(path, "PRAGMA user_version")[0][0]
+        if version == 1:
+            assert contents(path) == before
+            outcomes.append(n)
+        open_registry(path, paths[1], clock.ms).close()
+        assert sql(path, "PRAGMA user_version") == [(hostenroll.SCHEMA_VERSION,)]
+        assert sorted(anatomy(path)) != before[0]
+        if not killed:
+            break
+    assert version == hostenroll.SCHEMA_VERSION and len(outcomes) > 20
 
 
 # 6. Registry
@@ -3471,6 +3985,816 @@ def test_a_clock_that_was_ahead_is_said_to_have_been(registry: Registry, clock: 
     clock.advance(-2 * 86400)
     view = do(registry, clock, lambda now: registry.host(OPERATOR, number, now), False)
     assert view.status == "online" and view.reason.endswith("the clock has gone back")
+
+
+OLD_BEATS = {
+    "beats": ([1], []),
+    "renewed": ([3, 4], [1, 2]),
+    "never beat": ([1], []),
+    "asked again": ([1, 2, 3], []),
+    "re-enrolls": ([3, 5], [2]),
+}
+
+
+@pytest.mark.parametrize("ttl", [None, 300], ids=["for ever", "300 s"])
+def test_the_fleet_of_the_first_version_goes_on_as_it_was(
+    ttl: Optional[int], paths: Tuple[str, str], clock: Clock
+) -> None:
+    old = old_fleet(paths, clock)
+    with opened(paths, clock, credential_ttl=ttl) as registry:
+
+        def status(name: str) -> str:
+            number = old.ids[name]
+            return str(do(registry, clock, lambda now: registry.host(OPERATOR, number, now)).status)
+
+        pending = {name for name, columns in OLD_HOSTS.items() if columns[2] is None}
+        assert {name for name in old.ids if status(name) == "pending"} == (
+            pending - {"revoked before it beat"}
+        )
+        for name in ("revoked", "revoked before it beat"):
+            assert status(name) == "revoked"
+            with pytest.raises(hostenroll.HostRevoked):
+                beat(registry, clock, old.credential(name, 1))
+            number = old.ids[name]
+            do(registry, clock, lambda now, n=number: registry.restore_host(OPERATOR, n, now))
+            beat(registry, clock, old.credential(name, 1))
+        for name, (good, bad) in OLD_BEATS.items():
+            for serial in bad:
+                with pytest.raises(hostenroll.CredentialSuperseded):
+                    beat(registry, clock, old.credential(name, serial))
+            for serial in good:
+                clock.advance(0.001)
+                beaten = beat(registry, clock, old.credential(name, serial))
+                assert beaten.last_seen == clock.ms
+                assert (beaten.grant is not None) == (
+                    ttl is not None and serial + 1 >= OLD_HOSTS[name][0]
+                ), (name, serial)
+            for serial in good[:-1]:
+                with pytest.raises(hostenroll.CredentialSuperseded):
+                    beat(registry, clock, old.credential(name, serial))
+            assert status(name) == "online"
+
+
+REPLAYED = {"never beat": True, "asked again": True, "re-enrolls": True, "beats": False}
+
+
+@pytest.mark.parametrize("name, replays", REPLAYED.items(), ids=REPLAYED)
+def test_a_reply_that_the_first_version_lost_can_be_asked_for_again(
+    name: str, replays: bool, paths: Tuple[str, str], clock: Clock
+) -> None:
+    old = old_fleet(paths, clock)
+    with opened(paths, clock) as registry:
+        arrival = hostenroll.Applicant(old.used.text, "any", idempotency_key=name)
+        if not replays:
+            with pytest.raises(hostenroll.TokenUsed):
+                do(registry, clock, lambda now: registry.enroll(arrival, now))
+            return
+        again = do(registry, clock, lambda now: registry.enroll(arrival, now))
+        assert again.host.id == old.ids[name]
+        assert serial_of(registry, again.grant.credential) == OLD_HOSTS[name][0] + 1
+        beat(registry, clock, again.grant.credential)
+        with pytest.raises(hostenroll.CredentialSuperseded):
+            beat(registry, clock, old.credential(name, OLD_HOSTS[name][0]))
+        with pytest.raises(hostenroll.TokenUsed):
+            do(registry, clock, lambda now: registry.enroll(arrival, now))
+
+
+def test_a_token_of_the_first_version_lets_in_a_host_and_one_back(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    old = old_fleet(paths, clock)
+    with opened(paths, clock) as registry:
+        arrival = hostenroll.Applicant(old.token.text, "beats.lan")
+        enrolled = do(registry, clock, lambda now: registry.enroll(arrival, now))
+        assert enrolled.host.twin_id == old.ids["beats"] and enrolled.host.labels == '{"a": "1"}'
+        beat(registry, clock, enrolled.grant.credential)
+        order, number = hostenroll.TokenOrder(), old.ids["renewed"]
+        text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+        arrival = hostenroll.Applicant(text, "new.lan")
+        again = do(registry, clock, lambda now: registry.enroll(arrival, now))
+        assert serial_of(registry, again.grant.credential) == 6
+        beat(registry, clock, again.grant.credential)
+        for serial in (3, 4):
+            with pytest.raises(hostenroll.CredentialSuperseded):
+                beat(registry, clock, old.credential("renewed", serial))
+        assert do(registry, clock, lambda now: registry.verify_audit(None))[1] > 0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3])), ids=str)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "with facts"])
+def test_of_several_answers_to_one_enrollment_the_newest_that_is_used_counts(
+    plain: bool, order: Tuple[int, ...], registry: Registry, clock: Clock
+) -> None:
+    arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
+    issued = [
+        do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+        for _ in range(3)
+    ]
+    newest = 0
+    for serial in [*order, *order]:
+        clock.advance(1)
+        claims = registry.authenticate(issued[serial - 1], clock.ms)
+        act = Act(lambda now, claims=claims: registry.beat(claims, lambda: {"os": "x"}, now))
+        (outcome,) = registry.tick([claims if plain else act], clock.ms) or [None]
+        if serial < newest:
+            assert isinstance(outcome, hostenroll.CredentialSuperseded)
+        else:
+            assert not isinstance(outcome, Problem)
+            newest = serial
+        assert look(registry, "SELECT serial, issued FROM heartbeat, host") == [(newest, 3)]
+
+
+def test_credentials_of_one_host_in_one_tick_are_taken_in_their_order(
+    registry: Registry, clock: Clock
+) -> None:
+    arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
+    one, two = (
+        registry.authenticate(
+            do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential,
+            clock.ms,
+        )
+        for _ in range(2)
+    )
+    outcome = registry.tick([one, two, one, two], clock.ms) or []
+    assert [type(it).__name__ for it in outcome] == ["int", "int", "CredentialSuperseded", "int"]
+    superseded = look(registry, "SELECT count(*) FROM audit WHERE action = 'supersede'")
+    assert superseded == [(1,)]
+
+
+# Signing keys.
+
+
+def rotate(registry: Registry, clock: Clock) -> str:
+    return str(do(registry, clock, lambda now: registry.rotate_signing_key(OPERATOR, now)))
+
+
+def retire(registry: Registry, clock: Clock, kid: str, force: bool = False) -> int:
+    return int(
+        do(registry, clock, lambda now: registry.retire_signing_key(OPERATOR, kid, force, now))
+    )
+
+
+def keys_of(registry: Registry, clock: Clock) -> Dict[str, Tuple[str, int]]:
+    """State of each key, and how many hosts use it."""
+    views = do(registry, clock, lambda now: registry.signing_keys(), writes=False)
+    return {view.key.kid: (view.state, view.hosts) for view in views}
+
+
+def happened(registry: Registry, action: str) -> List[Tuple[str, str]]:
+    statement = "SELECT subject, actor FROM audit WHERE action = ? ORDER BY number"
+    return look(registry, statement, action)
+
+
+def test_a_key_lives_from_rotation_to_retirement(registry: Registry, clock: Clock) -> None:
+    old = registry._keyring.first.kid
+    _, credential = came_in(registry, clock)
+    _, never_beat = came_in(registry, clock, "web-2")
+    beat(registry, clock, credential)
+    assert keys_of(registry, clock) == {old: ("signs", 2)}
+    with pytest.raises(hostenroll.Conflict):
+        retire(registry, clock, old, force=True)
+    new = rotate(registry, clock)
+    assert keys_of(registry, clock) == {new: ("signs", 0), old: ("verifies", 2)}
+    assert registry.authenticate(came_in(registry, clock, "web-3")[1], clock.ms).kid == new
+    renewed = [beat(registry, clock, it).grant.credential for it in (credential, never_beat)]
+    # A renewal that is not used yet may have been lost.
+    assert keys_of(registry, clock) == {new: ("signs", 1), old: ("verifies", 2)}
+    beat(registry, clock, renewed[0])
+    assert keys_of(registry, clock) == {new: ("signs", 2), old: ("verifies", 1)}
+    with pytest.raises(hostenroll.Conflict, match=": 1[.]"):
+        retire(registry, clock, old)
+    beat(registry, clock, never_beat)  # refused to retire: it changes nothing
+    beat(registry, clock, renewed[1])
+    assert retire(registry, clock, old) == 0
+    assert keys_of(registry, clock) == {new: ("signs", 3), old: ("retired", 0)}
+    assert hostenroll.load_keyring(registry._key_file.path).kids == [new]
+    for it in renewed:
+        assert beat(registry, clock, it).grant is None
+    with pytest.raises(hostenroll.CredentialInvalid):
+        beat(registry, clock, credential)
+    for kid in (old, "nobody", ""):
+        with pytest.raises(hostenroll.NotFound):
+            retire(registry, clock, kid)
+    assert happened(registry, "rotate") == [(f"signing-key:{new}", "cli:test")]
+    assert happened(registry, "retire") == [(f"signing-key:{old}", "cli:test")]
+
+
+def test_who_is_locked_out_by_force_comes_back_by_a_re_enroll_token(
+    registry: Registry, clock: Clock
+) -> None:
+    old = registry._keyring.first.kid
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    new = rotate(registry, clock)
+    claims = registry.authenticate(credential, clock.ms)
+    assert retire(registry, clock, old, force=True) == 1
+    assert keys_of(registry, clock) == {new: ("signs", 0), old: ("retired", 1)}
+    with pytest.raises(hostenroll.CredentialInvalid):
+        beat(registry, clock, credential)
+    with pytest.raises(hostenroll.CredentialInvalid):  # its request came before the retirement
+        do(registry, clock, lambda now: registry.beat(claims, dict, now))
+    order = hostenroll.TokenOrder()
+    text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+    arrival = hostenroll.Applicant(text, "web-1")
+    back = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+    beat(registry, clock, back)
+    assert keys_of(registry, clock) == {new: ("signs", 1), old: ("retired", 0)}
+
+
+def test_a_key_that_was_retired_may_be_put_back(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """The remedy for a hasty --force: the key file of a backup."""
+    old = registry._keyring.first.kid
+    _, credential = came_in(registry, clock)
+    rotate(registry, clock)
+    before = hostenroll.load_keyring(paths[1])
+    retire(registry, clock, old, force=True)
+    hostenroll.write_key_file(paths[1], before)
+    do(registry, clock, lambda now: registry.keep_house(now))
+    assert keys_of(registry, clock)[old] == ("verifies", 1)
+    assert beat(registry, clock, credential).grant is not None
+    assert look(registry, "SELECT count(*) FROM signing_key WHERE retired_at IS NULL") == [(2,)]
+
+
+def test_a_running_registry_goes_by_what_another_process_has_done_to_the_keys(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    _, credential = came_in(registry, clock)
+    with opened(paths, clock) as other:
+        new = rotate(other, clock)
+        registry.notice_keys()
+        renewed = beat(registry, clock, credential).grant.credential
+        assert registry.authenticate(renewed, clock.ms).kid == new
+        beat(registry, clock, renewed)
+        assert keys_of(other, clock)[new] == ("signs", 1)
+
+
+def test_a_key_that_the_database_has_not_heard_of_is_learned_and_audited(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """A rotation that was killed before its commit, and then a host comes in at once."""
+    rotated = hostenroll.load_keyring(paths[1]).rotated()
+    hostenroll.write_key_file(paths[1], rotated)
+    _, credential = came_in(registry, clock)
+    assert registry.authenticate(credential, clock.ms).kid == rotated.first.kid
+    do(registry, clock, lambda now: registry.keep_house(now))
+    assert registry.knows_keys()
+    assert happened(registry, "rotate") == [(f"signing-key:{rotated.first.kid}", "key-file")]
+    assert keys_of(registry, clock)[rotated.first.kid] == ("signs", 1)
+
+
+def test_the_key_file_of_another_database_is_not_taken_for_ours(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """It would refuse the whole fleet, and break the chain of the audit log for good."""
+    _, credential = came_in(registry, clock)
+    ours = Path(paths[1]).read_bytes()
+    hostenroll.write_key_file(paths[1], hostenroll.new_keyring())
+    registry.notice_keys()
+    assert paths[1] in registry.key_trouble
+    beat(registry, clock, credential)
+    came_in(registry, clock)
+    do(registry, clock, lambda now: registry.keep_house(now))
+    Path(paths[1]).write_bytes(ours)
+    registry.notice_keys()
+    assert registry.key_trouble == ""
+    beat(registry, clock, credential)
+    do(registry, clock, lambda now: registry.verify_audit(None))
+    assert len(keys_of(registry, clock)) == 1
+
+
+@pytest.mark.parametrize("command", ["rotate", "retire"])
+def test_a_key_file_that_cannot_be_written_is_the_operators_trouble_and_changes_nothing(
+    command: str, registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    old = registry._keyring.first.kid
+    if command == "retire":
+        rotate(registry, clock)
+    before, key = snapshot(registry), Path(paths[1]).read_bytes()
+    os.mkdir(f"{paths[1]}.tmp")
+    with pytest.raises(hostenroll.OperatorError, match=re.escape(paths[1])):
+        rotate(registry, clock) if command == "rotate" else retire(registry, clock, old)
+    assert snapshot(registry) == before and Path(paths[1]).read_bytes() == key
+    assert is_free(paths)
+    os.rmdir(f"{paths[1]}.tmp")
+    rotate(registry, clock) if command == "rotate" else retire(registry, clock, old)
+    assert registry.knows_keys()
+
+
+@slow
+@pytest.mark.parametrize("command", ["rotate", "retire"])
+def test_a_change_of_keys_that_is_killed_locks_nobody_out(
+    command: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    def ready() -> Registry:
+        return open_registry(*paths, clock.ms)
+
+    with opened(paths, clock) as registry:
+        credential = came_in(registry, clock)[1]
+    done, n = 0, 0
+    killed = True
+    while killed:
+        n += 1
+        with opened(paths, clock) as registry:
+            while len(registry._keyring.kids) < 3:
+                rotate(registry, clock)
+            fresh = beat(registry, clock, credential).grant
+            if fresh is not None:
+                credential = fresh.credential
+                beat(registry, clock, credential)
+            kids, last = registry._keyring.kids, registry._keyring.kids[-1]
+        if command == "rotate":
+            killed = killed_at(n, ready, lambda registry: rotate(registry, clock))
+        else:
+            killed = killed_at(n, ready, lambda registry: retire(registry, clock, last, True))
+        now = hostenroll.load_keyring(paths[1]).kids  # whole, whenever it is looked at
+        assert stat.S_IMODE(os.stat(paths[1]).st_mode) == 0o600
+        assert now in (kids, kids[:-1] if command == "retire" else [now[0], *kids])
+        done += now != kids
+        with opened(paths, clock) as registry:
+            assert registry.knows_keys() and registry._keyring.kids == now
+            beat(registry, clock, credential)
+            came_in(registry, clock)
+            do(registry, clock, lambda now: registry.verify_audit(None))
+            assert len(happened(registry, "rotate")) == len(keys_of(registry, clock)) - 1
+    assert n > 20 and done >= 2
+
+
+# Backups.
+
+
+def copy_of(paths: Tuple[str, str], folder: Path) -> Tuple[str, str]:
+    return str(folder / os.path.basename(paths[0])), str(folder / os.path.basename(paths[1]))
+
+
+def assert_sound(paths: Tuple[str, str]) -> None:
+    bad = [finding for finding in hostenroll.examine(*paths) if not finding.is_good]
+    assert bad == []
+
+
+def test_a_backup_is_a_pair_that_works(
+    registry: Registry, clock: Clock, paths: Tuple[str, str], tmp_path: Path
+) -> None:
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    folder = tmp_path / "copy"
+    folder.mkdir(0o700)
+    copies = copy_of(paths, folder)
+    assert registry.back_up(str(folder)) == copies
+    assert sorted(os.listdir(folder)) == sorted(map(os.path.basename, copies))
+    assert {stat.S_IMODE(os.stat(path).st_mode) for path in copies} == {0o600}
+    assert contents(copies[0]) == (sorted(anatomy(paths[0])), snapshot(registry))
+    assert_sound(copies)
+    came_in(registry, clock)
+    assert is_free(paths) and not connection_of(registry).in_transaction
+    registry.back_up(str(folder))  # over the older one
+    assert contents(copies[0])[1] == snapshot(registry)
+    with opened(copies, clock) as copy:
+        assert do(copy, clock, lambda now: copy.host(OPERATOR, number, now)).status == "online"
+        assert beat(copy, clock, credential)
+
+
+@pytest.mark.parametrize("retires", [False, True], ids=["rotated", "and the old key retired"])
+def test_keys_that_change_while_the_database_is_copied_leave_a_pair_that_works_or_none(
+    retires: bool,
+    registry: Registry,
+    clock: Clock,
+    paths: Tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hostenroll, "BACKUP_PAGES", 1)
+    old = registry._keyring.first.kid
+    _, credential = came_in(registry, clock)
+    renewed: List[str] = []
+    pauses = iter(range(1000))
+
+    def pause(seconds: float) -> None:
+        if next(pauses) == 3:
+            with opened(paths, clock) as other:
+                rotate(other, clock)
+                renewed.append(beat(other, clock, credential).grant.credential)
+                beat(other, clock, renewed[0])
+                if retires:
+                    retire(other, clock, old)
+
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(hostenroll.time, "sleep", pause)
+        if retires:  # the copy would know none of the keys beside it
+            with pytest.raises(hostenroll.OperatorError, match="again"):
+                registry.back_up(str(folder))
+            assert os.listdir(folder) == []
+        else:
+            registry.back_up(str(folder))
+    assert renewed
+    copies = registry.back_up(str(folder)) if retires else copy_of(paths, folder)
+    assert sql(copies[0], "SELECT count(*) FROM signing_key") == [(1 + retires,)]
+    with opened(copies, clock) as copy:
+        assert copy.knows_keys()
+        beat(copy, clock, renewed[0])
+        do(copy, clock, lambda now: copy.verify_audit(None))
+    assert_sound(copies)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    table({
+        "a folder where the database goes": lambda f: (f / "hostenroll.db").mkdir(),
+        "a folder where the keys go": lambda f: (f / "hostenroll.key").mkdir(),
+        "a database in use": lambda f: (f / "hostenroll.db-wal").touch(),
+    }),
+)  # fmt: skip
+def test_a_backup_that_fails_leaves_nothing_behind(
+    spoil: Callable[[Path], Any],
+    registry: Registry,
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    spoil(folder)
+    before = os.listdir(folder)
+    with pytest.raises((OSError, hostenroll.OperatorError, hostenroll.StoreError)):
+        registry.back_up(str(folder))
+    left = set(os.listdir(folder)) - set(before)
+    assert left <= {"hostenroll.key"}
+    came_in(registry, clock)
+
+
+def test_a_backup_for_which_there_is_no_room_leaves_the_older_one_whole(
+    registry: Registry, clock: Clock, paths: Tuple[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    copies = registry.back_up(str(folder))
+    before = contents(copies[0])
+    size = os.stat(copies[0]).st_size
+    came_in(registry, clock)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (size - 4096, 4096, 1000, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises((hostenroll.StoreError, OSError)):
+                registry.back_up(str(folder))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [name for name in os.listdir(folder) if "tmp" in name] == []
+        assert contents(copies[0]) == before
+        assert_sound(copies)
+    came_in(registry, clock)
+
+
+@pytest.mark.parametrize("where", ["the database's folder", "the key file's folder", "a link"])
+def test_a_backup_never_goes_over_what_it_copies(
+    where: str, paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    for name in ("data", "keys"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("data")
+    apart = str(tmp_path / "data" / "x.db"), str(tmp_path / "keys" / "x.key")
+    folder = {"the database's folder": "data", "the key file's folder": "keys", "a link": "link"}
+    with opened(apart, clock) as registry:
+        before = snapshot(registry)
+        with pytest.raises(hostenroll.OperatorError):
+            registry.back_up(str(tmp_path / folder[where]))
+        assert snapshot(registry) == before
+    assert_sound(apart)
+
+
+def test_a_database_and_a_key_file_of_one_name_are_not_copied_over_each_other(
+    clock: Clock, tmp_path: Path
+) -> None:
+    for name in ("data", "keys", "copy"):
+        (tmp_path / name).mkdir()
+    apart = str(tmp_path / "data" / "fleet"), str(tmp_path / "keys" / "fleet")
+    with opened(apart, clock) as registry, pytest.raises(hostenroll.OperatorError, match="name"):
+        registry.back_up(str(tmp_path / "copy"))
+    assert os.listdir(tmp_path / "copy") == []
+
+
+def test_two_backups_into_one_folder_do_not_spoil_each_other(
+    registry: Registry, clock: Clock, paths: Tuple[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A timer that comes again before the last copy is done."""
+    monkeypatch.setattr(hostenroll, "BACKUP_PAGES", 1)
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    failures: List[Any] = []
+
+    def again() -> None:
+        try:
+            with opened(paths, clock) as other:
+                other.back_up(str(folder))
+        except (hostenroll.OperatorError, hostenroll.StoreError) as error:
+            failures.append(error)
+
+    pauses: List[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            again()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hostenroll.time, "sleep", pause)
+        copies = registry.back_up(str(folder))
+    assert sorted(os.listdir(folder)) == ["hostenroll.db", "hostenroll.key"]
+    assert contents(copies[0])[1] == snapshot(registry)
+    assert len(failures) <= 1
+    registry.back_up(str(folder))
+
+
+@slow
+def test_a_backup_that_is_killed_leaves_the_older_one_whole(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    with opened(paths, clock) as registry:
+        copies = registry.back_up(str(folder))
+        rotate(registry, clock)
+    ages = [sql(path, "SELECT count(*) FROM signing_key")[0][0] for path in (copies[0], paths[0])]
+    seen, left, n = [], set(), 0
+    killed = True
+    while killed:
+        n += 1
+        killed = killed_at(
+            n, lambda: open_registry(*paths, clock.ms), lambda it: it.back_up(str(folder))
+        )
+        left |= set(os.listdir(folder))
+        assert sql(copies[0], "PRAGMA integrity_check") == [("ok",)]
+        seen += sql(copies[0], "SELECT count(*) FROM signing_key")[0]
+        kids = {kid for (kid,) in sql(copies[0], "SELECT kid FROM signing_key")}
+        assert kids <= set(hostenroll.load_keyring(copies[1]).kids)
+    assert ages == [1, 2] and seen == sorted(seen) and set(seen) == {1, 2}
+    assert n > 15 and {"hostenroll.db.tmp", "hostenroll.key.tmp"} <= left
+    assert sorted(os.listdir(folder)) == ["hostenroll.db", "hostenroll.key"]
+    assert_sound(copies)
+
+
+def restored(paths: Tuple[str, str], copies: Tuple[str, str]) -> None:
+    """Put a backup in the place of a database: what lies in its log is of another life."""
+    _lose(paths[0])
+    for source, target in zip(copies, paths):
+        shutil.copy(source, target)
+
+
+@pytest.mark.parametrize("keys", ["of the backup", "kept"])
+def test_a_backup_that_is_restored_brings_back_its_day(
+    keys: str, paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    with opened(paths, clock) as registry:
+        do(registry, clock, lambda now: registry.start_service("http://x", now))
+        door = ApiDoor(registry, clock)
+        early, shut = (enrolled(door, name) for name in ("early", "shut"))
+        for host in (early, shut):
+            door.beat(host["credential"])
+        waiting = door.token()
+        copies = registry.back_up(str(folder))
+        late = enrolled(door, "late")
+        door.beat(late["credential"])
+        assert door.revoke(shut["hostId"]).status == 200
+        assert door.enroll(waiting).status == 201
+        if keys == "kept":
+            rotate(registry, clock)
+            renewed = door.beat(early["credential"]).document["credential"]
+            assert door.beat(renewed).status == 200
+    clock.advance(3600)
+    kept = Path(paths[1]).read_bytes()
+    restored(paths, copies)
+    if keys == "kept":
+        Path(paths[1]).write_bytes(kept)
+    with opened(paths, clock) as registry:
+        do(registry, clock, lambda now: registry.start_service("http://x", now))
+        door = ApiDoor(registry, clock)
+        assert door.host(early["hostId"]).document["status"] == "online"  # the pause is nobody's
+        assert door.beat(early["credential"]).status == 200
+        assert door.beat(shut["credential"]).status == 200  # its revocation is undone
+        gone = door.beat(late["credential"])
+        assert (gone.status, gone.code) == (410, "host-unknown")
+        if keys == "kept":
+            assert door.beat(renewed).status == 200
+        assert enrolled(door, "late")["hostId"] != late["hostId"]
+        do(registry, clock, lambda now: registry.verify_audit(None))
+    assert_sound(paths)
+
+
+def test_a_host_re_enrolls_also_when_the_database_has_forgotten_its_last_serials(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    """Restored from a backup, the database has issued fewer than the host has used."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    with opened(paths, clock, credential_ttl=300) as registry:
+        number, credential = came_in(registry, clock)
+        beat(registry, clock, credential)
+        copies = registry.back_up(str(folder))
+        for _ in range(5):
+            clock.advance(250)
+            credential = beat(registry, clock, credential).grant.credential
+        beat(registry, clock, credential)
+    restored(paths, copies)
+    with opened(paths, clock, credential_ttl=300) as registry:
+        beat(registry, clock, credential)
+        order = hostenroll.TokenOrder()
+        text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+        arrival = hostenroll.Applicant(text, "web-1", idempotency_key="k")
+        for _ in range(2):
+            fresh = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+        beat(registry, clock, fresh)
+        with pytest.raises(hostenroll.CredentialSuperseded):
+            beat(registry, clock, credential)
+
+
+# What check looks at.
+
+
+def verdicts(paths: Tuple[str, str]) -> Dict[str, bool]:
+    return {finding.name: finding.is_good for finding in hostenroll.examine(*paths)}
+
+
+SOUND = dict.fromkeys(("schema", "integrity", "sqlite", "keys", "audit", "modes"), True)
+
+
+def test_a_fresh_pair_and_one_in_use_are_sound(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    assert verdicts(paths) == SOUND
+    came_in(registry, clock)
+    assert verdicts(paths) == SOUND
+    came_in(registry, clock)
+    registry.close()
+    before = [Path(path).read_bytes() for path in paths]
+    assert verdicts(paths) == SOUND
+    assert [Path(path).read_bytes() for path in paths] == before
+
+
+def _tamper(paths: Tuple[str, str]) -> None:
+    sql(paths[0], "DROP TRIGGER audit_is_never_changed")
+    sql(paths[0], "UPDATE audit SET actor = 'cli:mallory' WHERE number = 2")
+
+
+UNSOUND: Dict[str, Tuple[Callable[[Tuple[str, str]], Any], Dict[str, Optional[bool]], str]] = {
+    "a row that lacks its host": (
+        lambda paths: sql(paths[0], "INSERT INTO heartbeat VALUES (5, 0, 1, 1, 1)"),
+        {"integrity": False}, "heartbeat"),
+    "an index that lacks a row": (
+        lambda paths: _unindex(paths[0]), {"integrity": False}, "host_token"),
+    "no key file": (lambda paths: os.unlink(paths[1]), {"keys": False, "audit": None}, "key file"),
+    "a key file that is none": (
+        lambda paths: Path(paths[1]).write_text("[]"), {"keys": False, "audit": None}, "JWK"),
+    "another's key file": (
+        lambda paths: _other_key_file(paths), {"keys": False, "audit": None}, "not the key file"),
+    "a key file that others can read": (
+        lambda paths: os.chmod(paths[1], 0o640), {"keys": False, "audit": None}, "chmod 600"),
+    "a database that others can read": (
+        lambda paths: os.chmod(paths[0], 0o604), {"modes": False}, "chmod 600"),
+    "an audit log that was changed": (_tamper, {"audit": False, "integrity": False}, "event 2 "),
+    "an audit log that lacks an event": (
+        lambda paths: (sql(paths[0], "DROP TRIGGER audit_is_only_pruned"),
+                       sql(paths[0], "DELETE FROM audit WHERE number = 1")),
+        {"audit": False, "integrity": False}, "event 1 "),
+}  # fmt: skip
+
+
+def _unindex(path: str) -> None:
+    """As SQLite leaves it that was cut short: a row without its entry in an index."""
+    (text,) = sql(path, "SELECT sql FROM sqlite_master WHERE name = 'host_token'")[0]
+    sql(path, "DROP INDEX host_token")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(text + " WHERE id < 0")
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'host_token'", (text,))
+
+
+@pytest.mark.parametrize("spoil, verdict, word", UNSOUND.values(), ids=UNSOUND)
+def test_what_is_unsound_is_found_and_nothing_is_changed(
+    spoil: Callable[[Tuple[str, str]], Any],
+    verdict: Dict[str, Optional[bool]],
+    word: str,
+    paths: Tuple[str, str],
+    clock: Clock,
+) -> None:
+    with opened(paths, clock) as registry:
+        came_in(registry, clock)
+    spoil(paths)
+    before = [Path(path).read_bytes() if os.path.exists(path) else None for path in paths]
+    findings = hostenroll.examine(*paths)
+    expected = {name: good for name, good in {**SOUND, **verdict}.items() if good is not None}
+    assert {finding.name: finding.is_good for finding in findings} == expected
+    assert [word in finding.detail for finding in findings if not finding.is_good] == [True]
+    after = [Path(path).read_bytes() if os.path.exists(path) else None for path in paths]
+    assert after == before
+    assert is_free(paths)
+
+
+def _spoil_pages(path: str) -> None:
+    data = bytearray(Path(path).read_bytes())
+    for start in range(4096, len(data), 4096):
+        data[start : start + 64] = b"\xff" * 64
+    Path(path).write_bytes(bytes(data))
+
+
+UNFIT: Dict[str, Tuple[Callable[[str], Any], str]] = {
+    "not there": (_lose, "no database"),
+    "empty": (lambda path: os.truncate(path, 0), "empty"),
+    "of another program": (
+        lambda path: (_lose(path), sql(path, "CREATE TABLE t (x)")), "another program"),
+    "of a newer version": (_newer, "newer"),
+    "no database at all": (lambda path: Path(path).write_bytes(b"text\n" * 999), "not a database"),
+    "a folder": (lambda path: (_lose(path), os.mkdir(path)), "not a file"),
+    "of torn pages": (_spoil_pages, "malformed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, word", UNFIT.values(), ids=UNFIT)
+def test_what_cannot_be_looked_at_is_said_in_one_line_and_left_as_it_is(
+    spoil: Callable[[str], Any], word: str, paths: Tuple[str, str], clock: Clock
+) -> None:
+    open_registry(*paths, clock.ms).close()
+    spoil(paths[0])
+    before = Path(paths[0]).read_bytes() if os.path.isfile(paths[0]) else None
+    there, key = os.path.exists(paths[0]), Path(paths[1]).read_bytes()
+    try:
+        bad = [finding.detail for finding in hostenroll.examine(*paths) if not finding.is_good]
+        said = "; ".join(bad)
+    except hostenroll.OperatorError as error:
+        said = str(error)
+        assert paths[0] in said
+    assert word in said and "\n" not in said
+    assert os.path.exists(paths[0]) == there and Path(paths[1]).read_bytes() == key
+    assert (Path(paths[0]).read_bytes() if os.path.isfile(paths[0]) else None) == before
+
+
+def test_a_database_of_the_first_version_is_looked_at_and_not_brought_up(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    old_fleet(paths, clock)
+    before = Path(paths[0]).read_bytes()
+    findings = {finding.name: finding for finding in hostenroll.examine(*paths)}
+    assert not findings["schema"].is_good and "1" in findings["schema"].detail
+    assert f"brings it to {hostenroll.SCHEMA_VERSION}" in findings["schema"].detail
+    assert all(finding.is_good for name, finding in findings.items() if name != "schema")
+    assert Path(paths[0]).read_bytes() == before
+    open_registry(*paths, clock.ms).close()
+    assert_sound(paths)
+
+
+def test_a_database_in_another_journal_mode_is_looked_at_as_it_is(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """A copy that another tool made."""
+    open_registry(*paths, clock.ms).close()
+    sql(paths[0], "PRAGMA journal_mode = DELETE")
+    before = Path(paths[0]).read_bytes()
+    assert verdicts(paths) == SOUND
+    assert Path(paths[0]).read_bytes() == before
+
+
+def test_an_audit_log_that_is_pruned_while_it_is_looked_at_is_sound(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    with opened(paths, clock, audit_keep=86400) as registry:
+        for _ in range(5):
+            token_of(registry, clock)
+        clock.advance(3 * 86400)
+        token_of(registry, clock)
+        looked: List[bool] = []
+
+        class Anchored(hostenroll.Store):
+            def anchor(self) -> Any:
+                found = super().anchor()
+                if not looked:
+                    looked.append(True)
+                    do(registry, clock, lambda now: registry.keep_house(now))
+                return found
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(hostenroll, "Store", Anchored)
+            assert verdicts(paths) == SOUND
+        assert looked and look(registry, "SELECT count(*) FROM audit_anchor") == [(1,)]
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", ".gate", ".lock"])
+def test_what_lies_beside_the_database_is_for_its_owner_alone_too(
+    suffix: str, registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    came_in(registry, clock)
+    os.chmod(paths[0] + suffix, 0o640)
+    if suffix in (".gate", ".lock"):  # whoever opens a lock puts its mode right
+        assert verdicts(paths) == SOUND
+        assert stat.S_IMODE(os.stat(paths[0] + suffix).st_mode) == 0o600
+        return
+    findings = {finding.name: finding for finding in hostenroll.examine(*paths)}
+    assert {name for name, finding in findings.items() if not finding.is_good} == {"modes"}
+    assert findings["modes"].detail == f"chmod 600 {paths[0]}{suffix}"
+    os.chmod(paths[0] + suffix, 0o600)
+    assert verdicts(paths) == SOUND
 
 
 # 7. Messages
@@ -5846,6 +7170,170 @@ def test_a_real_prometheus_scrapes_us(live: SocketDoor, tmp_path: Path) -> None:
         process.wait(20)
 
 
+def spoiled(path: Path, spoil: Callable[[Path], Any]) -> None:
+    """Make a file bad as one who replaces it: no moment without a file that is not meant."""
+    beside = path.with_name("beside")
+    shutil.copy(path, beside)
+    spoil(beside)
+    if beside.exists() and not beside.is_dir():
+        os.replace(beside, path)
+    else:
+        path.unlink()
+        if beside.is_dir():
+            beside.rename(path)
+
+
+LIVE_KEY_TROUBLES = {name: KEY_TROUBLES[name] for name in KEY_TROUBLES if "link" not in name}
+
+
+@pytest.mark.parametrize("spoil", table(LIVE_KEY_TROUBLES))
+def test_a_server_goes_on_with_its_keys_while_the_key_file_is_bad_and_says_so_once(
+    spoil: Callable[[Path], Any], live: SocketDoor, paths: Tuple[str, str], caplog: Any
+) -> None:
+    host, good = enrolled(live), Path(paths[1]).read_bytes()
+    path = Path(paths[1])
+    for _ in range(2):
+        caplog.clear()
+        spoiled(path, spoil)
+        for n in range(3):
+            assert live.beat(host["credential"]).status == 200
+            assert live.beat(host["credential"], os=f"linux {n}").status == 200
+            fresh = enrolled(live, f"web-{n}")
+            ready = live.call("GET", "/readyz")
+            assert (ready.status, ready.code) == (503, "storage-unavailable")
+            assert "key file" in ready.document["detail"] and "retry-after" in ready.headers
+            assert path.name not in json.dumps(ready.document)
+            assert str(path.parent) not in json.dumps(ready.document)
+            assert live.call("GET", "/healthz").status == 200
+        said = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+        assert len(said) == len(set(said)) and 1 <= len(said) <= 2
+        assert all(str(path) in line and "\n" not in line for line in said)
+        if path.is_dir():
+            path.rmdir()
+        hostenroll.write_key_file(str(path), hostenroll.load_keyring(write_beside(path, good)))
+        assert live.call("GET", "/readyz").document == {"status": "ready"}
+        for credential in (host["credential"], fresh["credential"]):
+            assert live.beat(credential).status == 200
+
+
+def write_beside(path: Path, content: bytes) -> str:
+    beside = path.with_name("good")
+    beside.write_bytes(content)
+    beside.chmod(0o600)
+    return str(beside)
+
+
+def test_every_server_goes_by_a_change_of_keys_at_once(tmp_path: Path) -> None:
+    def kid_of(credential: str) -> str:
+        return str(json.loads(unb64(credential.split(".")[0]))["kid"])
+
+    def states() -> Dict[str, Tuple[str, int]]:
+        listed = json.loads(cli(tmp_path, "list-signing-keys", "--json").stdout)["signingKeys"]
+        return {key["kid"]: (key["state"], key["hosts"]) for key in listed}
+
+    key = api_key_of(tmp_path)
+    with ServerProcess(tmp_path) as one, ServerProcess(tmp_path) as other:
+        doors = [SocketDoor(server.port, key) for server in (one, other)]
+        hosts = [door.enroll(door.token()).document["credential"] for door in doors]
+        for door, credential in zip(doors, hosts):
+            assert set(door.beat(credential).document) == {
+                "hostId", "lastSeen", "nextHeartbeatSeconds"}  # fmt: skip
+        old = kid_of(hosts[0])
+        rotated = cli(tmp_path, "rotate-signing-key")
+        new = rotated.stdout.strip()
+        assert rotated.returncode == 0 and new != old
+        renewed = [door.beat(it).document["credential"] for door, it in zip(doors, hosts)]
+        assert {kid_of(credential) for credential in renewed} == {new}
+        for door in doors:
+            assert kid_of(door.enroll(door.token()).document["credential"]) == new
+        assert doors[1].beat(renewed[0]).status == 200
+        assert states() == {new: ("signs", 3), old: ("verifies", 1)}
+        refused = cli(tmp_path, "retire-signing-key", old)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert "conflict" in refused.stderr and "--force" in refused.stderr
+        assert doors[0].beat(hosts[1]).status == 200
+        assert cli(tmp_path, "retire-signing-key", old, "--force").returncode == 0
+        for door in doors:
+            shut_out = door.beat(hosts[1])
+            assert (shut_out.status, shut_out.code) == (401, "credential-invalid")
+            assert door.beat(renewed[0]).status == 200
+        assert doors[0].beat(renewed[1]).status == 200  # had got its renewal
+        assert states() == {new: ("signs", 4), old: ("retired", 0)}
+        for door in doors:
+            assert door.call("GET", "/readyz").status == 200
+
+
+@slow
+def test_whenever_a_change_of_keys_is_killed_nobody_is_locked_out(tmp_path: Path) -> None:
+    key, dice = api_key_of(tmp_path), random.Random(3)
+    key_file, finished = str(tmp_path / "hostenroll.key"), 0
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, key)
+        credentials = [door.enroll(door.token(), f"web-{n}").document["credential"] for n in "ab"]
+        for round in range(40):
+            kids = hostenroll.load_keyring(key_file).kids
+            command = ["retire-signing-key", kids[-1]] if round % 2 else ["rotate-signing-key"]
+            victim = subprocess.Popen(
+                [sys.executable, str(MODULE), *command],
+                cwd=str(tmp_path),
+                env=clean_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            deadline = time.monotonic() + dice.uniform(0.1, 0.5)
+            while time.monotonic() < deadline and victim.poll() is None:
+                for n, credential in enumerate(credentials):
+                    beaten = door.beat(credential)
+                    assert beaten.status == 200, beaten
+                    credentials[n] = beaten.document.get("credential", credential)
+            victim.kill()
+            finished += victim.wait(10) == 0
+            assert len(hostenroll.load_keyring(key_file).kids) >= 1
+            assert door.call("GET", "/readyz").status == 200
+        assert server.terminate() == 0
+    assert 0 < finished < 40
+    assert cli(tmp_path, "check").returncode == 0
+
+
+def test_a_backup_and_a_check_beside_a_busy_server_are_whole_and_sound(
+    tmp_path: Path,
+) -> None:
+    key = api_key_of(tmp_path)
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, key)
+        token = door.token(maxUses=1000)
+        hosts: List[Any] = []
+        done, came = threading.Event(), []
+
+        def load(n: int) -> None:
+            if n == 0:
+                until(lambda: len(hosts) > 30)
+                before = list(hosts)
+                made = cli(tmp_path, "backup", "copy")
+                came.append((made.returncode, before))
+                came.append((cli(tmp_path, "check").returncode, []))
+                done.set()
+                return
+            while not done.is_set():
+                host = door.enroll(token).document
+                assert door.beat(host["credential"]).status == 200
+                hosts.append(host["hostId"])
+
+        many(3, load)
+        assert server.terminate() == 0
+    before = came[0][1]
+    assert [status for status, _ in came] == [0, 0]
+    copy = tmp_path / "copy"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o700
+    assert sorted(os.listdir(copy)) == ["hostenroll.db", "hostenroll.key"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in copy.iterdir()} == {0o600}
+    statement = "SELECT id FROM host JOIN heartbeat ON host_id = id WHERE last_seen > 0"
+    stored = {f"{number:016x}" for (number,) in sql(str(copy / "hostenroll.db"), statement)}
+    assert stored >= set(before) and len(before) > 30
+    checked = cli(copy, "check")
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
 # 11. Command line
 
 
@@ -6392,3 +7880,111 @@ def test_the_openapi_command_prints_what_the_server_serves(tmp_path: Path, api: 
     assert json.loads(printed.stdout) == served.document == hostenroll.openapi_document()
     assert printed.stdout.startswith('{\n  "openapi": "3.1.0",')
     assert list(folder.iterdir()) == []
+
+
+def test_signing_keys_are_rotated_listed_and_retired(operator: Operator) -> None:
+    operator("mint-token")
+    (old,) = json.loads(operator("list-signing-keys", "--json").out)["signingKeys"]
+    assert old == {
+        "kid": old["kid"], "state": "signs", "hosts": 0, "createdAt": old["createdAt"],
+        "retiredAt": None,
+    }  # fmt: skip
+    refused = operator("retire-signing-key", old["kid"], "--force")
+    assert refused.status == 3 and "(conflict)" in refused.err and "rotate" in refused.err
+    operator.clock.advance(60)
+    rotated = operator("rotate-signing-key")
+    assert rotated.status == 0 and re.fullmatch("[0-9a-f]{16}\n", rotated.out)
+    new = rotated.out.strip()
+    lines = operator("list-signing-keys").out.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["kid", "state", "hosts"], [new, "signs", "0"], [old["kid"], "verifies", "0"]]  # fmt: skip
+    unknown = operator("retire-signing-key", "0123456789abcdef")
+    assert unknown.status == 3 and "(not-found)" in unknown.err
+    operator.clock.advance(60)
+    retired = operator("retire-signing-key", old["kid"])
+    assert (retired.status, retired.out) == (0, "") and old["kid"] in retired.err
+    listed = json.loads(operator("list-signing-keys", "--json").out)["signingKeys"]
+    assert [(key["kid"], key["state"], key["retiredAt"]) for key in listed] == [
+        (new, "signs", None),
+        (old["kid"], "retired", hostenroll.rfc3339(operator.clock.ms)),
+    ]
+    assert operator("retire-signing-key", old["kid"]).status == 3
+    assert operator("verify-audit").status == 0
+
+
+def test_keys_that_cannot_be_written_are_a_failure_that_says_why(
+    operator: Operator, tmp_path: Path
+) -> None:
+    operator("mint-token")
+    (tmp_path / "hostenroll.key.tmp").mkdir()
+    failed = operator("rotate-signing-key")
+    assert (failed.status, failed.out) == (1, "")
+    assert "hostenroll.key" in failed.err and failed.err.count("\n") == 1
+
+
+def test_verify_audit_names_the_event_that_was_changed(operator: Operator, tmp_path: Path) -> None:
+    for _ in range(3):
+        operator("mint-token")
+    database = str(tmp_path / "hostenroll.db")
+    _tamper((database, ""))
+    failed = operator("verify-audit")
+    assert (failed.status, failed.out) == (1, "")
+    assert "event 2 of the audit log" in failed.err and failed.err.count("\n") == 1
+
+
+def test_check_says_ok_or_what_is_bad(operator: Operator, tmp_path: Path) -> None:
+    nothing = operator("check")
+    assert (nothing.status, nothing.out, os.listdir(tmp_path)) == (1, "", [])
+    assert "no database" in nothing.err and nothing.err.count("\n") == 1
+    operator("mint-token")
+    lines = operator("check").out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in SOUND]
+    sound = operator("check", "--json")
+    document = json.loads(sound.out)
+    assert (sound.status, sound.err, document["ok"]) == (0, "", True)
+    assert [(f["name"], f["ok"]) for f in document["findings"]] == list(SOUND.items())
+    assert all(set(f) == {"name", "ok", "detail"} for f in document["findings"])
+    (tmp_path / "hostenroll.key").chmod(0o604)
+    bad = operator("check")
+    assert (bad.status, bad.err) == (1, "")
+    assert [line.split()[:2] for line in bad.out.splitlines() if "BAD" in line] == [["BAD", "keys"]]
+    document = json.loads(operator("check", "--json").out)
+    assert not document["ok"]
+    assert [f["name"] for f in document["findings"] if not f["ok"]] == ["keys"]
+
+
+def test_a_first_command_brings_an_old_database_up(operator: Operator, tmp_path: Path) -> None:
+    paths = str(tmp_path / "hostenroll.db"), str(tmp_path / "hostenroll.key")
+    old_fleet(paths, operator.clock)
+    before = Path(paths[0]).read_bytes()
+    looked = operator("check")
+    assert looked.status == 1 and "BAD  schema" in looked.out
+    assert Path(paths[0]).read_bytes() == before
+    listed = json.loads(operator("list-hosts", "--json").out)["hosts"]
+    assert {host["name"] for host in listed} == set(OLD_HOSTS)
+    assert operator("check").status == 0
+
+
+def test_backup_makes_its_folder_for_its_owner_alone(tmp_path: Path) -> None:
+    assert cli(tmp_path, "mint-token").returncode == 0
+    made = cli(tmp_path, "backup", "copy", preexec_fn=lambda: os.umask(0))
+    assert (made.returncode, made.stdout) == (0, "")
+    copy = tmp_path / "copy"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in copy.iterdir()} == {0o600}
+    assert cli(tmp_path, "check", "--db", "copy/hostenroll.db").returncode == 0
+    assert cli(tmp_path, "backup", "copy").returncode == 0
+
+
+PLACES_FOR_NO_BACKUP = {"a-file": "a-file", "a-file/copy": "a-file", ".": "in use"}
+
+
+@pytest.mark.parametrize("folder, word", PLACES_FOR_NO_BACKUP.items(), ids=PLACES_FOR_NO_BACKUP)
+def test_where_no_backup_can_go_is_said_in_one_line(folder: str, word: str, tmp_path: Path) -> None:
+    assert cli(tmp_path, "mint-token").returncode == 0
+    (tmp_path / "a-file").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    failed = cli(tmp_path, "backup", folder)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert word in failed.stderr and failed.stderr.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
