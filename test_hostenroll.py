@@ -4161,7 +4161,7 @@ def test_a_key_lives_from_rotation_to_retirement(registry: Registry, clock: Cloc
     assert keys_of(registry, clock) == {new: ("signs", 1), old: ("verifies", 2)}
     beat(registry, clock, renewed[0])
     assert keys_of(registry, clock) == {new: ("signs", 2), old: ("verifies", 1)}
-    with pytest.raises(hostenroll.Conflict, match=": 1[.]"):
+    with pytest.raises(hostenroll.Conflict, match=r": 1\."):
         retire(registry, clock, old)
     beat(registry, clock, never_beat)  # refused to retire: it changes nothing
     beat(registry, clock, renewed[1])
