@@ -157,6 +157,7 @@ CENSUS_KEPT = 5  # a census that took longer than one slice is good for so long
 PRUNED_AT_ONCE = 500
 
 # The audit log.
+NOTES_MAXIMUM = 1000  # while nothing can be written; what comes then is summed up
 REFUSALS_AUDITED = 60  # of one code, in a minute; the others are summed up in one event
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 
@@ -248,9 +249,19 @@ def read_id(text: str) -> int:
     return int(text, 16) if ID.fullmatch(text) else -1
 
 
+# A token or an API key, whole or cut short, where somebody has put it by mistake: in the place of
+# an id, of a hostname.
+SECRET_SHAPED = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]+")
+
+
+def concealed(text: str) -> str:
+    """A text with the ids of secrets, and without the secrets."""
+    return SECRET_SHAPED.sub(r"\1_\2_...", text)
+
+
 def printable(text: str) -> str:
-    """A peer's text made safe to show: no control characters, and not long."""
-    shown = UNPRINTABLE.sub("?", text)
+    """A peer's text made safe to show: no control characters, no secrets, and not long."""
+    shown = UNPRINTABLE.sub("?", concealed(text))
     return shown if len(shown) <= 64 else f"{shown[:61]}..."
 
 
@@ -1478,6 +1489,12 @@ BEGIN
     SELECT RAISE(ABORT, 'the audit log is append-only');
 END;
 
+CREATE TRIGGER audit_is_never_replaced BEFORE INSERT ON audit
+WHEN EXISTS (SELECT 1 FROM audit WHERE number = NEW.number)
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
 CREATE TRIGGER audit_is_only_pruned BEFORE DELETE ON audit
 WHEN OLD.number > coalesce((SELECT number FROM audit_anchor), 0)
 BEGIN
@@ -1615,7 +1632,12 @@ class Event(NamedTuple):
 
     def record(self) -> bytes:
         """What its mac covers, beside the mac before it."""
-        return json.dumps(self[:-1], separators=(",", ":")).encode("ascii")
+        return json.dumps(self[:-1], separators=(",", ":"), default=repr).encode("ascii")
+
+
+def _octets(value: Any) -> bytes:
+    """What a BLOB holds; of anything else, which only a forger puts there, what nothing equals."""
+    return value if isinstance(value, bytes) else repr(value).encode()
 
 
 class Anchor(NamedTuple):
@@ -1627,7 +1649,7 @@ class Anchor(NamedTuple):
 
     def record(self) -> bytes:
         """What its proof covers."""
-        return b"anchor %d %b" % (self.number, self.mac)
+        return b"anchor %a %b" % (self.number, _octets(self.mac))
 
 
 # Of the heartbeat statement: last_seen, host_id, serial, last_seen.
@@ -2332,6 +2354,11 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(str(error)) from error
 
+    def oldest_event(self) -> Optional[int]:
+        """The number of the first event that is there."""
+        number: Optional[int] = self._value("SELECT min(number) FROM audit")
+        return number
+
     def anchor(self) -> Optional[Anchor]:
         """What the first of the rest is chained to, where there is an anchor."""
         return self._one(Anchor._make, "SELECT number, mac, proof FROM audit_anchor")
@@ -2682,26 +2709,58 @@ def is_same_hostname(one: str, other: str) -> bool:
     return one.lower().rstrip(".") == other.lower().rstrip(".")
 
 
-def verify_chain(
-    store: Store, keyring: Keyring, head: Optional[bytes]
-) -> Tuple[int, int, bytes, bool]:
-    """Go through the whole audit log: the number of the first event, of the last, its mac, and
-    whether an event has the head as its mac. Raises OperatorError, which names the first that is
+class Verified(NamedTuple):
+    """What verify_chain() has found to be as it was written."""
+
+    first: int
+    last: int
+    head: bytes  # the mac of the last
+    has_head: bool  # an event has the head that was asked for
+    unverified: int  # older events, chained with a key that is gone
+
+
+def verify_chain(store: Store, keyring: Keyring, head: Optional[bytes]) -> Verified:
+    """Go through the whole audit log. Raises OperatorError, which names the first event that is
     not as it was written."""
+    start, mac = chain_start(store, keyring)
+    oldest = store.oldest_event()
+    if oldest is not None and oldest < 1:
+        raise OperatorError(f"event {oldest} of the audit log was never written")
+    number, found = start, mac == head
+    for event in verified(store.events_after(start), start, mac, keyring):
+        number, mac = event.number, event.mac
+        found = found or mac == head
+    older = 0 if oldest is None or oldest > start else start + 1 - oldest
+    return Verified(start + 1, number, mac, found, older)
+
+
+def said_of(verified: Verified) -> str:
+    """The same in words."""
+    first, last, _, _, older = verified
+    said = f"events {first} to {last} are as they were written" if last >= first else "no events"
+    return f"{said}; of {older} older ones the key is gone" if older else said
+
+
+def chain_start(store: Store, keyring: Keyring) -> Tuple[int, bytes]:
+    """What the first event is chained to. Raises OperatorError for a forged anchor."""
     anchor = store.anchor()
-    number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
-    if anchor and not is_same(anchor.proof, keyring.chain(b"", anchor.record())):
+    if anchor is None:
+        return 0, b""
+    if anchor.proof != keyring.chain(b"", anchor.record()):
         raise OperatorError("the anchor of the audit log is not as it was written")
-    first, found = number + 1, mac == head
-    for event in store.events_after(number):
+    return anchor.number, anchor.mac
+
+
+def verified(events: Iterable[Event], number: int, mac: bytes, keyring: Keyring) -> Iterator[Event]:
+    """Events as long as they are those that follow a number and its mac. Raises OperatorError."""
+    for event in events:
         number += 1
         if event.number != number:
             raise OperatorError(f"event {number} of the audit log is missing")
         mac = keyring.chain(mac, event.record())
-        if not is_same(mac, event.mac):
+        if event.mac != mac:
             raise OperatorError(f"event {number} of the audit log is not as it was written")
-        found = found or mac == head
-    return first, number, mac, found
+        yield event
 
 
 class RefusalWindow:
@@ -2709,12 +2768,8 @@ class RefusalWindow:
 
     def __init__(self, now: int) -> None:
         self.since = now
-        self.seen = 0
-
-    @property
-    def summed_up(self) -> int:
-        """How many are not audited one by one."""
-        return max(0, self.seen - REFUSALS_AUDITED)
+        self.listed = 0  # one by one
+        self.summed_up = 0
 
     def is_over(self, now: int) -> bool:
         """Whether its minute is."""
@@ -2730,14 +2785,18 @@ class AuditLog:
         self._keep = keep  # seconds; None: for ever
         self.origin = NOWHERE  # of the act at hand
         self._events: List[Noted] = []  # of the tick at hand
+        self._taken: List[Noted] = []  # by the tick at hand, of the notes
         self._notes: List[Noted] = []  # of refusals outside of one, for the next that writes
         self._windows: Dict[str, RefusalWindow] = {}
+        self._trouble = ""  # why it cannot be pruned
 
     # In a tick.
 
-    def begin(self) -> None:
+    def begin(self, now: int) -> None:
         """A tick that writes begins: it writes the notes too."""
-        self._events, self._notes = self._notes, []
+        self._sum_up_minutes(now)
+        self._taken, self._notes = self._notes, []
+        self._events = list(self._taken)
 
     @property
     def mark(self) -> int:
@@ -2749,8 +2808,8 @@ class AuditLog:
         del self._events[mark:]
 
     def forget(self) -> None:
-        """The tick has died."""
-        self._events, self._notes = [], []
+        """The tick has died. What was noted before it, and has been answered, is kept."""
+        self._events, self._taken, self._notes = [], [], self._taken + self._notes
 
     def record(
         self,
@@ -2774,9 +2833,9 @@ class AuditLog:
         code: Optional[str],
         detail: Mapping[str, Any],
     ) -> Noted:
-        said = {name: value for name, value in detail.items() if value not in (None, "", {}, [])}
+        said = {name: value for name, value in detail.items() if value not in (None, "")}
         address, request = self.origin
-        text = json.dumps(said)
+        text = concealed(json.dumps(said))
         event = Event(0, now, action, actor, address, organization, subject, code, text, b"")
         return Noted(event, request)
 
@@ -2793,7 +2852,7 @@ class AuditLog:
 
     def tell(self) -> None:
         """The tick is committed: its events go to the log for people too."""
-        events, self._events = self._events, []
+        events, self._events, self._taken = self._events, [], []
         for event, request in events:
             log.info(
                 "%s %s by %s%s%s",
@@ -2811,11 +2870,14 @@ class AuditLog:
         """The act or the request at hand is refused."""
         events, code = self._events if in_tick else self._notes, problem.code
         window = self._windows.get(code)
-        if window is None or window.is_over(now):
+        is_full = len(self._notes) >= NOTES_MAXIMUM
+        if window is None or (window.is_over(now) and not is_full):
             self._sum_up(events, code, now)
             window = self._windows[code] = RefusalWindow(now)
-        window.seen += 1
-        if not window.summed_up:
+        if window.listed == REFUSALS_AUDITED or is_full:
+            window.summed_up += 1
+        else:
+            window.listed += 1
             about = (problem.actor, problem.subject, problem.organization)
             events.append(self._event(now, "refuse", *about, code, problem.particulars))
 
@@ -2826,11 +2888,15 @@ class AuditLog:
             event = self._event(now, "refuse", "anonymous", "", None, code, detail).event
             events.append(Noted(event._replace(address=""), ""))
 
-    def sum_up(self, now: int, *, all_of_them: bool = False) -> None:
-        """In a tick: one event for the rest of a minute that is over."""
+    def sum_up_all(self, now: int) -> None:
+        """In a tick: one event of each code for the rest, though its minute is not over."""
+        for code in list(self._windows):
+            self._sum_up(self._events, code, now)
+
+    def _sum_up_minutes(self, now: int) -> None:
         for code, window in list(self._windows.items()):
-            if all_of_them or window.is_over(now):
-                self._sum_up(self._events, code, now)
+            if window.is_over(now) and len(self._notes) < NOTES_MAXIMUM:
+                self._sum_up(self._notes, code, now)
 
     @property
     def owes_notes(self) -> bool:
@@ -2838,9 +2904,9 @@ class AuditLog:
         return bool(self._notes)
 
     @property
-    def has_sums(self) -> bool:
-        """Whether there are refusals that are not listed one by one, and not yet summed up."""
-        return any(window.summed_up for window in self._windows.values())
+    def is_behind(self) -> bool:
+        """Whether there are refusals that are not written, one by one or summed up."""
+        return self.owes_notes or any(window.summed_up for window in self._windows.values())
 
     # The start of the log.
 
@@ -2854,12 +2920,27 @@ class AuditLog:
         if self._keep is None:
             return
         old = self._store.oldest_events(now - self._keep * SECOND_MS, PRUNED_AT_ONCE)
-        if old:
+        if old and self._are_genuine(old, keyring):
             last = old[-1]
             anchor = self._store.anchor()
             if anchor is None or anchor.number < last.number:
                 self.put_anchor(keyring, last.number, last.mac)
             self._store.prune_events(last.number)
+
+    def _are_genuine(self, old: Sequence[Event], keyring: Keyring) -> bool:
+        """Whether the first events are as they were written. Else who has only the database could
+        have us prune the log, and prove the anchor, by making events old."""
+        trouble = ""
+        try:
+            number, mac = chain_start(self._store, keyring)
+            for _ in verified([it for it in old if it.number > number], number, mac, keyring):
+                pass
+        except OperatorError as error:
+            trouble = str(error)
+        if trouble and trouble != self._trouble:
+            log.error("%s: nothing of it is pruned", trouble)
+        self._trouble = trouble
+        return not trouble
 
 
 class Registry:
@@ -2916,7 +2997,7 @@ class Registry:
             if not self._store.begin(writes, durable):
                 return None
             if writes:
-                self.audit.begin()
+                self.audit.begin(now)
             if acts:
                 self.notice_keys()
             outcomes = self._beat_all(work, beats, now, origin_of) if beats else []
@@ -3073,7 +3154,7 @@ class Registry:
             return Page(found, found[-1].number)
         return Page(found, rows[SLICE - 1].number if len(rows) > SLICE else None)
 
-    def verify_audit(self, head: Optional[bytes]) -> Tuple[int, int, bytes, bool]:
+    def verify_audit(self, head: Optional[bytes]) -> Verified:
         """verify_chain() of this log."""
         return verify_chain(self._store, self._keyring, head)
 
@@ -3089,6 +3170,11 @@ class Registry:
         keyring = self._key_file.reload(self._keyring)
         if keyring is not None:
             self._keyring = keyring
+
+    @property
+    def storage_trouble(self) -> str:
+        """Why the last tick failed; '' when it did not."""
+        return self._trouble
 
     @property
     def key_trouble(self) -> str:
@@ -3191,7 +3277,6 @@ class Registry:
         self._store.keep_alive(now)
         if self._pin is not None:
             self._store.put_pin(self._pin)
-        self.audit.sum_up(now)
         if not self.knows_keys():
             self.learn_keys("key-file", now)
         self._prune_tokens(now)
@@ -3371,6 +3456,8 @@ class Registry:
             maxUses=order.max_uses,
             expiresAt=rfc3339(token.expires_at),
             description=order.description,
+            hostname=order.hostname,
+            labels=dict(order.labels) or None,
         )
         return TokenView(token, "valid", []), secret.text
 
@@ -3981,9 +4068,7 @@ def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
     yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
     if store.version() == SCHEMA_VERSION:
         try:
-            first, last, _, _ = verify_chain(store, keyring, None)
-            written = f"events {first} to {last} are as they were written"
-            yield Finding("audit", True, written if last >= first else "no events")
+            yield Finding("audit", True, said_of(verify_chain(store, keyring, None)))
         except OperatorError as error:
             yield Finding("audit", False, str(error))
 
@@ -5666,7 +5751,7 @@ class Api:
     @property
     def owes_notes(self) -> bool:
         """Whether the next tick should come soon: there are refusals to be audited."""
-        return self._registry.audit.owes_notes
+        return self._registry.audit.owes_notes and not self._registry.storage_trouble
 
     def housekeeping(self) -> Act:
         """What a server does every ALIVE_EVERY seconds."""
@@ -5679,11 +5764,11 @@ class Api:
 
     def last_will(self) -> Optional[Act]:
         """What a server does before it ends, where there is something to do."""
-        if not self._registry.audit.has_sums:
+        if not self._registry.audit.is_behind:
             return None
 
         def run(now: int) -> Response:
-            self._registry.audit.sum_up(now, all_of_them=True)
+            self._registry.audit.sum_up_all(now)
             return Response(204)
 
         return Act(run, durable=False)
@@ -7136,17 +7221,15 @@ def _run_show_audit(session: Session) -> int:
 def _run_verify_audit(session: Session) -> int:
     asked = session.arguments.head
     head = None if asked is None else bytes.fromhex(asked)
-    first, last, mac, is_found = session.ask(lambda r, by, now: r.verify_audit(head), writes=False)
-    if head is not None and not is_found:
+    verified = session.ask(lambda r, by, now: r.verify_audit(head), writes=False)
+    if head is not None and not verified.has_head:
         raise OperatorError(
             "the audit log has no event with this head: its end has been cut off, or all of it "
             "up to there is pruned"
         )
-    print(mac.hex())
+    print(verified.head.hex())
     _say(
-        f"events {first} to {last} are as they were written; the head is on stdout"
-        if last >= first
-        else "the audit log is empty",
+        f"{said_of(verified)}; the head of the log is on stdout",
         "nothing after the head given has been cut off"
         if head is not None
         else "whether its end has been cut off shows only with --head, the head of an earlier run",

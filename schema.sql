@@ -129,6 +129,12 @@ BEGIN
     SELECT RAISE(ABORT, 'the audit log is append-only');
 END;
 
+CREATE TRIGGER audit_is_never_replaced BEFORE INSERT ON audit
+WHEN EXISTS (SELECT 1 FROM audit WHERE number = NEW.number)
+BEGIN
+    SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
 CREATE TRIGGER audit_is_only_pruned BEFORE DELETE ON audit
 WHEN OLD.number > coalesce((SELECT number FROM audit_anchor), 0)
 BEGIN
