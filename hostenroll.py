@@ -194,6 +194,7 @@ BODY_DEADLINE = 30
 IDLE_DEADLINE = 75
 ANSWER_DEADLINE = 30
 LINGER_DEADLINE = 2
+HANDSHAKE_MAXIMUM = 16 * 1024  # of the peer's; OpenSSL alone would hold 128 KiB of a hello
 TLS_RECORD = 16384  # the longest plain text of one: RFC 8446 section 5.1
 RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than it saves
 HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
@@ -249,20 +250,25 @@ def read_id(text: str) -> int:
     return int(text, 16) if ID.fullmatch(text) else -1
 
 
-# A token or an API key, whole or cut short, where somebody has put it by mistake: in the place of
-# an id, of a hostname.
-SECRET_SHAPED = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]+")
+# A token, an API key or a credential, whole or cut short, where somebody has put it by mistake: in
+# the place of an id, of a hostname.
+SECRET_SHAPED = re.compile(r"((?:het|hak)_[0-7][0-9a-f]{15}_|eyJ)[A-Za-z0-9_.-]+")
 
 
 def concealed(text: str) -> str:
-    """A text with the ids of secrets, and without the secrets."""
-    return SECRET_SHAPED.sub(r"\1_\2_...", text)
+    """A text without the secrets that are in it; of a token or an API key the id stays."""
+    return SECRET_SHAPED.sub(r"\1...", text)
 
 
 def printable(text: str) -> str:
     """A peer's text made safe to show: no control characters, no secrets, and not long."""
     shown = UNPRINTABLE.sub("?", concealed(text))
     return shown if len(shown) <= 64 else f"{shown[:61]}..."
+
+
+def printable_path(path: str) -> str:
+    """A path made safe to show. What is longer than an id may be a secret in the wrong place."""
+    return printable(re.sub("[^/]{33,}", lambda long: f"{long[0][:4]}...", path))
 
 
 def span(seconds: float) -> str:
@@ -4552,7 +4558,7 @@ After=network.target
 
 [Service]
 Type=notify
-ExecStart=$python $program serve
+ExecStart="$python" "$program" serve
 ExecReload=/bin/kill -HUP $$MAINPID
 Restart=on-failure
 RestartSec=1
@@ -5093,7 +5099,7 @@ def _admit_user(
     """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
     api_key, query = request.authorization, request.head.query
     body = b"" if route.body is None else request.body  # what is not read is not kept
-    what = printable(f"{route.method} {request.head.path}")
+    what = f"{route.method} {printable_path(request.head.path)}"
     if not api_key:
         raise ApiKeyMissing().concerning("anonymous", "", None, request=what)
     part = Part()
@@ -5836,20 +5842,30 @@ class Tls:
     def __init__(self, context: ssl.SSLContext) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.has_begun = False
         self.is_shaken = False  # hands are: the handshake is over
+        self.has_ended = False  # the peer has said that it sends no more
+        self.held = 0  # bytes of a handshake or a record that is not whole, at most
 
     def receive(self, data: bytes) -> bytes:
         """The plain text in what has arrived. Raises ssl.SSLError."""
         self._incoming.write(data)
+        self.has_begun = True
+        self.held += len(data)
         parts: List[bytes] = []
         with suppress(ssl.SSLWantReadError):
             if not self.is_shaken:
                 self._session.do_handshake()
-                self.is_shaken = True
+                self.is_shaken, self.held = True, 0
             part = self._session.read(TLS_RECORD)
             while part:
                 parts.append(part)
                 part = self._session.read(TLS_RECORD)
+            self.has_ended = True
+        if parts:
+            self.held = 0
+        if not self.is_shaken and self.held > HANDSHAKE_MAXIMUM:
+            raise ssl.SSLError("a handshake that is too long")
         return b"".join(parts)
 
     def send(self, data: Union[bytes, memoryview]) -> bytes:
@@ -5879,14 +5895,14 @@ def load_tls(certificate: str, key: str) -> Tuple[ssl.SSLContext, bytes]:
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
-        with open(certificate, encoding="ascii") as file, open(key, "rb"):
+        with open(certificate, encoding="latin-1") as file, open(key, "rb"):
             chain = PEM_CERTIFICATE.search(file.read())
         if chain is None:
             raise OperatorError(f"there is no PEM certificate in {certificate}")
         context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
         return context, ssl.PEM_cert_to_DER_cert(chain[0])
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
             raise OperatorError(f"{key} is not the key of the certificate {certificate}") from error
         raise OperatorError(
             f"{certificate} and {key} are not a certificate and its key without a password, in "
@@ -6096,7 +6112,7 @@ class Server(HTTPServer):
         self._turn(0)  # reads what has arrived
         for phase in (self._idle, self._shaking, self._in_head):
             for connection in phase.everyone():
-                if not connection.held:
+                if phase is self._shaking or not connection.held:
                     self._drop(connection)
 
     def server_close(self) -> None:
@@ -6195,25 +6211,30 @@ class Server(HTTPServer):
     def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
         """The plain text in what has arrived; what TLS has to say goes out before an answer does,
         or at once where there will be none yet."""
+        if not tls.has_begun and data[:1].isalpha():  # a record begins with 22
+            connection.tls, connection.reader.buffer = None, data
+            self._refuse(connection, MalformedRequest("This port speaks TLS: use https."))
+            return b""
         try:
             plain = tls.receive(data)
-        except ssl.SSLError as error:
-            self._part_from_tls(connection, tls, error)
+        except ssl.SSLError:
+            self._part_from_tls(connection, tls)
             return b""
         if tls.is_shaken and connection.phase in (None, self._shaking):
             self._move(connection, self._in_head)
-        if not plain:
-            output = tls.output()
-            if output:
-                self._push(connection, output)
-        return plain
+        if plain:
+            return plain
+        self._account(connection, connection.reader.held + tls.held)
+        output = tls.output()
+        if output:
+            self._push(connection, output)
+        if tls.has_ended or self._held > HELD_MAXIMUM:
+            self._drop(connection)
+        return b""
 
-    def _part_from_tls(self, connection: Connection, tls: Tls, error: ssl.SSLError) -> None:
+    def _part_from_tls(self, connection: Connection, tls: Tls) -> None:
         output = tls.output()
         connection.tls = None
-        if error.reason == "HTTP_REQUEST":
-            self._refuse(connection, MalformedRequest("This port speaks TLS: use https."))
-            return
         connection.closing = connection.lingers = True
         if not output or self._push(connection, output):
             self._start_lingering(connection)
@@ -6241,7 +6262,9 @@ class Server(HTTPServer):
 
     def _hold(self, connection: Connection) -> None:
         """Give an unfinished request its time."""
-        if not connection.reader.is_in_body:
+        if connection.tls is not None and connection.tls.has_ended:
+            self._drop(connection)
+        elif not connection.reader.is_in_body:
             if connection.phase is not self._in_head and connection.reader.has_begun:
                 self._move(connection, self._in_head)
         elif connection.phase is not self._in_body:
@@ -6374,8 +6397,8 @@ class Server(HTTPServer):
         head = request.head
         access = {
             "address": request.address,
-            "method": head.method,
-            "path": printable(head.path),
+            "method": printable_path(head.method),
+            "path": printable_path(head.path),
             "status": response.status,
             "bytes": len(response.body),
             "seconds": round(time.monotonic() - since, 6),
@@ -6453,6 +6476,8 @@ class Server(HTTPServer):
             request = self._parse(connection, b"")
             if request is not None:
                 self._make_ready(connection, request)
+        elif connection.tls is not None and connection.tls.has_ended:
+            self._drop(connection)
 
     def _make_ready(self, connection: Connection, request: Request) -> None:
         """Put a request into the next turn."""
@@ -6614,6 +6639,7 @@ def tell_service_manager(address: str, state: str) -> None:
     where = f"\0{address[1:]}" if address.startswith("@") else address
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as it:
+            it.setblocking(False)  # nobody may stop us by not listening
             it.sendto(state.encode("utf-8"), where)
     except OSError as error:
         log.warning("cannot tell the service manager that %s: %s", state, error.strerror)
@@ -6660,6 +6686,7 @@ DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
+FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 
 
 def duration(text: str) -> int:
@@ -6693,9 +6720,25 @@ def port_number(text: str) -> int:
 
 def web_address(text: str) -> str:
     """Where agents find the server. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/[A-Za-z0-9._~/-]*)?", text):
+    name = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]"
+    match = re.fullmatch(rf"https?://({name})(:([0-9]{{1,5}}))?(/[A-Za-z0-9._~/-]*)?", text)
+    if match is None or int(match[4] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not like https://enroll.lan:8443")
     return text.rstrip("/")
+
+
+def log_format(text: str) -> str:
+    """text or json. Raises ArgumentTypeError."""
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not text or json")
+    return text
+
+
+def switch(text: str) -> bool:
+    """Whether something is on: yes or no. Raises ArgumentTypeError."""
+    if text not in FLAGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FLAGS)}")
+    return FLAGS[text]
 
 
 def count(text: str) -> int:
@@ -7284,6 +7327,8 @@ def _run_make_cert(session: Session) -> int:
 
     arguments = session.arguments
     names = [_subject_alternative_name(name) for name in arguments.name]
+    if os.path.realpath(arguments.tls_cert) == os.path.realpath(arguments.tls_key):
+        raise OperatorError("--tls-cert and --tls-key name the same file")
     for path in (arguments.tls_cert, arguments.tls_key):
         if os.path.lexists(path):
             raise OperatorError(f"{path} is there already: remove it, or name another file")
@@ -7311,9 +7356,11 @@ def _run_make_cert(session: Session) -> int:
 
 
 def _subject_alternative_name(name: str) -> str:
-    with suppress(ValueError):
-        return f"IP:{ipaddress.ip_address(name)}"
-    if not re.fullmatch(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", name):
+    if "%" not in name:  # a zone is of one machine, and may be any text
+        with suppress(ValueError):
+            return f"IP:{ipaddress.ip_address(name)}"
+    label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+    if len(name) > 64 or not re.fullmatch(rf"(\*\.)?{label}(\.{label})*", name):
         raise OperatorError(
             f"{printable(name)!r} is no name for a server: letters, digits, . and -"
         )
@@ -7357,6 +7404,7 @@ STORE_OPTIONS = (
     Argument("--db", default=DEFAULT_DATABASE, metavar="FILE", help="the database (%(default)s)"),
     Argument("--key-file", metavar="FILE", help="the keys (hostenroll.key beside the database)"),
 )
+SWITCH = {"nargs": "?", "const": True, "type": switch, "default": "no", "metavar": "no"}
 SERVE_OPTIONS = (
     Argument("--host", default=DEFAULT_HOST, help="the address to listen on (%(default)s)"),
     Argument(
@@ -7392,11 +7440,17 @@ SERVE_OPTIONS = (
         metavar="TIME",
         help="how long the audit log is kept (for ever)",
     ),
-    Argument("--log-format", choices=("text", "json"), default="text", help="(%(default)s)"),
-    Argument("--access-log", action="store_true", help="log every request, heartbeats too"),
+    Argument(
+        "--log-format",
+        type=log_format,
+        default="text",
+        metavar="{text,json}",
+        help="(%(default)s)",
+    ),
+    Argument("--access-log", **SWITCH, help="log every request, heartbeats too"),
     Argument(
         "--init",
-        action="store_true",
+        **SWITCH,
         help="make what is missing of database and key file, though the other is there",
     ),
 )
@@ -7682,8 +7736,7 @@ def _take_default(
     name = argument.names[0].lstrip("-").replace("-", "_")
     text = environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")
     if text:
-        is_flag = argument.options.get("action") == "store_true"
-        parser.set_defaults(**{name: text not in ("0", "no", "false") if is_flag else text})
+        parser.set_defaults(**{name: text})
 
 
 def main(

@@ -13,17 +13,21 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
+import io
 import itertools
 import json
+import logging
 import os
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -441,12 +445,101 @@ def live_door(paths: Tuple[str, str], clock: Clock, **options: Any) -> Iterator[
         yield SocketDoor(live.port, api_key)
 
 
-@pytest.fixture(params=["registry", "api", "socket"])
+# For enroll.lan, localhost and 127.0.0.1, until 2120: a certificate and its key, EC P-256.
+PAIRS = {
+    "one": """\
+-----BEGIN CERTIFICATE-----
+MIIBdDCCARugAwIBAgIBATAKBggqhkjOPQQDAjAVMRMwEQYDVQQDDAplbnJvbGwu
+bGFuMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAVMRMwEQYDVQQD
+DAplbnJvbGwubGFuMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEYCihGu81/+P4
+FPuVDn10OF1f7+OyH64aqFtbMz9uY/FxNPxQBfjtdcs/XpzlGVv5Y1Dy1nwWKYs/
+AEfkvbZ6NKNaMFgwJgYDVR0RBB8wHYIKZW5yb2xsLmxhboIJbG9jYWxob3N0hwR/
+AAABMA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFKcRbyQrBy2v3QnvKmoGqzDp
+E7jgMAoGCCqGSM49BAMCA0cAMEQCIAnzjhOiqFi54D4RgLkWuogR+0OOv3yB1FZi
+IALEmtUlAiAt3y7SCgsLAjY2sSULPDECR4hk2sOQpEYCbvjbN9NoTg==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgg2JYAMaTC0DE6CrG
+u3r3vGJqCiaR0MXt6sE9qwCvQRuhRANCAARgKKEa7zX/4/gU+5UOfXQ4XV/v47If
+rhqoW1szP25j8XE0/FAF+O11yz9enOUZW/ljUPLWfBYpiz8AR+S9tno0
+-----END PRIVATE KEY-----
+""",
+    "other": """\
+-----BEGIN CERTIFICATE-----
+MIIBdDCCARugAwIBAgIBAjAKBggqhkjOPQQDAjAVMRMwEQYDVQQDDAplbnJvbGwu
+bGFuMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAVMRMwEQYDVQQD
+DAplbnJvbGwubGFuMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEopJsbCzeaARr
+sT+vZbKvsZid2MjIheGQi5ZfHLaTB3RKfF0ryiNd2E8jatYeaMBtmLT/feBFkVGK
+DTh5nV9PW6NaMFgwJgYDVR0RBB8wHYIKZW5yb2xsLmxhboIJbG9jYWxob3N0hwR/
+AAABMA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFB0j1b4Wo6jsLYBOiF9VyCDx
+0ZqvMAoGCCqGSM49BAMCA0cAMEQCIGGb3tC9ibNorFE6Of3Gz9Mqemyy2yuAPqdp
+UIQ8c7fTAiAWnCO6g3GWw112UJJAiZ+yx4fIdl6lYMZniSO1iJ3P+w==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgLmXGkUp1o3qIoe+/
+R267l29HJoeEhEFuGdrSSC37Vf6hRANCAASikmxsLN5oBGuxP69lsq+xmJ3YyMiF
+4ZCLll8ctpMHdEp8XSvKI13YTyNq1h5owG2YtP994EWRUYoNOHmdX09b
+-----END PRIVATE KEY-----
+""",
+}
+CERTIFICATE_END = "-----END CERTIFICATE-----\n"
+
+
+def certificate_of(pair: str) -> str:
+    return PAIRS[pair].partition(CERTIFICATE_END)[0] + CERTIFICATE_END
+
+
+def write_pair(folder: Path, pair: str = "one") -> Tuple[str, str]:
+    """A certificate and its key, in the files that serve is given."""
+    files = folder / "tls.crt", folder / "tls.key"
+    files[0].write_text(certificate_of(pair))
+    files[1].write_text(PAIRS[pair].partition(CERTIFICATE_END)[2])
+    return str(files[0]), str(files[1])
+
+
+def trusting(pair: str = "one", **settings: Any) -> ssl.SSLContext:
+    """A client's TLS that believes one certificate and no other."""
+    context = ssl.create_default_context(cadata=certificate_of(pair))
+    for name, value in settings.items():
+        setattr(context, name, value)
+    return context
+
+
+class TlsDoor(SocketDoor):
+    """A server on a real socket, through TLS."""
+
+    def __init__(self, port: int, api_key: str, context: Optional[ssl.SSLContext] = None) -> None:
+        super().__init__(port, api_key)
+        self.context = context or trusting()
+
+    def connect(self, timeout: float = 10) -> ssl.SSLSocket:
+        return self.context.wrap_socket(
+            super().connect(timeout), server_hostname="enroll.lan", suppress_ragged_eofs=False
+        )
+
+    def send(self, data: bytes, timeout: float = 10) -> List[Reply]:
+        with self.connect(timeout) as peer, peer.makefile("rb") as stream:
+            peer.sendall(data)
+            socket.socket.shutdown(peer, socket.SHUT_WR)  # below TLS
+            return list(iter(lambda: read_reply(stream), None))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def tls_door(paths: Tuple[str, str], clock: Clock, **options: Any) -> Iterator[TlsDoor]:
+    """A running server that speaks TLS, and a key for it."""
+    pair = write_pair(Path(paths[0]).parent)
+    options["load_tls"] = lambda: hostenroll.load_tls(*pair)[0]
+    with live_door(paths, clock, **options) as live:
+        yield TlsDoor(live.port, live.api_key)
+
+
+@pytest.fixture(params=["registry", "api", "socket", "tls"])
 def door(request: Any, paths: Tuple[str, str], clock: Clock) -> Iterator[Door]:
-    """Each of the three doors in turn."""
-    if request.param == "socket":
-        with live_door(paths, clock) as live:
-            yield live
+    """Each of the four doors in turn."""
+    live = {"socket": live_door, "tls": tls_door}.get(request.param)
+    if live is not None:
+        with live(paths, clock) as there:
+            yield there
         return
     registry = open_registry(*paths, clock.ms)
     kinds: Dict[str, Callable[[Registry, Clock], Door]] = {"registry": RegistryDoor, "api": ApiDoor}
@@ -7865,6 +7958,23 @@ def test_a_host_outlives_the_record_of_its_token(estate: Estate) -> None:
     assert events_of(door, f"&action=mint&subject=token:{number}") != []
 
 
+@pytest.mark.parametrize("kind", ["token", "API key", "credential"])
+def test_a_secret_in_the_wrong_place_is_not_kept_in_the_audit_log(
+    kind: str, api: ApiDoor, paths: Any
+) -> None:
+    token = api.token()
+    secrets = {"token": api.token(), "API key": api.api_key}
+    secrets["credential"] = api.enroll(token).document["credential"]
+    secret = secrets[kind]
+    for path in (f"/api/hosts/{secret}", f"/api/hosts/tokens/{secret}", f"/api/hosts?q={secret}"):
+        for bearer in (None, "hak_nonsense", token):
+            assert api.call("GET", path, bearer=bearer).status == 401
+    api.token()  # a tick that writes, and with it what was refused
+    details = [detail for (detail,) in look(api.registry, "SELECT detail FROM audit")]
+    assert sum("GET /api/hosts" in detail for detail in details) == 9
+    assert not any(secret[-20:] in detail or secret[22:40] in detail for detail in details)
+
+
 # 10. Server
 
 HEALTH = request_bytes("GET", "/healthz")
@@ -8995,6 +9105,807 @@ def test_what_the_command_line_does_a_running_server_heeds_at_once(tmp_path: Pat
     assert secrets_in("".join(server.said), secrets) == []
 
 
+class Peer:
+    """A TLS client on a connection, whose bytes are in the hands of the test."""
+
+    def __init__(self, port: int, context: Optional[ssl.SSLContext] = None) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), 10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.session = (context or trusting()).wrap_bio(
+            self._incoming, self._outgoing, server_hostname="enroll.lan"
+        )
+
+    def output(self) -> bytes:
+        """What is to be sent now."""
+        return self._outgoing.read()
+
+    def hear(self) -> None:
+        """Wait for more from the server."""
+        data = self.socket.recv(65536)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def shake(self, step: int = 65536) -> None:
+        """Shake hands, in pieces of so many bytes."""
+        is_shaken = False
+        while not is_shaken:
+            try:
+                self.session.do_handshake()
+                is_shaken = True
+            except ssl.SSLWantReadError:
+                pass
+            self.send(self.output(), step)
+            if not is_shaken:
+                self.hear()
+
+    def send(self, data: bytes, step: int = 65536) -> None:
+        for start in range(0, len(data), step):
+            self.socket.sendall(data[start : start + step])
+
+    def sealed(self, plain: bytes) -> bytes:
+        """The records of a plain text."""
+        self.session.write(plain)
+        return self.output()
+
+    def read(self) -> bytes:
+        """What the server says next; b"" when it has said that it ends."""
+        while True:
+            try:
+                return self.session.read(65536)
+            except ssl.SSLWantReadError:
+                self.hear()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+each_version = pytest.mark.parametrize("version", VERSIONS, ids=["TLS 1.2", "TLS 1.3"])
+
+
+@pytest.fixture
+def secure(paths: Tuple[str, str], clock: Clock) -> Iterator[TlsDoor]:
+    with tls_door(paths, clock) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: Any) -> Iterator[Tuple[SocketDoor, TlsDoor]]:
+    """The same twice, without TLS and with it, for all that leaves nothing behind."""
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ("plain", "tls")]
+    files = [(f"{folder}/hostenroll.db", f"{folder}/hostenroll.key") for folder in folders]
+    with live_door(files[0], Clock()) as plain, tls_door(files[1], Clock()) as secure:
+        yield plain, secure
+
+
+@each_version
+def test_tls_is_spoken_in_its_two_good_versions(version: Any, secure: TlsDoor) -> None:
+    secure.context = trusting(minimum_version=version, maximum_version=version)
+    with secure.connect() as peer:
+        assert peer.version() == version.name.replace("_", ".")
+    credential = secure.enroll(secure.token()).document["credential"]
+    assert secure.beat(credential).status == 200
+
+
+def test_of_the_protocols_that_a_client_offers_ours_is_taken(secure: TlsDoor) -> None:
+    secure.context.set_alpn_protocols(["h2", "http/1.1"])
+    with secure.connect() as peer:
+        assert peer.selected_alpn_protocol() == "http/1.1"
+    secure.context.set_alpn_protocols(["h2"])
+    assert secure.call("GET", "/healthz").status == 200
+
+
+def hello_of(version: bytes) -> bytes:
+    """The least ClientHello of a version up to 1.2."""
+    groups = b"\x00\x0a\x00\x04\x00\x02\x00\x17" + b"\x00\x0d\x00\x06\x00\x04\x04\x03\x02\x03"
+    ciphers = b"\xc0\x2b\xc0\x2c\xc0\x09\xc0\x0a"
+    body = version + bytes(32) + b"\0" + struct.pack(">H", len(ciphers)) + ciphers + b"\x01\x00"
+    body += struct.pack(">H", len(groups)) + groups
+    message = b"\x01" + struct.pack(">I", len(body))[1:] + body
+    return b"\x16\x03\x01" + struct.pack(">H", len(message)) + message
+
+
+OLD_VERSIONS = {"TLS 1.0": b"\x03\x01", "TLS 1.1": b"\x03\x02"}
+
+
+@pytest.mark.parametrize("version", OLD_VERSIONS.values(), ids=OLD_VERSIONS)
+def test_older_versions_of_tls_are_refused(version: bytes, secure: TlsDoor) -> None:
+    said = []
+    for offered in (version, b"\x03\x03"):
+        with socket.create_connection(("127.0.0.1", secure.port), 10) as peer:
+            peer.sendall(hello_of(offered))
+            said.append(peer.recv(7))
+    protocol_version, server_hello = 70, 2
+    assert (said[0][0], said[0][5:]) == (21, bytes([2, protocol_version]))
+    assert (said[1][0], said[1][5]) == (22, server_hello)
+
+
+CHUNKED_BEAT = b"POST /api/agent/heartbeat HTTP/1.1\r\nHost: a\r\n" + CHUNKED
+STREAMS: Dict[str, bytes] = {
+    **{f"smuggled: {name}": SMUGGLED[name] + HEALTH for name in (
+        "CL.TE", "two lengths", "a folded line", "bare LF", "a NUL in a value", "no host",
+        "a chunk that is longer", "an endless chunk", "a length that is too large",
+    )},
+    **{f"ending: {name}": data * 2 for name, (data, _) in CLOSING.items()},
+    "pipelined": HEALTH * 70,
+    "pipelined and refused": HEALTH * 3 + b"nonsense\r\n\r\n" + HEALTH,
+    "chunked": CHUNKED_BEAT + b"\r\n2;a=b\r\n{}\r\n0\r\nX: y\r\n\r\n" + HEALTH,
+    "empty lines between": b"\r\n".join([HEALTH] * 3),
+    "a head that is too large": b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+    "a body of several records": request_bytes("POST", "/api/agent/heartbeat", b"x" * 60_000) * 2,
+    "half of a head": HEALTH + HEALTH[:-1],
+    "half of a body": HEALTH + request_bytes("POST", "/api/agent/heartbeat", b"{}")[:-1],
+    "nothing": b"",
+    "TLS in TLS": b"\x16\x03\x01\x00\xa5\x01\x00\x00",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", STREAMS.values(), ids=STREAMS)
+def test_through_tls_a_stream_is_answered_as_without(data: bytes, twins: Any) -> None:
+    said = []
+    for live in twins:
+        replies = live.send(data)
+        connections = [reply.headers.get("connection") for reply in replies]
+        said.append([[reply[:2] for reply in replies], connections])
+    assert said[0] == said[1]
+
+
+@each_version
+def test_through_tls_a_request_may_come_byte_by_byte(version: Any, secure: TlsDoor) -> None:
+    """Of the handshake, too, and of the records."""
+    with Peer(secure.port, trusting(minimum_version=version, maximum_version=version)) as peer:
+        peer.shake(step=1)
+        for data in (HEALTH, request_bytes("POST", "/api/agent/heartbeat", b"x" * 100)) * 2:
+            peer.send(peer.sealed(data), step=1)
+            assert peer.read().startswith(b"HTTP/1.1 200 " if data == HEALTH else b"HTTP/1.1 4")
+
+
+def test_through_tls_a_record_for_each_byte_is_a_request_too(secure: TlsDoor) -> None:
+    mint = request_bytes("POST", "/api/hosts/tokens", {"description": "slow"}, secure.api_key)
+    with Peer(secure.port) as peer:
+        peer.shake()
+        peer.send(b"".join(peer.sealed(mint[n : n + 1]) for n in range(len(mint))))
+        assert peer.read().startswith(b"HTTP/1.1 201 ")
+    assert tokens_of(secure) == 1
+
+
+def test_through_tls_a_long_answer_comes_whole_to_a_slow_reader(
+    paths: Any, clock: Clock, secure: TlsDoor
+) -> None:
+    registry = open_registry(*paths, clock.ms)
+    fill(registry, 1000)
+    registry.close()
+    ask = request_bytes("GET", "/api/hosts?limit=1000", bearer=secure.api_key)
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.settimeout(10)
+    raw.connect(("127.0.0.1", secure.port))
+    with secure.context.wrap_socket(raw, server_hostname="enroll.lan") as peer:
+        peer.sendall(ask * 3)
+        assert secure.call("GET", "/healthz").status == 200  # nobody waits for it
+        with peer.makefile("rb") as stream:
+            for _ in range(3):
+                reply = read_reply(stream)
+                assert reply is not None and len(reply.document["hosts"]) > 500
+
+
+def test_through_tls_an_answer_that_nobody_takes_is_dropped(paths: Any, clock: Clock) -> None:
+    registry = open_registry(*paths, clock.ms)
+    fill(registry, 1000)
+    registry.close()
+    with tls_door(paths, clock, deadlines=(9, 9, 9, 0.3), connections=1) as live:
+        ask = request_bytes("GET", "/api/hosts?limit=1000", bearer=live.api_key)
+        with live.connect() as peer:
+            peer.sendall(ask * 40)
+            assert live.call("GET", "/healthz").status == 200
+
+
+def test_the_hundred_that_continues_through_tls(secure: TlsDoor) -> None:
+    mint = request_bytes(
+        "POST", "/api/hosts/tokens", {"maxUses": 3}, secure.api_key, [("Expect", "100-continue")]
+    )
+    head, _, body = mint.partition(b"\r\n\r\n")
+    with secure.connect() as peer, peer.makefile("rb") as stream:
+        for _ in range(2):
+            peer.sendall(head + b"\r\n\r\n")
+            assert (stream.readline(), stream.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+            peer.sendall(body)
+            reply = read_reply(stream)
+            assert reply is not None and reply.document["maxUses"] == 3
+
+
+def test_through_tls_head_is_get_without_the_body(secure: TlsDoor) -> None:
+    with secure.connect() as peer, peer.makefile("rb") as stream:
+        for _ in range(2):
+            peer.sendall(request_bytes("HEAD", "/healthz"))
+            reply = read_reply(stream, head_only=True)
+            assert reply is not None and int(reply.headers["content-length"]) > 0
+        peer.sendall(HEALTH)
+        assert read_reply(stream) is not None
+
+
+ENDINGS: Dict[str, bytes] = {
+    "Connection: close": b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    "HTTP/1.0": b"GET /healthz HTTP/1.0\r\n\r\n",
+    "malformed": b"nonsense\r\n\r\n",
+    "too large": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999999\r\n\r\n" + b"x" * 99_999,
+    "idle for too long": HEALTH,
+    "a head that is slow": b"GET /heal",
+    "a body that is slow": POST + b"Content-Length: 9\r\n\r\n{",
+    "nothing sent": b"",
+}
+
+
+@pytest.mark.parametrize("data", ENDINGS.values(), ids=ENDINGS)
+def test_every_end_is_a_close_notify(data: bytes, paths: Any, clock: Clock) -> None:
+    """Else a client takes it for an attack that cuts the answer short."""
+    with tls_door(paths, clock, deadlines=(0.1, 0.1, 0.1, 9)) as live:
+        with live.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(data)
+            assert read_reply(stream) is not None
+            assert stream.read() == b""
+
+
+def test_who_gives_way_and_who_is_there_at_the_stop_hear_a_close_notify(
+    paths: Any, clock: Clock
+) -> None:
+    with contextlib.ExitStack() as peers:
+        with tls_door(paths, clock, connections=1) as live:
+            first = peers.enter_context(live.connect())
+            first.sendall(HEALTH)
+            assert first.recv(65536).startswith(b"HTTP/1.1 200 ")
+            second = peers.enter_context(live.connect())
+            assert first.recv(1) == b""
+        assert second.recv(1) == b""
+
+
+ASKED = {
+    "nothing": b"",
+    "one": HEALTH,
+    "five": HEALTH * 5,
+    "two and a half": HEALTH * 2 + b"GET /",
+}
+
+
+@each_version
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_who_says_that_it_ends_is_answered_and_parted_with(
+    asked: bytes, version: Any, paths: Any, clock: Clock
+) -> None:
+    """Half a close: it will send no more, and waits for our close_notify before it closes."""
+    context = trusting(minimum_version=version, maximum_version=version)
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(tls_door(paths, clock, deadlines=(60, 60, 60, 60)))
+        peer = stack.enter_context(Peer(live.port, context))
+        peer.socket.settimeout(5)
+        peer.shake()
+        sealed = peer.sealed(asked) if asked else b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            peer.session.unwrap()
+        peer.send(sealed + peer.output())
+        received = b""
+        data = peer.socket.recv(65536)
+        while data:
+            received += data
+            data = peer.socket.recv(65536)
+        assert received[:1] in (b"\x15", b"\x17")
+        assert len(received) > 200 * asked.count(b"Host")
+
+
+PLAIN = {
+    method: request_bytes(method, "/api/hosts", b"{}" if method in ("POST", "PATCH") else None)
+    for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")
+}
+
+
+@pytest.mark.parametrize("step", [1, 1000], ids=["byte by byte", "at once"])
+@pytest.mark.parametrize("method", PLAIN)
+def test_plain_http_on_the_tls_port_is_told_so(method: str, step: int, secure: TlsDoor) -> None:
+    door = SocketDoor(secure.port, "")
+    with door.connect() as peer, peer.makefile("rb") as stream:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ConnectionError):  # we close as soon as we know
+            for n in range(0, len(PLAIN[method]), step):
+                peer.sendall(PLAIN[method][n : n + step])
+        reply = read_reply(stream, head_only=method == "HEAD")
+        assert reply is not None and reply.status == 400
+        assert reply.headers["connection"] == "close"
+        if method != "HEAD":
+            assert reply.code == "malformed-request" and "https" in reply.document["detail"]
+        if method != "HEAD" or step > 1:
+            assert stream.read() == b""
+
+
+JUNK: Dict[str, bytes] = {
+    "zeros": bytes(3000),
+    "random": random.Random(7).randbytes(3000),
+    "a record of no kind": b"\x63\x03\x03\x00\x10" + b"x" * 16,
+    "a record that is too long": b"\x16\x03\x01\xff\xff" + b"x" * 99_000,
+    "application data first": b"\x17\x03\x03\x00\x10" + b"x" * 16,
+    "an alert first": b"\x15\x03\x03\x00\x02\x02\x50",
+    "an empty record": b"\x16\x03\x01\x00\x00",
+    "a hello of SSL 2": b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10" + b"x" * 40,
+    "a hello cut inside": hello_of(b"\x03\x03")[:-9] + b"\x00" * 9,
+    "a hello with a tail of junk": hello_of(b"\x03\x03") + b"junk" * 1000,
+    "a Finished too early": b"\x14\x03\x03\x00\x01\x01" + b"\x16\x03\x03\x00\x04\x14\x00\x00\x00",
+}
+
+
+@pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
+def test_junk_on_the_tls_port_is_parted_with_and_hurts_nobody(data: bytes, secure: TlsDoor) -> None:
+    with socket.create_connection(("127.0.0.1", secure.port), 10) as peer:
+        with contextlib.suppress(ConnectionError):
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):
+                pass
+    assert secure.call("GET", "/healthz").status == 200
+
+
+def stall(peer: Peer, where: str) -> None:
+    """Shake hands as far as that, and no further."""
+    with contextlib.suppress(ssl.SSLWantReadError):
+        peer.session.do_handshake()
+    hello = peer.output()
+    if where != "before the hello":
+        peer.send(hello[:100] if where == "in the hello" else hello)
+    if where == "after the server's hello":
+        peer.hear()
+
+
+STALLED = ["before the hello", "in the hello", "after the server's hello"]
+
+
+@pytest.mark.parametrize("where", STALLED)
+def test_a_handshake_that_stalls_ends_at_its_deadline_and_holds_up_nobody(
+    where: str, paths: Any, clock: Clock
+) -> None:
+    with tls_door(paths, clock, deadlines=(0.2, 60, 60, 60)) as live:
+        with Peer(live.port) as peer:
+            stall(peer, where)
+            assert live.call("GET", "/healthz").status == 200
+            while peer.socket.recv(65536):
+                pass
+
+
+@slow
+def test_a_handshake_byte_by_byte_has_one_deadline(paths: Any, clock: Clock) -> None:
+    with tls_door(paths, clock, deadlines=(0.5, 60, 60, 60)) as live:
+        with Peer(live.port) as peer:
+            stall(peer, "before the hello")
+            hello = hello_of(b"\x03\x03")
+            with pytest.raises(ConnectionError):
+                for n in range(len(hello)):
+                    peer.socket.sendall(hello[n : n + 1])
+                    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", STALLED)
+def test_at_the_limit_the_slowest_handshake_gives_way(where: str, paths: Any, clock: Clock) -> None:
+    with tls_door(paths, clock, connections=2) as live, contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(Peer(live.port)) for _ in range(2)]
+        for peer in stalled:
+            stall(peer, where)
+        assert live.call("GET", "/healthz").status == 200
+        while stalled[0].socket.recv(65536):
+            pass
+
+
+def test_hundreds_who_stall_in_their_handshake_disturb_nobody(secure: TlsDoor) -> None:
+    with contextlib.ExitStack() as stack:
+        for n in range(120):
+            stall(stack.enter_context(Peer(secure.port, secure.context)), STALLED[n % 3])
+        for _ in range(10):
+            assert secure.enroll(secure.token()).status == 201
+
+
+def test_a_hello_without_end_is_not_kept(secure: TlsDoor) -> None:
+    """No honest one is larger than a head may be; 4,096 of the largest that TLS allows, 128 KiB
+    each, would be half a gigabyte."""
+    with socket.create_connection(("127.0.0.1", secure.port), 5) as peer:
+        message = b"\x01\x01\xf0\x00\x03\x03" + bytes(100_000)
+        with contextlib.suppress(ConnectionError):
+            for n in range(0, len(message), 10_000):
+                piece = message[n : n + 10_000]
+                peer.sendall(b"\x16\x03\x01" + struct.pack(">H", len(piece)) + piece)
+            while peer.recv(65536):
+                pass
+    assert secure.call("GET", "/healthz").status == 200
+
+
+def test_half_a_record_counts_among_what_is_held(
+    paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 50_000)
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(tls_door(paths, clock, deadlines=(60, 60, 60, 60)))
+        peers = [stack.enter_context(Peer(live.port)) for _ in range(6)]
+        for peer in peers:
+            peer.shake()
+            peer.send(peer.sealed(b"GET /" + b"x" * 16_000)[:15_000])
+        raw = [peer.socket for peer in peers]
+
+        def ended() -> int:
+            count = 0
+            for peer in raw:
+                peer.setblocking(False)
+                try:
+                    while peer.recv(65536):  # session tickets
+                        pass
+                    count += 1
+                except BlockingIOError:
+                    pass
+                except ConnectionError:
+                    count += 1
+            return count
+
+        until(ended)
+        assert ended() <= 4
+        assert live.call("GET", "/healthz").status == 200
+
+
+@each_version
+def test_many_at_once_and_many_beats_on_one_connection(version: Any, secure: TlsDoor) -> None:
+    secure.context = trusting(minimum_version=version, maximum_version=version)
+    token = secure.token(maxUses=6)
+
+    def work(n: int) -> List[Tuple[int, str]]:
+        enrolled = secure.enroll(token, f"web-{n}").document
+        ask = request_bytes("POST", "/api/agent/heartbeat", None, enrolled["credential"])
+        said = []
+        with secure.connect() as peer, peer.makefile("rb") as stream:
+            for _ in range(60):
+                peer.sendall(ask)
+                reply = read_reply(stream)
+                assert reply is not None
+                said.append((reply.status, reply.document["hostId"] == enrolled["hostId"]))
+        return said
+
+    assert many(6, work) == [[(200, True)] * 60] * 6
+
+
+@pytest.mark.parametrize("how", ["closed", "reset", "half a record", "junk", "a bad record"])
+def test_an_end_in_the_middle_of_tls_hurts_nobody(how: str, secure: TlsDoor) -> None:
+    with secure.connect() as other, other.makefile("rb") as stream, Peer(secure.port) as peer:
+        peer.shake()
+        peer.send(peer.sealed(HEALTH))
+        assert peer.read().startswith(b"HTTP/1.1 200 ")
+        sealed = peer.sealed(HEALTH)
+        if how == "reset":
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        elif how == "half a record":
+            peer.send(sealed[:20])
+        elif how == "junk":
+            peer.send(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        elif how == "a bad record":
+            peer.send(sealed[:-1] + bytes([sealed[-1] ^ 1]))
+        if how in ("junk", "a bad record"):
+            with contextlib.suppress(ConnectionError):
+                while peer.socket.recv(65536):
+                    pass
+        peer.socket.close()
+        other.sendall(HEALTH)
+        assert read_reply(stream) is not None
+        assert secure.call("GET", "/readyz").status == 200
+
+
+@each_version
+def test_a_client_that_does_not_trust_us_is_parted_with(version: Any, secure: TlsDoor) -> None:
+    """Its alert comes in the middle of the handshake, or right behind it."""
+    stranger = trusting("other", minimum_version=version, maximum_version=version)
+    with Peer(secure.port, stranger) as peer:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            peer.shake()
+        peer.send(peer.output())
+        with contextlib.suppress(ConnectionError):
+            while peer.socket.recv(65536):
+                pass
+    assert secure.call("GET", "/healthz").status == 200
+
+
+@slow
+@needs_openssl
+@pytest.mark.parametrize(
+    ("version", "key", "goes_on"),
+    [("-tls1_2", b"R\n", False), ("-tls1_3", b"K\n", True)],
+    ids=["renegotiation", "a key update"],
+)
+def test_hands_are_shaken_once_and_keys_may_change(
+    version: str, key: bytes, goes_on: bool, secure: TlsDoor
+) -> None:
+    client = subprocess.Popen(
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{secure.port}", version],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+    )
+    assert client.stdin is not None and client.stdout is not None
+    with client.stdin, client.stdout:
+        for data in (b"GET /healthz HTTP/1.1\r\n", key, b"Host: a\r\nConnection: close\r\n\r\n"):
+            with contextlib.suppress(BrokenPipeError):
+                client.stdin.write(data)
+            time.sleep(0.3)  # its commands are such at the start of what it reads at once
+        said = client.stdout.read()
+        client.wait(10)
+    assert (b"HTTP/1.1 200 OK" in said) == goes_on, said
+
+
+def served_certificate(port: int) -> bytes:
+    anyone = trusting(check_hostname=False, verify_mode=ssl.CERT_NONE)
+    with TlsDoor(port, "", anyone).connect() as it:
+        certificate = it.getpeercert(binary_form=True)
+    assert certificate is not None
+    return certificate
+
+
+@contextlib.contextmanager
+def reloadable(paths: Tuple[str, str], clock: Clock) -> Iterator[LiveServer]:
+    pair = write_pair(Path(paths[0]).parent)
+    with LiveServer(paths, clock, load_tls=lambda: hostenroll.load_tls(*pair)[0]) as live:
+        yield live
+
+
+def test_a_reload_is_for_the_connections_to_come(paths: Any, clock: Clock, tmp_path: Path) -> None:
+    ders = {pair: ssl.PEM_cert_to_DER_cert(certificate_of(pair)) for pair in PAIRS}
+    with reloadable(paths, clock) as live, TlsDoor(live.port, "").connect() as standing:
+        assert served_certificate(live.port) == ders["one"]
+        stalled = Peer(live.port)
+        stall(stalled, "after the server's hello")
+        write_pair(tmp_path, "other")
+        live.server.reload()
+        until(lambda: served_certificate(live.port) == ders["other"])
+        assert TlsDoor(live.port, "", trusting("other")).call("GET", "/healthz").status == 200
+        with standing.makefile("rb") as stream, stalled:
+            standing.sendall(HEALTH)
+            assert read_reply(stream) is not None
+            stalled.shake()
+            stalled.send(stalled.sealed(HEALTH))
+            assert stalled.read().startswith(b"HTTP/1.1 200 ")
+
+
+SPOILT_PAIRS = ["no certificate", "no key", "not PEM", "another's key", "half a certificate"]
+
+
+def spoil_pair(folder: Path, how: str) -> None:
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    if how == "no certificate":
+        certificate.unlink()
+    elif how == "no key":
+        key.unlink()
+    elif how == "not PEM":
+        certificate.write_bytes(ssl.PEM_cert_to_DER_cert(certificate_of("one")))
+    elif how == "another's key":
+        key.write_text(PAIRS["other"].partition(CERTIFICATE_END)[2])
+    elif how == "half a certificate":
+        certificate.write_text(certificate.read_text()[:300] + f"\n{CERTIFICATE_END}")
+
+
+@pytest.mark.parametrize("how", SPOILT_PAIRS)
+def test_a_bad_pair_is_said_in_one_line_and_the_old_one_stays(
+    how: str, paths: Any, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with reloadable(paths, clock) as live:
+        spoil_pair(tmp_path, how)
+        live.server.reload()
+        until(lambda: caplog.records)
+        assert TlsDoor(live.port, "").call("GET", "/healthz").status == 200
+        (record,) = caplog.records
+        assert record.levelname == "ERROR" and "\n" not in record.getMessage()
+        assert "tls." in record.getMessage() and "stays" in record.getMessage()
+        write_pair(tmp_path, "other")
+        live.server.reload()
+        other = ssl.PEM_cert_to_DER_cert(certificate_of("other"))
+        until(lambda: served_certificate(live.port) == other)
+
+
+def test_a_reload_without_tls_changes_nothing(paths: Any, clock: Clock) -> None:
+    told: List[str] = []
+    with LiveServer(paths, clock, notify=told.append) as live:
+        for _ in range(3):
+            live.server.reload()
+            assert SocketDoor(live.port, "").call("GET", "/healthz").status == 200
+        until(lambda: told[-1] == "READY=1" and len(told) >= 3)
+
+
+LOADED: Dict[str, Tuple[str, str, str]] = {
+    "no certificate": ("nowhere", "tls.key", "cannot read nowhere"),
+    "no key": ("tls.crt", "nowhere", "cannot read nowhere"),
+    "a folder": ("tls.crt", "folder", "cannot read folder"),
+    "a folder as certificate": ("folder", "tls.key", "cannot read folder"),
+    "an empty certificate": ("empty", "tls.key", "no PEM certificate in empty"),
+    "bytes": ("bytes", "tls.key", "no PEM certificate in bytes"),
+    "the key as certificate": ("tls.key", "tls.key", "no PEM certificate in tls.key"),
+    "the certificate as key": ("tls.crt", "tls.crt", "tls.crt"),
+    "an empty key": ("tls.crt", "empty", "empty"),
+    "another's key": ("tls.crt", "other.key", "other.key is not the key of"),
+    "a key of another kind": ("tls.crt", "ed25519.key", "ed25519.key is not the key of"),
+    "a key with a password": ("tls.crt", "sealed.key", "password"),
+}
+SEALED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAguCDoXhQqiDwICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEAQIEEDQ+rrNojG6t2UFw5cYmAbQEgZCG
+ANNaVNmLVtJX+T5HhQRtmHJc5H5ET65/3lRoizTe67AC6YC8CHkElv3DPpraaZ5d
+aEfPN3qFvbfBtPWCDcwNgukEcifLg6mgCy7VN6vyPkTjaUmoetISruSsCj5bcJfZ
+THiJyNHz0re6V8KuhrC/twsoTRINZtRglZVOZglyQlJ9pOrg7FJKrlRD7+iydcw=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+ED25519_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIF9s8aWX3JPT+owS1+WfKEKYf7DWRPJ6lf+MYVK9RFLk
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("case", LOADED.values(), ids=LOADED)
+def test_a_pair_that_cannot_be_used_is_an_operators_trouble(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key, said = case
+    monkeypatch.chdir(tmp_path)
+    write_pair(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "other.key").write_text(PAIRS["other"].partition(CERTIFICATE_END)[2])
+    (tmp_path / "ed25519.key").write_text(ED25519_KEY)
+    (tmp_path / "sealed.key").write_text(SEALED_KEY)
+    with pytest.raises(hostenroll.OperatorError) as trouble:
+        hostenroll.load_tls(certificate, key)
+    assert said in str(trouble.value) and "\n" not in str(trouble.value)
+
+
+PEM_FORMS: Dict[str, Callable[[str], str]] = {
+    "as it is": lambda pem: pem,
+    "with a text before it": lambda pem: f"subject=O = M\u00fcller\n{pem}",
+    "with another behind it": lambda pem: pem + certificate_of("other"),
+    "with lines that end in CR LF": lambda pem: pem.replace("\n", "\r\n"),
+    "with its key": lambda pem: PAIRS["one"],
+}
+
+
+@pytest.mark.parametrize("form", PEM_FORMS.values(), ids=PEM_FORMS)
+def test_a_certificate_is_read_as_openssl_reads_it(
+    form: Callable[[str], str], tmp_path: Path
+) -> None:
+    certificate, key = write_pair(tmp_path)
+    Path(certificate).write_bytes(form(certificate_of("one")).encode("utf-8"))
+    context, leaf = hostenroll.load_tls(certificate, key)
+    assert leaf == ssl.PEM_cert_to_DER_cert(certificate_of("one"))
+    assert isinstance(context, ssl.SSLContext)
+
+
+# Service managers.
+
+
+def test_a_service_manager_is_told_when_the_server_answers_and_when_it_ends(
+    paths: Any, clock: Clock
+) -> None:
+    told: List[str] = []
+    with LiveServer(paths, clock, notify=told.append) as live:
+        assert SocketDoor(live.port, "").call("GET", "/healthz").status == 200
+        assert told == ["READY=1"]
+    assert told == ["READY=1", "STOPPING=1"]
+
+
+def test_a_reload_is_announced_and_its_end_too(paths: Any, clock: Clock) -> None:
+    told: List[str] = []
+    with LiveServer(paths, clock, notify=told.append) as live:
+        until(lambda: told)
+        before = time.monotonic()
+        live.server.reload()
+        until(lambda: len(told) == 3)
+        state, moment = told[1].split("\n")
+        assert state == "RELOADING=1" and told[2] == "READY=1"
+        microseconds = int(moment.partition("MONOTONIC_USEC=")[2])
+        assert before - 1 < microseconds / 1e6 <= time.monotonic()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["IPv4", "IPv6"])
+def test_a_socket_that_somebody_else_has_bound_is_served(
+    family: Any, paths: Any, clock: Clock
+) -> None:
+    listener = socket.socket(family)
+    try:
+        listener.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+    except OSError:
+        listener.close()
+        pytest.skip("this machine has no such address")
+    port = listener.getsockname()[1]
+    listener.listen(1)
+    with LiveServer(paths, clock, listener=listener) as live:
+        shown = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
+        assert live.server.url == f"http://{shown}:{port}"
+        with socket.create_connection((shown.strip("[]"), port), 10) as peer:
+            peer.sendall(HEALTH)
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+# What refusals and the log call a request.
+
+
+def test_a_refusal_names_its_request_and_nothing_else_does(
+    live: SocketDoor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    wrong = request_bytes("GET", "/api/me", bearer="hak_nonsense")
+    said = live.send(wrong + HEALTH + wrong + request_bytes("GET", "/nothing") + b"junk\r\n\r\n")
+    assert [reply.status for reply in said] == [401, 200, 401, 404, 400]
+    names = [reply.headers.get("x-request-id") for reply in said]
+    assert names[1] is None and None not in names[2:]
+    assert len(set(names)) == 5 and all(re.fullmatch("[0-9a-f]+-[0-9]+", n) for n in names if n)
+    until(lambda: sum("api-key-invalid" in line for line in caplog.messages) == 2)
+    logged = [r.__dict__["request"] for r in caplog.records if "api-key-invalid" in r.message]
+    assert logged == [names[0], names[2]]
+
+
+UNREADABLE: Dict[str, Tuple[bytes, int]] = {
+    "a malformed head": (b"nonsense\r\n\r\n", 400),
+    "a large body": (POST + b"Content-Length: 99999\r\n\r\n", 413),
+    "a large head": (b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000, 431),
+    "another version": (b"GET / HTTP/2.0\r\n\r\n", 505),
+    "a method that is none": (b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n", 501),
+    "an expectation": (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: x\r\n\r\n", 417),
+    "a protocol of its own": (b"\x16\x03\x01\x00\xa5\x01\x00\x00", 400),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_has_a_name_too(case: Any, live: SocketDoor) -> None:
+    data, status = case
+    said = live.send(HEALTH + data)
+    assert [reply.status for reply in said] == [200, status]
+    assert said[1].headers["x-request-id"].endswith("-2")
+
+
+def test_no_two_requests_have_one_name(paths: Any, clock: Clock) -> None:
+    """Not on one connection, not on two, not before and after a restart."""
+    names: List[str] = []
+    nothing = request_bytes("GET", "/nothing")
+    for live_kind in (live_door, tls_door, live_door):
+        with live_kind(paths, clock) as live:  # type: ignore[operator]
+            for _ in range(3):
+                names += [reply.headers["x-request-id"] for reply in live.send(nothing * 4)]
+        clock.advance(1)
+    assert len(names) == len(set(names)) == 36
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_defect_is_told_with_its_request_and_its_traceback(
+    format: str, api: ApiDoor, clock: Clock
+) -> None:
+    formatter = hostenroll.JsonFormatter() if format == "json" else hostenroll.TextFormatter()
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    hostenroll.log.addHandler(handler)
+    try:
+
+        def defect(now: int) -> None:
+            raise ZeroDivisionError("by\nnothing")
+
+        with pytest.raises(hostenroll.Internal):
+            origin = hostenroll.Origin("192.0.2.7", "abc-1")
+            api.registry.perform(Act(defect, origin=origin), clock.ms)
+    finally:
+        hostenroll.log.removeHandler(handler)
+    if format == "text":
+        assert "[abc-1]" in stream.getvalue() and "ZeroDivisionError" in stream.getvalue()
+        return
+    (line,) = stream.getvalue().splitlines()
+    document = json.loads(line)
+    assert (document["level"], document["request"]) == ("error", "abc-1")
+    assert document["traceback"].startswith("Traceback") and "ZeroDivision" in document["traceback"]
+    assert set(document) == {"time", "level", "message", "request", "traceback"}
+
+
 # 11. Command line
 
 
@@ -9804,3 +10715,653 @@ def test_show_host_says_the_token_also_when_its_record_is_gone(operator: Operato
     assert number not in operator("list-tokens").out
     assert [event["action"] for event in listed(operator, "--subject", f"token:{number}")] == [
         "mint"]  # fmt: skip
+
+
+def pin_of(pair: str) -> str:
+    return hostenroll.public_key_pin(ssl.PEM_cert_to_DER_cert(certificate_of(pair)))
+
+
+class TlsProcess(ServerProcess):
+    """`serve` with a pair of the tests."""
+
+    def __init__(self, folder: Path, *options: str, **more: Any) -> None:
+        certificate, key = write_pair(folder)
+        pair = ("--tls-cert", certificate, "--tls-key", key)
+        super().__init__(folder, *pair, *options, **more)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+
+def printed_command(folder: Path) -> str:
+    """What mint-token says to type on the host."""
+    return cli(folder, "mint-token").stderr.split("enroll with it, on the host:\n")[1]
+
+
+def in_shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@needs_curl
+def test_what_mint_token_says_pins_the_servers_certificate(tmp_path: Path) -> None:
+    with TlsProcess(tmp_path) as server:
+        assert f"listens on {server.url}\n" in "".join(server.said)
+        line = printed_command(tmp_path)
+        assert f"-k --pinnedpubkey '{pin_of('one')}'" in line and "--proto =https" in line
+        wrong = in_shell(line.replace(pin_of("one"), pin_of("other")))
+        assert (wrong.returncode, wrong.stdout) == (90, "")
+        in_clear = in_shell(line.replace("https://", "http://"))
+        assert (in_clear.returncode, in_clear.stdout) == (1, "")  # a protocol that is off
+        tokens = json.loads(cli(tmp_path, "list-tokens", "--json").stdout)["tokens"]
+        assert [token["uses"] for token in tokens] == [0]
+        right = in_shell(line)
+        assert right.returncode == 0, right.stderr
+        assert json.loads(right.stdout)["name"] == os.uname().nodename
+        assert server.terminate() == 0
+    assert "Traceback" not in "".join(server.said)
+
+
+def test_after_sighup_mint_token_says_the_new_pin(tmp_path: Path) -> None:
+    with TlsProcess(tmp_path) as server:
+        write_pair(tmp_path, "other")
+        assert pin_of("one") in printed_command(tmp_path)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "loaded the certificate anew" in "".join(server.said))
+        until(lambda: pin_of("other") in printed_command(tmp_path))
+        (tmp_path / "tls.key").write_text("nonsense")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "stays" in "".join(server.said))
+        assert TlsDoor(server.port, "", trusting("other")).call("GET", "/healthz").status == 200
+        assert pin_of("other") in printed_command(tmp_path)
+        assert server.terminate() == 0
+    assert len([line for line in server.said if "ERROR" in line]) == 1
+    with ServerProcess(tmp_path) as server:
+        assert "--pinnedpubkey" not in printed_command(tmp_path)
+
+
+@slow
+def test_sighup_without_tls_is_survived(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        for _ in range(3):
+            server.process.send_signal(signal.SIGHUP)
+            assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
+        assert server.terminate() == 0
+    assert not re.search("ERROR|Traceback", "".join(server.said))
+
+
+STARTS: Dict[str, Tuple[Tuple[str, ...], str]] = {
+    "only a certificate": (("--tls-cert", "tls.crt"), "go together"),
+    "no such file": (("--tls-cert", "nowhere", "--tls-key", "tls.key"), "nowhere"),
+    "a key with a password": (("--tls-cert", "tls.crt", "--tls-key", "sealed.key"), "password"),
+    "only a key": (("--tls-cert", "", "--tls-key", "tls.key"), "go together"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS.values(), ids=STARTS)
+def test_serve_does_not_start_without_the_tls_it_was_told(case: Any, tmp_path: Path) -> None:
+    options, said = case
+    write_pair(tmp_path)
+    (tmp_path / "sealed.key").write_text(SEALED_KEY)
+    # Without a terminal a question for the password would be asked on stderr.
+    done = cli(
+        tmp_path, "serve", "--port", "0", *options,
+        stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("hostenroll: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_tls_is_set_by_the_environment_too(tmp_path: Path) -> None:
+    certificate, key = write_pair(tmp_path)
+    environment = {
+        "HOSTENROLL_TLS_CERT": certificate,
+        "HOSTENROLL_TLS_KEY": key,
+        "HOSTENROLL_PUBLIC_URL": "https://enroll.lan:443/",
+        "HOSTENROLL_ACCESS_LOG": "1",
+        "HOSTENROLL_LOG_FORMAT": "json",
+    }
+    with Started(tmp_path, env=environment) as server:
+        door = TlsDoor(server.port, "")
+        assert door.call("GET", "/healthz").status == 200
+        assert "https://enroll.lan:443/api" in printed_command(tmp_path)
+        until(lambda: any("access" in line for line in server.lines()))
+
+
+FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False}
+
+
+@pytest.mark.parametrize("text", FLAGS)
+def test_a_flag_in_the_environment_is_on_or_off(text: str) -> None:
+    parser = hostenroll._parser({"HOSTENROLL_ACCESS_LOG": text})
+    assert parser.parse_args(["serve"]).access_log is FLAGS[text]
+    assert parser.parse_args(["serve", "--access-log", "--log-format", "json"]).access_log is True
+
+
+BAD_SETTINGS = {
+    "HOSTENROLL_LOG_FORMAT": "xml",
+    "HOSTENROLL_PUBLIC_URL": "enroll.lan",
+    "HOSTENROLL_ACCESS_LOG": "perhaps",
+    "HOSTENROLL_PORT": "x",
+    "HOSTENROLL_AUDIT_KEEP": "1s",
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_bad_setting_in_the_environment_is_a_mistake_in_usage(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as usage:
+        hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["serve"])
+    assert usage.value.code == 2 and "error: " in capsys.readouterr().err
+    assert hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["mint-token"])  # not its own
+
+
+# --public-url.
+
+ADDRESSES = {
+    "https://enroll.lan": " --proto =https https://enroll.lan/api/",
+    "https://enroll.lan/": " --proto =https https://enroll.lan/api/",
+    "https://enroll.lan:8443/fleet/": " --proto =https https://enroll.lan:8443/fleet/api/",
+    "https://[2001:db8::1]:8443": " --proto =https https://[2001:db8::1]:8443/api/",
+    "http://10.0.0.7:8080": " http://10.0.0.7:8080/api/",
+}
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_mint_token_says_the_public_url(url: str, operator: Operator) -> None:
+    """That of a proxy, with a certificate that authorities have signed: without pin and -k."""
+    expected = ADDRESSES[url]
+    registry = open_registry(
+        str(operator.folder / "hostenroll.db"),
+        str(operator.folder / "hostenroll.key"),
+        operator.clock.ms,
+    )
+    found = hostenroll.web_address(url)
+    do(registry, operator.clock, lambda now: registry.start_service(found, now))
+    registry.close()
+    said = operator("mint-token").err
+    assert f"curl -sS{expected}agent/enroll -d" in said
+    assert " -k" not in said and "pinned" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "enroll.lan", "https://", "https:///x", "ftp://enroll.lan", "https://a b",
+        "https://a'b",
+        "https://a?b", "https://a#b", "https://user:secret@a", "https://a;id", "https://$(id)",
+        "https://a/`id`", "https://a\n", "https://a/x y", "https://\u00fc.lan", "//enroll.lan",
+        "https://enroll.lan:port", "https://enroll.lan:99999", "https://]", "https://:8443",
+        "https://a:1:2", "https://[::1", "https://-",
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as usage:
+        hostenroll._parser({}).parse_args(["serve", f"--public-url={url}"])
+    assert usage.value.code == 2 and "is not like https://" in capsys.readouterr().err
+
+
+def test_behind_a_proxy_serve_says_where_the_proxy_finds_it(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--public-url", "https://enroll.lan") as server:
+        assert f"listens on {server.url}\n" in "".join(server.said)
+        assert " --proto =https https://enroll.lan/api/" in printed_command(tmp_path)
+
+
+# make-cert.
+
+
+def made_cert(folder: Path, *arguments: str, **options: Any) -> Any:
+    return cli(folder, "make-cert", *arguments, **options)
+
+
+@needs_openssl
+@needs_curl
+def test_the_certificate_that_make_cert_makes_serves(tmp_path: Path) -> None:
+    made = made_cert(tmp_path, "--name", "enroll.lan", "--name", "127.0.0.1", "--name", "::1")
+    assert (made.returncode, made.stdout) == (0, ""), made.stderr
+    command = next(line for line in made.stderr.splitlines() if line.startswith("serve "))
+    assert stat.S_IMODE((tmp_path / "hostenroll-tls.key").stat().st_mode) == 0o600
+    shown = in_shell(f"openssl x509 -noout -text -in {tmp_path}/hostenroll-tls.crt").stdout
+    names = re.search(r"Subject Alternative Name:[^\n]*\n *([^\n]*)", shown)
+    assert names is not None
+    assert names[1] == "DNS:enroll.lan, IP Address:127.0.0.1, IP Address:0:0:0:0:0:0:0:1"
+    assert "NIST CURVE: P-256" in shown and "ecdsa-with-SHA256" in shown
+    with ServerProcess(tmp_path, *command.split()[1:]) as server:
+        port = str(server.port)
+        authority = ("--cacert", str(tmp_path / "hostenroll-tls.crt"))
+        by_name = ("--resolve", f"enroll.lan:{port}:127.0.0.1", f"https://enroll.lan:{port}/readyz")
+        assert curl(*authority, *by_name).status == 200
+        assert curl(*authority, f"https://127.0.0.1:{port}/readyz").status == 200
+        other = ("--resolve", f"other.lan:{port}:127.0.0.1", f"https://other.lan:{port}/readyz")
+        with pytest.raises(subprocess.CalledProcessError) as stranger:
+            curl(*authority, *other)
+        assert stranger.value.returncode == 60
+        enrolled = in_shell(printed_command(tmp_path))
+        assert enrolled.returncode == 0 and json.loads(enrolled.stdout)["credential"]
+
+
+@needs_openssl
+@pytest.mark.parametrize("there", ["hostenroll-tls.crt", "hostenroll-tls.key", "a link"])
+def test_make_cert_overwrites_nothing(there: str, tmp_path: Path) -> None:
+    if there == "a link":
+        (tmp_path / "hostenroll-tls.key").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / there).write_text("precious")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    refused = made_cert(tmp_path, "--name", "enroll.lan")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert there == "a link" or (tmp_path / there).read_text() == "precious"
+
+
+def test_without_an_openssl_program_make_cert_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    failed = made_cert(tmp_path, "--name", "enroll.lan", env={"PATH": ""})
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("hostenroll: ") and failed.stderr.count("\n") == 1
+    assert "openssl" in failed.stderr and list(tmp_path.iterdir()) == []
+
+
+ODD_NAMES = [
+    "", "a b", "a,DNS:evil", "a/O=x", "-a", ".a", "a.", "a\n", "a..b", "\u00fc.lan", "a_b",
+    "x" * 300, "1.2.3.4/24", "fe80::1%eth0", "fe80::1%a,DNS:evil", "https://enroll.lan", "a:1",
+    "*", "a*b", "a.*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=[name[:20] for name in ODD_NAMES])
+def test_a_name_that_is_none_gets_no_certificate(
+    name: str, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(operator.folder)
+    operator.environment = {"HOSTENROLL_DB": "unused"}
+    refused = operator("make-cert", f"--name={name}")
+    assert refused.status == 1 and refused.err.count("\n") == 1
+    assert "is no name for a server" in refused.err
+    assert list(operator.folder.iterdir()) == []
+
+
+@slow
+@needs_openssl
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--days", "0"),
+        ("--days", "999999999"),
+        ("--tls-cert", "same.pem", "--tls-key", "same.pem"),
+        ("--tls-cert", "nowhere/a.crt"),
+        ("--tls-key", "nowhere/a.key"),
+    ],
+    ids=" ".join,
+)
+def test_a_certificate_that_would_not_work_is_not_made(
+    arguments: Tuple[str, ...], tmp_path: Path
+) -> None:
+    refused = made_cert(tmp_path, "--name", "enroll.lan", *arguments)
+    assert refused.returncode in (1, 2, 3) and "hostenroll" in refused.stderr
+    assert "Traceback" not in refused.stderr and list(tmp_path.iterdir()) == []
+
+
+# systemd.
+
+
+@contextlib.contextmanager
+def service_manager(folder: Path, kind: str) -> Iterator[Tuple[str, Callable[[], str]]]:
+    """The socket that a service tells its state to: its address, and what it has been told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as it:
+        if kind == "abstract":
+            it.bind("")  # the kernel chooses a name
+            address = "@" + it.getsockname()[1:].decode("ascii")
+        else:
+            address = str(folder / "notify")
+            it.bind(address)
+        it.settimeout(10)
+        yield address, lambda: it.recv(4096).decode("ascii")
+
+
+@pytest.mark.parametrize("kind", ["path", pytest.param("abstract", marks=slow)])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="abstract sockets are Linux's")
+def test_systemd_hears_how_the_service_is(kind: str, tmp_path: Path) -> None:
+    with service_manager(tmp_path, kind) as (address, told):
+        with ServerProcess(tmp_path, env={"NOTIFY_SOCKET": address}) as server:
+            assert told() == "READY=1"
+            assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
+            server.process.send_signal(signal.SIGHUP)
+            assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=[0-9]+", told())
+            assert told() == "READY=1"
+            server.process.terminate()
+            assert told() == "STOPPING=1"
+            assert server._wait() == 0
+
+
+@slow
+def test_a_service_manager_that_is_not_there_is_done_without(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, env={"NOTIFY_SOCKET": str(tmp_path / "nowhere")}) as server:
+        assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
+        assert server.terminate() == 0
+    assert "Traceback" not in "".join(server.said)
+
+
+# Runs a command as systemd does: with sockets from descriptor 3 on, and its own process id.
+ACTIVATOR = """
+import os, sys
+given, count, process = eval(sys.argv[1]), sys.argv[2], sys.argv[3]
+for place, descriptor in enumerate(given):
+    os.dup2(descriptor, 100 + place)
+for place in range(len(given)):
+    os.dup2(100 + place, 3 + place)
+    os.close(100 + place)
+if not given:
+    os.closerange(3, 10)
+os.environ.update(LISTEN_FDS=count, LISTEN_PID=process or str(os.getpid()))
+os.execv(sys.argv[4], sys.argv[4:])
+"""
+
+
+def activated(
+    folder: Path, given: Sequence[socket.socket], *options: str, count: str = "", process: str = ""
+) -> subprocess.Popen[str]:
+    descriptors = [one.fileno() for one in given]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", ACTIVATOR, repr(descriptors), count or str(len(given))),
+            *(process, sys.executable, str(MODULE), "serve", "--port", "0", *options),
+        ],
+        cwd=str(folder),
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=descriptors,
+    )
+
+
+@pytest.fixture
+def bound() -> Iterator[socket.socket]:
+    """What systemd has bound; a connection waits there before there is a server."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        yield listener
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=slow), "https"])
+def test_a_socket_of_systemd_is_served_and_whoever_waits_there(
+    scheme: str, bound: socket.socket, tmp_path: Path
+) -> None:
+    pair = write_pair(tmp_path)
+    options = ("--tls-cert", pair[0], "--tls-key", pair[1]) if scheme == "https" else ()
+    port = bound.getsockname()[1]
+    door = TlsDoor(port, "") if options else SocketDoor(port, "")
+    said: List[Any] = []
+    early = threading.Thread(target=lambda: said.append(door.call("GET", "/healthz").status))
+    early.start()
+    with activated(tmp_path, [bound], *options) as server:
+        assert server.stderr is not None
+        assert f"listens on {scheme}://127.0.0.1:{port}\n" in server.stderr.readline()
+        early.join(10)
+        assert said == [200]
+        assert door.call("GET", "/readyz").status == 200
+        server.terminate()
+        assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["another process", pytest.param("nobody", marks=slow), pytest.param("no sockets", marks=slow)],
+)
+def test_a_socket_that_is_not_for_us_is_let_be(
+    how: str, bound: socket.socket, tmp_path: Path
+) -> None:
+    process = {"another process": str(os.getpid()), "nobody": "x"}.get(how, "")
+    count = "0" if how == "no sockets" else "1"
+    with activated(tmp_path, [bound], count=count, process=process) as server:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        assert "listens on" in line and f":{bound.getsockname()[1]}\n" not in line
+        server.terminate()
+        assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "two sockets",
+        "a local socket",
+        *(
+            pytest.param(what, marks=slow)
+            for what in ("a UDP socket", "one that does not listen", "nothing")
+        ),
+    ],
+)
+def test_a_socket_that_cannot_be_served_is_said_in_one_line(what: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        kinds = {
+            "two sockets": [(socket.AF_INET, socket.SOCK_STREAM)] * 2,
+            "a UDP socket": [(socket.AF_INET, socket.SOCK_DGRAM)],
+            "a local socket": [(socket.AF_UNIX, socket.SOCK_STREAM)],
+            "one that does not listen": [(socket.AF_INET, socket.SOCK_STREAM)],
+        }
+        given = [stack.enter_context(socket.socket(*kind)) for kind in kinds.get(what, ())]
+        for one in given:
+            local = one.family == socket.AF_UNIX
+            one.bind(str(tmp_path / "local") if local else ("127.0.0.1", 0))
+            if one.type == socket.SOCK_STREAM and what != "one that does not listen":
+                one.listen(1)
+        with activated(tmp_path, given, count="1" if what == "nothing" else "") as server:
+            assert server.stderr is not None
+            said = server.stderr.read()
+            assert server.wait(10) == 1
+    assert said.startswith("hostenroll: ") and said.count("\n") == 1
+    assert "service manager" in said
+
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: Any) -> Path:
+    """The program in a folder with a blank, and the units that it prints there."""
+    folder: Path = tmp_path_factory.mktemp("units")
+    program = folder / "with a blank" / "hostenroll.py"
+    program.parent.mkdir()
+    shutil.copy(MODULE, program)
+    for name, options in (("hostenroll.service", ()), ("hostenroll.socket", ("--socket",))):
+        command = [sys.executable, str(program), "unit", *options]
+        (folder / name).write_bytes(subprocess.run(command, stdout=subprocess.PIPE).stdout)
+    return folder
+
+
+def analyze(units: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", *arguments], cwd=str(units), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.stdout
+
+
+@needs_systemd
+def test_systemd_has_nothing_to_say_about_the_units(units: Path) -> None:
+    names = [str(units / name) for name in ("hostenroll.service", "hostenroll.socket")]
+    said = analyze(units, "verify", "--man=no", *names)
+    assert [line for line in said.splitlines() if "hostenroll" in line] == []
+
+
+def test_the_service_runs_the_program_wherever_it_lies(units: Path) -> None:
+    unit = (units / "hostenroll.service").read_text()
+    start = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    assert start is not None
+    program = units / "with a blank" / "hostenroll.py"
+    assert shlex.split(start[1]) == [sys.executable, str(program), "serve"]
+
+
+@needs_systemd
+def test_the_service_may_do_little(units: Path) -> None:
+    said = analyze(units, "security", "--offline=true", str(units / "hostenroll.service"))
+    exposure = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
+    if exposure is None:
+        pytest.skip("this systemd-analyze knows no --offline")
+    assert float(exposure[1]) < 2
+
+
+# Logs.
+
+
+class Started(ServerProcess):
+    """`serve`, whatever it says when it listens: the port is found where it is bound."""
+
+    def _read_port(self) -> int:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if "listens on" in line:
+                until(lambda: port_of(self.process.pid))
+                return port_of(self.process.pid)
+        raise AssertionError(f"it ended with {self.process.wait()}: {''.join(self.said)}")
+
+    def lines(self) -> List[Dict[str, Any]]:
+        """What it has logged in JSON."""
+        return [json.loads(line) for line in self.said]
+
+
+def port_of(process: int) -> int:
+    """The TCP port that a process listens on: Linux tells."""
+    links = []
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(link))
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in links:
+            return int(fields[1].partition(":")[2], 16)
+    return 0
+
+
+def some_life(door: SocketDoor) -> Dict[str, Any]:
+    """An enrollment, three beats, a revocation and what comes of it; the secrets in it."""
+    token = door.token()
+    enrolled = door.enroll(token).document
+    for _ in range(3):
+        assert door.beat(enrolled["credential"]).status == 200
+    assert door.revoke(enrolled["hostId"]).status == 200
+    refused = [door.enroll(token), door.beat(enrolled["credential"])]
+    assert [reply.code for reply in refused] == ["token-used", "host-revoked"]
+    for secret in (token, enrolled["credential"], door.api_key):
+        for place in ("", "api/hosts/", "api/hosts/tokens/x/", "healthz?x=", "api/hosts?q=", "/?"):
+            door.call("GET", f"/{place}{secret}", bearer=secret)
+        with door.connect() as peer:
+            peer.sendall(f"{secret} / HTTP/1.1\r\nHost: {secret}\r\n\r\n".encode())
+            peer.recv(65536)
+    names = [reply.headers["x-request-id"] for reply in refused]
+    return {
+        "token": token,
+        "host": enrolled["hostId"],
+        "credential": enrolled["credential"],
+        "refused": names,
+    }
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        pytest.param(False, id="events alone", marks=slow),
+        pytest.param(True, id="with the access log"),
+    ],
+)
+def test_json_logs_are_a_json_object_a_line(access: bool, tmp_path: Path) -> None:
+    options = ("--log-format", "json", *(("--access-log",) if access else ()))
+    key = api_key_of(tmp_path)
+    with Started(tmp_path, *options) as server:
+        door = SocketDoor(server.port, key)
+        life = some_life(door)
+        server.process.send_signal(signal.SIGHUP)
+        assert server.terminate() == 0
+    lines = server.lines()
+    assert len(lines) > 5
+    for line in lines:
+        assert {"time", "level", "message"} <= set(line)
+        assert set(line) <= {"time", "level", "message", "request", "event", "access"}
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+        assert line["level"] in ("info", "warning", "error")
+    events = {line["event"]["action"]: line for line in lines if "event" in line}
+    assert {"mint", "enroll", "refuse", "revoke"} <= set(events)
+    assert events["enroll"]["event"]["subject"] == f"host:{life['host']}"
+    named = {line["request"]: line["event"]["code"] for line in lines if "event" in line}
+    assert [named[name] for name in life["refused"]] == ["token-used", "host-revoked"]
+    accesses = [line["access"] for line in lines if "access" in line]
+    beats = [access for access in accesses if access["path"] == "/api/agent/heartbeat"]
+    assert [beat["status"] for beat in beats] == ([200, 200, 200, 403] if access else [])
+    for beat in beats:
+        assert set(beat) == {"address", "method", "path", "status", "bytes", "seconds"}
+        assert beat["address"] == "127.0.0.1" and 0 <= beat["seconds"] < 60
+    assert_no_secret("".join(server.said), key, life)
+
+
+def assert_no_secret(said: str, key: str, life: Dict[str, Any]) -> None:
+    for secret in (key, life["token"]):
+        assert secret.split("_", 2)[2][:12] not in said
+    for part in life["credential"].split("."):
+        assert part[-12:] not in said and part[:12] not in said
+
+
+def test_text_logs_are_a_line_for_each_event(tmp_path: Path) -> None:
+    key = api_key_of(tmp_path)
+    with ServerProcess(tmp_path, "--access-log") as server:
+        life = some_life(SocketDoor(server.port, key))
+        assert server.terminate() == 0
+    logged = server.said[2:]
+    for line in logged:
+        assert re.match(r"\d{4}-\d\d-\d\dT[0-9:.]+Z (INFO|WARNING|ERROR) \S", line), line
+    said = "".join(logged)
+    assert f" enroll host:{life['host']} by " in said and f" revoke host:{life['host']} by " in said
+    for name, code in zip(life["refused"], ("token-used", "host-revoked")):
+        assert re.search(rf"refuse .*: {code} \[{name}\]\n", said)
+    assert len(re.findall(r"POST /api/agent/heartbeat 200 \d+ B [0-9.]+ s \[", said)) == 3
+    assert_no_secret("".join(server.said), key, life)
+
+
+NASTY = ["\n2027 INFO forged", "\r", "\x1b[31m", "\x00", "\u202e", "\u2028", "\x85", "\ud800"]
+
+
+@pytest.mark.parametrize("format", ["text", pytest.param("json", marks=slow)])
+def test_nothing_of_a_peers_making_breaks_a_line_of_the_log(format: str, tmp_path: Path) -> None:
+    """Whether it comes in a path, a header, a body, or the name of the user at the terminal."""
+    user = "eve\u202e\x1b[31m\nERROR forged"
+    key = cli(tmp_path, "mint-api-key", "--all-orgs", env={"LOGNAME": user}).stdout.strip()
+    options = ("--access-log", "--log-format", format)
+    with Started(tmp_path, *options, env={"LOGNAME": user}) as server:
+        door = SocketDoor(server.port, key)
+        for nasty in NASTY:
+            raw = nasty.encode("utf-8", "surrogatepass")
+            escaped = "".join(f"%{byte:02X}" for byte in raw)
+            assert door.call("GET", f"/x{escaped}").status == 404
+            token = door.token()
+            door.enroll(token, f"web{nasty}")
+            door.enroll(token, "web", name=nasty, os=nasty)
+            for data in (
+                b"GET /x%b HTTP/1.1\r\nHost: a\r\n\r\n",
+                b"G%bT / HTTP/1.1\r\nHost: a\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: a%b\r\nX: %b\r\n\r\n",
+            ):
+                with door.connect() as peer:
+                    peer.sendall(data.replace(b"%b", raw))
+                    peer.recv(65536)
+        cli(tmp_path, "mint-token", env={"LOGNAME": user})
+        long = "x" * 12_000
+        assert door.call("GET", f"/{long}").status == 404
+        assert door.call(long, "/").status == 501
+        assert server.terminate() == 0
+    for line in server.said:
+        shown = line[:-1]
+        assert not hostenroll.UNPRINTABLE.search(shown) and shown.isprintable(), shown
+        assert len(shown) < 2000
+        assert not shown.startswith(("2027", "ERROR"))
+    if format == "json":
+        for document in server.lines():
+            assert not hostenroll.UNPRINTABLE.search(document["message"])
