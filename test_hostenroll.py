@@ -3956,6 +3956,7 @@ def test_ids_are_unique_and_never_come_back(registry: Registry, clock: Clock) ->
         number, _ = came_in(registry, clock)
         do(registry, clock, lambda now, n=number: registry.delete_host(OPERATOR, n, now))
         numbers.add(number)
+        clock.advance(0.001)
     assert len(numbers) == 30 and all(0 < number < 1 << 63 for number in numbers)
 
 
@@ -8196,6 +8197,7 @@ def test_who_still_sends_can_read_the_refusal(live: SocketDoor) -> None:
             assert stream.read() == b""
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_the_slow(paths: Any, clock: Clock) -> None:
     with live_door(paths, clock, deadlines=(0.5, 0.5, 0.5, 0.5)) as live:
         begun = time.monotonic()
@@ -8592,7 +8594,7 @@ def test_a_peer_that_leaves_while_it_is_told_to_continue_ends_nobody_else(
 def test_answers_that_are_taken_slowly_keep_their_order(live: SocketDoor) -> None:
     """One needs the database and one does not: neither may overtake, or cut into, the other."""
     paths = ["/readyz", "/healthz", "/api/me", "/nothing"]
-    wanted = [paths[n * n % 4] for n in range(2000)]
+    wanted = [paths[n * n % 4] for n in range(300)]
     codes = {"/readyz": 200, "/healthz": 200, "/api/me": 401, "/nothing": 404}
     with live.connect() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
