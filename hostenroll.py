@@ -132,6 +132,7 @@ TOKEN_HOSTS_SHOWN = 1000  # of the hosts that came in by a token, the newest
 CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
 CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
 REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
+SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
 KEY_FILE_MODE = 0o600
 TOKEN_KEPT = 30 * DAY  # after it has ended
 TWINS_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
@@ -152,6 +153,7 @@ PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 2000
 SLICE = 64
+PAGE_BYTES = 1024 * 1024  # of a page; the slice that goes over it is the last
 COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census: SQLite counts them by itself
 CENSUS_KEPT = 5  # a census that took longer than one slice is good for so long
 PRUNED_AT_ONCE = 500
@@ -1303,8 +1305,11 @@ class KeyFile:
             if not is_same(keyring.audit_key, current.audit_key):
                 raise OperatorError(f"{self.path} is another database's: put the right one back")
         except OperatorError as error:
+            if isinstance(error.__cause__, OSError):  # it may pass without a change of the file
+                self._seen = ()
+            if self.trouble != str(error):
+                log.error("%s; until then the keys that were loaded before are used", error)
             self.trouble = str(error)
-            log.error("%s; until then the keys that were loaded before are used", error)
             return None
         if self.trouble:
             log.info("the key file %s is as it should be again", self.path)
@@ -2061,7 +2066,7 @@ class Store:
                 sizes.append(0)
         return sizes[0], sizes[1]
 
-    # Statements: every one goes through these three or the heartbeats' own.
+    # Statements: what goes around these says why.
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -2148,6 +2153,13 @@ class Store:
     def hosts_by_signing_key(self, number: int) -> int:
         """How many hosts hold credentials that a key has signed."""
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
+
+    def hosts_not_past(self, number: int) -> int:
+        """How many hosts were last heard with a credential of a key or of an older one that is
+        still good: the next one of those may be of this key, and not yet used."""
+        statement = """SELECT count(*) FROM heartbeat WHERE key_number IN
+             (SELECT number FROM signing_key WHERE number <= ? AND retired_at IS NULL)"""
+        return int(self._value(statement, number))
 
     def service(self) -> Optional[Service]:
         """What the servers say of themselves; None before the first one ran."""
@@ -2291,10 +2303,14 @@ class Store:
         rows = self._rows(statement, *seen_since, after, *of, until)
         return [(row[0], row[1], row[2]) for row in rows], until if examined == limit else None
 
-    def issue(self, number: int, serial: int, address: str) -> bool:
-        """Record that a serial is issued, and to whom. False when a higher one has been."""
-        statement = "UPDATE host SET issued = ?, issued_to = ? WHERE id = ? AND issued <= ?"
-        return self._changed(statement, serial, address, number, serial) == 1
+    def issue(self, number: int, holds: int, address: str) -> Optional[int]:
+        """Issue a serial that nobody has, to who holds another; None when the host has been
+        admitted anew since that one."""
+        statement = """UPDATE host SET issued = max(issued, ?) + 1, issued_to = ?
+             WHERE id = ? AND admitted_serial <= ?"""
+        if self._changed(statement, holds, address, number, holds) == 0:
+            return None
+        return int(self._value("SELECT issued FROM host WHERE id = ?", number))
 
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
         """Restore a host, or shut it out since a time: at once, for the next heartbeat."""
@@ -2613,10 +2629,11 @@ class Metrics:
 class Census:
     """The fleet counted by organization and status, in slices: it may be a million hosts."""
 
-    def __init__(self, organization: Optional[str]) -> None:
+    def __init__(self, organization: Optional[str], now: int) -> None:
         self.organization = organization
         self.counts: Counter[Tuple[str, str]] = Counter()
-        self.finished_at: Optional[int] = None  # Unix ms
+        self.is_finished = False
+        self._at = now  # of the last slice
         self._after: Optional[int] = -1
         self._slices = 0
 
@@ -2629,14 +2646,13 @@ class Census:
             self._slices += 1
             for organization, status, count in rows:
                 self.counts[organization, status] += count
-        if self._after is None:
-            self.finished_at = now
+        self._at = now
+        self.is_finished = self._after is None
 
     def is_good(self, now: int) -> bool:
         """Whether it need not be made anew: it goes on, or was long, and is not old."""
-        if self.finished_at is None:
-            return True
-        return self._slices > 1 and 0 <= now - self.finished_at <= CENSUS_KEPT * SECOND_MS
+        is_worth_it = self._slices > 1 or not self.is_finished
+        return is_worth_it and 0 <= now - self._at <= CENSUS_KEPT * SECOND_MS
 
 
 def token_state(token: Token, now: int) -> str:
@@ -2770,7 +2786,7 @@ def verified(events: Iterable[Event], number: int, mac: bytes, keyring: Keyring)
 
 
 class RefusalWindow:
-    """The refusals of one code in a minute: so many are audited, the others summed up."""
+    """The refusals of one kind in a minute: so many are audited, the others summed up."""
 
     def __init__(self, now: int) -> None:
         self.since = now
@@ -2793,7 +2809,8 @@ class AuditLog:
         self._events: List[Noted] = []  # of the tick at hand
         self._taken: List[Noted] = []  # by the tick at hand, of the notes
         self._notes: List[Noted] = []  # of refusals outside of one, for the next that writes
-        self._windows: Dict[str, RefusalWindow] = {}
+        # By code, and by the organization to whom it matters: nobody's noise hides another's.
+        self._windows: Dict[Tuple[str, Optional[str]], RefusalWindow] = {}
         self._trouble = ""  # why it cannot be pruned
 
     # In a tick.
@@ -2874,35 +2891,39 @@ class AuditLog:
 
     def refuse(self, problem: Problem, now: int, in_tick: bool) -> None:
         """The act or the request at hand is refused."""
-        events, code = self._events if in_tick else self._notes, problem.code
-        window = self._windows.get(code)
+        events, which = (
+            self._events if in_tick else self._notes,
+            (problem.code, problem.organization),
+        )
+        window = self._windows.get(which)
         is_full = len(self._notes) >= NOTES_MAXIMUM
         if window is None or (window.is_over(now) and not is_full):
-            self._sum_up(events, code, now)
-            window = self._windows[code] = RefusalWindow(now)
+            self._sum_up(events, which, now)
+            window = self._windows[which] = RefusalWindow(now)
         if window.listed == REFUSALS_AUDITED or is_full:
             window.summed_up += 1
         else:
             window.listed += 1
-            about = (problem.actor, problem.subject, problem.organization)
-            events.append(self._event(now, "refuse", *about, code, problem.particulars))
+            about = (problem.actor, problem.subject, problem.organization, problem.code)
+            events.append(self._event(now, "refuse", *about, problem.particulars))
 
-    def _sum_up(self, events: List[Noted], code: str, now: int) -> None:
-        window = self._windows.pop(code, None)
+    def _sum_up(self, events: List[Noted], which: Tuple[str, Optional[str]], now: int) -> None:
+        window = self._windows.pop(which, None)
         if window is not None and window.summed_up:
+            code, organization = which
             detail = {"more": window.summed_up, "since": rfc3339(window.since)}
-            event = self._event(now, "refuse", "anonymous", "", None, code, detail).event
+            event = self._event(now, "refuse", "anonymous", "", organization, code, detail).event
             events.append(Noted(event._replace(address=""), ""))
 
     def sum_up_all(self, now: int) -> None:
-        """In a tick: one event of each code for the rest, though its minute is not over."""
-        for code in list(self._windows):
-            self._sum_up(self._events, code, now)
+        """In a tick: one event of each kind for the rest, though its minute is not over."""
+        for which in list(self._windows):
+            self._sum_up(self._events, which, now)
 
     def _sum_up_minutes(self, now: int) -> None:
-        for code, window in list(self._windows.items()):
+        for which, window in list(self._windows.items()):
             if window.is_over(now) and len(self._notes) < NOTES_MAXIMUM:
-                self._sum_up(self._notes, code, now)
+                self._sum_up(self._notes, which, now)
 
     @property
     def owes_notes(self) -> bool:
@@ -2972,8 +2993,10 @@ class Registry:
         )
         self._credential_ttl = credential_ttl
         self._trouble = ""
-        self._pin: Optional[str] = None  # to be written
+        self._pin = ""  # of the server's certificate
+        self._has_new_pin = False  # and it is not written yet
         self._tokens_looked_at = -1
+        self._refused_beats = 0  # of the tick at hand
         self._censuses: Dict[Optional[str], Census] = {}
         self.audit = AuditLog(store, audit_keep)
         self.metrics = Metrics()
@@ -3023,7 +3046,8 @@ class Registry:
             self.audit.forget()
             raise
         self._trouble = ""
-        self.metrics.heartbeats += len(beats)
+        if beats:
+            self.metrics.heartbeats += len(beats) - self._refused_beats
         return outcomes
 
     def _commit(self, writes: bool) -> None:
@@ -3175,6 +3199,7 @@ class Registry:
         """Go by the key file as it is now: somebody may have rotated it."""
         keyring = self._key_file.reload(self._keyring)
         if keyring is not None:
+            self._keyring.verify.cache_clear()  # it is in a cycle, and would wait for its collector
             self._keyring = keyring
 
     @property
@@ -3189,16 +3214,21 @@ class Registry:
 
     def _key_number(self, kid: str, now: int) -> int:
         number = self._store.signing_key_number(kid)
-        if number is None:
+        if number is None:  # the one whose request brings it up has not done it
+            origin, self.audit.origin = self.audit.origin, NOWHERE
             self.audit.record(now, "rotate", "key-file", f"signing-key:{kid}", None)
+            self.audit.origin = origin
             self._store.add_signing_key(kid, now)
             number = self._store.signing_key_number(kid)
             assert number is not None
         return number
 
+    def _known_kids(self) -> Set[str]:
+        return {row.kid for row in self._store.signing_keys() if row.retired_at is None}
+
     def learn_keys(self, actor: str, now: int) -> None:
         """Have the database know the keys of the key file, and no others."""
-        known = {row.kid for row in self._store.signing_keys() if row.retired_at is None}
+        known = self._known_kids()
         for kid in reversed(self._keyring.kids):
             if kid not in known:
                 self._store.add_signing_key(kid, now)
@@ -3209,8 +3239,7 @@ class Registry:
 
     def knows_keys(self) -> bool:
         """Whether the database knows the keys of the key file, and no others."""
-        known = {row.kid for row in self._store.signing_keys() if row.retired_at is None}
-        return known == set(self._keyring.kids)
+        return self._known_kids() == set(self._keyring.kids)
 
     def signing_keys(self) -> List[SigningKeyView]:
         """All that ever were, the newest first."""
@@ -3238,7 +3267,7 @@ class Registry:
             raise NotFound("There is no signing key with this kid in the key file.")
         if kid == self._keyring.first.kid:
             raise Conflict("This key signs. Make another first: rotate-signing-key.")
-        hosts = self._store.hosts_by_signing_key(self._key_number(kid, now))
+        hosts = self._store.hosts_not_past(self._key_number(kid, now))
         if hosts and not force:
             raise Conflict(
                 f"Hosts that still use this key: {hosts}. They move to the first one when they "
@@ -3281,21 +3310,22 @@ class Registry:
     def keep_house(self, now: int) -> None:
         """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
         self._store.keep_alive(now)
-        if self._pin is not None:
+        if self._has_new_pin:
             self._store.put_pin(self._pin)
-        if not self.knows_keys():
+            self._has_new_pin = False
+        if not self.key_trouble and not self.knows_keys():
             self.learn_keys("key-file", now)
         self._prune_tokens(now)
         self.audit.prune(self._keyring, now)
 
     def announce_pin(self, pin: str) -> None:
         """The server has another certificate: keep_house() writes its pin."""
-        self._pin = pin
+        self._pin, self._has_new_pin = pin, True
 
     @property
     def announced_pin(self) -> str:
         """The pin of the server's certificate; '' where it speaks no TLS."""
-        return self._pin or ""
+        return self._pin
 
     def _prune_tokens(self, now: int) -> None:
         """Ids are in the order of time: what was minted since cannot have ended so long ago."""
@@ -3319,10 +3349,10 @@ class Registry:
         """The fleet counted, or None: one slice more is, ask again in another tick."""
         census = self._censuses.get(by.organization)
         if census is None or not census.is_good(now):
-            census = self._censuses[by.organization] = Census(by.organization)
-        if census.finished_at is None:
+            census = self._censuses[by.organization] = Census(by.organization, now)
+        if not census.is_finished:
             census.go_on(self._store, status_bounds(self._store.service(), now), now)
-        return None if census.finished_at is None else census
+        return census if census.is_finished else None
 
     def storage_bytes(self) -> Tuple[int, int]:
         """Of the database, and of its WAL."""
@@ -3561,8 +3591,8 @@ class Registry:
         return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS
 
     def _admit_again(self, token: Token, host: Host, applicant: Applicant, now: int) -> Enrollment:
-        serial = host.issued + 1
-        self._store.issue(host.id, serial, applicant.address)
+        serial = self._store.issue(host.id, host.issued, applicant.address)
+        assert serial is not None, "what has been issued is not below what was admitted"
         self._record_admission(now, "replay", token, host, applicant, serial=serial)
         return Enrollment(host, self._grant(host.id, host.organization_id, serial, now))
 
@@ -3699,12 +3729,12 @@ class Registry:
         if claims.kid not in self._keyring.kids:  # it was, when the request came
             raise CredentialInvalid()
         last_seen = self._beat_one(claims, now)
-        self.metrics.heartbeats += 1
         facts = read_facts()
         host = self._store.host(claims.host) if facts else None
         changes = self._changes(host, facts) if host else {}
         if changes:
             self._store.edit_host(claims.host, changes)
+        self.metrics.heartbeats += 1
         return Beaten(last_seen, self._renew(claims, now))
 
     @staticmethod
@@ -3717,11 +3747,14 @@ class Registry:
         return changes
 
     def _renew(self, claims: Claims, now: int) -> Optional[Grant]:
-        """The next serial, and only the next: whoever holds an old copy cannot renew past a
-        re-enrollment. The credential in hand stays good until the new one is first used, so a
-        lost reply locks nobody out."""
-        serial, address = claims.serial + 1, self.audit.origin.address
-        if not self.is_due(claims, now) or not self._store.issue(claims.host, serial, address):
+        """A serial that nobody else has: of two that renew copies of one credential, the first to
+        use the new one shuts the other out, and that is seen. Whoever holds an old copy cannot
+        renew past a re-enrollment. The credential in hand stays good until a new one is first
+        used, so a lost reply locks nobody out."""
+        if not self.is_due(claims, now):
+            return None
+        serial = self._store.issue(claims.host, claims.serial, self.audit.origin.address)
+        if serial is None:
             return None
         name = f"host:{id_text(claims.host)}"
         self.audit.record(now, "renew", name, name, claims.organization, serial=serial)
@@ -3737,14 +3770,17 @@ class Registry:
     ) -> List[Any]:
         """lastSeen of each plain heartbeat, or the Problem that it comes to."""
         rows = [(now, claims.host, claims.serial, now) for claims in beats]
+        self._refused_beats = 0
         if self._store.beat(rows) == len(rows):
             return [now] * len(rows)
         self._store.start_over()  # else one beat would be judged by what others have written
-        return [
+        outcomes = [
             self._judge_beat(claims, now, origin_of(place))
             for place, claims in enumerate(work)
             if isinstance(claims, Claims)
         ]
+        self._refused_beats = sum(isinstance(outcome, Problem) for outcome in outcomes)
+        return outcomes
 
     def _judge_beat(self, claims: Claims, now: int, origin: Origin) -> Union[int, Problem]:
         self.audit.origin = origin
@@ -3752,7 +3788,6 @@ class Registry:
             return self._beat_one(claims, now)
         except Problem as problem:
             self._note_refusal(problem, now, in_tick=True)
-            self.metrics.heartbeats -= 1  # those of the tick are counted together
             return problem
 
     def _beat_one(self, claims: Claims, now: int) -> int:
@@ -3774,6 +3809,8 @@ class Registry:
             )
         if not host.active:
             raise HostRevoked().concerning(name, name, claims.organization)
+        if claims.serial > host.issued + SERIALS_LOST:
+            raise CredentialInvalid().concerning(name, name, claims.organization)
         if claims.serial > host.serial:
             number = self._key_number(claims.kid, now)
             self._store.supersede(host.id, claims.serial, number)
@@ -3924,8 +3961,6 @@ def _open_pair(store: Store, keys: KeyFile, init: bool, now: int) -> Tuple[Keyri
     key_file = keys.path
     is_file = store.exists()
     is_made = is_file and store.open()
-    if is_made:
-        store.migrate()
     has_keys = os.path.exists(key_file) or (is_made and _recover_keys(store, key_file))
     if is_made != has_keys and not init:
         raise OperatorError(_half_a_pair(store.path, key_file, is_made))
@@ -3935,8 +3970,12 @@ def _open_pair(store: Store, keys: KeyFile, init: bool, now: int) -> Tuple[Keyri
         if not is_file:
             store.open()
         store.create(Organization(DEFAULT_ORGANIZATION, now), keyring.kids)
-    elif is_adopted:
-        _require_init(store, has_keys, init, now)
+    else:
+        if is_adopted and not init:
+            raise OperatorError(_not_a_pair(store.path))
+        store.migrate()
+        if is_adopted:
+            _require_no_server(store, has_keys, now)
     if not has_keys:
         _install_keys(key_file)
         keyring = keys.load()
@@ -4000,12 +4039,14 @@ def _has_chained(store: Store, keyring: Keyring) -> bool:
     return is_same(keyring.chain(previous, events[0].record()), events[0].mac)
 
 
-def _require_init(store: Store, has_keys: bool, init: bool, now: int) -> None:
-    if not init:
-        raise OperatorError(
-            f"the key file is not that of the database {store.path}: restore the pair from one "
-            "backup, or go on with these keys with serve --init (every host must re-enroll)"
-        )
+def _not_a_pair(database: str) -> str:
+    return (
+        f"the key file is not that of the database {database}: restore the pair from one "
+        "backup, or go on with these keys with serve --init (every host must re-enroll)"
+    )
+
+
+def _require_no_server(store: Store, has_keys: bool, now: int) -> None:
     if is_served(store.service(), now):  # it would go on with the keys that it has
         raise OperatorError(f"a server has lived on {store.path} until now: stop it, wait 30 s")
     if not has_keys:
@@ -4021,8 +4062,8 @@ class Finding(NamedTuple):
 
 
 def examine(database: str, key_file: str) -> List[Finding]:
-    """Look at a database and its key file, and change nothing. Raises OperatorError when the
-    database cannot be looked at."""
+    """Look at a database and its key file, and change nothing in them. Raises OperatorError when
+    the database cannot be looked at."""
     if not os.path.exists(database):
         raise OperatorError(f"there is no database {database}: name it with --db")
     try:
@@ -4872,7 +4913,7 @@ class Part:
 
     def __init__(self) -> None:
         self.items: List[bytes] = []  # in JSON
-        self.slices = 0
+        self.slices = self.size = 0
         self.next: Optional[int] = None
 
 
@@ -4890,15 +4931,21 @@ class Listing(NamedTuple):
         left = query.limit - len(part.items)
         before = query.before if part.next is None else part.next
         page = self.turn(registry, call.by, query._replace(before=before, limit=left), call.now)
-        part.items += [write_json(self.document(item)) for item in page.items]
+        items = [write_json(self.document(item)) for item in page.items]
+        part.items += items
+        part.size += sum(map(len, items))
         part.slices += 1
         part.next = page.next
-        is_full = len(part.items) == query.limit or part.slices * SLICE >= ROWS_EXAMINED
+        is_full = (
+            len(part.items) == query.limit
+            or part.slices * SLICE >= ROWS_EXAMINED
+            or part.size >= PAGE_BYTES
+        )
         if page.next is not None and not is_full:
             return UNFINISHED
         cursor = write_json(None if page.next is None else id_text(page.next))
-        items = b",".join(part.items)
-        return Response(200, b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), items, cursor))
+        body = b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), b",".join(part.items), cursor)
+        return Response(200, body)
 
 
 def _list_document(name: str, of: Shape) -> Shape:
@@ -6008,6 +6055,7 @@ class Server(HTTPServer):
         )
         self._ready: List[Tuple[Connection, Request]] = []  # for the next turn
         self._tick: List[Owed] = []  # what may write, of this turn; longer, for another writer
+        self._own_work = 0  # of that, what nobody has asked for
         self._reads: deque[Owed] = deque()
         self._waiting_since = 0.0  # for another writer; 0: not
         self._crowded = False  # somebody waits for a connection to give way
@@ -6301,6 +6349,7 @@ class Server(HTTPServer):
         """Put business of our own into the tick."""
         nobody = RequestReader().unread()
         self._tick.append(Owed(None, nobody, work, self._moment))
+        self._own_work += 1
 
     def _reload(self) -> None:
         """Another certificate, for the connections to come; a bad one changes nothing."""
@@ -6339,8 +6388,11 @@ class Server(HTTPServer):
         tick, self._tick = self._tick, []
         for owed, response in zip(tick, responses):
             self._settle(owed, response)
-        self._metrics.ticks.observe(len(tick))
-        self._metrics.requests.observe(time.monotonic() - began, len(tick))
+        requests = len(tick) - self._own_work
+        self._own_work = 0
+        if requests:
+            self._metrics.ticks.observe(requests)
+            self._metrics.requests.observe(time.monotonic() - began, requests)
 
     def _settle(self, owed: Owed, response: Optional[Response]) -> None:
         connection = owed.connection
@@ -7289,7 +7341,10 @@ def mac_text(text: str) -> str:
 
 def _run_backup(session: Session) -> int:
     folder = session.arguments.folder
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
     os.nice(BACKUP_NICENESS)
     with session.open() as (registry, _):
         try:
@@ -7317,8 +7372,9 @@ def _run_unit(session: Session) -> int:
         return 0
     program = os.path.abspath(__file__)
     print(UNIT.substitute(python=sys.executable, program=program), end="")
-    if program.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
-        _say(f"the service cannot see {program}: copy it to /usr/local/lib, and run it from there")
+    for path in (sys.executable, program):
+        if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
+            _say(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
     return 0
 
 
@@ -7332,6 +7388,8 @@ def _run_make_cert(session: Session) -> int:
     for path in (arguments.tls_cert, arguments.tls_key):
         if os.path.lexists(path):
             raise OperatorError(f"{path} is there already: remove it, or name another file")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise OperatorError(f"there is no folder for {path}")
     os.close(os.open(arguments.tls_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),

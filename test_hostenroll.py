@@ -3327,32 +3327,84 @@ def opened(paths: Tuple[str, str], clock: Clock, **options: Any) -> Iterator[Reg
         registry.close()
 
 
-def test_a_renewal_is_the_next_serial_until_it_is_used(
+def test_each_renewal_is_a_serial_of_its_own_and_the_first_to_be_used_counts(
     paths: Tuple[str, str], clock: Clock
 ) -> None:
     with opened(paths, clock, credential_ttl=300) as registry:
         number, old = came_in(registry, clock)
         clock.advance(201)
         renewals = [beat(registry, clock, old).grant.credential for _ in range(3)]
-        assert [serial_of(registry, new) for new in renewals] == [2, 2, 2]
-        assert beat(registry, clock, renewals[0]).grant is None
-        with pytest.raises(hostenroll.CredentialSuperseded):
-            beat(registry, clock, old)
+        assert [serial_of(registry, new) for new in renewals] == [2, 3, 4]
+        assert beat(registry, clock, renewals[1]).grant is None
+        for older in (old, renewals[0]):
+            with pytest.raises(hostenroll.CredentialSuperseded):
+                beat(registry, clock, older)
         clock.advance(201)
-        third = beat(registry, clock, renewals[0]).grant.credential
-        assert serial_of(registry, third) == 3
+        third = beat(registry, clock, renewals[1]).grant.credential
+        assert serial_of(registry, third) == 5
         # Whoever holds an old copy cannot renew past a re-enrollment.
         order = hostenroll.TokenOrder()
         text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
         arrival = hostenroll.Applicant(text, "web-1")
         newest = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
-        assert serial_of(registry, newest) == 5
+        assert serial_of(registry, newest) == 7
         clock.advance(201)
-        for copy in (renewals[0], third):
+        for copy in (renewals[1], third):
             assert beat(registry, clock, copy).grant is None
-        assert serial_of(registry, beat(registry, clock, newest).grant.credential) == 6
+        assert serial_of(registry, beat(registry, clock, newest).grant.credential) == 8
         with pytest.raises(hostenroll.CredentialSuperseded):
             beat(registry, clock, third)
+
+
+def test_a_copy_that_beats_and_renews_beside_the_original_is_seen(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """Also when both renew before either has used what it got."""
+    with opened(paths, clock, credential_ttl=300) as registry:
+        _, credential = came_in(registry, clock)
+        held = {"host": credential, "thief": credential}
+        refused: List[str] = []
+        while not refused:
+            clock.advance(30)
+            for who in held:
+                try:
+                    grant = beat(registry, clock, held[who]).grant
+                except hostenroll.CredentialSuperseded:
+                    refused.append(who)
+                else:
+                    held[who] = grant.credential if grant else held[who]
+        assert clock.now <= NOON + 300
+        assert look(registry, "SELECT count(*) FROM audit WHERE code = ?", "credential-superseded")
+
+
+def test_a_host_may_renew_whichever_of_its_enrollments_replies_it_got(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    with opened(paths, clock, credential_ttl=300) as registry:
+        text = token_of(registry, clock)
+        arrival = hostenroll.Applicant(text, "web-1", idempotency_key="k")
+        replies = [
+            do(registry, clock, lambda now: registry.enroll(arrival, now)).grant for _ in range(3)
+        ]
+        clock.advance(201)
+        renewed = beat(registry, clock, replies[0].credential).grant
+        assert renewed is not None and serial_of(registry, renewed.credential) == 4
+
+
+def test_a_forged_serial_cannot_shut_a_host_out_for_good(registry: Registry, clock: Clock) -> None:
+    """Who has had the key file can sign any: a re-enrollment must be able to outdo it."""
+    number, credential = came_in(registry, clock)
+    claims = registry.authenticate(credential, clock.ms)
+    far = claims._replace(serial=1 + hostenroll.SERIALS_LOST)
+    beat(registry, clock, registry._keyring.first.sign(far))  # after a restored backup it may be
+    too_far = claims._replace(serial=999_999_999_999)
+    with pytest.raises(hostenroll.CredentialInvalid):
+        beat(registry, clock, registry._keyring.first.sign(too_far))
+    order = hostenroll.TokenOrder()
+    text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+    arrival = hostenroll.Applicant(text, "web-1")
+    newest = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+    beat(registry, clock, newest)
 
 
 GRACE = 7 * 86400
@@ -3848,6 +3900,17 @@ def test_a_census_of_a_small_fleet_is_never_old(registry: Registry, clock: Clock
         came_in(registry, clock, f"web-{n}")
 
 
+def test_a_census_that_was_left_alone_is_begun_anew(
+    registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 100)
+    fill(registry, 400)
+    assert do(registry, clock, lambda now: registry.census(OPERATOR, now), False) is None
+    connection_of(registry).execute("DELETE FROM host")
+    clock.advance(3600)
+    assert census_of(registry, clock)[0].counts == {}
+
+
 def test_two_who_ask_for_a_census_share_it(
     registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4267,7 +4330,7 @@ def test_the_fleet_of_the_first_version_goes_on_as_it_was(
                 beaten = beat(registry, clock, old.credential(name, serial))
                 assert beaten.last_seen == clock.ms
                 assert (beaten.grant is not None) == (
-                    ttl is not None and serial + 1 >= OLD_HOSTS[name][0]
+                    ttl is not None and serial >= OLD_HOSTS[name][1]
                 ), (name, serial)
             for serial in good[:-1]:
                 with pytest.raises(hostenroll.CredentialSuperseded):
@@ -4372,6 +4435,41 @@ def retire(registry: Registry, clock: Clock, kid: str, force: bool = False) -> i
     return int(
         do(registry, clock, lambda now: registry.retire_signing_key(OPERATOR, kid, force, now))
     )
+
+
+def test_a_key_is_in_use_while_a_renewal_of_it_may_be_on_its_way(
+    registry: Registry, clock: Clock
+) -> None:
+    """The host has stored it, and sleeps: it was last heard with an older key."""
+    first = registry._keyring.first.kid
+    _, credential = came_in(registry, clock)
+    second = rotate(registry, clock)
+    stored = beat(registry, clock, credential).grant.credential
+    rotate(registry, clock)
+    for kid in (first, second):
+        with pytest.raises(hostenroll.Conflict):
+            retire(registry, clock, kid)
+    latest = beat(registry, clock, stored).grant.credential
+    assert retire(registry, clock, first) == 0
+    beat(registry, clock, latest)
+    assert retire(registry, clock, second) == 0
+
+
+def test_a_key_file_that_once_could_not_be_read_is_read_again(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """Out of descriptors for a moment: the file does not change when that is over."""
+    keyring = hostenroll.load_keyring(paths[1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hostenroll.write_key_file(paths[1], keyring.rotated())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    try:
+        registry.notice_keys()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "Too many open files" in registry.key_trouble
+    do(registry, clock, registry.keep_house)
+    assert registry.key_trouble == "" and len(registry._keyring.keys) == 2
 
 
 def keys_of(registry: Registry, clock: Clock) -> Dict[str, Tuple[str, int]]:
@@ -7160,6 +7258,34 @@ def test_a_histogram_is_cumulative_and_has_everything_in_its_last_bucket() -> No
         't_bucket{le="0.1"}': 3, 't_bucket{le="1"}': 4, 't_bucket{le="+Inf"}': 7, "t_count": 7
     }  # fmt: skip
     assert seen["t_sum"] == pytest.approx(0.05 + 0.2 + 0.5 + 21)
+
+
+def test_a_page_is_bounded_in_bytes_too(api: ApiDoor) -> None:
+    fill(api.registry, 600)
+    large = json.dumps({f"k{n}": "\U0001f600" * 255 for n in range(32)})
+    connection_of(api.registry).execute("UPDATE host SET labels = ?", (large,))
+    seen, cursor, sizes = 0, "", []
+    while cursor is not None:
+        path = "/api/hosts?limit=1000" + (f"&cursor={cursor}" if cursor else "")
+        page = api.call("GET", path, bearer=api.api_key)
+        sizes.append(len(json.dumps(page.document)))
+        seen += len(page.document["hosts"])
+        cursor = page.document["nextCursor"]
+    slice_size = hostenroll.SLICE * 110_000
+    assert seen == 600 and max(sizes) < hostenroll.PAGE_BYTES + slice_size
+
+
+def test_a_tick_that_dies_has_counted_no_heartbeat(api: ApiDoor, clock: Clock) -> None:
+    _, good = came_in(api.registry, clock)
+    number, revoked = came_in(api.registry, clock, "web-2")
+    do(api.registry, clock, hostenroll.partial(api.registry.revoke_host, OPERATOR, number))
+    claims = [api.registry.authenticate(credential, clock.ms) for credential in (good, revoked)]
+    with faulty(api.registry, only="COMMIT"):
+        api.registry.tick(claims, clock.ms)
+    assert api.beat(good, os=7).code == "invalid-body"
+    assert api.registry.metrics.heartbeats == 0
+    api.registry.tick(claims, clock.ms)
+    assert api.registry.metrics.heartbeats == 1
 
 
 def test_a_page_over_many_slices_is_one_json_text(api: ApiDoor, clock: Clock) -> None:
