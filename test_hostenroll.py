@@ -6329,7 +6329,8 @@ def test_a_message_is_the_same_however_it_is_cut(data: bytes) -> None:
     if size < 1000:
         cuts, slow_parts = list(range(size)), size
     else:
-        cuts, slow_parts = [*range(64), *range(64, size - 64, 1021), *range(size - 64, size)], 400
+        stride = max(1021, size // 24)
+        cuts, slow_parts = [*range(64), *range(64, size - 64, stride), *range(size - 64, size)], 400
     for cut in cuts:
         assert hear([data[:cut], data[cut:]]) == whole, cut
     assert hear([data[at : at + 1] for at in range(slow_parts)] + [data[slow_parts:]]) == whole
@@ -8323,7 +8324,7 @@ def test_who_still_sends_can_read_the_refusal(live: SocketDoor) -> None:
             assert stream.read() == b""
 
 
-@pytest.mark.slow
+@slow
 def test_nobody_waits_for_the_slow(paths: Any, clock: Clock) -> None:
     with live_door(paths, clock, deadlines=(0.5, 0.5, 0.5, 0.5)) as live:
         begun = time.monotonic()
@@ -8651,6 +8652,7 @@ def test_after_kill_nine_nothing_acknowledged_is_missing(tmp_path: Path) -> None
     assert sql(database, "SELECT sum(uses) FROM token") == [(len(stored),)]
 
 
+@slow
 def test_beats_and_commands_do_not_starve_each_other(tmp_path: Path) -> None:
     key = api_key_of(tmp_path)
     with ServerProcess(tmp_path) as server:
@@ -8717,6 +8719,7 @@ def test_a_peer_that_leaves_while_it_is_told_to_continue_ends_nobody_else(
     assert live.call("GET", "/healthz").status == 200
 
 
+@slow
 def test_answers_that_are_taken_slowly_keep_their_order(live: SocketDoor) -> None:
     """One needs the database and one does not: neither may overtake, or cut into, the other."""
     paths = ["/readyz", "/healthz", "/api/me", "/nothing"]
@@ -8767,7 +8770,7 @@ def test_a_flood_of_lists_does_not_hold_up_a_beat(paths: Any, clock: Clock) -> N
                     assert reply is not None and reply.status == 200
 
 
-@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("count", [1, pytest.param(30, marks=slow)])
 def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
     count: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8923,7 +8926,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(live: SocketDoor) -> None
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus")
-@pytest.mark.slow
+@slow
 def test_a_real_prometheus_scrapes_us(live: SocketDoor, tmp_path: Path) -> None:
     live.beat(live.enroll(live.token()).document["credential"])
     with socket.socket() as free:
@@ -10309,6 +10312,7 @@ SPOILT = (
 )  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_database_and_its_key_file_belong_together(how: str, tmp_path: Path) -> None:
     assert cli(tmp_path, "mint-token").returncode == 0
