@@ -247,6 +247,11 @@ def id_text(number: int) -> str:
     return f"{number:016x}"
 
 
+def named(kind: str, number: int) -> str:
+    """A thing by its kind and its id, as the audit log names actors and subjects."""
+    return f"{kind}:{id_text(number)}"
+
+
 def read_id(text: str) -> int:
     """The number of an id; -1, which nothing has, for what cannot be one."""
     return int(text, 16) if ID.fullmatch(text) else -1
@@ -3007,11 +3012,11 @@ class Registry:
         self,
         work: Sequence[Work],
         now: int,
-        origin_of: Callable[[int], Origin] = lambda place: NOWHERE,
+        origin_at: Callable[[int], Origin] = lambda place: NOWHERE,
     ) -> Optional[List[Any]]:
         """Heartbeats and acts in one transaction. What each comes to, a value or a Problem, when
         all of it is committed; None when another writer is at work: ask again, or give_up().
-        origin_of says where the heartbeat at a place of work came from.
+        origin_at says where the heartbeat at a place of work came from.
 
         If the transaction dies, so does every answer, also those of reads: they may have seen
         rows that are gone now.
@@ -3029,7 +3034,7 @@ class Registry:
                 self.audit.begin(now)
             if acts:
                 self.notice_keys()
-            outcomes = self._beat_all(work, beats, now, origin_of) if beats else []
+            outcomes = self._beat_all(work, beats, now, origin_at) if beats else []
             if acts:
                 beaten = iter(outcomes)
                 outcomes = [
@@ -3335,15 +3340,9 @@ class Registry:
         )
         self._tokens_looked_at = -1 if looked_at is None else looked_at
 
-    def public_url(self) -> Optional[str]:
-        """Where agents find the server; None before one ran."""
-        service = self._store.service()
-        return service.public_url if service else None
-
-    def public_pin(self) -> str:
-        """The pin of the server's certificate; '' where it speaks no TLS itself."""
-        service = self._store.service()
-        return service.pin if service else ""
+    def service(self) -> Optional[Service]:
+        """What the servers say of themselves; None before one ran."""
+        return self._store.service()
 
     def census(self, by: Principal, now: int) -> Optional[Census]:
         """The fleet counted, or None: one slice more is, ask again in another tick."""
@@ -3395,7 +3394,7 @@ class Registry:
         )
         if not self._store.add_api_key(key):
             return self.mint_api_key(by, organization, role, description, now)
-        subject = f"api-key:{id_text(key.id)}"
+        subject = named("api-key", key.id)
         self.audit.record(now, "mint", by.name, subject, organization, role=role)
         return key, secret.text
 
@@ -3409,14 +3408,14 @@ class Registry:
         if key is None:
             raise NotFound("There is no API key with this id.")
         if self._store.revoke_api_key(number, now):
-            subject = f"api-key:{id_text(number)}"
+            subject = named("api-key", number)
             self.audit.record(now, "revoke", by.name, subject, key.organization_id)
 
     def identify(self, text: str, what: str = "") -> Principal:
         """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid."""
         secret = read_secret(API_KEY_PREFIX, text)
         key = self._store.api_key(secret.id) if secret else None
-        name = f"api-key:{id_text(secret.id)}" if secret else ""
+        name = named("api-key", secret.id) if secret else ""
         if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):
             raise ApiKeyInvalid().concerning("anonymous", name, None, request=what)
         if key.revoked_at is not None:
@@ -3486,7 +3485,7 @@ class Registry:
             now,
             "mint",
             by.name,
-            f"token:{id_text(token.id)}",
+            named("token", token.id),
             organization,
             host=None if host is None else id_text(host),
             maxUses=order.max_uses,
@@ -3536,7 +3535,7 @@ class Registry:
         token = self._token(by, number)
         if token.revoked_at is None:
             self._store.revoke_token(token.id, now)
-            subject = f"token:{id_text(number)}"
+            subject = named("token", number)
             self.audit.record(now, "revoke", by.name, subject, token.organization_id)
 
     # Enrollment.
@@ -3549,7 +3548,7 @@ class Registry:
         """
         secret = read_secret(TOKEN_PREFIX, applicant.token)
         token = self._store.token(secret.id) if secret else None
-        name = f"token:{id_text(secret.id)}" if secret else ""
+        name = named("token", secret.id) if secret else ""
         if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
             raise TokenUnknown().concerning("anonymous", name, None, hostname=applicant.hostname)
         try:
@@ -3599,7 +3598,7 @@ class Registry:
     def _record_admission(
         self, now: int, action: str, token: Token, host: Host, applicant: Applicant, **more: Any
     ) -> None:
-        actor, subject = f"token:{id_text(token.id)}", f"host:{id_text(host.id)}"
+        actor, subject = named("token", token.id), named("host", host.id)
         hostname = applicant.hostname
         self.audit.record(
             now, action, actor, subject, host.organization_id, hostname=hostname, **more
@@ -3707,7 +3706,7 @@ class Registry:
         claims = self._keyring.verify(credential)
         expires_at = claims.expires_at
         if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
-            name = f"host:{id_text(claims.host)}"
+            name = named("host", claims.host)
             raise CredentialExpired().concerning(name, name, claims.organization)
         return claims
 
@@ -3756,7 +3755,7 @@ class Registry:
         serial = self._store.issue(claims.host, claims.serial, self.audit.origin.address)
         if serial is None:
             return None
-        name = f"host:{id_text(claims.host)}"
+        name = named("host", claims.host)
         self.audit.record(now, "renew", name, name, claims.organization, serial=serial)
         self.metrics.renewals += 1
         return self._grant(claims.host, claims.organization, serial, now)
@@ -3766,7 +3765,7 @@ class Registry:
         work: Sequence[Work],
         beats: Sequence[Claims],
         now: int,
-        origin_of: Callable[[int], Origin],
+        origin_at: Callable[[int], Origin],
     ) -> List[Any]:
         """lastSeen of each plain heartbeat, or the Problem that it comes to."""
         rows = [(now, claims.host, claims.serial, now) for claims in beats]
@@ -3775,7 +3774,7 @@ class Registry:
             return [now] * len(rows)
         self._store.start_over()  # else one beat would be judged by what others have written
         outcomes = [
-            self._judge_beat(claims, now, origin_of(place))
+            self._judge_beat(claims, now, origin_at(place))
             for place, claims in enumerate(work)
             if isinstance(claims, Claims)
         ]
@@ -3795,7 +3794,7 @@ class Registry:
         if self._store.beat([(now, claims.host, claims.serial, now)]) == 1:
             return now
         host = self._store.host(claims.host)
-        name = f"host:{id_text(claims.host)}"
+        name = named("host", claims.host)
         if host is None:
             raise HostUnknown().concerning(name, name, claims.organization)
         if claims.serial < host.serial:
@@ -3879,7 +3878,7 @@ class Registry:
 
     def _record_act(self, now: int, action: str, by: Principal, host: Host, **more: Any) -> None:
         self.audit.record(
-            now, action, by.name, f"host:{id_text(host.id)}", host.organization_id, **more
+            now, action, by.name, named("host", host.id), host.organization_id, **more
         )
 
     def revoke_host(self, by: Principal, number: int, now: int) -> HostView:
@@ -4087,12 +4086,9 @@ def examine(database: str, key_file: str) -> List[Finding]:
 
 def _examine_store(store: Store) -> Iterator[Finding]:
     version, faults = store.version(), store.faults()
-    detail = (
-        f"{version}, that of this program"
-        if version == SCHEMA_VERSION
-        else (f"{version}: the next start or command brings it to {SCHEMA_VERSION}")
-    )
-    yield Finding("schema", version == SCHEMA_VERSION, detail)
+    is_ours = version == SCHEMA_VERSION
+    then = "that of this program" if is_ours else f"the next start brings it to {SCHEMA_VERSION}"
+    yield Finding("schema", is_ours, f"{version}: {then}")
     yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
     bug = "has" if has_wal_reset_bug() else "does not have"
     yield Finding(
@@ -4507,6 +4503,8 @@ class RequestReader:
         """Whether the peer waits for 100 Continue before it sends the body it has announced."""
         return self._head is not None and self._head.expects and not self.buffer
 
+
+NOBODYS = RequestReader().unread()  # stands for the request where the server acts by itself
 
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
@@ -5769,13 +5767,12 @@ class Api:
         self,
         pending: Sequence[Pending],
         now: int,
-        origin_of: Callable[[int], Tuple[str, str]] = lambda place: NOWHERE,
+        request_at: Callable[[int], Request] = lambda place: NOBODYS,
     ) -> Optional[List[Optional[Response]]]:
         """One tick: the answers, all of it committed; in place of an answer None, if an act wants
         to be run again in another tick. None at all when another writer is at work: ask again
-        with the same requests, or give_up(). origin_of says of the request at a place its address
-        and its id."""
-        outcomes = self._registry.tick(pending, now, lambda place: Origin(*origin_of(place)))
+        with the same requests, or give_up(). request_at gives the request at a place."""
+        outcomes = self._registry.tick(pending, now, lambda place: origin_of(request_at(place)))
         if outcomes is None:
             return None
         return [self._answer(work, outcome) for work, outcome in zip(pending, outcomes)]
@@ -6067,20 +6064,25 @@ class Server(HTTPServer):
         self._accepted = self._now << 20  # numbers for connections, and not those of a life before
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakened = socket.socketpair()
-        if listener is None:
-            self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            super().__init__((host, port), BaseHTTPRequestHandler)
-        else:
-            super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = listener
-            self._learn_address()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
+        try:
+            self.server_bind()
             self.server_activate()
+        except BaseException:
+            self.server_close()
+            raise
 
     # Starting and stopping.
 
     def server_bind(self) -> None:
-        """Bind without the look-up of our own name that HTTPServer does: there may be no DNS."""
+        """Bind without the look-up of our own name that HTTPServer does: there may be no DNS. Or
+        take what somebody else has bound."""
+        if self._listener is not None:
+            self.socket.close()
+            self.socket = self._listener
+            self._learn_address()
+            return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self._learn_address()
@@ -6347,8 +6349,7 @@ class Server(HTTPServer):
 
     def _owe(self, work: Pending) -> None:
         """Put business of our own into the tick."""
-        nobody = RequestReader().unread()
-        self._tick.append(Owed(None, nobody, work, self._moment))
+        self._tick.append(Owed(None, NOBODYS, work, self._moment))
         self._own_work += 1
 
     def _reload(self) -> None:
@@ -6420,11 +6421,9 @@ class Server(HTTPServer):
             return
 
     def _run(self, tick: Sequence[Owed]) -> Optional[Sequence[Optional[Response]]]:
-        def origin_of(place: int) -> Tuple[str, str]:
-            return tick[place].request.address, tick[place].request.id
-
         try:
-            return self._api.run([owed.work for owed in tick], self._now, origin_of)
+            work = [owed.work for owed in tick]
+            return self._api.run(work, self._now, lambda place: tick[place].request)
         except Exception:
             log.exception("a tick failed")
             return [refusal(Internal())] * len(tick)
@@ -7113,20 +7112,16 @@ def _mint(
 ) -> int:
     """Mint a token; show its text on stdout, and on stderr what to do with it."""
     _require_stdout()
-    (view, text), url, pin = session.ask(
-        lambda registry, by, now: (
-            mint(registry, by, now),
-            registry.public_url(),
-            registry.public_pin(),
-        ),
-        writes=True,
+    (view, text), service = session.ask(
+        lambda registry, by, now: (mint(registry, by, now), registry.service()), writes=True
     )
     document = token_document(view, text)
     if session.arguments.json:
         _print_json(document)
         return 0
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
-    url = url or f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+    url = service.public_url if service else f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+    pin = service.pin if service else ""
     print(text, flush=True)
     _say(
         f"token {document['id']} of {document['organizationId']}: {uses}, "

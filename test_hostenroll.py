@@ -332,8 +332,7 @@ class ApiDoor(Door):
             return self._reply(admitted)
         response = None
         while response is None:  # a list comes in slices, one in a tick
-            origin = (request.address, request.id)
-            responses = self.api.run([admitted], self.clock.ms, lambda place: origin)
+            responses = self.api.run([admitted], self.clock.ms, lambda place: request)
             assert responses is not None
             response = responses[0]
         return self._reply(response)
@@ -3596,7 +3595,7 @@ def test_a_second_server_beside_a_living_one_makes_no_pause(
         with opened(paths, clock, interval=30) as second:
             do(second, clock, lambda now: second.start_service("http://two", now))
     assert status_of(registry, clock, number) == "offline"
-    assert do(registry, clock, lambda now: registry.public_url(), False) == "http://two"
+    assert do(registry, clock, lambda now: registry.service().public_url, False) == "http://two"
     clock.advance(-3600)
     do(registry, clock, registry.keep_alive)
     assert look(registry, "SELECT alive FROM service") == [(int(NOON + 110) * 1000,)]
@@ -7891,7 +7890,7 @@ def call_from(
     """What a POST from an address comes to."""
     request = RequestReader(address).next(request_bytes("POST", path, body, bearer))
     admitted = door.api.admit(request, door.clock.ms)
-    (response,) = door.api.run([admitted], door.clock.ms, lambda place: (address, "1-1"))
+    (response,) = door.api.run([admitted], door.clock.ms, lambda place: request)
     return json.loads(response.body)
 
 
