@@ -2622,13 +2622,14 @@ class Metrics:
     """What a process has counted since it started. It may be forgotten."""
 
     def __init__(self) -> None:
-        self.enrollments = self.heartbeats = self.renewals = 0
-        self.connections = self.connections_accepted = 0
-        self.refusals: Counter[str] = Counter()
-        self.requests = Histogram(SECONDS_BUCKETS)  # from the turn that takes it to its answer
+        self.heartbeats = self.enrollments = self.renewals = 0
+        self.connections = 0  # accepted
+        self.open_connections = 0
+        self.refusals: Counter[str] = Counter()  # by code
+        self.requests = Histogram(SECONDS_BUCKETS)
         self.commits = Histogram(SECONDS_BUCKETS)
         self.lock_waits = Histogram(SECONDS_BUCKETS)
-        self.ticks = Histogram(SIZE_BUCKETS)  # requests in each
+        self.ticks = Histogram(SIZE_BUCKETS)
 
 
 class Census:
@@ -3032,14 +3033,9 @@ class Registry:
                 return None
             if writes:
                 self.audit.begin(now)
-            if acts:
-                self.notice_keys()
             outcomes = self._beat_all(work, beats, now, origin_at) if beats else []
             if acts:
-                beaten = iter(outcomes)
-                outcomes = [
-                    self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work
-                ]
+                outcomes = self._perform_all(work, iter(outcomes), now)
             self._commit(writes)
         except StoreError as error:
             self._store.abandon()
@@ -3064,6 +3060,10 @@ class Registry:
         self._store.commit()
         self.metrics.commits.observe(time.perf_counter() - started)
         self.audit.tell()
+
+    def _perform_all(self, work: Sequence[Work], beaten: Iterator[Any], now: int) -> List[Any]:
+        self.notice_keys()
+        return [self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work]
 
     def _perform(self, act: Act, now: int) -> Any:
         self.audit.origin = act.origin
@@ -5082,48 +5082,44 @@ def _get_metrics(registry: Registry, call: Call) -> Any:
     return text.response()
 
 
+COUNTERS = {  # of Metrics
+    "heartbeats": "Heartbeats that counted.",
+    "enrollments": "Hosts enrolled or re-enrolled.",
+    "renewals": "Credentials renewed.",
+    "connections": "Connections accepted.",
+}
+HISTOGRAMS = {  # of Metrics: what each is called, and what it measures
+    "requests": ("request_duration_seconds", "From the turn that takes a request to its answer."),
+    "commits": ("commit_duration_seconds", "To commit a tick that writes."),
+    "lock_waits": ("lock_wait_seconds", "For another writer, where there was one."),
+    "ticks": ("tick_requests", "Requests in a tick that writes."),
+}
+
+
 def _expose_process(text: Exposition, registry: Registry) -> None:
     metrics = registry.metrics
-    counters = {
-        "heartbeats": ("Heartbeats that counted.", metrics.heartbeats),
-        "enrollments": ("Hosts enrolled or re-enrolled.", metrics.enrollments),
-        "renewals": ("Credentials renewed.", metrics.renewals),
-        "connections": ("Connections accepted.", metrics.connections_accepted),
-    }
-    for name, (help, value) in counters.items():
-        text.family(f"hostenroll_{name}_total", "counter", help, value)
+    for name, help in COUNTERS.items():
+        text.family(f"hostenroll_{name}_total", "counter", help, getattr(metrics, name))
     text.head("hostenroll_refusals_total", "counter", "Refusals by code.")
     for problem in problems():
         refused = metrics.refusals[problem.code]
         text.sample("hostenroll_refusals_total", refused, code=problem.code)
-    text.family("hostenroll_open_connections", "gauge", "Connections now.", metrics.connections)
-    histograms = {
-        "request_duration_seconds": ("From the turn that takes a request on.", metrics.requests),
-        "commit_duration_seconds": ("To commit a tick that writes.", metrics.commits),
-        "lock_wait_seconds": ("For another writer, where there was one.", metrics.lock_waits),
-        "tick_requests": ("Requests in a tick that writes.", metrics.ticks),
-    }
-    for name, (help, histogram) in histograms.items():
-        text.histogram(f"hostenroll_{name}", help, histogram)
-    database, wal = registry.storage_bytes()
+    for name, (shown, help) in HISTOGRAMS.items():
+        text.histogram(f"hostenroll_{shown}", help, getattr(metrics, name))
+    open_now = metrics.open_connections
+    text.family("hostenroll_open_connections", "gauge", "Connections now.", open_now)
+    _expose_state(text, registry)
+
+
+def _expose_state(text: Exposition, registry: Registry) -> None:
     text.head("hostenroll_database_bytes", "gauge", "Size of the database's files.")
-    text.sample("hostenroll_database_bytes", database, file="database")
-    text.sample("hostenroll_database_bytes", wal, file="wal")
-    text.family(
-        "hostenroll_keys_ok",
-        "gauge",
-        "1 while the key file is as it should be.",
-        int(not registry.key_trouble),
-    )
-    text.family(
-        "hostenroll_build_info",
-        "gauge",
-        "What runs.",
-        1,
-        version=__version__,
-        python=".".join(map(str, sys.version_info[:3])),
-        sqlite=registry.sqlite_version,
-    )
+    for file, size in zip(("database", "wal"), registry.storage_bytes()):
+        text.sample("hostenroll_database_bytes", size, file=file)
+    is_good = int(not registry.key_trouble)
+    text.family("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", is_good)
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = {"version": __version__, "python": python, "sqlite": registry.sqlite_version}
+    text.family("hostenroll_build_info", "gauge", "What runs.", 1, **versions)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
     text.family("process_cpu_seconds_total", "counter", "CPU time of the process.", cpu)
@@ -6558,10 +6554,10 @@ class Server(HTTPServer):
             self._short = False
             peer.setblocking(False)
             self._accepted += 1
-            self._metrics.connections_accepted += 1
+            self._metrics.connections += 1
             fresh.append(Connection(peer, address[0], self._accepted))
             self._connections.add(fresh[-1])
-        self._metrics.connections = len(self._connections)
+        self._metrics.open_connections = len(self._connections)
         return fresh
 
     def _welcome_all(self, fresh: Sequence[Connection]) -> None:
@@ -6682,7 +6678,7 @@ class Server(HTTPServer):
         self._held -= connection.held + len(connection.output)
         connection.held, connection.output = 0, b""
         connection.socket.close()
-        self._metrics.connections = len(self._connections)
+        self._metrics.open_connections = len(self._connections)
 
 
 def tell_service_manager(address: str, state: str) -> None:
