@@ -3267,16 +3267,18 @@ class Registry:
         return self._keyring.first.kid
 
     def retire_signing_key(self, by: Principal, kid: str, force: bool, now: int) -> int:
-        """Verify by a key no longer; how many hosts that locks out. Raises NotFound, Conflict."""
+        """Verify by a key no longer; how many hosts that locks out at most. Raises NotFound,
+        Conflict."""
         if kid not in self._keyring.kids:
-            raise NotFound("There is no signing key with this kid in the key file.")
+            raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
         if kid == self._keyring.first.kid:
             raise Conflict("This key signs. Make another first: rotate-signing-key.")
         hosts = self._store.hosts_not_past(self._key_number(kid, now))
         if hosts and not force:
             raise Conflict(
-                f"Hosts that still use this key: {hosts}. They move to the first one when they "
-                "beat; with --force they must re-enroll."
+                f"Hosts that use this key, or may hold a credential of it: {hosts}. They move to "
+                "the newest key when they beat; delete those that never will, or retire it with "
+                "--force, and they must re-enroll."
             )
         self._replace_keys(self._keyring.without(kid))
         self.learn_keys(by.name, now)
@@ -4090,13 +4092,10 @@ def _examine_store(store: Store) -> Iterator[Finding]:
     then = "that of this program" if is_ours else f"the next start brings it to {SCHEMA_VERSION}"
     yield Finding("schema", is_ours, f"{version}: {then}")
     yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
-    bug = "has" if has_wal_reset_bug() else "does not have"
-    yield Finding(
-        "sqlite",
-        True,
-        f"{SQLITE_VERSION} {bug} the WAL-reset bug; every checkpoint and every write is made "
-        "under one lock, so it cannot strike",
-    )
+    said = "has no WAL-reset bug"
+    if has_wal_reset_bug():
+        said = "has the WAL-reset bug, which cannot strike: one lock is round every checkpoint"
+    yield Finding("sqlite", True, f"{SQLITE_VERSION} {said}")
 
 
 def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
@@ -6795,6 +6794,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """A number of things, at least one. Raises ArgumentTypeError."""
+    if count(text) == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def label(text: str) -> Tuple[str, str]:
     """key=value. Raises ArgumentTypeError."""
     try:
@@ -7202,6 +7208,8 @@ def _run_edit_host(session: Session) -> int:
     changes: Dict[str, Any] = {}
     if arguments.name is not None:
         changes["name"] = arguments.name
+    if arguments.label and arguments.no_labels:
+        raise InvalidBody(errors=[FieldError("--no-labels", "does not go with --label")])
     if arguments.label or arguments.no_labels:
         changes["labels"] = dict(arguments.label)
     EDIT_BODY.check(changes)
@@ -7283,7 +7291,7 @@ def _run_rotate_signing_key(session: Session) -> int:
 def _run_retire_signing_key(session: Session) -> int:
     kid, force = session.arguments.kid, session.arguments.force
     hosts = session.ask(lambda r, by, now: r.retire_signing_key(by, kid, force, now), writes=True)
-    _say(f"signing key {kid} is retired" + (f": {hosts} hosts must re-enroll" if hosts else ""))
+    _say(f"signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}")
     return 0
 
 
@@ -7473,7 +7481,7 @@ SERVE_OPTIONS = (
         "--credential-ttl",
         type=duration_within(CREDENTIAL_TTL_RANGE),
         metavar="TIME",
-        help="how long credentials live, and are renewed in time (for ever)",
+        help="how long credentials live, and are renewed in time (forever)",
     ),
     Argument("--tls-cert", metavar="FILE", help="speak TLS, with this certificate chain in PEM"),
     Argument("--tls-key", metavar="FILE", help="its key, in PEM; SIGHUP loads both anew"),
@@ -7487,7 +7495,7 @@ SERVE_OPTIONS = (
         "--audit-keep",
         type=duration_within(AUDIT_KEEP_RANGE),
         metavar="TIME",
-        help="how long the audit log is kept (for ever)",
+        help="how long the audit log is kept (forever)",
     ),
     Argument(
         "--log-format",
@@ -7687,7 +7695,7 @@ COMMANDS = (
             Argument("--action", choices=ACTIONS),
             Argument("--subject", metavar="KIND:ID", help="as in host:0ca4f1b28e3d7a95"),
             Argument("--code", metavar="CODE", help="of a refusal"),
-            Argument("--limit", type=count, metavar="N", help="only the newest"),
+            Argument("--limit", type=positive, metavar="N", help="only the newest"),
             JSON_OPTION,
         ),
     ),
@@ -7725,7 +7733,7 @@ COMMANDS = (
                 metavar="NAME",
                 help="a name or address that agents find the server by; repeatable",
             ),
-            Argument("--days", type=count, default="3650", metavar="N", help="(%(default)s)"),
+            Argument("--days", type=positive, default="3650", metavar="N", help="(%(default)s)"),
             Argument(
                 "--tls-cert", default="hostenroll-tls.crt", metavar="FILE", help="(%(default)s)"
             ),
