@@ -134,6 +134,7 @@ CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and bri
 REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
 SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
 KEY_FILE_MODE = 0o600
+KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain
 TOKEN_KEPT = 30 * DAY  # after it has ended
 TWINS_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
 
@@ -1259,8 +1260,11 @@ def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
 def load_keyring(path: str) -> Keyring:
     """The keyring of a key file. Raises OperatorError for a file that is bad or open to others."""
     try:
-        with open(path, "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would block
+            status = os.fstat(file.fileno())
+            mode = stat.S_IMODE(status.st_mode)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_MAXIMUM:
+                raise ValueError("not a file, or far too large")
             found = [_read_jwk(jwk) for jwk in json.load(file)["keys"]]
     except OSError as error:
         raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
@@ -5933,6 +5937,11 @@ def load_tls(certificate: str, key: str) -> Tuple[ssl.SSLContext, bytes]:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
+    for path in (certificate, key):
+        if os.path.exists(path) and not (
+            os.path.isfile(path) and os.path.getsize(path) <= KEY_FILE_MAXIMUM
+        ):
+            raise OperatorError(f"{path} is not a file, or far too large")
     try:
         with open(certificate, encoding="latin-1") as file, open(key, "rb"):
             chain = PEM_CERTIFICATE.search(file.read())
@@ -6273,9 +6282,21 @@ class Server(HTTPServer):
         output = tls.output()
         if output:
             self._push(connection, output)
-        if tls.has_ended or self._held > HELD_MAXIMUM:
+        if tls.has_ended:
             self._drop(connection)
+        elif self._held > HELD_MAXIMUM:
+            self._relieve(connection, tls)
         return b""
+
+    def _relieve(self, connection: Connection, tls: Tls) -> None:
+        """Too much is held. Who shakes hands is not to blame: the slowest of those who hold it
+        gives way, or they would keep everyone new out."""
+        holders = (self._in_body.first(), self._in_head.first(), self._taking.first())
+        blamed = next(filter(None, holders), connection) if not tls.is_shaken else connection
+        if blamed.phase is self._in_body or blamed.phase is self._in_head:
+            self._refuse(blamed, Overloaded())
+        else:
+            self._drop(blamed)
 
     def _part_from_tls(self, connection: Connection, tls: Tls) -> None:
         output = tls.output()

@@ -1852,6 +1852,8 @@ KEY_TROUBLES: Dict[str, Callable[[Path], Any]] = {
     "cut off": lambda path: os.truncate(path, path.stat().st_size - 9),
     "not ours": lambda path: path.write_bytes(b"[]"),
     "open to others": lambda path: path.chmod(0o644),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
+    "half a gigabyte": lambda path: os.truncate(path, 1 << 29),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
 }
@@ -9847,8 +9849,8 @@ def test_a_reload_without_tls_changes_nothing(paths: Any, clock: Clock) -> None:
 LOADED: Dict[str, Tuple[str, str, str]] = {
     "no certificate": ("nowhere", "tls.key", "cannot read nowhere"),
     "no key": ("tls.crt", "nowhere", "cannot read nowhere"),
-    "a folder": ("tls.crt", "folder", "cannot read folder"),
-    "a folder as certificate": ("folder", "tls.key", "cannot read folder"),
+    "a folder": ("tls.crt", "folder", "folder is not a file"),
+    "a folder as certificate": ("folder", "tls.key", "folder is not a file"),
     "an empty certificate": ("empty", "tls.key", "no PEM certificate in empty"),
     "bytes": ("bytes", "tls.key", "no PEM certificate in bytes"),
     "the key as certificate": ("tls.key", "tls.key", "no PEM certificate in tls.key"),
@@ -10034,6 +10036,20 @@ def test_a_defect_is_told_with_its_request_and_its_traceback(
     assert (document["level"], document["request"]) == ("error", "abc-1")
     assert document["traceback"].startswith("Traceback") and "ZeroDivision" in document["traceback"]
     assert set(document) == {"time", "level", "message", "request", "traceback"}
+
+
+def test_who_shakes_hands_is_not_kept_out_by_those_who_hold_too_much(
+    paths: Tuple[str, str], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 60_000)
+    head = b"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-Length: 59900\r\n\r\n"
+    with tls_door(paths, clock) as door, door.connect() as holder:
+        holder.sendall(head + b"x" * 59_800)
+        for _ in range(30):  # meanwhile the last of it arrives
+            assert door.call("GET", "/healthz").status == 200
+        with holder.makefile("rb") as stream:
+            refused = read_reply(stream)
+        assert refused is not None and refused.code == "overloaded"
 
 
 # 11. Command line
