@@ -1403,7 +1403,7 @@ CREATE TABLE api_key (
 );
 
 CREATE TABLE token (
-    -- What lets hosts in. Rows stay when they are used up, expired or revoked.
+    -- What lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
@@ -2901,10 +2901,8 @@ class AuditLog:
 
     def refuse(self, problem: Problem, now: int, in_tick: bool) -> None:
         """The act or the request at hand is refused."""
-        events, which = (
-            self._events if in_tick else self._notes,
-            (problem.code, problem.organization),
-        )
+        events = self._events if in_tick else self._notes
+        which = problem.code, problem.organization
         window = self._windows.get(which)
         is_full = len(self._notes) >= NOTES_MAXIMUM
         if window is None or (window.is_over(now) and not is_full):
@@ -4039,8 +4037,8 @@ def _has_chained(store: Store, keyring: Keyring) -> bool:
     if not events:
         return False
     anchor = store.anchor()
-    start = anchor.mac if anchor else b""
-    previous = events[1].mac if len(events) == 2 else start
+    oldest = anchor.mac if anchor else b""
+    previous = events[1].mac if len(events) == 2 else oldest
     return is_same(keyring.chain(previous, events[0].record()), events[0].mac)
 
 

@@ -23,7 +23,7 @@ CREATE TABLE api_key (
 );
 
 CREATE TABLE token (
-    -- What lets hosts in. Rows stay when they are used up, expired or revoked.
+    -- What lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
