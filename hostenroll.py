@@ -90,7 +90,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import product, takewhile
+from itertools import product, repeat, takewhile
 from typing import (
     Any,
     BinaryIO,
@@ -184,7 +184,7 @@ ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 24576  # about 0.7 KiB each: 17 MiB
+CREDENTIALS_CACHED = 32768  # about 0.7 KiB each: 22 MiB
 CREDENTIAL_MAXIMUM = 1024
 
 # Connections. Each deadline class has one length, so its queue is in order by itself.
@@ -1064,11 +1064,19 @@ def fingerprint(text: str) -> bytes:
 
 def base64url(data: bytes) -> str:
     """RFC 7515 section 2: base64url without padding."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    return _base64url(data).decode("ascii")
 
 
-def _read_base64url(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+# What base64's own functions do, without their care for types: each credential comes this way.
+_TO_URL, _FROM_URL = bytes.maketrans(b"+/", b"-_"), bytes.maketrans(b"-_", b"+/")
+
+
+def _base64url(data: bytes) -> bytes:
+    return binascii.b2a_base64(data, newline=False).translate(_TO_URL, b"=")
+
+
+def _read_base64url(text: bytes) -> bytes:
+    return binascii.a2b_base64(text.translate(_FROM_URL) + b"==")
 
 
 class Claims(NamedTuple):
@@ -1097,16 +1105,16 @@ class SigningKey:
     def __init__(self, kid: str, octets: bytes) -> None:
         self.kid = kid
         self.octets = octets
-        self.header = base64url(
+        self.header = _base64url(
             json.dumps({"alg": "HS256", "typ": "JWT", "kid": kid}, separators=(",", ":")).encode()
         )
         self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
 
-    def signature(self, signed: str) -> str:
+    def signature(self, signed: bytes) -> bytes:
         """The JWS signature of header.payload, in base64url."""
         mac = self._keyed.copy()
-        mac.update(signed.encode("ascii"))
-        return base64url(mac.digest())
+        mac.update(signed)
+        return _base64url(mac.digest())
 
     def sign(self, claims: Claims) -> str:
         """A credential. verify() takes this spelling of these members and no other."""
@@ -1115,8 +1123,8 @@ class SigningKey:
             f'{{"iss":"hostenroll","sub":"{id_text(claims.host)}","org":"{claims.organization}",'
             f'"iat":{claims.issued_at},"ser":{claims.serial}{expiry}}}'
         )
-        signed = f"{self.header}.{base64url(payload.encode('ascii'))}"
-        return f"{signed}.{self.signature(signed)}"
+        signed = b"%b.%b" % (self.header, _base64url(payload.encode("ascii")))
+        return (b"%b.%b" % (signed, self.signature(signed))).decode("ascii")
 
 
 class Keyring:
@@ -1162,8 +1170,8 @@ class Keyring:
         """
         if len(credential) > CREDENTIAL_MAXIMUM or not credential.isascii():
             raise CredentialInvalid()
-        signed, _, signature = credential.rpartition(".")
-        header, _, payload = signed.partition(".")
+        signed, _, signature = credential.encode("ascii").rpartition(b".")
+        header, _, payload = signed.partition(b".")
         key = self._by_header.get(header)
         if key is None or not hmac.compare_digest(key.signature(signed), signature):
             raise CredentialInvalid()
@@ -1181,12 +1189,12 @@ class Keyring:
         )
 
     @staticmethod
-    def _read_claims(payload: str) -> Optional["re.Match[bytes]"]:
+    def _read_claims(payload: bytes) -> Optional["re.Match[bytes]"]:
         try:
             octets = _read_base64url(payload)
         except binascii.Error:
             return None
-        return CLAIMS.fullmatch(octets) if base64url(octets) == payload else None
+        return CLAIMS.fullmatch(octets) if _base64url(octets) == payload else None
 
 
 def _new_signing_key() -> SigningKey:
@@ -1249,7 +1257,7 @@ def sync_file(path: str) -> None:
 
 
 def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
-    use, kid, octets = str(jwk["use"]), jwk["kid"], _read_base64url(jwk["k"])
+    use, kid, octets = str(jwk["use"]), jwk["kid"], _read_base64url(str(jwk["k"]).encode("ascii"))
     if jwk["kty"] != "oct" or jwk.get("alg", "HS256") != "HS256" or not re.fullmatch(KID, kid):
         raise ValueError("a key is not an oct key for HS256 with a kid")
     if len(octets) < 32 or base64url(octets) != jwk["k"]:
@@ -2457,7 +2465,8 @@ class Act(NamedTuple):
     origin: Origin = NOWHERE
 
 
-Work = Union[Claims, Act]  # what a tick runs: a plain heartbeat by its claims, or an act
+PlainBeat = Claims  # a heartbeat with nothing to tell and nothing to renew, by its claims
+Work = Union[PlainBeat, Act]  # what a tick runs
 
 
 class TokenOrder(NamedTuple):
@@ -3703,6 +3712,10 @@ class Registry:
 
     # Heartbeats.
 
+    def verify(self, credential: str) -> Claims:
+        """What a credential says, however old it is. Raises CredentialInvalid."""
+        return self._keyring.verify(credential)
+
     def authenticate(self, credential: str, now: int) -> Claims:
         """What a credential says, by its signature alone. Raises CredentialInvalid,
         CredentialExpired. When it was issued is never judged: with a clock an hour back we would
@@ -4301,7 +4314,8 @@ def _parse_head(data: bytes) -> Head:
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
-_BEARER = b"\r\nAuthorization: Bearer "
+AUTHORIZATION = b"\r\nAuthorization:"
+BEARER = AUTHORIZATION + b" Bearer "
 
 
 def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
@@ -4311,13 +4325,13 @@ def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
     its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
     line stays, so a second Authorization is seen, and changes nothing of how others are read.
     """
-    start = data.find(_BEARER)
+    start = data.find(BEARER)
     if start > 0:
-        end = data.find(b"\r\n", start + len(_BEARER))
+        end = data.find(b"\r\n", start + len(BEARER))
         end = len(data) if end < 0 else end
-        value = data[start + len(_BEARER) : end]
+        value = data[start + len(BEARER) : end]
         if value and not value.translate(None, TOKEN68):
-            rest = data[: start + len(b"\r\nAuthorization:")] + data[end:]
+            rest = data[: start + len(AUTHORIZATION)] + data[end:]
             parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
             return parse(rest), value.decode("ascii")
     head = _parse_head(data)
@@ -4560,19 +4574,24 @@ def _fields(
     return "\r\n".join(lines).encode("latin-1")
 
 
+def write_head(
+    response: Response, seconds: int, closes: bool, length: int, request: str = ""
+) -> bytes:
+    """The head of an answer given at a Unix time; a refusal names the request. A 204 has no
+    Content-Length (RFC 9112 section 6.2)."""
+    status, _, content_type, headers, _ = response
+    fields = _fields(status, content_type, headers, closes)
+    named = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
+    framing = b"" if status == 204 else b"\r\nContent-Length: %d" % length
+    return b"%b%b%b%b\r\n\r\n" % (fields, http_date(seconds), named, framing)
+
+
 def write_response(
     response: Response, seconds: int, closes: bool, head_only: bool, request: str = ""
 ) -> bytes:
-    """The bytes of an answer given at a Unix time; a refusal names the request. Content-Length is
-    what a GET would have (RFC 9110 section 9.3.2); 204 has none (RFC 9112 section 6.2)."""
-    status, body, content_type, headers, _ = response
-    fields = _fields(status, content_type, headers, closes)
-    named = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
-    if status == 204:
-        return b"%b%b%b\r\n\r\n" % (fields, http_date(seconds), named)
-    shown = b"" if head_only else body
-    length = b"\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return b"%b%b%b%b%b" % (fields, http_date(seconds), named, length, shown)
+    """The bytes of an answer. Content-Length is what a GET would have: RFC 9110 section 9.3.2."""
+    head = write_head(response, seconds, closes, len(response.body), request)
+    return head if head_only else head + response.body
 
 
 # 8. Assets
@@ -5251,13 +5270,18 @@ BEATEN_DOCUMENT = Shape(
 
 
 def _plain_response(registry: Registry, host: int, last_seen: int) -> Response:
-    """_beaten_response() without a renewal, at a quarter of its cost."""
-    body = b'{"hostId":"%016x","lastSeen":"%b","nextHeartbeatSeconds":%d}' % (
-        host,
-        rfc3339(last_seen).encode("ascii"),
-        registry.next_heartbeat(),
+    return _beaten_response(registry, host, Beaten(last_seen, None))
+
+
+@lru_cache(maxsize=16)
+def _plain_answer(last_seen: int, digits: int, seconds: int, closes: bool) -> bytes:
+    """The bytes of an answer to a plain heartbeat, but for the host and the digits of the interval:
+    _plain_response(), once for all that are answered together."""
+    body = b'{"hostId":"%%016x","lastSeen":"%b","nextHeartbeatSeconds":%%b}' % (
+        rfc3339(last_seen).encode("ascii")
     )
-    return Response(200, body)
+    length = len(body % (0, b"0" * digits))
+    return write_head(Response(200), seconds, closes, length) + body
 
 
 def _beaten_response(registry: Registry, host: int, beaten: Beaten) -> Response:
@@ -5737,6 +5761,27 @@ def read_query(query: str) -> List[Tuple[str, str]]:
         raise InvalidQuery("The query is not made of UTF-8 parameters.") from None
 
 
+Heard = Tuple[PlainBeat, Head]
+
+
+@lru_cache(maxsize=HEADS_CACHED)
+def _plain_beat(before: bytes, after: bytes) -> Optional[Head]:
+    """The head of a plain heartbeat, of which the credential has been cut out between the two;
+    None if they are anything else. It must have stood in the head's one Authorization: a body or
+    a trailer may have a line that looks like it."""
+    if b"\r\n\r\n" in before:
+        return None
+    reader = RequestReader()
+    try:
+        request = reader.next(before + AUTHORIZATION + b"\r\n" + after)
+        if request is None or reader.buffer or request.body not in (b"", b"{}"):
+            return None
+        route, _ = find_route(request.head.method, request.head.path)
+    except Problem:
+        return None
+    return request.head if route.admit is _admit_heartbeat else None
+
+
 class Api:
     """What requests come to."""
 
@@ -5755,6 +5800,31 @@ class Api:
         except Problem as problem:
             return self.refuse(problem, request.address, request.id, now)
 
+    def hear(self, data: bytes, now: int) -> Optional[Heard]:
+        """What is heard, if data is a whole plain heartbeat and nothing else. None for all that
+        goes the long way: to be read, admitted, perhaps refused.
+
+        Agents send the same bytes with every beat, and a fleet's differ in the credential alone.
+        So what surrounds it is read once, and each credential is verified once.
+        """
+        before, _, rest = data.partition(BEARER)
+        credential, _, after = rest.partition(b"\r\n")
+        if not after or len(before) + len(after) > HEAD_CACHED_MAXIMUM:
+            return None
+        head = _plain_beat(before, after)
+        if head is None:
+            return None
+        try:
+            claims = self._registry.verify(credential.decode("latin-1"))
+        except CredentialInvalid:
+            return None
+        return None if self._registry.is_due(claims, now) else (claims, head)
+
+    def answer_plainly(self, beat: PlainBeat, last_seen: int, seconds: int, closes: bool) -> bytes:
+        """The bytes of the answer to a plain heartbeat that counts, at a quarter of the cost."""
+        interval = b"%d" % self._registry.next_heartbeat()
+        return _plain_answer(last_seen, len(interval), seconds, closes) % (beat.host, interval)
+
     def refuse(self, problem: Problem, address: str, request: str, now: int) -> Response:
         """The answer to what no act has come of."""
         self._registry.refused(problem, Origin(address, request), now)
@@ -5765,16 +5835,15 @@ class Api:
         pending: Sequence[Pending],
         now: int,
         request_at: Callable[[int], Request] = lambda place: NOBODYS,
-    ) -> Optional[List[Optional[Response]]]:
-        """One tick: the answers, all of it committed; in place of an answer None, if an act wants
-        to be run again in another tick. None at all when another writer is at work: ask again
-        with the same requests, or give_up(). request_at gives the request at a place."""
-        outcomes = self._registry.tick(pending, now, lambda place: origin_of(request_at(place)))
-        if outcomes is None:
-            return None
-        return [self._answer(work, outcome) for work, outcome in zip(pending, outcomes)]
+    ) -> Optional[List[Any]]:
+        """One tick: what each comes to, all of it committed, for answer(). None when another
+        writer is at work: ask again with the same requests, or give_up(). request_at gives the
+        request at a place."""
+        return self._registry.tick(pending, now, lambda place: origin_of(request_at(place)))
 
-    def _answer(self, work: Pending, outcome: Any) -> Optional[Response]:
+    def answer(self, work: Pending, outcome: Any) -> Optional[Response]:
+        """The answer to what has come to an outcome in a tick; None if it is an act that wants to
+        be run again in another."""
         if isinstance(outcome, Problem):
             return refusal(outcome)
         if isinstance(work, Act):
@@ -5787,9 +5856,9 @@ class Api:
         """Whether it has to wait for other writers."""
         return not isinstance(work, Act) or work.writes
 
-    def give_up(self) -> Response:
-        """Stop waiting for the other writer: the answer to every call of the tick."""
-        return refusal(self._registry.give_up())
+    def give_up(self) -> Problem:
+        """Stop waiting for the other writer: what every call of the tick comes to."""
+        return self._registry.give_up()
 
     def notice_keys(self) -> None:
         """Before a turn: go by the key file as it is now."""
@@ -5989,6 +6058,9 @@ class Connection:
         self.is_gone = False
 
 
+Beating = Tuple[Connection, Heard]  # a plain heartbeat, and who waits for its answer
+
+
 class Owed(NamedTuple):
     """An answer that somebody waits for."""
 
@@ -6044,6 +6116,7 @@ class Server(HTTPServer):
         self._idle = Phase(idle, selectors.EVENT_READ)
         self._taking = Phase(answer, selectors.EVENT_WRITE)
         self._lingering = Phase(LINGER_DEADLINE, selectors.EVENT_READ)
+        self._between = (self._idle, None)  # requests; nothing is read of who is in the tick
         self._phases = (
             self._shaking,
             self._in_head,
@@ -6053,7 +6126,9 @@ class Server(HTTPServer):
             self._lingering,
         )
         self._ready: List[Tuple[Connection, Request]] = []  # for the next turn
-        self._tick: List[Owed] = []  # what may write, of this turn; longer, for another writer
+        # What may write, of this turn, or of more when there is another writer.
+        self._beats: List[Beating] = []
+        self._tick: List[Owed] = []
         self._own_work = 0  # of that, what nobody has asked for
         self._reads: deque[Owed] = deque()
         self._waiting_since = 0.0  # for another writer; 0: not
@@ -6149,11 +6224,11 @@ class Server(HTTPServer):
                 self._notify("STOPPING=1")
                 self._stop_listening()
         last_will = self._api.last_will()
-        if last_will is not None and not self._tick:
+        if last_will is not None and not self._waiting_since:
             self._owe(last_will)
             self._write()
-        if self._tick:
-            self._settle_tick([self._api.give_up()] * len(self._tick))
+        if self._waiting_since:
+            self._settle_tick(repeat(self._api.give_up()))
 
     def _stop_listening(self) -> None:
         """Take those who have connected already; part with those who have sent nothing."""
@@ -6217,7 +6292,7 @@ class Server(HTTPServer):
             return 0
         if self._waiting_since:
             return LOCK_POLL
-        if self._api.owes_notes:
+        if self._beats or self._api.owes_notes:
             return 0
         moment = time.monotonic()
         waits = [phase.left(moment) for phase in self._phases]
@@ -6239,26 +6314,38 @@ class Server(HTTPServer):
         elif connection.phase is self._lingering:
             self._linger(connection)
         elif connection.phase is not None:
-            request = self._receive(connection)
-            if request is not None:
-                self._admit(connection, request)
+            data = self._receive(connection)
+            if data and not self._hear(connection, data):
+                request = self._parse(connection, data)
+                if request is not None:
+                    self._admit(connection, request)
 
-    def _receive(self, connection: Connection) -> Optional[Request]:
-        """Take what has arrived; the request that it completes."""
+    def _receive(self, connection: Connection) -> bytes:
+        """Take what has arrived; the plain text in it, if there is any."""
         try:
             data = connection.socket.recv(RECEIVE_SIZE)
         except (BlockingIOError, InterruptedError):
-            return None
+            return b""
         except OSError:
             data = b""
         if not data:
             self._drop(connection)
-            return None
-        if connection.tls is not None:
-            data = self._decrypt(connection, connection.tls, data)
-            if not data:
-                return None
-        return self._parse(connection, data)
+        elif connection.tls is not None:
+            return self._decrypt(connection, connection.tls, data)
+        return data
+
+    def _hear(self, connection: Connection, data: bytes) -> bool:
+        """Take what has arrived into the tick, if it is a plain heartbeat between two requests.
+        What is to be logged one by one goes the long way."""
+        reader = connection.reader
+        if connection.phase not in self._between or reader.buffer or self._access_log:
+            return False
+        heard = self._api.hear(data, self._now)
+        if heard is None:
+            return False
+        reader.number += 1
+        self._beats.append((connection, heard))
+        return True
 
     def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
         """The plain text in what has arrived; what TLS has to say goes out before an answer does,
@@ -6381,33 +6468,79 @@ class Server(HTTPServer):
 
     def _write(self) -> None:
         """Run what may write as one tick. While another process writes, gather and try again."""
-        if not self._tick:
+        if not self._tick and not self._beats:
             return
-        responses = self._run(self._tick)
-        if responses is None:
+        outcomes: Optional[Iterable[Any]] = self._run_tick()
+        if outcomes is None:
             self._waiting_since = self._waiting_since or self._moment
             if self._moment - self._waiting_since <= LOCK_PATIENCE:
-                for owed in self._tick:  # not read meanwhile, and not hurried
-                    if owed.connection is not None and owed.connection.phase is not None:
-                        self._move(owed.connection, None)
+                self._wait()
                 return
-            responses = [self._api.give_up()] * len(self._tick)
-        self._settle_tick(responses)
+            outcomes = repeat(self._api.give_up())
+        self._settle_tick(outcomes)
         self._api.tidy()
 
-    def _settle_tick(self, responses: Sequence[Optional[Response]]) -> None:
+    def _run_tick(self) -> Optional[List[Any]]:
+        beats, tick = self._beats, self._tick
+        work: List[Pending] = [beat for _, (beat, _) in beats]
+        if tick:
+            work += [owed.work for owed in tick]
+
+        def request_at(place: int) -> Request:
+            if place < len(beats):
+                return self._request_of(beats[place])
+            return tick[place - len(beats)].request
+
+        return self._run(work, request_at)
+
+    @staticmethod
+    def _request_of(beating: Beating) -> Request:
+        connection, (_, head) = beating
+        reader = connection.reader
+        return Request(head, None, b"", reader.address, reader.connection, reader.number - 1)
+
+    def _wait(self) -> None:
+        """Who is in the tick is not read meanwhile, and not hurried."""
+        connections = [beating[0] for beating in self._beats]
+        connections += [owed.connection for owed in self._tick if owed.connection is not None]
+        for connection in connections:
+            if connection.phase is not None:
+                self._move(connection, None)
+
+    def _settle_tick(self, outcomes: Iterable[Any]) -> None:
         began = self._moment
         if self._waiting_since:
             began, self._waiting_since = self._waiting_since, 0.0
             self._metrics.lock_waits.observe(self._moment - began)
+        beats, self._beats = self._beats, []
         tick, self._tick = self._tick, []
-        for owed, response in zip(tick, responses):
-            self._settle(owed, response)
-        requests = len(tick) - self._own_work
+        came = iter(outcomes)
+        self._settle_beats(beats, came)
+        for owed, outcome in zip(tick, came):
+            self._settle(owed, self._api.answer(owed.work, outcome))
+        requests = len(beats) + len(tick) - self._own_work
         self._own_work = 0
         if requests:
             self._metrics.ticks.observe(requests)
             self._metrics.requests.observe(time.monotonic() - began, requests)
+
+    def _settle_beats(self, beats: Sequence[Beating], outcomes: Iterator[Any]) -> None:
+        answer, seconds = self._api.answer_plainly, self._now // SECOND_MS
+        is_stopping = self._stop_before is not None
+        for beating in beats:
+            connection, (beat, head) = beating
+            outcome = next(outcomes)
+            try:
+                if isinstance(outcome, int):
+                    connection.closing = is_stopping or not head.keep_alive
+                    data = answer(beat, outcome, seconds, connection.closing)
+                    if self._send(connection, data):
+                        self._answered(connection)
+                else:
+                    refused = cast(Response, self._api.answer(beat, outcome))
+                    self._answer(connection, refused, self._request_of(beating))
+            except Exception:
+                self._fail(connection)
 
     def _settle(self, owed: Owed, response: Optional[Response]) -> None:
         connection = owed.connection
@@ -6425,22 +6558,24 @@ class Server(HTTPServer):
             owed = self._reads.popleft()
             if owed.connection is None or owed.connection.is_gone:
                 continue
-            responses = self._run([owed])
-            assert responses is not None, "what only reads waits for nobody"
-            if responses[0] is None:
+            outcomes = self._run([owed.work], lambda place: NOBODYS)
+            assert outcomes is not None, "what only reads waits for nobody"
+            response = self._api.answer(owed.work, outcomes[0])
+            if response is None:
                 self._reads.append(owed)
             else:
-                self._settle(owed, responses[0])
+                self._settle(owed, response)
                 self._metrics.requests.observe(time.monotonic() - owed.since)
             return
 
-    def _run(self, tick: Sequence[Owed]) -> Optional[Sequence[Optional[Response]]]:
+    def _run(
+        self, work: Sequence[Pending], request_at: Callable[[int], Request]
+    ) -> Optional[List[Any]]:
         try:
-            work = [owed.work for owed in tick]
-            return self._api.run(work, self._now, lambda place: tick[place].request)
+            return self._api.run(work, self._now, request_at)
         except Exception:
             log.exception("a tick failed")
-            return [refusal(Internal())] * len(tick)
+            return [Internal()] * len(work)
 
     # Answers.
 
@@ -6590,7 +6725,10 @@ class Server(HTTPServer):
         the request is there by now, and the selector never hears of the connection."""
         if self._tls is not None:
             connection.tls = Tls(self._tls)
-        request = self._receive(connection)
+        data = self._receive(connection)
+        if data and self._hear(connection, data):
+            return
+        request = self._parse(connection, data) if data else None
         if request is not None:
             self._make_ready(connection, request)
         elif connection.phase is None:

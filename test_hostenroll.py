@@ -332,9 +332,9 @@ class ApiDoor(Door):
             return self._reply(admitted)
         response = None
         while response is None:  # a list comes in slices, one in a tick
-            responses = self.api.run([admitted], self.clock.ms, lambda place: request)
-            assert responses is not None
-            response = responses[0]
+            outcomes = self.api.run([admitted], self.clock.ms, lambda place: request)
+            assert outcomes is not None
+            response = self.api.answer(admitted, outcomes[0])
         return self._reply(response)
 
     @staticmethod
@@ -6924,6 +6924,159 @@ def test_me_says_whose_a_key_is(estate: Estate) -> None:
     assert seen["owner"]["id"] == str(estate.callers["owner"]).split("_")[1]
 
 
+# The short way of a plain heartbeat.
+
+BEAT_LINE = b"POST /api/agent/heartbeat HTTP/1.1"
+CREDENTIAL_MARK = b"CREDENTIAL"
+CURL_BEAT = [
+    BEAT_LINE,
+    b"Host: enroll.test",
+    b"User-Agent: curl/7.88.1",
+    b"Accept: */*",
+    b"Authorization: Bearer CREDENTIAL",
+]
+USUAL_BEATS = {
+    "curl's": b"\r\n".join(CURL_BEAT) + b"\r\n\r\n",
+    "with a length": b"\r\n".join([*CURL_BEAT, b"Content-Length: 0"]) + b"\r\n\r\n",
+    "with an object": b"\r\n".join([*CURL_BEAT, b"Content-Length: 2"]) + b"\r\n\r\n{}",
+    "that closes": b"\r\n".join([*CURL_BEAT, b"Connection: close"]) + b"\r\n\r\n",
+    "with a query": b"POST /api/agent/heartbeat?x=y HTTP/1.1\r\n"
+    + b"\r\n".join(CURL_BEAT[1:])
+    + b"\r\n\r\n",
+    "of HTTP/1.0": BEAT_LINE[:-1] + b"0\r\n" + b"\r\n".join(CURL_BEAT[1:]) + b"\r\n\r\n",
+    "after an empty line": b"\r\n" + b"\r\n".join(CURL_BEAT) + b"\r\n\r\n",
+}
+
+
+def the_long_way(api: ApiDoor, data: bytes) -> Any:
+    """The claims and the head of a plain heartbeat that is read and admitted like any request;
+    None of all else."""
+    reader = RequestReader("192.0.2.7")
+    try:
+        request = reader.next(data)
+    except Problem:
+        return None
+    if request is None or reader.buffer:
+        return None
+    admitted = api.api.admit(request, api.clock.ms)
+    return (admitted, request.head) if isinstance(admitted, hostenroll.Claims) else None
+
+
+@pytest.mark.parametrize("data", USUAL_BEATS.values(), ids=USUAL_BEATS)
+def test_a_usual_heartbeat_goes_the_short_way(api: ApiDoor, data: bytes) -> None:
+    credential = api.enroll(api.token()).document["credential"].encode()
+    data = data.replace(CREDENTIAL_MARK, credential)
+    for _ in range(2):
+        heard = api.api.hear(data, api.clock.ms)
+        assert heard is not None and heard == the_long_way(api, data)
+    for end in range(len(data)):
+        assert api.api.hear(data[:end], api.clock.ms) is None
+    assert api.api.hear(data + b"P", api.clock.ms) is None
+    assert api.api.hear(data + data, api.clock.ms) is None
+
+
+def test_what_goes_the_short_way_would_come_to_the_same_the_long_way(api: ApiDoor) -> None:
+    """Heads, bodies, chunks and trailers with an Authorization in every place: none is heard that
+    the strict reader reads otherwise."""
+    one, other = (api.enroll(api.token(), name).document["credential"] for name in ("a", "b"))
+    names = [b"Authorization: Bearer ", b"authorization: Bearer ", b"Authorization:Bearer "]
+    values = [one.encode(), other.encode(), b"junk", b"", one.encode() + b" ", b"\xe9"]
+    values += [one.encode()[:-1], one.encode() + b"\r", one.encode() + b"\n", b" " + one.encode()]
+    lines = [name + value for name in names for value in values] + [b"Authorization:", b"X: y"]
+    others = [
+        b"Content-Length: 0", b"Content-Length: 2", b"Content-Length: 4", b"Connection: close",
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked", b"Expect: 100-continue",
+        b"Host: b", b"no colon", b" folded", b"Content-Length: 2", b"X: y", b"X: \0",
+    ]  # fmt: skip
+    marked = b"\r\nAuthorization: Bearer " + one.encode() + b"\r\n"
+    bodies = [
+        b"", b"{}", b"{}\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\n0" + marked + b"\r\n",
+        b"0" + marked + b"\r\n", marked, b"{}" + marked, b"2;x=y\r\n{}\r\n0\r\n\r\n", b"[]",
+        b'{"os":"x"}', BEAT_LINE + b"\r\nHost: h" + marked + b"\r\n",
+        b"0\r\nX: y" + marked + b"\r\n", b"", b"", b"", b"{}",
+    ]  # fmt: skip
+    starts = [BEAT_LINE] * 6 + [
+        b"POST /api/agent/enroll HTTP/1.1", b"GET /api/agent/heartbeat HTTP/1.1",
+        b"POST http://h/api/agent/heartbeat HTTP/1.1", b"POST /api/agent/heartbeat HTTP/1.0",
+        b"POST /api/agent/%68eartbeat HTTP/1.1", b"POST /api/agent/heartbeat HTTP/2.0",
+        b"HEAD /api/agent/heartbeat HTTP/1.1", b"POST /api/hosts/tokens HTTP/1.1",
+    ]  # fmt: skip
+    rng = random.Random(11)
+    heard = 0
+    for _ in range(6000):
+        fields = [lines[0]] * rng.randint(0, 1) + rng.sample(lines, rng.choice((0, 0, 1, 2)))
+        fields += rng.choices(others, k=rng.choice((0, 1, 1, 2)))
+        rng.shuffle(fields)
+        head = b"\r\n".join([rng.choice(starts), b"Host: h", *fields])
+        data = head + b"\r\n\r\n" + rng.choice(bodies)
+        short = api.api.hear(data, api.clock.ms)
+        if short is not None:
+            heard += 1
+            assert short == the_long_way(api, data), data
+    assert heard > 100
+
+
+def test_a_heartbeat_that_is_not_plain_goes_the_long_way(api: ApiDoor, tmp_path: Path) -> None:
+    plain = USUAL_BEATS["curl's"]
+    paths = str(tmp_path / "short.db"), str(tmp_path / "short.key")
+    with contextlib.closing(open_registry(*paths, api.clock.ms, credential_ttl=90)) as registry:
+        door = ApiDoor(registry, api.clock)
+        credential = door.enroll(door.token()).document["credential"].encode()
+        data = plain.replace(CREDENTIAL_MARK, credential)
+        assert door.api.hear(data, api.clock.ms) is not None
+        assert door.api.hear(data, api.clock.ms + 59_999) is not None
+        assert door.api.hear(data, api.clock.ms + 60_001) is None  # due for renewal
+        assert door.api.hear(data, api.clock.ms + 30 * 86_400_000) is None  # expired
+        do(registry, api.clock, lambda now: registry.rotate_signing_key(OPERATOR, now))
+        assert door.api.hear(data, api.clock.ms) is None  # signed with a key that is not the first
+    stranger = hostenroll.new_keyring().first.sign(CLAIMS).encode()
+    assert api.api.hear(plain.replace(CREDENTIAL_MARK, stranger), api.clock.ms) is None
+    mine = api.enroll(api.token()).document["credential"].encode()
+    fields = b"X-Long: %b\r\n" % (b"x" * hostenroll.HEAD_CACHED_MAXIMUM)
+    long = plain.replace(b"Accept: */*\r\n", fields).replace(CREDENTIAL_MARK, mine)
+    assert the_long_way(api, long) is not None and api.api.hear(long, api.clock.ms) is None
+
+
+@pytest.mark.parametrize("interval", [1, 30, 66, 100, 900, 86_400])
+@pytest.mark.parametrize("closes", [False, True], ids=["kept alive", "closed"])
+def test_the_short_answer_is_the_long_one(
+    paths: Tuple[str, str], clock: Clock, interval: int, closes: bool
+) -> None:
+    with contextlib.closing(open_registry(*paths, clock.ms, interval=interval)) as registry:
+        door = ApiDoor(registry, clock)
+        credential = door.enroll(door.token()).document["credential"]
+        claims = registry.authenticate(credential, clock.ms)
+        for seed in range(20):
+            random.seed(seed)
+            response = door.api.answer(claims, clock.ms)
+            assert response is not None
+            long = hostenroll.write_response(response, int(clock.now), closes, False)
+            random.seed(seed)
+            assert door.api.answer_plainly(claims, clock.ms, int(clock.now), closes) == long
+
+
+def test_refusals_on_the_short_way_name_their_requests_and_addresses(
+    live: SocketDoor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    token = live.token(maxUses=2)
+    good, bad = (live.enroll(token, name).document for name in ("web-1", "web-2"))
+    live.revoke(bad["hostId"])
+    data = USUAL_BEATS["curl's"]
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        replies = []
+        for one in (good, bad, bad, good, bad):
+            peer.sendall(data.replace(CREDENTIAL_MARK, one["credential"].encode()))
+            replies.append(read_reply(stream))
+    assert [reply and reply.status for reply in replies] == [200, 403, 403, 200, 403]
+    names = [reply.headers["x-request-id"] for reply in replies if reply and reply.status == 403]
+    assert [name.split("-")[1] for name in names] == ["2", "3", "5"]
+    until(lambda: sum("host-revoked" in line for line in caplog.messages) == 3)
+    logged = [r for r in caplog.records if "host-revoked" in r.message]
+    assert [r.__dict__["request"] for r in logged] == names
+    assert all("from 127.0.0.1" in r.message for r in logged)
+
+
 # Bodies and queries.
 
 MANY_LABELS = {f"k{n}": "v" for n in range(33)}
@@ -7892,8 +8045,8 @@ def call_from(
     """What a POST from an address comes to."""
     request = RequestReader(address).next(request_bytes("POST", path, body, bearer))
     admitted = door.api.admit(request, door.clock.ms)
-    (response,) = door.api.run([admitted], door.clock.ms, lambda place: request)
-    return json.loads(response.body)
+    (outcome,) = door.api.run([admitted], door.clock.ms, lambda place: request)
+    return json.loads(door.api.answer(admitted, outcome).body)
 
 
 def test_a_copied_credential_shows_with_both_addresses(estate: Estate) -> None:
