@@ -211,8 +211,9 @@ LOCK_PATIENCE = 5
 CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a server stops
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
-CHECKPOINT_AFTER = 1600  # rows changed, about as many pages of 4 KiB; some 10 ms on a small disk
+CHECKPOINT_AFTER = 4096  # rows changed, about as many pages; some 10 ms on a small disk
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
+PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 8192
 
 DEFAULT_ORGANIZATION = "default"
@@ -1863,6 +1864,7 @@ class Store:
             )
         if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *ALTERATIONS):
             raise StoreError(f"its schema version {version} was never one of ours")
+        self._run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
         if not as_it_is and self._value("PRAGMA journal_mode = WAL") != "wal":
             raise StoreError("its file system cannot do write-ahead logging")
         self._run("PRAGMA wal_autocheckpoint = 0")
