@@ -66,6 +66,7 @@ import io
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import os
 import random
@@ -90,7 +91,9 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import MAGIC_NUMBER
 from itertools import product, repeat, takewhile
+from types import CodeType
 from typing import (
     Any,
     BinaryIO,
@@ -4932,8 +4935,8 @@ class Part:
     """What there is of a page of a list: it comes together in slices, one in a tick."""
 
     def __init__(self) -> None:
-        self.items: List[bytes] = []  # in JSON
-        self.slices = self.size = 0
+        self.text: List[bytes] = []  # the items in JSON, those of a slice in one
+        self.items = self.slices = self.size = 0
         self.next: Optional[int] = None
 
 
@@ -4948,23 +4951,24 @@ class Listing(NamedTuple):
     def go_on(self, registry: Registry, call: Call) -> Any:
         """One slice more: the whole page, or UNFINISHED."""
         query, part = self.query(call.values), call.part
-        left = query.limit - len(part.items)
+        left = query.limit - part.items
         before = query.before if part.next is None else part.next
         page = self.turn(registry, call.by, query._replace(before=before, limit=left), call.now)
-        items = [write_json(self.document(item)) for item in page.items]
-        part.items += items
-        part.size += sum(map(len, items))
+        if page.items:
+            part.text.append(write_json([self.document(item) for item in page.items])[1:-1])
+            part.size += len(part.text[-1])
+        part.items += len(page.items)
         part.slices += 1
         part.next = page.next
         is_full = (
-            len(part.items) == query.limit
+            part.items == query.limit
             or part.slices * SLICE >= ROWS_EXAMINED
             or part.size >= PAGE_BYTES
         )
         if page.next is not None and not is_full:
             return UNFINISHED
         cursor = write_json(None if page.next is None else id_text(page.next))
-        body = b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), b",".join(part.items), cursor)
+        body = b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), b",".join(part.text), cursor)
         return Response(200, body)
 
 
@@ -7138,18 +7142,23 @@ def _command_line() -> List[str]:
     return []
 
 
-def _shed_syntax_tree() -> None:
-    """Start over, as this process, with this file run by runpy. Python keeps the syntax tree of
-    its main script for as long as that runs, a quarter of an idle server's memory; what runpy
-    compiles, it lets go of."""
+def _shed_syntax_tree(code: CodeType) -> None:
+    """Start over, as this process, with the code of this file handed over compiled. Python keeps
+    the syntax tree of its main script for as long as that runs, a quarter of an idle server's
+    memory; and to compile it once more would be a third of the time of a start."""
     again = (
         "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not from the cwd
-        "import runpy; sys.exit(runpy.run_path(sys.argv[0])['main']())"
+        "import os, runpy; main = runpy.run_path('/proc/self/fd/%d')['main']; os.close(%d); "
+        "sys.exit(main())"
     )
     started = _command_line()
     options = started[1 : len(started) - len(sys.argv)]
     is_script = len(started) > len(sys.argv) and "-m" not in options
-    if sys.executable and is_script and sys.argv[1:2] == ["serve"]:
+    if sys.executable and is_script and sys.argv[1:2] == ["serve"] and sys.platform == "linux":
+        descriptor = os.memfd_create("hostenroll", 0)  # which what starts over inherits
+        with open(descriptor, "wb", closefd=False) as file:  # as a .pyc file is
+            file.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+        again %= descriptor, descriptor
         os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
 
 
@@ -7986,5 +7995,5 @@ def main(
 
 
 if __name__ == "__main__":
-    _shed_syntax_tree()
+    _shed_syntax_tree(sys._getframe().f_code)
     sys.exit(main())
