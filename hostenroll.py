@@ -150,6 +150,7 @@ ONLINE_SLACK = 10
 MISSING_AFTER = 7 * DAY
 ALIVE_EVERY = 10  # how often a server writes that it lives
 ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
+CLOCK_SLACK = 300  # a time that is further ahead is of a clock that has been set back since
 
 # Lists. No request looks at more rows than this, and no tick at more than a slice of them, so that
 # a heartbeat behind it waits about a millisecond.
@@ -1639,6 +1640,18 @@ class Service(NamedTuple):
     pin: str = ""
 
 
+class StatusBounds(NamedTuple):
+    """What a host's last_seen says of its status, in Unix ms: online from one time on, offline
+    from another, else missing. What lies ahead of a third is of a clock that has been set back:
+    it counts as so much earlier, and as no later than when the clock was set."""
+
+    online: int
+    offline: int
+    ahead: int
+    started: int
+    set_back: int
+
+
 class SigningKeyRow(NamedTuple):
     """A row of signing_key."""
 
@@ -2304,11 +2317,10 @@ class Store:
         return [Host(*row) for row in self._rows(statement, organization, hostname, limit)]
 
     def census(
-        self, organization: Optional[str], after: int, limit: int, seen_since: Sequence[int]
+        self, organization: Optional[str], after: int, limit: int, bounds: StatusBounds
     ) -> Tuple[List[Tuple[str, str, int]], Optional[int]]:
-        """Count so many hosts with an id above after by organization and status, where a host
-        last seen at the first of two times or later is online, at the second or later offline.
-        The counts, and the id to go on after; None at the end."""
+        """Count so many hosts with an id above after by organization and status. The counts, and
+        the id to go on after; None at the end."""
         where = "id > ?" if organization is None else "id > ? AND organization_id = ?"
         of = () if organization is None else (organization,)
         last = (
@@ -2317,12 +2329,15 @@ class Store:
         until, examined = self._rows(last, after, *of, limit)[0]
         if not examined:
             return [], None
+        seen = "CASE WHEN last_seen > ? THEN min(?, last_seen - ?) ELSE last_seen END AS seen"
         statement = f"""SELECT organization_id, CASE WHEN NOT active THEN 'revoked'
-                 WHEN last_seen = 0 THEN 'pending' WHEN last_seen >= ? THEN 'online'
-                 WHEN last_seen >= ? THEN 'offline' ELSE 'missing' END AS status, count(*)
-             FROM host JOIN heartbeat ON host_id = id
-             WHERE {where} AND id <= ? GROUP BY organization_id, status"""
-        rows = self._rows(statement, *seen_since, after, *of, until)
+                 WHEN last_seen = 0 THEN 'pending' WHEN seen >= ? THEN 'online'
+                 WHEN seen >= ? THEN 'offline' ELSE 'missing' END AS status, count(*)
+             FROM (SELECT organization_id, active, last_seen, {seen}
+                     FROM host JOIN heartbeat ON host_id = id WHERE {where} AND id <= ?)
+             GROUP BY organization_id, status"""
+        times = (bounds.online, bounds.offline, bounds.ahead, bounds.started, bounds.set_back)
+        rows = self._rows(statement, *times, after, *of, until)
         return [(row[0], row[1], row[2]) for row in rows], until if examined == limit else None
 
     def issue(self, number: int, holds: int, address: str) -> Optional[int]:
@@ -2357,9 +2372,8 @@ class Store:
             raise StoreError(str(error)) from error
 
     def beat_late(self, number: int, now: int) -> None:
-        """Write one heartbeat whose clock may have gone back: lastSeen never does."""
-        statement = "UPDATE heartbeat SET last_seen = max(last_seen, ?) WHERE host_id = ?"
-        self._run(statement, now, number)
+        """Write one heartbeat, whatever is written of those before it."""
+        self._run("UPDATE heartbeat SET last_seen = ? WHERE host_id = ?", now, number)
 
     def supersede(self, number: int, serial: int, key_number: int) -> None:
         """From now on this credential of a host counts, and older ones do not."""
@@ -2661,11 +2675,11 @@ class Census:
         self._after: Optional[int] = -1
         self._slices = 0
 
-    def go_on(self, store: Store, seen_since: Sequence[int], now: int) -> None:
+    def go_on(self, store: Store, bounds: StatusBounds, now: int) -> None:
         """Count one slice more."""
         if self._after is not None:
             rows, self._after = store.census(
-                self.organization, self._after, COUNTED_AT_ONCE, seen_since
+                self.organization, self._after, COUNTED_AT_ONCE, bounds
             )
             self._slices += 1
             for organization, status, count in rows:
@@ -2689,8 +2703,18 @@ def token_state(token: Token, now: int) -> str:
 
 
 def is_served(service: Optional[Service], now: int) -> bool:
-    """Whether a server lives."""
-    return service is not None and now - service.alive <= ALIVE_GRACE * SECOND_MS
+    """Whether a server lives, and goes by the clock as it is now."""
+    return service is not None and abs(now - service.alive) <= ALIVE_GRACE * SECOND_MS
+
+
+def new_life(old: Service, now: int) -> Service:
+    """Servers begin to hear the hosts after a time when none did: none lived, none could write, or
+    the clock was set, and that time never was. It is nobody's silence; it goes on through lives
+    that are too brief to hear the hosts, as in a crash loop."""
+    is_brief = old.alive - old.started <= allowed_silence_ms(old.interval)
+    goes_on = is_brief and old.previous_alive <= old.started  # not if the clock was set back
+    before = old.previous_alive if goes_on else old.alive
+    return old._replace(started=now, alive=now, previous_alive=before)
 
 
 def allowed_silence_ms(interval: int) -> int:
@@ -2703,12 +2727,20 @@ def silence_ms(last_seen: int, service: Optional[Service], now: int) -> int:
     if service is None:
         return max(0, now - last_seen)
     until = now if is_served(service, now) else service.alive
+    pause = service.started - service.previous_alive  # below 0: the clock was set back
+    if last_seen > is_ahead_from(service, now):
+        last_seen = min(service.started, last_seen + min(pause, 0))
     silence = until - last_seen
     if last_seen <= service.previous_alive:
-        silence -= service.started - service.previous_alive
+        silence -= max(pause, 0)
     elif last_seen < service.started:  # heard in a life too brief to end the pause
         silence = until - service.started
     return max(0, silence)
+
+
+def is_ahead_from(service: Service, now: int) -> int:
+    """A last_seen after this is of a clock that has been set back since."""
+    return max(now, service.alive) + CLOCK_SLACK * SECOND_MS
 
 
 def seen_since(service: Optional[Service], now: int, silence: int) -> int:
@@ -2719,15 +2751,18 @@ def seen_since(service: Optional[Service], now: int, silence: int) -> int:
     until = now if is_served(service, now) else service.alive
     if until - silence > service.started:
         return until - silence
-    return until - silence - service.started + service.previous_alive
+    return until - silence - max(0, service.started - service.previous_alive)
 
 
-def status_bounds(service: Optional[Service], now: int) -> Tuple[int, int]:
-    """The earliest last_seen of a host that is online, and of one that is offline: before that,
-    it is missing."""
+def status_bounds(service: Optional[Service], now: int) -> StatusBounds:
+    """What last_seen says at a time in Unix ms."""
     interval = service.interval if service else HEARTBEAT_INTERVAL
     online = seen_since(service, now, allowed_silence_ms(interval))
-    return online, seen_since(service, now, MISSING_AFTER * SECOND_MS)
+    offline = seen_since(service, now, MISSING_AFTER * SECOND_MS)
+    if service is None:
+        return StatusBounds(online, offline, LAST_ID, 0, 0)
+    set_back = max(0, service.previous_alive - service.started)
+    return StatusBounds(online, offline, is_ahead_from(service, now), service.started, set_back)
 
 
 def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
@@ -2738,16 +2773,20 @@ def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, 
         return "pending", "has enrolled and not yet beaten"
     interval = service.interval if service else HEARTBEAT_INTERVAL
     silence = silence_ms(host.last_seen, service, now)
-    allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+    is_online = silence <= allowed_silence_ms(interval)
     is_stopped = service is not None and not is_served(service, now)
     until = "before the server stopped" if is_stopped else "ago"
     seen = f"last seen {span(silence / SECOND_MS)} {until}"
     if host.last_seen > now:
-        return "online", f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
-    online, offline = status_bounds(service, now)
-    if host.last_seen >= online:
+        seen = f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
+        seen += "" if is_online else f" {span(silence / SECOND_MS)} ago or more"
+    if host.last_seen > now and is_online:
+        return "online", seen
+    allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+    if is_online:
         return "online", f"{seen}, within {allowed}"
-    return "offline" if host.last_seen >= offline else "missing", f"{seen}, more than {allowed}"
+    is_offline = silence <= MISSING_AFTER * SECOND_MS
+    return "offline" if is_offline else "missing", f"{seen}, more than {allowed}"
 
 
 def is_same_hostname(one: str, other: str) -> bool:
@@ -3310,29 +3349,34 @@ class Registry:
     # Service.
 
     def start_service(self, url: str, now: int, pin: str = "") -> None:
-        """A server starts, to be found at a URL, its certificate by a pin. If none has lived of
-        late, the pause is nobody's silence; it goes on through lives that are too brief to hear
-        the hosts, as in a crash loop."""
+        """A server starts, to be found at a URL, its certificate by a pin."""
         old = self._store.service()
         if old is None:
-            self._store.put_service(Service(now, now, now, self.interval, url, pin))
-        elif now - old.alive <= ALIVE_EVERY * SECOND_MS:
-            alive = max(now, old.alive)
-            self._store.put_service(
-                old._replace(alive=alive, interval=self.interval, public_url=url, pin=pin)
-            )
+            service = Service(now, now, now, self.interval, url, pin)
+        elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:
+            service = old._replace(alive=max(now, old.alive))
         else:
-            is_brief = old.alive - old.started <= allowed_silence_ms(old.interval)
-            before = old.previous_alive if is_brief else old.alive
-            self._store.put_service(Service(now, now, before, self.interval, url, pin))
+            service = new_life(old, now)
+        self._store.put_service(service._replace(interval=self.interval, public_url=url, pin=pin))
 
     def keep_alive(self, now: int) -> None:
-        """A server lives, and can write."""
-        self._store.keep_alive(now)
+        """A server lives, and can write. Where none could for a while, or the clock has been set,
+        that is no host's silence."""
+        service = self._store.service()
+        if service is None or is_served(service, now):
+            self._store.keep_alive(now)
+            return
+        self._store.put_service(new_life(service, now))
+        log.warning(
+            "the clock was set, or nothing could be written: after %s comes %s; no host is the "
+            "more silent for it",
+            rfc3339(service.alive),
+            rfc3339(now),
+        )
 
     def keep_house(self, now: int) -> None:
         """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
-        self._store.keep_alive(now)
+        self.keep_alive(now)
         if self._has_new_pin:
             self._store.put_pin(self._pin)
             self._has_new_pin = False
@@ -3837,8 +3881,16 @@ class Registry:
             self._store.supersede(host.id, claims.serial, number)
             serials = {"serial": claims.serial, "superseded": host.serial}
             self.audit.record(now, "supersede", name, name, claims.organization, **serials)
-        self._store.beat_late(host.id, now)
-        return max(now, host.last_seen)
+        seen = self._seen(host, now)
+        self._store.beat_late(host.id, seen)
+        return seen
+
+    @staticmethod
+    def _seen(host: Host, now: int) -> int:
+        """What lastSeen becomes. It does not go back, unless it is of a clock that was far ahead:
+        else a host that falls silent would be online until the clock is there again."""
+        is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
+        return now if is_ahead else max(now, host.last_seen)
 
     def next_heartbeat(self) -> int:
         """Seconds until the next one: the interval, HEARTBEAT_SPREAD per cent more or less."""

@@ -3562,26 +3562,32 @@ def status_of(registry: Registry, clock: Clock, number: int) -> str:
     return str(do(registry, clock, lambda now: registry.host(OPERATOR, number, now), False).status)
 
 
+def live_on(registry: Registry, clock: Clock, seconds: float) -> None:
+    """A server lives for so long, and says so as one does."""
+    for _ in range(int(seconds // 10)):
+        clock.advance(10)
+        do(registry, clock, registry.keep_alive)
+    clock.advance(seconds % 10)
+    do(registry, clock, registry.keep_alive)
+
+
 def test_the_servers_own_downtime_is_nobodys_silence(registry: Registry, clock: Clock) -> None:
     start = lambda now: registry.start_service("http://here", now)  # noqa: E731
     do(registry, clock, start)
     number, credential = came_in(registry, clock)
-    clock.advance(200)  # long enough to have heard every host
+    live_on(registry, clock, 200)  # long enough to have heard every host
     beat(registry, clock, credential)
-    clock.advance(60)
-    do(registry, clock, registry.keep_alive)
+    live_on(registry, clock, 60)
     clock.advance(3600)  # no server: to whoever asks, it is as it was
     assert status_of(registry, clock, number) == "online"
     do(registry, clock, start)
     assert status_of(registry, clock, number) == "online"  # 60 s of silence
     for seconds, status in ((40, "online"), (0.0015, "offline")):
-        clock.advance(seconds)
-        do(registry, clock, registry.keep_alive)
+        live_on(registry, clock, seconds)
         assert status_of(registry, clock, number) == status
     beat(registry, clock, credential)  # after the pause, which is no longer counted
     for seconds, status in ((100, "online"), (0.0015, "offline")):
-        clock.advance(seconds)
-        do(registry, clock, registry.keep_alive)
+        live_on(registry, clock, seconds)
         assert status_of(registry, clock, number) == status
 
 
@@ -3598,9 +3604,127 @@ def test_a_second_server_beside_a_living_one_makes_no_pause(
             do(second, clock, lambda now: second.start_service("http://two", now))
     assert status_of(registry, clock, number) == "offline"
     assert do(registry, clock, lambda now: registry.service().public_url, False) == "http://two"
-    clock.advance(-3600)
+    clock.advance(-5)
     do(registry, clock, registry.keep_alive)
     assert look(registry, "SELECT alive FROM service") == [(int(NOON + 110) * 1000,)]
+
+
+STEPS = {
+    "hours ahead": [5 * 3600],
+    "hours back": [-5 * 3600],
+    "ahead and back": [5 * 3600, -5 * 3600],
+    "back and ahead": [-5 * 3600, 5 * 3600],
+    "years ahead and back": [9e8, -9e8],
+    "before there were ids": [-NOON + 60],
+}
+
+
+@pytest.mark.parametrize("after", [30, 400], ids=["at once", "later"])
+@pytest.mark.parametrize("steps", table(STEPS))
+def test_a_clock_that_is_set_makes_nobody_silent_and_hides_nobodys_silence(
+    steps: List[float], after: float, registry: Registry, clock: Clock, caplog: Any
+) -> None:
+    caplog.set_level(logging.WARNING)
+    do(registry, clock, lambda now: registry.start_service("http://here", now))
+    alive, credential = came_in(registry, clock, "alive")
+    dies, last = came_in(registry, clock, "dies")
+    dead, first = came_in(registry, clock, "dead")
+    numbers = [alive, dies, dead]
+
+    def statuses() -> List[str]:
+        listed = [status_of(registry, clock, number) for number in numbers]
+        query = hostenroll.HostQuery()
+        page = do(registry, clock, lambda now: registry.hosts(OPERATOR, query, now), False)
+        assert sorted(view.status for view in page.items) == sorted(listed)
+        census = do(registry, clock, lambda now: registry.census(OPERATOR, now), False)
+        assert sorted(status for _, status in census.counts.elements()) == sorted(listed)
+        return listed
+
+    beat(registry, clock, first)
+    live_on(registry, clock, 300)
+    beat(registry, clock, credential)
+    beat(registry, clock, last)
+    for n, step in enumerate(steps):
+        heard = 1 if n and after > 100 else 2  # of late
+        live_on(registry, clock, 10)
+        clock.advance(step)
+        assert set(statuses()[:heard]) == {"online"}  # before the server has noticed, too
+        live_on(registry, clock, 5)
+        assert set(statuses()[:heard]) == {"online"}
+        live_on(registry, clock, after)
+        beaten = beat(registry, clock, credential)
+        assert beaten.last_seen == clock.ms
+        assert statuses()[0] == "online"
+    for _ in range(12):
+        live_on(registry, clock, 10)
+        beat(registry, clock, credential)
+    assert statuses() == ["online", "offline", "offline"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(steps) and all("the clock was set" in line for line in said)
+
+
+def test_a_dead_host_is_not_taken_for_alive_because_the_clock_was_set_back(
+    registry: Registry, clock: Clock
+) -> None:
+    do(registry, clock, lambda now: registry.start_service("http://here", now))
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    live_on(registry, clock, 3600)
+    assert status_of(registry, clock, number) == "offline"
+    clock.advance(-5 * 3600)
+    assert status_of(registry, clock, number) == "offline"
+    live_on(registry, clock, 5)
+    view = do(registry, clock, lambda now: registry.host(OPERATOR, number, now), False)
+    assert view.status == "offline"
+    assert view.reason == (
+        "last seen at 2027-01-15T08:00:00.000Z: the clock has gone back 60 min ago or more, more "
+        "than 3 x 30 s + 10 s"
+    )
+
+
+@pytest.mark.parametrize("step", [5 * 3600, -5 * 3600, -NOON + 60], ids=["ahead", "back", "1970"])
+def test_a_clock_that_is_set_breaks_no_ids_tokens_credentials_or_log(
+    step: float, paths: Tuple[str, str], clock: Clock
+) -> None:
+    ttl = 3600 if step > -DAY_MS else None  # what expires in 1970 has expired
+    with opened(paths, clock, credential_ttl=ttl) as registry:
+        number, credential = came_in(registry, clock)
+        beat(registry, clock, credential)
+        text = token_of(registry, clock, ttl=86400)
+        clock.advance(step)
+        renewed = beat(registry, clock, credential)
+        assert renewed.last_seen == clock.ms
+        assert (renewed.grant is None) == (step < 0)
+        fresh = [came_in(registry, clock, f"web-{n}") for n in range(50)]
+        assert len({it for it, _ in fresh} | {number}) == 51
+        arrival = hostenroll.Applicant(text, "web-1")
+        assert do(registry, clock, lambda now: registry.enroll(arrival, now))
+        clock.advance(-step)
+        for _, it in fresh:
+            assert beat(registry, clock, it).last_seen >= clock.ms
+        found = do(registry, clock, lambda now: registry.verify_audit(None), False)
+        assert found[1] == len(look(registry, "SELECT 1 FROM audit"))
+
+
+def test_hosts_are_not_silent_while_nothing_could_be_written(
+    registry: Registry, clock: Clock
+) -> None:
+    """A full disk for an hour is a pause as a stopped server is."""
+    do(registry, clock, lambda now: registry.start_service("http://here", now))
+    number, credential = came_in(registry, clock)
+    live_on(registry, clock, 300)
+    beat(registry, clock, credential)
+    live_on(registry, clock, 10)
+    for _ in range(360):
+        clock.advance(10)
+        with faulty(registry, only="BEGIN IMMEDIATE"):
+            with pytest.raises(hostenroll.StorageUnavailable):
+                do(registry, clock, registry.keep_alive)
+    assert status_of(registry, clock, number) == "online"
+    live_on(registry, clock, 5)
+    assert status_of(registry, clock, number) == "online"
+    live_on(registry, clock, 101)
+    assert status_of(registry, clock, number) == "offline"
 
 
 ALICE = Principal("alice", "a-team", "admin")
@@ -3926,7 +4050,7 @@ def test_the_bounds_of_a_status_are_those_of_its_silence() -> None:
     chance = random.Random(11)
     for _ in range(3000):
         previous = chance.randrange(1, 5000)
-        started = previous + chance.randrange(0, 5000)
+        started = previous + chance.randrange(-previous + 1, 5000)
         alive = started + chance.randrange(0, 5000)
         now = alive + chance.choice([0, 10, 25_000, 25_001, 90_000])
         service = hostenroll.Service(started, alive, previous, 30, "")
@@ -4212,9 +4336,7 @@ def test_a_crash_loop_is_nobodys_silence_either(registry: Registry, clock: Clock
     start = lambda now: registry.start_service("http://here", now)  # noqa: E731
     do(registry, clock, start)
     number, credential = came_in(registry, clock)
-    for _ in range(20):
-        clock.advance(10)
-        do(registry, clock, registry.keep_alive)
+    live_on(registry, clock, 200)
     beat(registry, clock, credential)
     for pause in (3600, 15, 3600, 15):
         clock.advance(pause)
@@ -4228,8 +4350,7 @@ def test_a_crash_loop_is_nobodys_silence_either(registry: Registry, clock: Clock
     clock.advance(15)
     do(registry, clock, start)
     assert status_of(registry, clock, other) == "online"
-    clock.advance(101)
-    do(registry, clock, registry.keep_alive)
+    live_on(registry, clock, 101)
     assert status_of(registry, clock, other) == status_of(registry, clock, number) == "offline"
 
 
