@@ -58,6 +58,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import errno
 import fcntl
 import getpass
 import hashlib
@@ -207,6 +208,7 @@ RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than i
 HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
 ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
 ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
+MEMORY_PAUSE = 0.1  # when there is no memory to be had: others may give some back
 SHUTDOWN_DEADLINE = 4
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
 
@@ -215,6 +217,7 @@ LOCK_PATIENCE = 5
 CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a server stops
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
+TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
 CHECKPOINT_AFTER = 4096  # rows changed, about as many pages; some 10 ms on a small disk
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
@@ -1725,6 +1728,41 @@ class StoreError(Exception):
     """The database failed. The transaction is dead: abandon it, and run nothing more in it."""
 
 
+FAILURES = (sqlite3.Error, MemoryError)  # as which Python raises SQLITE_NOMEM
+
+# What to do when SQLite or the system says so. Nothing is decided by these words: they lead to
+# other words, and before 3.11 Python knows no more of an error.
+ROOM = "make room on its disk"
+WRITABLE = "mount its disk read-write, and give folder and file to our user"
+DAMAGED = "see what check says, and restore it from a backup"
+OUT_OF_MEMORY = "out of memory"
+MEMORY = "give us more memory"
+REMEDIES = {
+    "database or disk is full": ROOM,
+    os.strerror(errno.ENOSPC): ROOM,
+    "attempt to write a readonly database": WRITABLE,
+    os.strerror(errno.EROFS): WRITABLE,
+    os.strerror(errno.EACCES): WRITABLE,
+    os.strerror(errno.EPERM): WRITABLE,
+    "unable to open database file": WRITABLE,
+    "disk I/O error": "its disk is full, read-only or failing: see df and dmesg",
+    "database disk image is malformed": DAMAGED,
+    "malformed database schema": DAMAGED,
+    "file is not a database": DAMAGED,
+    "database is locked": "another program writes to it: end that one",
+    OUT_OF_MEMORY: MEMORY,
+    os.strerror(errno.ENOMEM): MEMORY,
+    os.strerror(errno.EMFILE): "raise the limit of open files",
+}
+
+
+def told(path: str, error: Exception) -> str:
+    """What has gone wrong with a file, and what to do, in one line."""
+    said = getattr(error, "strerror", None) or str(error) or OUT_OF_MEMORY
+    found = (remedy for words, remedy in REMEDIES.items() if said.startswith(words))
+    return ": ".join(filter(None, (path, said, next(found, ""))))
+
+
 class StoreBusy(StoreError):
     """Another writer has had the database for too long."""
 
@@ -1749,6 +1787,7 @@ class WriteLock:
     """
 
     def __init__(self, database: str) -> None:
+        self._database = database
         self._gate = self._open(f"{database}.gate", database)
         self._lock = self._open(f"{database}.lock", database)
         self._at_gate = self._held = False
@@ -1769,6 +1808,8 @@ class WriteLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise StoreError(f"cannot lock: {error.strerror}") from error
         return True
 
     def attempt(self) -> bool:
@@ -1787,7 +1828,7 @@ class WriteLock:
         while not self.attempt():
             if time.monotonic() > deadline:
                 self.leave_gate()
-                raise StoreBusy("another process is writing to the database")
+                raise StoreBusy(f"another process is writing to {self._database}")
             time.sleep(LOCK_POLL)
 
     def leave_gate(self) -> None:
@@ -1831,7 +1872,7 @@ class Store:
         try:
             self.lock = WriteLock(self.path)
         except OSError as error:
-            raise StoreError(f"cannot open {error.filename}: {error.strerror}") from error
+            raise StoreError(f"cannot open {told(error.filename, error)}") from error
         self._connection: Optional[sqlite3.Connection] = None
         self._identity: Tuple[int, int] = (0, 0)
         self._synchronous = ""
@@ -1864,25 +1905,27 @@ class Store:
             )
             return self._recognize(as_it_is)
         except OSError as error:
-            raise StoreError(f"cannot make {self.path}: {error.strerror}") from error
-        except (sqlite3.Error, StoreError) as error:
-            raise StoreError(f"cannot open {self.path}: {error}") from error
+            raise StoreError(f"cannot make {told(self.path, error)}") from error
+        except FAILURES as error:
+            raise StoreError(f"cannot open {told(self.path, error)}") from error
+        except StoreError as error:
+            raise StoreError(f"cannot open {error}") from error
 
     def _recognize(self, as_it_is: bool) -> bool:
         application = self._value("PRAGMA application_id")
         version = self._value("PRAGMA user_version")
         if application != APPLICATION_ID and self._value("SELECT count(*) FROM sqlite_master"):
-            raise StoreError("it is the database of another program")
+            raise StoreError(f"{self.path}: it is the database of another program")
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"it was made by a newer hostenroll (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): use that one"
+                f"{self.path}: it was made by a newer hostenroll (schema {version}, this one "
+                f"knows {SCHEMA_VERSION}): use that one"
             )
         if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *ALTERATIONS):
-            raise StoreError(f"its schema version {version} was never one of ours")
+            raise StoreError(f"{self.path}: its schema version {version} was never one of ours")
         self._run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
         if not as_it_is and self._value("PRAGMA journal_mode = WAL") != "wal":
-            raise StoreError("its file system cannot do write-ahead logging")
+            raise StoreError(f"{self.path}: its file system cannot do write-ahead logging")
         self._run("PRAGMA wal_autocheckpoint = 0")
         self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
         self._run("PRAGMA foreign_keys = ON")
@@ -1954,7 +1997,7 @@ class Store:
             self._run("BEGIN")
             return True
         if not self.lock.attempt():
-            self._waits_for = "another process is writing to the database"
+            self._waits_for = f"another process is writing to {self.path}"
             return False
         synchronous = "FULL" if durable else "NORMAL"
         if synchronous != self._synchronous:  # inside a transaction it is an error
@@ -1962,10 +2005,10 @@ class Store:
             self._synchronous = synchronous
         try:
             self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             if not self._is_busy(error):
-                raise StoreError(str(error)) from error
-            self._waits_for = str(error)
+                raise self._failure(error) from error
+            self._waits_for = str(self._failure(error))
             self.lock.release()
             return False
         return True
@@ -1976,7 +2019,7 @@ class Store:
         return StoreBusy(self._waits_for)
 
     @staticmethod
-    def _is_busy(error: sqlite3.Error) -> bool:
+    def _is_busy(error: Exception) -> bool:
         """Whether another program, without our lock, is writing. Python before 3.11 does not say
         which error it is: then it may be, the wait is bounded, and in the end it is named."""
         busy = 5  # SQLITE_BUSY
@@ -1993,8 +2036,8 @@ class Store:
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            log.error("cannot roll back: %s", error)
+        except FAILURES as error:
+            log.error("cannot roll back: %s", self._failure(error))
         finally:
             self.lock.release()
             self.lock.leave_gate()
@@ -2065,8 +2108,8 @@ class Store:
             finally:
                 self.abandon()
                 target.close()
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot copy {self.path}: {error}") from error
+        except FAILURES as error:
+            raise StoreError(f"cannot copy {told(self.path, error)}") from error
 
     def faults(self) -> List[str]:
         """What is wrong with the database, by SQLite's own checks and by our schema."""
@@ -2087,7 +2130,7 @@ class Store:
         try:
             status = os.stat(self.path)
         except OSError as error:
-            raise StoreError(f"{self.path} is gone: {error.strerror}") from error
+            raise StoreError(f"{self.path} is gone ({error.strerror}): put it back") from error
         if (status.st_dev, status.st_ino) != self._identity:
             raise StoreError(f"{self.path} has been replaced: restart the server")
 
@@ -2108,17 +2151,20 @@ class Store:
         assert self._connection is not None, "open() comes first"
         return self._connection
 
+    def _failure(self, error: Exception) -> StoreError:
+        return StoreError(told(self.path, error))
+
     def _run(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, parameters)
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+        except FAILURES as error:
+            raise self._failure(error) from error
 
     def _rows(self, statement: str, *parameters: Any) -> List[Any]:
         try:
             return self._db.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+        except FAILURES as error:
+            raise self._failure(error) from error
 
     def _value(self, statement: str, *parameters: Any) -> Any:
         rows = self._rows(statement, *parameters)
@@ -2368,8 +2414,8 @@ class Store:
         """Write a run of heartbeats; how many of them matched."""
         try:
             return self._db.executemany(_BEAT, beats).rowcount
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+        except FAILURES as error:
+            raise self._failure(error) from error
 
     def beat_late(self, number: int, now: int) -> None:
         """Write one heartbeat, whatever is written of those before it."""
@@ -2395,8 +2441,8 @@ class Store:
         marks = ", ".join("?" * len(Event._fields))
         try:
             self._db.executemany(f"INSERT INTO audit ({_EVENT}) VALUES ({marks})", events)
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+        except FAILURES as error:
+            raise self._failure(error) from error
 
     def events(self, organization: Optional[str], before: int, limit: int) -> List[Event]:
         """The newest with a number below before; of one organization, or all."""
@@ -2409,8 +2455,8 @@ class Store:
         cursor = self._run(statement, number)
         try:
             yield from map(Event._make, cursor)
-        except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+        except FAILURES as error:
+            raise self._failure(error) from error
 
     def oldest_event(self) -> Optional[int]:
         """The number of the first event that is there."""
@@ -3053,7 +3099,9 @@ class Registry:
             interval * (100 + HEARTBEAT_SPREAD) // 100,
         )
         self._credential_ttl = credential_ttl
-        self._trouble = ""
+        self._trouble = ""  # why nothing can be written now
+        self._told = ""  # what the log was told of it
+        self._failed_at = 0.0
         self._pin = ""  # of the server's certificate
         self._has_new_pin = False  # and it is not written yet
         self._tokens_looked_at = -1
@@ -3092,16 +3140,17 @@ class Registry:
             if acts:
                 outcomes = self._perform_all(work, iter(outcomes), now)
             self._commit(writes)
-        except StoreError as error:
+        except (StoreError, MemoryError) as error:
             self._store.abandon()
             self.audit.forget()
             self.metrics.refusals[StorageUnavailable.code] += len(work)
-            return [self._unavailable(error)] * len(work)
+            return [self._unavailable(error, writes)] * len(work)
         except BaseException:
             self._store.abandon()
             self.audit.forget()
             raise
-        self._trouble = ""
+        if self._told:
+            self._recover(writes)
         if beats:
             self.metrics.heartbeats += len(beats) - self._refused_beats
         return outcomes
@@ -3114,7 +3163,8 @@ class Registry:
         started = time.perf_counter()
         self._store.commit()
         self.metrics.commits.observe(time.perf_counter() - started)
-        self.audit.tell()
+        with suppress(MemoryError):  # it is committed, so it must be answered
+            self.audit.tell()
 
     def _perform_all(self, work: Sequence[Work], beaten: Iterator[Any], now: int) -> List[Any]:
         self.notice_keys()
@@ -3127,7 +3177,7 @@ class Registry:
             self._store.savepoint()
         try:
             result = act.run(now)
-        except (StoreError, OperatorError):
+        except (StoreError, OperatorError, MemoryError):  # of the tick, and not of this act
             raise
         except Problem as problem:
             result = problem
@@ -3143,13 +3193,24 @@ class Registry:
             self._store.keep()
         return result
 
-    def _unavailable(self, error: StoreError) -> StorageUnavailable:
-        if str(error) != self._trouble:  # once for each trouble, not once for each tick
-            self._trouble = str(error)
-            log.error("storage: %s", error)
+    def _unavailable(self, error: Exception, writes: bool) -> StorageUnavailable:
+        said = str(error) or f"{OUT_OF_MEMORY}: {MEMORY}"
+        if said != self._told:  # once for each trouble, not once for each tick
+            log.error("storage: %s", said)
+        self._told, self._failed_at = said, time.monotonic()
+        if writes:
+            self._trouble = said
         problem = StorageUnavailable()
         problem.__cause__ = error
         return problem
+
+    def _recover(self, writes: bool) -> None:
+        """A tick has succeeded. On a disk that is nearly full some do, and others do not."""
+        if writes:
+            self._trouble = ""
+            if time.monotonic() - self._failed_at > TROUBLE_OVER:
+                self._told = ""
+                log.info("storage: the database can be used again")
 
     def perform(self, act: Act, now: int) -> Any:
         """A tick of one act, or as many as it takes, waiting for other writers. Raises the
@@ -3168,9 +3229,13 @@ class Registry:
             raise result
         return result
 
+    def forget_credentials(self) -> None:
+        """Give memory back: what is cached can be verified again."""
+        self._keyring.verify.cache_clear()
+
     def give_up(self) -> StorageUnavailable:
         """Stop waiting for the other writer."""
-        return self._unavailable(self._store.give_up())
+        return self._unavailable(self._store.give_up(), writes=True)
 
     def tidy(self) -> None:
         """Between ticks: what no answer waits for."""
@@ -3259,12 +3324,12 @@ class Registry:
         """Go by the key file as it is now: somebody may have rotated it."""
         keyring = self._key_file.reload(self._keyring)
         if keyring is not None:
-            self._keyring.verify.cache_clear()  # it is in a cycle, and would wait for its collector
+            self.forget_credentials()  # the ring is in a cycle, and would wait for its collector
             self._keyring = keyring
 
     @property
     def storage_trouble(self) -> str:
-        """Why the last tick failed; '' when it did not."""
+        """Why the last tick that was to write failed; '' when it did not."""
         return self._trouble
 
     @property
@@ -5922,6 +5987,10 @@ class Api:
         """Before a turn: go by the key file as it is now."""
         self._registry.notice_keys()
 
+    def relieve(self) -> None:
+        """Give back what memory can be had again."""
+        self._registry.forget_credentials()
+
     @property
     def owes_notes(self) -> bool:
         """Whether the next tick should come soon: there are refusals to be audited."""
@@ -6192,6 +6261,7 @@ class Server(HTTPServer):
         self._waiting_since = 0.0  # for another writer; 0: not
         self._crowded = False  # somebody waits for a connection to give way
         self._short = False  # of descriptors; said once
+        self._starved_at = -math.inf  # when there was no memory to be had
         self._accept_after = 0.0  # 0: now
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
@@ -6276,7 +6346,10 @@ class Server(HTTPServer):
         listening = True
         self._notify("READY=1")
         while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
-            self._turn(self._patience())
+            try:
+                self._turn(self._patience())
+            except MemoryError:
+                self._pick_up()
             if self._stop_before is not None and listening:
                 listening = False
                 self._notify("STOPPING=1")
@@ -6363,8 +6436,31 @@ class Server(HTTPServer):
 
     def _fail(self, connection: Connection) -> None:
         """Whatever goes wrong with a connection ends there, and not the loop."""
-        log.exception("a connection failed")
+        self._own_up("a connection failed")
         self._drop(connection)
+
+    def _own_up(self, what: str, request: str = "") -> Problem:
+        """What we answer to an exception that nothing should raise: it is a defect, or there was
+        no memory. Of that the log is told once, not at every place where it may happen."""
+        if not isinstance(sys.exc_info()[1], MemoryError):
+            log.exception(what, extra={"request": request})
+            return Internal()
+        moment, before = time.monotonic(), self._starved_at
+        self._starved_at = moment
+        self._api.relieve()
+        if moment - before > TROUBLE_OVER:
+            log.error("out of memory: requests are refused until there is more; raise its limit")
+        return Overloaded()
+
+    def _pick_up(self) -> None:
+        """A turn has broken off for want of memory: part with those whom nobody waits for now."""
+        self._own_up("a turn broke off")
+        waiting = {owed.connection for owed in (*self._tick, *self._reads)}
+        waiting.update(connection for connection, _ in self._ready)
+        for connection in self._connections.difference(waiting):
+            if connection.phase is None:
+                self._drop(connection)
+        time.sleep(MEMORY_PAUSE)
 
     def _attend(self, connection: Connection) -> None:
         if connection.phase is self._taking:
@@ -6456,6 +6552,9 @@ class Server(HTTPServer):
         except Problem as problem:
             self._refuse(connection, problem)
             return None
+        except MemoryError:
+            self._refuse(connection, self._own_up("a request could not be read"))
+            return None
         if request is None or reader.buffer or connection.held:
             self._account(connection, reader.held + (len(request.body) if request else 0))
             if self._held > HELD_MAXIMUM:
@@ -6485,8 +6584,7 @@ class Server(HTTPServer):
         try:
             admitted = self._api.admit(request, self._now)
         except Exception:
-            log.exception("a request could not be admitted", extra={"request": request.id})
-            admitted = refusal(Internal())
+            admitted = refusal(self._own_up("a request could not be admitted", request.id))
         if isinstance(admitted, Response):
             self._answer(connection, admitted, request)
             self._metrics.requests.observe(time.monotonic() - self._moment)
@@ -6632,8 +6730,7 @@ class Server(HTTPServer):
         try:
             return self._api.run(work, self._now, request_at)
         except Exception:
-            log.exception("a tick failed")
-            return [Internal()] * len(work)
+            return [self._own_up("a tick failed")] * len(work)
 
     # Answers.
 
@@ -7142,6 +7239,7 @@ def _start_log(format: str) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # a log that cannot be written is no place to say so
 
 
 class Session(NamedTuple):
@@ -8041,6 +8139,9 @@ def main(
         return 0
     except (OperatorError, OSError) as error:
         _say(f"hostenroll: {error}")
+        return EXIT_FAILED
+    except MemoryError:
+        _say("hostenroll: out of memory: give it more")
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
