@@ -208,6 +208,7 @@ RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than i
 HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
 ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
 ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
+REOPEN_PAUSE = 0.5  # between attempts at a database that has taken the place of ours
 MEMORY_PAUSE = 0.1  # when there is no memory to be had: others may give some back
 SHUTDOWN_DEADLINE = 4
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
@@ -1756,6 +1757,18 @@ REMEDIES = {
 }
 
 
+Identity = Optional[Tuple[int, int]]  # of a file: device and inode; None where there is none
+
+
+def identity(path: Union[str, int]) -> Identity:
+    """Which file is at a path, or open: looked at, never opened."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def told(path: str, error: Exception) -> str:
     """What has gone wrong with a file, and what to do, in one line."""
     said = getattr(error, "strerror", None) or str(error) or OUT_OF_MEMORY
@@ -1765,6 +1778,10 @@ def told(path: str, error: Exception) -> str:
 
 class StoreBusy(StoreError):
     """Another writer has had the database for too long."""
+
+
+class StoreReplaced(StoreError):
+    """What is at the path is not what is open: reopen() it."""
 
 
 def _insert(table: str, columns: Sequence[str]) -> str:
@@ -1800,6 +1817,11 @@ class WriteLock:
             os.fchown(descriptor, status.st_uid, status.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(status.st_mode) | 0o600)
         return descriptor
+
+    def is_there(self) -> bool:
+        """Whether others lock the same files: somebody may have removed them."""
+        files = {".gate": self._gate, ".lock": self._lock}
+        return all(identity(self._database + it) == identity(files[it]) for it in files)
 
     @staticmethod
     def take(descriptor: int) -> bool:
@@ -1874,7 +1896,9 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot open {told(error.filename, error)}") from error
         self._connection: Optional[sqlite3.Connection] = None
-        self._identity: Tuple[int, int] = (0, 0)
+        self._identity: Identity = None
+        self._wal_identity: Identity = None
+        self._refused = ""  # why what is at the path is not worked with
         self._synchronous = ""
         self._waits_for = ""
         self._checkpointed_at = 0  # in the connection's count of rows changed
@@ -1895,15 +1919,17 @@ class Store:
                 # Closing a descriptor of a file drops the process's POSIX locks on it, and with
                 # them those of SQLite: so never on a database that may be open.
                 os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            status = os.stat(self.path)
-            self._identity = (status.st_dev, status.st_ino)
+            opened = identity(self.path)
+            self._synchronous, self._checkpointed_at = "", 0
             self._connection = sqlite3.connect(
                 f"file:{quote(os.fsencode(self.path))}?mode=rw",
                 uri=True,
                 timeout=0,
                 isolation_level=None,
             )
-            return self._recognize(as_it_is)
+            is_ours = self._recognize(as_it_is)
+            self._identity, self._wal_identity = opened, identity(f"{self.path}-wal")
+            return is_ours
         except OSError as error:
             raise StoreError(f"cannot make {told(self.path, error)}") from error
         except FAILURES as error:
@@ -1940,6 +1966,7 @@ class Store:
         for kid in kids:
             self.add_signing_key(kid, organization.created_at)
         self._run("COMMIT")
+        self._wal_identity = identity(f"{self.path}-wal")
 
     def version(self) -> int:
         """Of the schema that the database has."""
@@ -1993,6 +2020,8 @@ class Store:
         with the power, and never with the process.
         """
         self._require_same_file()
+        if durable:
+            self.require_companions()
         if not writes:
             self._run("BEGIN")
             return True
@@ -2132,7 +2161,70 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.path} is gone ({error.strerror}): put it back") from error
         if (status.st_dev, status.st_ino) != self._identity:
-            raise StoreError(f"{self.path} has been replaced: restart the server")
+            raise StoreReplaced(self._refused or f"{self.path} has been replaced")
+
+    def require_companions(self) -> None:
+        """See that what lies beside the database is what we go by: what is written into a WAL that
+        has been removed nobody else sees. Raises StoreError."""
+        if identity(f"{self.path}-wal") != self._wal_identity:
+            raise StoreError(
+                f"{self.path}-wal has been removed: stop every server, and start again; what it "
+                "held is written into the database when the last one stops"
+            )
+        if not self.lock.is_there():
+            raise StoreReplaced(f"the lock beside {self.path} has been removed")
+
+    def is_replaced(self) -> bool:
+        """Whether there is something to reopen()."""
+        try:
+            self._require_same_file()
+            self.require_companions()
+        except StoreReplaced:
+            return True
+        except StoreError:
+            return False
+        return False
+
+    def reopen(self) -> bool:
+        """Open what is at the path now, and keep the lock that is there. False when another writer
+        is at work. Raises StoreError; if the database is not the old one, nothing is open then."""
+        try:
+            lock = WriteLock(self.path)
+        except OSError as error:
+            raise StoreError(f"cannot open {told(error.filename, error)}") from error
+        if not lock.attempt():
+            lock.close()
+            return False
+        self.lock.close()
+        self.lock = lock
+        if identity(self.path) != self._identity:
+            self._let_go()
+            if not self.exists() or not self.open():
+                raise StoreError(f"{self.path} is empty: restore it from a backup")
+        return True
+
+    def _let_go(self) -> None:
+        """Close a file that is no longer at the path. What is in its WAL goes into it, wherever it
+        is now: SQLite would take that WAL for the one of the file that lies there instead. When
+        it is not there, another server has done so, or somebody works with the new one already.
+        """
+        if self._connection is None:
+            return
+        if identity(f"{self.path}-wal") in (None, self._wal_identity):
+            is_busy, _, _ = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+            if is_busy:
+                raise StoreBusy(f"{self.path} has been replaced while others read the old one")
+            for path in (f"{self.path}-wal", f"{self.path}-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        self.disown()
+
+    def disown(self, reason: str = "") -> None:
+        """Close a database that is not to be worked with; it counts as replaced."""
+        self._identity, self._refused = None, reason
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def file_sizes(self) -> Tuple[int, int]:
         """Bytes of the database and of its WAL: looked at, never opened."""
@@ -3102,6 +3194,9 @@ class Registry:
         self._trouble = ""  # why nothing can be written now
         self._told = ""  # what the log was told of it
         self._failed_at = 0.0
+        self._reopen_after = 0.0
+        self._url = ""  # of the server
+        self._is_to_announce = False  # it, in a database that knows of another
         self._pin = ""  # of the server's certificate
         self._has_new_pin = False  # and it is not written yet
         self._tokens_looked_at = -1
@@ -3239,7 +3334,34 @@ class Registry:
 
     def tidy(self) -> None:
         """Between ticks: what no answer waits for."""
-        self._store.checkpoint()
+        if not self._trouble:
+            self._store.checkpoint()
+        elif time.monotonic() >= self._reopen_after and self._store.is_replaced():
+            self._reopen_after = time.monotonic() + REOPEN_PAUSE
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Another file has taken the place of the database, such as a backup. Nothing is kept in
+        memory that is not in it: if it and our keys are a pair, we go on with it."""
+        store = self._store
+        try:
+            if not store.reopen():
+                return
+            if not _is_pair(store, self._keyring):
+                raise StoreError(_not_a_pair(store.path))
+            store.migrate()
+        except StoreBusy as error:
+            self._unavailable(error, writes=True)
+        except StoreError as error:
+            store.abandon()
+            store.disown(str(error))
+            self._unavailable(error, writes=True)
+        else:
+            self._is_to_announce = True
+            self._censuses.clear()
+            log.warning("opened %s anew", store.path)
+        finally:
+            store.lock.release()
 
     def back_up(self, folder: str) -> Tuple[str, str]:
         """Copy database, then keys, into a folder, whole or not at all; where they are. The keys
@@ -3415,6 +3537,7 @@ class Registry:
 
     def start_service(self, url: str, now: int, pin: str = "") -> None:
         """A server starts, to be found at a URL, its certificate by a pin."""
+        self._url = url
         old = self._store.service()
         if old is None:
             service = Service(now, now, now, self.interval, url, pin)
@@ -3427,6 +3550,7 @@ class Registry:
     def keep_alive(self, now: int) -> None:
         """A server lives, and can write. Where none could for a while, or the clock has been set,
         that is no host's silence."""
+        self._store.require_companions()
         service = self._store.service()
         if service is None or is_served(service, now):
             self._store.keep_alive(now)
@@ -3441,6 +3565,9 @@ class Registry:
 
     def keep_house(self, now: int) -> None:
         """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
+        if self._is_to_announce and self._url:
+            self.start_service(self._url, now, self._pin)
+            self._is_to_announce = False
         self.keep_alive(now)
         if self._has_new_pin:
             self._store.put_pin(self._pin)
@@ -6856,7 +6983,10 @@ class Server(HTTPServer):
                 continue
             except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
                 if not self._short:
-                    log.warning("cannot accept connections: %s", error.strerror)
+                    log.warning(
+                        "cannot accept connections: %s: raise the limit, ulimit -Hn or LimitNOFILE",
+                        error.strerror,
+                    )
                 self._short = self._crowded = True
                 break
             self._short = False
