@@ -32,6 +32,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -8888,43 +8889,149 @@ def test_two_servers_let_in_exactly_as_many_as_a_token_says(uses: int, tmp_path:
     assert sql(database, "SELECT count(*) FROM host") == [(8 * uses,)]
 
 
-@slow
-def test_after_kill_nine_nothing_acknowledged_is_missing(tmp_path: Path) -> None:
-    key = api_key_of(tmp_path)
-    database = str(tmp_path / "hostenroll.db")
-    hosts: Dict[str, str] = {}  # acknowledged, by token
-    beats: Dict[str, str] = {}
-    for round in range(4):
-        with ServerProcess(tmp_path) as server:
-            door = SocketDoor(server.port, key)
-            tokens = [door.token() for _ in range(400)]
-            enough = threading.Event()
+# Compiled once, so that a server is there in no time; and its clock is set by a file, in seconds.
+QUICK = """
+import os, sys, time
+sys.dont_write_bytecode = False
+sys.path.insert(0, sys.argv.pop(1))
+offset = sys.argv.pop(1)
+import hostenroll
+def clock():
+    return time.time() + (os.path.exists(offset) and float(open(offset).read() or 0))
+sys.exit(hostenroll.main(clock=clock if offset else time.time))
+"""
 
-            def load(n: int, tokens: List[str] = tokens, door: Door = door) -> None:
-                for token in tokens[n::8]:
-                    with contextlib.suppress(OSError, AssertionError):
-                        enrolled = door.enroll(token)
-                        hosts[token] = enrolled.document["hostId"]
-                        beaten = door.beat(enrolled.document["credential"])
-                        beats[hosts[token]] = beaten.document["lastSeen"]
-                        if len(hosts) > 60 * (round + 1):
-                            enough.set()
 
-            killer = threading.Thread(target=lambda: (enough.wait(30), server.kill()), daemon=True)
-            killer.start()
-            many(8, load)
-            killer.join(30)
-        assert sql(database, "PRAGMA integrity_check") == [("ok",)]
-        assert sql(database, "PRAGMA foreign_key_check") == []
-    rows = sql(database, "SELECT id, token_id, last_seen FROM host JOIN heartbeat ON host_id = id")
-    stored = {f"{number:016x}": (f"{token:016x}", seen) for number, token, seen in rows}
-    assert len({token for token, _ in stored.values()}) == len(stored)  # no token twice
-    assert len(hosts) > 240
-    for text, number in hosts.items():
-        assert stored[number][0] == text.split("_")[1]
-    for number, seen in beats.items():
-        assert hostenroll.rfc3339(stored[number][1]) >= seen
-    assert sql(database, "SELECT sum(uses) FROM token") == [(len(stored),)]
+PYCACHE = tempfile.TemporaryDirectory()
+
+
+def quick_server(folder: Path, offset: str = "") -> OtherServer:
+    cached = f"pycache_prefix={PYCACHE.name}"
+    command = [sys.executable, "-X", cached, "-c", QUICK, str(ROOT), offset]
+    return OtherServer(folder, *command, "serve", "--port", "0")
+
+
+class Ledger:
+    """What servers have acknowledged, and which enrollments nobody has answered yet."""
+
+    def __init__(self) -> None:
+        self.open: List[str] = []  # tokens, each with an enrollment to be tried, or tried again
+        self.hosts: Dict[str, Dict[str, Any]] = {}  # by token
+        self.beats: Dict[str, str] = {}  # lastSeen, by host
+        self.revoked: List[str] = []  # tokens
+        self.minted: List[str] = []
+
+    def load(self, port: int, key: str, dice: random.Random) -> None:
+        """What some clients do until the server is gone."""
+        with contextlib.suppress(OSError), SocketDoor(port, key).connect() as peer:
+            with peer.makefile("rb") as stream:
+
+                def call(*request: Any) -> Reply:
+                    peer.sendall(request_bytes(*request))
+                    reply = read_reply(stream)
+                    if reply is None or reply.status >= 500:
+                        raise ConnectionError
+                    return reply
+
+                while True:
+                    with contextlib.suppress(IndexError):
+                        self._enroll(call, self.open.pop(0))
+                    self._beat(call, dice)
+                    if dice.random() < 0.2:
+                        minted = call("POST", "/api/hosts/tokens", {}, key).document
+                        self.minted.append(minted["id"])
+                    if self.minted and dice.random() < 0.1:
+                        number = self.minted[-1]
+                        assert (
+                            call("DELETE", f"/api/hosts/tokens/{number}", None, key).status == 204
+                        )
+                        self.revoked.append(number)
+
+    def _enroll(self, call: Callable[..., Reply], token: str) -> None:
+        body = {"token": token, "hostname": "web-1"}
+        try:
+            headers = [("Idempotency-Key", token[4:20])]
+            reply = call("POST", "/api/agent/enroll", body, None, headers)
+        except (OSError, AssertionError):  # perhaps it is done: it is asked for again
+            self.open.append(token)
+            raise ConnectionError from None
+        assert reply.status == 201, reply
+        self.hosts[token] = reply.document
+
+    def _beat(self, call: Callable[..., Reply], dice: random.Random) -> None:
+        if self.hosts:
+            host = dice.choice(list(self.hosts.values()))
+            reply = call("POST", "/api/agent/heartbeat", None, host["credential"])
+            assert reply.status == 200, reply
+            seen = self.beats.get(host["hostId"], "")
+            self.beats[host["hostId"]] = max(seen, reply.document["lastSeen"])
+
+    def check(self, paths: Tuple[str, str]) -> None:
+        """Nothing that was acknowledged is missing, and no token has let in two."""
+        clock = Clock(time.time())
+        with opened(paths, clock) as registry:
+            assert look(registry, "PRAGMA integrity_check") == [("ok",)]
+            assert look(registry, "PRAGMA foreign_key_check") == []
+            do(registry, clock, lambda now: registry.verify_audit(None), False)
+            rows = look(
+                registry, "SELECT id, token_id, last_seen FROM host JOIN heartbeat ON host_id = id"
+            )
+            tokens = look(registry, "SELECT id, uses, revoked_at IS NOT NULL FROM token")
+        stored = {f"{number:016x}": (f"{token:016x}", seen) for number, token, seen in rows}
+        used = {f"{number:016x}": uses for number, uses, _ in tokens if uses}
+        assert sorted(used) == sorted(
+            token for token, _ in stored.values()
+        )  # so none of them twice
+        assert set(used.values()) <= {1}
+        for text, host in self.hosts.items():
+            assert stored[host["hostId"]][0] == text.split("_")[1]
+        for number, seen in self.beats.items():
+            assert hostenroll.rfc3339(stored[number][1]) >= seen
+        assert set(self.minted) <= {f"{number:016x}" for number, _, _ in tokens}
+        assert set(self.revoked) <= {f"{number:016x}" for number, _, gone in tokens if gone}
+
+
+@pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=slow)])
+def test_after_kill_nine_nothing_acknowledged_is_missing(cycles: int, tmp_path: Path) -> None:
+    """At any moment, under load: in every third cycle two servers share the database, in every
+    fifth the command line is at work, too. Whoever got no answer asks again, in the next one."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"random.Random({seed})")
+    dice = random.Random(seed)
+    paths, clock = (str(tmp_path / "hostenroll.db"), str(tmp_path / "hostenroll.key")), Clock()
+    ledger, key = Ledger(), api_key_of(tmp_path)
+    for cycle in range(cycles):
+        clock.now = time.time()
+        with opened(paths, clock) as registry:
+            order = hostenroll.TokenOrder()
+            mint = Act(lambda now: registry.mint(OPERATOR, order, now))
+            outcomes = registry.tick([mint] * 30, clock.ms)
+            assert outcomes is not None
+            ledger.open += [text for _, text in outcomes]
+        with contextlib.ExitStack() as stack:
+            count = 2 if cycle % 3 == 2 else 1
+            servers = [stack.enter_context(quick_server(tmp_path)) for _ in range(count)]
+            dies_at = time.monotonic() + dice.random() ** 2 * 0.4
+            ports = [server.port for server in servers for _ in range(4 // count)]
+            rolls = [random.Random(dice.random()) for _ in ports]
+            loads = [
+                threading.Thread(target=ledger.load, args=(port, key, roll), daemon=True)
+                for port, roll in zip(ports, rolls)
+            ]
+            for load in loads:
+                load.start()
+            if cycle % 5 == 1:
+                minted = cli(tmp_path, "mint-token", "--json")
+                assert minted.returncode == 0
+                ledger.minted.append(json.loads(minted.stdout)["id"])
+            time.sleep(max(0, dies_at - time.monotonic()))
+            for server in servers:
+                server.process.kill()
+            for load in loads:
+                load.join(20)
+        ledger.check(paths)
+    assert len(ledger.hosts) > 5 * cycles and len(ledger.beats) > cycles
+    assert ledger.minted and ledger.revoked
 
 
 @slow
@@ -8979,6 +9086,483 @@ def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
     (asked,) = [n for n, line in enumerate(told) if "POST /api/agent/enroll" in line]
     (answered,) = [n for n, line in enumerate(told) if "HTTP/1.1 201" in line]
     assert any("sync(" in line and line.endswith("= 0") for line in told[asked:answered])
+
+
+# When things fail: each row of the README's table, with real processes.
+
+
+def failures_in_readme() -> Dict[str, str]:
+    """What the log says, by failure."""
+    section = (ROOT / "README.md").read_text().split("## When things fail")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")]
+    return {row[1].strip(): row[2].strip() for row in rows[1:]}
+
+
+def is_told(failure: str, said: Sequence[str], times: int = 1, others: int = 0) -> None:
+    """A failure is told in one line, as the README says, and nothing else is."""
+    (words,) = re.findall("`(.+)`", failures_in_readme()[failure])
+    pattern = ".*".join(map(re.escape, words.split("...")))
+    complaints = [line for line in said if re.search(" (ERROR|WARNING) |^hostenroll: ", line)]
+    assert len([line for line in complaints if re.search(pattern, line)]) == times, said
+    assert len(complaints) == times + others, complaints
+    assert "Traceback" not in "".join(said)
+
+
+def test_every_failure_in_the_readme_is_made_here() -> None:
+    made = re.findall(r'is_told\(\s*"([^"]+)"', Path(__file__).read_text(encoding="utf-8"))
+    assert set(made) == set(failures_in_readme())
+
+
+class Subject:
+    """A real server with a host, and what its clients get."""
+
+    def __init__(self, folder: Path, offset: str = "") -> None:
+        self.folder, self.database = folder, str(folder / "hostenroll.db")
+        key = api_key_of(folder)
+        self.server = quick_server(folder, offset)
+        self.door = SocketDoor(self.server.port, key)
+        self.host = enrolled(self.door)
+        self.token = self.door.token()
+        assert self.answers() == [200] * 5
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.__exit__()
+
+    def answers(self) -> List[int]:
+        """To a beat, a beat with facts, what cannot be cached, a read, and readiness; and health
+        is always good. What is not, may pass, and says when to come again."""
+        door, credential = self.door, self.host["credential"]
+        replies = [
+            door.beat(credential),
+            door.beat(credential, os=f"linux {random.random()}"),
+            door.call("PATCH", f"/api/hosts/{self.host['hostId']}", {"name": "x"}, door.api_key),
+            door.call("GET", "/api/hosts", bearer=door.api_key),
+            door.call("GET", "/readyz"),
+        ]
+        assert door.call("GET", "/healthz").status == 200
+        for reply in replies:
+            assert reply.status == 200 or int(reply.headers["retry-after"]) > 0
+            assert reply.code in (None, "storage-unavailable", "overloaded")
+        return [reply.status for reply in replies]
+
+    def goes_on(self) -> None:
+        """All is well again, and the token that was refused meanwhile has not been used up."""
+        until(lambda: self.answers() == [200] * 5)
+        assert self.door.enroll(self.token, "web-2").status == 201
+        self.token = self.door.token()
+
+    def stop(self) -> List[str]:
+        """Everything is in order; what the server has said."""
+        assert self.server.terminate() == 0
+        checked = cli(self.folder, "check")
+        assert checked.returncode == 0, checked
+        return self.server.said
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_up(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        for size in (65536, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+
+
+@slow
+def test_on_a_full_disk_nothing_is_lost_and_what_only_reads_goes_on(disk: Path) -> None:
+    with Subject(disk) as subject:
+        fill_up(disk / "rest")
+        while subject.door.mint(description="x" * 900).status == 201:
+            pass  # into what the WAL has left
+        for _ in range(3):
+            assert subject.answers() == [503, 503, 503, 200, 503]
+            assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
+        refused = cli(disk, "mint-token")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        is_told("disk full", refused.stderr.splitlines())
+        os.unlink(disk / "rest")
+        subject.goes_on()
+        is_told("disk full", subject.stop())
+
+
+@slow
+def test_on_a_read_only_disk_nothing_starts_and_one_line_says_why(disk: Path) -> None:
+    Subject(disk).stop()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for command in (["serve", "--port", "0"], ["mint-token"], ["check"]):
+        refused = cli(disk, *command)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        is_told("disk read-only at start", refused.stderr.splitlines())
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert cli(disk, "mint-token").returncode == 0
+
+
+@contextlib.contextmanager
+def injected(process: int, calls: str, error: str) -> Iterator[None]:
+    """System calls of a process fail, as on a disk that is failing."""
+    options = ["-e", f"trace={calls}", "-e", f"inject={calls}:error={error}", "-o", os.devnull]
+    command = ["strace", *options, "-p", str(process)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        first = tracer.stderr.readline()
+        if "attached" not in first:
+            pytest.skip(f"strace may not trace here: {first}")
+        try:
+            yield
+        finally:
+            tracer.terminate()
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+DISK_FAULTS = {
+    "it is read-only now": ("pwrite64", "EROFS"),
+    "it cannot be written": ("pwrite64", "EIO"),
+    "it does not keep what is written": ("fdatasync,fsync", "EIO"),
+}
+
+
+@slow
+@needs_strace
+@pytest.mark.parametrize("calls, error", table(DISK_FAULTS))
+def test_a_disk_that_fails_for_a_while_loses_nothing(
+    calls: str, error: str, tmp_path: Path
+) -> None:
+    with Subject(tmp_path) as subject:
+        with injected(subject.server.process.pid, calls, error):
+            for _ in range(3):
+                heard = subject.answers()
+                assert heard in ([503, 503, 503, 200, 503], [200, 503, 503, 200, 200])
+                assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
+        subject.goes_on()
+        is_told("disk failing, or read-only now", subject.stop())
+
+
+@slow
+@pytest.mark.parametrize("foreign", [False, True], ids=["one of ours", "another program"])
+def test_while_another_has_the_database_locked_beats_wait_and_then_are_told(
+    foreign: bool, tmp_path: Path
+) -> None:
+    with Subject(tmp_path) as subject:
+        other = sqlite3.connect(subject.database, isolation_level=None)
+        with contextlib.ExitStack() as stack:
+            if foreign:
+                other.execute("BEGIN IMMEDIATE")
+            else:
+                stack.enter_context(write_lock(subject.database))
+            begun = time.monotonic()
+            said = many(3, lambda n: subject.door.beat(subject.host["credential"]))
+            assert {reply.code for reply in said} == {"storage-unavailable"}
+            assert {reply.headers["retry-after"] for reply in said} == {"5"}
+            assert 4.5 < time.monotonic() - begun < 9
+            assert subject.door.call("GET", "/healthz").status == 200
+            assert subject.door.call("GET", "/api/hosts", bearer=subject.door.api_key).status == 200
+        other.close()
+        subject.goes_on()
+        said = subject.stop()
+        if foreign:
+            is_told("locked by another program", said)
+        else:
+            is_told("locked by a process of ours", said)
+
+
+def garble(path: str, start: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(random.Random(start).randbytes(os.stat(path).st_size - start))
+
+
+DAMAGES = {
+    "garbage in its pages": (lambda path: garble(path, 4096), "damaged"),
+    "cut short": (lambda path: os.truncate(path, 3 * 4096), "damaged"),
+    "garbage in its header": (lambda path: garble(path, 0), "not a database"),
+    "something else": (lambda path: Path(path).write_text("hello" * 9999), "not a database"),
+}
+
+
+@slow
+@pytest.mark.parametrize("damage, failure", table(DAMAGES))
+def test_a_damaged_database_starts_nothing(
+    damage: Callable[[str], Any], failure: str, tmp_path: Path
+) -> None:
+    subject = Subject(tmp_path)
+    subject.stop()
+    damage(subject.database)
+    for command in (["serve", "--port", "0"], ["mint-token"], ["check"]):
+        refused = cli(tmp_path, *command)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        if failure == "damaged":
+            is_told("database damaged", refused.stderr.splitlines())
+        else:
+            is_told("not a database any more", refused.stderr.splitlines())
+
+
+@slow
+def test_a_database_that_is_damaged_under_a_server_is_unavailable_until_a_backup_is_there(
+    tmp_path: Path,
+) -> None:
+    """A page that has been read is kept, so a beat may go on; what meets the damage may not."""
+    clock = Clock(time.time())
+    with opened((str(tmp_path / "hostenroll.db"), str(tmp_path / "hostenroll.key")), clock) as it:
+        fill(it, 3000)
+    with Subject(tmp_path) as subject:
+        assert cli(tmp_path, "backup", "backup").returncode == 0
+        with contextlib.closing(sqlite3.connect(subject.database)) as other:
+            (first,) = other.execute("SELECT min(id) FROM host").fetchone()
+        subject.server.kill()
+        subject.server = quick_server(tmp_path)
+        subject.door.port = subject.server.port
+        garble(subject.database, 8 * 4096)
+        query = f"/api/hosts/{first:016x}"
+        for _ in range(3):
+            refused = subject.door.call("GET", query, bearer=subject.door.api_key)
+            assert (refused.status, refused.code) == (503, "storage-unavailable")
+        shutil.copy(tmp_path / "backup" / "hostenroll.db", tmp_path / "good")
+        os.replace(tmp_path / "good", subject.database)
+        subject.goes_on()
+        assert subject.door.call("GET", query, bearer=subject.door.api_key).status == 200
+        is_told("database damaged", subject.stop(), others=2)
+
+
+@slow
+@pytest.mark.parametrize("damage", ["cut short", "garbage at its end"])
+def test_of_a_torn_wal_what_came_before_is_there(damage: str, tmp_path: Path) -> None:
+    """As after a power cut: SQLite takes the WAL up to the last commit that is whole."""
+    with Subject(tmp_path) as subject:
+        before = os.stat(f"{subject.database}-wal").st_size
+        assert subject.door.enroll(subject.token, "web-2").status == 201
+        subject.server.kill()
+        if damage == "cut short":
+            os.truncate(f"{subject.database}-wal", before + 1000)
+        else:
+            garble(f"{subject.database}-wal", before + 1000)
+        subject.server = quick_server(tmp_path)
+        subject.door.port = subject.server.port
+        subject.goes_on()
+        subject.stop()
+
+
+@slow
+@pytest.mark.parametrize("count", [1, 2], ids=["one server", "two servers"])
+def test_a_database_that_is_gone_for_a_while_is_missed_and_not_mourned(
+    count: int, tmp_path: Path
+) -> None:
+    with Subject(tmp_path) as subject, contextlib.ExitStack() as stack:
+        if count == 2:
+            stack.enter_context(quick_server(tmp_path))
+        os.rename(subject.database, tmp_path / "away")
+        for _ in range(3):
+            assert subject.answers() == [503] * 5
+            assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
+        refused = cli(tmp_path, "mint-token")
+        assert refused.returncode == 1 and "restore the database" in refused.stderr
+        os.rename(tmp_path / "away", subject.database)
+        subject.goes_on()
+        is_told("database gone", subject.stop())
+
+
+@slow
+@pytest.mark.parametrize("way", ["by README", "the WAL forgotten", "two servers"])
+def test_a_backup_that_is_put_in_place_under_a_server_is_gone_on_with(
+    way: str, tmp_path: Path
+) -> None:
+    with Subject(tmp_path) as subject, contextlib.ExitStack() as stack:
+        servers = [subject.server]
+        if way == "two servers":
+            servers.append(stack.enter_context(quick_server(tmp_path)))
+        assert cli(tmp_path, "backup", "backup").returncode == 0
+        late = subject.door.enroll(subject.token, "late").document
+        for server in servers:
+            assert SocketDoor(server.port, "").beat(late["credential"]).status == 200
+        os.link(subject.database, tmp_path / "old.db")
+        if way == "by README":
+            for suffix in ("-wal", "-shm"):
+                os.unlink(subject.database + suffix)
+        shutil.copy(tmp_path / "backup" / "hostenroll.db", tmp_path / "new.db")
+        os.replace(tmp_path / "new.db", subject.database)
+        for server in servers:
+            door = SocketDoor(server.port, subject.door.api_key)
+            said = door.beat(late["credential"])
+            assert (said.status, said.code) == (503, "storage-unavailable")
+            until(lambda door=door: door.call("GET", "/readyz").status == 200)
+            assert door.beat(subject.host["credential"]).status == 200
+            assert door.beat(late["credential"]).code == "host-unknown"
+        assert subject.door.enroll(subject.token, "again").status == 201  # the backup's is unused
+        subject.token = subject.door.token()
+        subject.goes_on()
+        for server in servers[1:]:
+            assert server.terminate() == 0
+            is_told("database replaced", server.said, others=1)
+        is_told("database replaced", subject.stop(), others=1)
+    # The old one has all that was ever acknowledged: its WAL was not taken for the new one's.
+    assert sql(str(tmp_path / "old.db"), "PRAGMA integrity_check") == [("ok",)]
+    assert sql(str(tmp_path / "old.db"), "SELECT hostname FROM host ORDER BY id") == [
+        ("web-1",), ("late",)]  # fmt: skip
+    assert sql(subject.database, "PRAGMA integrity_check") == [("ok",)]
+
+
+STRANGERS = {
+    "another's": ("is not that of the database", lambda path: api_key_of(path.parent)),
+    "an empty file": ("is empty: restore it", lambda path: path.touch()),
+    "no database": ("file is not a database", lambda path: path.write_bytes(b"hello" * 999)),
+}
+
+
+@slow
+@pytest.mark.parametrize("words, make", table(STRANGERS))
+def test_what_is_no_pair_with_the_key_file_is_not_worked_with(
+    words: str, make: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    strange = tmp_path / "elsewhere" / "hostenroll.db"
+    strange.parent.mkdir()
+    make(strange)
+    with Subject(tmp_path) as subject:
+        os.rename(subject.database, tmp_path / "away")
+        shutil.copy(strange, tmp_path / "new")
+        before = (tmp_path / "new").read_bytes()
+        os.replace(tmp_path / "new", subject.database)
+        for _ in range(3):
+            assert subject.answers() == [503] * 5
+            assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
+        assert Path(subject.database).read_bytes() == before
+        os.replace(tmp_path / "away", subject.database)
+        subject.goes_on()
+        said = subject.stop()
+        is_told("database replaced", said, others=2)
+        assert len([line for line in said if words in line]) == 1
+
+
+@slow
+def test_what_a_removed_wal_held_is_in_the_database_when_the_server_has_stopped(
+    tmp_path: Path,
+) -> None:
+    with Subject(tmp_path) as subject:
+        os.unlink(f"{subject.database}-wal")
+        for _ in range(3):
+            assert subject.answers() == [200, 503, 503, 200, 503]
+            assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
+        is_told("its WAL removed", subject.stop())
+        subject.server = quick_server(tmp_path)
+        subject.door.port = subject.server.port
+        subject.goes_on()
+
+
+@slow
+def test_lock_files_that_are_removed_are_made_anew(tmp_path: Path) -> None:
+    with Subject(tmp_path) as subject:
+        for suffix in (".gate", ".lock"):
+            os.unlink(subject.database + suffix)
+        subject.door.mint()
+        subject.goes_on()
+        with write_lock(subject.database):
+            held = threading.Thread(target=subject.door.mint, daemon=True)
+            held.start()
+            held.join(0.3)
+            assert held.is_alive()
+        held.join(10)
+        is_told("its lock removed", subject.stop(), others=1)
+
+
+@slow
+@pytest.mark.parametrize("way", ["missing", "too open"])
+def test_without_a_good_key_file_a_server_goes_on_and_none_starts(way: str, tmp_path: Path) -> None:
+    key_file = tmp_path / "hostenroll.key"
+    with Subject(tmp_path) as subject:
+        if way == "missing":
+            os.rename(key_file, tmp_path / "away")
+        else:
+            key_file.chmod(0o644)
+        for _ in range(3):
+            assert subject.answers() == [200, 200, 200, 200, 503]
+        for command in (["serve", "--port", "0"], ["mint-token"]):
+            refused = cli(tmp_path, *command)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert len(refused.stderr.splitlines()) == 1 and str(key_file.name) in refused.stderr
+        if way == "missing":
+            os.rename(tmp_path / "away", key_file)
+        else:
+            key_file.chmod(0o600)
+        subject.goes_on()
+        if way == "missing":
+            is_told("key file missing", subject.stop())
+        else:
+            is_told("key file open to others", subject.stop())
+
+
+@slow
+def test_without_descriptors_the_idle_give_way_and_nobody_is_lost(tmp_path: Path) -> None:
+    with Subject(tmp_path) as subject:
+        number = subject.server.process.pid
+        in_use = len(os.listdir(f"/proc/{number}/fd"))
+        soft, hard = resource.prlimit(number, resource.RLIMIT_NOFILE)
+        resource.prlimit(number, resource.RLIMIT_NOFILE, (in_use + 5, hard))
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(subject.door.connect())
+            assert subject.answers() == [200] * 5
+        resource.prlimit(number, resource.RLIMIT_NOFILE, (soft, hard))
+        subject.goes_on()
+        is_told("out of file descriptors", subject.stop())
+
+
+@slow
+def test_without_memory_requests_are_refused_and_the_loop_lives(tmp_path: Path) -> None:
+    with Subject(tmp_path) as subject:
+        number = subject.server.process.pid
+        size = int(Path(f"/proc/{number}/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.prlimit(number, resource.RLIMIT_AS)
+        resource.prlimit(number, resource.RLIMIT_AS, (size, before[1]))
+        large = request_bytes("POST", "/api/agent/heartbeat", {"x": "y" * 60_000}, "z")
+        with contextlib.ExitStack() as stack:
+            for _ in range(400):
+                peer = stack.enter_context(subject.door.connect())
+                with contextlib.suppress(OSError):  # it has been refused in the middle
+                    peer.sendall(large[:-5])
+            with contextlib.suppress(OSError, AssertionError):
+                subject.answers()
+            assert subject.server.process.poll() is None
+        resource.prlimit(number, resource.RLIMIT_AS, before)
+        subject.goes_on()
+        said = subject.stop()
+        told = [line for line in said if " ERROR " in line]
+        is_told("out of memory", [line for line in told if "storage:" not in line])
+        assert len(told) <= 2 and "Traceback" not in "".join(said)
+
+
+@slow
+def test_a_clock_that_is_set_under_a_server_makes_nobody_offline(tmp_path: Path) -> None:
+    offset = tmp_path / "offset"
+    with Subject(tmp_path, str(offset)) as subject:
+        path, key = f"/api/hosts/{subject.host['hostId']}", subject.door.api_key
+
+        def status() -> str:
+            return str(subject.door.call("GET", path, bearer=key).document["status"])
+
+        for n, hours in enumerate((5, 0, -5, 0)):
+            token = subject.door.token(ttlSeconds=86400)
+            (tmp_path / "new").write_text(str(hours * 3600))
+            os.replace(tmp_path / "new", offset)
+            assert status() == "online"
+            assert subject.door.call("GET", "/readyz").status == 200  # it notices
+            assert status() == "online"
+            assert subject.answers() == [200] * 5
+            assert subject.door.enroll(token, f"web-{n}").status == 201
+            assert status() == "online"
+        subject.goes_on()
+        is_told("clock set", subject.stop(), times=4)
 
 
 def test_a_peer_that_leaves_while_it_is_told_to_continue_ends_nobody_else(
@@ -10634,6 +11218,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         refused = cli(tmp_path, "serve", "--port", str(port))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    is_told("port taken", refused.stderr.splitlines())
     assert f"port {port}" in refused.stderr and "--port" in refused.stderr
 
 
