@@ -2199,7 +2199,7 @@ class Store:
         self.lock = lock
         if identity(self.path) != self._identity:
             self._let_go()
-            if not self.exists() or not self.open():
+            if not (self.exists() and self.file_sizes()[0] and self.open()):
                 raise StoreError(f"{self.path} is empty: restore it from a backup")
         return True
 
@@ -3192,7 +3192,7 @@ class Registry:
         )
         self._credential_ttl = credential_ttl
         self._trouble = ""  # why nothing can be written now
-        self._told = ""  # what the log was told of it
+        self._told: Set[str] = set()  # what the log was told of it
         self._failed_at = 0.0
         self._reopen_after = 0.0
         self._url = ""  # of the server
@@ -3289,10 +3289,11 @@ class Registry:
         return result
 
     def _unavailable(self, error: Exception, writes: bool) -> StorageUnavailable:
-        said = str(error) or f"{OUT_OF_MEMORY}: {MEMORY}"
-        if said != self._told:  # once for each trouble, not once for each tick
+        said = str(error) or told(self._store.path, error)
+        if said not in self._told:  # once for each trouble, not once for each tick
             log.error("storage: %s", said)
-        self._told, self._failed_at = said, time.monotonic()
+            self._told.add(said)
+        self._failed_at = time.monotonic()
         if writes:
             self._trouble = said
         problem = StorageUnavailable()
@@ -3304,7 +3305,7 @@ class Registry:
         if writes:
             self._trouble = ""
             if time.monotonic() - self._failed_at > TROUBLE_OVER:
-                self._told = ""
+                self._told.clear()
                 log.info("storage: the database can be used again")
 
     def perform(self, act: Act, now: int) -> Any:
@@ -6177,7 +6178,7 @@ class Phase:
 
     def stop(self, connection: Connection) -> None:
         """Wait no longer."""
-        del self._since[connection]
+        self._since.pop(connection, None)  # it is not there if there was no memory to begin
 
     def everyone(self) -> List[Connection]:
         """All who wait."""
@@ -6387,8 +6388,9 @@ class Server(HTTPServer):
         self._reads: deque[Owed] = deque()
         self._waiting_since = 0.0  # for another writer; 0: not
         self._crowded = False  # somebody waits for a connection to give way
-        self._short = False  # of descriptors; said once
+        self._short_at = -math.inf  # when there were no descriptors to be had
         self._starved_at = -math.inf  # when there was no memory to be had
+        self._has_broken_off = False  # a turn, for want of it
         self._accept_after = 0.0  # 0: now
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
@@ -6474,9 +6476,12 @@ class Server(HTTPServer):
         self._notify("READY=1")
         while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
             try:
+                if self._has_broken_off:
+                    self._pick_up()
                 self._turn(self._patience())
             except MemoryError:
-                self._pick_up()
+                self._has_broken_off = True
+                time.sleep(MEMORY_PAUSE)
             if self._stop_before is not None and listening:
                 listening = False
                 self._notify("STOPPING=1")
@@ -6572,22 +6577,31 @@ class Server(HTTPServer):
         if not isinstance(sys.exc_info()[1], MemoryError):
             log.exception(what, extra={"request": request})
             return Internal()
-        moment, before = time.monotonic(), self._starved_at
-        self._starved_at = moment
-        self._api.relieve()
-        if moment - before > TROUBLE_OVER:
-            log.error("out of memory: requests are refused until there is more; raise its limit")
+        self._tell_of_memory()
         return Overloaded()
 
+    def _tell_of_memory(self) -> None:
+        self._api.relieve()
+        moment = time.monotonic()
+        if moment - self._starved_at > TROUBLE_OVER:  # if not even this can be said, then later
+            log.error("out of memory: requests are refused until there is more; raise its limit")
+        self._starved_at = moment
+
     def _pick_up(self) -> None:
-        """A turn has broken off for want of memory: part with those whom nobody waits for now."""
-        self._own_up("a turn broke off")
+        """A turn has broken off: part with those who hold memory, and then, for which some is
+        needed, with those whom nobody waits for now."""
+        for phase in (self._in_body, self._taking, self._in_head):
+            holder = phase.first()
+            while holder is not None:
+                self._drop(holder)
+                holder = phase.first()
+        self._tell_of_memory()
         waiting = {owed.connection for owed in (*self._tick, *self._reads)}
         waiting.update(connection for connection, _ in self._ready)
         for connection in self._connections.difference(waiting):
             if connection.phase is None:
                 self._drop(connection)
-        time.sleep(MEMORY_PAUSE)
+        self._has_broken_off = False
 
     def _attend(self, connection: Connection) -> None:
         if connection.phase is self._taking:
@@ -6982,14 +6996,14 @@ class Server(HTTPServer):
             except ConnectionError:  # gone before we came
                 continue
             except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
-                if not self._short:
+                if self._moment - self._short_at > TROUBLE_OVER:
                     log.warning(
                         "cannot accept connections: %s: raise the limit, ulimit -Hn or LimitNOFILE",
                         error.strerror,
                     )
-                self._short = self._crowded = True
+                self._short_at = self._moment
+                self._crowded = True
                 break
-            self._short = False
             peer.setblocking(False)
             self._accepted += 1
             self._metrics.connections += 1
@@ -7363,13 +7377,22 @@ class TextFormatter(logging.Formatter):
         return "\n".join(lines)
 
 
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not before Python 3.11
+    """The log on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written is no place to say so; a line that there was no memory for
+        its caller can say later."""
+        if isinstance(sys.exc_info()[1], MemoryError):
+            raise
+
+
 def _start_log(format: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.raiseExceptions = False  # a log that cannot be written is no place to say so
 
 
 class Session(NamedTuple):

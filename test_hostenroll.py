@@ -2475,6 +2475,52 @@ def test_a_damaged_database_is_unavailable_and_no_crash(
     token_of(registry, clock)
 
 
+@pytest.mark.parametrize("only", ["BEGIN IMMEDIATE", "COMMIT", "SAVEPOINT act", "RELEASE act"])
+def test_without_memory_a_tick_is_undone_and_all_of_it_may_come_again(
+    only: str, registry: Registry, clock: Clock, paths: Tuple[str, str], caplog: Any
+) -> None:
+    """Python says SQLITE_NOMEM as MemoryError; and it may lack memory itself."""
+    before = snapshot(registry)
+    add = Act(lambda now: registry.add_organization(OPERATOR, "x", now))
+    with faulty(registry, only=only, error=MemoryError()):
+        outcome = registry.tick([add, add], clock.ms) or []
+    assert [type(it) for it in outcome] == [hostenroll.StorageUnavailable] * 2
+
+    def starve(now: int) -> None:
+        registry.add_organization(OPERATOR, "y", now)
+        raise MemoryError
+
+    outcome = registry.tick([add, Act(starve)], clock.ms) or []
+    assert [type(it) for it in outcome] == [hostenroll.StorageUnavailable] * 2
+    assert snapshot(registry) == before and is_free(paths)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"storage: {paths[0]}: out of memory: give us more memory"
+    ]
+    assert do(registry, clock, add.run)
+
+
+def test_a_trouble_is_told_once_and_so_is_its_end(
+    registry: Registry, clock: Clock, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what only reads succeeds in between, and now and then a small tick that writes."""
+    caplog.set_level(logging.INFO)
+    write = Act(lambda now: 1, durable=False)
+    for _ in range(3):
+        for words in ("database or disk is full", "disk I/O error"):
+            error = sqlite3.OperationalError(words)
+            with faulty(registry, only="COMMIT", error=error) as connection:
+                registry.tick([write], clock.ms)
+                assert connection.failed and registry.storage_trouble
+            assert registry.tick([READ], clock.ms) == ["read"] and registry.storage_trouble
+        assert registry.tick([write], clock.ms) == [1] and not registry.storage_trouble
+    monkeypatch.setattr(hostenroll, "TROUBLE_OVER", -1)
+    for _ in range(3):
+        assert registry.tick([READ, write], clock.ms) == ["read", 1]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3 and "full" in said[0] and "I/O" in said[1]
+    assert said[2] == "storage: the database can be used again"
+
+
 def test_a_commit_that_fails_answers_nothing_not_even_a_read(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
@@ -9069,7 +9115,8 @@ def test_beats_and_commands_do_not_starve_each_other(tmp_path: Path) -> None:
 def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
     token = cli(tmp_path, "mint-token").stdout.strip()
     trace = tmp_path / "trace"
-    strace = ["strace", "-f", "-s", "64", "-e", "trace=fsync,fdatasync,recvfrom,sendto"]
+    calls = "trace=pwrite64,fsync,fdatasync,recvfrom,sendto"
+    strace = ["strace", "-f", "-y", "-s", "64", "-e", calls]
     tried = subprocess.run([*strace, "true"], capture_output=True)
     if tried.returncode:
         pytest.skip("strace may not trace here")
@@ -9085,7 +9132,10 @@ def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
     told = trace.read_text().split("\n")
     (asked,) = [n for n, line in enumerate(told) if "POST /api/agent/enroll" in line]
     (answered,) = [n for n, line in enumerate(told) if "HTTP/1.1 201" in line]
-    assert any("sync(" in line and line.endswith("= 0") for line in told[asked:answered])
+    meanwhile = [line for line in told[asked:answered] if "hostenroll.db-wal>" in line]
+    done = [re.sub(r"^\d+ +(\w+)\(.* = (\d+)$", r"\1 \2", line) for line in meanwhile]
+    assert len(done) > 2 and done[-1] in ("fdatasync 0", "fsync 0")
+    assert {line.split()[0] for line in done[:-1]} == {"pwrite64"}  # nothing is written after it
 
 
 # When things fail: each row of the README's table, with real processes.
@@ -9519,27 +9569,56 @@ def test_without_descriptors_the_idle_give_way_and_nobody_is_lost(tmp_path: Path
 
 
 @slow
-def test_without_memory_requests_are_refused_and_the_loop_lives(tmp_path: Path) -> None:
-    with Subject(tmp_path) as subject:
+@pytest.mark.parametrize("less", [0, 4 << 20], ids=["no more", "less than it has"])
+def test_without_memory_requests_are_refused_and_the_loop_lives(less: int, tmp_path: Path) -> None:
+    with Subject(tmp_path) as subject, contextlib.ExitStack() as stack:
         number = subject.server.process.pid
-        size = int(Path(f"/proc/{number}/statm").read_text().split()[0]) * resource.getpagesize()
         before = resource.prlimit(number, resource.RLIMIT_AS)
-        resource.prlimit(number, resource.RLIMIT_AS, (size, before[1]))
+        size = int(Path(f"/proc/{number}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(number, resource.RLIMIT_AS, (size - less, before[1]))
         large = request_bytes("POST", "/api/agent/heartbeat", {"x": "y" * 60_000}, "z")
-        with contextlib.ExitStack() as stack:
-            for _ in range(400):
-                peer = stack.enter_context(subject.door.connect())
-                with contextlib.suppress(OSError):  # it has been refused in the middle
-                    peer.sendall(large[:-5])
-            with contextlib.suppress(OSError, AssertionError):
-                subject.answers()
-            assert subject.server.process.poll() is None
+        for n in range(240):
+            peer = stack.enter_context(subject.door.connect())
+            with contextlib.suppress(OSError):  # it has been refused in the middle
+                peer.sendall(large[:-5])
+            if n % 40 == 0:
+                with contextlib.suppress(OSError, AssertionError):
+                    subject.answers()
+        assert subject.server.process.poll() is None
         resource.prlimit(number, resource.RLIMIT_AS, before)
         subject.goes_on()
-        said = subject.stop()
-        told = [line for line in said if " ERROR " in line]
-        is_told("out of memory", [line for line in told if "storage:" not in line])
-        assert len(told) <= 2 and "Traceback" not in "".join(said)
+        said = [line for line in subject.stop() if "storage:" not in line]
+        is_told("out of memory", said)
+        assert "".join(subject.server.said).count("storage:") <= 1
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_turn_that_breaks_off_for_want_of_memory_is_made_good(
+    times: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    with live_door(paths, clock) as live, live.connect() as idle, live.connect() as busy:
+        (thread,) = [it for it in threading.enumerate() if isinstance(it, LiveServer)]
+        server, failures = thread.server, iter(range(times))
+        select_ = server._selector.select
+
+        def fail(patience: float) -> Any:
+            if next(failures, None) is not None:
+                raise MemoryError
+            return select_(patience)
+
+        idle.sendall(HEALTH)
+        assert idle.recv(65536)
+        busy.sendall(POST + b"Content-Length: 9\r\n\r\n{")  # it holds memory: it gives way
+        until(lambda: any(it.held for it in server._connections))
+        monkeypatch.setattr(server._selector, "select", fail)
+        server._waker.send(b"\0")
+        assert has_ended(busy)
+        idle.sendall(HEALTH)
+        assert idle.recv(65536)
+        assert live.enroll(live.token()).status == 201
+    said = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage().partition(":")[0] for record in said] == ["out of memory"]
+    assert not any(record.exc_info for record in said)
 
 
 @slow
