@@ -3306,7 +3306,8 @@ class Registry:
             self._trouble = ""
             if time.monotonic() - self._failed_at > TROUBLE_OVER:
                 self._told.clear()
-                log.info("storage: the database can be used again")
+                with suppress(MemoryError):  # as with events: it is committed
+                    log.info("storage: the database can be used again")
 
     def perform(self, act: Act, now: int) -> Any:
         """A tick of one act, or as many as it takes, waiting for other writers. Raises the
@@ -6577,7 +6578,8 @@ class Server(HTTPServer):
         if not isinstance(sys.exc_info()[1], MemoryError):
             log.exception(what, extra={"request": request})
             return Internal()
-        self._tell_of_memory()
+        with suppress(MemoryError):
+            self._tell_of_memory()
         return Overloaded()
 
     def _tell_of_memory(self) -> None:
@@ -6597,7 +6599,7 @@ class Server(HTTPServer):
                 holder = phase.first()
         self._tell_of_memory()
         waiting = {owed.connection for owed in (*self._tick, *self._reads)}
-        waiting.update(connection for connection, _ in self._ready)
+        waiting.update(connection for connection, _ in (*self._ready, *self._beats))
         for connection in self._connections.difference(waiting):
             if connection.phase is None:
                 self._drop(connection)

@@ -9238,6 +9238,8 @@ def test_on_a_full_disk_nothing_is_lost_and_what_only_reads_goes_on(disk: Path) 
         fill_up(disk / "rest")
         while subject.door.mint(description="x" * 900).status == 201:
             pass  # into what the WAL has left
+        while subject.door.beat(subject.host["credential"]).status == 200:
+            pass
         for _ in range(3):
             assert subject.answers() == [503, 503, 503, 200, 503]
             assert subject.door.enroll(subject.token, "web-2").code == "storage-unavailable"
