@@ -2499,6 +2499,18 @@ def test_without_memory_a_tick_is_undone_and_all_of_it_may_come_again(
     assert do(registry, clock, add.run)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), sqlite3.OperationalError("disk I/O error")])
+def test_a_checkpoint_that_fails_hurts_nobody(
+    error: Exception, registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 1)
+    token_of(registry, clock)
+    with faulty(registry, only="PRAGMA wal_checkpoint(PASSIVE)", error=error) as connection:
+        registry.tidy()
+        assert connection.failed
+    token_of(registry, clock)
+
+
 def test_a_trouble_is_told_once_and_so_is_its_end(
     registry: Registry, clock: Clock, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
