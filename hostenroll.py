@@ -2187,7 +2187,7 @@ class Store:
 
     def reopen(self) -> bool:
         """Open what is at the path now, and keep the lock that is there. False when another writer
-        is at work. Raises StoreError; if the database is not the old one, nothing is open then."""
+        is at work. Raises StoreBusy or StoreReplaced, and the old one is still open; StoreError."""
         try:
             lock = WriteLock(self.path)
         except OSError as error:
@@ -2198,8 +2198,10 @@ class Store:
         self.lock.close()
         self.lock = lock
         if identity(self.path) != self._identity:
+            if not self.file_sizes()[0]:
+                raise StoreReplaced(f"{self.path} is empty: restore it from a backup")
             self._let_go()
-            if not (self.exists() and self.file_sizes()[0] and self.open()):
+            if not self.open():
                 raise StoreError(f"{self.path} is empty: restore it from a backup")
         return True
 
@@ -3352,7 +3354,7 @@ class Registry:
             if not _is_pair(store, self._keyring):
                 raise StoreError(_not_a_pair(store.path))
             store.migrate()
-        except StoreBusy as error:
+        except (StoreBusy, StoreReplaced) as error:  # the old one is still open
             self._unavailable(error, writes=True)
         except StoreError as error:
             store.abandon()

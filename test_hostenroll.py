@@ -9505,7 +9505,8 @@ def test_what_is_no_pair_with_the_key_file_is_not_worked_with(
         os.replace(tmp_path / "away", subject.database)
         subject.goes_on()
         said = subject.stop()
-        is_told("database replaced", said, others=2)
+        is_kept = words.startswith("is empty")  # the old one: nothing has to be opened for it
+        is_told("database replaced", said, others=1 if is_kept else 2)
         assert len([line for line in said if words in line]) == 1
 
 
@@ -9611,8 +9612,9 @@ def test_a_turn_that_breaks_off_for_want_of_memory_is_made_good(
     times: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     with live_door(paths, clock) as live, live.connect() as idle, live.connect() as busy:
-        (thread,) = [it for it in threading.enumerate() if isinstance(it, LiveServer)]
-        server, failures = thread.server, iter(range(times))
+        servers = [it.server for it in threading.enumerate() if isinstance(it, LiveServer)]
+        (server,) = [it for it in servers if it.server_port == live.port]
+        failures = iter(range(times))
         select_ = server._selector.select
 
         def fail(patience: float) -> Any:
