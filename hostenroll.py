@@ -2191,7 +2191,7 @@ class Store:
         try:
             lock = WriteLock(self.path)
         except OSError as error:
-            raise StoreError(f"cannot open {told(error.filename, error)}") from error
+            raise StoreBusy(f"cannot open {told(error.filename, error)}") from error
         if not lock.attempt():
             lock.close()
             return False
@@ -2213,7 +2213,11 @@ class Store:
         if self._connection is None:
             return
         if identity(f"{self.path}-wal") in (None, self._wal_identity):
-            is_busy, _, _ = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+            try:
+                is_busy, _, _ = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+            except StoreError as error:
+                said = f"the old {self.path} cannot be left: {error}"
+                raise StoreBusy(said) from error
             if is_busy:
                 raise StoreBusy(f"{self.path} has been replaced while others read the old one")
             for path in (f"{self.path}-wal", f"{self.path}-shm"):
@@ -3357,8 +3361,8 @@ class Registry:
         except (StoreBusy, StoreReplaced) as error:  # the old one is still open
             self._unavailable(error, writes=True)
         except StoreError as error:
+            store.disown(str(error))  # under the lock
             store.abandon()
-            store.disown(str(error))
             self._unavailable(error, writes=True)
         else:
             self._is_to_announce = True
