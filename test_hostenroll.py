@@ -2258,6 +2258,36 @@ def test_a_database_that_is_gone_is_never_host_unknown(
     assert api.host(enrolled["hostId"]).document["lastSeen"] == hostenroll.rfc3339(clock.ms)
 
 
+def test_an_old_database_is_not_left_before_its_wal_is_in_it(
+    registry: Registry,
+    clock: Clock,
+    paths: Tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The new one would be opened with the WAL of the old one beside it."""
+    monkeypatch.setattr(hostenroll, "REOPEN_PAUSE", 0)
+    (tmp_path / "backup").mkdir()
+    copied, _ = registry.back_up(str(tmp_path / "backup"))
+    came_in(registry, clock)
+    os.link(paths[0], tmp_path / "old.db")
+    os.replace(copied, paths[0])
+    write = Act(lambda now: 1)
+    for _ in range(3):
+        with faulty(registry, only="PRAGMA wal_checkpoint(TRUNCATE)") as connection:
+            outcome = registry.tick([write], clock.ms) or []
+            assert isinstance(outcome[0], hostenroll.StorageUnavailable)
+            registry.tidy()
+            assert connection.failed and connection_of(registry) is connection
+            assert is_free(paths)
+    outcome = registry.tick([write], clock.ms) or []
+    assert isinstance(outcome[0], hostenroll.StorageUnavailable)
+    registry.tidy()
+    assert registry.tick([write], clock.ms) == [1] and is_free(paths)
+    assert look(registry, "SELECT count(*) FROM host") == [(0,)]
+    assert sql(str(tmp_path / "old.db"), "SELECT count(*) FROM host") == [(1,)]
+
+
 READ = Act(lambda now: "read", writes=False)
 SYNCHRONOUS = {
     "plain heartbeats": (True, [], 1),
