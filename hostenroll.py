@@ -169,6 +169,11 @@ NOTES_MAXIMUM = 1000  # while nothing can be written; what comes then is summed 
 REFUSALS_AUDITED = 60  # of one code, in a minute; the others are summed up in one event
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 
+# Wrong secrets. None of them can be guessed: what is limited is the noise that they make.
+FAILURES_ALLOWED = 20  # of one network, in a minute: a third of what the audit log lists
+FAILING_REMEMBERED = 4096  # networks, about 0.3 KiB each; the one that began first is forgotten
+NETWORK_BITS = 64  # of an IPv6 address: who has one of such a network has all of them
+
 # Metrics: upper bounds of histogram buckets.
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -325,6 +330,8 @@ class Problem(Exception):
     challenge = ""  # the error attribute of WWW-Authenticate, RFC 6750 section 3
     names_errors = False  # has a list of what is wrong with a body or a query
     is_audited = False  # somebody asked for what is not theirs
+    is_listed = True  # in the audit log by itself; else only in the sum of those like it
+    retry_after = 0  # seconds until the caller may come again; 0: that is not said
 
     # What the audit log may know of it; peers never see it.
     actor = "anonymous"
@@ -370,8 +377,8 @@ class Problem(Exception):
         if self.status == HTTPStatus.UNAUTHORIZED:
             error = f', error="{self.challenge}"' if self.challenge else ""
             return (*self._headers, ("WWW-Authenticate", f'Bearer realm="hostenroll"{error}'))
-        if self.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            return (*self._headers, ("Retry-After", str(RETRY_AFTER)))
+        if self.retry_after:
+            return (*self._headers, ("Retry-After", str(self.retry_after)))
         return self._headers
 
 
@@ -631,10 +638,23 @@ class HostUnknown(Problem):
     remedy = "Enroll anew with a new token; until then ask again hourly."
 
 
+class TooManyRequests(Problem):
+    """Said in place of token-unknown and api-key-invalid to an address with too many wrong
+    secrets: RFC 6585 section 4. A good one is let in from there all the same."""
+
+    status = 429
+    is_audited = True
+    retry_after = MINUTE
+    code = "too-many-requests"
+    title = "Too many wrong secrets came from this address"
+    remedy = "Send a good secret, or try again after the time that Retry-After names."
+
+
 class Overloaded(Unframed):
     """All unfinished requests together hold too much memory."""
 
     status = 503
+    retry_after = RETRY_AFTER
     code = "overloaded"
     title = "The server has too much in hand"
     remedy = "Try again after the time that Retry-After names."
@@ -644,6 +664,7 @@ class StorageUnavailable(Problem):
     """The database failed, or another writer has had it for too long."""
 
     status = 503
+    retry_after = RETRY_AFTER
     code = "storage-unavailable"
     title = "The database cannot be used now"
     remedy = "Nothing was changed. Try again after the time that Retry-After names."
@@ -982,18 +1003,19 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidBody(f"The body has {name}, which JSON does not know.")
 
 
+# Made once: json.loads() would make one for each body, and it takes longer than reading most.
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_read_members, parse_int=_read_integer, parse_constant=_refuse_constant
+)
+
+
 def read_json(body: bytes) -> Any:
     """A JSON text (RFC 8259, with the strictness of RFC 8785: unique members, no lone surrogates).
 
     Raises InvalidBody.
     """
     try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_read_members,
-            parse_int=_read_integer,
-            parse_constant=_refuse_constant,
-        )
+        value = _JSON.decode(body.decode("utf-8"))
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
@@ -2019,7 +2041,7 @@ class Store:
         A durable transaction is on the disk when commit() returns; one that is not may be lost
         with the power, and never with the process.
         """
-        self._require_same_file()
+        self.require_same_file()
         if durable:
             self.require_companions()
         if not writes:
@@ -2155,7 +2177,7 @@ class Store:
             return [str(error)]
         return found
 
-    def _require_same_file(self) -> None:
+    def require_same_file(self) -> None:
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -3105,7 +3127,7 @@ class AuditLog:
         if window is None or (window.is_over(now) and not is_full):
             self._sum_up(events, which, now)
             window = self._windows[which] = RefusalWindow(now)
-        if window.listed == REFUSALS_AUDITED or is_full:
+        if window.listed == REFUSALS_AUDITED or is_full or not problem.is_listed:
             window.summed_up += 1
         else:
             window.listed += 1
@@ -3175,6 +3197,42 @@ class AuditLog:
         return not trouble
 
 
+def network_of(address: str) -> str:
+    """What of an address is one party's: all of an IPv4 one, and the network of an IPv6 one."""
+    if ":" not in address:
+        return address
+    return ipaddress.ip_address(address).packed[: NETWORK_BITS // 8].hex()
+
+
+class Failures:
+    """Wrong secrets by the network that they came from, in a minute that the first begins.
+
+    A flood of them learns nothing, and is told to wait. Only wrong secrets are counted and only
+    they are told so: whoever is behind the same address and has a good one is let in. An attacker
+    with more networks than are remembered hears 401 for longer, and that is all.
+    """
+
+    def __init__(self) -> None:
+        self._windows: OrderedDict[str, Tuple[int, int]] = OrderedDict()  # begin in ms, and count
+
+    def judge(self, problem: Problem, address: str, now: int) -> Problem:
+        """Count one more: the problem, or TooManyRequests in its place."""
+        network = network_of(address)
+        since, count = self._windows.get(network, (now, 0))
+        if not 0 <= now - since < MINUTE * SECOND_MS:
+            del self._windows[network]  # the order is that of the beginnings
+            since, count = now, 0
+        self._windows[network] = since, count + 1
+        if len(self._windows) > FAILING_REMEMBERED:
+            self._windows.popitem(last=False)
+        if count < FAILURES_ALLOWED:
+            return problem
+        instead = TooManyRequests()
+        instead.retry_after = MINUTE - (now - since) // SECOND_MS
+        instead.is_listed = count == FAILURES_ALLOWED
+        return instead
+
+
 class Registry:
     """The fleet: what is remembered of it and what may be done to it."""
 
@@ -3208,10 +3266,22 @@ class Registry:
         self._tokens_looked_at = -1
         self._refused_beats = 0  # of the tick at hand
         self._censuses: Dict[Optional[str], Census] = {}
+        self._failures = Failures()
         self.audit = AuditLog(store, audit_keep)
         self.metrics = Metrics()
 
     # Ticks.
+
+    def screen(self, proof: Callable[[], Any]) -> None:
+        """Have somebody prove a secret ahead of the tick that heeds it. A wrong one gets no
+        further: else whoever sends many would have the others' heartbeats wait for the disk, with
+        which a tick that enrolls ends. Raises what the proof raises.
+
+        Where the database cannot be read, the tick will say so.
+        """
+        with suppress(StoreError):
+            self._store.require_same_file()
+            proof()
 
     def tick(
         self,
@@ -3673,13 +3743,15 @@ class Registry:
             subject = named("api-key", number)
             self.audit.record(now, "revoke", by.name, subject, key.organization_id)
 
-    def identify(self, text: str, what: str = "") -> Principal:
-        """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid."""
+    def identify(self, text: str, what: str, address: str, now: int) -> Principal:
+        """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid,
+        TooManyRequests."""
         secret = read_secret(API_KEY_PREFIX, text)
         key = self._store.api_key(secret.id) if secret else None
         name = named("api-key", secret.id) if secret else ""
         if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):
-            raise ApiKeyInvalid().concerning("anonymous", name, None, request=what)
+            problem = self._failures.judge(ApiKeyInvalid(), address, now)
+            raise problem.concerning("anonymous", name, None, request=what)
         if key.revoked_at is not None:
             problem = ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
             raise problem.concerning(name, name, key.organization_id, request=what)
@@ -3803,22 +3875,29 @@ class Registry:
     # Enrollment.
 
     def enroll(self, applicant: Applicant, now: int) -> Enrollment:
-        """Exchange a token for a host and its credential. Raises TokenUnknown, TokenRevoked,
-        TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
+        """Exchange a token for a host and its credential. Raises TokenUnknown, TooManyRequests,
+        TokenRevoked, TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
 
         Why a token is refused is told only to a caller who has proved its secret.
         """
-        secret = read_secret(TOKEN_PREFIX, applicant.token)
-        token = self._store.token(secret.id) if secret else None
-        name = named("token", secret.id) if secret else ""
-        if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
-            raise TokenUnknown().concerning("anonymous", name, None, hostname=applicant.hostname)
+        token = self.prove_token(applicant, now)
         try:
             return self._enroll(token, applicant, now)
         except Problem as problem:
+            name = named("token", token.id)
             raise problem.concerning(
                 name, name, token.organization_id, hostname=applicant.hostname
             ) from problem.__cause__
+
+    def prove_token(self, applicant: Applicant, now: int) -> Token:
+        """The token whose secret an applicant has. Raises TokenUnknown, TooManyRequests."""
+        secret = read_secret(TOKEN_PREFIX, applicant.token)
+        token = self._store.token(secret.id) if secret else None
+        if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
+            name = named("token", secret.id) if secret else ""
+            problem = self._failures.judge(TokenUnknown(), applicant.address, now)
+            raise problem.concerning("anonymous", name, None, hostname=applicant.hostname)
+        return token
 
     def _enroll(self, token: Token, applicant: Applicant, now: int) -> Enrollment:
         idempotency = fingerprint(applicant.idempotency_key) if applicant.idempotency_key else None
@@ -4793,9 +4872,12 @@ class Response(NamedTuple):
     closes: bool = False
 
 
+_write_compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps() makes one each time
+
+
 def write_json(document: Any) -> bytes:
     """A JSON text in ASCII, without white space: sed in a shell script may have to read it."""
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _write_compact(document).encode("ascii")
 
 
 def json_response(status: int, document: Any) -> Response:
@@ -4805,8 +4887,15 @@ def json_response(status: int, document: Any) -> Response:
 
 def refusal(problem: Problem) -> Response:
     """A Problem as its problem document: the one place where peers get to see one."""
-    body = write_json(problem.document())
+    kind: Callable[[str], Problem] = type(problem)
+    body = write_json(problem.document()) if problem.errors else _said_plainly(kind, problem.detail)
     return Response(problem.status, body, PROBLEM_JSON, problem.headers(), problem.closes)
+
+
+@lru_cache(maxsize=128)
+def _said_plainly(kind: Callable[[str], Problem], detail: str) -> bytes:
+    """The document of a Problem without errors: in a flood of refusals most say the same."""
+    return write_json(kind(detail).document())
 
 
 @lru_cache(maxsize=4)
@@ -5421,10 +5510,11 @@ def _admit_user(
     what = f"{route.method} {printable_path(request.head.path)}"
     if not api_key:
         raise ApiKeyMissing().concerning("anonymous", "", None, request=what)
+    registry.screen(lambda: registry.identify(api_key, what, request.address, now))
     part = Part()
 
     def run(now: int) -> Any:
-        by = registry.identify(api_key, what)
+        by = registry.identify(api_key, what, request.address, now)
         if route.caller == "admin" and by.role != "admin":
             raise Forbidden().concerning(by.name, by.name, by.organization, request=what)
         values = route.query.read(read_query(query))
@@ -5442,7 +5532,9 @@ def _read_idempotency_key(key: Optional[str]) -> Optional[str]:
         raise MalformedRequest(f"Idempotency-Key {error}.") from None
 
 
-def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admitted:
+def _admit_enrollment(
+    registry: Registry, request: Request, route: Route, identifier: str, now: int
+) -> Admitted:
     key = _read_idempotency_key(request.head.idempotency_key)
     facts = ENROLL_BODY.check(read_json(request.body))
     applicant = Applicant(
@@ -5455,6 +5547,7 @@ def _admit_enrollment(registry: Registry, request: Request, *_: object) -> Admit
         idempotency_key=key,
         address=request.address,
     )
+    registry.screen(lambda: registry.prove_token(applicant, now))
     return Act(
         lambda now: _enrollment_response(registry, registry.enroll(applicant, now)),
         origin=origin_of(request),
@@ -5593,14 +5686,21 @@ class Caller(NamedTuple):
 
 
 AGENT_PROBLEMS = (HostRevoked, HostUnknown, StorageUnavailable)
-TOKEN_PROBLEMS = (TokenUnknown, TokenExpired, TokenRevoked, TokenUsed, TokenHostMismatch)
+TOKEN_PROBLEMS = (
+    TokenUnknown,
+    TokenExpired,
+    TokenRevoked,
+    TokenUsed,
+    TokenHostMismatch,
+    TooManyRequests,
+)
 CREDENTIAL_PROBLEMS = (
     CredentialMissing,
     CredentialInvalid,
     CredentialExpired,
     CredentialSuperseded,
 )
-USER_PROBLEMS = (ApiKeyInvalid, InvalidQuery, StorageUnavailable)
+USER_PROBLEMS = (ApiKeyInvalid, InvalidQuery, TooManyRequests, StorageUnavailable)
 CALLERS = {
     "open": Caller("open", None, ()),
     "token": Caller("agent", None, (*TOKEN_PROBLEMS, *AGENT_PROBLEMS)),

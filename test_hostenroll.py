@@ -900,6 +900,7 @@ CODES = {  # what others hold us to
         410: "host-unknown",
         413: "body-too-large",
         417: "expectation-failed",
+        429: "too-many-requests",
         431: "head-too-large",
         500: "internal",
         501: "not-implemented",
@@ -961,14 +962,15 @@ def test_every_detail_in_the_source_is_a_whole_sentence() -> None:
 
 @each_problem
 def test_a_refusal_is_a_problem_document_with_the_fields_its_status_asks_for(kind: Any) -> None:
-    """RFC 9110: 401 MUST have WWW-Authenticate (15.5.2), 503 SHOULD have Retry-After (15.6.4)."""
+    """RFC 9110: 401 MUST have WWW-Authenticate (15.5.2), 503 SHOULD have Retry-After (15.6.4);
+    RFC 6585: 429 MAY have it (section 4)."""
     response = hostenroll.refusal(kind())
     assert (response.status, response.content_type) == (kind.status, "application/problem+json")
     assert json.loads(response.body) == kind().document()
     headers = dict(response.headers)
     assert ("WWW-Authenticate" in headers) == (kind.status == 401)
     assert headers.get("WWW-Authenticate", "Bearer realm=").startswith("Bearer realm=")
-    assert headers.get("Retry-After", "absent").isdigit() == (kind.status == 503)
+    assert headers.get("Retry-After", "absent").isdigit() == (kind.status in (429, 503))
     assert response.closes == issubclass(kind, hostenroll.Unframed)
 
 
@@ -3874,17 +3876,17 @@ def test_an_organization_is_a_wall(teams: Registry, clock: Clock) -> None:
 
 def test_an_api_key_is_good_until_it_is_revoked(teams: Registry, clock: Clock) -> None:
     text = make_api_key(teams, clock, "a-team", "viewer")
-    by = do(teams, clock, lambda now: teams.identify(text), False)
+    by = do(teams, clock, lambda now: teams.identify(text, "", "", now), False)
     assert (by.organization, by.role, by.name) == ("a-team", "viewer", f"api-key:{by.id}")
     guess = str(hostenroll.mint_secret("hak", int(by.id, 16)).text)
     number = int(by.id, 16)
     for wrong in ("", "hak_", text + "0", text.upper(), "het" + text[3:], guess):
         with pytest.raises(hostenroll.ApiKeyInvalid):
-            do(teams, clock, lambda now, wrong=wrong: teams.identify(wrong), False)
+            do(teams, clock, lambda now, wrong=wrong: teams.identify(wrong, "", "", now), False)
     for _ in range(2):
         do(teams, clock, lambda now: teams.revoke_api_key(OPERATOR, number, now))
         with pytest.raises(hostenroll.ApiKeyInvalid):
-            do(teams, clock, lambda now: teams.identify(text), False)
+            do(teams, clock, lambda now: teams.identify(text, "", "", now), False)
         clock.advance(1)
     assert do(teams, clock, lambda now: teams.api_keys())[0].revoked_at == int(NOON * 1000)
     with pytest.raises(hostenroll.NotFound):
@@ -5648,10 +5650,14 @@ def test_an_act_that_is_refused_leaves_no_event_but_the_refusal(
     ]
 
 
+_many = itertools.cycle(f"192.0.2.{n}" for n in range(200))  # addresses, to be told 401 still
+
+
 def _bad_key(writes: bool) -> Callable[[Registry, Clock], None]:
     def attempt(registry: Registry, clock: Clock) -> None:
+        asked = "hak_junk", "GET /x", next(_many)
         with pytest.raises(hostenroll.ApiKeyInvalid):
-            do(registry, clock, lambda now: registry.identify("hak_junk", "GET /x"), writes)
+            do(registry, clock, lambda now: registry.identify(*asked, now), writes)
 
     return attempt
 
@@ -5668,7 +5674,7 @@ def _gone(registry: Registry, clock: Clock) -> None:
 
 
 def _bad_token(registry: Registry, clock: Clock) -> None:
-    arrival = hostenroll.Applicant("het_junk", "web-1")
+    arrival = hostenroll.Applicant("het_junk", "web-1", address=next(_many))
     with pytest.raises(hostenroll.TokenUnknown):
         do(registry, clock, lambda now: registry.enroll(arrival, now))
 
@@ -5790,6 +5796,143 @@ def test_every_refusal_is_in_the_log_or_counted_there(
         singles = [event.at for event in found if "more" not in detail_of(event)]
         for n in range(len(singles) - 121):
             assert singles[n + 121] - singles[n] >= 60_000, (seed, code)
+
+
+# Of many wrong secrets.
+
+
+def guesses(
+    registry: Registry, clock: Clock, count: int, address: str = "192.0.2.7", kind: str = "het"
+) -> List[str]:
+    """What so many wrong secrets from an address come to."""
+    codes = []
+    for _ in range(count):
+        text = hostenroll.mint_secret(kind, 1 << 40).text
+        arrival = hostenroll.Applicant(text, "web-1", address=address)
+
+        def prove(now: int, text: str = text, arrival: Any = arrival) -> Any:
+            if kind == "hak":
+                return registry.identify(text, "GET /x", address, now)
+            return registry.prove_token(arrival, now)
+
+        with pytest.raises(Problem) as caught:
+            origin = hostenroll.Origin(address, "1-1")
+            registry.perform(Act(prove, writes=False, origin=origin), clock.ms)
+        codes.append(caught.value.code)
+    return codes
+
+
+def test_the_twenty_first_wrong_secret_in_a_minute_is_one_too_many(
+    registry: Registry, clock: Clock
+) -> None:
+    text = token_of(registry, clock, max_uses=5)
+    key = make_api_key(registry, clock)
+    assert guesses(registry, clock, 10) == ["token-unknown"] * 10
+    clock.advance(0.5)
+    assert guesses(registry, clock, 10, kind="hak") == ["api-key-invalid"] * 10
+    clock.now = NOON + 59.999
+    assert guesses(registry, clock, 30) == ["too-many-requests"] * 30
+    assert guesses(registry, clock, 30, kind="hak") == ["too-many-requests"] * 30
+    # Another address, and whoever has a good secret, is not concerned.
+    assert guesses(registry, clock, 1, "192.0.2.8") == ["token-unknown"]
+    arrival = hostenroll.Applicant(text, "web-1", address="192.0.2.7")
+    assert do(registry, clock, lambda now: registry.enroll(arrival, now)).host.hostname == "web-1"
+    by = do(registry, clock, lambda now: registry.identify(key, "", "192.0.2.7", now), False)
+    assert by.role == "admin"
+    # A minute begins with its first failure, and ends whoever goes on meanwhile.
+    clock.now = NOON + 60
+    assert guesses(registry, clock, 21) == ["token-unknown"] * 20 + ["too-many-requests"]
+    clock.now = NOON  # a clock that is put back forgets
+    assert guesses(registry, clock, 1) == ["token-unknown"]
+
+
+@pytest.mark.parametrize("passed, left", [(0, 60), (0.999, 60), (1, 59), (30, 30), (59.999, 1)])
+def test_who_is_told_to_wait_is_told_how_long(
+    passed: float, left: int, registry: Registry, clock: Clock
+) -> None:
+    guesses(registry, clock, hostenroll.FAILURES_ALLOWED)
+    clock.now = round(NOON + passed, 3)
+    arrival = hostenroll.Applicant("het_junk", "web-1", address="192.0.2.7")
+    with pytest.raises(hostenroll.TooManyRequests) as caught:
+        do(registry, clock, lambda now: registry.enroll(arrival, now))
+    assert caught.value.headers() == (("Retry-After", str(left)),)
+    clock.now = NOON + round(passed, 3) + left
+    assert guesses(registry, clock, 1) == ["token-unknown"]
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("192.0.2.7", "192.0.2.8", False),
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff:ffff:ffff:ffff", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("::1", "::2", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_an_ipv6_network_counts_as_one_address(
+    one: str, other: str, same: bool, registry: Registry, clock: Clock
+) -> None:
+    assert guesses(registry, clock, 21, one)[-1] == "too-many-requests"
+    assert (guesses(registry, clock, 1, other) == ["too-many-requests"]) is same
+
+
+def test_whoever_proves_the_secret_is_told_why_it_is_refused(
+    registry: Registry, clock: Clock
+) -> None:
+    used, revoked = token_of(registry, clock), token_of(registry, clock)
+    key = make_api_key(registry, clock)
+    do(registry, clock, lambda now: registry.enroll(hostenroll.Applicant(used, "web-1"), now))
+    number = int(revoked.split("_")[1], 16)
+    do(registry, clock, lambda now: registry.revoke_token(OPERATOR, number, now))
+    number = int(key.split("_")[1], 16)
+    do(registry, clock, lambda now: registry.revoke_api_key(OPERATOR, number, now))
+    guesses(registry, clock, 100)
+    for text, kind in ((used, hostenroll.TokenUsed), (revoked, hostenroll.TokenRevoked)):
+        arrival = hostenroll.Applicant(text, "web-1", address="192.0.2.7")
+        for _ in range(2):
+            with pytest.raises(kind):
+                do(registry, clock, lambda now, it=arrival: registry.enroll(it, now))
+    for _ in range(30):  # and is not counted
+        who = key, "", "192.0.2.9"
+        with pytest.raises(hostenroll.ApiKeyInvalid, match="revoked"):
+            do(registry, clock, lambda now, it=who: registry.identify(*it, now), False)
+
+
+def test_who_has_very_many_addresses_fills_no_memory(registry: Registry, clock: Clock) -> None:
+    remembered = hostenroll.FAILING_REMEMBERED
+    failures = registry._failures
+    for n in range(3 * remembered):
+        address = f"2001:db8:{n >> 16:x}:{n & 0xFFFF:x}::1"
+        assert failures.judge(hostenroll.TokenUnknown(), address, clock.ms).status == 401
+    assert len(failures._windows) == remembered
+    # The one whose minute began first is forgotten; who fails again later begins another.
+    failures = hostenroll.Failures()
+    for n in range(remembered):
+        failures.judge(hostenroll.TokenUnknown(), f"2001:db8:0:{n:x}::1", clock.ms)
+    clock.advance(60)
+    failures.judge(hostenroll.TokenUnknown(), "2001:db8:0:0::1", clock.ms)
+    failures.judge(hostenroll.TokenUnknown(), "192.0.2.7", clock.ms)
+    assert hostenroll.network_of("2001:db8:0:0::1") in failures._windows
+    assert hostenroll.network_of("2001:db8:0:1::1") not in failures._windows
+
+
+def test_a_flood_of_wrong_secrets_is_a_few_rows_that_count_it_all(
+    registry: Registry, clock: Clock
+) -> None:
+    """One by one as far as they are told 401, and the first that is told to wait."""
+    for address in ("192.0.2.7", "192.0.2.8"):
+        guesses(registry, clock, 500, address)
+    keep_house(registry, clock)
+    assert len(refusals_of(registry, "token-unknown")) == 40
+    found = refusals_of(registry, "too-many-requests")
+    assert [event.address for event in found] == ["192.0.2.7", "192.0.2.8"]
+    assert [detail_of(event) for event in found] == [{"hostname": "web-1"}] * 2
+    clock.advance(60)
+    keep_house(registry, clock)
+    *_, event = refusals_of(registry, "too-many-requests")
+    assert (detail_of(event)["more"], event.address) == (2 * 479, "")
+    assert registry.metrics.refusals == {"token-unknown": 40, "too-many-requests": 960}
 
 
 # Its chain.
@@ -7751,6 +7894,8 @@ def visit_agent_routes(door: WitnessDoor, clock: Clock) -> None:
     clock.advance(8 * 86400)
     door.beat(renewed)
     door.enroll(expired)
+    for _ in range(hostenroll.FAILURES_ALLOWED + 1):
+        door.enroll("het_nonsense")
 
 
 def visit_user_routes(door: WitnessDoor, clock: Clock) -> None:
@@ -7764,6 +7909,8 @@ def visit_user_routes(door: WitnessDoor, clock: Clock) -> None:
     )
     numbers = {True: token["tokens"][0]["id"], False: host["hosts"][0]["id"]}
     routes = [route for route in hostenroll.ROUTES if route.caller in ("viewer", "admin")]
+    for _ in range(hostenroll.FAILURES_ALLOWED):
+        door.call("GET", "/api/me", bearer="hak_nonsense")
     for route in sorted(routes, key=lambda route: route.method == "DELETE"):
         path = route.path.replace("{id}", numbers["tokens" in route.path])
         nowhere = route.path.replace("{id}", NOWHERE)
@@ -7842,7 +7989,7 @@ def test_the_openapi_document_names_the_refusals_of_a_route(route: Any) -> None:
             named = [reference.rpartition("/")[2] for reference in references(response)]
             assert all(CODES[code] == int(status) for code in named)
             assert ("WWW-Authenticate" in response.get("headers", ())) == (status == "401")
-            assert ("Retry-After" in response.get("headers", ())) == (status == "503")
+            assert ("Retry-After" in response.get("headers", ())) == (status in ("429", "503"))
             codes += named
     assert codes == [kind.code for kind in route.problems()]
 
@@ -7966,6 +8113,7 @@ def test_who_may_call_what(route: Any, estate: Estate) -> None:
     else:
         for caller in NO_KEYS:
             for asked, body in intrusions(route, estate):
+                door.clock.advance(60 / hostenroll.FAILURES_ALLOWED)
                 reply = estate.ask(caller, route.method, asked, body)
                 assert (caller, reply.status, reply.code) == (caller, 401, "api-key-invalid")
         if route.caller == "admin":
@@ -8220,7 +8368,7 @@ AUDITED: Dict[str, Refused] = {
 
 def test_every_refusal_that_should_be_is_tried_here() -> None:
     audited = {problem.code for problem in hostenroll.problems() if problem.is_audited}
-    assert {row[0] for row in AUDITED.values()} == audited
+    assert {row[0] for row in AUDITED.values()} == audited - {"too-many-requests"}  # below
     unaudited = {"not-found", "conflict", "invalid-body", "method-not-allowed", "internal"}
     assert not unaudited & audited
 
@@ -8415,6 +8563,53 @@ def test_a_flood_that_is_refused_costs_the_log_sixty_one_rows_a_minute(
         before += len(rows)
         assert len(rows) == 61 and {row["code"] for row in rows} == {"credential-invalid"}
         assert (rows[0]["detail"]["more"], rows[0]["address"]) == (140, None)
+
+
+@pytest.mark.parametrize("what", ["token", "API key to read", "API key to write"])
+def test_a_wrong_secret_is_refused_without_a_tick(
+    what: str, api: ApiDoor, clock: Clock, paths: Any
+) -> None:
+    """It takes no lock, and no heartbeat waits for the disk because of it."""
+    good = {"token": api.token(), "API key to read": api.api_key}.get(what, api.api_key)
+    for wrong in (good[:-9] + "B" + good[-8:], hostenroll.mint_secret(good[:3], 1 << 40).text):
+        body = {"token": wrong, "hostname": "web-1"}
+        call = {
+            "token": request_bytes("POST", "/api/agent/enroll", body),
+            "API key to read": request_bytes("GET", "/api/me", bearer=wrong),
+            "API key to write": request_bytes("POST", "/api/hosts/tokens", {}, wrong),
+        }[what]
+        with write_lock(paths[0]):
+            request = RequestReader("192.0.2.7").next(call)
+            assert request is not None
+            refused = api.api.admit(request, clock.ms)
+        assert isinstance(refused, hostenroll.Response)
+        code = "token-unknown" if what == "token" else "api-key-invalid"
+        assert json.loads(refused.body)["code"] == code
+    assert api.registry.metrics.refusals == {code: 2}
+
+
+def test_a_secret_that_could_not_be_looked_up_is_not_called_wrong(api: ApiDoor) -> None:
+    """The tick looks again; when it cannot either, it says so."""
+    token = api.token()
+    with faulty(api.registry, n=1) as database:
+        assert api.enroll(token).status == 201
+    assert database.failed
+    with faulty(api.registry, n=1) as database:
+        assert api.call("GET", "/api/me", bearer=api.api_key).status == 200
+    assert database.failed and not api.registry.metrics.refusals
+
+
+def test_a_token_that_is_revoked_in_its_own_tick_lets_nobody_in(api: ApiDoor, clock: Clock) -> None:
+    minted = api.mint().document
+    revoke = request_bytes("DELETE", f"/api/hosts/tokens/{minted['id']}", bearer=api.api_key)
+    body = {"token": minted["token"], "hostname": "web-1"}
+    admitted = [
+        api.api.admit(RequestReader().next(data), clock.ms)  # type: ignore[arg-type]
+        for data in (revoke, request_bytes("POST", "/api/agent/enroll", body))
+    ]
+    done, refused = api.api.run(admitted, clock.ms) or []
+    assert done is not None and refused is not None
+    assert (done.status, json.loads(refused.body)["code"]) == (204, "token-revoked")
 
 
 def test_the_agent_is_not_told_of_another_machine_of_its_name(estate: Estate) -> None:
@@ -8796,6 +8991,32 @@ def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Pat
         assert cli(tmp_path, "mint-token").returncode == 0
         assert server.terminate() == 0
     assert "Traceback" not in "".join(server.said)
+
+
+def test_a_flood_of_wrong_secrets_is_told_to_wait_and_keeps_nobody_out(live: SocketDoor) -> None:
+    """A flood of them in one stream; and an honest machine behind the same address."""
+    token, secret = live.token(), hostenroll.mint_secret("het", 1 << 40).text
+    key = hostenroll.mint_secret("hak", 1 << 40).text
+    wrong = [
+        request_bytes("POST", "/api/agent/enroll", {"token": secret, "hostname": "web-1"}),
+        request_bytes("GET", "/api/hosts", bearer=key),
+        request_bytes("POST", "/api/hosts/tokens", {}, key),
+    ]
+    said = live.send(b"".join(wrong) * 100)
+    allowed = hostenroll.FAILURES_ALLOWED
+    assert [reply.status for reply in said] == [401] * allowed + [429] * (300 - allowed)
+    for reply in said[allowed:]:
+        assert (reply.code, reply.headers["retry-after"]) == ("too-many-requests", "60")
+        assert "www-authenticate" not in reply.headers
+    enrolled = live.enroll(token)
+    assert enrolled.status == 201
+    assert live.beat(enrolled.document["credential"]).status == 200
+    assert live.call("GET", "/api/me", bearer=live.api_key).status == 200
+    assert live.enroll(token).code == "token-used"
+    # A credential is not a secret to be guessed, and who has an old one asks again and again: a
+    # fleet whose key was retired must hear that it has to re-enroll.
+    assert {live.beat("junk").code for _ in range(50)} == {"credential-invalid"}
+    assert live.call("GET", "/api/me").code == "api-key-invalid"  # none at all
 
 
 def test_a_peer_that_resets_hurts_nobody(live: SocketDoor) -> None:
