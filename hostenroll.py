@@ -192,6 +192,7 @@ CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chu
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
+HOPS_MAXIMUM = 16  # of trusted proxies, one behind the other
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
 CREDENTIALS_CACHED = 32768  # about 0.7 KiB each: 22 MiB
@@ -4680,6 +4681,55 @@ def bearer(authorization: Optional[str]) -> Optional[str]:
     return value.strip(" ") if scheme.lower() == "bearer" else None
 
 
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Networks = Tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
+
+# An address as proxies write it: some add a port. No zone, which could be any text.
+HOP = re.compile(
+    r"([0-9.]{7,15})(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})|\[([0-9A-Fa-f:.]{2,45})\](?::[0-9]{1,5})?"
+)
+_FORWARDED_FOR = re.compile(rb"\r\nX-Forwarded-For:([\t\x20-\x7e\x80-\xff]*)", re.IGNORECASE)
+_ADDED_BY_PROXIES = re.compile(
+    rb"(\r\n(?:X-Forwarded-For|X-Real-IP|X-Request-ID|Forwarded):)[\t\x20-\x7e\x80-\xff]*",
+    re.IGNORECASE,
+)
+
+
+def plain_address(address: str) -> str:
+    """An IPv4 address that has come over an IPv6 socket as itself, and any other as it is."""
+    return address[7:] if address.startswith("::ffff:") and "." in address else address
+
+
+def read_hop(text: str) -> Optional[Address]:
+    """An address in X-Forwarded-For; None for what is none."""
+    match = HOP.fullmatch(text)
+    if match is None:
+        return None
+    try:
+        address = ipaddress.ip_address(match[match.lastindex or 0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_within(address: Address, networks: Networks) -> bool:
+    """Whether an address is in one of some networks."""
+    return any(address in network for network in networks)
+
+
+def forwarded_address(values: Sequence[bytes], proxies: Networks, peer: str) -> str:
+    """Whom a trusted proxy speaks for: the last address in X-Forwarded-For that is not a trusted
+    proxy's. Each proxy adds whom it has heard, so what stands before that one is what somebody
+    says of himself. The proxy's own address where none can be read."""
+    hops = b",".join(values).decode("latin-1").rsplit(",", HOPS_MAXIMUM)
+    address: Optional[Address] = None
+    for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:
+        address = read_hop(hop.strip(" \t"))
+        if address is None or not is_within(address, proxies):
+            break
+    return peer if address is None else str(address)
+
+
 class ChunkedBody:
     """A body in chunks, RFC 9112 section 7.1, read as it arrives and never twice."""
 
@@ -4756,14 +4806,18 @@ class RequestReader:
         "_authorization",
         "_chunked",
         "_head",
+        "_peer",
+        "_proxies",
         "address",
         "buffer",
         "connection",
         "number",
     )
 
-    def __init__(self, address: str = "", connection: int = 0) -> None:
-        self.address = address
+    def __init__(self, address: str = "", connection: int = 0, proxies: Networks = ()) -> None:
+        """proxies are for a peer who is one of them: then its requests say whose they are."""
+        self.address = self._peer = address
+        self._proxies = proxies
         self.connection = connection
         self.number = 1  # of the request that comes next
         self.buffer = b""
@@ -4782,7 +4836,10 @@ class RequestReader:
             if end < 0 or end + 4 - start > HEAD_MAXIMUM:
                 self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM])
                 return None
-            head, self._authorization = parse_head(buffer[start:end])
+            data = buffer[start:end]
+            if self._proxies:
+                data = self._unwrapped(data)
+            head, self._authorization = parse_head(data)
             buffer = buffer[end + 4 :]
         length = head.length
         if length == CHUNKED:
@@ -4792,6 +4849,14 @@ class RequestReader:
             return None
         self._head, self.buffer = None, buffer[length:]
         return self._request(head, buffer[:length])
+
+    def _unwrapped(self, data: bytes) -> bytes:
+        """A head that a proxy has sent on: its client is who asks. What proxies write differs with
+        each client or request, and would keep heads from being found in the cache: it is cut out,
+        and its lines stay, so nothing changes of how others are read."""
+        values = _FORWARDED_FOR.findall(data)
+        self.address = forwarded_address(values, self._proxies, self._peer)
+        return _ADDED_BY_PROXIES.sub(rb"\1", data)
 
     def _request(self, head: Head, body: bytes) -> Request:
         number = self.number
@@ -4825,7 +4890,8 @@ class RequestReader:
         """What stands for a request that cannot be read, in its refusal and in the log."""
         method = "HEAD" if self.is_head else "-"
         head = Head(method, "-", "", 0, False, False, None, None)
-        return Request(head, None, b"", self.address, self.connection, self.number)
+        address = self.address if self.is_in_body else self._peer  # else it is the last client's
+        return Request(head, None, b"", address, self.connection, self.number)
 
     @property
     def held(self) -> int:
@@ -6407,10 +6473,12 @@ class Connection:
         "tls",
     )
 
-    def __init__(self, peer: socket.socket, address: str, number: int) -> None:
+    def __init__(
+        self, peer: socket.socket, address: str, number: int, proxies: Networks = ()
+    ) -> None:
         self.socket = peer
         self.tls: Optional[Tls] = None
-        self.reader = RequestReader(address, number)
+        self.reader = RequestReader(address, number, proxies)
         self.output: Union[bytes, memoryview] = b""
         self.phase: Optional[Phase] = None  # None: the peer is not waited for
         self.interest = 0  # the events that the selector watches for
@@ -6453,17 +6521,20 @@ class Server(HTTPServer):
         ),
         load_tls: Optional[TlsLoader] = None,
         listener: Optional[socket.socket] = None,
+        proxies: Networks = (),
         access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
     ) -> None:
         """load_tls gives a fresh context when it starts and at each SIGHUP; a listener is one
-        that somebody else has bound; notify tells a service manager about our state."""
+        that somebody else has bound; proxies are believed whom they speak for; notify tells a
+        service manager about our state."""
         self._api = api
         self._metrics = api.metrics
         self._clock = clock
         self._load_tls = load_tls
         self._tls = load_tls() if load_tls else None
         self._listener = listener
+        self._proxies = proxies
         self._access_log = access_log
         self._notify = notify
         self._moment = time.monotonic()  # of this turn, for deadlines
@@ -7115,10 +7186,16 @@ class Server(HTTPServer):
             peer.setblocking(False)
             self._accepted += 1
             self._metrics.connections += 1
-            fresh.append(Connection(peer, address[0], self._accepted))
+            fresh.append(self._meet(peer, plain_address(address[0])))
             self._connections.add(fresh[-1])
         self._metrics.open_connections = len(self._connections)
         return fresh
+
+    def _meet(self, peer: socket.socket, address: str) -> Connection:
+        """X-Forwarded-For is heard from trusted proxies alone: anybody can write it."""
+        if self._proxies and is_within(ipaddress.ip_address(address), self._proxies):
+            return Connection(peer, address, self._accepted, self._proxies)
+        return Connection(peer, address, self._accepted)
 
     def _welcome_all(self, fresh: Sequence[Connection]) -> None:
         for connection in fresh:
@@ -7335,6 +7412,32 @@ def web_address(text: str) -> str:
     if match is None or int(match[4] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not like https://enroll.lan:8443")
     return text.rstrip("/")
+
+
+def networks(text: str) -> Networks:
+    """Networks and addresses, with commas or spaces between them. Raises ArgumentTypeError."""
+    found = []
+    for word in text.replace(",", " ").split():
+        try:
+            found.append(ipaddress.ip_network(word))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not an address or a network like 10.0.0.0/8"
+            ) from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no network")
+    return tuple(found)
+
+
+class Gathered(argparse.Action):
+    """An option that may come again, with more of the same; the first takes the place of what the
+    environment says."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else (*before, *values))
 
 
 def log_format(text: str) -> str:
@@ -7627,6 +7730,7 @@ def _listen(session: Session, registry: Registry) -> Server:
             listener=inherited_listener(
                 environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
             ),
+            proxies=arguments.trusted_proxy,
             access_log=arguments.access_log,
             notify=partial(tell_service_manager, manager) if manager else lambda state: None,
         )
@@ -8069,6 +8173,14 @@ SERVE_OPTIONS = (
         type=web_address,
         metavar="URL",
         help="where agents find the server, for mint-token to print",
+    ),
+    Argument(
+        "--trusted-proxy",
+        type=networks,
+        action=Gathered,
+        default=(),
+        metavar="CIDR",
+        help="believe X-Forwarded-For from these addresses; repeatable (from nobody)",
     ),
     Argument(
         "--audit-keep",

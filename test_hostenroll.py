@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -6786,6 +6787,144 @@ def test_one_agents_credential_is_never_anothers() -> None:
     assert hostenroll._parse_head_cached.cache_info().maxsize == hostenroll.HEADS_CACHED
 
 
+# Trusted proxies, and whom they speak for.
+
+PROXIES = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "2001:db8:f::/48", "192.0.2.1")))
+PROXY = "10.0.0.1"
+FORWARDED = {  # X-Forwarded-For, one text for each line, and the address that the request gets
+    "one client": (["198.51.100.7"], "198.51.100.7"),
+    "white space around it": (["\t 198.51.100.7 "], "198.51.100.7"),
+    "IPv6": (["2001:DB8:0::7"], "2001:db8::7"),
+    "IPv6 in brackets": (["[2001:db8::7]"], "2001:db8::7"),
+    "a port": (["198.51.100.7:4711"], "198.51.100.7"),
+    "IPv6 and a port": (["[2001:db8::7]:443"], "2001:db8::7"),
+    "IPv4 in IPv6": (["::ffff:198.51.100.7"], "198.51.100.7"),
+    "IPv4 in IPv6, in brackets": (["[::ffff:c633:6407]:1"], "198.51.100.7"),
+    "what the client says of himself": (["203.0.113.9, 198.51.100.7"], "198.51.100.7"),
+    "a proxy behind a proxy": (["203.0.113.9, 198.51.100.7, 10.1.1.1"], "198.51.100.7"),
+    "without spaces": (["203.0.113.9,198.51.100.7,10.1.1.1,192.0.2.1"], "198.51.100.7"),
+    "a proxy in IPv6": (["198.51.100.7, 2001:db8:f::9"], "198.51.100.7"),
+    "a proxy in mapped IPv6": (["198.51.100.7, ::ffff:10.1.1.1"], "198.51.100.7"),
+    "two lines": (["203.0.113.9", "198.51.100.7"], "198.51.100.7"),
+    "two lines, the last a proxy's": (["203.0.113.9, 198.51.100.7", "10.1.1.1"], "198.51.100.7"),
+    "an empty line first": (["", "198.51.100.7"], "198.51.100.7"),
+    "junk before it": (["<script>, unknown, 198.51.100.7"], "198.51.100.7"),
+    "a proxy itself": (["10.1.1.1"], "10.1.1.1"),
+    "proxies alone": (["10.1.1.1, 10.2.2.2"], "10.1.1.1"),
+    "fifteen proxies": (["198.51.100.7" + ", 10.1.1.1" * 15], "198.51.100.7"),
+    "more proxies than there are": (["198.51.100.7" + ", 10.1.1.1" * 1000], "10.1.1.1"),
+    # Where none can be read it is the proxy's.
+    "no such field": ([], PROXY),
+    "nothing": ([""], PROXY),
+    "a comma": ([","], PROXY),
+    "nothing behind it": (["198.51.100.7,"], PROXY),
+    "nobody known": (["unknown"], PROXY),
+    "a name": (["web-1"], PROXY),
+    "junk behind it": (["198.51.100.7, x"], PROXY),
+    "junk before a proxy": (["198.51.100.7, x, 10.1.1.1"], PROXY),
+    "an empty port": (["198.51.100.7:"], PROXY),
+    "a long port": (["198.51.100.7:123456"], PROXY),
+    "brackets that do not close": (["[2001:db8::7"], PROXY),
+    "something behind the brackets": (["[2001:db8::7]x"], PROXY),
+    "a zone": (["fe80::1%eth0"], PROXY),
+    "a zone of markup": (["fe80::1%<b>"], PROXY),
+    "three numbers": (["198.51.100"], PROXY),
+    "a number too large": (["198.51.100.256"], PROXY),
+    "one number": (["3325256711"], PROXY),
+    "other digits": (["198.51.100.\u00b2"], PROXY),
+    "a network": (["198.51.100.0/24"], PROXY),
+    "quotes": (['"198.51.100.7"'], PROXY),
+    "RFC 7239": (["for=198.51.100.7"], PROXY),
+    "very long": (["1" * 5000], PROXY),
+}
+
+
+def proxied(values: Sequence[str], name: str = "X-Forwarded-For", target: bytes = b"/") -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for value in values)
+    return get(target, lines.encode("latin-1"))
+
+
+@pytest.mark.parametrize("values, address", table(FORWARDED))
+def test_a_request_by_a_proxy_is_that_of_whom_the_proxy_has_heard(
+    values: List[str], address: str
+) -> None:
+    for name in ("X-Forwarded-For", "x-forwarded-for"):
+        request = RequestReader(PROXY, 1, PROXIES).next(proxied(values, name))
+        assert request is not None and request.address == address
+    # From anybody else it is what anybody can write; and no other field is believed.
+    for reader, name in (
+        (RequestReader("198.51.100.1"), "X-Forwarded-For"),
+        (RequestReader(PROXY, 1, PROXIES), "Forwarded"),
+        (RequestReader(PROXY, 1, PROXIES), "X-Real-IP"),
+        (RequestReader(PROXY, 1, PROXIES), "X-Forwarded-For-"),
+        (RequestReader(PROXY, 1, PROXIES), "X_Forwarded_For"),
+    ):
+        peer = reader.address
+        request = reader.next(proxied(values, name))
+        assert request is not None and request.address == peer
+
+
+def test_each_request_on_a_proxys_connection_has_its_own_client() -> None:
+    reader = RequestReader(PROXY, 1, PROXIES)
+    first = proxied(["198.51.100.7"])
+    body = post(b"X-Forwarded-For: 198.51.100.8\r\nContent-Length: 2", b"{}")
+    heard = reader.next(first + body[:-1])
+    assert heard is not None and heard.address == "198.51.100.7"
+    assert reader.next() is None and reader.unread().address == "198.51.100.8"  # its body is late
+    heard = reader.next(body[-1:])
+    assert heard is not None and heard.address == "198.51.100.8"
+    heard = reader.next(get() + b"GET")
+    assert heard is not None and heard.address == PROXY
+    assert reader.unread().address == PROXY
+    with pytest.raises(hostenroll.MalformedRequest):
+        reader.next(b" / HTTP/1.1\n")
+    assert reader.unread().address == PROXY
+
+
+def test_what_proxies_add_changes_nothing_of_how_a_head_is_read() -> None:
+    rng = random.Random(11)
+    names = [b"X-Forwarded-For", b"x-real-ip", b"Forwarded", b"X-Request-ID", b"Via"]
+    values = [b" 198.51.100.7", b"", b" \xe9", b" a\0b", b" a\rb", b" a\nb", b"x" * 300, b" \x7f"]
+    lines = [name + b":" + value for name in names for value in values]
+    lines += [b"X-Forwarded-For : a", b" X-Forwarded-For: a", b"X-Forwarded-For", b"Host: h"]
+    lines += [b"Authorization: Bearer abc", b"Authorization: Bearer a b", b"Content-Length: 2"]
+    outcomes = set()
+    for _ in range(3000):
+        fields = rng.choices(lines, k=rng.randint(0, 4)) + [b"X: y"] * rng.choice([0, 0, 97])
+        rng.shuffle(fields)
+        data = b"\r\n".join([b"GET / HTTP/1.1", b"Host: h", *fields])
+        reader = RequestReader(PROXY, 1, PROXIES)
+        expected = outcome(hostenroll.parse_head, data)
+        assert outcome(hostenroll.parse_head, reader._unwrapped(data)) == expected, data
+        outcomes.add(expected if isinstance(expected, str) else expected[1])
+    assert outcomes == {None, "abc", "a b", "malformed-request", "head-too-large"}
+
+
+def test_the_clients_of_a_proxy_share_a_head_in_the_cache() -> None:
+    hostenroll._parse_head_cached.cache_clear()
+    for n in range(50):
+        names = "X-Forwarded-For", "X-Real-IP", "Forwarded", "X-Request-ID"
+        lines = [f"{name}: 198.51.100.{n}\r\n" for name in names]
+        data = get(b"/", "".join([*lines, f"Authorization: Bearer {n}\r\n"]).encode())
+        request = RequestReader(PROXY, 1, PROXIES).next(data)
+        assert request is not None and request.address == f"198.51.100.{n}"
+    assert hostenroll._parse_head_cached.cache_info().misses == 1
+
+
+def test_an_absurd_list_of_proxies_costs_little() -> None:
+    data = proxied(["10.0.0.1," * 1700])
+    began = time.process_time()
+    for _ in range(100):
+        assert RequestReader(PROXY, 1, PROXIES).next(data) is not None
+    assert time.process_time() - began < 0.5
+
+
+def test_an_ipv4_address_on_an_ipv6_socket_is_the_same_address() -> None:
+    assert hostenroll.plain_address("::ffff:192.0.2.7") == "192.0.2.7"
+    for other in ("192.0.2.7", "2001:db8::7", "::1", "::ffff:0", "fe80::1%eth0"):
+        assert hostenroll.plain_address(other) == other
+
+
 @pytest.mark.parametrize(
     "fields, version, keeps",
     [
@@ -9017,6 +9156,53 @@ def test_a_flood_of_wrong_secrets_is_told_to_wait_and_keeps_nobody_out(live: Soc
     # fleet whose key was retired must hear that it has to re-enroll.
     assert {live.beat("junk").code for _ in range(50)} == {"credential-invalid"}
     assert live.call("GET", "/api/me").code == "api-key-invalid"  # none at all
+
+
+HERE = (ipaddress.ip_network("127.0.0.0/8"),)
+ELSEWHERE = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::/0"))
+
+
+@pytest.mark.parametrize("doors", [live_door, tls_door], ids=["plain", "tls"])
+def test_behind_a_trusted_proxy_each_client_has_its_own_address(
+    doors: Any, paths: Any, clock: Clock
+) -> None:
+    """In the audit log, in usedFrom, and where wrong secrets are counted."""
+    with doors(paths, clock, proxies=HERE) as live:
+        minted = live.mint().document
+
+        def enroll(token: str, client: str) -> bytes:
+            named = [("X-Forwarded-For", f"203.0.113.9, {client}")]
+            body = {"token": token, "hostname": "web-1"}
+            return request_bytes("POST", "/api/agent/enroll", body, headers=named)
+
+        wrong = hostenroll.mint_secret("het", 1 << 40).text
+        streams = [enroll(wrong, f"198.51.100.{n % 2}") for n in range(60)]
+        said = live.send(b"".join([*streams, enroll(minted["token"], "198.51.100.0")]))
+        assert [reply.status for reply in said] == [401] * 40 + [429] * 20 + [201]
+        shown = live.call("GET", f"/api/hosts/tokens/{minted['id']}", bearer=live.api_key)
+        assert shown.document["usedFrom"] == "198.51.100.0"
+        events = walk(live, live.api_key, "/api/audit?limit=1000", "events")
+        counted: Dict[str, int] = {}
+        for event in events:
+            if event["code"] == "token-unknown":
+                counted[event["address"]] = counted.get(event["address"], 0) + 1
+        assert counted == {"198.51.100.0": 20, "198.51.100.1": 20}
+        admitted = next(event for event in events if event["action"] == "enroll")
+        assert admitted["address"] == "198.51.100.0"
+
+
+def test_nobody_else_is_believed_whom_he_speaks_for(paths: Any, clock: Clock) -> None:
+    with live_door(paths, clock, proxies=ELSEWHERE) as live:
+        minted = live.mint().document
+        for n in range(25):
+            named = [("X-Forwarded-For", f"10.1.1.{n}"), ("Forwarded", f"for=10.1.1.{n}")]
+            body = {"token": "het_junk", "hostname": "web-1"}
+            reply = live.call("POST", "/api/agent/enroll", body, headers=named)
+            assert reply.status == (401 if n < 20 else 429)
+        body = {"token": minted["token"], "hostname": "web-1"}
+        assert live.call("POST", "/api/agent/enroll", body, headers=named).status == 201
+        shown = live.call("GET", f"/api/hosts/tokens/{minted['id']}", bearer=live.api_key)
+        assert shown.document["usedFrom"] == "127.0.0.1"
 
 
 def test_a_peer_that_resets_hurts_nobody(live: SocketDoor) -> None:
@@ -12194,6 +12380,7 @@ def test_a_flag_in_the_environment_is_on_or_off(text: str) -> None:
 
 
 BAD_SETTINGS = {
+    "HOSTENROLL_TRUSTED_PROXY": "10.0.0.0/8, proxy.lan",
     "HOSTENROLL_LOG_FORMAT": "xml",
     "HOSTENROLL_PUBLIC_URL": "enroll.lan",
     "HOSTENROLL_ACCESS_LOG": "perhaps",
@@ -12210,6 +12397,57 @@ def test_a_bad_setting_in_the_environment_is_a_mistake_in_usage(
         hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["serve"])
     assert usage.value.code == 2 and "error: " in capsys.readouterr().err
     assert hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["mint-token"])  # not its own
+
+
+# --trusted-proxy.
+
+TRUSTED: Dict[str, Tuple[str, List[str], List[str]]] = {  # environment, arguments, networks
+    "nobody": ("", [], []),
+    "a network": ("", ["--trusted-proxy", "10.0.0.0/8"], ["10.0.0.0/8"]),
+    "an address": ("", ["--trusted-proxy", "192.0.2.1"], ["192.0.2.1/32"]),
+    "IPv6": ("", ["--trusted-proxy=2001:db8::/32"], ["2001:db8::/32"]),
+    "several": (
+        "", ["--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "::1", "--trusted-proxy=1.1.1.1"],
+        ["10.0.0.0/8", "::1/128", "1.1.1.1/32"]),
+    "several in one": (
+        "", ["--trusted-proxy", "10.0.0.0/8,::1"], ["10.0.0.0/8", "::1/128"]),
+    "the environment": ("10.0.0.0/8, ::1 1.1.1.1", [], ["10.0.0.0/8", "::1/128", "1.1.1.1/32"]),
+    "arguments instead of it": (
+        "10.0.0.0/8", ["--trusted-proxy", "::1", "--trusted-proxy", "1.1.1.1"],
+        ["::1/128", "1.1.1.1/32"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environment, arguments, expected", table(TRUSTED))
+def test_how_trusted_proxies_are_named(
+    environment: str, arguments: List[str], expected: List[str]
+) -> None:
+    parser = hostenroll._parser({"HOSTENROLL_TRUSTED_PROXY": environment})
+    trusted = parser.parse_args(["serve", *arguments]).trusted_proxy
+    assert [str(network) for network in trusted] == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", ",", "proxy.lan", "10.0.0.1/8", "10.0.0.0/33", "*", "all"]
+)
+def test_what_names_no_network_is_a_mistake_in_usage(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as usage:
+        hostenroll._parser({}).parse_args(["serve", f"--trusted-proxy={text}"])
+    assert usage.value.code == 2 and "network" in capsys.readouterr().err
+
+
+def test_the_log_of_a_server_behind_a_proxy_names_its_clients(tmp_path: Path) -> None:
+    options = ("--trusted-proxy", "127.0.0.1", "--access-log")
+    with ServerProcess(tmp_path, *options) as server:
+        door = SocketDoor(server.port, "")
+        named = [("X-Forwarded-For", "198.51.100.7")]
+        assert door.call("GET", "/healthz", headers=named).status == 200
+        assert door.call("GET", "/healthz").status == 200
+        assert server.terminate() == 0
+    seen = [line.split("GET")[0].split()[-1] for line in server.said if "/healthz" in line]
+    assert seen == ["198.51.100.7", "127.0.0.1"]
 
 
 # --public-url.
