@@ -36,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -6442,6 +6443,7 @@ GOOD = {  # method, path, query, body of each request
     "a size line of 256 bytes": (
         chunked(b"1;" + b"a" * 254 + b"\r\nx\r\n" + LAST), [("POST", "/x", "", b"x")]),
     "zeros as the last size": (chunked(b"00000000\r\n\r\n"), BARE),
+    "100 trailers": (chunked(b"0\r\n" + b"X: y\r\n" * 100 + b"\r\n"), BARE),
     "trailers, which change nothing": (
         chunked(b"0\r\nX: y\r\nContent-Length: 9\r\nAuthorization: Bearer x\r\n\r\n"), BARE),
     "the largest body": (post(b"Content-Length: 65536", LARGE), [("POST", "/x", "", LARGE)]),
@@ -6596,10 +6598,11 @@ OTHERWISE = {
         "64 KiB, and a chunk": chunked(b"10000\r\n" + b"x" * 65536 + b"\r\n1\r\n"),
         "very many chunks": chunked(b"1\r\nx\r\n" * 14_000 + LAST),
         "very long extensions": chunked(b"1;%b\r\nx\r\n" % (b"e" * 250) * 300 + LAST),
-        "very long trailers": chunked(b"0\r\n" + b"X: %b\r\n" % (b"y" * 200) * 400 + b"\r\n"),
     },
     "head-too-large": {
         "very many trailers": chunked(b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n"),
+        "very long trailers": chunked(b"0\r\n" + b"X: %b\r\n" % (b"y" * 200) * 400 + b"\r\n"),
+        "trailers that never end": chunked(b"0\r\n" + b"X: y\r\n" * 101),
         "a head of 16 KiB and 1": headed(16 * KIB + 1),
         "a head of 16 KiB and 4": headed(16 * KIB + 4),
         "a head that never ends": b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000,
@@ -6983,6 +6986,34 @@ def test_a_reader_holds_no_more_than_a_head_or_a_body() -> None:
     assert (reader.held, reader.is_in_body) == (4, True)
     assert reader.next(b"5") is not None
     assert (reader.held, reader.is_in_body) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    table({
+        "a head": b"GET / HTTP/1.1\r\nX: " + b"y" * 16_000,
+        "a head of short lines": b"GET / HTTP/1.1\r\n" + b"X:\r\n" * 3000,
+        "a body": post(b"Content-Length: 65536", b"x" * 65_000),
+        "chunks of one byte": chunked(b"1\r\nx\r\n" * 13_000),
+        "chunks of two bytes": chunked(b"2\r\nxy\r\n" * 13_000),
+        "chunks of sixteen": chunked(b"10\r\n%b\r\n" % (b"x" * 16) * 4000),
+        "half a chunk": chunked(b"10000\r\n" + b"x" * 65_000),
+        "trailers": chunked(b"0\r\n" + b"".join(b"a%d:\r\n" % n for n in range(100))),
+        "long trailers": chunked(b"0\r\n" + b"a: %b\r\n" % (b"x" * 250) * 100),
+        "a long extension": chunked(b"1;" + b"x" * 254),
+    }),
+)  # fmt: skip
+def test_what_is_said_to_be_held_is_what_is_held(data: bytes) -> None:
+    """Else a crowd of unfinished requests would hold much more than it is allowed."""
+    reader = RequestReader()
+    tracemalloc.start()
+    try:
+        for at in range(0, len(data), hostenroll.RECEIVE_SIZE):
+            assert reader.next(data[at : at + hostenroll.RECEIVE_SIZE]) is None
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held <= reader.held * 9 / 8 + 4096
 
 
 @pytest.mark.parametrize(
