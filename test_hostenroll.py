@@ -9147,6 +9147,118 @@ def test_hundreds_who_say_nothing_disturb_nobody(live: SocketDoor) -> None:
         assert time.monotonic() - begun < 10
 
 
+# Many who connect and never finish what they begin; in a process of its own, so that what is
+# measured beside it is the server alone. It says when all of them stand, and, when its stdin ends,
+# how many still do.
+CROWD = """
+import resource, selectors, socket, sys
+port, count, at_once, *begun = map(eval, sys.argv[1:])
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+selector, peers = selectors.DefaultSelector(), []
+
+def stand():
+    while selector.get_map():
+        for key, _ in selector.select(10):
+            selector.unregister(key.fileobj)
+            key.fileobj.send(key.data)
+
+for n in range(count):
+    peers.append(socket.socket())
+    peers[-1].setblocking(False)
+    peers[-1].connect_ex(("127.0.0.1", port))
+    selector.register(peers[-1], selectors.EVENT_WRITE, begun[n % len(begun)])
+    if not at_once:
+        stand()
+stand()
+print("all stand", flush=True)
+sys.stdin.read()
+ended = selectors.DefaultSelector()
+for peer in peers:
+    ended.register(peer, selectors.EVENT_READ)
+print(count - len(ended.select(0)), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def crowd(port: int, count: int, at_once: bool, begun: Sequence[bytes]) -> Iterator[Any]:
+    """So many who begin what they never finish; what it yields says whether all of them stand.
+    Afterwards all of them still do."""
+    arguments = map(repr, (port, count, at_once, *begun))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", CROWD, *arguments], stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        try:
+            said: List[str] = []
+            reader = threading.Thread(target=lambda: said.append(process.stdout.readline()))
+            reader.start()
+            yield lambda: said == ["all stand\n"]
+            reader.join(30)
+            left, _ = process.communicate("", 30)
+        finally:
+            process.kill()
+    assert int(left) == count
+
+
+def resident(process: Any) -> int:
+    """The memory of a process, in bytes."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def timed_beats(door: SocketDoor, credential: str, is_over: Callable[[], bool]) -> List[float]:
+    """How long each heartbeat takes, on a connection that stays and on one of its own in turn."""
+    beat, took = request_bytes("POST", "/api/agent/heartbeat", bearer=credential), []
+    with door.connect(30) as kept:
+        for n in itertools.count():
+            if n % 2 == 0 and is_over():
+                return took
+            began = time.perf_counter()
+            with contextlib.nullcontext(kept) if n % 2 else door.connect(30) as peer:
+                peer.sendall(beat)
+                assert b" 200 " in peer.recv(65536)
+                took.append(time.perf_counter() - began)
+    raise AssertionError
+
+
+BEGUN = (
+    b"", b"GET /", b"GET / HTTP/1.1\r\nX: " + b"x" * 4000,
+    POST + b"Content-Length: 9000\r\n\r\n" + b"x" * 6000,
+    POST + CHUNKED + b"\r\n9\r\n",
+)  # fmt: skip
+HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+
+
+@slow
+@needs_proc
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_while_two_thousand_open_and_stand_a_heartbeat_hardly_waits(
+    tls: bool, at_once: bool, tmp_path: Path
+) -> None:
+    """A full queue of connections that wait to be accepted would cost an honest peer a second."""
+    pair = write_pair(tmp_path)
+    options = ("--tls-cert", pair[0], "--tls-key", pair[1]) if tls else ()
+    with ServerProcess(tmp_path, *options) as server:
+        door = TlsDoor(server.port, "") if tls else SocketDoor(server.port, "")
+        token = cli(tmp_path, "mint-token").stdout.strip()
+        credential = door.enroll(token).document["credential"]
+        timed_beats(door, credential, iter([False] * 50 + [True]).__next__)
+        before = resident(server.process)
+        count, begun = (1000, (b"", HELLO)) if tls else (2000, BEGUN)
+        with crowd(server.port, count, at_once, begun) as stands:
+            took = timed_beats(door, credential, stands)
+            took += timed_beats(door, credential, iter([False] * 200 + [True]).__next__)
+            grown = resident(server.process) - before
+        took.sort()
+        assert took[-1] < 1 and took[len(took) * 99 // 100] < 0.25
+        assert grown < 64 * 1024 * 1024
+
+
 @pytest.mark.parametrize("limit", [100, 48])
 def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Path) -> None:
     shell = f'ulimit -n {limit} && exec "$0" "$1" serve --port 0'
