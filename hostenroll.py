@@ -189,6 +189,7 @@ FIELDS_MAXIMUM = 100
 BODY_MAXIMUM = 64 * 1024
 CHUNK_LINE_MAXIMUM = 256
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
+CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
@@ -4739,6 +4740,7 @@ class ChunkedBody:
         self._announced = self._overhead = 0
         self._left = 0  # of the chunk at hand, with the CRLF behind it
         self._trailers = -1  # so many were read; none before the last chunk
+        self.is_behind = False  # there is more to be read of what has been fed
 
     @property
     def body(self) -> bytes:
@@ -4751,10 +4753,11 @@ class ChunkedBody:
         return len(self._body)
 
     def feed(self, data: bytes) -> Tuple[bytes, bool]:
-        """Take from data what can be read. Gives back the rest, and whether the body has ended.
-        Raises MalformedRequest, BodyTooLarge."""
+        """Take from data what can be read, but no more than some lines. Gives back the rest, and
+        whether the body has ended. Raises MalformedRequest, BodyTooLarge."""
         at = 0
-        while True:
+        self.is_behind = False
+        for _ in range(CHUNK_LINES_AT_ONCE):
             if self._left:
                 if len(data) - at < self._left:
                     return data[at:], False
@@ -4772,6 +4775,8 @@ class ChunkedBody:
             at = end + 2
             if self._take_line(line):
                 return data[at:], True
+        self.is_behind = True
+        return data[at:], False
 
     def _take_chunk(self, chunk: bytes) -> None:
         if not chunk.endswith(b"\r\n"):
@@ -4894,6 +4899,11 @@ class RequestReader:
             raise MalformedRequest("Lines must end with CR LF.")
         if len(buffer) == HEAD_MAXIMUM:
             raise HeadTooLarge()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is more to be read of what has arrived: call next() again."""
+        return self._chunked is not None and self._chunked.is_behind
 
     def unread(self) -> Request:
         """What stands for a request that cannot be read, in its refusal and in the log."""
@@ -6567,7 +6577,8 @@ class Server(HTTPServer):
             self._taking,
             self._lingering,
         )
-        self._ready: List[Tuple[Connection, Request]] = []  # for the next turn
+        # For the next turn; None: there is more to be read of what has arrived.
+        self._ready: List[Tuple[Connection, Optional[Request]]] = []
         # What may write, of this turn, or of more when there is another writer.
         self._beats: List[Beating] = []
         self._tick: List[Owed] = []
@@ -6713,7 +6724,10 @@ class Server(HTTPServer):
         ready, self._ready = self._ready, []
         for connection, request in ready:
             try:
-                self._admit(connection, request)
+                if request is None:
+                    request = self._parse(connection, b"")
+                if request is not None:
+                    self._admit(connection, request)
             except Exception:
                 self._fail(connection)
         accepting = False
@@ -6899,7 +6913,9 @@ class Server(HTTPServer):
 
     def _hold(self, connection: Connection) -> None:
         """Give an unfinished request its time."""
-        if connection.tls is not None and connection.tls.has_ended:
+        if connection.reader.is_behind:
+            self._make_ready(connection, None)
+        elif connection.tls is not None and connection.tls.has_ended:
             self._drop(connection)
         elif not connection.reader.is_in_body:
             if connection.phase is not self._in_head and connection.reader.has_begun:
@@ -7163,8 +7179,8 @@ class Server(HTTPServer):
         elif connection.tls is not None and connection.tls.has_ended:
             self._drop(connection)
 
-    def _make_ready(self, connection: Connection, request: Request) -> None:
-        """Put a request into the next turn."""
+    def _make_ready(self, connection: Connection, request: Optional[Request]) -> None:
+        """Put a request, or what there is to be read, into the next turn."""
         self._move(connection, None)
         self._ready.append((connection, request))
 
@@ -7224,7 +7240,7 @@ class Server(HTTPServer):
         request = self._parse(connection, data) if data else None
         if request is not None:
             self._make_ready(connection, request)
-        elif connection.phase is None:
+        elif connection.phase is None and not connection.reader.is_behind:
             self._move(connection, self._shaking if connection.tls else self._in_head)
 
     def _make_room(self) -> None:

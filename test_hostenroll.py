@@ -6384,8 +6384,9 @@ def hear(pieces: Sequence[bytes]) -> List[Any]:
     try:
         for piece in pieces:
             request = reader.next(piece)
-            while request is not None:
-                heard.append((request.head, request.authorization, request.body))
+            while request is not None or reader.is_behind:
+                if request is not None:
+                    heard.append((request.head, request.authorization, request.body))
                 request = reader.next()
     except Problem as problem:
         assert isinstance(problem, hostenroll.Unframed) and problem.closes
@@ -7010,6 +7011,8 @@ def test_what_is_said_to_be_held_is_what_is_held(data: bytes) -> None:
     try:
         for at in range(0, len(data), hostenroll.RECEIVE_SIZE):
             assert reader.next(data[at : at + hostenroll.RECEIVE_SIZE]) is None
+            while reader.is_behind:
+                assert reader.next() is None
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -9002,6 +9005,27 @@ def test_what_is_malformed_is_answered_once_and_nothing_behind_it_is_run(
     assert tokens_of(shared) == 0
 
 
+def test_tiny_chunks_are_read_a_few_in_a_turn_whoever_sends_them(paths: Any, clock: Clock) -> None:
+    """All that arrives at once would be much work, and two thousand peers may send it at once."""
+    body = json.dumps({"description": "x" * 990}).encode()
+    with live_door(paths, clock) as live:
+        head = POST + CHUNKED + b"Authorization: Bearer " + live.api_key.encode() + b"\r\n\r\n"
+        whole = head + b"".join(b"1\r\n%c\r\n" % octet for octet in body) + b"0\r\nX: y\r\n\r\n"
+        said = live.send(whole + HEALTH + whole)  # and then a half-close
+        assert [reply.status for reply in said] == [201, 200, 201]
+        assert said[0].document["description"] == "x" * 990
+        broken = whole.replace(b"0\r\nX: y", b"0\r\nX y")
+        assert [reply.status for reply in live.send(HEALTH + broken + HEALTH)] == [200, 400]
+        assert tokens_of(live) == 2
+    reader, calls = RequestReader(), 1
+    request = reader.next(whole)
+    while request is None:
+        assert reader.is_behind
+        request, calls = reader.next(), calls + 1
+    assert request.body == body and not reader.is_behind
+    assert calls > len(body) // hostenroll.CHUNK_LINES_AT_ONCE
+
+
 def test_a_body_is_never_read_as_a_request(live: SocketDoor) -> None:
     hidden = request_bytes("POST", "/api/hosts/tokens", {}, live.api_key)
     assert [reply.status for reply in live.send(request_bytes("GET", "/healthz", hidden) * 2)] == [
@@ -9227,7 +9251,7 @@ def timed_beats(door: SocketDoor, credential: str, is_over: Callable[[], bool]) 
 BEGUN = (
     b"", b"GET /", b"GET / HTTP/1.1\r\nX: " + b"x" * 4000,
     POST + b"Content-Length: 9000\r\n\r\n" + b"x" * 6000,
-    POST + CHUNKED + b"\r\n9\r\n",
+    POST + CHUNKED + b"\r\n" + b"2\r\n{}\r\n" * 100,
 )  # fmt: skip
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
