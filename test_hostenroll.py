@@ -1182,49 +1182,49 @@ def test_a_json_text_is_read(body: bytes, value: Any) -> None:
     assert hostenroll.read_json(body) == value
 
 
-@pytest.mark.parametrize(
-    "body",
-    table({
-        "empty": b"",
-        "white space": b" \n",
-        "cut off": b'{"a":1',
-        "something behind": b"{}x",
-        "two texts": b"{}{}",
-        "a form": b"token=het_1&hostname=web-1",
-        "a member twice": b'{"a":1,"a":1}',
-        "a member twice, spelled otherwise": b'{"a":1,"\\u0061":2}',
-        "a member twice, deep": b'{"x":[{"y":{"a":1,"b":2,"a":3}}]}',
-        "NaN": b'{"a":NaN}',
-        "Infinity": b'{"a":[Infinity]}',
-        "-Infinity": b'{"a":-Infinity}',
-        "a lone high surrogate": b'{"a":"\\ud800"}',
-        "a lone low surrogate": b'{"a":"x\\udc00y"}',
-        "surrogates in the wrong order": b'{"a":"\\ude00\\ud83d"}',
-        "a lone surrogate as a name": b'{"\\uD800":1}',
-        "a surrogate in UTF-8": b'{"a":"\xed\xa0\x80"}',
-        "an overlong slash": b'{"a":"\xc0\xaf"}',
-        "latin-1": b'{"a":"\xe9"}',
-        "UTF-16": '{"a":1}'.encode("utf-16"),
-        "UTF-16 without a mark": '{"a":1}'.encode("utf-16-le"),
-        "a byte order mark": b"\xef\xbb\xbf{}",
-        "a raw newline in a text": b'{"a":"x\ny"}',
-        "a raw NUL in a text": b'{"a":"x\0y"}',
-        "NUL behind": b"{}\0",
-        "no-break space": "{\u00a0}".encode(),
-        "single quotes": b"{'a':1}",
-        "no quotes": b"{a:1}",
-        "a comma at the end": b'{"a":1,}',
-        "a comment": b'{"a":1}//',
-        "a leading zero": b'{"a":01}',
-        "a plus sign": b'{"a":+1}',
-        "a bare point": b'{"a":1.}',
-        "hexadecimal": b'{"a":0x1}',
-        "Arabic digits": '{"a":\u0661}'.encode(),
-        "too deep in arrays": b"[" * 65_000,
-        "too deep in objects": b'{"a":' * 13_000 + b"1" + b"}" * 13_000,
-        "too deep, with an escape": b'["\\u0041",' + b"[" * 30_000 + b"]" * 30_001,
-    }),
-)  # fmt: skip
+NOT_JSON: Dict[str, bytes] = {
+    "empty": b"",
+    "white space": b" \n",
+    "cut off": b'{"a":1',
+    "something behind": b"{}x",
+    "two texts": b"{}{}",
+    "a form": b"token=het_1&hostname=web-1",
+    "a member twice": b'{"a":1,"a":1}',
+    "a member twice, spelled otherwise": b'{"a":1,"\\u0061":2}',
+    "a member twice, deep": b'{"x":[{"y":{"a":1,"b":2,"a":3}}]}',
+    "NaN": b'{"a":NaN}',
+    "Infinity": b'{"a":[Infinity]}',
+    "-Infinity": b'{"a":-Infinity}',
+    "a lone high surrogate": b'{"a":"\\ud800"}',
+    "a lone low surrogate": b'{"a":"x\\udc00y"}',
+    "surrogates in the wrong order": b'{"a":"\\ude00\\ud83d"}',
+    "a lone surrogate as a name": b'{"\\uD800":1}',
+    "a surrogate in UTF-8": b'{"a":"\xed\xa0\x80"}',
+    "an overlong slash": b'{"a":"\xc0\xaf"}',
+    "latin-1": b'{"a":"\xe9"}',
+    "UTF-16": '{"a":1}'.encode("utf-16"),
+    "UTF-16 without a mark": '{"a":1}'.encode("utf-16-le"),
+    "a byte order mark": b"\xef\xbb\xbf{}",
+    "a raw newline in a text": b'{"a":"x\ny"}',
+    "a raw NUL in a text": b'{"a":"x\0y"}',
+    "NUL behind": b"{}\0",
+    "no-break space": "{\u00a0}".encode(),
+    "single quotes": b"{'a':1}",
+    "no quotes": b"{a:1}",
+    "a comma at the end": b'{"a":1,}',
+    "a comment": b'{"a":1}//',
+    "a leading zero": b'{"a":01}',
+    "a plus sign": b'{"a":+1}',
+    "a bare point": b'{"a":1.}',
+    "hexadecimal": b'{"a":0x1}',
+    "Arabic digits": '{"a":\u0661}'.encode(),
+    "too deep in arrays": b"[" * 65_000,
+    "too deep in objects": b'{"a":' * 13_000 + b"1" + b"}" * 13_000,
+    "too deep, with an escape": b'["\\u0041",' + b"[" * 30_000 + b"]" * 30_001,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", table(NOT_JSON))
 def test_what_is_not_strictly_json_is_refused_at_once(body: bytes) -> None:
     began = time.process_time()
     with pytest.raises(hostenroll.InvalidBody):
@@ -1502,6 +1502,9 @@ FORGED = {
     "an embedded key": forge({**HEADER, "jwk": PUBLIC}, None, b"evil" * 8),
     "an embedded key, truly signed": forge({**HEADER, "jwk": PUBLIC}),
     "a key's address": forge({**HEADER, "jku": "https://evil.test/jwks"}),
+    "a certificate's address": forge({**HEADER, "x5u": "https://evil.test/evil.pem"}),
+    "a certificate": forge({**HEADER, "x5c": [base64.b64encode(b"evil").decode()]}, None, b"evil"),
+    "a certificate's thumbprint": forge({**HEADER, "x5t": b64(b"evil"), "x5t#S256": b64(b"evil")}),
     "a critical extension": forge({**HEADER, "crit": ["b64"], "b64": False}),
     "typ in lower case": forge({**HEADER, "typ": "jwt"}),
     "a content type": forge({**HEADER, "cty": "JWT"}),
@@ -1521,6 +1524,9 @@ FORGED = {
     "claims that are no JSON": forge(None, "x"),
     "a further claim": forge(None, {**PAYLOAD, "aud": "x"}),
     "not before": forge(None, {**PAYLOAD, "nbf": 0}),
+    "not before a text": forge(None, {**PAYLOAD, "nbf": "0"}),
+    "a subject twice": said('"sub":', '"sub":"0000000000000000","sub":'),
+    "an array of issuers": forge(None, {**PAYLOAD, "iss": ["hostenroll"]}),
     "claims in another order": forge(None, dict(reversed(list(PAYLOAD.items())))),
     "space in the claims": forge(None, json.dumps(PAYLOAD)),
     "a newline behind the claims": said("}", "}\n"),
@@ -1538,6 +1544,13 @@ FORGED = {
     "expiry null": forge(None, {**PAYLOAD, "exp": None}),
     "expiry a text": forge(None, {**PAYLOAD, "exp": "1900000000"}),
     "expiry a float": forge(None, {**PAYLOAD, "exp": 1.9e9}),
+    "expiry a list": forge(None, {**PAYLOAD, "exp": [1_900_000_000]}),
+    "expiry true": forge(None, {**PAYLOAD, "exp": True}),
+    "expiry below zero": forge(None, {**PAYLOAD, "exp": -1}),
+    "expiry minus nothing": said('"ser":3', '"ser":3,"exp":-0'),
+    "expiry of 13 digits": forge(None, {**PAYLOAD, "exp": 10**12}),
+    "expiry of 501 digits": said('"ser":3', '"ser":3,"exp":1' + "0" * 500),
+    "expiry twice": said('"ser":3', '"ser":3,"exp":1900000000,"exp":1'),
     "expiry infinite": said('"ser":3', '"ser":3,"exp":Infinity'),
     "another issuer": said("hostenroll", "hostenrolled"),
     "an id in capitals": said("0d3a5f", "0D3A5F"),
@@ -1567,7 +1580,10 @@ FORGED = {
     "padding behind the header": seal(f"{H}=.{P}"),
     "padding behind the claims": seal(f"{H}.{P}="),
     "padding behind the signature": f"{GENUINE}=",
-    "plain base64": seal(f"{H}.{P[:-1]}+"),
+    "plain base64's plus": seal(f"{H}.{P[:-1]}+"),
+    "plain base64's slash": seal(f"{H}.{P[:-1]}/"),
+    "plain base64 of the signature": f"{H}.{P}." + base64.b64encode(unb64(S)).decode(),
+    "tilde for a character": seal(f"{H}.{P[:-1]}~"),
     "one character too many in the claims": seal(f"{H}.{P + 'A' * ((1 - len(P)) % 4)}"),
     "space in the claims' base64": seal(f"{H}.{P[:8]} {P[8:]}"),
     "a newline at the end": f"{GENUINE}\n",
@@ -9297,6 +9313,74 @@ def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Pat
         assert cli(tmp_path, "mint-token").returncode == 0
         assert server.terminate() == 0
     assert "Traceback" not in "".join(server.said)
+
+
+# What is refused as bytes or as a value above is refused in the same way by a server.
+
+
+@contextlib.contextmanager
+def door_with_key(paths: Tuple[str, str], clock: Clock, key: Any) -> Iterator[SocketDoor]:
+    """A running server that signs with a key of the test's."""
+    registry = open_registry(*paths, clock.ms)
+    own = registry._keyring
+    registry.close()
+    hostenroll.write_key_file(paths[1], hostenroll.Keyring([key, *own.keys], own.audit_key))
+    with live_door(paths, clock) as live:
+        yield live
+
+
+def test_no_forged_credential_gets_past_a_server_either(paths: Any, clock: Clock) -> None:
+    """Not as a credential, an API key or a token; and not over what it would mean as a header."""
+    with door_with_key(paths, clock, KEY) as live:
+        assert live.beat(GENUINE).code == "host-unknown"  # the server has the key
+        for name, credential in FORGED.items():
+            text = credential.encode("utf-8", "surrogateescape")
+            data = request_bytes("POST", "/api/agent/heartbeat", bearer="@").replace(b"@", text)
+            codes = [reply.code for reply in live.send(data)]
+            if name in ("space before", "CR LF at the end"):  # of a header field: no part of it
+                assert codes == ["host-unknown"]
+            elif name == "nothing":
+                assert codes == ["credential-missing"]
+            elif name == "very long":
+                assert codes == ["head-too-large"]
+            else:
+                assert codes in (["credential-invalid"], ["malformed-request"]), name
+        texts = [text for text in (*FORGED.values(), GENUINE) if len(text) < 60_000]
+        bodies = [{"token": text, "hostname": "a"} for text in texts]
+        stream = [request_bytes("POST", "/api/agent/enroll", body) for body in bodies]
+        codes = {reply.code for reply in live.send(b"".join(stream))}
+        assert codes == {"invalid-body", "token-unknown", "too-many-requests"}
+        assert live.call("GET", "/api/me", bearer=GENUINE).code == "too-many-requests"
+        assert live.call("GET", "/api/me", bearer=live.api_key).status == 200
+
+
+def test_what_is_not_json_is_refused_over_a_socket_too(live: SocketDoor) -> None:
+    """One stream for all of it: none of it ends the connection, or loses where the next begins."""
+    bodies = [body for body in NOT_JSON.values() if len(body) <= hostenroll.BODY_MAXIMUM]
+    stream = [request_bytes("POST", "/api/agent/enroll", body) for body in bodies]
+    said = live.send(b"".join(stream) + HEALTH)
+    assert [reply.code for reply in said] == ["invalid-body"] * len(bodies) + [None]
+
+
+@pytest.mark.parametrize("field", ["hostname", "name", "os", "token"])
+def test_no_nasty_character_gets_in_over_a_socket(field: str, live: SocketDoor) -> None:
+    bodies = []
+    for nasty in UNSHOWABLE.values():
+        for ascii_only in (True, False):
+            body = {"token": "het_x", "hostname": "a", field: f"x{nasty}y"}
+            text = json.dumps(body, ensure_ascii=ascii_only)
+            bodies.append(text.encode("utf-8", "surrogatepass"))
+    said = live.send(b"".join(request_bytes("POST", "/api/agent/enroll", body) for body in bodies))
+    assert [reply.code for reply in said] == ["invalid-body"] * len(bodies)
+    for reply in said:
+        assert not hostenroll.UNPRINTABLE.search(reply.document["detail"])
+
+
+def test_what_cannot_be_read_is_answered_once_by_a_server_too(shared: SocketDoor) -> None:
+    for name, (data, code) in BAD.items():
+        said = shared.send(HEALTH + data + HEALTH)
+        assert [reply.code for reply in said] == [None, code], name
+        assert said[-1].headers["connection"] == "close"
 
 
 def test_a_flood_of_wrong_secrets_is_told_to_wait_and_keeps_nobody_out(live: SocketDoor) -> None:
