@@ -9383,6 +9383,101 @@ def test_what_cannot_be_read_is_answered_once_by_a_server_too(shared: SocketDoor
         assert said[-1].headers["connection"] == "close"
 
 
+STRANGE: List[Any] = [
+    None, True, -1, 0, 2**63, 10**30, 1e308, 0.5, "", "x" * 300, "\0", "\u202e", "\r\nX: y", "é",
+    "../../etc/passwd", "' OR 1=1 --", "%00", "{}", [], {}, [[]], {"a": {"a": 1}}, "0" * 16,
+]  # fmt: skip
+
+
+def strange_request(rng: random.Random, secrets: Dict[str, str], ids: Sequence[str]) -> bytes:
+    """A request to some route, right in many things and wrong in others."""
+    route = rng.choice(hostenroll.ROUTES)
+    method = rng.choice([route.method] * 9 + ["GET", "POST", "HEAD", "OPTIONS", "PUT", "BREW"])
+    path = route.path.replace("{id}", rng.choice([*ids, *ids, "%2e%2e", "x" * 40, "%FF"]))
+    names = [*route.query.schema()["properties"], "x", "limit", "cursor"]
+    texts = [*ids, "1", "-1", "", "a=b", "%00", "%ff", "online", "default", "+", "%E2%80%AE"]
+    for n in range(rng.choice([0, 0, 0, 1, 2, 80])):
+        path += f"{'&' if n else '?'}{rng.choice(names)}={rng.choice(texts)}"
+    right = {"token": secrets["token"], "hostname": "web-1", "name": "x", "ttlSeconds": 60}
+    fields = list(route.body.schema()["properties"]) if route.body else ["token"]
+    body: Any = {
+        name: right.get(name, "x") if rng.random() < 0.8 else rng.choice([*STRANGE, *ids])
+        for name in (fields if rng.random() < 0.5 else rng.sample(fields, len(fields) // 2))
+    }
+    headers = [("Idempotency-Key", rng.choice(["k", "", "é", "x" * 200]))] * rng.choice([0, 0, 1])
+    body = rng.choice([body] * 6 + [None, [body], b"{", b"\xff", b"[" * 5000])
+    bearer = secrets.get("credential" if route.caller == "credential" else "key")
+    if rng.random() < 0.3:
+        bearer = rng.choice([*secrets.values(), None, "", "x.y.z", f"{bearer}="])
+    return request_bytes(method, path, body, bearer, headers)
+
+
+def well_formed_answers(data: bytes) -> List[int]:
+    """The statuses of a stream of answers, none of them to HEAD: each is held to RFC 9112 and to
+    what we promise."""
+    statuses = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        line, *fields = head.split(b"\r\n")
+        assert end and re.fullmatch(rb"HTTP/1\.1 [1-5][0-9]{2} [A-Za-z -]+", line), line
+        assert all(re.fullmatch(rb"[A-Za-z-]+: [\x20-\x7e]+", field) for field in fields), fields
+        status = int(line[9:12])
+        if status == 100:
+            continue
+        named = {name.lower(): value for name, _, value in (f.partition(b": ") for f in fields)}
+        assert len(named) == len(fields)
+        length = int(named.get(b"content-length", b"0"))
+        body = data[:length]
+        data = data[length:]
+        assert b"Traceback" not in body and b"hostenroll.py" not in body
+        if body and status >= 400:
+            assert json.loads(body)["status"] == status
+        statuses.append(status)
+    return statuses
+
+
+@slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_whatever_is_sent_is_answered_in_well_formed_http_and_never_by_a_failure(
+    seed: int, tmp_path: Path
+) -> None:
+    """Requests of every route with strange things in them, and some of those spoiled as bytes; on
+    a connection each, some of which half-close, go away in the middle, or reset."""
+    key = cli(tmp_path, "mint-api-key", "--all-orgs").stdout.strip()
+    rng = random.Random(seed)
+    spoiled = mutants(seed, 10_000)
+    seen: Dict[int, int] = {}
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, key)
+        minted = door.mint(maxUses=1000, ttlSeconds=86400).document
+        enrolled = door.enroll(minted["token"]).document
+        secrets = {"key": key, "token": minted["token"], "credential": enrolled["credential"]}
+        ids = [minted["id"], enrolled["hostId"], "0" * 16]
+        for n in range(1000):
+            data = strange_request(rng, secrets, ids) if n % 3 else next(spoiled)
+            if n % 6 == 1:
+                at, nasty = rng.randint(0, len(data)), [b"\0", b"\r", b"\n", b" ", b"\xff", b""]
+                data = data[:at] + rng.choice(nasty) + data[at + 1 :]
+            with door.connect() as peer:
+                peer.sendall(data)
+                if n % 10 == 0:  # goes away; with RST, where linger is of no seconds
+                    linger = struct.pack("ii", n % 20 == 0, 0)
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    continue
+                peer.shutdown(socket.SHUT_WR)
+                said = b"".join(iter(lambda: peer.recv(65536), b""))
+            if b"HEAD " not in data:
+                for status in well_formed_answers(said):
+                    seen[status] = seen.get(status, 0) + 1
+        assert door.call("GET", "/api/me", bearer=key).status == 200
+        assert door.call("GET", "/readyz").status == 200
+        assert server.terminate() == 0
+    assert not {500, 503} & set(seen)
+    assert {200, 201, 204, 400, 401, 404, 405, 501} <= set(seen)
+    assert not re.search("Traceback|ERROR|failed", "".join(server.said))
+    assert cli(tmp_path, "check").returncode == 0
+
+
 def test_a_flood_of_wrong_secrets_is_told_to_wait_and_keeps_nobody_out(live: SocketDoor) -> None:
     """A flood of them in one stream; and an honest machine behind the same address."""
     token, secret = live.token(), hostenroll.mint_secret("het", 1 << 40).text
