@@ -6867,18 +6867,20 @@ class Server(HTTPServer):
         if tls.has_ended:
             self._drop(connection)
         elif self._held > HELD_MAXIMUM:
-            self._relieve(connection, tls)
+            self._relieve(connection)
         return b""
 
-    def _relieve(self, connection: Connection, tls: Tls) -> None:
-        """Too much is held. Who shakes hands is not to blame: the slowest of those who hold it
-        gives way, or they would keep everyone new out."""
-        holders = (self._in_body.first(), self._in_head.first(), self._taking.first())
-        blamed = next(filter(None, holders), connection) if not tls.is_shaken else connection
-        if blamed.phase is self._in_body or blamed.phase is self._in_head:
-            self._refuse(blamed, Overloaded())
+    def _relieve(self, connection: Connection) -> bool:
+        """Too much is held, with what has come of a connection or goes to it: whoever holds the
+        most gives way. So a crowd that holds what it can keeps nobody else out. True when that is
+        the connection itself."""
+        holders = [it for phase in self._phases for it in phase.everyone()]
+        greatest = max((*holders, connection), key=lambda it: it.held + len(it.output))
+        if greatest.output or greatest.phase is self._shaking:
+            self._drop(greatest)
         else:
-            self._drop(blamed)
+            self._refuse(greatest, Overloaded())
+        return greatest is connection
 
     def _part_from_tls(self, connection: Connection, tls: Tls) -> None:
         output = tls.output()
@@ -6900,8 +6902,7 @@ class Server(HTTPServer):
             return None
         if request is None or reader.buffer or connection.held:
             self._account(connection, reader.held + (len(request.body) if request else 0))
-            if self._held > HELD_MAXIMUM:
-                self._refuse(connection, Overloaded())
+            if self._held > HELD_MAXIMUM and self._relieve(connection):
                 return None
         if request is None:
             self._hold(connection)
@@ -7142,8 +7143,7 @@ class Server(HTTPServer):
             return True
         connection.output = memoryview(data)[sent:]
         self._held += len(connection.output)
-        if self._held > HELD_MAXIMUM:
-            self._drop(connection)
+        if self._held > HELD_MAXIMUM and self._relieve(connection):
             return False
         if connection.phase is not self._taking:  # a trickle taken does not buy more time
             self._move(connection, self._taking)

@@ -10604,6 +10604,36 @@ def test_an_unfinished_crowd_holds_so_much_memory_and_no_more(
         until(lambda: door.call("POST", "/api/agent/enroll", body).code == "invalid-body")
 
 
+@pytest.mark.parametrize("doors", [live_door, tls_door], ids=["plain", "tls"])
+@pytest.mark.parametrize(
+    "count, begun",
+    table({
+        "bodies": (2, POST + b"Content-Length: 60000\r\n\r\n" + b"x" * 39_950),
+        "heads": (5, b"GET / HTTP/1.1\r\nX: " + b"x" * 15_960),
+    }),
+)  # fmt: skip
+def test_who_holds_little_is_not_kept_out_by_those_who_hold_too_much(
+    count: int, begun: bytes, doors: Any, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends head and body one after the other, while others hold all there is."""
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 80_000)
+    body = b'{"maxUses":5,"description":"%b"}' % (b"x" * 900)
+    with doors(paths, clock) as live, contextlib.ExitStack() as stack:
+        whole = request_bytes("POST", "/api/hosts/tokens", body, live.api_key)
+        holders = [stack.enter_context(live.connect()) for _ in range(count)]
+        for holder in holders:
+            holder.sendall(begun)
+        for _ in range(20):  # meanwhile all of it is read
+            assert live.call("GET", "/healthz").status == 200
+        with live.connect() as honest, honest.makefile("rb") as stream:
+            for at in range(0, len(whole), 400):
+                honest.sendall(whole[at : at + 400])
+                assert live.call("GET", "/healthz").status == 200
+            reply = read_reply(stream)
+            assert reply is not None and reply.status == 201
+        assert sum(map(bool, (select.select([it], [], [], 0.1)[0] for it in holders))) >= 1
+
+
 def test_a_peer_that_never_stops_sending_is_not_listened_to_for_ever(
     paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
