@@ -4493,15 +4493,21 @@ _TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
 FIELD_NAME = re.compile(_TCHARS)
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
+def _encoded(characters: str) -> str:
+    """A pattern of characters and of percent-encoded ones. In runs: one by one, a head full of
+    them would be as much work as ten requests."""
+    return f"[{characters}]*(?:%[0-9A-Fa-f]{{2}}[{characters}]*)*"
+
+
+_NAME = "A-Za-z0-9._~!$&'()*+,;=-"  # unreserved and sub-delims, RFC 3986 section 2
 TARGET = re.compile(
-    r"(?:https?://(?P<authority>[^/?#]*))?"
-    r"(?P<path>(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*)*)"
-    r"(?:\?(?P<query>(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*))?",
-    re.IGNORECASE,
+    r"(?:[Hh][Tt][Tt][Pp][Ss]?://(?P<authority>[^/?#]*))?"
+    rf"(?P<path>(?:/{_encoded(f':@{_NAME}')})*)"
+    rf"(?:\?(?P<query>{_encoded(f'/?:@{_NAME}')}))?"
 )
-HOST = re.compile(
-    r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?"
-)
+HOST = re.compile(rf"(?:(?!:|$){_encoded(_NAME)}|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
