@@ -4827,17 +4827,17 @@ class RequestReader:
         "_chunked",
         "_head",
         "_peer",
-        "_proxies",
         "address",
         "buffer",
         "connection",
         "number",
+        "proxies",
     )
 
     def __init__(self, address: str = "", connection: int = 0, proxies: Networks = ()) -> None:
         """proxies are for a peer who is one of them: then its requests say whose they are."""
         self.address = self._peer = address
-        self._proxies = proxies
+        self.proxies = proxies
         self.connection = connection
         self.number = 1  # of the request that comes next
         self.buffer = b""
@@ -4857,7 +4857,7 @@ class RequestReader:
                 self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM])
                 return None
             data = buffer[start:end]
-            if self._proxies:
+            if self.proxies:
                 data = self._unwrapped(data)
             head, self._authorization = parse_head(data)
             buffer = buffer[end + 4 :]
@@ -4875,7 +4875,7 @@ class RequestReader:
         each client or request, and would keep heads from being found in the cache: it is cut out,
         and its lines stay, so nothing changes of how others are read."""
         values = _FORWARDED_FOR.findall(data)
-        self.address = forwarded_address(values, self._proxies, self._peer)
+        self.address = forwarded_address(values, self.proxies, self._peer)
         return _ADDED_BY_PROXIES.sub(rb"\1", data)
 
     def _request(self, head: Head, body: bytes) -> Request:
@@ -6839,9 +6839,10 @@ class Server(HTTPServer):
 
     def _hear(self, connection: Connection, data: bytes) -> bool:
         """Take what has arrived into the tick, if it is a plain heartbeat between two requests.
-        What is to be logged one by one goes the long way."""
+        What is to be logged one by one, or came by a proxy, goes the long way."""
         reader = connection.reader
-        if connection.phase not in self._between or reader.buffer or self._access_log:
+        is_between = connection.phase in self._between and not reader.buffer
+        if not is_between or self._access_log or reader.proxies:
             return False
         heard = self._api.hear(data, self._now)
         if heard is None:
