@@ -6893,8 +6893,9 @@ def test_each_request_on_a_proxys_connection_has_its_own_client() -> None:
     assert reader.next() is None and reader.unread().address == "198.51.100.8"  # its body is late
     heard = reader.next(body[-1:])
     assert heard is not None and heard.address == "198.51.100.8"
-    heard = reader.next(get() + b"GET")
+    heard = reader.next(get())
     assert heard is not None and heard.address == PROXY
+    assert reader.next(first + b"GET") is not None
     assert reader.unread().address == PROXY
     with pytest.raises(hostenroll.MalformedRequest):
         reader.next(b" / HTTP/1.1\n")
