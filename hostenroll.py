@@ -4693,7 +4693,8 @@ Networks = Tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
 # An address as proxies write it: some add a port. No zone, which could be any text.
 HOP = re.compile(
-    r"([0-9.]{7,15})(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})|\[([0-9A-Fa-f:.]{2,45})\](?::[0-9]{1,5})?"
+    r"([0-9.]{7,15})(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})"
+    r"|\[([0-9A-Fa-f:.]{2,45})\](?::[0-9]{1,5})?"
 )
 _FORWARDED_FOR = re.compile(rb"\r\nX-Forwarded-For:([\t\x20-\x7e\x80-\xff]*)", re.IGNORECASE)
 _ADDED_BY_PROXIES = re.compile(
@@ -4963,7 +4964,7 @@ class Response(NamedTuple):
     closes: bool = False
 
 
-_write_compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps() makes one each time
+_write_compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps() makes one
 
 
 def write_json(document: Any) -> bytes:
