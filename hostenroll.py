@@ -2201,7 +2201,7 @@ class Store:
     def is_replaced(self) -> bool:
         """Whether there is something to reopen()."""
         try:
-            self._require_same_file()
+            self.require_same_file()
             self.require_companions()
         except StoreReplaced:
             return True
