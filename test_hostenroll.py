@@ -39,6 +39,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -343,6 +344,17 @@ class ApiDoor(Door):
             assert outcomes is not None
             response = self.api.answer(admitted, outcomes[0])
         return self._reply(response)
+
+    def tick(self, requests: Sequence[bytes]) -> List[Reply]:
+        """Requests in one tick, none of them a read; what each comes to."""
+        asked = [RequestReader("192.0.2.7").next(data) for data in requests]
+        admitted = [self.api.admit(request, self.clock.ms) for request in asked if request]
+        work = [it for it in admitted if not isinstance(it, hostenroll.Response)]
+        responses = iter(self.api.run(work, self.clock.ms) or []) if work else iter([])
+        answers = [
+            it if isinstance(it, hostenroll.Response) else next(responses) for it in admitted
+        ]
+        return [self._reply(answer) for answer in answers if answer is not None]
 
     @staticmethod
     def _reply(response: hostenroll.Response) -> Reply:
@@ -4261,146 +4273,634 @@ def test_ids_are_unique_and_never_come_back(registry: Registry, clock: Clock) ->
     assert len(numbers) == 30 and all(0 < number < 1 << 63 for number in numbers)
 
 
+def at(milliseconds: Optional[int]) -> Optional[str]:
+    """A time as the API writes it."""
+    if not milliseconds:
+        return None
+    seconds, rest = divmod(milliseconds, 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:03d}Z"
+
+
 class Model:
-    """What the registry should be, as dictionaries."""
+    """What the fleet should be, as plain things in dictionaries. It knows the README's rules, and
+    none of the Registry's: what has died is kept here, and looked for there."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.tokens: Dict[str, Any] = {}
         self.hosts: Dict[str, Any] = {}
+        self.kids: List[str] = []  # the one that signs first
+        self.retired: List[str] = []
+        self.interval = 30
+        self.paused = self.started = self.alive = 0  # the last pause of service, and its end
+        self.events: Dict[Tuple[str, str], int] = {}
 
-    def enroll(self, token: Any, key: str, name: str) -> Tuple[Optional[str], Any]:
-        """The refusal, or the host that is expected; None for a new one."""
-        now = self.clock.ms
-        live = [host for host in self.hosts.values() if not host.deleted]
-        same = [host for host in live if key and (host.token, host.key) == (token.id, key)]
-        for host in same:
-            fresh = host.seen < host.admitted and now - host.admitted_at <= DAY_MS
-            if fresh and not token.revoked and not host.revoked:
-                host.issued += 1
-                return None, host
+    def did(self, action: str, what: str) -> None:
+        self.events[action, what] = self.events.get((action, what), 0) + 1
+
+    # Tokens.
+
+    def state(self, token: Any) -> str:
         if token.revoked:
-            return "token-revoked", None
-        if token.uses >= token.max:
-            return "token-used", None
-        if now >= token.expires:
-            return "token-expired", None
-        if same:
-            return "token-used", None
-        if token.hostname and token.hostname != name:
-            return "token-host-mismatch", None
-        host = self.hosts[token.host] if token.host else None
-        if host and host.revoked:
-            return "host-revoked", None
-        token.uses += 1
-        if host:
-            host.issued += 2
-            host.token, host.key = token.id, key
-            host.admitted, host.admitted_at = host.issued, now
-        return None, host
+            return "revoked"
+        if token.uses == token.max:
+            return "used"
+        return "valid" if self.clock.ms < token.expires else "expired"
 
-    def beat(self, host: Any, serial: int) -> Optional[str]:
+    def token_shown(self, token: Any) -> Dict[str, Any]:
+        came = [host.id for host in self.living() if host.token == token.id]
+        return {
+            "id": token.id, "organizationId": token.organization, "state": self.state(token),
+            "description": token.description, "hostname": token.hostname, "hostId": token.host,
+            "labels": token.labels, "maxUses": token.max, "uses": token.uses,
+            "createdAt": at(token.created), "createdBy": token.by, "expiresAt": at(token.expires),
+            "usedAt": at(token.used), "usedFrom": token.used and "192.0.2.7",
+            "revokedAt": at(token.revoked),
+            "hosts": [token.host] * token.uses if token.host else came,
+        }  # fmt: skip
+
+    def prune(self) -> None:
+        month_ago = self.clock.ms - 30 * DAY_MS
+        for token in list(self.tokens.values()):
+            end = token.used if token.uses == token.max else token.expires
+            if token.created < month_ago and (token.revoked or end) <= month_ago:
+                del self.tokens[token.id]
+
+    # Hosts.
+
+    def living(self) -> List[Any]:
+        """The newest first."""
+        living = [host for host in self.hosts.values() if not host.deleted]
+        return sorted(living, key=lambda host: str(host.id), reverse=True)
+
+    def status(self, host: Any) -> str:
+        now = self.clock.ms
+        if host.revoked or not host.last:
+            return "revoked" if host.revoked else "pending"
+        until = now if now - self.alive <= 25_000 else self.alive
+        silence = until - host.last
+        if host.last <= self.paused:
+            silence -= self.started - self.paused
+        elif host.last < self.started:
+            silence = until - self.started
+        if host.last > now or silence <= (3 * self.interval + 10) * 1000:
+            return "online"
+        return "offline" if silence <= WEEK_MS else "missing"
+
+    def host_shown(self, host: Any) -> Dict[str, Any]:
+        twin = self.hosts.get(host.twin)
+        return {
+            "id": host.id, "organizationId": host.organization, "name": host.name,
+            "hostname": host.hostname, **host.facts, "labels": host.labels,
+            "status": self.status(host), "enrolledAt": at(host.enrolled),
+            "lastSeen": at(host.last), "tokenId": host.token, "revokedAt": at(host.revoked),
+            "warnings": int(twin is not None and not twin.deleted and not twin.revoked),
+        }  # fmt: skip
+
+    def twin(self, organization: str, hostname: str, own: str = "") -> str:
+        """Whom a host finds there by its own name; only the newest twenty are looked at."""
+        plain = lambda name: name.lower().rstrip(".")  # noqa: E731
+        same = [
+            host
+            for host in self.living()
+            if host.organization == organization and plain(host.hostname) == plain(hostname)
+        ]
+        for host in same[:20]:
+            if host.id != own and self.status(host) in ("pending", "online"):
+                return str(host.id)
+        return ""
+
+    # Enrollments.
+
+    def enroll(self, token: Any, key: str, hostname: str) -> Tuple[str, str, Any]:
+        """The refusal; or else what happens, to which host: None for a new one."""
+        if token is None or token.id not in self.tokens:
+            return "token-unknown", "", None
+        known = [it for it in self.living() if key and (it.admitted_by, it.key) == (token.id, key)]
+        for host in known:
+            lost = host.heard < host.admitted and self.clock.ms - host.admitted_at <= DAY_MS
+            if lost and not token.revoked and not host.revoked:
+                return "", "replay", host
+        if self.state(token) != "valid":
+            return f"token-{self.state(token)}", "", None
+        if known:
+            return "token-used", "", None
+        if token.hostname and token.hostname.lower() != hostname.lower().rstrip("."):
+            return "token-host-mismatch", "", None
+        host = self.hosts.get(token.host)
+        if host is not None and host.revoked:
+            return "host-revoked", "", None
+        return "", "re-enroll" if host else "enroll", host
+
+    def admit(self, host: Any, token: Any, key: str, hostname: str, facts: Dict[str, str]) -> None:
+        """A host comes in by a token; again, where it was there."""
+        token.uses, token.used = token.uses + 1, self.clock.ms
+        again = bool(host.issued)
+        host.issued += 2 if again else 1
+        host.admitted, host.admitted_at = host.issued, self.clock.ms
+        host.admitted_by, host.key = token.id, key
+        self.change(host, {**facts, "hostname": hostname})
+        host.twin = self.twin(host.organization, host.hostname, host.id)
+
+    @staticmethod
+    def change(host: Any, facts: Dict[str, str]) -> None:
+        host.facts.update({name: it for name, it in facts.items() if name != "hostname"})
+        if "hostname" in facts and not (host.is_bound and host.hostname):
+            host.hostname = facts["hostname"]
+
+    # Heartbeats.
+
+    def beat(self, credential: Any, facts: Dict[str, str]) -> str:
+        """The refusal; or else the beat counts."""
+        if credential.kid not in self.kids:
+            return "credential-invalid"
+        expires = credential.expires
+        if expires is not None and self.clock.ms > expires * 1000 + WEEK_MS:
+            return "credential-expired"
+        host = self.hosts[credential.host]
         if host.deleted:
             return "host-unknown"
-        if serial < host.seen:
+        if credential.serial < host.heard:
             return "credential-superseded"
         if host.revoked:
             return "host-revoked"
-        host.seen, host.last = serial, max(host.last, self.clock.ms)
-        return None
+        if credential.serial > max(1, host.heard):
+            host.kid = credential.kid
+            self.did("supersede", "host")
+        host.heard, host.last = credential.serial, max(host.last, self.clock.ms)
+        self.change(host, facts)
+        return ""
 
-    def status(self, host: Any) -> str:
-        if host.revoked or not host.last:
-            return "revoked" if host.revoked else "pending"
-        silence = self.clock.ms - host.last
-        return "online" if silence <= 100_000 else "offline" if silence <= WEEK_MS else "missing"
-
-
-@pytest.mark.parametrize("seed, steps", [(11, 1000), (None, 500)], ids=["11", "any"])
-def test_a_long_random_life_is_as_the_model_says(
-    seed: Optional[int], steps: int, registry: Registry, clock: Clock
-) -> None:
-    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-    chance, door, model = random.Random(seed), RegistryDoor(registry, clock), Model(clock)
-    pick = lambda table: chance.choice(list(table.values())[-12:])  # noqa: E731
-
-    def remember(document: Any, host: str = "") -> None:
-        model.tokens[document["id"]] = SimpleNamespace(
-            id=document["id"],
-            text=document["token"],
-            max=document["maxUses"],
-            expires=clock.ms + hostenroll.TOKEN_TTL * 1000,
-            hostname=document["hostname"],
-            host=host,
-            uses=0,
-            revoked=False,
-        )
-
-    for step in range(steps):
-        chosen = chance.random()
-        if chosen < 0.15 or not model.tokens:
-            order: Dict[str, Any] = {"maxUses": chance.choice([1, 1, 3])}
-            if chance.random() < 0.2:
-                order["hostname"] = "web-1"
-            remember(door.mint(**order).document)
-        elif chosen < 0.40 or not model.hosts:
-            token, key = pick(model.tokens), chance.choice(["", "k", "m"])
-            name = chance.choice(["web-1", "web-2"])
-            code, expected = model.enroll(token, key, name)
-            reply = door.enroll(token.text, name, key)
-            assert reply.code == code, (seed, step)
-            if code is None:
-                number = reply.document["hostId"]
-                if expected is None:
-                    assert number not in model.hosts, (seed, step)
-                    expected = model.hosts[number] = SimpleNamespace(
-                        id=number, token=token.id, key=key, issued=1, admitted=1, seen=0, last=0
-                    )
-                    expected.admitted_at, expected.credentials = clock.ms, []
-                    expected.revoked = expected.deleted = False
-                assert number == expected.id, (seed, step)
-                credential = reply.document["credential"]
-                assert serial_of(registry, credential) == expected.issued, (seed, step)
-                expected.credentials.append((expected.issued, credential))
-        elif chosen < 0.65:
-            host = pick(model.hosts)
-            serial, credential = chance.choice(host.credentials[-3:])
-            code = model.beat(host, serial)
-            reply = door.beat(credential)
-            assert reply.code == code, (seed, step)
-            assert code or reply.document["lastSeen"] == hostenroll.rfc3339(host.last), (seed, step)
-        elif chosen < 0.80:
-            host = pick(model.hosts)
-            act = chance.choice(["revoke", "restore", "restore", "delete"])
-            reply = getattr(door, act)(host.id)
-            assert reply.code == ("not-found" if host.deleted else None), (seed, step)
-            if act == "delete":
-                host.deleted = True
-                for token in model.tokens.values():
-                    token.revoked = token.revoked or token.host == host.id
-            elif not host.deleted:
-                host.revoked = act == "revoke"
-        elif chosen < 0.86:
-            host = pick(model.hosts)
-            reply = door.reenroll(host.id)
-            assert reply.code == ("not-found" if host.deleted else None), (seed, step)
-            if reply.code is None:
-                remember(reply.document, host.id)
-        elif chosen < 0.90:
-            token = pick(model.tokens)
-            assert door.revoke_token(token.id).status == 204
-            token.revoked = True
+    def renewal(self, credential: Any, ttl: Optional[int]) -> Optional[int]:
+        """The serial of the credential that comes with the reply to a beat that counted."""
+        host = self.hosts[credential.host]
+        is_due = credential.kid != self.kids[0]
+        if credential.expires is None:
+            is_due = is_due or ttl is not None
         else:
-            clock.now = round(clock.now + chance.choice([0.001, 1, 99, 600, 90000, -50]), 3)
-        host = pick(model.hosts) if model.hosts else None
-        if host is not None and not host.deleted:
-            shown = door.host(host.id).document
-            assert shown["status"] == model.status(host), (seed, step)
-    listed = pages(registry, clock, "hosts", hostenroll.HostQuery(limit=50))
-    living = {int(host.id, 16) for host in model.hosts.values() if not host.deleted}
-    assert set(ids(listed)) == living, seed
-    for token in model.tokens.values():
-        assert door.show_token(token.id).document["uses"] == token.uses, seed
+            life = credential.expires - credential.issued
+            left = credential.expires * 1000 - self.clock.ms
+            is_due = is_due or (ttl is not None and life > ttl) or 3 * left < life * 1000
+        if not is_due or credential.serial < host.admitted:
+            return None
+        host.issued += 1
+        self.did("renew", "host")
+        return int(host.issued)
+
+    # Service.
+
+    def start(self, interval: int) -> None:
+        now = self.clock.ms
+        if not self.alive:
+            self.paused = self.started = self.alive = now
+        elif now - self.alive <= 10_000:
+            self.alive = max(now, self.alive)
+        else:
+            if self.alive - self.started > (3 * self.interval + 10) * 1000:
+                self.paused = self.alive
+            self.started = self.alive = now
+        self.interval = interval
+
+
+class Life:
+    """A fleet that lives at random behind two servers on one database, and beside it the model.
+    Whatever is done to one is done to the other, and both are asked what has become of it."""
+
+    ACTS = {
+        "mint": 12, "enroll": 20, "beat": 24, "beat_together": 6, "shut_out": 7, "delete": 3,
+        "reenroll": 6, "revoke_token": 3, "edit": 4, "rotate": 1, "retire": 2, "stay_alive": 2,
+        "keep_house": 1, "restart": 2, "forge": 2, "wait": 8, "wait_for_a_boundary": 5,
+    }  # fmt: skip
+    WAITS = (0.001, 1, 30, 99, 600, 18_000, 86_400, 3 * 86_400, 9 * 86_400, -0.001, -50)
+    HOSTNAMES = ("web-1", "WEB-1.", "web-2", "web-3", "web-4")
+    FACTS = ("os", "architecture", "dockerVersion")
+
+    def __init__(self, paths: Tuple[str, str], clock: Clock, seed: int) -> None:
+        self.paths, self.clock, self.chance = paths, clock, random.Random(seed)
+        self.model = Model(clock)
+        self.credentials: List[Any] = []
+        self.servers = [self.start(30, None), self.start(30, 86_400)]
+        self.touched: List[Any] = []
+        first = self.servers[0].registry
+        for name in ("a-team", "b-team"):
+            do(first, clock, lambda now, name=name: first.add_organization(OPERATOR, name, now))
+        keys = {"owner": (None, "admin"), "ann": ("a-team", "admin"), "ben": ("b-team", "admin"),
+                "vic": (None, "viewer"), "eve": (None, "admin")}  # fmt: skip
+        self.keys = {name: make_api_key(first, clock, *key) for name, key in keys.items()}
+        self.scopes = {name: organization for name, (organization, _) in keys.items()}
+        number = int(self.keys["eve"].split("_")[1], 16)
+        do(first, clock, lambda now: first.revoke_api_key(OPERATOR, number, now))
+
+    def start(self, interval: int, ttl: Optional[int]) -> Any:
+        options = {"interval": interval, "credential_ttl": ttl}
+        registry = open_registry(*self.paths, self.clock.ms, **options)
+        self.model.kids = list(registry._keyring.kids)
+        do(registry, self.clock, lambda now: registry.start_service("http://here", now))
+        self.model.start(interval)
+        return SimpleNamespace(registry=registry, door=ApiDoor(registry, self.clock), **options)
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.registry.close()
+
+    # What is drawn.
+
+    @property
+    def server(self) -> Any:
+        server = self.chance.choice(self.servers)
+        server.door.api.notice_keys()  # as each turn of a server begins
+        return server
+
+    def one_of(self, things: Sequence[Any]) -> Any:
+        """Most often one of the newest."""
+        return self.chance.choice(things[-12:] if self.chance.random() < 0.9 else things)
+
+    def caller(self) -> str:
+        return self.chance.choices(list(self.keys), [20, 3, 3, 1, 1])[0]
+
+    def facts(self) -> Dict[str, str]:
+        names = self.chance.sample(self.FACTS, self.chance.choice([0, 0, 1, 2]))
+        return {name: self.chance.choice("xyz") for name in names}
+
+    # What is asked, and what is to come of it.
+
+    def ask(self, caller: str, method: str, path: str, body: Any = None) -> Reply:
+        reply: Reply = self.server.door.call(method, path, body, self.keys[caller])
+        return reply
+
+    def refusal(self, caller: str, thing: Any) -> Optional[str]:
+        """Of somebody who wants to change a thing; None for a thing that is not there."""
+        if caller in ("eve", "vic"):
+            return "api-key-invalid" if caller == "eve" else "forbidden"
+        own = thing is not None and self.scopes[caller] in (None, thing.organization)
+        return None if own else "not-found"
+
+    def took(self, credential: str, host: Any, serial: int, server: Any) -> Any:
+        """Read a credential as anybody can, and keep it."""
+        header, claims = (json.loads(unb64(part)) for part in credential.split(".")[:2])
+        assert header == {"alg": "HS256", "typ": "JWT", "kid": self.model.kids[0]}
+        issued, ttl = self.clock.ms // 1000, server.credential_ttl
+        expires = None if ttl is None else issued + ttl
+        wanted = {"iss": "hostenroll", "sub": host.id, "org": host.organization, "iat": issued,
+                  "ser": serial, **({} if ttl is None else {"exp": expires})}  # fmt: skip
+        assert claims == wanted
+        self.credentials.append(
+            SimpleNamespace(text=credential, host=host.id, serial=serial, kid=header["kid"],
+                            issued=issued, expires=expires)
+        )  # fmt: skip
+        return at(None if expires is None else expires * 1000)
+
+    def minted(self, reply: Reply, caller: str, ttl: int, **order: Any) -> None:
+        document = dict(reply.document)
+        token = SimpleNamespace(
+            **order, id=document["id"], text=document.pop("token"), uses=0, used=None, revoked=None,
+            created=self.clock.ms, expires=self.clock.ms + ttl * 1000,
+            by=f"api-key:{self.keys[caller].split('_')[1]}",
+        )  # fmt: skip
+        assert token.id not in self.model.tokens and reply.status == 201
+        self.model.tokens[token.id] = token
+        self.model.did("mint", "token")
+        assert document == self.model.token_shown(token)
+
+    # The acts.
+
+    def mint(self) -> None:
+        caller, chance = self.caller(), self.chance
+        ttl = chance.choice([60, 3600, 86_400, 30 * 86_400])
+        asked = chance.choice([None, None, "default", "a-team", "b-team", "nowhere"])
+        order = {"maxUses": chance.choice([1, 1, 2, 5]), "description": chance.choice("xy"),
+                 "labels": {"rack": "b4"} if chance.random() < 0.3 else {}}  # fmt: skip
+        hostname = chance.choice([None, None, None, "web-1"])
+        more = {"hostname": hostname, "organizationId": asked}
+        body = {**order, "ttlSeconds": ttl, **{k: v for k, v in more.items() if v}}
+        reply = self.ask(caller, "POST", "/api/hosts/tokens", body)
+        organization = asked or self.scopes[caller] or "default"
+        refused = self.refusal(caller, SimpleNamespace(organization=organization))
+        if refused is None and asked == "nowhere":
+            refused = "invalid-body"
+        assert reply.code == refused
+        if refused is None:
+            order["max"] = order.pop("maxUses")
+            self.minted(
+                reply, caller, ttl, **order, hostname=hostname, host=None, organization=organization
+            )
+
+    def enroll(self) -> None:
+        if not self.model.tokens:
+            return
+        token, server = self.one_of(list(self.model.tokens.values())), self.server
+        key, hostname = self.chance.choice(["", "k", "m"]), self.chance.choice(self.HOSTNAMES)
+        facts = self.facts()
+        refused, action, host = self.model.enroll(token, key, hostname)
+        reply = server.door.enroll(token.text, hostname, key, **facts)
+        assert (reply.code or "") == refused
+        if refused:
+            return
+        if action == "enroll":
+            host = self.newcomer(reply.document["hostId"], token, hostname)
+        if action == "replay":
+            host.issued += 1
+        else:
+            self.model.admit(host, token, key, hostname, facts)
+        if action == "enroll":
+            self.model.hosts[host.id] = host
+        self.model.did(action, "host")
+        self.touched += [host, token]
+        credential = reply.document["credential"]
+        assert reply.status == 201 and reply.document == {
+            "hostId": host.id, "organizationId": host.organization, "name": host.name,
+            "credential": credential,
+            "credentialExpiresAt": self.took(credential, host, host.issued, server),
+            "heartbeatIntervalSeconds": server.interval,
+        }  # fmt: skip
+
+    def newcomer(self, number: str, token: Any, hostname: str) -> Any:
+        assert number not in self.model.hosts, "an id has come back"
+        return SimpleNamespace(
+            id=number, organization=token.organization, token=token.id, labels=token.labels,
+            name=hostname, hostname="", is_bound=token.hostname is not None, issued=0, heard=0,
+            last=0, facts=dict.fromkeys(self.FACTS, ""), enrolled=self.clock.ms,
+            kid=self.model.kids[0], revoked=None, deleted=False,
+        )  # fmt: skip
+
+    def beat(self) -> None:
+        if self.credentials:
+            self.beat_with([self.one_of(self.credentials)], self.facts())
+
+    def beat_together(self) -> None:
+        """Several hosts in one tick."""
+        drawn = [self.one_of(self.credentials) for _ in range(6) if self.credentials]
+        self.beat_with(list({credential.host: credential for credential in drawn}.values()), {})
+
+    def beat_with(self, credentials: Sequence[Any], facts: Dict[str, str]) -> None:
+        server, path = self.server, "/api/agent/heartbeat"
+        hostname = self.chance.choice([*self.HOSTNAMES, *[None] * 20])
+        facts = {**facts, **({"hostname": hostname} if hostname else {})}
+        asked = [request_bytes("POST", path, facts or None, it.text) for it in credentials]
+        for credential, reply in zip(credentials, server.door.tick(asked)):
+            host = self.model.hosts[credential.host]
+            refused = self.model.beat(credential, facts)
+            assert (reply.code or "") == refused
+            self.touched.append(host)
+            if refused:
+                continue
+            document = dict(reply.document)
+            spread = document.pop("nextHeartbeatSeconds") / server.interval
+            assert 0.85 <= spread <= 1.15
+            wanted = {"hostId": host.id, "lastSeen": at(host.last)}
+            serial = self.model.renewal(credential, server.credential_ttl)
+            if serial is not None:
+                renewed = document["credential"]
+                expires = self.took(renewed, host, serial, server)
+                wanted.update(credential=renewed, credentialExpiresAt=expires)
+            assert document == wanted
+
+    def on_host(self, method: str, more: str = "", body: Any = None) -> Tuple[Any, Reply, str]:
+        """Somebody wants something of a host that may be gone; whoever it was heard so."""
+        caller, host = self.caller(), self.one_of(list(self.model.hosts.values()))
+        reply = self.ask(caller, method, f"/api/hosts/{host.id}{more}", body)
+        assert reply.code == self.refusal(caller, None if host.deleted else host)
+        self.touched.append(host)
+        return host, reply, caller
+
+    def shut_out(self) -> None:
+        if not self.model.hosts:
+            return
+        action = self.chance.choice(["revoke", "restore", "restore"])
+        host, reply, _ = self.on_host("POST", f"/{action}")
+        if reply.code is None:
+            if bool(host.revoked) != (action == "revoke"):
+                host.revoked = self.clock.ms if action == "revoke" else None
+                self.model.did(action, "host")
+            self.require(reply.document, self.model.host_shown(host))
+
+    def delete(self) -> None:
+        if not self.model.hosts:
+            return
+        host, reply, _ = self.on_host("DELETE")
+        if reply.code is None:
+            host.deleted = True
+            self.model.did("delete", "host")
+            for token in self.model.tokens.values():
+                if token.host == host.id and not token.revoked:
+                    token.revoked = self.clock.ms
+
+    def reenroll(self) -> None:
+        if not self.model.hosts:
+            return
+        body = {"ttlSeconds": 600, "description": "again"}
+        host, reply, caller = self.on_host("POST", "/reenroll", body)
+        if reply.code is None:
+            self.minted(
+                reply, caller, 600, description="again", labels={}, max=1, hostname=None,
+                host=host.id, organization=host.organization,
+            )  # fmt: skip
+
+    def edit(self) -> None:
+        if not self.model.hosts:
+            return
+        changes = self.chance.choice([{}, {"name": "n"}, {"labels": {"a": "1"}, "name": "m"}])
+        host, reply, _ = self.on_host("PATCH", "", changes)
+        if reply.code is None:
+            vars(host).update(changes)
+            if changes:
+                self.model.did("edit", "host")
+            self.require(reply.document, self.model.host_shown(host))
+
+    def revoke_token(self) -> None:
+        if not self.model.tokens:
+            return
+        caller, token = self.caller(), self.one_of(list(self.model.tokens.values()))
+        reply = self.ask(caller, "DELETE", f"/api/hosts/tokens/{token.id}")
+        assert reply.code == self.refusal(caller, token)
+        if reply.code is None and not token.revoked:
+            token.revoked = self.clock.ms
+            self.model.did("revoke", "token")
+        self.touched.append(token)
+
+    def rotate(self) -> None:
+        server = self.server
+        kid = do(server.registry, self.clock, partial(server.registry.rotate_signing_key, OPERATOR))
+        assert kid not in (*self.model.kids, *self.model.retired)
+        self.model.kids.insert(0, kid)
+        self.model.did("rotate", "signing-key")
+
+    def retire(self) -> None:
+        server, model = self.server, self.model
+        kid, force = self.chance.choice([*model.kids, *model.retired]), self.chance.random() < 0.3
+        refused, hosts = self.may_retire(kid, force)
+        act = partial(server.registry.retire_signing_key, OPERATOR, kid, force)
+        try:
+            assert do(server.registry, self.clock, act) == hosts
+        except Problem as problem:
+            assert problem.code == refused
+            return
+        assert refused is None
+        model.kids.remove(kid)
+        model.retired.append(kid)
+        model.did("retire", "signing-key")
+
+    def may_retire(self, kid: str, force: bool) -> Tuple[Optional[str], int]:
+        """The refusal, and how many hosts may hold a credential of that key."""
+        kids = self.model.kids
+        if kid not in kids:
+            return "not-found", 0
+        as_old = kids[kids.index(kid) :]
+        hosts = len([host for host in self.model.living() if host.kid in as_old])
+        return "conflict" if kid == kids[0] or (hosts and not force) else None, hosts
+
+    def stay_alive(self) -> None:
+        assert self.server.door.call("GET", "/readyz").status == 200
+        self.model.alive = max(self.model.alive, self.clock.ms)
+
+    def keep_house(self) -> None:
+        server = self.server
+        do(server.registry, self.clock, server.registry.keep_house)
+        self.model.alive = max(self.model.alive, self.clock.ms)
+        self.model.prune()
+
+    def restart(self) -> None:
+        n = self.chance.randrange(2)
+        self.servers[n].registry.close()
+        options = self.chance.choice([1, 30, 30, 300]), self.chance.choice([None, 600, 172_800])
+        self.servers[n] = self.start(*options)
+
+    def forge(self) -> None:
+        """What nobody was given is refused, and changes nothing."""
+        door, dice = self.server.door, self.chance.randrange(4)
+        if dice == 0:
+            text = hostenroll.mint_secret("het", hostenroll.new_id(self.clock.ms)).text
+            assert door.enroll(text).code == "token-unknown"
+        elif dice == 1 and self.model.tokens:
+            token = self.one_of(list(self.model.tokens.values()))
+            text = hostenroll.mint_secret("het", int(token.id, 16)).text
+            assert door.enroll(text).code == "token-unknown"
+        elif dice == 2 and self.credentials:
+            head, _, tail = self.one_of(self.credentials).text.rpartition(".")
+            assert door.beat(f"{head}.{tail[::-1]}").code == "credential-invalid"
+        else:
+            assert door.call("POST", "/api/agent/heartbeat").code == "credential-missing"
+
+    def wait(self) -> None:
+        self.turn_clock(self.clock.ms + int(self.chance.choice(self.WAITS) * 1000))
+
+    def wait_for_a_boundary(self) -> None:
+        """To the very millisecond at which something will be judged otherwise, or one beside."""
+        bounds = [token.expires for token in list(self.model.tokens.values())[-5:]]
+        for host in list(self.model.hosts.values())[-5:]:
+            since = max(host.last, self.model.started)
+            bounds += [since + (3 * self.model.interval + 10) * 1000, since + WEEK_MS,
+                       host.admitted_at + DAY_MS]  # fmt: skip
+        for credential in self.credentials[-5:]:
+            if credential.expires is not None:
+                life = credential.expires - credential.issued
+                bounds += [credential.expires * 1000 + WEEK_MS,
+                           credential.expires * 1000 - life * 1000 // 3]  # fmt: skip
+        near = [bound for bound in bounds if -1 <= bound - self.clock.ms <= 8 * DAY_MS]
+        if near:
+            self.turn_clock(self.chance.choice(near) + self.chance.choice([-1, 0, 1]))
+
+    def turn_clock(self, milliseconds: int) -> None:
+        self.clock.now = (milliseconds + 0.5) / 1000  # not to be rounded into another
+
+    # What both say.
+
+    def require(self, shown: Dict[str, Any], wanted: Dict[str, Any]) -> None:
+        """A host is as it should be. Its sentences have tests of their own."""
+        shown = {**shown, "warnings": len(shown["warnings"])}
+        assert shown.pop("statusReason")
+        assert shown == wanted
+
+    def look(self) -> None:
+        """At what was touched, and at something that was not."""
+        for things in (self.model.hosts, self.model.tokens):
+            if things:
+                self.touched.append(self.chance.choice(list(things.values())))
+        for thing in {id(thing): thing for thing in self.touched}.values():
+            if hasattr(thing, "uses"):
+                reply = self.ask("owner", "GET", f"/api/hosts/tokens/{thing.id}")
+                assert reply.document == self.model.token_shown(thing)
+            elif thing.deleted:
+                assert self.ask("vic", "GET", f"/api/hosts/{thing.id}").code == "not-found"
+            else:
+                reply = self.ask("vic", "GET", f"/api/hosts/{thing.id}")
+                self.require(reply.document, self.model.host_shown(thing))
+        self.touched = []
+
+    def look_at_all(self) -> None:
+        """At every list, by each who sees another part of the fleet, and at the counts."""
+        for caller in ("owner", "ann", "ben"):
+            scope, server = self.scopes[caller], self.server
+            mine = lambda thing, scope=scope: scope in (None, thing.organization)  # noqa: E731
+            shown = walk(server.door, self.keys[caller], "/api/hosts?limit=1000", "hosts")
+            hosts = list(filter(mine, self.model.living()))
+            assert len(shown) == len(hosts)
+            for host, document in zip(hosts, shown):
+                self.require(document, self.model.host_shown(host))
+            shown = walk(server.door, self.keys[caller], "/api/hosts/tokens?limit=1000", "tokens")
+            tokens = [it for it in self.model.tokens.values() if mine(it)]
+            tokens.sort(key=lambda token: str(token.id), reverse=True)
+            assert shown == [self.model.token_shown(token) for token in tokens]
+        self.look_at_counts()
+
+    def look_at_counts(self) -> None:
+        counts = dict.fromkeys(itertools.product(("default", "a-team", "b-team"), STATES), 0)
+        for host in self.model.living():
+            counts[host.organization, self.model.status(host)] += 1
+        found = samples(self.ask("owner", "GET", "/metrics").document)
+        for (organization, status), count in counts.items():
+            labels = f'organization="{organization}",status="{status}"'
+            assert found[f"hostenroll_hosts{{{labels}}}"] == count
+        registry = self.server.registry
+        views = do(registry, self.clock, lambda now: registry.signing_keys(), False)
+        holders = [host.kid for host in self.model.living()]
+        assert {view.key.kid: (view.state, view.hosts) for view in views} == {
+            **{kid: ("retired", holders.count(kid)) for kid in self.model.retired},
+            **{kid: ("verifies", holders.count(kid)) for kid in self.model.kids[1:]},
+            self.model.kids[0]: ("signs", holders.count(self.model.kids[0])),
+        }
+
+    def look_at_log(self) -> None:
+        """Every act has left its event, once."""
+        registry = self.servers[0].registry
+        rows = look(registry, "SELECT action, subject FROM audit WHERE code IS NULL")
+        found: Dict[Tuple[str, str], int] = {}
+        for action, subject in rows:
+            what = (action, subject.partition(":")[0])
+            found[what] = found.get(what, 0) + 1
+        for what in (("add", "organization"), ("mint", "api-key"), ("revoke", "api-key")):
+            assert found.pop(what)
+        assert found == self.model.events
+        assert do(registry, self.clock, lambda now: registry.verify_audit(None), False)
+
+    def live(self, acts: int) -> None:
+        for n in range(1, acts + 1):
+            act = self.chance.choices(list(self.ACTS), list(self.ACTS.values()))[0]
+            try:
+                getattr(self, act)()
+                self.look()
+                if n % 500 == 0 or n == acts:
+                    self.look_at_all()
+            except BaseException:
+                print(f"it was act {n}: {act}")
+                raise
+        self.look_at_log()
+
+
+STATES = ("pending", "online", "offline", "missing", "revoked")
+
+
+@pytest.mark.parametrize("acts", [800, pytest.param(10_000, marks=slow)])
+def test_a_long_random_life_is_as_the_model_says(
+    acts: int, paths: Tuple[str, str], clock: Clock
+) -> None:
+    seed = int(os.environ.get("HOSTENROLL_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"to see it again: HOSTENROLL_SEED={seed}")
+    life = Life(paths, clock, seed)
+    try:
+        life.live(acts)
+    finally:
+        life.close()
 
 
 def test_what_only_reads_keeps_our_place_in_the_turnstile(
