@@ -7208,6 +7208,8 @@ class Server(HTTPServer):
             except ConnectionError:  # gone before we came
                 continue
             except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
+                if fresh:  # it is said before anybody is looked for: perhaps nobody waits
+                    break
                 if self._moment - self._short_at > TROUBLE_OVER:
                     log.warning(
                         "cannot accept connections: %s: raise the limit, ulimit -Hn or LimitNOFILE",

@@ -2016,22 +2016,37 @@ def test_a_pin_is_what_openssl_says(key: List[str], extensions: bool, tmp_path: 
 # 5. Store
 
 
+def failure(code: int, kind: Any = sqlite3.OperationalError) -> Any:
+    """An error of SQLite, as Python says it since 3.11."""
+    error = kind(f"error {code}")
+    error.sqlite_errorcode = code
+    return error
+
+
 class Faulty:
     """A real connection of which one statement fails: the n-th, or the first that is `only`;
-    before it has done its work or, what is worse, after."""
+    before it has done its work or, what is worse, after. Some errors end the transaction too."""
 
     def __init__(
-        self, real: Any, n: int = 0, only: str = "", after: bool = False, error: Any = None
+        self,
+        real: Any,
+        n: int = 0,
+        only: str = "",
+        after: bool = False,
+        error: Any = None,
+        rolls_back: bool = False,
     ) -> None:
         self.real, self.n, self.only, self.after = real, n, only, after
-        self.error = error or sqlite3.OperationalError("disk I/O error")
-        self.error.sqlite_errorcode = 10  # SQLITE_IOERR, as Python says it since 3.11
+        self.error = error or failure(10)  # SQLITE_IOERR
+        self.rolls_back = rolls_back
         self.count, self.failed = 0, False
 
     def _run(self, call: Callable[..., Any], statement: str, parameters: Any) -> Any:
         self.count += 1
         fails = not self.failed and (self.count == self.n or statement == self.only)
         self.failed = self.failed or fails
+        if fails and self.rolls_back and self.real.in_transaction:
+            self.real.execute("ROLLBACK")
         # A COMMIT that fails after it has worked is not a failure that anyone could undo.
         if fails and not (self.after and statement != "COMMIT"):
             raise self.error
@@ -2484,6 +2499,35 @@ def _on_host(name: str, token: bool = False) -> Prepare:
     return prepare
 
 
+def _as_admin(name: str, *arguments: Any) -> Prepare:
+    return lambda registry, clock: partial(getattr(registry, name), OPERATOR, *arguments)
+
+
+def _on_token(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    number = int(token_of(registry, clock).split("_")[1], 16)
+    return lambda now: registry.revoke_token(OPERATOR, number, now)
+
+
+def _superseding(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    act = _replaying(registry, clock)
+    claims = registry.authenticate(do(registry, clock, act).grant.credential, clock.ms)
+    return lambda now: registry.beat(claims, dict, now)
+
+
+def _restoring(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    number, _ = came_in(registry, clock)
+    do(registry, clock, lambda now: registry.revoke_host(OPERATOR, number, now))
+    return lambda now: registry.restore_host(OPERATOR, number, now)
+
+
+def _keeping_house(registry: Registry, clock: Clock) -> Callable[[int], Any]:
+    do(registry, clock, lambda now: registry.start_service("http://here", now))
+    token_of(registry, clock)
+    registry.announce_pin("pin")
+    clock.advance(61 * 86_400)
+    return registry.keep_house
+
+
 WRITES: Dict[str, Prepare] = {
     "mint": lambda registry, clock: (
         lambda now: registry.mint(OPERATOR, hostenroll.TokenOrder(), now)
@@ -2498,30 +2542,51 @@ WRITES: Dict[str, Prepare] = {
     "revoke": _on_host("revoke_host"),
     "delete": _on_host("delete_host", token=True),
 }
+OTHER_WRITES: Dict[str, Prepare] = {
+    "supersede": _superseding,
+    "restore": _restoring,
+    "edit": lambda registry, clock: partial(
+        registry.edit_host, OPERATOR, came_in(registry, clock)[0], {"name": "n", "labels": {}}
+    ),
+    "revoke a token": _on_token,
+    "start a service": lambda registry, clock: partial(registry.start_service, "http://here"),
+    "keep house": _keeping_house,
+    "add an organization": _as_admin("add_organization", "berlin"),
+    "mint an API key": _as_admin("mint_api_key", None, "admin", ""),
+}
+FAILURES: Dict[str, Dict[str, Any]] = {
+    "before": {},
+    "after": {"after": True},
+    "full, and rolled back": {"error": failure(13), "rolls_back": True},
+    "no memory, and rolled back": {"error": failure(7, sqlite3.DatabaseError), "rolls_back": True},
+    "busy": {"error": failure(5)},
+    "corrupt": {"error": failure(11, sqlite3.DatabaseError)},
+}
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("prepare", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize(
+    "how", [name if n < 2 else pytest.param(name, marks=slow) for n, name in enumerate(FAILURES)]
+)
+@pytest.mark.parametrize("prepare", table({**WRITES, **OTHER_WRITES}))
 def test_whichever_statement_fails_it_is_all_or_nothing(
-    prepare: Prepare, after: bool, paths: Tuple[str, str], clock: Clock
+    prepare: Prepare, how: str, paths: Tuple[str, str], clock: Clock
 ) -> None:
     registry = open_registry(*paths, clock.ms, credential_ttl=100)
     act = prepare(registry, clock)
     before = snapshot(registry)
     failures = 0
     for n in range(1, 60):
-        try:
-            with faulty(registry, n=n, after=after) as connection:
-                do(registry, clock, act)
-        except hostenroll.StorageUnavailable:
-            failures += 1
-            assert connection.failed
-            assert not connection_of(registry).in_transaction
-            assert is_free(paths)
-            assert snapshot(registry) == before, n
-        else:
+        with faulty(registry, n=n, **FAILURES[how]) as connection:
+            outcomes = registry.tick([Act(act)], clock.ms) or [registry.give_up()]
+        if not isinstance(outcomes[0], hostenroll.StorageUnavailable):
             break
-    assert not connection.failed and failures >= 5
+        failures += 1
+        assert connection.failed
+        assert not connection_of(registry).in_transaction
+        assert is_free(paths)
+        assert snapshot(registry) == before, n
+    assert not connection.failed and failures >= 3
+    assert not isinstance(outcomes[0], Problem)
     assert snapshot(registry) != before
     registry.close()
 
@@ -10235,6 +10300,230 @@ def test_a_restart_changes_nothing_for_a_host(tmp_path: Path) -> None:
             assert beaten.status == 200 and beaten.document["lastSeen"] > seen
             seen = beaten.document["lastSeen"]
             assert server.terminate() == 0 if round else server.kill() is None
+
+
+# Whatever fails, it is all or nothing, and the server lives.
+
+
+class Plan:
+    """Which call of a kind goes wrong, once: the n-th; or all of them, by the number 0. It raises
+    an error, or moves so few bytes."""
+
+    def __init__(self) -> None:
+        self.call, self.what, self.n = "", None, 0
+        self.count, self.has_failed = 0, False
+
+    def arm(self, call: str, what: Any, n: int) -> None:
+        self.call, self.what, self.n, self.count, self.has_failed = call, what, n, 0, False
+
+    def meet(self, call: str) -> Optional[int]:
+        """How many bytes this call moves, where it is not its own affair."""
+        if call != self.call or self.has_failed:
+            return None
+        self.count += 1
+        self.has_failed = self.count == self.n
+        if self.has_failed and isinstance(self.what, BaseException):
+            raise self.what
+        return self.what if self.has_failed or self.n == 0 else None
+
+
+class Spoilt:
+    """A real socket, and those that it accepts: now and then a call goes as the plan says."""
+
+    def __init__(self, real: Any, plan: Plan) -> None:
+        self.real, self.plan = real, plan
+
+    def accept(self) -> Tuple[Any, Any]:
+        self.plan.meet("accept")
+        peer, address = self.real.accept()
+        return Spoilt(peer, self.plan), address
+
+    def recv(self, size: int) -> bytes:
+        most = self.plan.meet("recv")
+        return bytes(self.real.recv(size if most is None else most))
+
+    def send(self, data: Any) -> int:
+        most = self.plan.meet("send")
+        return int(self.real.send(data if most is None else data[:most]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+class Client:
+    """An agent and an operator in one, who ask again when an answer does not come."""
+
+    def __init__(self, door: SocketDoor) -> None:
+        self.door = door
+        self.lost = self.refused = 0  # answers that did not come; 503s
+        self.peer: Any = None
+
+    def ask(self, *requests: bytes) -> List[Reply]:
+        for _ in range(4):
+            replies = self._once(requests)
+            if any(reply.status == 503 for reply in replies):
+                self.refused += 1
+            elif len(replies) == len(requests):
+                return replies
+            else:
+                self.lost += 1
+        raise AssertionError("it is never answered")
+
+    def _once(self, requests: Sequence[bytes]) -> List[Reply]:
+        """The answers until one is missing, each of them whole."""
+        replies: List[Reply] = []
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            if self.peer is None:
+                self.peer = self.door.connect()
+                self.stream = self.peer.makefile("rb")
+            self.peer.sendall(b"".join(requests))
+            for _ in requests:
+                reply = read_reply(self.stream)
+                if reply is None:
+                    break
+                replies.append(reply)
+        if len(replies) < len(requests) or replies[-1].headers.get("connection") == "close":
+            self.leave()
+        return replies
+
+    def leave(self) -> None:
+        if self.peer is not None:
+            self.stream.close()
+            self.peer.close()
+            self.peer = None
+
+    def live(self, name: str) -> None:
+        """A short life. What has been acknowledged is so; what has not may be asked for again."""
+        key = self.door.api_key
+        [minted] = self.ask(request_bytes("POST", "/api/hosts/tokens", {}, key))
+        token = minted.document
+        body = {"token": token["token"], "hostname": name}
+        again = [("Idempotency-Key", name)]
+        [enrolled] = self.ask(request_bytes("POST", "/api/agent/enroll", body, headers=again))
+        host, credential = enrolled.document["hostId"], enrolled.document["credential"]
+        beat = request_bytes("POST", "/api/agent/heartbeat", bearer=credential)
+        self.leave()
+        beaten, health, other = self.ask(beat, HEALTH, beat)
+        assert (beaten.status, health.status, other.status) == (200, 200, 200)
+        facts = {"os": name}
+        [told] = self.ask(request_bytes("POST", "/api/agent/heartbeat", facts, credential))
+        one = f"/api/hosts/{host}"
+        for act, code, status in (
+            ("revoke", "host-revoked", "revoked"),
+            ("restore", None, "online"),
+        ):
+            [shown] = self.ask(request_bytes("POST", f"{one}/{act}", bearer=key))
+            [judged] = self.ask(beat)
+            assert (shown.document["status"], judged.code) == (status, code)
+        [known] = self.ask(request_bytes("GET", one, bearer=key, headers=[("Connection", "close")]))
+        [used] = self.ask(request_bytes("GET", f"/api/hosts/tokens/{token['id']}", bearer=key))
+        self.leave()
+        assert known.document["os"] == name and known.document["revokedAt"] is None
+        assert (
+            known.document["lastSeen"] == told.document["lastSeen"] == judged.document["lastSeen"]
+        )
+        assert (used.document["uses"], used.document["hosts"]) == (1, [host])
+
+
+def goes_on(door: SocketDoor, clock: Clock, n: int) -> Client:
+    """A life with whatever fails in it."""
+    clock.advance(1)
+    client = Client(door)
+    client.live(f"web-{n}")
+    return client
+
+
+RESET = ConnectionResetError(104, "Connection reset by peer")
+NOTHING = BlockingIOError(11, "Resource temporarily unavailable")
+INTERRUPTED = InterruptedError(4, "Interrupted system call")
+FAULTS: Dict[str, Tuple[str, Any, int]] = {  # and how many connections each may cost
+    "a recv is reset": ("recv", RESET, 1),
+    "a recv brings one byte": ("recv", 1, 0),
+    "a send is reset": ("send", RESET, 1),
+    "a send takes one byte": ("send", 1, 0),
+    "an accept finds no descriptor": ("accept", OSError(24, "Too many open files"), 0),
+}
+MORE_FAULTS: Dict[str, Tuple[str, Any, int]] = {
+    "a recv finds nothing": ("recv", NOTHING, 0),
+    "a recv is interrupted": ("recv", INTERRUPTED, 0),
+    "a recv finds the end": ("recv", 0, 1),
+    "a recv has timed out": ("recv", TimeoutError(110, "Connection timed out"), 1),
+    "a recv finds no memory": ("recv", OSError(12, "Cannot allocate memory"), 1),
+    "a send finds no room": ("send", NOTHING, 0),
+    "a send is interrupted": ("send", INTERRUPTED, 0),
+    "a send has nobody to go to": ("send", BrokenPipeError(32, "Broken pipe"), 1),
+    "a send finds no buffers": ("send", OSError(105, "No buffer space available"), 1),
+    "an accept finds nobody": ("accept", NOTHING, 0),
+    "an accept is interrupted": ("accept", INTERRUPTED, 0),
+    "an accept finds one who has left": ("accept", ConnectionAbortedError(103, "gone"), 0),
+    "an accept finds no buffers": ("accept", OSError(105, "No buffer space available"), 0),
+    "an accept finds the table full": ("accept", OSError(23, "Too many open files"), 0),
+}
+SPOILT_CALLS = [
+    *(pytest.param("plain", *row, id=name) for name, row in FAULTS.items()),
+    *(pytest.param("plain", *row, id=name, marks=slow) for name, row in MORE_FAULTS.items()),
+    *(
+        pytest.param("tls", *row, id=f"{name}, through TLS", marks=slow)
+        for name, row in {**FAULTS, **MORE_FAULTS}.items()
+    ),
+]
+
+
+@contextlib.contextmanager
+def spoilt_door(paths: Any, clock: Clock, plan: Plan, door: Any) -> Iterator[SocketDoor]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        with door(paths, clock, listener=Spoilt(listener, plan)) as live:
+            yield live
+
+
+@pytest.mark.parametrize("through, call, what, costs", SPOILT_CALLS)
+def test_whichever_call_on_a_socket_fails_the_server_lives_and_nothing_is_lost(
+    through: str, call: str, what: Any, costs: int, paths: Any, clock: Clock
+) -> None:
+    plan, doors = Plan(), {"plain": live_door, "tls": tls_door}
+    with spoilt_door(paths, clock, plan, doors[through]) as door:
+        for n in itertools.count(1):
+            plan.arm(call, what, n)
+            client = goes_on(door, clock, n)
+            assert client.lost <= costs and client.refused == 0
+            if not plan.has_failed:
+                break
+        assert n > {"accept": 2, "recv": 9, "send": 9}[call]
+    assert sql(paths[0], "SELECT count(*), sum(os = hostname) FROM host") == [(n, n)]
+    assert sql(paths[0], "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("call", ["recv", "send"])
+def test_a_byte_at_a_time_is_as_good_as_all_at_once(call: str, paths: Any, clock: Clock) -> None:
+    plan = Plan()
+    with spoilt_door(paths, clock, plan, live_door) as door:
+        plan.arm(call, 1, 0)
+        client = goes_on(door, clock, 1)
+        assert (client.lost, client.refused) == (0, 0) and plan.count > 2000
+
+
+@slow
+@pytest.mark.parametrize("how", ["before", "after", "full, and rolled back", "busy"])
+def test_whichever_statement_of_a_server_fails_nothing_acknowledged_is_lost(
+    how: str, paths: Any, clock: Clock
+) -> None:
+    with LiveServer(paths, clock, credential_ttl=1000) as live:
+        registry = live.server._api._registry
+        with opened(paths, clock) as beside:
+            door = SocketDoor(live.port, make_api_key(beside, clock))
+        goes_on(door, clock, 0)
+        for n in itertools.count(1):
+            with faulty(registry, n=n, **FAILURES[how]) as connection:
+                client = goes_on(door, clock, n)
+            assert client.lost == 0 and client.refused <= 1
+            if not connection.failed:
+                break
+    assert n > 40
+    rows = sql(paths[0], "SELECT count(*), sum(os = hostname), sum(admitted_serial) FROM host")
+    assert rows[0][:2] == (n + 1, n + 1)
+    with opened(paths, clock) as registry:
+        assert do(registry, clock, lambda now: registry.verify_audit(None), False)
 
 
 # Races and crashes.
