@@ -14169,3 +14169,521 @@ def test_nothing_of_a_peers_making_breaks_a_line_of_the_log(format: str, tmp_pat
     if format == "json":
         for document in server.lines():
             assert not hostenroll.UNPRINTABLE.search(document["message"])
+
+
+# Mutations: what the suite is worth. Each is a plausible slip in a key line. The table is checked
+# against the source with every run; with HOSTENROLL_MUTATIONS=1 each slip is made in a copy, and
+# the part of the suite that is named beside it has to turn red.
+
+
+class Mutation(NamedTuple):
+    text: str  # as it stands in the module, once
+    slip: str  # what it becomes
+    tests: str  # of the default run, for -k
+
+
+MUTATIONS: Dict[str, Mutation] = {
+    # 3. Shapes
+    "a member may come twice": Mutation(
+        "if len(members) != len(pairs):", "if False:", "strictly_json"
+    ),
+    "NaN is taken": Mutation("parse_constant=_refuse_constant,", "", "strictly_json"),
+    "a lone surrogate is taken": Mutation(
+        'json.dumps(value, ensure_ascii=False).encode("utf-8")', "pass", "strictly_json"
+    ),
+    "unknown members are taken": Mutation(
+        "elif not self._open:", "elif False:", "wrong_with_a_body"
+    ),
+    "a parameter may come twice": Mutation("elif name in found:", "elif False:", "comes_once"),
+    "a bound is outside": Mutation(
+        "not self._minimum <= value <= self._maximum:",
+        "not self._minimum <= value < self._maximum:",
+        "a_count_is",
+    ),
+    "control characters are taken": Mutation(
+        "if UNPRINTABLE.search(value):", "if False:", "no_text_brings"
+    ),
+    "a pattern need not match the whole": Mutation(
+        "not re.fullmatch(self._pattern, value)", "not re.match(self._pattern, value)", "schema"
+    ),
+    # 4. Secrets
+    "a slip of the pen passes": Mutation(
+        'if zlib.crc32(text[:-8].encode("ascii")) != int(match[3], 16):', "if False:", "slip_of_the"
+    ),
+    "an API key is a token": Mutation(
+        "if match is None or match[1] != prefix:", "if match is None:", "no_secret or api_key"
+    ),
+    "any signature is good": Mutation(
+        "if key is None or not hmac.compare_digest(key.signature(signed), signature):",
+        "if key is None:",
+        "only_what_we_signed",
+    ),
+    "a payload has two spellings": Mutation(
+        "return CLAIMS.fullmatch(octets) if base64url(octets) == payload else None",
+        "return CLAIMS.fullmatch(octets)",
+        "only_what_we_signed or no_character",
+    ),
+    "a claim more is taken": Mutation(
+        "return CLAIMS.fullmatch(octets) if",
+        "return CLAIMS.match(octets) if",
+        "only_what_we_signed",
+    ),
+    "the last key signs": Mutation("return self.keys[0]", "return self.keys[-1]", "ring"),
+    "an event is not tied to the one before": Mutation(
+        'return hmac.new(self.audit_key, previous + record, "sha256").digest()',
+        'return hmac.new(self.audit_key, record, "sha256").digest()',
+        "audit or log",
+    ),
+    "a key file may be open to others": Mutation(
+        "if mode & 0o077:", "if False:", "others_may_touch"
+    ),
+    "a key file is replaced before it is on the disk": Mutation(
+        "            file.flush()\n            os.fsync(descriptor)\n",
+        "            file.flush()\n",
+        "replaced_whole",
+    ),
+    "another database's key file is taken": Mutation(
+        "if not is_same(keyring.audit_key, current.audit_key):", "if False:", "another_database"
+    ),
+    # 5. Store
+    "a superseded credential counts": Mutation(
+        "WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active",
+        "WHERE host_id = ? AND serial <= ? AND last_seen <= ? AND active",
+        "serial or random_life",
+    ),
+    "an older credential counts": Mutation(
+        "WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active",
+        "WHERE host_id = ? AND serial >= ? AND last_seen <= ? AND active",
+        "serial or random_life",
+    ),
+    "lastSeen goes back": Mutation(
+        "AND serial = ? AND last_seen <= ? AND active",
+        "AND serial = ? AND ? > 0 AND active",
+        "never_goes_back or random_life",
+    ),
+    "lastSeen goes back in the slow way": Mutation(
+        "SET last_seen = max(last_seen, ?) WHERE host_id = ?",
+        "SET last_seen = ? WHERE host_id = ?",
+        "never_goes_back or random_life",
+    ),
+    "a revoked host is heard": Mutation(
+        "AND last_seen <= ? AND active", "AND last_seen <= ?", "lives_and_dies or random_life"
+    ),
+    "a token has one use too many": Mutation(
+        "WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?",
+        "WHERE id = ? AND revoked_at IS NULL AND expires_at > ?",
+        "may_not_be_taken",
+    ),
+    "a revoked token may be used": Mutation(
+        "AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?",
+        "AND uses < max_uses AND expires_at > ?",
+        "may_not_be_taken",
+    ),
+    "an expired token may be used": Mutation(
+        "AND revoked_at IS NULL AND expires_at > ?",
+        "AND revoked_at IS NULL AND ? > 0",
+        "may_not_be_taken",
+    ),
+    "the gate is not taken": Mutation(
+        "self._at_gate = self.take(self._gate)", "self._at_gate = True", "gate or turnstile"
+    ),
+    "the gate is kept with the lock": Mutation(
+        "            if self._held:\n                self.leave_gate()\n", "", "gate or exclude"
+    ),
+    "who gives up keeps the gate": Mutation(
+        "            if time.monotonic() > deadline:\n                self.leave_gate()\n",
+        "            if time.monotonic() > deadline:\n",
+        "waiting_is_bounded or gives_up",
+    ),
+    "the lock is not given back by a commit": Mutation(
+        'self._run("COMMIT")\n        self.lock.release()', 'self._run("COMMIT")', "disk"
+    ),
+    "a checkpoint takes no lock": Mutation(
+        "        if not self.lock.attempt():\n            self.lock.leave_gate()\n"
+        "            return\n",
+        "",
+        "a_checkpoint_is",
+    ),
+    "nothing is ever checkpointed": Mutation(
+        "if changes - self._checkpointed_at < CHECKPOINT_AFTER:", "if changes >= 0:", "wal"
+    ),
+    "all is written without a sync": Mutation(
+        'synchronous = "FULL" if durable else "NORMAL"', 'synchronous = "NORMAL"', "on_the_disk"
+    ),
+    "another file is taken for the database": Mutation(
+        "if (status.st_dev, status.st_ino) != self._identity:", "if False:", "gone or replaced"
+    ),
+    "foreign keys are not looked after": Mutation(
+        'self._run("PRAGMA foreign_keys = ON")', "", "lives_and_dies or random_life"
+    ),
+    "the transaction goes on after its end": Mutation(
+        'self._connection.execute("ROLLBACK")', "pass", "whichever_statement_fails"
+    ),
+    "who was admitted anew is overtaken by an old copy": Mutation(
+        "WHERE id = ? AND admitted_serial <= ?", "WHERE id = ? AND ? > 0", "serials or random_life"
+    ),
+    "two get one serial": Mutation(
+        "SET issued = max(issued, ?) + 1, issued_to = ?",
+        "SET issued = ? + 1, issued_to = ?",
+        "serial or random_life",
+    ),
+    "a deleted host's tokens live": Mutation(
+        "UPDATE token SET revoked_at = ? WHERE host_id = ? AND revoked_at IS NULL",
+        "UPDATE token SET revoked_at = ? WHERE host_id = ? AND 0",
+        "deleted_one or random_life",
+    ),
+    "a revoked host stays active": Mutation(
+        "active = int(revoked_at is None)", "active = 1", "lives_and_dies or random_life"
+    ),
+    "tokens are pruned too early": Mutation(
+        "ELSE expires_at END) <= ?", "ELSE created_at END) <= ?", "prune or kept or random_life"
+    ),
+    "a page begins with the last of the one before": Mutation(
+        "WHERE {own} {key} < ? ORDER BY", "WHERE {own} {key} <= ? ORDER BY", "a_list_has"
+    ),
+    "a list shows all organizations": Mutation(
+        'own = "" if organization is None else "organization_id = ? AND"',
+        'own = "" if organization is None else "? IS NOT NULL AND"',
+        "wall or a_list",
+    ),
+    "a census counts all organizations": Mutation(
+        'where = "id > ?" if organization is None else "id > ? AND organization_id = ?"',
+        'where = "id > ?" if organization is None else "id > ? AND ? IS NOT NULL"',
+        "census or metrics",
+    ),
+    # 6. Registry
+    "a token lives a millisecond longer": Mutation(
+        'return "valid" if now < token.expires_at else "expired"',
+        'return "valid" if now <= token.expires_at else "expired"',
+        "to_the_millisecond",
+    ),
+    "online is a millisecond longer": Mutation(
+        "if host.last_seen >= online:", "if host.last_seen >= online - 1:", "to_the_millisecond"
+    ),
+    "offline is a millisecond shorter": Mutation(
+        'return "offline" if host.last_seen >= offline else "missing"',
+        'return "offline" if host.last_seen > offline else "missing"',
+        "to_the_millisecond",
+    ),
+    "the server's pause is silence": Mutation(
+        "return until - silence - service.started + service.previous_alive",
+        "return until - silence",
+        "silence or bounds_of_a_status",
+    ),
+    "a restart is a pause however brief": Mutation(
+        "elif now - old.alive <= ALIVE_EVERY * SECOND_MS:", "elif False:", "second_server or pause"
+    ),
+    "a crash loop is everybody's silence": Mutation(
+        "before = old.previous_alive if is_brief else old.alive", "before = old.alive", "crash_loop"
+    ),
+    "a token is burned by a refusal": Mutation(
+        "                self._store.undo()\n                self.audit.undo(mark)",
+        "                self._store.keep()\n                self.audit.undo(mark)",
+        "uses_up_nothing",
+    ),
+    "what was refused stands in the log as done": Mutation(
+        "                self._store.undo()\n                self.audit.undo(mark)",
+        "                self._store.undo()",
+        "outcome or audit or refus",
+    ),
+    "a dead tick is answered as if it had lived": Mutation(
+        "return [self._unavailable(error)] * len(work)",
+        "return [None] * len(work)",
+        "full_disk or commit_that_fails",
+    ),
+    "it is answered before it is committed": Mutation(
+        "        started = time.perf_counter()\n        self._store.commit()\n",
+        "        started = time.perf_counter()\n",
+        "lives_and_dies or commit_that_fails",
+    ),
+    "the audit log is not written": Mutation(
+        "        self.audit.write(self._keyring)\n        started",
+        "        started",
+        "audit or event",
+    ),
+    "the log speaks of what was undone": Mutation(
+        "        self._events, self._taken, self._notes = [], [], self._taken + self._notes",
+        "        self._taken, self._notes = [], self._taken + self._notes",
+        "audit or event or tick",
+    ),
+    "refusals are audited without end": Mutation(
+        "if window.listed == REFUSALS_AUDITED or is_full:", "if False:", "flood_that_is_refused"
+    ),
+    "an event is not chained in its order": Mutation(
+        "number += 1\n                numbered",
+        "number += 2\n                numbered",
+        "audit or log",
+    ),
+    "the verifier overlooks a gap": Mutation(
+        "        if event.number != number:\n", "        if False:\n", "tampered or audit"
+    ),
+    "the anchor need not be proved": Mutation(
+        'if anchor.proof != keyring.chain(b"", anchor.record()):', "if False:", "tampered or audit"
+    ),
+    "an organization is no wall for hosts": Mutation(
+        '        self._require_own(by, host.organization_id, "host")\n', "", "wall"
+    ),
+    "an organization is no wall for tokens": Mutation(
+        '        self._require_own(by, token.organization_id, "token")\n', "", "wall"
+    ),
+    "a key of one organization may name another": Mutation(
+        "if by.organization not in (ALL_ORGANIZATIONS, asked):", "if False:", "wall or random_life"
+    ),
+    "a revoked API key is good": Mutation(
+        "        if key.revoked_at is not None:\n            problem = ApiKeyInvalid(",
+        "        if False:\n            problem = ApiKeyInvalid(",
+        "until_it_is_revoked",
+    ),
+    "an API key needs no secret": Mutation(
+        "if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):",
+        "if secret is None or key is None:",
+        "api_key",
+    ),
+    "a token needs no secret": Mutation(
+        "if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):",
+        "if secret is None or token is None:",
+        "random_life or only_to_who",
+    ),
+    "a replay is answered after the first beat": Mutation(
+        "is_used = host.last_seen > 0 and host.serial >= host.admitted_serial",
+        "is_used = False",
+        "replay",
+    ),
+    "a replay is answered for ever": Mutation(
+        "return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS",
+        "return not is_used",
+        "replay",
+    ),
+    "a replay is answered a millisecond less": Mutation(
+        "now - host.admitted_at <= REPLAY_WINDOW_MS",
+        "now - host.admitted_at < REPLAY_WINDOW_MS",
+        "replay",
+    ),
+    "a replay with a revoked token is answered": Mutation(
+        "if token.revoked_at is not None or host.revoked_at is not None:",
+        "if host.revoked_at is not None:",
+        "replay",
+    ),
+    "a bound hostname is not looked at": Mutation(
+        "if token.hostname and not is_same_hostname(token.hostname, applicant.hostname):",
+        "if False:",
+        "hostname",
+    ),
+    "a bound hostname changes with a beat": Mutation(
+        "        if host.bound:\n            changes.pop(",
+        "        if False:\n            changes.pop(",
+        "bound_hostname",
+    ),
+    "a revoked host re-enrolls": Mutation(
+        "        if host.revoked_at is not None:\n            raise HostRevoked()\n        serial",
+        "        serial",
+        "re_enroll",
+    ),
+    "a re-enrollment is one serial on": Mutation(
+        "serial = max(host.issued, host.serial) + 2",
+        "serial = max(host.issued, host.serial) + 1",
+        "serials or random_life",
+    ),
+    "an expired credential is good a millisecond more": Mutation(
+        "now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:",
+        "now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS + 1:",
+        "week_after or random_life",
+    ),
+    "a credential is renewed too late": Mutation(
+        "return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS",
+        "return (claims.expires_at * SECOND_MS - now) * 4 < life * SECOND_MS",
+        "renewed",
+    ),
+    "a credential of an older key is not renewed": Mutation(
+        "        if claims.kid != self._keyring.first.kid:\n            return True\n",
+        "",
+        "rotated_key",
+    ),
+    "a key that is gone is good within its tick": Mutation(
+        "if claims.kid not in self._keyring.kids:  # it was", "if False:  # it was", "key"
+    ),
+    "a serial far ahead is good": Mutation(
+        "if claims.serial > host.issued + SERIALS_LOST:", "if False:", "forged_serial"
+    ),
+    "a superseded credential is only revoked": Mutation(
+        "        if claims.serial < host.serial:\n",
+        "        if claims.serial > host.serial + 10**9:\n",
+        "serial",
+    ),
+    "a newer credential supersedes nothing": Mutation(
+        "        if claims.serial > host.serial:\n", "        if False:\n", "serial"
+    ),
+    "a key in use is retired": Mutation("if hosts and not force:", "if False:", "retire or keys"),
+    "the key that signs is retired": Mutation(
+        "if kid == self._keyring.first.kid:\n            raise Conflict",
+        "if False:\n            raise Conflict",
+        "retire or keys",
+    ),
+    "a beat falls short and nobody asks why": Mutation(
+        "if self._store.beat(rows) == len(rows):",
+        "if self._store.beat(rows) >= 0:",
+        "lives_and_dies",
+    ),
+    # 7. Messages
+    "a field may come twice": Mutation(
+        "if len(fields.get(name, ())) > 1:", "if len(fields.get(name, ())) > 2:", "read_otherwise"
+    ),
+    "a length stands beside chunks": Mutation(
+        "if length is not None or minor == 0:", "if minor == 0:", "read_otherwise"
+    ),
+    "HTTP/1.0 has chunks": Mutation(
+        "if length is not None or minor == 0:", "if length is not None:", "read_otherwise"
+    ),
+    "a length is what int() takes": Mutation(
+        'if not re.fullmatch("[0-9]+", length):', "if False:", "read_otherwise"
+    ),
+    "a body is one byte longer": Mutation(
+        "int(digits) > BODY_MAXIMUM:", "int(digits) > BODY_MAXIMUM + 1:", "read_otherwise"
+    ),
+    "a bare line feed ends a line": Mutation(
+        'if not data.count(b"\\r\\n") == data.count(b"\\r") == data.count(b"\\n"):',
+        "if False:",
+        "read_otherwise",
+    ),
+    "a space stands before the colon": Mutation(
+        "not FIELD_NAME.fullmatch(name)", "not FIELD_NAME.match(name)", "read_otherwise"
+    ),
+    "a field has control characters": Mutation(
+        "not FIELD_VALUE.fullmatch(value)", "not FIELD_VALUE.match(value)", "read_otherwise"
+    ),
+    "a request needs no Host": Mutation(
+        'if ("host" not in single and minor > 0) or', "if", "read_otherwise"
+    ),
+    "a chunk need not end": Mutation(
+        'if not chunk.endswith(b"\\r\\n"):', "if False:", "read_otherwise"
+    ),
+    "chunks go over the bound together": Mutation(
+        "self._announced += size", "self._announced = size", "read_otherwise"
+    ),
+    "chunk lines are without bound": Mutation(
+        "if self._overhead > CHUNK_OVERHEAD_MAXIMUM:", "if False:", "read_otherwise"
+    ),
+    "a head is one byte longer": Mutation(
+        "if end < 0 or end + 4 - start > HEAD_MAXIMUM:",
+        "if end < 0 or end + 3 - start > HEAD_MAXIMUM:",
+        "read_otherwise or well_formed",
+    ),
+    "close is not heard": Mutation(
+        'keep_alive=minor > 0 and b"close" not in',
+        'keep_alive=minor > 0 and b"closed" not in',
+        "when_a_connection_ends",
+    ),
+    "an answer to HEAD has a body": Mutation(
+        'shown = b"" if head_only else body', "shown = body", "head"
+    ),
+    "a field of an answer is split": Mutation(
+        'if UNPRINTABLE.search("".join(lines)):', "if False:", "control or field or header"
+    ),
+    # 9. Api
+    "a viewer may write": Mutation(
+        'if route.caller == "admin" and by.role != "admin":',
+        "if False:",
+        "api_key or random_life",
+    ),
+    "a body is read before the role is looked at": Mutation(
+        "        values = route.query.read(read_query(query))\n", "        values = {}\n", "query"
+    ),
+    "a write goes as a read": Mutation(
+        'return Act(run, writes=route.method != "GET", origin=origin_of(request))',
+        'return Act(run, writes=route.method == "POST", origin=origin_of(request))',
+        "lives_and_dies",
+    ),
+    "HEAD is not GET": Mutation(
+        '            methods["HEAD"] = methods["GET"]\n', "            pass\n", "head"
+    ),
+    # 10. Server
+    "a server reads on while its answer is owed": Mutation(
+        "            self._reads.append(owed)\n            self._move(connection, None)\n",
+        "            self._reads.append(owed)\n",
+        "pipelined or order or flood",
+    ),
+    "an answer that is not taken whole is forgotten": Mutation(
+        "connection.output = memoryview(data)[sent:]",
+        "connection.output = memoryview(data)[:0]",
+        "slow_reader or byte_at_a_time or on_a_socket",
+    ),
+    "held memory is without bound": Mutation(
+        "        if self._held > HELD_MAXIMUM:\n            self._drop(connection)\n"
+        "            return False\n",
+        "",
+        "hold_so_much",
+    ),
+    "nobody's time is ever over": Mutation(
+        "return connection if moment - since >= self._seconds else None",
+        "return None",
+        "nobody_waits_for_the_slow or dropped",
+    ),
+    "a trickle buys time": Mutation(
+        "if connection.phase is not self._in_head and connection.reader.has_begun:",
+        "if connection.reader.has_begun:",
+        "slow or deadline",
+    ),
+    "a crowd keeps everybody out": Mutation(
+        "            if connection is not None:\n                self._drop(connection)\n"
+        "                return\n",
+        "",
+        "at_the_limit",
+    ),
+    "a refusal is reset away": Mutation(
+        "if connection.lingers or connection.reader.buffer:",
+        "if False:",
+        "still_read or still_sends",
+    ),
+    "a request in flight is not answered at the end": Mutation(
+        "if phase is self._shaking or not connection.held:", "if True:", "in_flight"
+    ),
+    "one connection's defect ends the loop": Mutation(
+        '        log.exception("a connection failed")\n        self._drop(connection)\n',
+        "        raise\n",
+        "goes_wrong_with_a_connection",
+    ),
+    "a newcomer is dropped for a descriptor that nobody wants": Mutation(
+        "                if fresh:  # it is said",
+        "                if False:  # it is said",
+        "descriptor",
+    ),
+    "who waits for the lock is never told": Mutation(
+        "if self._moment - self._waiting_since <= LOCK_PATIENCE:", "if True:", "waits_too_long"
+    ),
+}
+
+
+def test_every_mutation_is_of_text_that_is_there_once_and_of_tests_that_there_are() -> None:
+    there = {name: SOURCE.count(mutation.text) for name, mutation in MUTATIONS.items()}
+    assert {name: count for name, count in there.items() if count != 1} == {}
+    assert [name for name, mutation in MUTATIONS.items() if mutation.text == mutation.slip] == []
+    names = "\n".join(name for name in globals() if name.startswith("test_"))
+    words = {word for mutation in MUTATIONS.values() for word in mutation.tests.split(" or ")}
+    assert [word for word in words if word not in names] == []
+
+
+@slow
+@pytest.mark.skipif("HOSTENROLL_MUTATIONS" not in os.environ, reason="not HOSTENROLL_MUTATIONS=1")
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_the_suite_turns_red_with(mutation: Mutation, tmp_path: Path) -> None:
+    text, slip, tests = mutation
+    for name in ("test_hostenroll.py", "schema.sql", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "hostenroll.py").write_text(SOURCE.replace(text, slip), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", f"({tests}) and not mutation"]
+    environment = {**clean_environment(), "PYTHONPATH": str(tmp_path)}
+    run = subprocess.Popen(
+        command,
+        cwd=str(tmp_path),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said = run.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:  # a suite that hangs is red, too
+        run.kill()
+        run.communicate()
+        return
+    assert run.returncode == 1 and re.search(" failed| error", said), said[-2000:]
