@@ -351,14 +351,24 @@ class ApiDoor(Door):
 
     def tick(self, requests: Sequence[bytes]) -> List[Reply]:
         """Requests in one tick, none of them a read; what each comes to."""
-        asked = [RequestReader("192.0.2.7").next(data) for data in requests]
-        admitted = [self.api.admit(request, self.clock.ms) for request in asked if request]
+        admitted = [self._admit(data) for data in requests]
         work = [it for it in admitted if not isinstance(it, hostenroll.Response)]
-        responses = iter(self.api.run(work, self.clock.ms) or []) if work else iter([])
-        answers = [
-            it if isinstance(it, hostenroll.Response) else next(responses) for it in admitted
+        outcomes = iter(self.api.run(work, self.clock.ms) or [])
+        return [
+            self._reply(
+                it
+                if isinstance(it, hostenroll.Response)
+                else self.api.answer(it, next(outcomes)) or hostenroll.Response(500)
+            )
+            for it in admitted
         ]
-        return [self._reply(answer) for answer in answers if answer is not None]
+
+    def _admit(self, data: bytes) -> Any:
+        """By the short way, where it goes that."""
+        heard = self.api.hear(data, self.clock.ms)
+        request = RequestReader("192.0.2.7").next(data)
+        assert request is not None
+        return heard[0] if heard else self.api.admit(request, self.clock.ms)
 
     @staticmethod
     def _reply(response: hostenroll.Response) -> Reply:
@@ -11573,6 +11583,71 @@ def test_who_holds_little_is_not_kept_out_by_those_who_hold_too_much(
         assert sum(map(bool, (select.select([it], [], [], 0.1)[0] for it in holders))) >= 1
 
 
+def heartbeat_of(door: SocketDoor, *headers: Tuple[str, str]) -> bytes:
+    """Of a host that has just enrolled, as most of them come."""
+    credential = door.enroll(door.token()).document["credential"]
+    return request_bytes("POST", "/api/agent/heartbeat", bearer=credential, headers=headers)
+
+
+def test_a_heartbeat_in_the_middle_of_a_request_is_a_part_of_it(live: SocketDoor) -> None:
+    """However it is cut: else who can choose a body could have it run as a request."""
+    beat = heartbeat_of(live)
+    for begun, code in (
+        (POST + b"Content-Length: %d\r\n\r\n" % len(beat), "api-key-invalid"),
+        (POST + b"X: y\r\n", "malformed-request"),
+    ):
+        with live.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(HEALTH + begun)
+            assert read_reply(stream) is not None  # so the rest has been read, too
+            peer.sendall(beat)
+            reply = read_reply(stream)
+            assert reply is not None and reply.code == code
+            peer.shutdown(socket.SHUT_WR)
+            assert stream.read() == b""
+
+
+def test_a_heartbeat_that_asks_to_close_is_the_last(live: SocketDoor) -> None:
+    beat = heartbeat_of(live, ("Connection", "close"))
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        peer.sendall(beat)
+        reply = read_reply(stream)
+        assert reply is not None and (reply.status, reply.headers["connection"]) == (200, "close")
+        assert stream.read() == b""
+
+
+def test_a_heartbeat_that_waits_is_not_hurried_and_nothing_overtakes_it(
+    paths: Any, clock: Clock
+) -> None:
+    with live_door(paths, clock, deadlines=(0.1, 0.1, 0.1, 9)) as live:
+        beat = heartbeat_of(live)
+        with live.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(HEALTH)
+            assert read_reply(stream) is not None
+            with write_lock(paths[0]):
+                peer.sendall(beat)
+                time.sleep(0.3)  # longer than any deadline
+                peer.sendall(HEALTH)
+                assert not select.select([peer], [], [], 0.05)[0]
+            first, second = read_reply(stream), read_reply(stream)
+        assert first is not None and "lastSeen" in first.document
+        assert second is not None and second.document == {"status": "ok"}
+
+
+def test_a_heartbeat_that_waits_when_the_server_stops_is_the_last(paths: Any, clock: Clock) -> None:
+    with live_door(paths, clock) as door:
+        beat = heartbeat_of(door)
+    with LiveServer(paths, clock) as live:
+        with SocketDoor(live.port, "").connect() as peer, peer.makefile("rb") as stream:
+            with write_lock(paths[0]):
+                peer.sendall(beat)
+                until(lambda: live.server._waiting_since)
+                live.server.stop()
+                until(lambda: is_refused(live.port))
+            reply = read_reply(stream)
+            assert reply is not None and (reply.status, reply.headers["connection"]) == (
+                200, "close")  # fmt: skip
+
+
 def test_a_head_byte_by_byte_has_one_deadline(paths: Any, clock: Clock) -> None:
     with live_door(paths, clock, deadlines=(0.3, 9, 9, 9)) as live, live.connect() as peer:
         for n in range(len(HEALTH) - 1):
@@ -14380,7 +14455,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "only_what_we_signed",
     ),
     "a payload has two spellings": Mutation(
-        "return CLAIMS.fullmatch(octets) if base64url(octets) == payload else None",
+        "return CLAIMS.fullmatch(octets) if _base64url(octets) == payload else None",
         "return CLAIMS.fullmatch(octets)",
         "only_what_we_signed or no_character",
     ),
@@ -14737,7 +14812,9 @@ MUTATIONS: Dict[str, Mutation] = {
         "when_a_connection_ends",
     ),
     "an answer to HEAD has a body": Mutation(
-        'shown = b"" if head_only else body', "shown = body", "head"
+        "return head if head_only else head + response.body",
+        "return head + response.body",
+        "head",
     ),
     "a field of an answer is split": Mutation(
         'if UNPRINTABLE.search("".join(lines)):', "if False:", "control or field or header"
@@ -14756,6 +14833,27 @@ MUTATIONS: Dict[str, Mutation] = {
         'return Act(run, writes=route.method == "POST", origin=origin_of(request))',
         "random_life",
     ),
+    "a heartbeat is heard in a body": Mutation(
+        'if b"\\r\\n\\r\\n" in before:', "if False:", "come_to_the_same"
+    ),
+    "what follows a heartbeat is not heard": Mutation(
+        "if request is None or reader.buffer or request.body",
+        "if request is None or request.body",
+        "short_way or come_to_the_same",
+    ),
+    "a heartbeat with facts is heard as a plain one": Mutation(
+        ' or request.body not in (b"", b"{}"):', ":", "come_to_the_same"
+    ),
+    "any request is heard as a heartbeat": Mutation(
+        "return request.head if route.admit is _admit_heartbeat else None",
+        "return request.head",
+        "come_to_the_same",
+    ),
+    "a heartbeat that is due goes the short way": Mutation(
+        "return None if self._registry.is_due(claims, now) else (claims, head)",
+        "return claims, head",
+        "not_plain_goes_the_long_way",
+    ),
     "HEAD is not GET": Mutation(
         '            methods["HEAD"] = methods["GET"]\n', "            pass\n", "head"
     ),
@@ -14769,6 +14867,33 @@ MUTATIONS: Dict[str, Mutation] = {
         "connection.output = memoryview(data)[sent:]",
         "connection.output = memoryview(data)[:0]",
         "slow_reader or byte_at_a_time or on_a_socket",
+    ),
+    "a heartbeat is heard in the middle of a request": Mutation(
+        "if connection.phase not in self._between or reader.buffer or self._access_log:",
+        "if self._access_log:",
+        "middle_of_a_request",
+    ),
+    "the access log misses the short way": Mutation(
+        "or reader.buffer or self._access_log:", "or reader.buffer:", "log"
+    ),
+    "a heartbeat that asks to close is kept alive": Mutation(
+        "connection.closing = is_stopping or not head.keep_alive",
+        "connection.closing = is_stopping",
+        "asks_to_close",
+    ),
+    "a heartbeat is not told that the server stops": Mutation(
+        "connection.closing = is_stopping or not head.keep_alive",
+        "connection.closing = not head.keep_alive",
+        "when_the_server_stops_is_the_last",
+    ),
+    "a refused heartbeat is called by the next one's name": Mutation(
+        "reader.connection, reader.number - 1)", "reader.connection, reader.number)", "name"
+    ),
+    "who waits for another writer is hurried": Mutation(
+        "            if connection.phase is not None:\n"
+        "                self._move(connection, None)\n",
+        "            pass\n",
+        "is_not_hurried",
     ),
     "held memory is without bound": Mutation(
         "        if self._held > HELD_MAXIMUM:\n            self._drop(connection)\n"
