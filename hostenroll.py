@@ -115,7 +115,7 @@ from typing import (
     Union,
     cast,
 )
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 # 1. Limits
 #
@@ -5036,16 +5036,508 @@ def write_response(
 #
 # Texts for people to copy.
 
-# printf is part of the shell: the token is in no process's arguments, where ps would show it.
-ENROLL_COMMAND = string.Template(
-    """printf '{"token":"%s","hostname":"%s"}' $token $hostname |
-  curl -sS$trust $url/api/agent/enroll -d @-"""
-)
+# The whole agent. It is served, so its first lines say what it is to whoever finds it on a disk.
+AGENT_SCRIPT = r"""#!/bin/sh
+# hostenroll-agent: enrolls this machine at a hostenroll server, once, and from then on says that
+# it lives. Needs a POSIX shell with its usual tools, and curl from 7.58 on.
+#
+# Functions, and one call in the last line: of a download that was cut short, nothing runs.
 
-# With a certificate that no authority has signed, curl needs -k beside the pin, and the pin alone
-# decides. Over plain http it would be ignored without a word: hence --proto.
-TRUST_AUTHORITIES = " --proto =https"
-TRUST_PIN = string.Template(" --proto =https -k --pinnedpubkey '$pin'")
+VERSION=@VERSION@
+PROGRAM=/usr/local/sbin/hostenroll-agent # where --install puts it for root
+UNIT=/etc/systemd/system/hostenroll-agent.service
+
+FIRST_WAIT=1 # seconds; doubled with every failure in a row, and a wait is drawn from 1 to that
+LONGEST_WAIT=300
+LOOK_AGAIN=3600 # seconds after which facts are gathered anew
+LINE='
+'
+
+usage() {
+    cat <<'END'
+usage: hostenroll-agent --server URL [--pin PIN | --cacert FILE] [options]
+Enrolls this machine with a token, where one is given, and then says that it lives, for as long as
+it runs.
+
+  --server URL        the server: https://HOST:PORT
+  --pin PIN           trust the server with this public key, sha256//..., and no other
+  --cacert FILE       trust the servers that these authorities, in PEM, have signed
+  --insecure-http     allow http:// to other machines: whoever is between hears every secret
+  --token-file FILE   enroll with the token in FILE; - is stdin
+  --hostname NAME     the name of this machine (uname -n)
+  --name TEXT         what to call the host, when it enrolls (the hostname)
+  --state DIR         where to keep the credential (root: /var/lib/hostenroll-agent, others:
+                      ~/.local/state/hostenroll-agent)
+  --ask-again SECONDS how long to wait after a refusal (3600)
+  --once              one heartbeat, for cron
+  --install           start with the machine: a systemd service, or else a line for cron to add
+  --uninstall         undo --install; the credential stays
+  --help, --version
+
+Exit status: 0 done, 1 failed, 2 usage, 3 refused by the server.
+END
+}
+
+say() {
+    printf 'hostenroll-agent: %s\n' "$*" >&2
+}
+
+# What goes wrong is said when it begins or changes, not with every beat.
+say_once() {
+    [ "$*" = "$said" ] || say "$@"
+    said=$*
+}
+
+end() { # STATUS [TEXT]
+    ended=$1
+    shift
+    [ $# -eq 0 ] || say "$@"
+    drop_lock
+    exit "$ended"
+}
+
+# A number from 1 to $1.
+draw() {
+    drawn=$(od -An -N2 -tu2 /dev/urandom 2>/dev/null | tr -dc 0-9)
+    drawn=$((${drawn:-$$} % $1 + 1))
+}
+
+# For a string in JSON, and for one in a curl config: both escape alike.
+escape() {
+    printf '%s' "$1" | sed 's/[\\"]/\\&/g'
+}
+
+# Of a command's output what may be sent as a fact: one line of printable ASCII, 128 characters.
+fact() {
+    tr '\n' ' ' | tr -dc ' -~' | sed 's/^ *//; s/ *$//' | cut -c 1-128
+}
+
+# Arguments.
+
+read_arguments() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --help) usage && exit 0 ;;
+        --version) echo "hostenroll-agent $VERSION" && exit 0 ;;
+        --insecure-http) insecure=yes ;;
+        --once) once=yes ;;
+        --install | --uninstall) act=${1#--} ;;
+        --server | --pin | --cacert | --token-file | --hostname | --name | --state | --ask-again)
+            [ $# -ge 2 ] && [ -n "$2" ] || end 2 "$1 needs a value; see --help"
+            take "$1" "$2"
+            shift
+            ;;
+        *) end 2 "$1 is no option; see --help" ;;
+        esac
+        shift
+    done
+}
+
+take() {
+    case $1 in
+    --server) server=${2%/} ;;
+    --pin) pin=$2 ;;
+    --cacert) cacert=$2 ;;
+    --token-file) token_file=$2 ;;
+    --hostname) hostname=$2 ;;
+    --name) name=$2 ;;
+    --state) state=$2 ;;
+    --ask-again) ask_again=$2 ;;
+    esac
+}
+
+check_arguments() {
+    check_server
+    case $pin in # what is no hash, curl takes for a file
+    *[!A-Za-z0-9+/=\;]*) pin=none ;;
+    esac
+    case $pin in
+    '' | sha256//?*) ;;
+    *) end 2 "--pin is not like sha256//..., which mint-token prints" ;;
+    esac
+    case $hostname in
+    *[!A-Za-z0-9._-]*) end 2 "--hostname takes letters, digits, dots, - and _" ;;
+    esac
+    case $name in
+    *[[:cntrl:]]*) end 2 "--name takes one line of text" ;;
+    esac
+    case $ask_again in
+    *[!0-9]* | 0* | ??????*) end 2 "--ask-again takes seconds" ;;
+    esac
+    [ -z "$cacert" ] || [ -r "$cacert" ] || end 2 "cannot read $cacert"
+}
+
+check_server() {
+    [ -n "$server" ] || end 2 "--server URL is missing; see --help"
+    host=${server#*://}
+    host=${host%%/*}
+    case $server in
+    *[!]A-Za-z0-9.:/_~[-]*) end 2 "--server is not like https://enroll.lan:8443" ;;
+    https://?*) return ;;
+    http://?*) ;;
+    *) end 2 "--server is not like https://enroll.lan:8443" ;;
+    esac
+    [ -z "$pin$cacert" ] || end 2 "--pin and --cacert say nothing over http: give --server https://"
+    case $host in
+    '[::1]' | '[::1]':*) loopback=yes ;;
+    *) case ${host%%:*} in
+        localhost) loopback=yes ;;
+        *[!0-9.]*) ;;
+        127.*) loopback=yes ;;
+        esac ;;
+    esac
+    [ -n "$loopback$insecure" ] ||
+        end 2 "over http everybody between hears the secrets: use https, or --insecure-http"
+}
+
+# What is kept. Every file is written beside its place and then moved there, so that a full disk or
+# a crash leaves the old one whole.
+
+open_state() {
+    if [ -z "$state" ] && [ "$(id -u)" = 0 ]; then
+        state=/var/lib/hostenroll-agent
+    elif [ -z "$state" ]; then
+        [ -n "${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
+        state=${XDG_STATE_HOME:-$HOME/.local/state}/hostenroll-agent
+    fi
+    mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
+}
+
+store() { # FILE TEXT
+    new=$state/$1.new
+    { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
+        [ "$(cat "$new" 2>/dev/null)" = "$2" ] &&
+        sync "$new" 2>/dev/null &&
+        mv -f "$new" "$state/$1" 2>/dev/null && return
+    rm -f "$new"
+    return 1
+}
+
+# The credential, and the ids of the host and of the token that brought it; fails without one.
+load_credential() {
+    credential='' host_id='' came_by=''
+    [ -r "$state/credential" ] || return 1
+    { read -r credential && read -r host_id && read -r came_by; } <"$state/credential"
+    case $credential in
+    *.*.*) ;;
+    *) return 1 ;;
+    esac
+}
+
+# One agent for a folder. The lock says who holds it by process id and time of birth: the number
+# alone may be another's by now.
+birth() {
+    sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+}
+
+take_lock() {
+    mine=$$-$(birth $$)
+    until ln -s "$mine" "$state/lock" 2>/dev/null; do
+        holder=$(ls -ld "$state/lock" 2>/dev/null | sed -n 's/.* -> //p')
+        [ -n "$holder" ] || break # a disk that is full or read-only must not stop the heart
+        kill -0 "${holder%%-*}" 2>/dev/null &&
+            [ "$(birth "${holder%%-*}")" = "${holder#*-}" ] && return 1
+        rm -f "$state/lock"
+    done
+    locked=$mine
+}
+
+drop_lock() {
+    [ -z "$locked" ] || rm -f "$state/lock"
+    locked=''
+}
+
+# The server.
+
+# Sets reply, the JSON text of the answer; status, that of HTTP, or 000 without an answer; code,
+# the name of a refusal; and failure, what curl says. All that is secret is in the config, which
+# goes through a pipe: it is in no argument, no environment and no file.
+ask() { # PATH CONFIG
+    config=$2
+    set -- "$server$1" -q -sS -g -i --connect-timeout 10 --max-time 30
+    set -- "$@" -A "hostenroll-agent/$VERSION" -w '\n%{http_code}' --proto "=${server%%:*}"
+    [ -z "$loopback" ] || set -- "$@" --noproxy '*'
+    [ -z "$cacert" ] || set -- "$@" --cacert "$cacert"
+    [ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"
+    [ -z "$pin" ] || [ -n "$cacert" ] || set -- "$@" -k # the pin decides
+    answer=$(printf '%s\n' "$config" | curl "$@" -K - 2>&1)
+    exit_status=$?
+    config='' status=000 reply='' failure=''
+    if [ "$exit_status" -ne 0 ]; then
+        failure=$(printf '%s\n' "$answer" | sed -n 's/^curl: //p' | fact)
+    else
+        status=${answer##*"$LINE"}
+        reply=${answer%"$LINE"*}
+        reply=${reply##*"$LINE"}
+    fi
+    code=$(member code '"\([a-z-]*\)"')
+}
+
+# A member of the reply. Quotes in JSON strings are escaped, so none of them looks like a member.
+member() { # NAME PATTERN
+    printf '%s\n' "$reply" | sed -n "s/.*\"$1\":$2.*/\\1/p"
+}
+
+detail() {
+    reply=$(printf '%s\n' "$reply" | sed "s/\\\\[\"\\\\]/'/g")
+    member detail '"\([^"]*\)"' | fact
+}
+
+retry_after() {
+    asked=$(printf '%s\n' "$answer" | sed -n 's/^[Rr]etry-[Aa]fter: *\([0-9]\{1,4\}\).$/\1/p')
+}
+
+# What this machine says of itself, as members of a JSON object.
+gather_facts() {
+    os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
+    os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
+    docker=''
+    command -v docker >/dev/null 2>&1 &&
+        docker=$(docker --version 2>&1 </dev/null | sed -n 's/^Docker version \([^, ]*\).*/\1/p')
+    facts="\"hostname\":\"$(own_hostname)\",\"os\":\"$(escape "$os")\""
+    facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
+    facts="$facts,\"dockerVersion\":\"$(escape "$(printf '%s' "$docker" | fact)")\""
+}
+
+own_hostname() {
+    [ -n "$hostname" ] || hostname=$(uname -n | tr -dc 'A-Za-z0-9._-' | sed 's/^[.-]*//; s/-*$//')
+    printf '%s' "$hostname" | cut -c 1-253
+}
+
+# Enrollment. The Idempotency-Key is kept before it is used: when the answer is lost, with the
+# connection or with this process, the same token with the same key brings the same host.
+
+enroll() {
+    read_token
+    token_id=${token#het_}
+    token_id=${token_id%%_*}
+    if load_credential && [ "$came_by" = "$token_id" ]; then
+        token='' # as when this command runs a second time
+        return
+    fi
+    keep_key
+    gather_facts
+    until ask_for_credential; do
+        [ -z "$once$act" ] || end 1 "not enrolled: $said"
+        back_off
+    done
+    token=''
+    rm -f "$state/enrolling"
+    failures=0 said=''
+    say "enrolled as host $host_id"
+}
+
+read_token() {
+    case $token_file in
+    -) IFS= read -r token ;;
+    *) [ -r "$token_file" ] && IFS= read -r token <"$token_file" ;;
+    esac
+    token=${token%"$(printf '\r')"}
+    case $token in
+    *[!A-Za-z0-9_-]*) end 2 "there is no token in $token_file: it begins with het_" ;;
+    het_*_*) ;;
+    *) end 2 "there is no token in $token_file: it begins with het_" ;;
+    esac
+}
+
+keep_key() {
+    key='' key_token=''
+    [ ! -r "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
+    [ "$key_token" != "$token_id" ] || [ -z "$key" ] || return 0
+    key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
+    [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
+    store enrolling "$token_id $key" ||
+        end 1 "cannot write in $state: make room there and run this again; the token is not used"
+}
+
+ask_for_credential() {
+    body="{\"token\":\"$token\",$facts"
+    [ -z "$name" ] || body="$body,\"name\":\"$(escape "$name")\""
+    ask /api/agent/enroll "header = \"Idempotency-Key: $key\"
+data-binary = \"$(escape "$body}")\""
+    body=''
+    case $status in
+    201) keep_enrollment && return ;;
+    000) trust_or_end && say_once "no answer from $server: $failure" ;;
+    408 | 429 | 5??) say_once "$server cannot answer now ($status $code)" ;;
+    *) end 3 "refused (${code:-$status}): $(detail)" ;;
+    esac
+    return 1
+}
+
+# What curl says of a server that is not the one to be trusted: to wait will not mend it.
+trust_or_end() {
+    case $exit_status in
+    51 | 60 | 77 | 83 | 90 | 91) end 1 "not trusted, and told nothing: $server: $failure" ;;
+    esac
+}
+
+keep_enrollment() {
+    credential=$(member credential '"\([A-Za-z0-9_.-]*\)"')
+    host_id=$(member hostId '"\([0-9a-f]*\)"')
+    came_by=$token_id
+    if [ -z "$credential" ] || [ -z "$host_id" ]; then
+        say_once "$server answers, but not as a hostenroll server"
+    elif store credential "$credential
+$host_id
+$came_by"; then
+        store facts "$facts" || rm -f "$state/facts"
+        told=$facts
+        return 0
+    else
+        say_once "cannot write in $state: make room there; the same token gets another credential"
+    fi
+    return 1
+}
+
+# Heartbeats. 0 heard, 1 failed, 3 refused.
+
+beat() {
+    load_credential || end 1 "no credential in $state: enroll with --token-file"
+    body=''
+    [ "$facts" = "$told" ] || body=$facts
+    ask /api/agent/heartbeat "header = \"Authorization: Bearer $credential\"
+data-binary = \"$(escape "{$body}")\""
+    case $status:$code in
+    200:*) heard ;;
+    000:*) fail "no answer from $server: $failure" ;;
+    4??:host-revoked | 4??:host-unknown | 4??:credential-*)
+        say_once "refused ($code): $(detail)"
+        return 3
+        ;;
+    400:invalid-body)
+        [ -n "$body" ] || fail "refused ($code): $(detail)"
+        say "the server does not take what this machine says of itself: $(detail)"
+        told=$facts
+        beat
+        ;;
+    *) fail "$server cannot answer now ($status $code)" ;;
+    esac
+}
+
+fail() {
+    say_once "$@"
+    return 1
+}
+
+heard() {
+    next=$(member nextHeartbeatSeconds '\([0-9]\{1,5\}\)')
+    [ -n "$next" ] || fail "$server answers, but not as a hostenroll server" || return
+    [ "$next" -gt 0 ] || next=1
+    [ -z "$body" ] || store facts "$facts" || :
+    told=$facts
+    renewed=$(member credential '"\([A-Za-z0-9_.-]*\)"')
+    if [ -n "$renewed" ] && ! keep_renewal; then
+        say_once "cannot write in $state: make room there; the old credential goes on for now"
+    else
+        [ -z "$said" ] || say "the server hears this machine again"
+        said=''
+    fi
+    return 0
+}
+
+# The renewed credential is stored before it is used: a beat goes by what is in the file. Another
+# enrollment that came between is newer, and stays.
+keep_renewal() {
+    used=$credential
+    load_credential && [ "$credential" = "$used" ] || return 0
+    store credential "$renewed
+$host_id
+$came_by"
+}
+
+back_off() {
+    failures=$((failures + 1))
+    bound=$FIRST_WAIT n=1
+    while [ "$n" -lt "$failures" ] && [ "$bound" -lt "$LONGEST_WAIT" ]; do
+        bound=$((bound * 2)) n=$((n + 1))
+    done
+    [ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT
+    draw "$bound"
+    retry_after
+    [ -z "$asked" ] || drawn=$((asked + drawn))
+    pause "$drawn"
+}
+
+# Ends at once when it is told to, and takes the sleep with it.
+pause() {
+    trap 'kill "$!"; end 143' TERM INT HUP
+    trap 'kill "$!"' USR1
+    sleep "$1" &
+    wait "$!"
+    trap - TERM INT HUP
+    trap : USR1
+}
+
+beat_on() {
+    while :; do
+        beat
+        outcome=$?
+        [ -z "$once" ] || end "$outcome"
+        case $outcome in
+        0) failures=0 && pause "$next" ;;
+        1) back_off ;;
+        3) pause "$ask_again" ;;
+        esac
+    done
+}
+
+main() {
+    # What is in the environment under these names would be handed on to children as it changes.
+    unset token credential answer reply config body key renewed used
+    token='' credential='' answer='' said='' failures=0 locked=''
+    server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
+    insecure='' loopback='' once='' act=''
+    umask 077
+    set -fu
+    LC_ALL=C
+    export LC_ALL
+    read_arguments "$@"
+    check_arguments
+    command -v curl >/dev/null 2>&1 || end 1 "there is no curl: install it"
+    open_state
+    [ -z "$token_file" ] || enroll
+    take_lock || end 1 "another agent, process ${holder%%-*}, runs with $state"
+    gather_facts
+    told=$(cat "$state/facts" 2>/dev/null)
+    beat_on
+}
+
+main "$@"
+""".replace("@VERSION@", __version__)
+
+
+def join_command(url: str, pin: str, token: str) -> str:
+    """What to type on a machine that is to be a host. The script comes from the server by the trust
+    that it is then given for itself, and printf is part of the shell: the token is in no process's
+    arguments, where ps would show it.
+
+    With a certificate that no authority has signed, curl needs -k beside the pin, and the pin alone
+    decides; without a pin -k would trust anybody. Over plain http a pin would be ignored without a
+    word: hence --proto. Its argument is quoted for zsh, which would look for a command https.
+    """
+    scheme = urlsplit(url).scheme
+    trust = ["--server", url]
+    fetch = ["-fsS", "--proto", f"={scheme}"]
+    if scheme == "https" and pin:
+        fetch += ["-k", "--pinnedpubkey", pin]
+        trust += ["--pin", pin]
+    elif scheme == "http" and not _is_loopback(urlsplit(url).hostname or ""):
+        trust += ["--insecure-http"]
+    fetched = " ".join(map(_quote, [*fetch, "-o", "hostenroll-agent", f"{url}/agent.sh"]))
+    joins = " ".join(map(_quote, ["hostenroll-agent", *trust, "--token-file", "-"]))
+    return f"curl {fetched} &&\n  printf %s {_quote(token)} | sh {joins}"
+
+
+def _quote(text: str) -> str:
+    return f"'{text}'" if text.startswith("=") else shlex.quote(text)
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
 
 UNIT = string.Template(
     """\
@@ -5765,6 +6257,13 @@ def _admit_openapi(*_: object) -> Admitted:
     return Response(200, _openapi_json())
 
 
+SHELL_SCRIPT = "text/x-shellscript; charset=utf-8"
+
+
+def _admit_agent_script(*_: object) -> Admitted:
+    return Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)
+
+
 def _unhandled(registry: Registry, call: Call) -> Response:
     raise NotImplementedError  # a route that is not the user API's has no handler
 
@@ -6020,6 +6519,15 @@ ROUTES = (
         "Describe this API in OpenAPI 3.1",
         _admit_openapi,
         answer=ANYTHING,
+    ),
+    Route(
+        "agent-script",
+        "GET",
+        "/agent.sh",
+        "open",
+        "The agent, for a host with sh and curl",
+        _admit_agent_script,
+        content_type=SHELL_SCRIPT,
     ),
 )
 
@@ -7847,21 +8355,9 @@ def _mint(
         f"token {document['id']} of {document['organizationId']}: {uses}, "
         f"until {document['expiresAt']}",
         "enroll with it, on the host:",
-        ENROLL_COMMAND.substitute(
-            token=text,
-            hostname=view.token.hostname or '"$(uname -n)"',
-            url=url,
-            trust=_trust(url, pin),
-        ),
+        join_command(url, pin, text),
     )
     return 0
-
-
-def _trust(url: str, pin: str) -> str:
-    """How curl is to know the server."""
-    if not url.startswith("https:"):
-        return ""
-    return TRUST_PIN.substitute(pin=pin) if pin else TRUST_AUTHORITIES
 
 
 def _run_list_tokens(session: Session) -> int:
@@ -8144,6 +8640,11 @@ def _subject_alternative_name(name: str) -> str:
 
 def _run_schema(session: Session) -> int:
     print(SCHEMA, end="")
+    return 0
+
+
+def _run_agent_script(session: Session) -> int:
+    print(AGENT_SCRIPT, end="")
     return 0
 
 
@@ -8483,6 +8984,13 @@ COMMANDS = (
         "print the API in OpenAPI 3.1",
         "openapi",
         _run_openapi,
+        uses_store=False,
+    ),
+    Command(
+        "agent-script",
+        "print the agent, for a host with sh and curl",
+        "agent-script",
+        _run_agent_script,
         uses_store=False,
     ),
 )

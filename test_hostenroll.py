@@ -7835,6 +7835,46 @@ def test_json_is_written_so_that_sed_can_read_it() -> None:
     assert written == b'{"a":[1,null,true],"b":"\\u00e9\\n\\u2028"}'
 
 
+# 8. Assets
+
+JOINS = {
+    "https, by a pin": (
+        "https://enroll.lan:8443", "sha256//a+b/c=",
+        "--proto '=https' -k --pinnedpubkey sha256//a+b/c=", " --pin sha256//a+b/c=",
+    ),
+    "https, by two pins": (
+        "https://enroll.lan", "sha256//a=;sha256//b=",
+        "--proto '=https' -k --pinnedpubkey 'sha256//a=;sha256//b='",
+        " --pin 'sha256//a=;sha256//b='",
+    ),
+    "https, by authorities": ("https://enroll.lan", "", "--proto '=https'", ""),
+    "http on this machine": ("http://127.0.0.1:8080", "", "--proto '=http'", ""),
+    "the same by name": ("http://localhost:8080", "sha256//a=", "--proto '=http'", ""),
+    "the same in IPv6": ("http://[::1]:8080", "", "--proto '=http'", ""),
+    "http elsewhere": ("http://192.0.2.7", "sha256//a=", "--proto '=http'", " --insecure-http"),
+    "http to a name that looks near": (
+        "http://127.0.0.1.evil.test", "", "--proto '=http'", " --insecure-http"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOINS.values(), ids=JOINS)
+def test_the_join_command_trusts_what_it_must_and_no_more(case: Any) -> None:
+    url, pin, trust, more = case
+    script, server = shlex.quote(f"{url}/agent.sh"), shlex.quote(url)
+    assert hostenroll.join_command(url, pin, "het_x") == (
+        f"curl -fsS {trust} -o hostenroll-agent {script} &&\n"
+        f"  printf %s het_x | sh hostenroll-agent --server {server}{more} --token-file -"
+    )
+
+
+def test_the_agent_is_served_and_printed_byte_for_byte(live: SocketDoor, tmp_path: Path) -> None:
+    served = live.call("GET", "/agent.sh")
+    assert served.headers["content-type"] == "text/x-shellscript; charset=utf-8"
+    assert served.document == cli(tmp_path, "agent-script").stdout
+    assert f"VERSION={hostenroll.__version__}\n" in served.document
+    assert served.document.startswith("#!/bin/sh\n") and served.document.endswith('\nmain "$@"\n')
+
+
 # 9. Api
 
 NOWHERE = "0000000000000000"
@@ -8816,7 +8856,7 @@ def test_every_answer_fits_its_shape_and_every_refusal_is_declared(
     """And what is declared happens, but for what is the server's and not the route's."""
     visit_agent_routes(witness, clock)
     visit_user_routes(witness, clock)
-    for path in ("/healthz", "/readyz", "/openapi.json"):
+    for path in ("/healthz", "/readyz", "/openapi.json", "/agent.sh"):
         witness.call("GET", path)
     servers = {kind.code for kind in KINDS_OF_PROBLEM if issubclass(kind, hostenroll.Unframed)}
     servers |= {"internal", "storage-unavailable"}
@@ -12900,7 +12940,7 @@ def test_a_token_stands_alone_on_stdout(operator: Operator) -> None:
     assert re.fullmatch(r"het_[0-9a-f]{16}_[A-Za-z0-9_-]{51}\n", minted.out)
     number = minted.out.split("_")[1]
     assert f"token {number} of default: 1 use, until 2027-01-15T09:00:00.000Z" in minted.err
-    assert "/api/agent/enroll" in minted.err
+    assert "/agent.sh" in minted.err and number in minted.err.partition("printf %s ")[2]
     key = operator("mint-api-key")
     assert re.fullmatch(r"hak_[0-9a-f]{16}_[A-Za-z0-9_-]{51}\n", key.out)
     assert "admin of default" in key.err
@@ -12909,15 +12949,12 @@ def test_a_token_stands_alone_on_stdout(operator: Operator) -> None:
 @needs_curl
 def test_the_line_that_mint_token_says_enrolls_when_a_shell_runs_it(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
-        minted = cli(tmp_path, "mint-token")
-        line = minted.stderr.split("enroll with it, on the host:\n")[1]
-        assert server.url in line
-        done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30)
-        assert json.loads(done.stdout)["name"] == os.uname().nodename
-        assert done.returncode == 0
-    assert (
-        json.loads(cli(tmp_path, "list-hosts", "--json").stdout)["hosts"][0]["status"] == "pending"
-    )
+        line = printed_command(tmp_path)
+        assert f"--server {server.url} " in line
+        done = joined(tmp_path, line)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    [host] = json.loads(cli(tmp_path, "list-hosts", "--json").stdout)["hosts"]
+    assert (host["name"], host["status"]) == (os.uname().nodename, "online")
 
 
 def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
@@ -13727,10 +13764,15 @@ def printed_command(folder: Path) -> str:
     return cli(folder, "mint-token").stderr.split("enroll with it, on the host:\n")[1]
 
 
-def in_shell(line: str) -> subprocess.CompletedProcess[str]:
+def in_shell(line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", "-c", line], capture_output=True, text=True, timeout=30, check=False
+        ["sh", "-c", line], capture_output=True, text=True, timeout=30, check=False, **options
     )
+
+
+def joined(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """A join command, run on a host that keeps its state in a folder, and beats once."""
+    return in_shell(f"{line.rstrip()} --once --state {folder / 'state'}", cwd=str(folder))
 
 
 @needs_curl
@@ -13738,16 +13780,18 @@ def test_what_mint_token_says_pins_the_servers_certificate(tmp_path: Path) -> No
     with TlsProcess(tmp_path) as server:
         assert f"listens on {server.url}\n" in "".join(server.said)
         line = printed_command(tmp_path)
-        assert f"-k --pinnedpubkey '{pin_of('one')}'" in line and "--proto =https" in line
-        wrong = in_shell(line.replace(pin_of("one"), pin_of("other")))
+        assert f"-k --pinnedpubkey {pin_of('one')} " in line and "--proto '=https'" in line
+        assert f"--pin {pin_of('one')} --token-file -" in line
+        wrong = joined(tmp_path, line.replace(pin_of("one"), pin_of("other")))
         assert (wrong.returncode, wrong.stdout) == (90, "")
-        in_clear = in_shell(line.replace("https://", "http://"))
+        in_clear = joined(tmp_path, line.replace("https://", "http://"))
         assert (in_clear.returncode, in_clear.stdout) == (1, "")  # a protocol that is off
         tokens = json.loads(cli(tmp_path, "list-tokens", "--json").stdout)["tokens"]
         assert [token["uses"] for token in tokens] == [0]
-        right = in_shell(line)
+        right = joined(tmp_path, line)
         assert right.returncode == 0, right.stderr
-        assert json.loads(right.stdout)["name"] == os.uname().nodename
+        [host] = json.loads(cli(tmp_path, "list-hosts", "--json").stdout)["hosts"]
+        assert (host["name"], host["status"]) == (os.uname().nodename, "online")
         assert server.terminate() == 0
     assert "Traceback" not in "".join(server.said)
 
@@ -13815,7 +13859,7 @@ def test_tls_is_set_by_the_environment_too(tmp_path: Path) -> None:
     with Started(tmp_path, env=environment) as server:
         door = TlsDoor(server.port, "")
         assert door.call("GET", "/healthz").status == 200
-        assert "https://enroll.lan:443/api" in printed_command(tmp_path)
+        assert "https://enroll.lan:443/agent.sh" in printed_command(tmp_path)
         until(lambda: any("access" in line for line in server.lines()))
 
 
@@ -13903,18 +13947,18 @@ def test_the_log_of_a_server_behind_a_proxy_names_its_clients(tmp_path: Path) ->
 # --public-url.
 
 ADDRESSES = {
-    "https://enroll.lan": " --proto =https https://enroll.lan/api/",
-    "https://enroll.lan/": " --proto =https https://enroll.lan/api/",
-    "https://enroll.lan:8443/fleet/": " --proto =https https://enroll.lan:8443/fleet/api/",
-    "https://[2001:db8::1]:8443": " --proto =https https://[2001:db8::1]:8443/api/",
-    "http://10.0.0.7:8080": " http://10.0.0.7:8080/api/",
+    "https://enroll.lan": ("'=https'", "https://enroll.lan", ""),
+    "https://enroll.lan/": ("'=https'", "https://enroll.lan", ""),
+    "https://enroll.lan:8443/fleet/": ("'=https'", "https://enroll.lan:8443/fleet", ""),
+    "https://[2001:db8::1]:8443": ("'=https'", "https://[2001:db8::1]:8443", ""),
+    "http://10.0.0.7:8080": ("'=http'", "http://10.0.0.7:8080", " --insecure-http"),
 }
 
 
 @pytest.mark.parametrize("url", ADDRESSES)
 def test_mint_token_says_the_public_url(url: str, operator: Operator) -> None:
     """That of a proxy, with a certificate that authorities have signed: without pin and -k."""
-    expected = ADDRESSES[url]
+    protocol, address, more = ADDRESSES[url]
     registry = open_registry(
         str(operator.folder / "hostenroll.db"),
         str(operator.folder / "hostenroll.key"),
@@ -13924,8 +13968,10 @@ def test_mint_token_says_the_public_url(url: str, operator: Operator) -> None:
     do(registry, operator.clock, lambda now: registry.start_service(found, now))
     registry.close()
     said = operator("mint-token").err
-    assert f"curl -sS{expected}agent/enroll -d" in said
-    assert " -k" not in said and "pinned" not in said
+    fetched, joins = (shlex.quote(text) for text in (f"{address}/agent.sh", address))
+    assert f"curl -fsS --proto {protocol} -o hostenroll-agent {fetched} &&" in said
+    assert f"sh hostenroll-agent --server {joins}{more} --token-file -\n" in said
+    assert " -k" not in said and "pin" not in said
 
 
 @pytest.mark.parametrize(
@@ -13949,7 +13995,7 @@ def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixt
 def test_behind_a_proxy_serve_says_where_the_proxy_finds_it(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, "--public-url", "https://enroll.lan") as server:
         assert f"listens on {server.url}\n" in "".join(server.said)
-        assert " --proto =https https://enroll.lan/api/" in printed_command(tmp_path)
+        assert "--server https://enroll.lan --token-file -" in printed_command(tmp_path)
 
 
 # make-cert.
@@ -13981,8 +14027,8 @@ def test_the_certificate_that_make_cert_makes_serves(tmp_path: Path) -> None:
         with pytest.raises(subprocess.CalledProcessError) as stranger:
             curl(*authority, *other)
         assert stranger.value.returncode == 60
-        enrolled = in_shell(printed_command(tmp_path))
-        assert enrolled.returncode == 0 and json.loads(enrolled.stdout)["credential"]
+        enrolled = joined(tmp_path, printed_command(tmp_path))
+        assert enrolled.returncode == 0 and "enrolled as host" in enrolled.stderr
 
 
 @needs_openssl
