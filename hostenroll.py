@@ -5044,12 +5044,18 @@ AGENT_SCRIPT = r"""#!/bin/sh
 # Functions, and one call in the last line: of a download that was cut short, nothing runs.
 
 VERSION=@VERSION@
-PROGRAM=/usr/local/sbin/hostenroll-agent # where --install puts it for root
-UNIT=/etc/systemd/system/hostenroll-agent.service
+PROGRAM=/usr/local/sbin/hostenroll-agent # where --install puts what it needs, for root
+SERVICE=hostenroll-agent.service
+UNIT=/etc/systemd/system/$SERVICE
+AUTHORITIES=/etc/hostenroll-agent.pem
 
-FIRST_WAIT=1 # seconds; doubled with every failure in a row, and a wait is drawn from 1 to that
-LONGEST_WAIT=300
-LOOK_AGAIN=3600 # seconds after which facts are gathered anew
+# Seconds.
+FIRST_WAIT=1      # after a failure a wait is drawn from 1 to this, doubled with each in a row
+LONGEST_WAIT=300  # and no more than this
+FACTS_EVERY=3600  # so often it is looked whether there is a new Docker, kernel or hostname
+CONNECT_TIMEOUT=10
+ANSWER_TIMEOUT=30
+LONGEST_ANSWER=65536 # bytes
 LINE='
 '
 
@@ -5070,7 +5076,7 @@ it runs.
                       ~/.local/state/hostenroll-agent)
   --ask-again SECONDS how long to wait after a refusal (3600)
   --once              one heartbeat, for cron
-  --install           start with the machine: a systemd service, or else a line for cron to add
+  --install           as a systemd service; where there is none, print a line for cron
   --uninstall         undo --install; the credential stays
   --help, --version
 
@@ -5119,11 +5125,11 @@ read_arguments() {
         case $1 in
         --help) usage && exit 0 ;;
         --version) echo "hostenroll-agent $VERSION" && exit 0 ;;
-        --insecure-http) insecure=yes ;;
+        --insecure-http) insecure=$1 ;;
         --once) once=yes ;;
         --install | --uninstall) act=${1#--} ;;
         --server | --pin | --cacert | --token-file | --hostname | --name | --state | --ask-again)
-            [ $# -ge 2 ] && [ -n "$2" ] || end 2 "$1 needs a value; see --help"
+            [ -n "${2:-}" ] || end 2 "$1 needs a value; see --help"
             take "$1" "$2"
             shift
             ;;
@@ -5200,13 +5206,22 @@ open_state() {
         [ -n "${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
         state=${XDG_STATE_HOME:-$HOME/.local/state}/hostenroll-agent
     fi
+    case $state in
+    /*) ;;
+    *) state=$PWD/$state ;;
+    esac
     mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
+    # So that the service, which is not root, can read what root writes.
+    # shellcheck disable=SC2012 # find -printf and stat are not on all systems
+    [ "$(id -u)" != 0 ] ||
+        owner=$(ls -nd "$state/." | sed 's/^[^ ]* *[0-9]* *\([0-9]*\) *\([0-9]*\) .*/\1:\2/')
 }
 
 store() { # FILE TEXT
     new=$state/$1.new
     { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
         [ "$(cat "$new" 2>/dev/null)" = "$2" ] &&
+        { [ -z "$owner" ] || chown "$owner" "$new"; } 2>/dev/null &&
         sync "$new" 2>/dev/null &&
         mv -f "$new" "$state/$1" 2>/dev/null && return
     rm -f "$new"
@@ -5224,22 +5239,30 @@ load_credential() {
     esac
 }
 
-# One agent for a folder. The lock says who holds it by process id and time of birth: the number
-# alone may be another's by now.
+# One agent for a folder. The lock names its holder by process id and time of birth: the id alone
+# may be another's by now.
 birth() {
     sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+}
+
+is_alive() { # PROCESS-BIRTH
+    if [ -n "${1#*-}" ]; then
+        [ "$(birth "${1%%-*}")" = "${1#*-}" ]
+    else
+        kill -0 "${1%%-*}" 2>/dev/null # a system without /proc
+    fi
 }
 
 take_lock() {
     mine=$$-$(birth $$)
     until ln -s "$mine" "$state/lock" 2>/dev/null; do
+        # shellcheck disable=SC2012 # there is no other way to read a link that all systems have
         holder=$(ls -ld "$state/lock" 2>/dev/null | sed -n 's/.* -> //p')
-        [ -n "$holder" ] || break # a disk that is full or read-only must not stop the heart
-        kill -0 "${holder%%-*}" 2>/dev/null &&
-            [ "$(birth "${holder%%-*}")" = "${holder#*-}" ] && return 1
+        [ -n "$holder" ] || return 0 # a disk that is full or read-only must not stop the heart
+        ! is_alive "$holder" || return 1
         rm -f "$state/lock"
     done
-    locked=$mine
+    locked=yes
 }
 
 drop_lock() {
@@ -5254,8 +5277,9 @@ drop_lock() {
 # goes through a pipe: it is in no argument, no environment and no file.
 ask() { # PATH CONFIG
     config=$2
-    set -- "$server$1" -q -sS -g -i --connect-timeout 10 --max-time 30
-    set -- "$@" -A "hostenroll-agent/$VERSION" -w '\n%{http_code}' --proto "=${server%%:*}"
+    set -- "$server$1" -q -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
+    set -- "$@" --connect-timeout "$CONNECT_TIMEOUT" --max-time "$ANSWER_TIMEOUT"
+    set -- "$@" --max-filesize "$LONGEST_ANSWER" --proto "=${server%%:*}"
     [ -z "$loopback" ] || set -- "$@" --noproxy '*'
     [ -z "$cacert" ] || set -- "$@" --cacert "$cacert"
     [ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"
@@ -5283,25 +5307,21 @@ detail() {
     member detail '"\([^"]*\)"' | fact
 }
 
-retry_after() {
-    asked=$(printf '%s\n' "$answer" | sed -n 's/^[Rr]etry-[Aa]fter: *\([0-9]\{1,4\}\).$/\1/p')
-}
-
 # What this machine says of itself, as members of a JSON object.
 gather_facts() {
+    own=${hostname:-$(uname -n)}
+    own=$(printf '%s' "$own" | tr -dc 'A-Za-z0-9._-' | cut -c 1-253 | sed 's/^[.-]*//; s/-*$//')
+    [ -n "$own" ] || end 1 "this machine has no hostname that will do: give --hostname"
     os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
     os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
     docker=''
     command -v docker >/dev/null 2>&1 &&
         docker=$(docker --version 2>&1 </dev/null | sed -n 's/^Docker version \([^, ]*\).*/\1/p')
-    facts="\"hostname\":\"$(own_hostname)\",\"os\":\"$(escape "$os")\""
+    docker=$(printf '%s' "$docker" | fact)
+    facts="\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
-    facts="$facts,\"dockerVersion\":\"$(escape "$(printf '%s' "$docker" | fact)")\""
-}
-
-own_hostname() {
-    [ -n "$hostname" ] || hostname=$(uname -n | tr -dc 'A-Za-z0-9._-' | sed 's/^[.-]*//; s/-*$//')
-    printf '%s' "$hostname" | cut -c 1-253
+    facts="$facts,\"dockerVersion\":\"$(escape "$docker")\""
+    age=0
 }
 
 # Enrollment. The Idempotency-Key is kept before it is used: when the answer is lost, with the
@@ -5318,12 +5338,11 @@ enroll() {
     keep_key
     gather_facts
     until ask_for_credential; do
-        [ -z "$once$act" ] || end 1 "not enrolled: $said"
+        [ -z "$once$act" ] || end 1
         back_off
     done
-    token=''
+    token='' said='' bound=$FIRST_WAIT enrolled=yes
     rm -f "$state/enrolling"
-    failures=0 said=''
     say "enrolled as host $host_id"
 }
 
@@ -5359,8 +5378,9 @@ data-binary = \"$(escape "$body}")\""
     case $status in
     201) keep_enrollment && return ;;
     000) trust_or_end && say_once "no answer from $server: $failure" ;;
-    408 | 429 | 5??) say_once "$server cannot answer now ($status $code)" ;;
-    *) end 3 "refused (${code:-$status}): $(detail)" ;;
+    408 | 429) say_once "$server cannot answer now ($status $code)" ;;
+    4??) end 3 "refused (${code:-$status}): $(detail)" ;;
+    *) say_once "$server does not answer as it should ($status)" ;;
     esac
     return 1
 }
@@ -5406,12 +5426,12 @@ data-binary = \"$(escape "{$body}")\""
         return 3
         ;;
     400:invalid-body)
-        [ -n "$body" ] || fail "refused ($code): $(detail)"
+        [ -n "$body" ] || fail "refused ($code): $(detail)" || return
         say "the server does not take what this machine says of itself: $(detail)"
         told=$facts
         beat
         ;;
-    *) fail "$server cannot answer now ($status $code)" ;;
+    *) fail "$server does not answer as it should ($status $code)" ;;
     esac
 }
 
@@ -5446,27 +5466,42 @@ $host_id
 $came_by"
 }
 
+# Waits after a failure, in a row of them longer and longer, and each host another time: a fleet
+# must not come back as one.
 back_off() {
-    failures=$((failures + 1))
-    bound=$FIRST_WAIT n=1
-    while [ "$n" -lt "$failures" ] && [ "$bound" -lt "$LONGEST_WAIT" ]; do
-        bound=$((bound * 2)) n=$((n + 1))
-    done
-    [ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT
+    asked=$(printf '%s\n' "$answer" | sed -n 's/^[Rr]etry-[Aa]fter: *\([0-9]\{1,4\}\).$/\1/p')
     draw "$bound"
-    retry_after
-    [ -z "$asked" ] || drawn=$((asked + drawn))
-    pause "$drawn"
+    pause $((${asked:-0} + drawn))
+    bound=$((bound * 2))
+    [ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT
 }
 
-# Ends at once when it is told to, and takes the sleep with it.
+# A signal ends the wait at once, and the sleep with it: TERM, INT and HUP the agent too. USR1 comes
+# from another run, which has enrolled anew.
 pause() {
-    trap 'kill "$!"; end 143' TERM INT HUP
-    trap 'kill "$!"' USR1
+    trap 'leave' TERM INT HUP
     sleep "$1" &
-    wait "$!"
+    [ -z "$woken" ] || end_sleep
+    wait "$!" 2>/dev/null
+    slept=$! woken=''
     trap - TERM INT HUP
-    trap : USR1
+    age=$((age + $1))
+}
+
+end_sleep() {
+    [ "${!:-}" = "$slept" ] || kill "$!" 2>/dev/null
+}
+
+wake() {
+    woken=yes
+    end_sleep
+}
+
+leave() {
+    end_sleep
+    drop_lock
+    trap - TERM
+    kill "$$"
 }
 
 beat_on() {
@@ -5475,32 +5510,169 @@ beat_on() {
         outcome=$?
         [ -z "$once" ] || end "$outcome"
         case $outcome in
-        0) failures=0 && pause "$next" ;;
+        0) bound=$FIRST_WAIT && pause "$next" ;;
         1) back_off ;;
         3) pause "$ask_again" ;;
         esac
+        [ "$age" -lt "$FACTS_EVERY" ] || gather_facts
     done
 }
 
+# Installation.
+
+# As a service the agent is nobody: systemd gives it a user of its own and the folder with its
+# state. Its program and its unit are root's.
+install() {
+    [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
+    [ "$(tail -n 1 "$0" 2>/dev/null)" = 'main "$@"' ] || end 1 "save this script in a file first"
+    if [ "$(id -u)" != 0 ]; then
+        PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
+        install_for_cron
+    elif [ -d /run/systemd/system ]; then
+        install_service
+    else
+        install_for_cron
+    fi
+}
+
+put() { # FILE MODE, from stdin
+    if ! { cat >"$1.new" && chmod "$2" "$1.new" && mv -f "$1.new" "$1"; }; then
+        rm -f "$1.new"
+        end 1 "cannot write $1"
+    fi
+}
+
+# Quoted for a shell, and for systemd.
+service_arguments() {
+    printf %s "--server '$server' --state '$state' --ask-again $ask_again"
+    [ -z "$pin" ] || printf %s " --pin '$pin'"
+    [ -z "$cacert" ] || printf %s " --cacert '$cacert'"
+    [ -z "$hostname" ] || printf %s " --hostname $hostname"
+    [ -z "$insecure" ] || printf %s " $insecure"
+}
+
+install_service() {
+    [ "$state" = /var/lib/hostenroll-agent ] ||
+        end 2 "--state does not go with --install: a service keeps its in /var/lib/hostenroll-agent"
+    put "$PROGRAM" 755 <"$0"
+    if [ -n "$cacert" ]; then
+        put "$AUTHORITIES" 644 <"$cacert"
+        cacert=$AUTHORITIES
+    fi
+    unit | put "$UNIT" 644
+    if systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; then
+        end 0 "installed $SERVICE: it runs, and starts with the machine"
+    fi
+    end 1 "systemd does not start $SERVICE: systemctl status $SERVICE says why"
+}
+
+# No ProtectHostname: a changed hostname would not be seen. No ProtectProc: nor the lock's holder.
+unit() {
+    cat <<END
+[Unit]
+Description=says to hostenroll that this machine lives
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart=/bin/sh $PROGRAM $(service_arguments)
+Restart=on-failure
+RestartSec=60
+StateDirectory=hostenroll-agent
+StateDirectoryMode=0700
+UMask=0077
+
+DynamicUser=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+# Each host has its own second of the minute.
+install_for_cron() {
+    case $cacert in
+    '' | /*) ;;
+    *) cacert=$PWD/$cacert ;;
+    esac
+    case $PROGRAM$state$cacert in
+    *[!A-Za-z0-9/._@+-]*) end 1 "no line for cron can be made with $PROGRAM, $state and $cacert" ;;
+    esac
+    mkdir -p "${PROGRAM%/*}" && put "$PROGRAM" 755 <"$0"
+    draw 50
+    say "there is no systemd for this: let cron do it; crontab -e, and add this line"
+    printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
+        "$drawn" "$PROGRAM" "$(service_arguments)"
+    end 0
+}
+
+uninstall() {
+    [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
+    if [ -f "$UNIT" ] && [ "$(id -u)" = 0 ]; then
+        systemctl disable --now "$SERVICE" || end 1 "systemd does not stop $SERVICE"
+        rm -f "$UNIT" "$AUTHORITIES"
+        systemctl daemon-reload
+    else
+        say "if cron has a line for it, remove that: crontab -e"
+    fi
+    rm -f "$PROGRAM"
+    end 0 "uninstalled; the credential stays in $state, and rm -r removes it"
+}
+
 main() {
-    # What is in the environment under these names would be handed on to children as it changes.
+    # What the environment has under these names would be handed on to children as it changes.
     unset token credential answer reply config body key renewed used
-    token='' credential='' answer='' said='' failures=0 locked=''
+    token='' credential='' answer='' said='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
-    insecure='' loopback='' once='' act=''
+    insecure='' loopback='' once='' act='' owner='' facts='' told='' enrolled=''
     umask 077
     set -fu
     LC_ALL=C
     export LC_ALL
+    trap wake USR1
     read_arguments "$@"
-    check_arguments
+    [ "$act" = uninstall ] || check_arguments
+    case $(type printf) in
+    *builtin*) ;;
+    *) end 1 "the printf of this shell would show secrets to others: run this with dash or bash" ;;
+    esac
     command -v curl >/dev/null 2>&1 || end 1 "there is no curl: install it"
     open_state
+    [ "$act" != uninstall ] || uninstall
     [ -z "$token_file" ] || enroll
-    take_lock || end 1 "another agent, process ${holder%%-*}, runs with $state"
-    gather_facts
+    [ "$act" != install ] || install
+    take_lock || leave_to_holder
+    [ -n "$facts" ] || gather_facts
+    [ -z "$enrolled" ] || [ -n "$once" ] || say "beats until stopped; --install makes a service"
     told=$(cat "$state/facts" 2>/dev/null)
     beat_on
+}
+
+leave_to_holder() {
+    [ -n "$enrolled" ] || end 1 "another agent, process ${holder%%-*}, runs with $state"
+    kill -USR1 "${holder%%-*}"
+    end 0 "another agent, process ${holder%%-*}, runs with $state and goes on with that"
 }
 
 main "$@"
