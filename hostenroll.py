@@ -36,7 +36,7 @@ Contents; each section uses only those above it, and a test holds it to that:
      5. Store          the schema and the only SQL; the lock between processes
      6. Registry       the rules: mint, enroll, beat, revoke, rotate; the audit log; refusals
      7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
-     8. Assets         texts for people to copy
+     8. Assets         texts for people to copy; the agent, in shell
      9. Api            routes, and the documents that they answer with; metrics
     10. Server         the loop: sockets, TLS, deadlines, shutdown
     11. Command line   COMMANDS and main()
@@ -5034,9 +5034,9 @@ def write_response(
 
 # 8. Assets
 #
-# Texts for people to copy.
+# Texts for people to copy, and the agent. That is a program of its own, in the shell of whatever
+# host it comes to; shellcheck reads it, and the tests run it in four shells.
 
-# The whole agent. It is served, so its first lines say what it is to whoever finds it on a disk.
 AGENT_SCRIPT = r"""#!/bin/sh
 # hostenroll-agent: enrolls this machine at a hostenroll server, once, and from then on says that
 # it lives. Needs a POSIX shell with its usual tools, and curl from 7.58 on.
@@ -5277,7 +5277,8 @@ drop_lock() {
 # goes through a pipe: it is in no argument, no environment and no file.
 ask() { # PATH CONFIG
     config=$2
-    set -- "$server$1" -q -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
+    # -q is heard in the first place only: a .curlrc could say that anybody is to be trusted.
+    set -- -q "$server$1" -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
     set -- "$@" --connect-timeout "$CONNECT_TIMEOUT" --max-time "$ANSWER_TIMEOUT"
     set -- "$@" --max-filesize "$LONGEST_ANSWER" --proto "=${server%%:*}"
     [ -z "$loopback" ] || set -- "$@" --noproxy '*'

@@ -7875,6 +7875,963 @@ def test_the_agent_is_served_and_printed_byte_for_byte(live: SocketDoor, tmp_pat
     assert served.document.startswith("#!/bin/sh\n") and served.document.endswith('\nmain "$@"\n')
 
 
+# The agent, run for real: against a real server, over TLS.
+
+SHELLS = {"dash": ("dash",), "bash": ("bash",), "busybox": ("busybox", "sh"), "ksh": ("ksh",)}
+in_every_shell = pytest.mark.parametrize(
+    "shell",
+    [
+        pytest.param(
+            words,
+            id=name,
+            marks=pytest.mark.skipif(
+                shutil.which(words[0]) is None, reason=f"{name} is not installed"
+            ),
+        )
+        for name, words in SHELLS.items()
+    ],
+)
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+class Machine:
+    """A machine with the agent's script, and nothing in its environment but where programs are."""
+
+    def __init__(self, folder: Path, door: SocketDoor, shell: Sequence[str] = ("sh",)) -> None:
+        self.folder, self.door, self.shell = folder, door, shell
+        self.state, self.script = folder / "state", folder / "hostenroll-agent"
+        self.programs = folder / "programs"  # before all others
+        self.programs.mkdir()
+        self.script.write_text(hostenroll.AGENT_SCRIPT)
+        self.environment = {
+            "PATH": f"{self.programs}:{os.environ['PATH']}", "HOME": str(folder)}  # fmt: skip
+        self.port = door.port
+        self.trust: Tuple[str, ...] = ("--pin", pin_of("one"))
+
+    def command(self, *options: str) -> List[str]:
+        server = ("--server", f"https://127.0.0.1:{self.port}", *self.trust)
+        return [*self.shell, str(self.script), *server, "--state", str(self.state), *options]
+
+    def run(self, *options: str, token: str = "") -> subprocess.CompletedProcess[str]:
+        """The agent, until it ends."""
+        given = ("--token-file", "-") if token else ()
+        return subprocess.run(
+            self.command(*given, *options), input=token, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
+            cwd=str(self.folder),
+        )  # fmt: skip
+
+    def once(self, *options: str, token: str = "") -> subprocess.CompletedProcess[str]:
+        """One heartbeat; before it the enrollment, when there is a token."""
+        return self.run("--once", *options, token=token)
+
+    @contextlib.contextmanager
+    def agent(self, *options: str, token: str = "") -> Iterator[subprocess.Popen[str]]:
+        """The agent, which beats until it is stopped; what it says is in `said()`."""
+        given = ("--token-file", "-") if token else ()
+        with (self.folder / "said").open("wb") as log:
+            agent = subprocess.Popen(
+                self.command(*given, *options), env=self.environment, text=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        assert agent.stdin is not None
+        agent.stdin.write(token)
+        agent.stdin.close()
+        try:
+            yield agent
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait(10)
+
+    def said(self) -> List[str]:
+        return (self.folder / "said").read_text().splitlines()
+
+    def program(self, name: str, text: str) -> None:
+        """Put a program before the machine's own."""
+        (self.programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (self.programs / name).chmod(0o755)
+
+    def credential(self) -> str:
+        return (self.state / "credential").read_text().split("\n")[0]
+
+    def hosts(self) -> List[Dict[str, Any]]:
+        """As the server sees them."""
+        listed = self.door.call("GET", "/api/hosts", bearer=self.door.api_key)
+        hosts: List[Dict[str, Any]] = listed.document["hosts"]
+        return hosts
+
+    def host(self) -> Dict[str, Any]:
+        [host] = self.hosts()
+        return host
+
+    def renewals(self) -> List[Any]:
+        """The events of renewals, the newest first."""
+        path = "/api/audit?action=renew"
+        events: List[Any] = self.door.call("GET", path, bearer=self.door.api_key).document["events"]
+        return events
+
+    def refusals(self, code: str) -> int:
+        """How often the server has refused something for one reason."""
+        text = self.door.call("GET", "/metrics", bearer=self.door.api_key).document
+        found = re.search(rf'^hostenroll_refusals_total{{code="{code}"}} (\d+)$', text, re.M)
+        assert found is not None
+        return int(found[1])
+
+
+@pytest.fixture
+def over_tls(tmp_path: Path, clock: Clock) -> Iterator[TlsDoor]:
+    """A server to which hosts are to beat every second."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    paths = str(tmp_path / "hostenroll.db"), str(tmp_path / "hostenroll.key")
+    with tls_door(paths, clock, interval=1, credential_ttl=30 * 86400) as door:
+        yield door
+
+
+@pytest.fixture
+def machine(tmp_path: Path, over_tls: TlsDoor) -> Machine:
+    return Machine(tmp_path, over_tls)
+
+
+class Middle(threading.Thread):
+    """Stands between, with the server's own key. What becomes of an exchange is one word for each:
+    pass, lose (the answer, which the server has given), hold (the request), or an answer to give
+    in the server's place."""
+
+    def __init__(self, door: TlsDoor, folder: Path, *fates: Any) -> None:
+        super().__init__(daemon=True)
+        self.door, self.fates, self.requests = door, list(fates), []  # type: Any, List[Any], Any
+        self.held, self.release = threading.Event(), threading.Event()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(*write_pair(folder))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+
+    @staticmethod
+    def message(stream: Any) -> bytes:
+        """A request or an answer, whole; nothing when the peer has gone."""
+        head = b"".join(itertools.takewhile(lambda line: line != b"\r\n", stream))
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        return head and head + b"\r\n" + (stream.read(int(length[1])) if length else b"")
+
+    def run(self) -> None:
+        while True:
+            try:
+                plain, _ = self.listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), self.context.wrap_socket(plain, True) as peer:
+                with peer.makefile("rb") as stream:
+                    self.requests.append(self.message(stream))
+                if self.requests[-1]:
+                    peer.sendall(self._answer(self.fates.pop(0) if self.fates else "pass"))
+
+    def _answer(self, fate: Any) -> bytes:
+        if isinstance(fate, bytes):
+            return fate
+        if fate == "hold":
+            self.held.set()
+            assert self.release.wait(20)
+        with self.door.connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(self.requests[-1])
+            answer = self.message(stream)
+        if callable(fate):
+            fate()
+        return b"" if fate == "lose" else answer
+
+    def bodies(self) -> List[bytes]:
+        return [request.partition(b"\r\n\r\n")[2] for request in self.requests]
+
+    def __enter__(self) -> Middle:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.join(10)
+        assert not self.is_alive()
+
+
+def answer_of(status: str, body: bytes = b"", *fields: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *fields]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+needs_shellcheck = pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed"
+)
+
+
+@needs_shellcheck
+@slow
+def test_shellcheck_finds_nothing_in_the_agent(tmp_path: Path) -> None:
+    (tmp_path / "agent.sh").write_text(hostenroll.AGENT_SCRIPT)
+    command = ["shellcheck", "--shell=sh", "--enable=quote-safe-variables", "agent.sh"]
+    checked = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "")
+
+
+def test_the_agent_asks_nothing_of_curl_that_7_58_cannot_do() -> None:
+    newer = r"--fail-with-body|--retry|--json|--variable|%\{(json|header|errormsg|exitcode|onerror)"
+    assert not re.search(newer, hostenroll.AGENT_SCRIPT)
+    known = {  # and the version that brought it
+        "-q": "", "-sS": "", "-g": "", "-i": "", "-A": "", "-w": "", "-k": "", "-K": "",
+        "--cacert": "7.5", "--connect-timeout": "7.7", "--max-time": "4.0",
+        "--max-filesize": "7.10.8", "--proto": "7.20.2", "--noproxy": "7.19.4",
+        "--pinnedpubkey": "7.39",
+    }  # fmt: skip
+    asking = hostenroll.AGENT_SCRIPT.partition("\nask() {")[2].partition("\n}\n")[0]
+    used = {word for word in re.findall(r"(?<=\s)--?[a-zA-Z][a-zA-Z-]*", asking) if word != "-z"}
+    assert used - {"-n", "-ne"} == set(known)
+
+
+@in_every_shell
+def test_the_agent_enrolls_and_beats(shell: Any, tmp_path: Path, over_tls: TlsDoor) -> None:
+    machine = Machine(tmp_path, over_tls, shell)
+    done = machine.once("--name", 'a "b" \\ c', token=over_tls.token())
+    assert done.returncode == 0, done.stdout
+    host = machine.host()
+    assert done.stdout == f"hostenroll-agent: enrolled as host {host['id']}\n"
+    assert (host["name"], host["status"]) == ('a "b" \\ c', "online")
+    assert (host["hostname"], host["architecture"]) == (os.uname().nodename, os.uname().machine)
+    assert os.uname().release in host["os"]
+    kept = {path.name: stat.S_IMODE(path.stat().st_mode) for path in machine.state.iterdir()}
+    assert kept == {"credential": 0o600, "facts": 0o600}
+    assert stat.S_IMODE(machine.state.stat().st_mode) == 0o700
+    again = machine.once()
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+@slow
+@in_every_shell
+def test_a_day_in_the_life_of_an_agent(shell: Any, tmp_path: Path, over_tls: TlsDoor) -> None:
+    """Enrolled, heard, revoked, asking again, restored, enrolled anew, stopped."""
+    machine = Machine(tmp_path, over_tls, shell)
+    with machine.agent("--ask-again", "1", token=over_tls.token()) as agent:
+        until(lambda: machine.hosts() and machine.host()["status"] == "online")
+        number = machine.host()["id"]
+        over_tls.revoke(number)
+        until(lambda: machine.refusals("host-revoked") >= 3)
+        over_tls.restore(number)
+        until(lambda: "hostenroll-agent: the server hears this machine again" in machine.said())
+        assert len([line for line in machine.said() if "host-revoked" in line]) == 1
+        old = machine.credential()
+        token = over_tls.reenroll(number).document["token"]
+        assert machine.run(token=token).returncode == 0
+        assert machine.credential() != old and machine.host()["id"] == number
+        until(lambda: over_tls.beat(old).code == "credential-superseded")
+        agent.terminate()
+        assert agent.wait(5) == -signal.SIGTERM
+    assert len(machine.said()) == 4, machine.said()
+
+
+def test_an_enrollment_whose_answer_was_lost_is_one_host(machine: Machine, tmp_path: Path) -> None:
+    token = machine.door.token()
+    with Middle(machine.door, tmp_path, "lose") as middle:
+        machine.port = middle.port
+        lost = machine.once(token=token)
+        assert (lost.returncode, "no answer" in lost.stdout) == (1, True)
+        assert not (machine.state / "credential").exists()
+        number = machine.host()["id"]
+        done = machine.once(token=token)
+    assert done.returncode == 0, done.stdout
+    keys = [re.search(rb"(?i)idempotency-key: (\S+)", asked) for asked in middle.requests[:2]]
+    assert keys[0] is not None and keys[1] is not None and keys[0][1] == keys[1][1]
+    assert (machine.host()["id"], machine.host()["status"]) == (number, "online")
+    assert not (machine.state / "enrolling").exists()
+
+
+@slow
+def test_an_agent_that_goes_on_asks_again_by_itself(machine: Machine, tmp_path: Path) -> None:
+    with Middle(machine.door, tmp_path, "lose", answer_of("503 Busy"), "lose") as middle:
+        machine.port = middle.port
+        with machine.agent(token=machine.door.token()):
+            until(lambda: machine.hosts() and machine.host()["status"] == "online", 20)
+    assert machine.refusals("token-used") == 0
+
+
+def test_another_token_gets_another_key(machine: Machine, tmp_path: Path) -> None:
+    with Middle(machine.door, tmp_path, "lose", "lose") as middle:
+        machine.port = middle.port
+        machine.once(token=machine.door.token())
+        first = (machine.state / "enrolling").read_text()
+        machine.once(token=machine.door.token())
+    assert set(first.split()).isdisjoint((machine.state / "enrolling").read_text().split())
+
+
+def test_a_token_that_has_been_used_here_is_no_reason_to_enroll_again(machine: Machine) -> None:
+    token = machine.door.token(maxUses=5)
+    assert [machine.once(token=token).returncode for _ in range(2)] == [0, 0]
+    assert len(machine.hosts()) == 1
+
+
+@slow
+def test_a_new_token_enrolls_anew_and_a_bad_one_changes_nothing(machine: Machine) -> None:
+    first = machine.door.token()
+    assert machine.once(token=first).returncode == 0
+    kept = (machine.state / "credential").read_bytes()
+    used = machine.door.token()
+    machine.door.enroll(used, "another")
+    refused = machine.once(token=used)
+    assert refused.returncode == 3 and "refused (token-used)" in refused.stdout
+    assert (machine.state / "credential").read_bytes() == kept
+    assert machine.once().returncode == 0
+    assert machine.once(token=machine.door.token()).returncode == 0
+    assert (machine.state / "credential").read_bytes() != kept
+    assert len(machine.hosts()) == 3
+
+
+@slow
+@pytest.mark.parametrize("text", ["", "\n", "nonsense", "het_", 'het_1_a","x":"', "het_1_a b"])
+def test_what_is_no_token_is_not_sent(text: str, machine: Machine) -> None:
+    (machine.folder / "token").write_text(text)
+    done = machine.once("--token-file", str(machine.folder / "token"))
+    assert done.returncode == 2 and "there is no token in" in done.stdout
+    assert not (machine.state / "enrolling").exists()
+
+
+def test_a_token_comes_from_a_file_as_well(machine: Machine) -> None:
+    (machine.folder / "token").write_text(f"{machine.door.token()}\r\n")
+    assert machine.once("--token-file", str(machine.folder / "token")).returncode == 0
+    assert machine.host()["status"] == "online"
+
+
+def act_revoke(machine: Machine) -> None:
+    machine.door.revoke(machine.host()["id"])
+
+
+def act_delete(machine: Machine) -> None:
+    machine.door.delete(machine.host()["id"])
+
+
+def act_reenroll(machine: Machine) -> None:
+    """On another machine, which beats."""
+    token = machine.door.reenroll(machine.host()["id"]).document["token"]
+    machine.door.beat(machine.door.enroll(token).document["credential"])
+
+
+def act_spoil(machine: Machine) -> None:
+    whole = (machine.state / "credential").read_text()
+    (machine.state / "credential").write_text(whole.replace(".", ".A", 1))
+
+
+REFUSED_BEATS = {
+    "host-revoked": act_revoke, "host-unknown": act_delete,
+    "credential-superseded": act_reenroll, "credential-invalid": act_spoil,
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("code", REFUSED_BEATS)
+def test_a_refused_agent_says_so_once_and_asks_again_hourly(code: str, machine: Machine) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    REFUSED_BEATS[code](machine)
+    kept = (machine.state / "credential").read_bytes()
+    once = machine.once()
+    assert once.returncode == 3 and once.stdout.count("\n") == 1
+    assert once.stdout.startswith(f"hostenroll-agent: refused ({code}): ")
+    waits = recorded_sleeps(machine, 3)
+    assert waits == [3600] * 3
+    assert len(machine.said()) == 1 and f"refused ({code})" in machine.said()[0]
+    assert (machine.state / "credential").read_bytes() == kept
+
+
+def recorded_sleeps(machine: Machine, count: int) -> List[int]:
+    """How long the agent waits, one time after another; time is not lost on it."""
+    log = machine.folder / "sleeps"
+    machine.program(
+        "sleep", f'echo "$1" >>{log}\n[ "$(wc -l <{log})" -lt {count} ] || exec tail -f /dev/null'
+    )
+    machine.shell = ("dash",) if shutil.which("dash") else ("bash",)  # its sleep is a program
+    with machine.agent():
+        until(lambda: log.exists() and log.read_text().count("\n") >= count, 20)
+    return [int(line) for line in log.read_text().split()]
+
+
+@slow
+def test_after_failures_an_agent_waits_longer_and_longer_by_chance(machine: Machine) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        machine.port = nobody.getsockname()[1]
+        waits = recorded_sleeps(machine, 30)
+    bounds = [min(2**n, 300) for n in range(30)]
+    assert all(1 <= wait <= bound for wait, bound in zip(waits, bounds))
+    assert len(set(waits[9:])) > 10 and max(waits) > 150  # by 2 ** -21, and worse
+    assert len(machine.said()) == 1 and "no answer from" in machine.said()[0]
+
+
+@slow
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
+def test_an_agent_waits_as_long_as_the_server_says(
+    status: str, machine: Machine, tmp_path: Path
+) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    busy = answer_of(status, b"", "Retry-After: 77")
+    with Middle(machine.door, tmp_path, busy, "pass", busy) as middle:
+        machine.port = middle.port
+        waits = recorded_sleeps(machine, 3)
+    assert waits[0] == waits[2] == 78 and waits[1] in (
+        1,
+        2,
+    )  # 1 s, 15 % more or less, in whole ones
+
+
+STRANGE_ANSWERS = {
+    "a page of somebody else": answer_of("200 OK", b"<html>Log in to the Wi-Fi!</html>"),
+    "an empty one": answer_of("200 OK"),
+    "one without an end": answer_of("200 OK", b"{" + b"x" * 70_000),
+    "a move": answer_of("302 Found", b"", "Location: https://evil.test/"),
+    "nonsense": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "nothing": b"",
+    "no such path": answer_of("404 Not Found", b'{"code":"not-found"}'),
+    "an interval of nothing": answer_of("200 OK", b'{"nextHeartbeatSeconds":}'),
+}
+
+
+@slow
+@pytest.mark.parametrize("answer", STRANGE_ANSWERS.values(), ids=STRANGE_ANSWERS)
+def test_a_strange_answer_is_a_failure_and_changes_nothing(
+    answer: bytes, machine: Machine, tmp_path: Path
+) -> None:
+    token = machine.door.token()
+    with Middle(machine.door, tmp_path, answer, "pass", "pass", answer) as middle:
+        machine.port = middle.port
+        first = machine.once(token=token)
+        assert first.returncode in (1, 3) and first.stdout.count("\n") == 1
+        assert not (machine.state / "credential").exists()
+        assert machine.once(token=token).returncode == 0
+        kept = (machine.state / "credential").read_bytes()
+        later = machine.once()
+        assert later.returncode == 1 and later.stdout.count("\n") == 1
+    assert (machine.state / "credential").read_bytes() == kept
+
+
+NOT_TRUSTED = {
+    "a wrong pin": (("--pin", "other"), "pinned public key"),
+    "no pin and no authority": ((), "certificate"),
+    "another authority": (("--cacert", "other"), "certificate"),
+    "a wrong pin beside the authority": (
+        ("--pin", "other", "--cacert", "one"),
+        "pinned public key",
+    ),
+    "another authority beside the pin": (("--pin", "one", "--cacert", "other"), "certificate"),
+}
+
+
+def trust(folder: Path, *words: str) -> Tuple[str, ...]:
+    """The options that say whom to trust: pairs of the tests by name."""
+    options: List[str] = []
+    for option, pair in zip(words[::2], words[1::2]):
+        (folder / f"{pair}.pem").write_text(certificate_of(pair))
+        options += [option, pin_of(pair) if option == "--pin" else str(folder / f"{pair}.pem")]
+    return tuple(options)
+
+
+@pytest.mark.parametrize("case", NOT_TRUSTED.values(), ids=NOT_TRUSTED)
+def test_a_server_that_is_not_the_one_hears_nothing(
+    case: Any, machine: Machine, tmp_path: Path
+) -> None:
+    words, why = case
+    machine.trust = trust(tmp_path, *words)
+    (tmp_path / ".curlrc").write_text("insecure\n")
+    with Middle(machine.door, tmp_path) as middle:
+        machine.port = middle.port
+        done = machine.run(token=machine.door.token())
+    assert done.returncode == 1 and done.stdout.count("\n") == 1
+    assert "not trusted, and told nothing" in done.stdout and why in done.stdout
+    assert machine.hosts() == [] and all(request == b"" for request in middle.requests)
+
+
+@slow
+@pytest.mark.parametrize("words", [("--cacert", "one"), ("--pin", "one", "--cacert", "one")])
+def test_the_server_that_is_the_one_is_trusted(
+    words: Any, machine: Machine, tmp_path: Path
+) -> None:
+    machine.trust = trust(tmp_path, *words)
+    assert machine.once(token=machine.door.token()).returncode == 0
+
+
+@slow
+def test_an_agent_that_has_enrolled_waits_for_the_right_server(
+    machine: Machine, tmp_path: Path
+) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    machine.trust = trust(tmp_path, "--pin", "other")
+    with Middle(machine.door, tmp_path) as middle:
+        machine.port = middle.port
+        assert recorded_sleeps(machine, 5)[0] == 1
+        assert len(machine.said()) == 1 and "pinned public key" in machine.said()[0]
+    assert all(request == b"" for request in middle.requests)
+
+
+MISUSES: Dict[str, Tuple[Tuple[str, ...], str]] = {
+    "nothing": ((), "--server URL is missing"),
+    "an unknown option": (("--nope",), "--nope is no option"),
+    "no value": (("--server",), "--server needs a value"),
+    "an empty pin": (("--server", "https://a", "--pin", ""), "--pin needs a value"),
+    "a pin that is a file": (("--server", "https://a", "--pin", "/etc/passwd"), "sha256//"),
+    "a pin that is none": (("--server", "https://a", "--pin", "sha256//"), "sha256//"),
+    "plain http": (("--server", "http://192.0.2.1"), "everybody between"),
+    "a name that looks near": (("--server", "http://127.0.0.1.evil.test"), "everybody between"),
+    "another": (("--server", "http://localhost.evil.test:80"), "everybody between"),
+    "a pin over http": (("--server", "http://127.0.0.1", "--pin", "sha256//a"), "over http"),
+    "a file": (("--server", "file:///etc/passwd"), "is not like"),
+    "a user in the URL": (("--server", "https://a@b"), "is not like"),
+    "a URL with more": (("--server", "https://a b"), "is not like"),
+    "a URL with a query": (("--server", "https://a?b"), "is not like"),
+    "no URL": (("--server", "enroll.lan"), "is not like"),
+    "an hour of nothing": (("--server", "https://a", "--ask-again", "0"), "takes seconds"),
+    "a hostname": (("--server", "https://a", "--hostname", "a b"), "--hostname takes"),
+    "a name of two lines": (("--server", "https://a", "--name", "a\nb"), "one line"),
+    "no such file": (("--server", "https://a", "--cacert", "/nowhere"), "cannot read"),
+}
+
+
+def run_script(folder: Path, *arguments: str, text: str = hostenroll.AGENT_SCRIPT) -> Any:
+    """The script alone, in an environment that is nearly empty."""
+    (folder / "agent.sh").write_text(text)
+    return subprocess.run(
+        ["sh", str(folder / "agent.sh"), *arguments], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=False,
+        env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISUSES.values(), ids=MISUSES)
+def test_a_mistake_in_the_agents_arguments_is_said_in_one_line(case: Any, tmp_path: Path) -> None:
+    arguments, said = case
+    done = run_script(tmp_path, "--state", str(tmp_path / "state"), *arguments)
+    assert done.returncode == 2 and said in done.stdout
+    assert done.stdout.startswith("hostenroll-agent: ") and done.stdout.count("\n") == 1
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_agent_without_token_and_credential_says_what_it_needs(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--server", "https://a", "--state", str(tmp_path / "state"))
+    assert (done.returncode, "--token-file" in done.stdout) == (1, True)
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_the_agent_says_its_version_and_its_options(tmp_path: Path) -> None:
+    said = run_script(tmp_path, "--version").stdout
+    assert said == f"hostenroll-agent {hostenroll.__version__}\n"
+    options = set(re.findall(r"--[a-z-]+", run_script(tmp_path, "--help").stdout))
+    taken = hostenroll.AGENT_SCRIPT.partition("\nread_arguments() {")[2].partition("\n}\n")[0]
+    assert options == set(re.findall(r"--[a-z-]+", taken))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [option for option in options if f"`{option}" not in readme] == []
+
+
+@slow
+def test_of_a_script_that_was_cut_short_nothing_runs(tmp_path: Path) -> None:
+    whole = hostenroll.AGENT_SCRIPT
+    cuts = [*range(40, len(whole), len(whole) // 150), *range(len(whole) - 11, len(whole) - 4)]
+    for cut in cuts:
+        assert "usage: host" not in run_script(tmp_path, "--help", text=whole[:cut]).stdout, cut
+    assert "usage: host" in run_script(tmp_path, "--help", text=whole).stdout
+
+
+# What a machine says of itself.
+
+
+def test_facts_are_told_when_they_change_and_not_with_every_beat(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.program("docker", "echo 'Docker version 20.10.5+dfsg1, build 55c4c88'")
+    with Middle(machine.door, tmp_path) as middle:
+        machine.port = middle.port
+        machine.once("--hostname", "web-1", token=machine.door.token())
+        assert machine.host()["dockerVersion"] == "20.10.5+dfsg1"
+        machine.program("docker", "echo 'Docker version 27.1.0, build 1'")
+        machine.once("--hostname", "web-2")
+        machine.once("--hostname", "web-2")
+    assert [body == b"{}" for body in middle.bodies()] == [False, True, False, True]
+    assert (machine.host()["dockerVersion"], machine.host()["hostname"]) == ("27.1.0", "web-2")
+
+
+HOSTILE = {
+    "quotes": '"", "token": "x", $(id) `id`', "backslashes": "\\\\ \\n \\u0000 \\",
+    "controls": "a\\033[31mb\\007\\tc\\r\\nd", "bytes": "\\377\\376\\303\\050 \\342\\200\\256",
+    "length": "x" * 5000, "nothing": "", "options": "-e -n", "percent": "%s%n%d",
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_whatever_a_machine_is_called_it_can_enroll(text: str, machine: Machine) -> None:
+    (machine.folder / "text").write_text(text)
+    tell = f'printf %b "$(cat {machine.folder}/text)"'
+    machine.program("uname", f'[ "$1" != -n ] || printf web.; {tell}')
+    machine.program("docker", f"printf 'Docker version '; {tell}")
+    done = machine.once(token=machine.door.token())
+    assert done.returncode == 0, done.stdout
+    host = machine.host()
+    assert re.fullmatch(r"web[A-Za-z0-9._-]{0,250}", host["hostname"])
+    for name in ("os", "architecture", "dockerVersion"):
+        assert re.fullmatch("[ -~]{0,128}", host[name])
+    if "quotes" in HOSTILE and text == HOSTILE["quotes"]:
+        assert host["architecture"] == text
+    assert machine.once().returncode == 0
+
+
+def test_a_fact_that_the_server_does_not_take_keeps_no_host_silent(
+    machine: Machine, tmp_path: Path
+) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    refused = answer_of(
+        "400 Bad Request", b'{"detail":"Correct the \\"fields\\".","code":"invalid-body","errors":'
+        b'[{"field":"os","detail":"is \\"odd\\" \\\\"}]}',
+    )  # fmt: skip
+    with Middle(machine.door, tmp_path, refused) as middle:
+        machine.port = middle.port
+        done = machine.once("--hostname", "web-9")
+    assert done.returncode == 0 and "is 'odd' '" in done.stdout
+    assert [body == b"{}" for body in middle.bodies()] == [False, True]
+
+
+# Renewal, and disks that are full.
+
+
+def renewal_due(clock: Clock) -> None:
+    clock.advance(25 * 86400)
+
+
+def test_a_renewed_credential_is_kept_before_it_is_used(machine: Machine, clock: Clock) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    old = machine.credential()
+    renewal_due(clock)
+    assert machine.once().returncode == 0
+    renewed = machine.credential()
+    assert renewed != old
+    assert machine.door.beat(old).status == 200  # so the new one has not been used
+    assert machine.once().returncode == 0
+    assert machine.door.beat(old).code == "credential-superseded"
+    assert machine.credential() == renewed
+
+
+@slow
+def test_a_renewal_does_not_undo_an_enrollment_that_came_between(
+    machine: Machine, clock: Clock, tmp_path: Path
+) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    renewal_due(clock)
+    number = machine.host()["id"]
+    newer = machine.door.enroll(machine.door.reenroll(number).document["token"]).document
+
+    def enroll_between() -> None:
+        kept = f"{newer['credential']}\n{number}\n{NOWHERE}\n"
+        (machine.state / "credential").write_text(kept)
+
+    with Middle(machine.door, tmp_path, enroll_between) as middle:
+        machine.port = middle.port
+        assert machine.once().returncode == 0
+    assert machine.credential() == newer["credential"]
+
+
+@pytest.fixture
+def fill_disk(machine: Machine) -> Iterator[Callable[[], None]]:
+    """Has the machine keep its state on a small disk of its own; gives what fills that."""
+    machine.state.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(machine.state)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), (machine.state / "filler").open("wb", 0) as filler:
+            while filler.write(b"x" * 512):
+                pass
+
+    yield fill
+    subprocess.run(["umount", "-l", str(machine.state)], check=True)
+
+
+def make_room(machine: Machine) -> None:
+    (machine.state / "filler").unlink()
+
+
+@in_every_shell
+@slow
+def test_on_a_full_disk_nothing_is_asked_and_no_token_used(
+    shell: Any, machine: Machine, fill_disk: Callable[[], None]
+) -> None:
+    machine.shell = shell
+    fill_disk()
+    token = machine.door.token()
+    done = machine.run(token=token)
+    assert done.returncode == 1 and "make room" in done.stdout
+    assert machine.door.show_token(token.split("_")[1]).document["uses"] == 0
+    make_room(machine)
+    assert machine.once(token=token).returncode == 0
+
+
+@slow
+def test_a_disk_that_fills_while_the_server_answers_costs_no_token(
+    machine: Machine, fill_disk: Callable[[], None], tmp_path: Path
+) -> None:
+    token = machine.door.token()
+    with Middle(machine.door, tmp_path, fill_disk) as middle:
+        machine.port = middle.port
+        done = machine.once(token=token)
+        assert done.returncode == 1 and "the same token" in done.stdout
+        make_room(machine)
+        assert machine.once(token=token).returncode == 0
+    assert machine.host()["status"] == "online"
+
+
+@in_every_shell
+@slow
+def test_on_a_full_disk_the_old_credential_stays_and_goes_on(
+    shell: Any, machine: Machine, fill_disk: Callable[[], None], clock: Clock
+) -> None:
+    machine.shell = shell
+    assert machine.once(token=machine.door.token()).returncode == 0
+    old = (machine.state / "credential").read_bytes()
+    fill_disk()
+    renewal_due(clock)
+    with machine.agent("--hostname", "web-2"):
+        until(lambda: machine.said())
+        beats = len(machine.renewals())
+        until(lambda: len(machine.renewals()) >= beats + 2)
+        assert (machine.state / "credential").read_bytes() == old
+        assert len(machine.said()) == 1 and "make room" in machine.said()[0]
+        make_room(machine)
+        until(lambda: (machine.state / "credential").read_bytes() != old)
+        until(lambda: machine.door.beat(old.decode().split()[0]).code == "credential-superseded")
+    assert machine.said()[1:] == ["hostenroll-agent: the server hears this machine again"]
+    assert sorted(path.name for path in machine.state.iterdir())[:2] == ["credential", "facts"]
+
+
+# Secrets, and other processes.
+
+
+def processes_of(session: int) -> Iterator[Path]:
+    """The processes of a session."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == session:
+                yield entry
+
+
+def shown_of(session: int) -> Dict[str, bytes]:
+    """What anybody, and what a child, can see of the processes of a session."""
+    shown = {}
+    for entry in processes_of(session):
+        with contextlib.suppress(OSError):
+            argv = (entry / "cmdline").read_bytes()
+            shown[entry.name] = argv + b"\n" + (entry / "environ").read_bytes()
+    return shown
+
+
+@on_linux
+@in_every_shell
+@slow
+def test_no_secret_is_in_an_argument_or_an_environment(
+    shell: Any, machine: Machine, tmp_path: Path
+) -> None:
+    machine.shell, token = shell, machine.door.token()
+    # Names of its own that come from outside are handed on to children, with their new values.
+    words = set(re.findall(r"\b([a-z_]+)=", hostenroll.AGENT_SCRIPT)) - {"state", "server"}
+    assert {"token", "credential", "answer", "config", "body"} <= words
+    machine.environment.update(dict.fromkeys(words, "from-outside"))
+    for secret in (token, "eyJ"):
+        with Middle(machine.door, tmp_path, "hold") as middle:
+            machine.port = middle.port
+            given = token if secret == token else ""
+            with machine.agent(token=given) as agent:
+                assert middle.held.wait(10)
+                shown = shown_of(agent.pid)
+                assert any(b"curl\0" in text for text in shown.values()) and len(shown) >= 2
+                assert [text for text in shown.values() if secret.encode() in text] == []
+                assert secret.encode() in middle.requests[0]
+                middle.release.set()
+                until(lambda: (machine.state / "credential").exists())
+                assert secret not in "".join(machine.said())
+
+
+@on_linux
+@in_every_shell
+@slow
+def test_a_signal_ends_the_agent_at_once_and_leaves_nothing(shell: Any, machine: Machine) -> None:
+    machine.shell = shell
+    assert machine.once(token=machine.door.token()).returncode == 0
+    act_revoke(machine)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with machine.agent() as agent:
+            until(lambda: machine.said())  # and now it sleeps for an hour
+            until(lambda agent=agent: len(list(processes_of(agent.pid))) == 2)
+            began = time.monotonic()
+            agent.send_signal(number)
+            assert agent.wait(10) == -signal.SIGTERM and time.monotonic() - began < 2
+            until(lambda agent=agent: list(processes_of(agent.pid)) == [])
+        assert not os.path.lexists(machine.state / "lock")
+
+
+@in_every_shell
+@slow
+def test_one_agent_to_a_folder(shell: Any, machine: Machine) -> None:
+    machine.shell = shell
+    assert machine.once(token=machine.door.token()).returncode == 0
+    lock = machine.state / "lock"
+    with machine.agent() as agent:
+        until(lambda: os.path.lexists(lock))
+        second = machine.once()
+        assert second.returncode == 1 and f"process {agent.pid}, runs" in second.stdout
+        agent.kill()
+        agent.wait(10)
+        assert os.path.lexists(lock)
+        assert machine.once().returncode == 0
+    assert not os.path.lexists(lock)
+    for stale in ("1-1", f"{os.getpid()}-1", "999999999-", "nonsense"):
+        lock.symlink_to(stale)
+        assert machine.once().returncode == 0, stale
+        assert not os.path.lexists(lock)
+
+
+@slow
+def test_an_agent_that_waits_for_an_hour_hears_of_a_new_enrollment(machine: Machine) -> None:
+    assert machine.once(token=machine.door.token()).returncode == 0
+    number = machine.host()["id"]
+    act_reenroll(machine)
+    with machine.agent():
+        until(lambda: machine.said())
+        token = machine.door.reenroll(number).document["token"]
+        done = machine.run(token=token)
+        assert done.returncode == 0 and "goes on with that" in done.stdout
+        until(lambda: machine.said()[-1].endswith("hears this machine again"))
+    assert len(machine.said()) == 2
+
+
+@slow
+@needs_curl
+def test_agents_go_on_when_the_server_is_started_again(tmp_path: Path) -> None:
+    key = api_key_of(tmp_path)
+    with TlsProcess(tmp_path, "--heartbeat-interval", "1s") as server:
+        port = server.port
+        machine = Machine(tmp_path, TlsDoor(port, key))
+        token = cli(tmp_path, "mint-token").stdout.strip()
+        with machine.agent(token=token):
+            until(lambda: machine.hosts() and machine.host()["status"] == "online")
+            server.kill()
+            until(lambda: "no answer from" in "".join(machine.said()))
+            with TlsProcess(tmp_path, "--heartbeat-interval", "1s", "--port", str(port)) as again:
+                seen = machine.host()["lastSeen"]
+                until(lambda: machine.host()["lastSeen"] > seen, 20)
+                assert cli(tmp_path, "rotate-signing-key").returncode == 0
+                old = machine.credential()
+                until(lambda: machine.credential() != old, 20)
+                again.terminate()
+    assert [line for line in machine.said() if "refused" in line] == []
+
+
+# Installation.
+
+IN_A_NEW_ROOT = """
+set -e
+for folder in /usr/local/sbin /etc/systemd/system /var/lib /run; do
+    mount -t tmpfs none $folder
+done
+"""
+
+
+def in_a_new_root(machine: Machine, script: str) -> subprocess.CompletedProcess[str]:
+    """Run lines where nothing is installed yet; $agent is the agent with its arguments."""
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not installed")
+    server = f"--server 'https://127.0.0.1:{machine.port}' {shlex.join(machine.trust)}"
+    lines = f'{IN_A_NEW_ROOT}\nagent() {{ sh {machine.script} {server} "$@"; }}\n{script}'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", lines], env=machine.environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False,
+    )  # fmt: skip
+    if "unshare failed" in done.stdout or "mount: " in done.stdout:
+        pytest.skip("nothing can be mounted here")
+    return done
+
+
+UNIT_FILE = "/etc/systemd/system/hostenroll-agent.service"
+
+
+@slow
+@on_linux
+def test_installed_with_systemd_it_is_a_service_without_privileges(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.program("systemctl", f'echo "systemctl $*" >>{tmp_path}/calls')
+    machine.trust += trust(tmp_path, "--cacert", "one")
+    token = machine.door.token()
+    (tmp_path / "another").write_text(machine.door.token())
+    done = in_a_new_root(
+        machine,
+        f"""
+        mkdir -p /run/systemd/system
+        printf %s {token} | agent --install --hostname web-7 --token-file -
+        cp {UNIT_FILE} {tmp_path}/; stat -c '%a %n' {UNIT_FILE} /usr/local/sbin/* /var/lib/*/*
+        systemd-analyze verify {UNIT_FILE} >{tmp_path}/verified 2>&1 || :
+        chown 1234:1234 /var/lib/hostenroll-agent
+        sh -c "$(sed -n 's/^ExecStart=//p' {UNIT_FILE}) --once --token-file {tmp_path}/another"
+        stat -c '%u:%g %a' /var/lib/hostenroll-agent/credential
+        agent --uninstall
+        find {UNIT_FILE} /usr/local/sbin /etc/hostenroll-agent.pem /var/lib/*/credential 2>&- || :
+        """,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"644 {UNIT_FILE}\n755 /usr/local/sbin/hostenroll-agent\n" in done.stdout
+    assert "600 /var/lib/hostenroll-agent/credential\n" in done.stdout
+    assert "\n1234:1234 600\n" in done.stdout  # it is the service's, whoever wrote it
+    assert done.stdout.endswith("\n/usr/local/sbin\n/var/lib/hostenroll-agent/credential\n")
+    assert {host["hostname"] for host in machine.hosts()} == {"web-7"}
+    name = "hostenroll-agent.service"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "systemctl daemon-reload", f"systemctl enable {name}", f"systemctl restart {name}",
+        f"systemctl disable --now {name}", "systemctl daemon-reload",
+    ]  # fmt: skip
+    unit = (tmp_path / name).read_text()
+    assert "het_" not in unit and "eyJ" not in unit
+    assert (
+        shutil.which("systemd-analyze") is None or name not in (tmp_path / "verified").read_text()
+    )
+
+
+@slow
+@on_linux
+def test_without_systemd_install_prints_a_line_for_cron_that_works(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.program("logger", f"cat >>{tmp_path}/logged")
+    token = machine.door.token()
+    done = in_a_new_root(
+        machine,
+        f"""
+        printf %s {token} | agent --install --token-file - >/run/line
+        cat /run/line; sh -c "$(sed 's/.* sleep [0-9]*; //' /run/line)"
+        agent --uninstall
+        ls /usr/local/sbin
+        """,
+    )
+    assert done.returncode == 0, done.stdout
+    line = re.search(r"^\* \* \* \* \* sleep (\d+); sh /\S+ --server .*$", done.stdout, re.M)
+    assert line is not None and 1 <= int(line[1]) <= 50 and "het_" not in line[0]
+    assert (tmp_path / "logged").read_text() == ""
+    assert machine.host()["status"] == "online"
+    assert done.stdout.splitlines()[-1].startswith("hostenroll-agent: uninstalled;")
+
+
+def test_what_has_no_credential_and_no_file_is_not_installed(tmp_path: Path) -> None:
+    state = ("--state", str(tmp_path / "state"))
+    done = run_script(tmp_path, "--server", "https://a", "--install", *state)
+    assert done.returncode == 2 and "--token-file" in done.stdout
+    (tmp_path / "state" / "credential").write_text("a.b.c\n0\n0\n")
+    piped = subprocess.run(
+        ["sh", "-s", "--", "--server", "https://a", "--install", *state], text=True,
+        input=hostenroll.AGENT_SCRIPT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert piped.returncode == 1 and "save this script in a file" in piped.stdout
+
+
 # 9. Api
 
 NOWHERE = "0000000000000000"
