@@ -5197,7 +5197,8 @@ check_server() {
 }
 
 # What is kept. Every file is written beside its place and then moved there, so that a full disk or
-# a crash leaves the old one whole.
+# a crash leaves the old one whole. Where root writes for the service, links that its user may have
+# put there are not followed: set -C opens only what is new.
 
 open_state() {
     if [ -z "$state" ] && [ "$(id -u)" = 0 ]; then
@@ -5219,9 +5220,10 @@ open_state() {
 
 store() { # FILE TEXT
     new=$state/$1.new
+    rm -f "$new"
     { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
         [ "$(cat "$new" 2>/dev/null)" = "$2" ] &&
-        { [ -z "$owner" ] || chown "$owner" "$new"; } 2>/dev/null &&
+        { [ -z "$owner" ] || chown -h "$owner" "$new"; } 2>/dev/null &&
         sync "$new" 2>/dev/null &&
         mv -f "$new" "$state/$1" 2>/dev/null && return
     rm -f "$new"
@@ -5234,6 +5236,7 @@ load_credential() {
     [ -r "$state/credential" ] || return 1
     { read -r credential && read -r host_id && read -r came_by; } <"$state/credential"
     case $credential in
+    *[!A-Za-z0-9._-]*) return 1 ;;
     *.*.*) ;;
     *) return 1 ;;
     esac
@@ -5363,7 +5366,10 @@ read_token() {
 keep_key() {
     key='' key_token=''
     [ ! -r "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
-    [ "$key_token" != "$token_id" ] || [ -z "$key" ] || return 0
+    case $key in
+    *[!0-9a-f]*) ;;
+    *) [ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0 ;;
+    esac
     key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
     [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
     store enrolling "$token_id $key" ||
@@ -5537,6 +5543,7 @@ install() {
 }
 
 put() { # FILE MODE, from stdin
+    rm -f "$1.new"
     if ! { cat >"$1.new" && chmod "$2" "$1.new" && mv -f "$1.new" "$1"; }; then
         rm -f "$1.new"
         end 1 "cannot write $1"
@@ -5648,7 +5655,7 @@ main() {
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' told='' enrolled=''
     umask 077
-    set -fu
+    set -fuC
     LC_ALL=C
     export LC_ALL
     trap wake USR1
