@@ -7878,19 +7878,15 @@ def test_the_agent_is_served_and_printed_byte_for_byte(live: SocketDoor, tmp_pat
 # The agent, run for real: against a real server, over TLS.
 
 SHELLS = {"dash": ("dash",), "bash": ("bash",), "busybox": ("busybox", "sh"), "ksh": ("ksh",)}
-in_every_shell = pytest.mark.parametrize(
-    "shell",
-    [
-        pytest.param(
-            words,
-            id=name,
-            marks=pytest.mark.skipif(
-                shutil.which(words[0]) is None, reason=f"{name} is not installed"
-            ),
-        )
-        for name, words in SHELLS.items()
-    ],
-)
+
+
+def in_shell_of(name: str) -> Any:
+    absent = shutil.which(name) is None
+    marks = [pytest.mark.skipif(absent, reason=f"{name} is not installed")]
+    return pytest.param(SHELLS[name], id=name, marks=marks + ([] if name == "dash" else [slow]))
+
+
+in_every_shell = pytest.mark.parametrize("shell", [in_shell_of(name) for name in SHELLS])
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
 
@@ -8153,6 +8149,7 @@ def test_an_agent_that_goes_on_asks_again_by_itself(machine: Machine, tmp_path: 
     assert machine.refusals("token-used") == 0
 
 
+@slow
 def test_another_token_gets_another_key(machine: Machine, tmp_path: Path) -> None:
     with Middle(machine.door, tmp_path, "lose", "lose") as middle:
         machine.port = middle.port
@@ -8162,6 +8159,7 @@ def test_another_token_gets_another_key(machine: Machine, tmp_path: Path) -> Non
     assert set(first.split()).isdisjoint((machine.state / "enrolling").read_text().split())
 
 
+@slow
 def test_a_token_that_has_been_used_here_is_no_reason_to_enroll_again(machine: Machine) -> None:
     token = machine.door.token(maxUses=5)
     assert [machine.once(token=token).returncode for _ in range(2)] == [0, 0]
@@ -8193,6 +8191,7 @@ def test_what_is_no_token_is_not_sent(text: str, machine: Machine) -> None:
     assert not (machine.state / "enrolling").exists()
 
 
+@slow
 def test_a_token_comes_from_a_file_as_well(machine: Machine) -> None:
     (machine.folder / "token").write_text(f"{machine.door.token()}\r\n")
     assert machine.once("--token-file", str(machine.folder / "token")).returncode == 0
@@ -8333,6 +8332,12 @@ NOT_TRUSTED = {
 }
 
 
+NOT_TRUSTED_CASES = [
+    pytest.param(case, id=name, marks=[slow] if len(case[0]) == 4 else [])
+    for name, case in NOT_TRUSTED.items()
+]
+
+
 def trust(folder: Path, *words: str) -> Tuple[str, ...]:
     """The options that say whom to trust: pairs of the tests by name."""
     options: List[str] = []
@@ -8342,7 +8347,7 @@ def trust(folder: Path, *words: str) -> Tuple[str, ...]:
     return tuple(options)
 
 
-@pytest.mark.parametrize("case", NOT_TRUSTED.values(), ids=NOT_TRUSTED)
+@pytest.mark.parametrize("case", NOT_TRUSTED_CASES)
 def test_a_server_that_is_not_the_one_hears_nothing(
     case: Any, machine: Machine, tmp_path: Path
 ) -> None:
@@ -8489,6 +8494,7 @@ def test_whatever_a_machine_is_called_it_can_enroll(text: str, machine: Machine)
     assert machine.once().returncode == 0
 
 
+@slow
 def test_a_fact_that_the_server_does_not_take_keeps_no_host_silent(
     machine: Machine, tmp_path: Path
 ) -> None:
