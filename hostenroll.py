@@ -5222,7 +5222,6 @@ store() { # FILE TEXT
     new=$state/$1.new
     rm -f "$new"
     { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
-        [ "$(cat "$new" 2>/dev/null)" = "$2" ] &&
         { [ -z "$owner" ] || chown -h "$owner" "$new"; } 2>/dev/null &&
         sync "$new" 2>/dev/null &&
         mv -f "$new" "$state/$1" 2>/dev/null && return

@@ -8293,7 +8293,6 @@ def test_an_agent_waits_as_long_as_the_server_says(
 STRANGE_ANSWERS = {
     "a page of somebody else": answer_of("200 OK", b"<html>Log in to the Wi-Fi!</html>"),
     "an empty one": answer_of("200 OK"),
-    "one without an end": answer_of("200 OK", b"{" + b"x" * 70_000),
     "a move": answer_of("302 Found", b"", "Location: https://evil.test/"),
     "nonsense": b"SSH-2.0-OpenSSH_9.2\r\n",
     "nothing": b"",
@@ -8318,6 +8317,13 @@ def test_a_strange_answer_is_a_failure_and_changes_nothing(
         later = machine.once()
         assert later.returncode == 1 and later.stdout.count("\n") == 1
     assert (machine.state / "credential").read_bytes() == kept
+
+
+@slow
+def test_an_answer_without_an_end_is_not_taken(machine: Machine, tmp_path: Path) -> None:
+    with Middle(machine.door, tmp_path, answer_of("200 OK", b"x" * 70_000)) as middle:
+        machine.port = middle.port
+        assert "file size" in machine.once(token=machine.door.token()).stdout
 
 
 NOT_TRUSTED = {
@@ -8536,17 +8542,18 @@ def test_a_renewal_does_not_undo_an_enrollment_that_came_between(
 ) -> None:
     assert machine.once(token=machine.door.token()).returncode == 0
     renewal_due(clock)
-    number = machine.host()["id"]
-    newer = machine.door.enroll(machine.door.reenroll(number).document["token"]).document
+    token = machine.door.reenroll(machine.host()["id"]).document["token"]
+    newer: List[str] = []
 
     def enroll_between() -> None:
-        kept = f"{newer['credential']}\n{number}\n{NOWHERE}\n"
-        (machine.state / "credential").write_text(kept)
+        """When the server has given the renewal, and before the agent has it."""
+        newer.append(machine.door.enroll(token).document["credential"])
+        (machine.state / "credential").write_text(f"{newer[0]}\n{NOWHERE}\n{NOWHERE}\n")
 
     with Middle(machine.door, tmp_path, enroll_between) as middle:
         machine.port = middle.port
         assert machine.once().returncode == 0
-    assert machine.credential() == newer["credential"]
+    assert len(machine.renewals()) == 1 and machine.credential() == newer[0]
 
 
 @pytest.fixture
@@ -8636,6 +8643,11 @@ def test_no_link_is_followed_that_somebody_has_put_in_the_folder(
     assert machine.once(token=machine.door.token()).returncode == 0
     assert (machine.folder / "precious").read_text() == "precious"
     assert not (machine.state / "credential").is_symlink()
+    # And when it comes just after the last look.
+    plant = f'case $2 in *.new) ln -s {machine.folder}/precious "$2" ;; esac'
+    machine.program("rm", f'{shutil.which("rm")} "$@"; {plant}')
+    machine.once(token=machine.door.token())
+    assert (machine.folder / "precious").read_text() == "precious"
 
 
 # Secrets, and other processes.
