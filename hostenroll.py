@@ -5262,7 +5262,7 @@ take_lock() {
         holder=$(ls -ld "$state/lock" 2>/dev/null | sed -n 's/.* -> //p')
         [ -n "$holder" ] || return 0 # a disk that is full or read-only must not stop the heart
         ! is_alive "$holder" || return 1
-        rm -f "$state/lock"
+        rm -f "$state/lock" 2>/dev/null || return 0
     done
     locked=yes
 }
@@ -5494,8 +5494,9 @@ pause() {
     age=$((age + $1))
 }
 
+# By KILL: until the fork has become a sleep, a shell may have it take note of TERM and forget it.
 end_sleep() {
-    [ "${!:-}" = "$slept" ] || kill "$!" 2>/dev/null
+    [ "${!:-}" = "$slept" ] || kill -9 "$!" 2>/dev/null
 }
 
 wake() {
@@ -5530,15 +5531,30 @@ beat_on() {
 # state. Its program and its unit are root's.
 install() {
     [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
-    [ "$(tail -n 1 "$0" 2>/dev/null)" = 'main "$@"' ] || end 1 "save this script in a file first"
-    if [ "$(id -u)" != 0 ]; then
-        PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
-        install_for_cron
-    elif [ -d /run/systemd/system ]; then
+    if [ -n "$as_service" ]; then
         install_service
     else
         install_for_cron
     fi
+}
+
+# Before a token is used.
+check_install() {
+    [ "$(tail -n 1 "$0" 2>/dev/null)" = 'main "$@"' ] || end 1 "save this script in a file first"
+    if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ]; then
+        as_service=yes
+        [ "$state" = /var/lib/hostenroll-agent ] ||
+            end 2 "--state does not go with --install: a service has /var/lib/hostenroll-agent"
+        return
+    fi
+    [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
+    case $cacert in
+    '' | /*) ;;
+    *) cacert=$PWD/$cacert ;;
+    esac
+    case $PROGRAM$state$cacert in
+    *[!A-Za-z0-9/._@+-]*) end 1 "no line for cron can be made with $PROGRAM, $state and $cacert" ;;
+    esac
 }
 
 put() { # FILE MODE, from stdin
@@ -5559,14 +5575,12 @@ service_arguments() {
 }
 
 install_service() {
-    [ "$state" = /var/lib/hostenroll-agent ] ||
-        end 2 "--state does not go with --install: a service keeps its in /var/lib/hostenroll-agent"
     put "$PROGRAM" 755 <"$0"
     if [ -n "$cacert" ]; then
         put "$AUTHORITIES" 644 <"$cacert"
         cacert=$AUTHORITIES
     fi
-    unit | put "$UNIT" 644
+    unit | put "$UNIT" 644 || end 1
     if systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; then
         end 0 "installed $SERVICE: it runs, and starts with the machine"
     fi
@@ -5619,14 +5633,8 @@ END
 
 # Each host has its own second of the minute.
 install_for_cron() {
-    case $cacert in
-    '' | /*) ;;
-    *) cacert=$PWD/$cacert ;;
-    esac
-    case $PROGRAM$state$cacert in
-    *[!A-Za-z0-9/._@+-]*) end 1 "no line for cron can be made with $PROGRAM, $state and $cacert" ;;
-    esac
-    mkdir -p "${PROGRAM%/*}" && put "$PROGRAM" 755 <"$0"
+    mkdir -p "${PROGRAM%/*}" || end 1
+    put "$PROGRAM" 755 <"$0"
     draw 50
     say "there is no systemd for this: let cron do it; crontab -e, and add this line"
     printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
@@ -5652,7 +5660,7 @@ main() {
     unset token credential answer reply config body key renewed used
     token='' credential='' answer='' said='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
-    insecure='' loopback='' once='' act='' owner='' facts='' told='' enrolled=''
+    insecure='' loopback='' once='' act='' owner='' facts='' told='' enrolled='' as_service=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -5667,6 +5675,7 @@ main() {
     command -v curl >/dev/null 2>&1 || end 1 "there is no curl: install it"
     open_state
     [ "$act" != uninstall ] || uninstall
+    [ "$act" != install ] || check_install
     [ -z "$token_file" ] || enroll
     [ "$act" != install ] || install
     take_lock || leave_to_holder

@@ -8087,11 +8087,11 @@ def test_the_agent_asks_nothing_of_curl_that_7_58_cannot_do() -> None:
 @in_every_shell
 def test_the_agent_enrolls_and_beats(shell: Any, tmp_path: Path, over_tls: TlsDoor) -> None:
     machine = Machine(tmp_path, over_tls, shell)
-    done = machine.once("--name", 'a "b" \\ c', token=over_tls.token())
+    done = machine.once("--name", 'a "b" \\ K\u00fcche', token=over_tls.token())
     assert done.returncode == 0, done.stdout
     host = machine.host()
     assert done.stdout == f"hostenroll-agent: enrolled as host {host['id']}\n"
-    assert (host["name"], host["status"]) == ('a "b" \\ c', "online")
+    assert (host["name"], host["status"]) == ('a "b" \\ K\u00fcche', "online")
     assert (host["hostname"], host["architecture"]) == (os.uname().nodename, os.uname().machine)
     assert os.uname().release in host["os"]
     kept = {path.name: stat.S_IMODE(path.stat().st_mode) for path in machine.state.iterdir()}
@@ -8823,6 +8823,7 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(
         machine,
         f"""
         mkdir -p /run/systemd/system
+        printf %s {token} | agent --install --state /var/lib/mine --token-file - || echo status $?
         printf %s {token} | agent --install --hostname web-7 --token-file -
         cp {UNIT_FILE} {tmp_path}/; stat -c '%a %n' {UNIT_FILE} /usr/local/sbin/* /var/lib/*/*
         systemd-analyze verify {UNIT_FILE} >{tmp_path}/verified 2>&1 || :
@@ -8834,6 +8835,7 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(
         """,
     )
     assert done.returncode == 0, done.stdout
+    assert "--state does not go with --install" in done.stdout and "status 2\n" in done.stdout
     assert f"644 {UNIT_FILE}\n755 /usr/local/sbin/hostenroll-agent\n" in done.stdout
     assert "600 /var/lib/hostenroll-agent/credential\n" in done.stdout
     assert "\n1234:1234 600\n" in done.stdout  # it is the service's, whoever wrote it
