@@ -5494,8 +5494,10 @@ pause() {
     age=$((age + $1))
 }
 
-# By KILL: until the fork has become a sleep, a shell may have it take note of TERM and forget it.
+# Until the fork has become a sleep, a shell may have it take note of TERM, and forget it: so KILL
+# too, of which alone bash would tell.
 end_sleep() {
+    [ "${!:-}" = "$slept" ] || kill "$!" 2>/dev/null
     [ "${!:-}" = "$slept" ] || kill -9 "$!" 2>/dev/null
 }
 
