@@ -6163,6 +6163,31 @@ TOKENS = Listing("tokens", token_query, Registry.tokens, token_document)
 HOSTS = Listing("hosts", host_query, Registry.hosts, host_document)
 EVENTS = Listing("events", event_query, Registry.events, event_document)
 
+SERVICE_DOCUMENT = Shape(
+    *members(
+        version=Text(64, 1),
+        publicUrl=Text(2048, 1),
+        pin=Nullable(Text(64, 1)),
+        heartbeatIntervalSeconds=Whole(HEARTBEAT_INTERVAL_RANGE, "seconds"),
+        joinCommand=Text(8192, 1),  # with TOKEN in the place of the token
+    ),
+    name="Service",
+)
+
+
+def _get_service(registry: Registry, call: Call) -> Response:
+    service = registry.service()
+    url = service.public_url if service else f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
+    pin = service.pin if service else ""
+    document = {
+        "version": __version__,
+        "publicUrl": url,
+        "pin": pin or None,
+        "heartbeatIntervalSeconds": service.interval if service else HEARTBEAT_INTERVAL,
+        "joinCommand": re.sub(r"\s*\n\s*", " ", join_command(url, pin, "TOKEN")),
+    }
+    return json_response(200, document)
+
 
 class Exposition:
     """Metrics in Prometheus' text format, version 0.0.4."""
@@ -6674,6 +6699,15 @@ ROUTES = (
         answer=ME_DOCUMENT,
     ),
     Route(
+        "show-service",
+        "GET",
+        "/api/service",
+        "viewer",
+        "Show how hosts find the server",
+        handle=_get_service,
+        answer=SERVICE_DOCUMENT,
+    ),
+    Route(
         "metrics",
         "GET",
         "/metrics",
@@ -6741,6 +6775,7 @@ NAMED_SHAPES = (
     EVENT_DOCUMENT,
     EVENTS_DOCUMENT,
     ME_DOCUMENT,
+    SERVICE_DOCUMENT,
     ENROLLMENT_DOCUMENT,
     BEATEN_DOCUMENT,
 )

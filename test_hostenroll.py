@@ -10601,6 +10601,25 @@ def test_a_secret_in_the_wrong_place_is_not_kept_in_the_audit_log(
     assert not any(secret[-20:] in detail or secret[22:40] in detail for detail in details)
 
 
+def test_the_service_says_how_hosts_find_it(estate: Estate) -> None:
+    registry, clock = estate.door.registry, estate.door.clock
+    said = estate.ask("viewer", "GET", "/api/service").document
+    assert said["publicUrl"] == "http://127.0.0.1:8080"  # no server ever ran
+    assert said["pin"] is None and said["heartbeatIntervalSeconds"] == 30
+    registry.announce_pin("sha256//a=")
+    do(registry, clock, lambda now: registry.start_service("https://enroll.lan:8443", now))
+    do(registry, clock, registry.keep_house)
+    said = estate.ask("viewer", "GET", "/api/service").document
+    command = said.pop("joinCommand")
+    assert said == {
+        "version": hostenroll.__version__, "publicUrl": "https://enroll.lan:8443",
+        "pin": "sha256//a=", "heartbeatIntervalSeconds": 30,
+    }  # fmt: skip
+    url, pin = said["publicUrl"], said["pin"]
+    whole = hostenroll.join_command(url, pin, "het_x").replace("\n ", "")
+    assert command.replace("TOKEN", "het_x") == whole and "\n" not in command
+
+
 # 10. Server
 
 HEALTH = request_bytes("GET", "/healthz")
