@@ -36,7 +36,7 @@ Contents; each section uses only those above it, and a test holds it to that:
      5. Store          the schema and the only SQL; the lock between processes
      6. Registry       the rules: mint, enroll, beat, revoke, rotate; the audit log; refusals
      7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
-     8. Assets         texts for people to copy; the agent, in shell
+     8. Assets         texts for people to copy; the agent, in shell; the page, for browsers
      9. Api            routes, and the documents that they answer with; metrics
     10. Server         the loop: sockets, TLS, deadlines, shutdown
     11. Command line   COMMANDS and main()
@@ -5034,8 +5034,9 @@ def write_response(
 
 # 8. Assets
 #
-# Texts for people to copy, and the agent. That is a program of its own, in the shell of whatever
-# host it comes to; shellcheck reads it, and the tests run it in four shells.
+# Texts for people to copy; the agent and the page. The agent is a program of its own, in the shell
+# of whatever host it comes to: shellcheck reads it, and the tests run it in four shells. The page
+# is another, in the browser of whoever opens it: the tests drive it in a Chromium.
 
 AGENT_SCRIPT = r"""#!/bin/sh
 # hostenroll-agent: enrolls this machine at a hostenroll server, once, and from then on says that
@@ -5796,6 +5797,1400 @@ WantedBy=sockets.target
 """
 
 
+# The page: one document that fetches nothing but the API. Style and script stand in it as they are
+# here, because its content security policy names them by their hashes. It works in browsers of the
+# last years, and is handed out to anybody: what it shows, it has by the API key of who signs in.
+
+PAGE_STYLE = """
+/* Colours have names by what they mean; each pair that text is read on has a contrast of 4.5. */
+:root {
+  color-scheme: light dark;
+  --ground: #f5f6f8; --card: #ffffff; --sunk: #eef0f3; --line: #d5dae1; --text: #1a1f26;
+  --quiet: #56606c; --accent: #0a58a8; --on-accent: #ffffff; --danger: #b3261e;
+  --online: #15703a; --offline: #b3261e; --missing: #8f4700; --pending: #0a58a8;
+  --revoked: #66509c; --notice: #fff4d6; --shade: rgb(15 20 30 / 45%);
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0d1117; --card: #161c24; --sunk: #1f2731; --line: #323c48; --text: #e8edf3;
+    --quiet: #9aa5b2; --accent: #74b6ff; --on-accent: #08121f; --danger: #ff8f86;
+    --online: #5cd083; --offline: #ff8f86; --missing: #f0a860; --pending: #74b6ff;
+    --revoked: #c0adf2; --notice: #3a2f12; --shade: rgb(0 0 0 / 60%);
+  }
+}
+*, ::before, ::after { box-sizing: border-box; }
+[hidden], dialog p:empty, form p:empty, div:empty, span:empty { display: none !important; }
+html { -webkit-text-size-adjust: 100%; scroll-padding-bottom: 5rem; }
+body {
+  margin: 0; background: var(--ground); color: var(--text);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+}
+h1, h2, h3, p, ul, dl, dd, pre { margin: 0; padding: 0; }
+h1 { font-size: 1.125rem; letter-spacing: -.01em; }
+h2 { font-size: 1.375rem; line-height: 1.25; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h3 { font-size: .875rem; color: var(--quiet); }
+a { color: var(--accent); text-underline-offset: .2em; text-decoration-thickness: 1px; }
+code, pre, .mono { font: .875em/1.6 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+.quiet { color: var(--quiet); }
+.mono { white-space: nowrap; }
+code { overflow-wrap: anywhere; }
+.small { font-size: .875rem; }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap;
+}
+.skip { position: absolute; left: -999rem; padding: .75rem 1rem; background: var(--card); }
+.skip:focus { left: .5rem; top: .5rem; z-index: 9; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+main:focus { outline: none; }
+
+/* What is pressed and filled in: as large as a thumb. */
+button, input, select, textarea {
+  font: inherit; color: inherit; min-height: 44px; padding: .5rem .875rem; max-width: 100%;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+}
+input, select, textarea { border-color: var(--quiet); }
+::placeholder { color: var(--quiet); opacity: 1; }
+textarea { width: 100%; min-height: 5.5rem; }
+button { cursor: pointer; font-weight: 600; white-space: nowrap; }
+button:not(.main):hover:enabled { border-color: var(--quiet); background: var(--sunk); }
+button:disabled { opacity: .5; cursor: default; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.main:hover:enabled { filter: brightness(1.1); }
+button.danger { color: var(--danger); }
+button.main.danger { background: var(--danger); border-color: var(--danger);
+  color: var(--on-accent); }
+button.plain { border-color: transparent; background: none; }
+label { display: grid; gap: .25rem; font-size: .875rem; font-weight: 600; }
+label > * { font-size: 1rem; font-weight: 400; }
+label .quiet { font-size: .875rem; }
+
+header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; padding: .5rem 1.5rem;
+  background: var(--card); border-bottom: 1px solid var(--line);
+}
+nav { display: flex; gap: .25rem; flex: 1; }
+nav a {
+  padding: .625rem .75rem; border-radius: 8px; color: var(--quiet); text-decoration: none;
+  font-weight: 600;
+}
+nav a:hover { background: var(--sunk); }
+nav a[aria-current] { color: var(--text); box-shadow: inset 0 -3px var(--accent);
+  border-radius: 8px 8px 0 0; }
+main { max-width: 84rem; margin: 0 auto; padding: 1.25rem 1.5rem 3rem; display: grid; gap: 1rem; }
+main > section { display: grid; gap: 1rem; min-width: 0; }
+.banner { position: sticky; top: 0; z-index: 1; padding: .75rem 1.5rem; background: var(--notice);
+  border-bottom: 1px solid var(--line); }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
+.row > .grow { flex: 1 1 16rem; }
+.row input[type=search] { width: 100%; }
+.problem { color: var(--danger); overflow-wrap: anywhere; }
+.notice { padding: .625rem .875rem; background: var(--notice); border-radius: 8px; }
+
+#sign-in {
+  max-width: 27rem; margin: 12vh auto 0; padding: 2rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 12px;
+}
+#sign-in form { display: grid; gap: 1rem; }
+
+/* The fleet at a glance: what is wrong first, in colour only where it is not zero. */
+#fleet { display: grid; grid-template-columns: repeat(6, 1fr); gap: .75rem; }
+#fleet button {
+  display: grid; justify-items: start; padding: .75rem 1rem; border-radius: 12px;
+  font-weight: 400; white-space: normal; min-width: 0;
+}
+#fleet b { font-size: 1.75rem; line-height: 1.2; font-variant-numeric: tabular-nums;
+  letter-spacing: -.02em; }
+#fleet [data-count="0"] b { color: var(--quiet); }
+#fleet button[aria-pressed=true] { border-color: var(--accent);
+  box-shadow: 0 0 0 1px var(--accent); }
+#share { display: flex; height: 8px; border-radius: 4px; overflow: hidden;
+  background: var(--sunk); }
+#share i { background: currentColor; }
+
+/* A status is a word, a shape and a colour, in this order of importance. */
+.status { display: inline-flex; align-items: center; gap: .5em; font-weight: 600;
+  white-space: nowrap; }
+.status::before {
+  content: ""; width: .75em; height: .75em; background: currentColor; flex: none;
+  forced-color-adjust: none;
+}
+.online, .valid { color: var(--online); }
+.offline { color: var(--offline); }
+.missing, .expired { color: var(--missing); }
+.pending { color: var(--pending); }
+.revoked { color: var(--revoked); }
+.used { color: var(--quiet); }
+.online::before, .valid::before { border-radius: 50%; }
+.offline::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); }
+.missing::before, .expired::before { clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }
+.pending::before { border-radius: 50%; background: none; border: .17em solid; }
+.revoked::before { clip-path: polygon(20% 0, 50% 30%, 80% 0, 100% 20%, 70% 50%, 100% 80%, 80% 100%,
+  50% 70%, 20% 100%, 0 80%, 30% 50%, 0 20%); }
+.all::before { display: none; }
+
+.scroll { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-size: .9375rem; }
+caption { text-align: left; }
+th, td { padding: .625rem 1rem; text-align: left; vertical-align: baseline; }
+thead th { font-size: .8125rem; color: var(--quiet); border-bottom: 1px solid var(--line); }
+tbody th, td { font-weight: 400; overflow-wrap: anywhere; }
+tr + tr > * { border-top: 1px solid var(--line); }
+tbody tr:hover { background: var(--sunk); }
+tbody th a { font-weight: 600; }
+td button { margin: -.5rem 0; }
+.one-organization [data-title=Organization] { display: none; }
+time { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.label { display: inline-block; margin: 0 .25rem .25rem 0; padding: 0 .5rem; border-radius: 6px;
+  background: var(--sunk); font-size: .8125rem; line-height: 1.6; overflow-wrap: anywhere; }
+.empty { padding: 2.5rem 1rem; text-align: center; }
+[aria-busy=true] tbody { opacity: .6; }
+.pager { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem; padding: .5rem 0;
+  position: sticky; bottom: 0; background: var(--ground); }
+progress { width: 10rem; accent-color: var(--accent); }
+@keyframes changed { from { background: var(--notice); } }
+tr.changed { animation: changed 4s ease-out; }
+
+dialog {
+  width: min(38rem, 100vw - 2rem); max-height: calc(100dvh - 2rem); padding: 0; color: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow-y: auto;
+}
+dialog::backdrop { background: var(--shade); }
+dialog > div, dialog > form { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem;
+  padding: 1.5rem; }
+dialog .top { display: flex; justify-content: space-between; align-items: start; gap: 1rem; }
+dialog .top button { margin: -.375rem -.5rem 0 0; }
+dialog.side { margin: 0 0 0 auto; height: 100dvh; max-height: none; width: min(40rem, 100vw);
+  border-width: 0 0 0 1px; border-radius: 0; }
+.why { font-size: 1.0625rem; display: grid; gap: .25rem; padding: .875rem 1rem;
+  border-left: 4px solid currentColor; background: var(--sunk); border-radius: 0 8px 8px 0; }
+.why p { color: var(--text); }
+dl { display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .375rem 1rem; }
+dt { color: var(--quiet); font-size: .875rem; line-height: 1.7; }
+dd { overflow-wrap: anywhere; }
+.events { list-style: none; display: grid; gap: .625rem; }
+.events li { display: grid; gap: 0; padding-left: .875rem; border-left: 2px solid var(--line); }
+pre { padding: .875rem 1rem; background: var(--sunk); border-radius: 8px; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.fields { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
+.fields .wide { grid-column: 1 / -1; }
+.fields label > * { width: 100%; }
+summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
+
+@media (max-width: 64rem) { #fleet { grid-template-columns: repeat(3, 1fr); } }
+@media (max-width: 40rem) {
+  header { padding: .25rem 1rem; gap: 0 .75rem; }
+  header #who { order: 1; flex: 1 1 0; }
+  header #sign-out { order: 2; margin-right: -.75rem; }
+  nav { order: 3; flex: 1 0 60%; margin-left: -.5rem; }
+  nav a { padding: .625rem .5rem; }
+  header #age { order: 4; }
+  main { padding: 1rem 1rem 3rem; }
+  .banner { padding: .75rem 1rem; }
+  #fleet { gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); }
+  #fleet button { padding: .5rem .625rem; }
+  #fleet b { font-size: 1.375rem; }
+  #fleet .status { font-size: .875rem; gap: .35em; }
+  .row > * { flex: 1 1 40%; }
+  .row > .grow { flex-basis: 100%; }
+  .row > button { flex-basis: auto; }
+  .row select, .row input { width: 100%; }
+  .fields { grid-template-columns: 1fr; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr auto; gap: .125rem 1rem; padding: .75rem 1rem; }
+  tr + tr { border-top: 1px solid var(--line); }
+  tr + tr > * { border: 0; }
+  tbody th, td { padding: 0; }
+  td { display: grid; grid-template-columns: 6.5rem 1fr; grid-column: 1 / -1; font-size: .875rem; }
+  td::before { content: attr(data-title); color: var(--quiet); }
+  td:nth-child(2) { display: block; grid-column: 2; font-size: inherit; }
+  td:nth-child(2)::before, td[data-title=""]::before { content: none; }
+  td.none { display: none; }
+  td button { margin: .25rem 0; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; }
+  dialog > div, dialog > form { padding: 1rem; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  dialog.side[open] { animation: slide .18s ease-out; }
+  @keyframes slide { from { transform: translateX(2rem); opacity: 0; } }
+}
+@media (prefers-reduced-motion: reduce) { tr.changed { animation: none; } }
+"""
+
+PAGE_MARKUP = """
+<a class="skip" href="#main">Skip to the content</a>
+<div class="banner" id="trouble" role="alert" hidden></div>
+<p class="unseen" id="said" role="status"></p>
+<noscript><p class="banner">This page needs JavaScript. Without it, everything is on the command
+line: <code>hostenroll.py --help</code>.</p></noscript>
+
+<main id="sign-in" hidden>
+  <form autocomplete="off">
+    <div>
+      <h1>hostenroll</h1>
+      <p class="quiet">Who may join the fleet, and who is alive.</p>
+    </div>
+    <label>API key
+      <input id="key" type="password" required autocomplete="off" spellcheck="false"
+             autocapitalize="off" placeholder="hak_..." aria-describedby="key-help sign-in-problem">
+    </label>
+    <p class="small quiet" id="key-help">It stays in this tab, and is forgotten with it. To make
+      one, on the server:<br><code>python3 hostenroll.py mint-api-key</code></p>
+    <p class="problem" id="sign-in-problem" role="alert"></p>
+    <button class="main">Sign in</button>
+  </form>
+</main>
+
+<div id="signed-in" hidden>
+<header>
+  <h1>hostenroll</h1>
+  <nav aria-label="Views">
+    <a href="#hosts">Hosts</a><a href="#tokens">Tokens</a><a href="#audit">Audit</a>
+  </nav>
+  <span class="small quiet" id="age"></span>
+  <span class="small quiet" id="who"></span>
+  <button class="plain" id="sign-out">Sign out</button>
+</header>
+<main id="main" tabindex="-1">
+<section id="hosts" aria-labelledby="hosts-title">
+  <h2 class="unseen" id="hosts-title">Hosts</h2>
+  <div id="fleet" role="group" aria-label="The fleet by status"></div>
+  <div id="share" aria-hidden="true"></div>
+  <form class="row" role="search" data-filters>
+    <label class="grow">Search
+      <input type="search" name="q" maxlength="255" autocomplete="off" spellcheck="false"
+             placeholder="name, hostname, id, or label=value" aria-keyshortcuts="/"></label>
+    <label data-organizations hidden>Organization
+      <select name="organization"><option value="">all</option></select></label>
+    <button class="main" type="button" data-admin data-mint>Mint a token</button>
+  </form>
+</section>
+<section id="tokens" aria-labelledby="tokens-title" hidden>
+  <h2 class="unseen" id="tokens-title">Tokens</h2>
+  <form class="row" data-filters>
+    <label>State
+      <select name="state"><option value="">all</option><option>valid</option><option>used</option>
+        <option>expired</option><option>revoked</option></select></label>
+    <span class="grow"></span>
+    <button class="main" type="button" data-admin data-mint>Mint a token</button>
+  </form>
+</section>
+<section id="audit" aria-labelledby="audit-title" hidden>
+  <h2 class="unseen" id="audit-title">Audit log</h2>
+  <form class="row" data-filters>
+    <label>Action
+      <select name="action"><option value="">all</option><option>mint</option>
+        <option>enroll</option><option>re-enroll</option><option>replay</option>
+        <option>renew</option><option>supersede</option><option>refuse</option>
+        <option>edit</option><option>revoke</option><option>restore</option>
+        <option>delete</option><option>add</option><option>rotate</option>
+        <option>retire</option><option>init</option></select></label>
+    <label class="grow">About
+      <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
+             placeholder="host:<id> or token:<id>"></label>
+    <label>Refused for
+      <input type="search" name="code" maxlength="64" autocomplete="off" spellcheck="false"
+             placeholder="token-used"></label>
+    <label data-organizations hidden>Organization
+      <select name="organization"><option value="">all</option></select></label>
+  </form>
+</section>
+</main>
+</div>
+
+<dialog class="side" id="host" aria-labelledby="host-name">
+  <div>
+    <div class="top"><h2 id="host-name" tabindex="-1"></h2>
+      <button class="plain" data-close>Close</button></div>
+    <div class="why" id="host-why"></div>
+    <div id="host-warnings"></div>
+    <div class="row" data-admin id="host-acts">
+      <button id="revoke">Revoke</button><button id="restore">Restore</button>
+      <button id="reenroll">Re-enroll</button><button id="edit">Edit</button>
+      <button class="danger" id="delete">Delete</button>
+    </div>
+    <dl id="host-facts"></dl>
+    <h3>What happened</h3>
+    <ul class="events" id="host-events"></ul>
+    <a class="small" id="host-log">All of it in the audit log</a>
+  </div>
+</dialog>
+
+<dialog id="form" aria-labelledby="form-title">
+  <form autocomplete="off">
+    <div class="top"><h2 id="form-title"></h2>
+      <button class="plain" type="button" data-close>Cancel</button></div>
+    <p id="form-text"></p>
+    <div class="fields" id="form-fields"></div>
+    <p class="problem" id="form-problem" role="alert"></p>
+    <button class="main" id="form-go"></button>
+  </form>
+</dialog>
+
+<dialog id="secret" aria-labelledby="secret-title">
+  <div>
+    <h2 id="secret-title"></h2>
+    <p id="secret-text"></p>
+    <pre id="join" tabindex="0" role="group" aria-label="The join command"></pre>
+    <div class="row"><button class="main" data-copy="join">Copy the command</button>
+      <button data-close>Done</button><span role="status" id="copied"></span></div>
+    <p class="notice small">This is shown once. When it is closed, nobody can show it again.</p>
+    <p class="problem" id="secret-warning"></p>
+    <details><summary>The token alone</summary>
+      <div class="row"><code class="grow" id="token"></code>
+        <button data-copy="token">Copy the token</button></div></details>
+    <p role="status" id="arrivals"></p>
+  </div>
+</dialog>
+"""
+
+PAGE_SCRIPT = r"""
+// What peers say goes into text nodes and attributes that are text, never into markup. What the
+// page shows stands in the URL's fragment, so that links, reload and the back button work; the API
+// key stands in sessionStorage, and a token nowhere but in the dialog that shows it.
+
+const KEY = "hostenroll.key";
+const STATUSES = ["online", "offline", "missing", "pending", "revoked"];
+const ROWS = 100; // shown at once
+const ROWS_EXAMINED = 2000; // by the server for one request, about
+const ANSWER_MS = 15000; // longer than the server waits for another writer
+const LABEL = /(\S+?)=(?:"([^"]*)"|(\S+))/g;
+const COUNT = /^hostenroll_hosts\{organization="([^"]*)",status="(\w+)"\} (\d+)/gm;
+const NUMBER = new Intl.NumberFormat("en");
+const EXACT = new Intl.DateTimeFormat("en", {
+  year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit",
+  second: "2-digit", hourCycle: "h23", timeZoneName: "short",
+});
+
+const $ = (id) => document.getElementById(id);
+const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+
+/** An element with attributes and children; a string becomes a text node. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** Give an element other children, but only if they are others: focus and selection stay. */
+function show(element, ...children) {
+  const fresh = make("div", {}, ...children);
+  const now = element.childNodes;
+  const same = now.length === fresh.childNodes.length &&
+    [...now].every((node, n) => node.isEqualNode(fresh.childNodes[n]));
+  if (!same) element.replaceChildren(...fresh.childNodes);
+}
+
+/** Say something to who listens instead of looking. */
+function announce(text) {
+  $("said").textContent = text;
+}
+
+// Time: by the server's clock, because the one here may be wrong.
+
+let skew = 0;
+const now = () => Date.now() + skew;
+
+function span(ms) {
+  const seconds = Math.round(ms / 1000);
+  for (const [unit, size, least] of [["d", 86400, 2], ["h", 3600, 2], ["min", 60, 10]]) {
+    if (seconds >= least * size) return `${Math.floor(seconds / size)} ${unit}`;
+  }
+  return `${seconds} s`;
+}
+
+function ago(time) {
+  const ms = now() - Date.parse(time);
+  return ms < -1500 ? `in ${span(-ms)}` : `${span(Math.max(ms, 0))} ago`;
+}
+
+const exactly = (time) => EXACT.format(Date.parse(time));
+
+function when(time) {
+  return make("time", {datetime: time, title: `${exactly(time)}, ${time}`}, ago(time));
+}
+
+/** A time as a fact: how long ago, and when. */
+function moment(time) {
+  return time ? [when(time), under(exactly(time))] : ["never"];
+}
+
+// The server.
+
+/** The server has answered, and not with what was asked for. */
+class Refusal extends Error {
+  constructor(problem) {
+    const fields = (problem.errors ?? []).map((error) => ` ${error.field} ${error.detail}.`);
+    super(`${problem.title}. ${problem.detail ?? ""}${fields.join("")}`);
+    this.status = problem.status;
+    this.fields = (problem.errors ?? []).map((error) => error.field);
+  }
+}
+
+/** Nothing has been heard of it, or nothing that it would say. */
+class Silence extends Error {}
+
+/** Somebody has asked for something else meanwhile. */
+class Stale extends Error {}
+
+async function ask(method, path, {query = "", body, run = new AbortController()} = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const isStale = () => run.signal.aborted || key !== sessionStorage.getItem(KEY);
+  const limit = new AbortController();
+  const abort = () => limit.abort();
+  const timer = setTimeout(abort, ANSWER_MS);
+  run.signal.addEventListener("abort", abort);
+  try {
+    const response = await fetch(query ? `${path}?${query}` : path, {
+      method, body: body && JSON.stringify(body), headers: {Authorization: `Bearer ${key}`},
+      signal: limit.signal, cache: "no-store", credentials: "omit", redirect: "error",
+    });
+    const text = await response.text();
+    if (isStale()) throw new Stale();
+    return read(response, text);
+  } catch (error) {
+    if (error instanceof Refusal) throw error;
+    throw isStale() ? new Stale() : new Silence(error.message);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** What an answer says. Throws a Refusal; one of the key signs out. */
+function read(response, text) {
+  const type = response.headers.get("Content-Type") ?? "";
+  if (!response.ok && !type.startsWith("application/problem+json")) {
+    throw new Error(`HTTP ${response.status}`);
+  }
+  const date = Date.parse(response.headers.get("Date"));
+  if (date) skew = date - Date.now();
+  if (response.ok) return type.startsWith("application/json") && text ? JSON.parse(text) : text;
+  const refusal = new Refusal(JSON.parse(text));
+  if (refusal.status === 401 && $("sign-in").hidden) signOut(refusal.message);
+  throw refusal;
+}
+
+/** Show what has gone wrong with what nobody has pressed a button for. */
+function report(error) {
+  if (error instanceof Stale || error.status === 401) return;
+  const time = EXACT.format(Date.now());
+  if (!(error instanceof Silence || error instanceof Refusal)) console.error(error);
+  if ($("trouble").hidden) {
+    $("trouble").textContent = error instanceof Silence
+      ? `No answer from the server since ${time}. What is shown may be old; it is asked again ` +
+        "every few seconds."
+      : `${error.message} (${time})`;
+    $("trouble").hidden = false;
+  }
+}
+
+/** Something done again and again while somebody looks. After what took long the pause is long
+    too: a page that is left open never costs the server more than a tenth of its time. */
+class Poll {
+  constructor(pause, run) {
+    Object.assign(this, {pause, run, due: 0, turn: null});
+  }
+
+  tick() {
+    if (!this.turn && performance.now() >= this.due) this.go();
+  }
+
+  async go(run = this.run) {
+    const turn = this.turn = {};
+    const since = performance.now();
+    let pause = this.pause;
+    try {
+      await run();
+      pause = Math.max(pause, 10 * (performance.now() - since));
+      if (this.turn === turn) $("trouble").hidden = true;
+    } catch (error) {
+      report(error);
+    }
+    if (this.turn === turn) Object.assign(this, {turn: null, due: performance.now() + pause});
+  }
+}
+
+// Lists: hosts, tokens and events are had and shown in one way.
+
+/** A list of the API, a page of it at a time. The server looks at some rows for each request, so
+    that a page may come in parts; it can be stopped, and newer questions stop older ones. */
+class List {
+  constructor(view, {path, name, one, columns, query, empty, total = () => 0}) {
+    Object.assign(this, {view, path, name, one, columns, query, empty, total});
+    this.poll = new Poll(5000, () => this.look());
+    this.build();
+    this.begin(null);
+  }
+
+  build() {
+    const heads = this.columns.map(([title]) =>
+      make("th", {scope: "col", role: "columnheader", "data-title": title}, title));
+    this.body = make("tbody", {role: "rowgroup"});
+    this.said = make("span", {class: "quiet small"});
+    this.progress = make("progress");
+    const button = (text, act) => {
+      const made = make("button", {type: "button"}, text);
+      made.addEventListener("click", act);
+      return made;
+    };
+    this.stop = button("Stop", () => this.halt());
+    this.previous = button("Previous", () => this.turn(this.cursors.slice(0, -1)));
+    this.following = button("Next", () => this.go());
+    this.nothing = make("p", {class: "empty quiet"});
+    this.pager = make("div", {class: "pager"}, this.previous, this.following, this.said,
+      this.progress, this.stop);
+    this.table = make("table", {role: "table", "aria-labelledby": `${this.view}-title`},
+      make("thead", {role: "rowgroup"}, make("tr", {role: "row"}, ...heads)), this.body);
+    $(this.view).append(make("div", {class: "scroll"}, this.table, this.nothing), this.pager);
+    this.body.addEventListener("keydown", (event) => this.walk(event));
+  }
+
+  /** Another question, from its first page; the same one is asked again when it is time. */
+  ask(filters) {
+    if (filters === this.filters) return;
+    this.begin(filters);
+    this.poll.go();
+  }
+
+  begin(filters, cursors = [""]) {
+    Object.assign(this, {filters, cursors, next: cursors.at(-1), rows: [], looked: 0, at: 0,
+      isLoaded: false, isHalted: false});
+  }
+
+  /** Another page. */
+  turn(cursors) {
+    this.begin(this.filters, cursors);
+    this.poll.go();
+    if (this.table.getBoundingClientRect().top < 0) this.table.scrollIntoView();
+  }
+
+  /** Onwards, from where this page or what was stopped has ended. */
+  go() {
+    if (this.isLoaded) return this.turn([...this.cursors, this.next]);
+    if (!this.isHalted) return undefined;
+    this.isHalted = false;
+    return this.poll.go();
+  }
+
+  halt() {
+    this.run?.abort();
+    this.isHalted = true;
+    this.take(this.rows, this.next, this.looked);
+    this.following.focus();
+  }
+
+  /** Ask until the page is full or the list has ended. A page that is shown stays as it is until
+      all of it has been had anew. */
+  async look() {
+    if (this.isHalted) return;
+    const isQuiet = this.isLoaded;
+    let [rows, cursor, looked] = isQuiet ? [[], this.cursors.at(-1), 0]
+      : [this.rows, this.next, this.looked];
+    this.run?.abort();
+    const run = this.run = new AbortController();
+    this.state();
+    try {
+      do {
+        const query = this.query(new URLSearchParams(this.filters));
+        query.set("limit", ROWS - rows.length);
+        if (cursor) query.set("cursor", cursor);
+        const page = await ask("GET", this.path, {query, run});
+        rows = rows.concat(page[this.name]);
+        cursor = page.nextCursor;
+        looked += ROWS_EXAMINED;
+        if (!isQuiet) this.take(rows, cursor, looked);
+      } while (cursor && rows.length < ROWS);
+      Object.assign(this, {isLoaded: true, at: now()});
+      this.take(rows, cursor, looked);
+      if (!isQuiet) announce(this.said.textContent);
+    } catch (error) {
+      if (!(error instanceof Refusal) || error.status >= 500) throw error;
+      this.isHalted = true;
+      this.state(error.message);
+    }
+  }
+
+  take(rows, next, looked) {
+    Object.assign(this, {rows, next, looked});
+    const changed = reconcile(this.body, rows, (item) => this.row(item));
+    if (changed.length > 3) announce(`${changed.length} hosts have another status now.`);
+    else if (changed.length) announce(changed.map((h) => `${h.name} is ${h.status}.`).join(" "));
+    this.state();
+  }
+
+  row(item) {
+    const cells = this.columns.map(([title, cell], n) => {
+      const inner = make("div", {}, ...cell(item));
+      const kind = n ? {role: "cell"} : {role: "rowheader", scope: "row"};
+      const none = inner.hasChildNodes() ? {} : {class: "none"};
+      return make(n ? "td" : "th", {...kind, ...none, "data-title": title}, inner);
+    });
+    return make("tr", {role: "row", "data-key": item.id ?? item.number,
+      "data-status": item.status ?? ""}, ...cells);
+  }
+
+  /** Say where in the list this is, and offer what can be done. */
+  state(refused = "") {
+    const isLooking = !this.isLoaded && !this.isHalted;
+    const total = this.total(new URLSearchParams(this.filters));
+    const focused = document.activeElement;
+    this.table.setAttribute("aria-busy", isLooking);
+    this.said.textContent = refused || this.sentence(isLooking, total);
+    this.said.classList.toggle("problem", Boolean(refused));
+    this.stop.hidden = this.progress.hidden = !isLooking || !this.looked;
+    if (total) Object.assign(this.progress, {max: total, value: Math.min(this.looked, total)});
+    else this.progress.removeAttribute("value");
+    this.previous.disabled = this.cursors.length < 2;
+    this.following.disabled = Boolean(refused) || (this.isLoaded && !this.next);
+    this.following.textContent = this.isHalted ? "Go on" : "Next";
+    if (focused.disabled) (focused === this.previous ? this.following : this.previous).focus();
+    this.nothing.hidden = !this.isLoaded || this.rows.length > 0;
+    this.nothing.textContent = this.filters ? `No ${this.one} matches.` : this.empty;
+  }
+
+  sentence(isLooking, total) {
+    if (isLooking || this.isHalted) {
+      const looked = NUMBER.format(Math.min(this.looked, total || Infinity));
+      const of = total ? ` of ${NUMBER.format(total)}` : "";
+      const found = this.rows.length ? ` and found ${this.rows.length}` : "";
+      if (!this.looked) return "Looking ...";
+      return `Looked at about ${looked}${of} ${this.name}${found}${isLooking ? " ..." : "."}`;
+    }
+    const first = (this.cursors.length - 1) * ROWS + 1;
+    const last = first + this.rows.length - 1;
+    const rows = last === 1 ? `1 ${this.one}` : `${NUMBER.format(last)} ${this.name}`;
+    if (first === 1 && !this.next) return rows;
+    const end = this.next ? "" : ", the end of the list";
+    return `${this.name} ${NUMBER.format(first)} to ${NUMBER.format(last)}${end}`;
+  }
+
+  /** Up and down lead from row to row. */
+  walk(event) {
+    const step = {ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling"}[event.key];
+    const link = step && event.target.closest("tr")[step]?.querySelector("a, button");
+    if (!link) return;
+    event.preventDefault();
+    link.focus();
+  }
+}
+
+/** Make a table's body show items: cells that are as they were are not touched, so that focus,
+    selection and scroll stay. The hosts whose status is another one are returned. */
+function reconcile(body, items, row) {
+  const old = new Map([...body.rows].map((tr) => [tr.dataset.key, tr]));
+  const focused = body.contains(document.activeElement)
+    ? document.activeElement.closest("tr").rowIndex : 0;
+  const fresh = items.map(row);
+  const keys = new Set(fresh.map((tr) => tr.dataset.key));
+  for (const [key, tr] of old) if (!keys.has(key)) tr.remove();
+  const changed = [];
+  let place = body.firstElementChild;
+  fresh.forEach((tr, n) => {
+    const there = old.get(tr.dataset.key);
+    if (!there) return body.insertBefore(tr, place);
+    place = there.nextElementSibling;
+    const isChanged = there.dataset.status !== tr.dataset.status;
+    if (isChanged) changed.push(items[n]);
+    there.classList.toggle("changed", isChanged);
+    there.dataset.status = tr.dataset.status;
+    [...tr.cells].forEach((cell, m) => {
+      if (!there.cells[m].isEqualNode(cell)) there.cells[m].replaceWith(cell);
+    });
+    return undefined;
+  });
+  if (focused && !body.contains(document.activeElement)) {
+    body.rows[Math.min(focused, body.rows.length) - 1]?.querySelector("a, button")?.focus();
+  }
+  return changed;
+}
+
+// What is shown of hosts, tokens and events.
+
+const status = (word) => make("span", {class: `status ${word}`}, word);
+const under = (text) => make("div", {class: "quiet small"}, text);
+const mono = (text) => make("span", {class: "mono"}, text);
+/** What there is of something to show: it, or nothing. */
+const some = (value, shown = (it) => it) => value ? [shown(value)] : [];
+const pairs = (labels) => Object.entries(labels).map(([name, value]) => `${name}=${value}`);
+
+/** Where the fragment leads: a view, and what it is asked for. */
+function here() {
+  const [view, asked] = location.hash.slice(1).split("?", 2);
+  return {view: view in lists ? view : "hosts", asked: new URLSearchParams(asked)};
+}
+
+/** The fragment that leads somewhere. */
+function there(view, asked) {
+  const query = new URLSearchParams(asked).toString();
+  return query ? `#${view}?${query}` : `#${view}`;
+}
+
+/** A host's name, that opens it beside what is shown now. */
+function hostLink(id, text) {
+  const {view, asked} = here();
+  asked.set("host", id);
+  return make("a", {href: there(view, asked)}, text);
+}
+
+/** An actor or a subject of the audit log. */
+function party(name) {
+  const [kind, id] = name.split(":", 2);
+  return make("span", {class: "mono"}, kind === "host" ? hostLink(id, name) : name);
+}
+
+function labelLinks(labels) {
+  return pairs(labels).map((pair) => {
+    const [name, value] = pair.split(/=(.*)/s);
+    const q = /[\s"]/.test(value) || !value ? `${name}="${value}"` : pair;
+    return make("a", {class: "label", href: there("hosts", {q})}, pair);
+  });
+}
+
+function hostName(host) {
+  const cell = [hostLink(host.id, host.name)];
+  if (host.hostname !== host.name) cell.push(under(host.hostname));
+  if (host.warnings.length) cell.push(make("div", {class: "status missing small"}, "warning"));
+  return cell;
+}
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
+
+function told(detail) {
+  return Object.entries(detail).map(([name, value]) =>
+    `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
+}
+
+function system(host) {
+  return [host.os, host.architecture, host.dockerVersion && `Docker ${host.dockerVersion}`]
+    .filter(Boolean).join(", ");
+}
+
+/** The query of a list of hosts: words of the form label=value are labels, the rest is text. */
+function hostQuery(asked) {
+  const query = new URLSearchParams();
+  for (const name of ["status", "organization"]) {
+    if (asked.get(name)) query.set(name, asked.get(name));
+  }
+  const text = (asked.get("q") ?? "").replace(LABEL, (pair, name, quoted, bare) => {
+    query.append("label", `${name}=${quoted ?? bare}`);
+    return " ";
+  }).trim();
+  if (text) query.set("q", text);
+  return query;
+}
+
+const ORGANIZATION = ["Organization", (item) => some(item.organizationId)];
+
+const lists = {
+  hosts: new List("hosts", {
+    path: "api/hosts", name: "hosts", one: "host", query: hostQuery,
+    empty: "No hosts yet. Mint a token, and run its command on a machine.",
+    total: (asked) => fleet.total(asked.get("organization")),
+    columns: [
+      ["Host", hostName],
+      ["Status", (host) => [status(host.status)]],
+      ["Last seen", (host) => [host.lastSeen ? when(host.lastSeen) : "never"]],
+      ["System", (host) => some(system(host))],
+      ["Labels", (host) => pairs(host.labels).map((pair) => make("span", {class: "label"}, pair))],
+      ORGANIZATION,
+    ],
+  }),
+  tokens: new List("tokens", {
+    path: "api/hosts/tokens", name: "tokens", one: "token", query: (asked) => asked,
+    empty: "No tokens yet.",
+    columns: [
+      ["Token", (token) => [mono(token.id), ...some(token.description, under)]],
+      ["State", (token) => [status(token.state)]],
+      ["Uses", tokenUses],
+      ["Expires", (token) => [when(token.expiresAt)]],
+      ["For", tokenFor],
+      ["Minted", (token) => [when(token.createdAt), under(token.createdBy)]],
+      ORGANIZATION,
+      ["", tokenActs],
+    ],
+  }),
+  audit: new List("audit", {
+    path: "api/audit", name: "events", one: "event", query: (asked) => asked,
+    empty: "Nothing has happened yet.",
+    columns: [
+      ["Time", (event) => moment(event.time)],
+      ["Action", (event) => [make("b", {}, event.action), ...some(event.code, under)]],
+      ["About", (event) => some(event.subject, party)],
+      ["By", (event) => [party(event.actor), ...some(event.address, under)]],
+      ["Detail", (event) => some(told(event.detail))],
+      ORGANIZATION,
+    ],
+  }),
+};
+
+function tokenUses(token) {
+  const shown = token.hosts.slice(0, 2).map((id) => make("div", {class: "mono"}, hostLink(id, id)));
+  const more = token.hosts.length - shown.length;
+  return [`${NUMBER.format(token.uses)} of ${NUMBER.format(token.maxUses)}`, ...shown,
+    ...some(more, () => under(`and ${NUMBER.format(more)} more`))];
+}
+
+function tokenFor(token) {
+  const host = token.hostId ? ["re-enrolling ", hostLink(token.hostId, token.hostId)]
+    : token.hostname ? [token.hostname] : [];
+  const labels = pairs(token.labels).map((pair) => make("span", {class: "label"}, pair));
+  return labels.length ? [...host, make("div", {}, ...labels)] : host;
+}
+
+function tokenActs(token) {
+  if (!isAdmin() || token.state !== "valid") return [];
+  return [make("button", {type: "button", class: "danger", "data-revoke-token": token.id,
+    "aria-label": `Revoke token ${token.id}`}, "Revoke")];
+}
+
+// The fleet at a glance, as the server counts it for /metrics.
+
+const fleet = {
+  counts: new Map(), // organization -> status -> number
+
+  async count() {
+    const text = await ask("GET", "metrics");
+    this.counts = new Map();
+    for (const [, organization, word, number] of text.matchAll(COUNT)) {
+      if (!this.counts.has(organization)) this.counts.set(organization, new Map());
+      this.counts.get(organization).set(word, Number(number));
+    }
+    this.show();
+  },
+
+  of(word, organization) {
+    const counted = organization ? [this.counts.get(organization)] : [...this.counts.values()];
+    return counted.reduce((sum, one) => sum + (one?.get(word) ?? 0), 0);
+  },
+
+  total(organization) {
+    return STATUSES.reduce((sum, word) => sum + this.of(word, organization), 0);
+  },
+
+  show() {
+    const {asked} = here();
+    const organization = asked.get("organization");
+    const total = this.total(organization);
+    for (const tile of all("button", $("fleet"))) {
+      const word = tile.dataset.status;
+      const count = word ? this.of(word, organization) : total;
+      tile.dataset.count = count;
+      tile.setAttribute("aria-pressed", (asked.get("status") ?? "") === word);
+      show(tile, make("b", {}, this.counts.size ? NUMBER.format(count) : "\u2013"), " ",
+        make("span", {class: `status ${word || "all"}`}, word || "all hosts"));
+    }
+    const silent = this.of("offline", organization) + this.of("missing", organization);
+    document.title = silent ? `${NUMBER.format(silent)} silent - hostenroll` : "hostenroll";
+    this.share(organization);
+    this.offer();
+  },
+
+  share(organization) {
+    show($("share"), ...STATUSES.map((word) => make("i", {class: word})));
+    STATUSES.forEach((word, n) => {
+      $("share").children[n].style.flexGrow = this.of(word, organization);
+    });
+  },
+
+  /** Let the organizations be chosen, where there are several. */
+  offer() {
+    const names = [...this.counts.keys()];
+    document.body.classList.toggle("one-organization", names.length < 2);
+    for (const place of all("[data-organizations]")) {
+      place.hidden = names.length < 2;
+      const select = place.querySelector("select");
+      show(select, make("option", {value: ""}, "all"),
+        ...names.map((name) => make("option", {value: name}, name)));
+      select.value = here().asked.get("organization") ?? "";
+    }
+  },
+};
+
+// Dialogs.
+
+/** Ask for something; what comes of it is shown in the dialog when it is refused. */
+function fill({title, text = "", go, danger = false, fields = [], act}) {
+  $("form-title").textContent = title;
+  $("form-text").textContent = text;
+  $("form-problem").textContent = "";
+  $("form-go").textContent = go;
+  $("form-go").className = danger ? "main danger" : "main";
+  const inputs = fields.map(input);
+  $("form-fields").replaceChildren(...inputs.map((made) => made.closest("label")));
+  $("form").querySelector("form").onsubmit = async (event) => {
+    event.preventDefault();
+    const values = Object.fromEntries(inputs.map((made) => [made.name, made.value]));
+    $("form-go").disabled = true;
+    const refusal = await act(values).then(() => null, (error) => error);
+    $("form-go").disabled = false;
+    $("form-problem").textContent = refusal ? said(refusal) : "";
+    for (const made of inputs) {
+      made.setAttribute("aria-invalid", Boolean(refusal?.fields?.includes(made.name)));
+    }
+    if (!refusal) $("form").close();
+  };
+  $("form").showModal();
+  (inputs[0] ?? $("form-go")).focus();
+}
+
+function input({name, label, help, tag = "input", options = [], value = "", wide, ...attributes}) {
+  const choices = options.map(([text, choice]) => make("option", {value: choice}, text));
+  const made = make(tag, {name, autocomplete: "off", ...attributes}, ...choices);
+  made.value = value;
+  make("label", wide ? {class: "wide"} : {}, label, made,
+    ...some(help, (text) => make("span", {class: "quiet"}, text)));
+  return made;
+}
+
+function said(error) {
+  if (error instanceof Silence) return "No answer from the server. Nothing may have happened, or " +
+    "all of it: look before you try again.";
+  return error.message;
+}
+
+function readLabels(text) {
+  const lines = text.split("\n").map((line) => line.trim()).filter(Boolean);
+  return Object.fromEntries(lines.map((line) => line.split(/=(.*)/s, 2)).map(([name, value]) => {
+    if (value === undefined) throw new Error(`A label is written name=value, and not ${name}`);
+    return [name.trim(), value.trim()];
+  }));
+}
+
+const TTLS = [["10 minutes", 600], ["1 hour", 3600], ["8 hours", 28800], ["1 day", 86400],
+  ["7 days", 604800], ["30 days", 2592000]];
+const LABELS_FIELD = {name: "labels", label: "Labels", tag: "textarea", wide: true,
+  spellcheck: "false", placeholder: "rack=b4", help: "One a line."};
+
+function mint() {
+  const names = [...fleet.counts.keys()];
+  const organization = {name: "organizationId", label: "Organization", tag: "select",
+    options: names.map((name) => [name, name]),
+    value: here().asked.get("organization") || names.find((name) => name === "default")};
+  fill({
+    title: "Mint a token",
+    text: "A token lets machines join. What you get is the whole command to run on them.",
+    go: "Mint",
+    fields: [
+      {name: "description", label: "What for", maxlength: 1000, wide: true},
+      {name: "ttlSeconds", label: "Good for", tag: "select", options: TTLS, value: 3600},
+      {name: "maxUses", label: "Machines", type: "number", min: 1, max: 1000000, value: 1,
+        required: ""},
+      {name: "hostname", label: "Only for the hostname", maxlength: 253, spellcheck: "false",
+        autocapitalize: "off", help: "Any, when empty.", wide: names.length < 2},
+      ...(names.length > 1 ? [organization] : []),
+      LABELS_FIELD,
+    ],
+    act: async (values) => {
+      const body = {ttlSeconds: Number(values.ttlSeconds), maxUses: Number(values.maxUses),
+        description: values.description, labels: readLabels(values.labels)};
+      if (values.hostname) body.hostname = values.hostname;
+      if (values.organizationId) body.organizationId = values.organizationId;
+      await mintAt("api/hosts/tokens", body, "Let a machine join",
+        "Run this on the machine that is to join:");
+    },
+  });
+}
+
+/** Mint a token, and show the command with it. The command is had first: a token that could not
+    be shown would be lost. */
+async function mintAt(path, body, title, text) {
+  const service = await ask("GET", "api/service");
+  const minted = await ask("POST", path, {body});
+  const isNear = /^https?:\/\/(localhost|127\.|\[::1\])/.test(service.publicUrl);
+  $("secret-title").textContent = title;
+  $("secret-text").textContent = text;
+  $("join").textContent = service.joinCommand.replace("%s TOKEN", () => `%s ${minted.token}`);
+  $("token").textContent = minted.token;
+  $("secret-warning").textContent = isNear ? `Other machines cannot reach ${service.publicUrl}: ` +
+    "serve --public-url says where they find this server." : "";
+  $("secret").dataset.token = minted.id;
+  $("form").close();
+  $("secret").showModal();
+  $("secret").querySelector("[data-copy]").focus();
+  lists.tokens.poll.due = 0;
+}
+
+/** Whether somebody has come in by the token that is shown. */
+async function watch() {
+  const token = await ask("GET", `api/hosts/tokens/${$("secret").dataset.token}`);
+  const from = token.usedFrom ? `, last from ${token.usedFrom}` : "";
+  const uses = `Used ${token.uses} of ${token.maxUses} times${from}. `;
+  show($("arrivals"), ...(token.uses ? [uses, ...token.hosts.slice(0, 5).flatMap((id) =>
+    [hostLink(id, id), " "])] : ["Nobody has used it yet."]));
+}
+
+/** Copy a text. Away from https and loopback a page has no clipboard: then it is selected. */
+async function copy(source) {
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    $("copied").textContent = "Copied.";
+  } catch {
+    getSelection().selectAllChildren(source);
+    $("copied").textContent = "Selected: press Ctrl+C.";
+  }
+}
+
+// A host.
+
+let host = null;
+
+/** Show the host that the fragment names. */
+function openHost(id) {
+  if ($("host").dataset.id === id && $("host").open) return;
+  $("host").dataset.id = id;
+  host = null;
+  $("host-name").textContent = `Host ${id}`;
+  for (const name of ["why", "warnings", "facts", "events"]) $(`host-${name}`).replaceChildren();
+  $("host-acts").hidden = true;
+  if (!$("host").open) $("host").showModal();
+  $("host-log").href = there("audit", {subject: `host:${id}`});
+  polls.host.go();
+  polls.happened.go();
+}
+
+async function loadHost() {
+  const {id} = $("host").dataset;
+  try {
+    const found = await ask("GET", `api/hosts/${encodeURIComponent(id)}`);
+    if (id === $("host").dataset.id) showHost(found);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    $("host-name").textContent = "No such host";
+    show($("host-why"), make("p", {}, error.message));
+    $("host-acts").hidden = true;
+  }
+}
+
+function showHost(found) {
+  host = found;
+  const fact = (name, ...value) => [make("dt", {}, name), make("dd", {}, ...value)];
+  $("host-name").textContent = host.name;
+  $("host-why").className = `why ${host.status}`;
+  show($("host-why"), status(host.status), make("p", {}, sentence(host.statusReason)));
+  show($("host-warnings"), ...host.warnings.map((text) =>
+    make("p", {class: "notice small"}, `Warning: ${text}.`)));
+  show($("host-facts"),
+    ...fact("Hostname", host.hostname), ...fact("Organization", host.organizationId),
+    ...fact("Last seen", ...moment(host.lastSeen)),
+    ...fact("Enrolled", ...moment(host.enrolledAt)),
+    ...(host.revokedAt ? fact("Revoked", ...moment(host.revokedAt)) : []),
+    ...fact("System", system(host) || "not said"),
+    ...fact("Labels", ...(pairs(host.labels).length ? labelLinks(host.labels) : ["none"])),
+    ...fact("Id", mono(host.id)),
+    ...fact("Came in by", make("a", {href: there("audit", {subject: `token:${host.tokenId}`})},
+      `token ${host.tokenId}`)));
+  $("host-acts").hidden = !isAdmin();
+  $("revoke").hidden = host.status === "revoked";
+  $("restore").hidden = host.status !== "revoked";
+}
+
+/** The last events about the host; of a long log only the newest part is looked through. */
+async function loadEvents() {
+  const {id} = $("host").dataset;
+  const query = new URLSearchParams({subject: `host:${id}`, limit: 8});
+  const events = [];
+  for (let parts = 0; parts < 5 && events.length < 8; parts += 1) {
+    const page = await ask("GET", "api/audit", {query});
+    events.push(...page.events);
+    if (!page.nextCursor) break;
+    query.set("cursor", page.nextCursor);
+  }
+  if (id !== $("host").dataset.id) return;
+  show($("host-events"), ...events.slice(0, 8).map((event) => make("li", {},
+    make("span", {}, make("b", {}, event.action), event.code ? ` ${event.code}` : "", " ",
+      when(event.time)),
+    make("span", {class: "quiet small"}, `by ${event.actor}`,
+      event.address ? ` from ${event.address}` : "",
+      told(event.detail) ? `: ${told(event.detail)}` : ""))),
+  ...(events.length ? [] : [make("li", {class: "quiet"}, "Nothing of late.")]));
+}
+
+/** Do something to the host that is shown, after asking. */
+function act(order) {
+  const {id, name} = host;
+  fill({...order, act: async (values) => {
+    const changed = await order.act(`api/hosts/${id}`, values, name);
+    if (changed?.id === id) showHost(changed);
+    announce(`${order.go}: ${name}.`);
+    for (const poll of [polls.happened, polls.fleet, lists[here().view].poll]) poll.go();
+  }});
+}
+
+const ACTS = {
+  revoke: () => act({
+    title: `Revoke ${host.name}?`, go: "Revoke", danger: true,
+    text: "It is shut out with its next heartbeat, until it is restored. Its record stays.",
+    act: (path) => ask("POST", `${path}/revoke`),
+  }),
+  restore: () => act({
+    title: `Restore ${host.name}?`, go: "Restore",
+    text: "It is let in again, with the credential that it has.",
+    act: (path) => ask("POST", `${path}/restore`),
+  }),
+  reenroll: () => act({
+    title: `Re-enroll ${host.name}?`, go: "Make the command",
+    text: "You get a command for this host. It brings a new credential, and keeps the host's id, " +
+      "name, labels and history. The old credential is good until the new one is first used.",
+    act: (path) => mintAt(`${path}/reenroll`, {}, `Re-enroll ${host.name}`,
+      "Run this on that host, and on no other:"),
+  }),
+  edit: () => act({
+    title: `Edit ${host.name}`, go: "Save",
+    fields: [
+      {name: "name", label: "Name", maxlength: 255, required: "", value: host.name, wide: true},
+      {...LABELS_FIELD, value: pairs(host.labels).join("\n")},
+    ],
+    act: async (path, {name, labels}) => ask("PATCH", path, {body: {name,
+      labels: readLabels(labels)}}),
+  }),
+  delete: () => act({
+    title: `Delete ${host.name}?`, go: "Delete for good", danger: true,
+    text: "Its record goes, and its id never returns: to come back it must enroll anew. To shut " +
+      "it out for a while, revoke it.",
+    fields: [{name: "name", label: `To go on, type its name: ${host.name}`, required: "",
+      spellcheck: "false", autocapitalize: "off", wide: true}],
+    act: async (path, typed, name) => {
+      if (typed.name !== name) throw new Error("That is not its name. Nothing was deleted.");
+      await ask("DELETE", path);
+      $("host").close();
+    },
+  }),
+};
+
+function revokeToken(id) {
+  fill({
+    title: "Revoke this token?", go: "Revoke", danger: true,
+    text: `Nobody can use ${id} any longer. Hosts that came in by it stay.`,
+    act: async () => {
+      await ask("DELETE", `api/hosts/tokens/${id}`);
+      lists.tokens.poll.go();
+      announce(`Revoked: token ${id}.`);
+    },
+  });
+}
+
+// Who is signed in.
+
+let me = null;
+const isAdmin = () => me?.role === "admin";
+
+async function identify() {
+  me = await ask("GET", "api/me");
+  for (const place of all("[data-admin]")) place.hidden = !isAdmin();
+  $("who").textContent = `${me.role}, ${me.organizationId ?? "all organizations"}`;
+  $("sign-in").hidden = true;
+  $("signed-in").hidden = false;
+  route();
+}
+
+async function signIn(event) {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  $("sign-in-problem").textContent = "";
+  if (!/^hak_[!-~]+$/.test(key)) {
+    $("sign-in-problem").textContent = "That is no API key: they begin with hak_.";
+    return;
+  }
+  sessionStorage.setItem(KEY, key);
+  try {
+    await identify();
+    $("key").value = "";
+  } catch (error) {
+    sessionStorage.removeItem(KEY);
+    $("sign-in-problem").textContent = error instanceof Silence
+      ? "No answer from the server." : error.message;
+  }
+}
+
+/** Forget the key and, by a new start, all that has been shown by it. */
+function signOut(problem = "") {
+  sessionStorage.removeItem(KEY);
+  history.replaceState({problem}, "");
+  location.reload();
+}
+
+function start() {
+  listen();
+  setInterval(tick, 1000);
+  if (sessionStorage.getItem(KEY)) return polls.me.go();
+  $("sign-in").hidden = false;
+  $("sign-in-problem").textContent = history.state?.problem ?? "";
+  history.replaceState(null, "");
+  return $("key").focus();
+}
+
+// Where one is, and what comes next.
+
+function route() {
+  if (!me) return;
+  const {view, asked} = here();
+  const id = asked.get("host");
+  asked.delete("host");
+  for (const name of Object.keys(lists)) $(name).hidden = name !== view;
+  for (const link of all("nav a")) {
+    if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  for (const field of all("[data-filters] [name]", $(view))) {
+    if (field !== document.activeElement) field.value = asked.get(field.name) ?? "";
+  }
+  fleet.show();
+  lists[view].ask(asked.toString());
+  if (id) openHost(id);
+  else if ($("host").open) $("host").close();
+}
+
+/** Go somewhere; in place of where one is, if it is but a letter more of a search. */
+function go(view, asked, isSame = false) {
+  for (const [name, value] of [...asked]) if (!value) asked.delete(name);
+  if (!isSame) {
+    location.hash = there(view, asked);
+    return;
+  }
+  history.replaceState(null, "", there(view, asked));
+  route();
+}
+
+/** Ask for what the filters of a view say, and for more. A secret in the wrong place is not sent
+    anywhere. */
+function filter(form, more) {
+  const {view, asked} = here();
+  for (const field of all("[name]", form)) {
+    const isSecret = /(het|hak)_\w/.test(field.value);
+    field.setCustomValidity(isSecret ? "That is a secret. It is not searched for." : "");
+    if (isSecret) return field.reportValidity();
+    asked.set(field.name, field.value);
+  }
+  for (const [name, value] of Object.entries(more ?? {})) asked.set(name, value);
+  go(view, asked, !more);
+}
+
+const polls = {
+  fleet: new Poll(10000, () => fleet.count()),
+  host: new Poll(5000, loadHost),
+  happened: new Poll(30000, loadEvents),
+  watch: new Poll(3000, watch),
+  me: new Poll(3000, identify),
+};
+
+function tick() {
+  if (document.hidden || !sessionStorage.getItem(KEY)) return;
+  if (!me) return polls.me.tick();
+  const list = lists[here().view];
+  polls.fleet.tick();
+  list.poll.tick();
+  if ($("host").open) for (const poll of [polls.host, polls.happened]) poll.tick();
+  if ($("secret").open) polls.watch.tick();
+  for (const time of all("time")) {
+    const text = ago(time.dateTime);
+    if (time.textContent !== text) time.textContent = text;
+  }
+  $("age").textContent = list.at ? `updated ${span(Math.max(0, now() - list.at))} ago` : "";
+}
+
+/** Somebody looks again: everything may be old. */
+function wake() {
+  for (const poll of [...Object.values(polls), ...Object.values(lists).map((l) => l.poll)]) {
+    poll.due = 0;
+  }
+  tick();
+}
+
+/** Leave what is typed alone for a moment. */
+function debounced(run) {
+  let timer = 0;
+  return (argument) => {
+    clearTimeout(timer);
+    timer = setTimeout(run, 250, argument);
+  };
+}
+
+function listen() {
+  const soon = debounced(filter);
+  $("sign-in").addEventListener("submit", signIn);
+  $("sign-out").addEventListener("click", () => signOut());
+  addEventListener("hashchange", route);
+  document.addEventListener("visibilitychange", wake);
+  addEventListener("online", wake);
+  for (const form of all("[data-filters]")) {
+    for (const kind of ["input", "change"]) form.addEventListener(kind, () => soon(form));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      filter(form);
+    });
+  }
+  for (const word of ["", ...STATUSES]) {
+    const tile = make("button", {type: "button", "data-status": word});
+    tile.addEventListener("click", () => {
+      const isOn = here().asked.get("status") === word;
+      filter($("hosts").querySelector("form"), {status: isOn ? "" : word});
+    });
+    $("fleet").append(tile);
+  }
+  for (const name of Object.keys(ACTS)) $(name).addEventListener("click", ACTS[name]);
+  for (const button of all("[data-mint]")) button.addEventListener("click", mint);
+  for (const button of all("[data-copy]")) {
+    button.addEventListener("click", () => copy($(button.dataset.copy)));
+  }
+  for (const button of all("[data-close]")) {
+    button.addEventListener("click", () => button.closest("dialog").close());
+  }
+  $("tokens").addEventListener("click", (event) => {
+    const button = event.target.closest("[data-revoke-token]");
+    if (button) revokeToken(button.dataset.revokeToken);
+  });
+  $("host").addEventListener("click", (event) => {
+    if (event.target === $("host")) $("host").close();
+  });
+  $("host").addEventListener("close", () => {
+    const {view, asked} = here();
+    if (!asked.has("host")) return;
+    asked.delete("host");
+    go(view, asked, true);
+  });
+  $("secret").addEventListener("close", () => {
+    for (const name of ["join", "token", "arrivals", "copied"]) $(name).replaceChildren();
+    $("secret").querySelector("details").open = false;
+  });
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    document.querySelector("main:not([hidden])").focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    const isTyping = event.target.closest("input, textarea, select, dialog");
+    if (event.key !== "/" || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    $(here().view).querySelector("input[type=search]")?.focus();
+  });
+}
+
+start();
+"""
+
+
+def page() -> str:
+    """The document at /."""
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>hostenroll</title>
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+{PAGE_MARKUP}
+<script type="module">{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
 # 9. Api
 #
 # Routes, and the documents that they answer with. One table says what there is, who may call it
@@ -6479,6 +7874,39 @@ def _admit_agent_script(*_: object) -> Admitted:
     return Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)
 
 
+HTML = "text/html; charset=utf-8"
+
+
+def _source(text: str) -> str:
+    """What a content security policy calls a text that stands in the document."""
+    return f"'sha256-{base64.b64encode(fingerprint(text)).decode('ascii')}'"
+
+
+@lru_cache(maxsize=1)
+def _page() -> Response:
+    """The page. Whatever a name could put into it, a browser would run, load and send nothing of
+    it; and no other site can show it in a frame."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _source(PAGE_SCRIPT),
+        "style-src": _source(PAGE_STYLE),
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+    headers = (
+        ("Content-Security-Policy", "; ".join(map(" ".join, policy.items()))),
+        ("Referrer-Policy", "no-referrer"),
+    )
+    return Response(200, page().encode("utf-8"), HTML, headers)
+
+
+def _admit_page(*_: object) -> Admitted:
+    return _page()
+
+
 def _unhandled(registry: Registry, call: Call) -> Response:
     raise NotImplementedError  # a route that is not the user API's has no handler
 
@@ -6753,6 +8181,7 @@ ROUTES = (
         _admit_agent_script,
         content_type=SHELL_SCRIPT,
     ),
+    Route("page", "GET", "/", "open", "Show all of this to people", _admit_page, content_type=HTML),
 )
 
 # The OpenAPI document says what ROUTES, the shapes and the problems say, and nothing else.

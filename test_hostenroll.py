@@ -38,8 +38,11 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import urllib.error
+import urllib.request
 import warnings
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -739,7 +742,7 @@ SECTIONS = (
 # The table of the design: which sections each may use, beside itself.
 MAY_USE = {
     1: (), 2: (1,), 3: (1, 2), 4: (1, 2), 5: (1,), 6: (1, 2, 3, 4, 5), 7: (1, 2), 8: (1,),
-    9: (1, 2, 3, 6, 7, 8), 10: (1, 2, 7, 9), 11: (1, 2, 3, 4, 5, 6, 8, 9, 10),
+    9: (1, 2, 3, 4, 6, 7, 8), 10: (1, 2, 7, 9), 11: (1, 2, 3, 4, 5, 6, 8, 9, 10),
 }  # fmt: skip
 POWERS = {
     "sqlite3": 5, "fcntl": 5, "secrets": 4, "hmac": 4, "hashlib": 4, "selectors": 10,
@@ -9870,7 +9873,7 @@ def test_every_answer_fits_its_shape_and_every_refusal_is_declared(
     """And what is declared happens, but for what is the server's and not the route's."""
     visit_agent_routes(witness, clock)
     visit_user_routes(witness, clock)
-    for path in ("/healthz", "/readyz", "/openapi.json", "/agent.sh"):
+    for path in ("/healthz", "/readyz", "/openapi.json", "/agent.sh", "/"):
         witness.call("GET", path)
     servers = {kind.code for kind in KINDS_OF_PROBLEM if issubclass(kind, hostenroll.Unframed)}
     servers |= {"internal", "storage-unavailable"}
@@ -10618,6 +10621,692 @@ def test_the_service_says_how_hosts_find_it(estate: Estate) -> None:
     url, pin = said["publicUrl"], said["pin"]
     whole = hostenroll.join_command(url, pin, "het_x").replace("\n ", "")
     assert command.replace("TOKEN", "het_x") == whole and "\n" not in command
+
+
+# The page.
+
+
+class Parts(HTMLParser):
+    """What a document is made of: its tags, and what stands in its style and in its script."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: List[Tuple[str, Dict[str, Optional[str]]]] = []
+        self.texts = {"style": "", "script": ""}
+        self._inside = ""
+        self.feed(document)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, dict(attributes)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in self.texts:
+            self.texts[self._inside] += data
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return Parts(hostenroll.page())
+
+
+def policy_of(reply: Reply) -> Dict[str, str]:
+    """What a content security policy says, by directive."""
+    said = reply.headers["content-security-policy"].split("; ")
+    return {name: value for name, _, value in (directive.partition(" ") for directive in said)}
+
+
+def test_the_page_is_for_anybody_and_allows_only_its_own_text(live: SocketDoor) -> None:
+    reply = live.call("GET", "/")
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert reply.document == hostenroll.page()
+    assert reply.headers["referrer-policy"] == "no-referrer"
+    served = Parts(reply.document)
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (served.texts["script"], served.texts["style"])
+    ]
+    assert policy_of(reply) == {
+        "default-src": "'none'", "script-src": hashes[0], "style-src": hashes[1],
+        "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
+        "frame-ancestors": "'none'", "require-trusted-types-for": "'script'",
+    }  # fmt: skip
+
+
+def test_the_page_is_one_document_that_loads_nothing(parts: Parts) -> None:
+    document = hostenroll.page()
+    assert (
+        re.findall(r"(?i)\b(?:https?|wss?|data|blob|javascript):|//\w|@import|url\(", document)
+        == []
+    )
+    names = [tag for tag, _ in parts.tags]
+    assert names.count("style") == names.count("script") == 1
+    names = set(names)
+    assert {"dialog", "table"} & names == {"dialog"}  # the script makes the tables
+    assert names & {"link", "img", "iframe", "object", "embed", "base", "svg", "video"} == set()
+    attributes = {name for _, found in parts.tags for name in found}
+    assert attributes & {"src", "srcset", "action", "formaction", "style", "srcdoc"} == set()
+    assert [name for name in attributes if name.startswith("on")] == []
+
+
+def test_the_page_has_no_way_to_make_markup_of_a_name_or_to_keep_a_key() -> None:
+    ways = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|parseHTML|DOMParser|createContextualFragment"
+        r"|document\.write|srcdoc|\beval\b|\bFunction\b|importScripts|\.cssText|javascript:"
+        r"|localStorage|indexedDB|cookie|caches|location\.search|history\.pushState|window\.name"
+    )
+    assert re.findall(ways, hostenroll.PAGE_SCRIPT) == []
+    kept = re.findall(r"sessionStorage\.\w+\(([^,)]*)", hostenroll.PAGE_SCRIPT)
+    assert set(kept) == {"KEY"}
+    assert "setAttribute(`on" not in hostenroll.PAGE_SCRIPT
+
+
+def test_the_page_knows_every_status_state_and_action() -> None:
+    def choices(name: str) -> List[str]:
+        select = hostenroll.PAGE_MARKUP.partition(f'<select name="{name}">')[2]
+        return re.findall(r"<option>([\w-]+)<", select.partition("</select>")[0])
+
+    assert choices("state") == list(hostenroll.TOKEN_STATES)
+    assert choices("action") == list(hostenroll.ACTIONS)
+    statuses = re.search(r"STATUSES = (\[.*?\]);", hostenroll.PAGE_SCRIPT)
+    assert statuses and sorted(json.loads(statuses[1])) == sorted(hostenroll.STATUSES)
+    assert f"ROWS_EXAMINED = {hostenroll.ROWS_EXAMINED};" in hostenroll.PAGE_SCRIPT
+    for word in (*hostenroll.STATUSES, *hostenroll.TOKEN_STATES):
+        assert re.search(rf"\.{word}[^{{]*{{ color: var\(", hostenroll.PAGE_STYLE), word
+
+
+def luminance(colour: str) -> float:
+    """Of a colour in sRGB: WCAG 2.2."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_on_the_page_can_be_read(scheme: str) -> None:
+    """WCAG 2.2, level AA: a contrast of 4.5 for text."""
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for block in hostenroll.PAGE_STYLE.split("prefers-color-scheme: dark", 1)
+    )
+    assert set(light) == set(dark)
+    colours = light if scheme == "light" else dark
+    texts = ("text", "quiet", "accent", "danger", *hostenroll.STATUSES)
+    pairs = [(text, ground) for text in texts for ground in ("card", "ground", "sunk")]
+    pairs += [("text", "notice"), ("on-accent", "accent"), ("on-accent", "danger")]
+    for text, ground in pairs:
+        low, high = sorted((luminance(colours[text]), luminance(colours[ground])))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+# The page in a browser, by WebDriver (W3C) over HTTP.
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
+)
+CHROMIUM_FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1280,1000",
+)  # fmt: skip
+ROWS = "document.querySelectorAll('#{view} tbody tr')"
+
+
+class Browser:
+    """A Chromium with an empty profile, one tab of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.driver = subprocess.Popen(
+            [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.driver.stdout is not None
+        started = (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout)
+        self.base = f"http://127.0.0.1:{next(found[1] for found in started if found)}/session"
+        options = {"binary": CHROMIUM, "args": [*CHROMIUM_FLAGS, f"--user-data-dir={folder}"]}
+        always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        asked = {"capabilities": {"alwaysMatch": always}}
+        try:
+            self.base += "/" + self.ask("POST", "", asked)["sessionId"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            self.base + path,
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+            method=method,
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise AssertionError(error.read().decode()[:500]) from None
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError, OSError):
+            self.ask("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait(10)
+        assert self.driver.stdout is not None
+        self.driver.stdout.close()
+
+    def open(self, url: str) -> None:
+        """A page in a tab that remembers nothing."""
+        self.ask("POST", "/url", {"url": url})
+        self.run("sessionStorage.clear()")
+        self.ask("POST", "/refresh", {})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def see(self, expression: str, *arguments: Any, seconds: float = 30) -> Any:
+        """What an expression comes to, as soon as it is true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            seen = self.run(f"return {expression}", *arguments)
+            if seen:
+                return seen
+            time.sleep(0.03)
+        raise AssertionError(f"{expression} of {arguments}\n{self.text('body')}\n{self.log()}")
+
+    def element(self, selector: str, text: str = "") -> str:
+        """The first that can be seen, and says something; it is scrolled to."""
+        found = self.see(
+            "[...document.querySelectorAll(arguments[0])].find((e) => e.getClientRects().length "
+            "&& e.textContent.includes(arguments[1]))",
+            selector,
+            text,
+        )
+        self.run("arguments[0].scrollIntoView({block: 'center'})", found)
+        return str(next(iter(found.values())))
+
+    def click(self, selector: str, text: str = "") -> None:
+        self.ask("POST", f"/element/{self.element(selector, text)}/click", {})
+
+    def type(self, selector: str, text: str) -> None:
+        """In the place of what is there."""
+        self.ask("POST", f"/element/{self.element(selector)}/clear", {})
+        self.ask("POST", f"/element/{self.element(selector)}/value", {"text": text})
+
+    def press(self, key: str) -> None:
+        """One key, wherever the focus is."""
+        strokes = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        keyboard = {"type": "key", "id": "keyboard", "actions": strokes}
+        self.ask("POST", "/actions", {"actions": [keyboard]})
+
+    def text(self, selector: str) -> str:
+        return str(self.run("return document.querySelector(arguments[0]).innerText", selector))
+
+    def rows(self, view: str = "hosts") -> List[str]:
+        """The first cell of each row."""
+        cells = f"return [...{ROWS.format(view=view)}].map((row) => row.cells[0].innerText)"
+        return list(self.run(cells))
+
+    def buttons(self) -> List[str]:
+        """What those say that can be seen."""
+        seen = "[...document.querySelectorAll('button')].filter((b) => b.getClientRects().length)"
+        return list(self.run(f"return {seen}.map((button) => button.textContent)"))
+
+    def wake(self) -> None:
+        """What happens when a tab is looked at again: nothing waits for its turn."""
+        self.run("document.dispatchEvent(new Event('visibilitychange'))")
+
+    def log(self) -> List[str]:
+        """What the browser has complained of since it was last asked."""
+        return [entry["message"] for entry in self.ask("POST", "/se/log", {"type": "browser"})]
+
+    def sign_in(self, url: str, key: str, fragment: str = "") -> None:
+        self.open(f"{url}/{fragment}")
+        self.type("#key", key)
+        self.click("#sign-in button")
+        self.see("!document.querySelector('#signed-in').hidden")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: Any) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The one browser, with nothing left of the test before."""
+    yield chromium
+    chromium.ask("POST", "/url", {"url": "about:blank"})
+    chromium.log()
+
+
+class Fleet(NamedTuple):
+    """A server, and ways to it beside the browser."""
+
+    folder: Path
+    door: SocketDoor
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.door.port}"
+
+    def key(self, *options: str) -> str:
+        return cli(self.folder, "mint-api-key", *options).stdout.strip()
+
+    def join(self, *names: str, **order: Any) -> List[Dict[str, Any]]:
+        token = self.door.token(maxUses=len(names), **order)
+        return [
+            self.door.enroll(token, f"host-{n}", name=name).document for n, name in enumerate(names)
+        ]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, live: SocketDoor) -> Fleet:
+    return Fleet(tmp_path, live)
+
+
+@pytest.fixture
+def multitude(paths: Tuple[str, str], clock: Clock) -> Iterator[Fleet]:
+    """A fleet of 270; every other host has a label with a space in it."""
+    registry = open_registry(*paths, clock.ms)
+    fill(registry, 270)
+    connection_of(registry).execute(
+        "UPDATE host SET name = printf('web-%03d', id >> 8), "
+        """labels = CASE WHEN id >> 8 & 1 THEN '{}' ELSE '{"rack": "b 5"}' END"""
+    )
+    registry.close()
+    with live_door(paths, clock) as live:
+        yield Fleet(Path(paths[0]).parent, live)
+
+
+@pytest.fixture
+def quiet(browser: Browser) -> Iterator[None]:
+    """Nothing that a browser complains of: no error, and nothing that the policy had to stop. What
+    the server refuses is no fault of the page."""
+    yield
+    assert [said for said in browser.log() if "responded with a status of 4" not in said] == []
+
+
+@slow
+@needs_browser
+def test_the_key_stays_in_its_tab(browser: Browser, fleet: Fleet, quiet: None) -> None:
+    browser.open(fleet.url)
+    for wrong in (fleet.door.token(), "hak_nonsense"):
+        browser.type("#key", wrong)
+        browser.click("#sign-in button")
+        browser.see("document.querySelector('#sign-in-problem').textContent")
+        assert browser.run("return sessionStorage.length") == 0
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.see(f"{ROWS.format(view='hosts')}.length === 0")
+    browser.ask("POST", "/refresh", {})
+    browser.type("#hosts [name=q]", fleet.door.api_key)
+    browser.see("document.querySelector('#hosts [name=q]').validationMessage")
+    everywhere = browser.run("""return {
+      session: Object.entries(sessionStorage), local: localStorage.length,
+      cookie: document.cookie, fields: document.querySelector("#key").value,
+      urls: [location.href, document.referrer, ...performance.getEntries().map((e) => e.name)],
+      document: document.documentElement.outerHTML}""")
+    assert everywhere.pop("session") == [["hostenroll.key", fleet.door.api_key]]
+    assert (everywhere["local"], everywhere["cookie"]) == (0, "")
+    assert fleet.door.api_key not in json.dumps(everywhere)
+    browser.click("#sign-out")
+    browser.element("#sign-in")
+    assert browser.run("return sessionStorage.length") == 0
+
+
+@slow
+@needs_browser
+def test_a_key_that_is_revoked_ends_what_is_shown(browser: Browser, fleet: Fleet) -> None:
+    fleet.join("web-1")
+    key = fleet.key("--role", "viewer")
+    browser.sign_in(fleet.url, key)
+    browser.click("#hosts a", "web-1")
+    browser.element("#host-facts", "host-0")
+    cli(fleet.folder, "revoke-api-key", key.split("_")[1])
+    browser.wake()
+    browser.element("#sign-in")
+    assert "has been revoked" in browser.text("#sign-in-problem")
+    shown = browser.run("return document.documentElement.outerHTML")
+    assert "web-1" not in shown and "host-0" not in shown
+    assert browser.run("return sessionStorage.length") == 0
+
+
+@slow
+@needs_browser
+def test_a_fleet_is_counted_searched_filtered_and_paged(
+    browser: Browser, multitude: Fleet, quiet: None
+) -> None:
+    multitude.door.revoke(multitude.join("web-999")[0]["hostId"])
+    browser.sign_in(multitude.url, multitude.door.api_key)
+    browser.see("document.querySelector('#fleet').innerText.startsWith('271')")
+    counts = " ".join(browser.text("#fleet").split())
+    assert counts == "271 all hosts 0 online 0 offline 0 missing 270 pending 1 revoked"
+    seen = browser.rows()
+    assert len(seen) == 100 and browser.text("#hosts .pager span") == "hosts 1 to 100"
+    for said in ("hosts 101 to 200", "hosts 201 to 271, the end of the list"):
+        browser.click("#hosts .pager button", "Next")
+        browser.see(
+            "document.querySelector('#hosts .pager span').textContent === arguments[0]", said
+        )
+        seen += browser.rows()
+    assert len(seen) == len(set(seen)) == 271
+    browser.click("#hosts .pager button", "Previous")
+    browser.see("document.querySelector('#hosts .pager span').textContent.includes('101 to 200')")
+    assert browser.rows() == seen[100:200]
+    browser.type("#hosts [name=q]", 'web-01 rack="b 5"')
+    browser.see(f"{ROWS.format(view='hosts')}.length === 5")
+    assert [name[:7] for name in browser.rows()] == [f"web-01{n}" for n in (8, 6, 4, 2, 0)]
+    browser.type("#hosts [name=q]", "nowhere")
+    browser.element("#hosts .empty", "No host matches.")
+    browser.type("#hosts [name=q]", "")
+    browser.see(f"{ROWS.format(view='hosts')}.length === 100")
+    browser.click("#fleet button", "revoked")
+    browser.see(f"{ROWS.format(view='hosts')}.length === 1")
+    assert browser.rows()[0].startswith("web-999")
+    assert "status=revoked" in browser.run("return location.hash")
+    browser.ask("POST", "/refresh", {})
+    browser.see(f"{ROWS.format(view='hosts')}.length === 1")
+    browser.ask("POST", "/back", {})
+    browser.see(f"{ROWS.format(view='hosts')}.length === 100")
+
+
+@slow
+@needs_browser
+def test_a_search_through_more_than_one_answer_goes_on_by_itself_and_can_be_stopped(
+    browser: Browser, paths: Tuple[str, str], clock: Clock
+) -> None:
+    registry = open_registry(*paths, clock.ms)
+    fill(registry, 9000)
+    registry.close()
+    with live_door(paths, clock) as live:
+        browser.sign_in(f"http://127.0.0.1:{live.port}", live.api_key)
+        browser.see("document.querySelector('#fleet').innerText.startsWith('9,000')")
+        # From the third part on an answer is held back until it is let go.
+        browser.run("""const fetched = window.fetch; window.parts = 0;
+          window.fetch = async (path, options) => {
+            const isHeld = path.includes("q=nowhere") && (window.parts += 1) > 2;
+            const response = await fetched(path, isHeld ? {...options, signal: null} : options);
+            if (!isHeld) return response;
+            await new Promise((go) => { window.go = go; });
+            const text = await response.text();
+            response.text = async () => { setTimeout(() => { window.late = 1; }); return text; };
+            return response;
+          };""")
+        browser.type("#hosts [name=q]", "nowhere")
+        browser.see("window.parts === 3")
+        assert "Looked at about 4,000 of 9,000 hosts ..." in browser.text("#hosts .pager")
+        browser.click("#hosts .pager button", "Stop")
+        assert "Looked at about 4,000 of 9,000 hosts." in browser.text("#hosts .pager")
+        browser.run("window.parts = -99")
+        browser.click("#hosts .pager button", "Go on")
+        browser.element("#hosts .empty", "No host matches.")
+        assert browser.run("return window.parts") == -96
+        # A newer question does not wait for an older one, nor is it answered by it.
+        browser.run("window.parts = 2; window.go = null")
+        browser.type("#hosts [name=q]", "nowhere ")
+        browser.see("Boolean(window.go)")
+        browser.type("#hosts [name=q]", hostenroll.id_text(8999 << 8))
+        browser.see(f"{ROWS.format(view='hosts')}.length === 1")
+        browser.element("#hosts .pager", "1 host")
+        browser.run("""new MutationObserver(() => { window.touched = 1; }).observe(
+          document.querySelector("#hosts tbody"), {childList: true}); window.go();""")
+        browser.see("window.late")
+        assert not browser.run("return window.touched")
+        assert [name.split()[0] for name in browser.rows()] == ["web"]
+
+
+@slow
+@needs_browser
+def test_a_host_says_why_and_is_revoked_restored_edited_and_deleted(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    (host,) = fleet.join("web-1", labels={"rack": "b4"})
+    fleet.door.beat(host["credential"], os="Debian 13", architecture="x86_64")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.click("#hosts a", "web-1")
+    browser.element("#host-why", "Last seen ")
+    assert f"host={host['hostId']}" in browser.run("return location.hash")
+    facts = browser.text("#host-facts")
+    assert all(text in facts for text in ("Debian 13, x86_64", "rack=b4", host["hostId"], "ago"))
+    browser.element("#host-events li", "enroll")
+    browser.click("#host button", "Revoke")
+    browser.click("#form-go")
+    browser.element("#host-why", "Revoked at ")
+    assert fleet.door.host(host["hostId"]).document["status"] == "revoked"
+    browser.element("#host-events li", "revoke")
+    browser.element("#hosts .status", "revoked")
+    browser.click("#host button", "Restore")
+    browser.press("\ue00c")  # Escape leaves all as it is, and the host open
+    assert fleet.door.host(host["hostId"]).document["status"] == "revoked"
+    browser.click("#host button", "Restore")
+    browser.click("#form-go")
+    browser.element("#host-why", "Last seen ")
+    browser.click("#host button", "Edit")
+    browser.type("#form [name=labels]", "rack")
+    browser.click("#form-go")
+    browser.element("#form-problem", "name=value")
+    browser.type("#form [name=labels]", "rack=b 5\n\nsite = x=y ")
+    browser.type("#form [name=name]", "web-2")
+    browser.click("#form-go")
+    browser.element("#host-name", "web-2")
+    changed = fleet.door.host(host["hostId"]).document
+    assert (changed["name"], changed["labels"]) == ("web-2", {"rack": "b 5", "site": "x=y"})
+    browser.click("#host button", "Delete")
+    browser.type("#form [name=name]", "web-1")
+    browser.click("#form-go")
+    browser.element("#form-problem", "Nothing was deleted")
+    browser.type("#form [name=name]", "web-2")
+    browser.click("#form-go")
+    browser.see("!document.querySelector('dialog[open]')")
+    assert fleet.door.host(host["hostId"]).status == 404
+    browser.element("#hosts .empty")
+    assert "host=" not in browser.run("return location.hash")
+
+
+@slow
+@needs_browser
+@needs_curl
+def test_a_token_is_minted_and_its_command_runs_as_it_is_shown(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    cli(fleet.folder, "add-org", "berlin")
+    browser.sign_in(fleet.url, fleet.door.api_key, "#tokens")
+    browser.see("document.querySelectorAll('[name=organization] option').length === 6")
+    browser.click("#tokens [data-mint]")
+    browser.type("#form [name=maxUses]", "2")
+    browser.type("#form [name=labels]", "=b4")
+    browser.click("#form-go")
+    browser.element("#form-problem", "labels")
+    browser.see("document.querySelector('#form [name=labels]').ariaInvalid === 'true'")
+    browser.type("#form [name=labels]", "rack=b4")
+    browser.type("#form [name=description]", "the cellar")
+    browser.run("document.querySelector('#form [name=organizationId]').value = 'berlin'")
+    browser.click("#form-go")
+    command = browser.see("document.querySelector('#join').textContent")
+    token = browser.run("return document.querySelector('#token').textContent")
+    assert command == hostenroll.join_command(fleet.url, "", token).replace("\n ", "")
+    assert browser.run("return document.activeElement.textContent") == "Copy the command"
+    browser.element("#arrivals", "Nobody has used it yet.")
+    # The agent's own folder, and one heartbeat, are all that is added.
+    joined = subprocess.run(
+        ["sh", "-c", f"{command} --state agent --once"], cwd=str(fleet.folder), timeout=30
+    )
+    assert joined.returncode == 0
+    browser.wake()
+    (host,) = fleet.door.call("GET", "/api/hosts", bearer=fleet.door.api_key).document["hosts"]
+    assert (host["organizationId"], host["labels"], host["status"]) == (
+        "berlin", {"rack": "b4"}, "online")  # fmt: skip
+    browser.element("#arrivals", "Used 1 of 2 times, last from 127.0.0.1.")
+    browser.click("#secret button", "Done")
+    assert token not in browser.run("return document.documentElement.outerHTML + location.href")
+    assert browser.run("return sessionStorage.length") == 1
+    browser.element("#tokens tr", "the cellar")
+    browser.click("#tokens td button", "Revoke")
+    browser.click("#form-go")
+    browser.element("#tokens .status", "revoked")
+    shown = fleet.door.show_token(token.split("_")[1]).document
+    assert shown["state"] == "revoked"
+    browser.click("nav a", "Hosts")
+    browser.click("#hosts a")
+    browser.click("#host button", "Re-enroll")
+    browser.click("#form-go")
+    command = browser.see("document.querySelector('#join').textContent")
+    token = command.partition("printf %s ")[2].split()[0]
+    assert fleet.door.enroll(token, host["hostname"]).document["hostId"] == host["id"]
+
+
+@slow
+@needs_browser
+def test_where_there_is_no_clipboard_the_command_is_selected(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    for there in (True, False):
+        browser.click("#hosts [data-mint]")
+        browser.click("#form-go")
+        command = browser.see("document.querySelector('#join').textContent")
+        clipboard = (
+            "{writeText: async (text) => { window.copied = text; }}" if there else "undefined"
+        )
+        browser.run(
+            f"Object.defineProperty(navigator, 'clipboard', {{value: {clipboard}, "
+            "configurable: true})"
+        )
+        browser.click("#secret button", "Copy the command")
+        browser.element("#copied", "Copied." if there else "press Ctrl+C.")
+        got = "window.copied" if there else "getSelection().toString()"
+        assert browser.run(f"return {got}") == command
+        browser.click("#secret button", "Done")
+
+
+NAMES = (
+    "<img src=x onerror=alert(1)>", "'\"><script>alert(1)</script>", "</style><script>alert(1)//",
+    "javascript:alert(1)", "&lt;b&gt;&amp;", "${alert(1)}", "a <!-- b", "\U0001f600 ünï",
+)  # fmt: skip
+
+
+@slow
+@needs_browser
+def test_names_are_never_markup(browser: Browser, fleet: Fleet, quiet: None) -> None:
+    labels = {f"k{n}": name for n, name in enumerate(NAMES)}
+    hosts = fleet.join(*NAMES, labels=labels, description=NAMES[0])
+    fleet.door.beat(hosts[0]["credential"], os=NAMES[0], architecture=NAMES[1])
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.see(f"{ROWS.format(view='hosts')}.length === {len(NAMES)}")
+    links = browser.run(
+        "return [...document.querySelectorAll('#hosts th a')].map(e => e.textContent)"
+    )
+    assert sorted(links) == sorted(NAMES)
+    browser.click("#hosts a", NAMES[0])
+    browser.element("#host-facts", NAMES[0])
+    browser.element("#host-facts a", f"k1={NAMES[1]}")
+    assert browser.text("#host-name") == NAMES[0]
+    browser.click("#host button", "Revoke")
+    assert browser.text("#form-title") == f"Revoke {NAMES[0]}?"
+    browser.click("#form [data-close]")
+    browser.click("#host-log")
+    browser.element("#audit tr", "enroll")
+    browser.click("nav a", "Tokens")
+    browser.element("#tokens tr", NAMES[0])
+    made = browser.run(
+        "return ['script', 'img', 'b > *', '[onerror]'].map((s) => "
+        "document.querySelectorAll(s).length)"
+    )
+    assert made == [1, 0, 0, 0]
+
+
+@slow
+@needs_browser
+def test_the_policy_stops_what_should_ever_get_in(browser: Browser, fleet: Fleet) -> None:
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.log()
+    stopped = browser.run("""
+      const image = document.createElement("img"), script = document.createElement("script");
+      image.src = "/healthz"; document.body.append(image);
+      document.body.setAttribute("style", "color: red");
+      const stopped = [getComputedStyle(document.body).color !== "rgb(255, 0, 0)"];
+      for (const act of [() => { document.body.innerHTML = "x"; },
+                         () => { script.textContent = "window.ran = 1"; }])
+        try { act(); stopped.push(false); } catch { stopped.push(true); }
+      return stopped;""")
+    assert stopped == [True, True, True]
+    assert "Content Security Policy" in "".join(browser.log())
+
+
+@slow
+@needs_browser
+def test_a_viewer_is_offered_nothing_that_it_may_not(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    (host,) = fleet.join("web-1")
+    fleet.door.mint()
+    link = f"#hosts?q=web&host={host['hostId']}"
+    browser.sign_in(fleet.url, fleet.key("--role", "viewer"), link)
+    browser.element("#host-why", "not yet beaten")
+    offered = set(browser.buttons())
+    browser.press("\ue00c")
+    browser.click("nav a", "Tokens")
+    browser.element("#tokens .status", "valid")
+    offered |= set(browser.buttons())
+    assert {"Close", "Sign out", "Next"} <= offered
+    assert not {"Mint a token", "Revoke", "Restore", "Re-enroll", "Edit", "Delete"} & offered
+
+
+@slow
+@needs_browser
+def test_the_page_lives_without_being_touched(
+    browser: Browser, fleet: Fleet, clock: Clock, quiet: None
+) -> None:
+    (first,) = fleet.join("web-1")
+    clock.advance(1)
+    (second,) = fleet.join("web-2")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.element("#hosts a", "web-1")
+    browser.press("/")
+    assert browser.run("return document.activeElement.name") == "q"
+    for key in ("\ue004",) * 9:  # Tab, as far as the rows
+        if browser.run("return document.activeElement.closest('tbody') === null"):
+            browser.press(key)
+    browser.press("\ue015")  # down
+    browser.run(
+        "const cell = document.activeElement.closest('th'); window.place = scrollY;"
+        "getSelection().selectAllChildren(cell)"
+    )
+    fleet.door.revoke(second["hostId"])
+    fleet.door.beat(first["credential"])
+    # Nobody touches anything.
+    browser.see("document.querySelector('#hosts tbody').innerText.includes('revoked')")
+    browser.see("document.querySelector('#said').textContent.includes('web-1 is online.')")
+    kept = browser.run("return [document.activeElement.textContent, getSelection().toString()]")
+    assert kept[0] == "web-1" and kept[1].startswith("web-1")
+
+
+@slow
+@needs_browser
+def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        key = cli(tmp_path, "mint-api-key", "--all-orgs").stdout.strip()
+        fleet = Fleet(tmp_path, SocketDoor(server.port, key))
+        fleet.join("web-1")
+        browser.sign_in(fleet.url, key)
+        browser.element("#hosts a", "web-1")
+        assert server.terminate() == 0
+    browser.wake()
+    browser.element("#trouble", "No answer from the server since ")
+    assert "web-1" in browser.text("#hosts")
+    browser.run("document.querySelector('#hosts a').focus()")
+    with ServerProcess(tmp_path, "--port", str(server.port)):
+        fleet.join("web-2")
+        browser.element("#hosts a", "web-2")
+        browser.see("document.querySelector('#trouble').hidden")
+        assert browser.run("return document.activeElement.textContent") == "web-1"
 
 
 # 10. Server
