@@ -83,7 +83,9 @@ import ssl
 import stat
 import string
 import sys
+import threading
 import time
+import unicodedata
 import zlib
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
@@ -230,6 +232,11 @@ CHECKPOINT_AFTER = 4096  # rows changed, about as many pages; some 10 ms on a sm
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 8192
+
+# What a terminal shows.
+PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
+PROGRESS_EVERY = 0.2
+COLUMNS_DEFAULT = 80  # of a terminal that does not say
 
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
@@ -9673,6 +9680,99 @@ def label(text: str) -> Tuple[str, str]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, marks that go onto
+    the letter before them none (Unicode TR 11)."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
+    return len(text) + wide - sum(map(_is_mark, text))
+
+
+def _is_mark(letter: str) -> bool:
+    if letter == "\u00ad":  # a soft hyphen, which terminals show
+        return False
+    is_jamo = "\u1160" <= letter <= "\u11ff"  # the middle or the end of a Korean syllable
+    return is_jamo or unicodedata.category(letter) in ("Mn", "Me", "Cf")
+
+
+def shortened(text: str, columns: int) -> str:
+    """A text in at most so many columns, with ... in one of them for what is left out."""
+    if columns_of(text) <= columns:
+        return text
+    room, kept = columns - 1, ""
+    for letter in text:
+        room -= columns_of(letter)
+        if room < 0:
+            break
+        kept += letter
+    return f"{kept}\u2026"
+
+
+def screen_columns(stream: Any, environment: Mapping[str, str]) -> Optional[int]:
+    """How wide the terminal is that a stream goes to; None when it goes to none. COLUMNS says
+    otherwise (POSIX, Environment Variables)."""
+    try:
+        if not stream.isatty():
+            return None
+        told = environment.get("COLUMNS", "")
+        if re.fullmatch("[1-9][0-9]{0,3}", told):
+            return int(told)
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS_DEFAULT
+    except (AttributeError, ValueError, OSError):  # it is None, closed, or no file
+        return None
+
+
+class Progress:
+    """A word about an act that lasts: one line on the terminal of stderr, from PROGRESS_AFTER on,
+    rewritten in place, and gone at the end. Where stderr is no terminal, nothing.
+
+        with Progress("copying the database", environment) as progress:
+            progress(done, total)
+    """
+
+    def __init__(self, what: str, environment: Mapping[str, str]) -> None:
+        self._what = what
+        self._environment = environment
+        self._done: Tuple[int, Optional[int]] = 0, None
+        self._ended = threading.Event()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+
+    def __call__(self, done: int, total: Optional[int] = None) -> None:
+        """So much is done, of so much if that is known. As often as is convenient: this only
+        takes note."""
+        self._done = done, total
+
+    def __enter__(self) -> Progress:
+        knows_escapes = self._environment.get("TERM", "dumb") != "dumb"
+        if knows_escapes and screen_columns(sys.stderr, self._environment) is not None:
+            self._writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._writer.ident is not None:
+            self._writer.join()
+
+    def _write(self) -> None:
+        began, pause, has_written = time.monotonic(), PROGRESS_AFTER, False
+        with suppress(OSError, ValueError):  # the terminal has gone
+            while not self._ended.wait(pause):
+                line = self._line(time.monotonic() - began)
+                columns = screen_columns(sys.stderr, self._environment) or COLUMNS_DEFAULT
+                sys.stderr.write(f"\r{shortened(line, columns - 1)}\x1b[K")
+                sys.stderr.flush()
+                pause, has_written = PROGRESS_EVERY, True
+            if has_written:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+    def _line(self, seconds: float) -> str:
+        done, total = self._done
+        counted = [f"{done:,} of {total:,} ({100 * done // total} %)" if total else f"{done:,}"]
+        return f"{self._what}: {', '.join([*(counted if done else []), span(seconds)])}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows, the first of them headings, in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -9820,6 +9920,10 @@ class Session(NamedTuple):
         """Unix time in milliseconds."""
         return int(self.clock() * SECOND_MS)
 
+    def progress(self, what: str = "") -> Progress:
+        """A word about this command, if it lasts."""
+        return Progress(what or self.arguments.command, self.environment)
+
     @contextmanager
     def open(self, **options: Any) -> Iterator[Tuple[Registry, Principal]]:
         """The registry that the arguments name, and the operator of this machine."""
@@ -9831,7 +9935,7 @@ class Session(NamedTuple):
 
     def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
         """One act on the registry."""
-        with self.open() as (registry, by):
+        with self.progress(), self.open() as (registry, by):
             act = Act(lambda now: question(registry, by, now), writes)
             answer: T = registry.perform(act, self.now())
         return answer
@@ -10035,13 +10139,14 @@ def _all_pages(
 ) -> List[Any]:
     """A whole list, or its first part, a slice in each transaction."""
     items: List[Any] = []
-    with session.open() as (registry, by):
+    with session.progress() as progress, session.open() as (registry, by):
         before: Optional[int] = query.before
         while before is not None and (limit is None or len(items) < limit):
             act = partial(turn, registry, by, query._replace(before=before, limit=PAGE_MAXIMUM))
             page = registry.perform(Act(act, writes=False), session.now())
             items += page.items
             before = page.next
+            progress(len(items))
     return items[:limit]
 
 
@@ -10666,7 +10771,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
             epilog=f"example: {parser.prog} {command.example}",
             allow_abbrev=False,
         )
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(command=command.name, run=command.run)
         for argument in (*command.arguments, *(STORE_OPTIONS if command.uses_store else ())):
             sub.add_argument(*argument.names, **argument.options)
             if argument in STORE_OPTIONS or argument in SERVE_OPTIONS:

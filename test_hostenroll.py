@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import py_compile
+import pty
 import random
 import re
 import resource
@@ -35,6 +36,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tracemalloc
@@ -15025,6 +15027,88 @@ def test_what_cannot_be_printed_is_a_failure_in_one_line(tmp_path: Path) -> None
             )  # fmt: skip
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("hostenroll: ")
         assert done.returncode == 1
+
+
+class Terminal:
+    """A command in a terminal of its own, as wide as it is told."""
+
+    def __init__(self, folder: Path, *arguments: str, columns: int = 80, **env: str) -> None:
+        ours, its = pty.openpty()
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        environment = {**clean_environment(), "TERM": "xterm", **env}
+        for name in ("COLUMNS", "NO_COLOR"):
+            environment.pop(name, None) if name not in env else None
+        self.process = subprocess.Popen(
+            [sys.executable, str(MODULE), *arguments],
+            cwd=str(folder),
+            env=environment,
+            stdin=its,
+            stdout=its,
+            stderr=its,
+        )
+        os.close(its)
+        self.file = ours
+        self.shown = ""
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self.file, 65536)
+        except OSError:  # Linux says so when the last process has left a terminal
+            data = b""
+        self.shown += data.decode("utf-8")
+        return bool(data)
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.shown:
+            assert self._read(), self.shown
+
+    def end(self) -> int:
+        """The exit status, when everything has been shown."""
+        while self._read():
+            pass
+        os.close(self.file)
+        return self.process.wait(10)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+def test_what_lasts_is_said_on_a_terminal_in_one_line_that_goes_away(tmp_path: Path) -> None:
+    assert cli(tmp_path, "list-orgs").returncode == 0
+    with contextlib.ExitStack() as busy:
+        busy.enter_context(write_lock(tmp_path / "hostenroll.db"))
+        with Terminal(tmp_path, "mint-token", columns=20) as terminal:
+            terminal.wait_for("\rmint-token: 1 s\x1b[K")
+            busy.close()
+            assert terminal.end() == 0
+    said, _, after = terminal.shown.rpartition("\r\x1b[K")
+    lines = said.split("\r")[1:]
+    assert all(re.fullmatch(r"mint-token: [0-9]+ s\x1b\[K", line) for line in lines), lines
+    assert after.startswith("het_")
+
+
+COLUMNS = {
+    "web-1": 5, "": 0, "K\u00fcche": 5, "Ku\u0308che": 5, "\u65e5\u672c": 4, "\uff37\uff45": 4,
+    "\U0001f5a5": 1, "\U0001f680": 2, "a\u200db": 2, "a\u00adb": 3, "\u1112\u1161\u11ab": 2,
+    "\u0e19\u0e49\u0e33": 2, "\u05e9\u05c1": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, columns", COLUMNS.items(), ids=map(ascii, COLUMNS))
+def test_how_many_columns_a_text_takes(text: str, columns: int) -> None:
+    assert hostenroll.columns_of(text) == columns
+    for room in range(1, columns + 2):
+        cut = hostenroll.shortened(text, room)
+        if room >= columns:
+            assert cut == text
+        else:
+            assert cut.endswith("\u2026") and text.startswith(cut[:-1])
+            assert room - 1 <= hostenroll.columns_of(cut) <= room
 
 
 def test_an_operator_may_lose_patience(tmp_path: Path) -> None:
