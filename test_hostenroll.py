@@ -15239,7 +15239,7 @@ def test_the_newest_come_first_to_the_millisecond(registry: Registry, clock: Clo
 def test_the_first_block_of_the_readme_does_what_it_says(tmp_path: Path) -> None:
     """Letter by letter, but for the port, which may be somebody else's."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## Sixty seconds.*?```sh\n(.*?)```", readme, re.DOTALL)
+    block = re.search(r"## The first minute.*?```sh\n(.*?)```", readme, re.DOTALL)
     assert block is not None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
