@@ -88,6 +88,7 @@ import time
 import unicodedata
 import zlib
 from bisect import bisect_left
+from calendar import timegm
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
@@ -95,7 +96,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import MAGIC_NUMBER
-from itertools import product, repeat, takewhile
+from itertools import chain, product, repeat, takewhile
 from types import CodeType
 from typing import (
     Any,
@@ -302,9 +303,9 @@ def printable_path(path: str) -> str:
     return printable(re.sub("[^/]{33,}", lambda long: f"{long[0][:4]}...", path))
 
 
-def span(seconds: float) -> str:
+def span(seconds: float, minutes_from: int = 10) -> str:
     """A duration for people: 95 s, 12 min, 3 h, 8 d."""
-    for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2), ("min", MINUTE, 10)):
+    for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2), ("min", MINUTE, minutes_from)):
         if seconds >= least * size:
             return f"{seconds // size:.0f} {unit}"
     return f"{seconds:.0f} s"
@@ -9723,6 +9724,11 @@ def screen_columns(stream: Any, environment: Mapping[str, str]) -> Optional[int]
         return None
 
 
+def knows_escapes(environment: Mapping[str, str]) -> bool:
+    """Whether a terminal takes escape sequences (ECMA-48)."""
+    return environment.get("TERM", "") not in ("", "dumb")
+
+
 class Progress:
     """A word about an act that lasts: one line on the terminal of stderr, from PROGRESS_AFTER on,
     rewritten in place, and gone at the end. Where stderr is no terminal, nothing.
@@ -9744,8 +9750,8 @@ class Progress:
         self._done = done, total
 
     def __enter__(self) -> Progress:
-        knows_escapes = self._environment.get("TERM", "dumb") != "dumb"
-        if knows_escapes and screen_columns(sys.stderr, self._environment) is not None:
+        columns = screen_columns(sys.stderr, self._environment)
+        if columns is not None and knows_escapes(self._environment):
             self._writer.start()
         return self
 
@@ -9773,11 +9779,171 @@ class Progress:
         return f"{self._what}: {', '.join([*(counted if done else []), span(seconds)])}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them headings, in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows)
+# How states look on a terminal (ECMA-48, SGR). Nothing else has a colour.
+GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"
+COLOURS = {
+    **dict.fromkeys(("online", "valid", "signs", "ok"), GREEN),
+    **dict.fromkeys(("offline", "BAD"), RED),
+    "missing": YELLOW,
+    **dict.fromkeys(("revoked", "used", "expired", "retired"), DIM),
+}
+
+
+class Screen(NamedTuple):
+    """What can be shown where a stream ends: so many columns, or any number; colours or none."""
+
+    columns: Optional[int] = None
+    has_colours: bool = False
+
+    def paint(self, text: str, state: str) -> str:
+        """A text in the colour of a state."""
+        colour = COLOURS.get(state) if self.has_colours else None
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+
+def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
+    """Colours only on a terminal that knows them, and never with NO_COLOR (no-color.org)."""
+    columns = screen_columns(stream, environment)
+    knows = columns is not None and knows_escapes(environment)
+    return Screen(columns, knows and not environment.get("NO_COLOR"))
+
+
+PLAIN = Screen()
+
+
+class Column(NamedTuple):
+    """A column of a table of documents, and how it gives way to a narrow terminal: it is cut to
+    its least width, then left out, those whose turn comes first before the others."""
+
+    heading: str
+    cell: Callable[[Document, int], str]
+    least: int = 0  # 0: it is never cut
+    goes: int = 0  # 0: it is never left out
+    is_name: bool = False  # names that differ are cut no further than they do
+    is_state: bool = False
+
+
+def natural_widths(cells: Sequence[Sequence[str]]) -> List[int]:
+    """How wide columns have to be that have these cells."""
+    return [max(map(columns_of, texts)) for texts in cells]
+
+
+def fitted(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> List[int]:
+    """How wide columns are to be that have these cells, with two spaces between them; 0 for those
+    that are left out. What room there is goes first to those that stay longest."""
+    natural = natural_widths(cells)
+    least = list(map(min, natural, map(_least, columns, cells)))
+    order = sorted(range(len(columns)), key=lambda at: columns[at].goes or len(columns))
+    spare = room + 2 - sum(width + 2 for width in least)
+    while spare < 0 and order and columns[order[0]].goes:
+        spare += least[order.pop(0)] + 2
+    widths = [0] * len(columns)
+    for at in reversed(order):
+        widths[at] = least[at] + max(0, min(spare, natural[at] - least[at]))
+        spare -= widths[at] - least[at]
+    return widths
+
+
+def _least(column: Column, texts: Sequence[str]) -> int:
+    if not column.is_name:
+        return column.least or max(map(columns_of, texts))
+    names = sorted(set(texts))
+    shared = max(map(columns_of, map(_shared, names, names[1:])), default=0)
+    return max(column.least, shared + 3)  # and a letter that differs, of two columns, and ...
+
+
+def _shared(one: str, other: str) -> str:
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other))
+    return "".join(letter for letter, _ in alike)
+
+
+def table(
+    rows: Sequence[Sequence[str]], columns: Sequence[Column] = (), screen: Screen = PLAIN
+) -> str:
+    """Rows, the first of them headings, in aligned columns, and within the screen."""
+    columns = columns or [Column("", lambda document, now: "")] * len(rows[0])
+    cells = list(zip(*rows))
+    room = screen.columns
+    widths = natural_widths(cells) if room is None else fitted(columns, cells, room)
+    return "\n".join(_line(row, widths, columns, screen) for row in rows)
+
+
+def _line(
+    row: Sequence[str], widths: Sequence[int], columns: Sequence[Column], screen: Screen
+) -> str:
+    shown = []
+    for text, width, column in zip(row, widths, columns):
+        if width:
+            short = shortened(text, width)
+            padding = " " * (width - columns_of(short))
+            shown.append(screen.paint(short, text if column.is_state else "") + padding)
+    return "  ".join(shown).rstrip()
+
+
+DIGITS = re.compile("[0-9]+")
+
+
+def unix_ms(timestamp: str) -> int:
+    """What rfc3339() wrote, in milliseconds of Unix time."""
+    year, month, day, hour, minute, second, thousandth = map(int, DIGITS.findall(timestamp))
+    return timegm((year, month, day, hour, minute, second)) * SECOND_MS + thousandth
+
+
+def ago(timestamp: Optional[str], now: int) -> str:
+    """A time for people, from now, in milliseconds: 3 min ago, in 42 min."""
+    if timestamp is None:
+        return "-"
+    seconds = (now - unix_ms(timestamp)) / SECOND_MS
+    if abs(seconds) < 1:
+        return "now"
+    shown = span(abs(seconds), minutes_from=2)
+    return f"{shown} ago" if seconds > 0 else f"in {shown}"
+
+
+def member(name: str) -> Callable[[Document, int], str]:
+    """What a column shows: a member of a document, as it is."""
+    return lambda document, now: _cell(document[name])
+
+
+def since(name: str) -> Callable[[Document, int], str]:
+    """What a column shows: a time, from now."""
+    return lambda document, now: ago(document[name], now)
+
+
+def facts(document: Document, now: int, screen: Screen) -> str:
+    """One thing for people: a line for each member, and for each item of a list."""
+    labels = {name: f"{words_of(name)}:" for name in document}
+    width = max(map(len, labels.values()))
+    lines = []
+    for name, value in document.items():
+        items = value if isinstance(value, list) and value else [value]
+        for label, item in zip(chain([labels[name]], repeat("")), items):
+            text = _fact(name, item, now)
+            state = text if name in ("state", "status") else ""
+            lines.append(f"{label:{width}}  {screen.paint(text, state)}")
     return "\n".join(lines)
+
+
+def words_of(name: str) -> str:
+    """The name of a member for people: lastSeen is last seen, expiresAt expires."""
+    bare = re.sub("(?<=[a-z])(Id|At)$", "", name)
+    return re.sub("[A-Z]", lambda letter: f" {letter[0].lower()}", bare)
+
+
+def _fact(name: str, value: Any, now: int) -> str:
+    if value and (name.endswith("At") or name == "lastSeen"):
+        return f"{ago(value, now)} ({value})"
+    return _cell(value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_inner(text)}" for key, text in value.items()) or "-"
+    return "-" if value in (None, "", []) else str(value)
+
+
+def _inner(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _say(*lines: str) -> None:
@@ -9785,35 +9951,9 @@ def _say(*lines: str) -> None:
         print(*lines, sep="\n", file=sys.stderr)
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
+    """For programs."""
     print(json.dumps(document, indent=2))
-
-
-def _print_document(document: Mapping[str, Any], as_json: bool) -> None:
-    """One thing: a line for each member, or JSON."""
-    if as_json:
-        _print_json(document)
-    else:
-        print(table([(f"{name}:", _cell(value)) for name, value in document.items()]))
-
-
-def _print_documents(
-    name: str, documents: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool
-) -> None:
-    """A list of things: a table of some columns, or JSON as the API lists them, on one page."""
-    if as_json:
-        _print_json({name: documents, "nextCursor": None})
-    else:
-        cells = [[_cell(document[column]) for column in columns] for document in documents]
-        print(table([columns, *cells]))
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key}={text}" for key, text in value.items()) or "-"
-    if isinstance(value, list):
-        return " ".join(value) or "-"
-    return "-" if value in (None, "") else str(value)
 
 
 def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
@@ -9844,6 +9984,61 @@ def signing_key_document(view: SigningKeyView) -> Document:
         "createdAt": rfc3339(view.key.created_at),
         "retiredAt": _when(view.key.retired_at),
     }
+
+
+# The columns of lists. An id is always shown whole, and so is a name, as far as it takes to know it
+# from the others.
+ORG_COLUMN = Column("org", member("organizationId"), least=7, goes=1)
+DESCRIPTION_COLUMN = Column("description", member("description"), least=11, goes=2)
+TOKEN_COLUMNS = (
+    Column("id", member("id")),
+    Column("state", member("state"), is_state=True),
+    Column("uses", lambda token, now: f"{token['uses']} of {token['maxUses']}"),
+    Column("expires", since("expiresAt")),
+    DESCRIPTION_COLUMN,
+    ORG_COLUMN,
+)
+HOST_COLUMNS = (
+    Column("id", member("id")),
+    Column("name", member("name"), least=12, is_name=True),
+    Column("status", member("status"), is_state=True),
+    Column("last seen", since("lastSeen")),
+    Column("labels", member("labels"), least=8, goes=3),
+    Column("hostname", member("hostname"), least=8, goes=2),
+    ORG_COLUMN,
+)
+ORGANIZATION_COLUMNS = (Column("id", member("id")), Column("created", since("createdAt")))
+API_KEY_COLUMNS = (
+    Column("id", member("id")),
+    Column("role", member("role")),
+    Column("org", lambda key, now: key["organizationId"] or "all", least=7, goes=3),
+    Column("state", lambda key, now: "revoked" if key["revokedAt"] else "valid", is_state=True),
+    Column("created", since("createdAt")),
+    DESCRIPTION_COLUMN,
+)
+SIGNING_KEY_COLUMNS = (
+    Column("kid", member("kid")),
+    Column("state", member("state"), is_state=True),
+    Column("hosts", member("hosts")),
+    Column("created", since("createdAt")),
+    Column("retired", since("retiredAt")),
+)
+EVENT_COLUMNS = (
+    Column("number", member("number")),
+    Column("when", since("time")),
+    Column("action", member("action")),
+    Column("code", member("code")),
+    Column("subject", member("subject")),
+    Column("actor", member("actor"), least=8, goes=3),
+    Column("address", member("address"), least=8, goes=4),
+    Column("detail", member("detail"), least=8, goes=5),
+    Column("time", member("time"), goes=1),
+)
+FINDING_COLUMNS = (
+    Column("", lambda finding, now: "ok" if finding["ok"] else "BAD", is_state=True),
+    Column("", member("name")),
+    Column("", member("detail")),
+)
 
 
 class JsonFormatter(logging.Formatter):
@@ -9932,6 +10127,34 @@ class Session(NamedTuple):
             yield registry, Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
         finally:
             registry.close()
+
+    @property
+    def screen(self) -> Screen:
+        """Where stdout ends."""
+        return screen_of(sys.stdout, self.environment)
+
+    def print_one(self, document: Document) -> None:
+        """One thing, for people or as JSON."""
+        if self.arguments.json:
+            print_json(document)
+        else:
+            print(facts(document, self.now(), self.screen))
+
+    def print_list(
+        self, name: str, documents: Sequence[Document], columns: Sequence[Column]
+    ) -> None:
+        """A list of things: a table, or JSON as the API lists them, on one page."""
+        if self.arguments.json:
+            print_json({name: documents, "nextCursor": None})
+            return
+        self.print_table(documents, columns)
+
+    def print_table(self, documents: Sequence[Document], columns: Sequence[Column]) -> None:
+        """For people."""
+        now = self.now()
+        rows = [[column.cell(document, now) for column in columns] for document in documents]
+        headings = [column.heading.upper() for column in columns]
+        print(table([headings, *rows] if any(headings) else rows, columns, self.screen))
 
     def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
         """One act on the registry."""
@@ -10103,7 +10326,7 @@ def _mint(
     )
     document = token_document(view, text)
     if session.arguments.json:
-        _print_json(document)
+        print_json(document)
         return 0
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
     url = service.public_url if service else f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
@@ -10122,8 +10345,7 @@ def _run_list_tokens(session: Session) -> int:
     arguments = session.arguments
     query = TokenQuery(_organization(arguments.org), arguments.state)
     documents = [token_document(view) for view in _all_pages(session, Registry.tokens, query)]
-    columns = ("id", "organizationId", "state", "uses", "maxUses", "expiresAt", "description")
-    _print_documents("tokens", documents, columns, arguments.json)
+    session.print_list("tokens", documents, TOKEN_COLUMNS)
     return 0
 
 
@@ -10153,7 +10375,7 @@ def _all_pages(
 def _run_show_token(session: Session) -> int:
     number = read_id(session.arguments.id)
     view = session.ask(lambda r, by, now: r.token(by, number, now), writes=False)
-    _print_document(token_document(view), session.arguments.json)
+    session.print_one(token_document(view))
     return 0
 
 
@@ -10164,15 +10386,14 @@ def _run_list_hosts(session: Session) -> int:
     pairs += [("label", text) for text in arguments.label]
     query = host_query(HOSTS_QUERY.read(pairs))
     documents = [host_document(view) for view in _all_pages(session, Registry.hosts, query)]
-    columns = ("id", "organizationId", "name", "status", "lastSeen", "hostname", "labels")
-    _print_documents("hosts", documents, columns, arguments.json)
+    session.print_list("hosts", documents, HOST_COLUMNS)
     return 0
 
 
 def _run_show_host(session: Session) -> int:
     number = read_id(session.arguments.id)
     view = session.ask(lambda r, by, now: r.host(by, number, now), writes=False)
-    _print_document(host_document(view), session.arguments.json)
+    session.print_one(host_document(view))
     return 0
 
 
@@ -10188,7 +10409,7 @@ def _run_edit_host(session: Session) -> int:
     EDIT_BODY.check(changes)
     number = read_id(arguments.id)
     view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
-    _print_document(host_document(view), arguments.json)
+    session.print_one(host_document(view))
     return 0
 
 
@@ -10209,7 +10430,7 @@ def _run_add_org(session: Session) -> int:
 def _run_list_orgs(session: Session) -> int:
     organizations = session.ask(lambda r, by, now: r.organizations(), writes=False)
     documents = [organization_document(organization) for organization in organizations]
-    _print_documents("organizations", documents, ("id", "createdAt"), session.arguments.json)
+    session.print_list("organizations", documents, ORGANIZATION_COLUMNS)
     return 0
 
 
@@ -10228,7 +10449,7 @@ def _run_mint_api_key(session: Session) -> int:
 
     key, text = session.ask(mint, writes=True)
     if arguments.json:
-        _print_json(api_key_document(key, text))
+        print_json(api_key_document(key, text))
         return 0
     print(text, flush=True)
     _say(f"API key {id_text(key.id)}: {key.role} of {key.organization_id or 'all organizations'}")
@@ -10237,17 +10458,15 @@ def _run_mint_api_key(session: Session) -> int:
 
 def _run_list_api_keys(session: Session) -> int:
     keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
-    columns = ("id", "organizationId", "role", "createdAt", "revokedAt", "description")
     documents = [api_key_document(key) for key in keys]
-    _print_documents("apiKeys", documents, columns, session.arguments.json)
+    session.print_list("apiKeys", documents, API_KEY_COLUMNS)
     return 0
 
 
 def _run_list_signing_keys(session: Session) -> int:
     views = session.ask(lambda r, by, now: r.signing_keys(), writes=False)
-    columns = ("kid", "state", "hosts", "createdAt", "retiredAt")
     documents = [signing_key_document(view) for view in views]
-    _print_documents("signingKeys", documents, columns, session.arguments.json)
+    session.print_list("signingKeys", documents, SIGNING_KEY_COLUMNS)
     return 0
 
 
@@ -10279,9 +10498,8 @@ def _run_show_audit(session: Session) -> int:
     pairs = [(name, text) for name, text in asked.items() if text is not None]
     query = event_query(AUDIT_QUERY.read(pairs))
     events = _all_pages(session, Registry.events, query, arguments.limit)
-    columns = ("number", "time", "action", "code", "subject", "actor", "address", "detail")
     documents = [event_document(event) for event in events]
-    _print_documents("events", documents, columns, arguments.json)
+    session.print_list("events", documents, EVENT_COLUMNS)
     return 0
 
 
@@ -10330,11 +10548,11 @@ def _run_backup(session: Session) -> int:
 def _run_check(session: Session) -> int:
     findings = examine(session.arguments.db, session.key_file)
     is_good = all(finding.is_good for finding in findings)
+    documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
     if session.arguments.json:
-        documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
-        _print_json({"ok": is_good, "findings": documents})
+        print_json({"ok": is_good, "findings": documents})
     else:
-        print(table([("ok" if f.is_good else "BAD", f.name, f.detail) for f in findings]))
+        session.print_table(documents, FINDING_COLUMNS)
     return 0 if is_good else EXIT_FAILED
 
 
@@ -10408,7 +10626,7 @@ def _run_agent_script(session: Session) -> int:
 
 
 def _run_openapi(session: Session) -> int:
-    _print_json(openapi_document())
+    print_json(openapi_document())
     return 0
 
 

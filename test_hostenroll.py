@@ -14717,12 +14717,12 @@ def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
 
 def test_tables_are_aligned_and_say_the_same(operator: Operator) -> None:
     assert operator("list-hosts").out.split() == [
-        "id", "organizationId", "name", "status", "lastSeen", "hostname", "labels"]  # fmt: skip
+        "ID", "NAME", "STATUS", "LAST", "SEEN", "LABELS", "HOSTNAME", "ORG"]  # fmt: skip
     for n in range(3):
         operator("mint-token", "--description", "x" * n * 9, "--max-uses", str(10**n))
     lines = operator("list-tokens").out.rstrip("\n").split("\n")
-    assert len(lines) == 4 and len({line.index("20") for line in lines[1:]}) >= 1
-    at = lines[0].index("state")
+    assert len(lines) == 4
+    at = lines[0].index("STATE")
     assert {line[at : at + 6] for line in lines[1:]} == {"valid "}
     shown = operator("show-token", lines[1].split()[0]).out
     assert re.search(r"^state: +valid$", shown, re.MULTILINE)
@@ -14854,7 +14854,7 @@ def test_organizations_are_added_once_and_by_slugs(operator: Operator) -> None:
     for bad in ("", "a b", "\u00fc", "x" * 65, "a/b", "_x"):
         assert operator("add-org", bad).status in (1, 2, 3)
     assert [line.split()[0] for line in operator("list-orgs").out.splitlines()] == [
-        "id", "berlin", "default"]  # fmt: skip
+        "ID", "berlin", "default"]  # fmt: skip
     minted = json.loads(operator("mint-token", "--org", "berlin", "--json").out)
     assert minted["organizationId"] == "berlin"
 
@@ -15027,6 +15027,202 @@ def test_what_cannot_be_printed_is_a_failure_in_one_line(tmp_path: Path) -> None
             )  # fmt: skip
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("hostenroll: ")
         assert done.returncode == 1
+
+
+@contextlib.contextmanager
+def pseudo_terminal(columns: int = 80) -> Iterator[Tuple[Any, Callable[[], str]]]:
+    """A stream to a terminal that is so wide, and what the terminal has been sent so far."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    settings = termios.tcgetattr(its)
+    settings[1] &= ~termios.OPOST  # a line ends as it was written
+    termios.tcsetattr(its, termios.TCSANOW, settings)
+    sent = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # so Linux says that nobody has it open any more
+            for data in iter(lambda: os.read(ours, 65536), b""):
+                sent.extend(data)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+
+    def text() -> str:
+        if stream.closed:
+            reader.join(10)
+        return sent.decode("utf-8")
+
+    with open(its, "w", encoding="utf-8") as stream:
+        yield stream, text
+    reader.join(10)
+    os.close(ours)
+
+
+def on_terminal(operator: Operator, *arguments: str, columns: int = 80, **environment: str) -> str:
+    """What a terminal is sent, so wide, when a command is typed there."""
+    with pseudo_terminal(columns) as (stream, shown):
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            operator.environment = {"TERM": "xterm", **environment}
+            operator(*arguments, "--db", str(operator.folder / "hostenroll.db"))
+        operator.environment = {}
+        stream.close()
+        return shown()
+
+
+@pytest.fixture
+def fleet(operator: Operator) -> Operator:
+    """An operator with a host of each status, and some of many letters."""
+    clock = operator.clock
+    with opened(files_of(operator), clock) as registry:
+        do(registry, clock, lambda now: registry.start_service("http://127.0.0.1", now))
+        door = ApiDoor(registry, clock)
+        labels = {"rack": "b4", "purpose": "the one that nobody dares to switch off"}
+        token = door.token(maxUses=9, labels=labels, description="all of them " * 5)
+        names = ["shut", "lost", "away", "K\u00fcche-" + "\u65e5\u672c" * 9, "new-1" + "x" * 60,
+                 "new-2" + "y" * 60]  # fmt: skip
+        hosts = [door.enroll(token, f"box-{name[0]}", name=name).document for name in names]
+        door.revoke(hosts[0]["hostId"])
+        for host, silence in zip(hosts[1:4], (8 * 86400, 200, 0)):
+            assert door.beat(host["credential"]).status == 200
+            clock.advance(silence)
+            do(registry, clock, registry.keep_alive)
+    return operator
+
+
+ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def columns_under(heading: str, line: str) -> Dict[str, str]:
+    """The cells of a line of a table, by what stands above them. A wide letter counts as two."""
+    spread = "".join(letter + "\0" * (hostenroll.columns_of(letter) - 1) for letter in line)
+    starts = [match.start() for match in re.finditer(r"(?:(?<=  )|^)\S", heading)]
+    cells = [spread[start:end] for start, end in zip(starts, [*starts[1:], None])]
+    titles = re.split("  +", heading)
+    return {name: cell.replace("\0", "").rstrip() for name, cell in zip(titles, cells)}
+
+
+@pytest.mark.parametrize("columns", [250, 120, 100, 80, 60, 40])
+def test_a_table_fits_its_terminal(columns: int, fleet: Operator) -> None:
+    whole = fleet("list-hosts").out.splitlines()
+    shown = ESCAPE.sub("", on_terminal(fleet, "list-hosts", columns=columns)).splitlines()
+    assert len(shown) == len(whole) == 7
+    full = [columns_under(whole[0], line) for line in whole[1:]]
+    cells = [columns_under(shown[0], line) for line in shown[1:]]
+    assert [cell["ID"] for cell in cells] == [one["ID"] for one in full]
+    assert len({cell["NAME"] for cell in cells}) == 6
+    for cell, one in zip(cells, full):
+        for heading, text in cell.items():
+            start = text[:-1] if text.endswith("\u2026") else text
+            assert one[heading].startswith(start) and (start or not one[heading])
+            assert start == one[heading] or heading in ("NAME", "LABELS", "HOSTNAME", "ORG")
+    wide = max(map(hostenroll.columns_of, shown))
+    if columns == 250:
+        assert shown == whole
+    elif columns >= 60:
+        assert columns - 8 <= wide <= columns and "LABELS" in shown[0]
+    else:  # what must stay has no room
+        assert list(cells[0]) == ["ID", "NAME", "STATUS", "LAST SEEN"]
+
+
+def test_names_are_cut_no_further_than_they_can_be_told_apart() -> None:
+    names = ["node-in-the-cellar-01", "node-in-the-cellar-02", "gateway" * 9, "node-in-the-attic"]
+    column = hostenroll.Column("name", lambda document, now: "", least=12, is_name=True)
+    for room in range(1, 80):
+        (width,) = hostenroll.fitted([column], [["NAME", *names]], room)
+        assert len({hostenroll.shortened(name, width) for name in names}) == 4
+        assert width == min(max(room, 23), 63)
+    unlike = ["alpha" * 5, "beta" * 5]
+    assert hostenroll.fitted([column], [["NAME", *unlike]], 5) == [12]
+
+
+def test_what_is_piped_is_never_cut_and_has_no_colour(fleet: Operator) -> None:
+    for command in (("list-hosts",), ("list-tokens",), ("show-audit",), ("list-api-keys",)):
+        fleet.environment = {"TERM": "xterm", "COLUMNS": "20", "HOSTENROLL_DB": files_of(fleet)[0]}
+        piped = fleet(*command).out
+        assert (
+            "\x1b" not in piped
+            and "\u2026" not in piped
+            and "ORG" in piped + "ORG" * (command[0] == "show-audit")
+        )
+        assert max(map(len, piped.splitlines())) > 80 or command[0] == "list-api-keys"
+
+
+STATE_COLOURS = {
+    "online": "32", "offline": "31", "missing": "33", "revoked": "2", "pending": None,
+}  # fmt: skip
+
+
+def test_a_state_has_a_colour_on_a_terminal_and_nothing_else_has(fleet: Operator) -> None:
+    shown = on_terminal(fleet, "list-hosts", columns=250)
+    assert {*re.findall(r"\x1b\[[^m]*m", shown)} == {
+        "\x1b[0m",
+        *(f"\x1b[{colour}m" for colour in STATE_COLOURS.values() if colour),
+    }
+    for status, colour in STATE_COLOURS.items():
+        painted = f"\x1b[{colour}m{status}\x1b[0m" if colour else f"  {status}  "
+        assert painted in shown
+    assert ESCAPE.sub("", shown) == fleet("list-hosts").out
+    host = json.loads(fleet("list-hosts", "--status", "online", "--json").out)["hosts"][0]["id"]
+    fleet("edit-host", host, "--name", "revoked")
+    shown = on_terminal(fleet, "show-host", host)
+    assert "\nname:            revoked\n" in shown
+    assert "\nstatus:          \x1b[32monline\x1b[0m\n" in shown
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": ""}],
+    ids=["NO_COLOR", "a dumb terminal", "no terminal that is known"],
+)
+def test_there_are_no_colours_for_who_wants_none(
+    environment: Dict[str, str], fleet: Operator
+) -> None:
+    for command in ("list-hosts", "check", "list-tokens"):
+        shown = on_terminal(fleet, command, columns=250, **environment)
+        assert "\x1b" not in shown and shown == fleet(command).out
+
+
+def test_an_empty_no_color_asks_for_nothing(fleet: Operator) -> None:
+    assert "\x1b[32monline" in on_terminal(fleet, "list-hosts", NO_COLOR="")
+
+
+def test_the_environment_may_say_how_wide_a_terminal_is(fleet: Operator) -> None:
+    assert on_terminal(fleet, "list-hosts", columns=250, COLUMNS="60") == on_terminal(
+        fleet, "list-hosts", columns=60
+    )
+    for nonsense in ("0", "-1", "x", "1e3", ""):
+        assert on_terminal(fleet, "list-hosts", columns=60, COLUMNS=nonsense) == on_terminal(
+            fleet, "list-hosts", columns=60
+        )
+
+
+AGO = {
+    0: "now", 0.999: "now", 1: "1 s ago", 119: "119 s ago", 120: "2 min ago", 7199: "119 min ago",
+    7200: "2 h ago", 172799: "47 h ago", 172800: "2 d ago", 40 * 86400: "40 d ago", -1: "in 1 s",
+    -2520: "in 42 min", -3600: "in 60 min",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds, said", AGO.items(), ids=AGO.values())
+def test_times_are_said_from_now(seconds: float, said: str, clock: Clock) -> None:
+    clock.advance(-0.877)
+    timestamp = hostenroll.rfc3339(clock.ms)
+    assert hostenroll.unix_ms(timestamp) == clock.ms
+    assert hostenroll.ago(timestamp, clock.ms + round(seconds * 1000)) == said
+
+
+def test_people_see_times_from_now_and_programs_exact_ones(fleet: Operator) -> None:
+    (host,) = json.loads(fleet("list-hosts", "--status", "offline", "--json").out)["hosts"]
+    listed = fleet("list-hosts", "--status", "offline").out
+    assert "3 min ago" in listed and host["lastSeen"] not in listed
+    shown = fleet("show-host", host["id"]).out
+    assert f"last seen:       3 min ago ({host['lastSeen']})\n" in shown
+    (token,) = json.loads(fleet("list-tokens", "--json").out)["tokens"]
+    assert "7 d ago" in fleet("list-tokens").out
+    shown = fleet("show-token", token["id"]).out
+    assert f"expires:       7 d ago ({token['expiresAt']})\n" in shown
+    hosts = re.search(r"^hosts: +((?:[0-9a-f]{16}\n *){6})", shown, re.MULTILINE)
+    assert hosts is not None and hosts[1].split() == token["hosts"]
 
 
 class Terminal:
@@ -15255,7 +15451,7 @@ def test_the_first_block_of_the_readme_does_what_it_says(tmp_path: Path) -> None
     )
     ready, beat, _, host, *more = done.stdout.splitlines()
     assert json.loads(ready) == {"status": "ready"} and more == []
-    assert json.loads(beat)["hostId"] == host.split()[0] and host.split()[3] == "online"
+    assert json.loads(beat)["hostId"] == host.split()[0] and host.split()[2] == "online"
 
 
 def test_the_openapi_command_prints_what_the_server_serves(tmp_path: Path, api: ApiDoor) -> None:
@@ -15284,7 +15480,7 @@ def test_signing_keys_are_rotated_listed_and_retired(operator: Operator) -> None
     new = rotated.out.strip()
     lines = operator("list-signing-keys").out.splitlines()
     assert [line.split()[:3] for line in lines] == [
-        ["kid", "state", "hosts"], [new, "signs", "0"], [old["kid"], "verifies", "0"]]  # fmt: skip
+        ["KID", "STATE", "HOSTS"], [new, "signs", "0"], [old["kid"], "verifies", "0"]]  # fmt: skip
     unknown = operator("retire-signing-key", "0123456789abcdef")
     assert unknown.status == 3 and "(not-found)" in unknown.err
     operator.clock.advance(60)
@@ -15423,12 +15619,12 @@ def test_the_log_on_the_command_line_is_that_of_the_api(audited: Operator) -> No
 def test_the_log_as_a_table_and_a_part_of_it(audited: Operator) -> None:
     events = listed(audited)
     lines = audited("show-audit").out.rstrip("\n").split("\n")
-    assert lines[0].split() == [
-        "number", "time", "action", "code", "subject", "actor", "address", "detail"]  # fmt: skip
-    assert [line.split()[:3] for line in lines[1:]] == [
-        [str(event["number"]), event["time"], event["action"]] for event in events
+    headings = ["NUMBER", "WHEN", "ACTION", "CODE", "SUBJECT", "ACTOR", "ADDRESS", "DETAIL", "TIME"]
+    assert lines[0].split() == headings
+    assert [(line.split()[:3], line.split()[-1]) for line in lines[1:]] == [
+        ([str(event["number"]), "now", event["action"]], event["time"]) for event in events
     ]
-    at = lines[0].index("actor")
+    at = lines[0].index("ACTOR")
     assert all(line[at:].startswith(event["actor"]) for line, event in zip(lines[1:], events))
     assert "hostname=web-1" in audited("show-audit", "--code", "token-used").out
     subject = events[0]["subject"]
