@@ -3744,7 +3744,7 @@ class Registry:
         """All of them."""
         return self._store.api_keys()
 
-    def revoke_api_key(self, by: Principal, number: int, now: int) -> None:
+    def revoke_api_key(self, by: Principal, number: int, now: int) -> ApiKey:
         """Idempotent. Raises NotFound."""
         key = self._store.api_key(number)
         if key is None:
@@ -3752,6 +3752,8 @@ class Registry:
         if self._store.revoke_api_key(number, now):
             subject = named("api-key", number)
             self.audit.record(now, "revoke", by.name, subject, key.organization_id)
+            key = key._replace(revoked_at=now)
+        return key
 
     def identify(self, text: str, what: str, address: str, now: int) -> Principal:
         """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid,
@@ -9572,7 +9574,8 @@ def fit_connections(wanted: int) -> int:
 # go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. The only section that prints,
 # reads the environment, and knows the wall clock.
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
 
 DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
@@ -9645,11 +9648,26 @@ class Gathered(argparse.Action):
         setattr(namespace, self.dest, values if before is self.default else (*before, *values))
 
 
-def log_format(text: str) -> str:
-    """text or json. Raises ArgumentTypeError."""
-    if text not in ("text", "json"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not text or json")
-    return text
+def one_of(*known: str) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def check(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return text
+
+    return check
+
+
+def guess(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """A question about what may have been meant; '' when nothing is like it."""
+    alike = [name for name in known if word and word in name]
+    if not alike:
+        from difflib import get_close_matches  # only a mistake is worth its hundredth of a second
+
+        alike = get_close_matches(word, known, n=1)
+    meant = " or ".join(prefix + name for name in alike)
+    return f"; did you mean {meant}?" if 0 < len(alike) <= 4 else ""
 
 
 def switch(text: str) -> bool:
@@ -9947,8 +9965,9 @@ def _inner(value: Any) -> str:
 
 
 def _say(*lines: str) -> None:
-    if sys.stderr is not None:  # to print to None is to print to stdout
-        print(*lines, sep="\n", file=sys.stderr)
+    for line in lines:
+        if sys.stderr is not None:  # to print to None is to print to stdout
+            print(line, file=sys.stderr)
 
 
 def print_json(document: Any) -> None:
@@ -10117,7 +10136,7 @@ class Session(NamedTuple):
 
     def progress(self, what: str = "") -> Progress:
         """A word about this command, if it lasts."""
-        return Progress(what or self.arguments.command, self.environment)
+        return Progress(what or self.arguments.command.name, self.environment)
 
     @contextmanager
     def open(self, **options: Any) -> Iterator[Tuple[Registry, Principal]]:
@@ -10155,6 +10174,13 @@ class Session(NamedTuple):
         rows = [[column.cell(document, now) for column in columns] for document in documents]
         headings = [column.heading.upper() for column in columns]
         print(table([headings, *rows] if any(headings) else rows, columns, self.screen))
+
+    def report(self, document: Document, *lines: str) -> None:
+        """What has been done: lines for people, on stderr, or JSON."""
+        if self.arguments.json:
+            print_json(document)
+        else:
+            _say(*lines)
 
     def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
         """One act on the registry."""
@@ -10212,6 +10238,8 @@ def _trim_memory() -> None:
 def _run_serve(session: Session) -> int:
     arguments = session.arguments
     _start_log(arguments.log_format)
+    for said in strange_settings(session.environment):
+        log.warning("%s", said)
     options = {
         "init": arguments.init,
         "interval": arguments.heartbeat_interval,
@@ -10372,8 +10400,47 @@ def _all_pages(
     return items[:limit]
 
 
+def typed_id(session: Session) -> int:
+    """The number of the id that was typed. Raises NotFound, which says what to type instead."""
+    text = session.arguments.id
+    if ID.fullmatch(text):
+        return int(text, 16)
+    secret = re.match(r"(het|hak)_([0-7][0-9a-f]{15})_", text)
+    if secret:
+        kind = {"het": "a token", "hak": "an API key"}[secret[1]]
+        raise NotFound(f"This is {kind}, which is secret. Its id is {secret[2]}.")
+    alike = LIKE[session.arguments.command.listed_by](session, text.rpartition(":")[2])
+    meant = f" Did you mean {' or '.join(alike)}?" if 0 < len(alike) < ALIKE_MAXIMUM else ""
+    raise NotFound(f"{printable(text)!r} is not an id.{meant}")
+
+
+ALIKE_MAXIMUM = 4  # more are no help, and looked for no further
+
+
+def _hosts_like(session: Session, text: str) -> List[str]:
+    views = _all_pages(session, Registry.hosts, HostQuery(text=text), ALIKE_MAXIMUM)
+    return [f"{id_text(view.host.id)} ({view.host.name})" for view in views]
+
+
+def _tokens_like(session: Session, text: str) -> List[str]:
+    ids = [id_text(view.token.id) for view in _all_pages(session, Registry.tokens, TokenQuery())]
+    return [number for number in ids if number.startswith(text.lower())]
+
+
+def _api_keys_like(session: Session, text: str) -> List[str]:
+    keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
+    return [id_text(key.id) for key in keys if id_text(key.id).startswith(text.lower())]
+
+
+LIKE = {
+    "list-hosts": _hosts_like,
+    "list-tokens": _tokens_like,
+    "list-api-keys": _api_keys_like,
+}
+
+
 def _run_show_token(session: Session) -> int:
-    number = read_id(session.arguments.id)
+    number = typed_id(session)
     view = session.ask(lambda r, by, now: r.token(by, number, now), writes=False)
     session.print_one(token_document(view))
     return 0
@@ -10391,7 +10458,7 @@ def _run_list_hosts(session: Session) -> int:
 
 
 def _run_show_host(session: Session) -> int:
-    number = read_id(session.arguments.id)
+    number = typed_id(session)
     view = session.ask(lambda r, by, now: r.host(by, number, now), writes=False)
     session.print_one(host_document(view))
     return 0
@@ -10407,7 +10474,7 @@ def _run_edit_host(session: Session) -> int:
     if arguments.label or arguments.no_labels:
         changes["labels"] = dict(arguments.label)
     EDIT_BODY.check(changes)
-    number = read_id(arguments.id)
+    number = typed_id(session)
     view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
     session.print_one(host_document(view))
     return 0
@@ -10416,14 +10483,16 @@ def _run_edit_host(session: Session) -> int:
 def _run_reenroll_host(session: Session) -> int:
     arguments = session.arguments
     order = token_order(REENROLL_BODY.check({"ttlSeconds": arguments.ttl}))
-    number = read_id(arguments.id)
+    number = typed_id(session)
     return _mint(session, lambda registry, by, now: registry.reenroll(by, number, order, now))
 
 
 def _run_add_org(session: Session) -> int:
     name = str(ORGANIZATION_BODY.check({"name": session.arguments.name})["name"])
-    session.ask(lambda r, by, now: r.add_organization(by, name, now), writes=True)
-    _say(f"organization {name} is there: mint-token --org {name}")
+    made = session.ask(lambda r, by, now: r.add_organization(by, name, now), writes=True)
+    session.report(
+        organization_document(made), f"organization {name} is there: mint-token --org {name}"
+    )
     return 0
 
 
@@ -10472,6 +10541,9 @@ def _run_list_signing_keys(session: Session) -> int:
 
 def _run_rotate_signing_key(session: Session) -> int:
     kid = session.ask(lambda r, by, now: r.rotate_signing_key(by, now), writes=True)
+    if session.arguments.json:
+        print_json(_signing_key(session, kid))
+        return 0
     print(kid)
     _say(
         "signs from now on; hosts move to it when they beat: list-signing-keys counts them,",
@@ -10483,8 +10555,16 @@ def _run_rotate_signing_key(session: Session) -> int:
 def _run_retire_signing_key(session: Session) -> int:
     kid, force = session.arguments.kid, session.arguments.force
     hosts = session.ask(lambda r, by, now: r.retire_signing_key(by, kid, force, now), writes=True)
-    _say(f"signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}")
+    if session.arguments.json:
+        print_json({**_signing_key(session, kid), "hosts": hosts})
+    else:
+        _say(f"signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}")
     return 0
+
+
+def _signing_key(session: Session, kid: str) -> Document:
+    views = session.ask(lambda r, by, now: r.signing_keys(), writes=False)
+    return next(signing_key_document(view) for view in views if view.key.kid == kid)
 
 
 def _run_show_audit(session: Session) -> int:
@@ -10512,6 +10592,16 @@ def _run_verify_audit(session: Session) -> int:
             "the audit log has no event with this head: its end has been cut off, or all of it "
             "up to there is pruned"
         )
+    if session.arguments.json:
+        print_json(
+            {
+                "head": verified.head.hex(),
+                "first": verified.first,
+                "last": verified.last,
+                "unverified": verified.unverified,
+            }
+        )
+        return 0
     print(verified.head.hex())
     _say(
         f"{said_of(verified)}; the head of the log is on stdout",
@@ -10541,7 +10631,10 @@ def _run_backup(session: Session) -> int:
             database, key_file = registry.back_up(folder)
         except StoreError as error:
             raise OperatorError(f"{error}") from error
-    _say(f"copied the database to {database} and its keys to {key_file}: keep both secret")
+    session.report(
+        {"database": database, "keyFile": key_file},
+        f"copied the database to {database} and its keys to {key_file}: keep both secret",
+    )
     return 0
 
 
@@ -10595,8 +10688,10 @@ def _run_make_cert(session: Session) -> int:
     if failure:
         os.remove(arguments.tls_key)
         raise OperatorError(f"cannot make a certificate: {failure}")
-    _say(
-        f"made {arguments.tls_cert} and {arguments.tls_key}; now",
+    pin = public_key_pin(load_tls(arguments.tls_cert, arguments.tls_key)[1])
+    session.report(
+        {"certificate": arguments.tls_cert, "key": arguments.tls_key, "pin": pin},
+        f"made {arguments.tls_cert} and {arguments.tls_key}; its pin is {pin}; now",
         f"serve --tls-cert {shlex.quote(arguments.tls_cert)} "
         f"--tls-key {shlex.quote(arguments.tls_key)}",
     )
@@ -10703,10 +10798,10 @@ SERVE_OPTIONS = (
     ),
     Argument(
         "--log-format",
-        type=log_format,
+        type=one_of("text", "json"),
         default="text",
-        metavar="{text,json}",
-        help="(%(default)s)",
+        metavar="FORMAT",
+        help="text or json (%(default)s)",
     ),
     Argument("--access-log", **SWITCH, help="log every request, heartbeats too"),
     Argument(
@@ -10715,6 +10810,15 @@ SERVE_OPTIONS = (
         help="make what is missing of database and key file, though the other is there",
     ),
 )
+
+
+SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS)
+
+
+def choice(metavar: str, known: Sequence[str], default: Optional[str] = None) -> Dict[str, Any]:
+    """What argparse is told of an option that takes one of a few words."""
+    said = ", ".join(known) + (" (%(default)s)" if default else "")
+    return {"type": one_of(*known), "metavar": metavar, "default": default, "help": said}
 
 
 class Command(NamedTuple):
@@ -10726,27 +10830,62 @@ class Command(NamedTuple):
     run: Callable[[Session], int]
     arguments: Sequence[Argument] = ()
     uses_store: bool = True
+    listed_by: str = ""  # the command that lists what its id names
+
+    @property
+    def operands(self) -> List[str]:
+        """What it takes beside options."""
+        positional = [one for one in self.arguments if not one.names[0].startswith("-")]
+        return [str(one.options["metavar"]) for one in positional]
 
 
 def _act(
-    act: Callable[[Registry, Principal, int, int], Any], outcome: str
+    act: Callable[[Registry, Principal, int, int], Document], outcome: str
 ) -> Callable[[Session], int]:
-    """What a command does that acts on what an id names, and says what has become of it."""
+    """What a command does that acts on what an id names, and shows what has become of it."""
 
     def run(session: Session) -> int:
-        number = read_id(session.arguments.id)
-        session.ask(lambda registry, by, now: act(registry, by, number, now), writes=True)
-        _say(outcome.format(id=session.arguments.id))
+        number = typed_id(session)
+        document = session.ask(lambda r, by, now: act(r, by, number, now), writes=True)
+        session.report(document, outcome.format(id=session.arguments.id))
         return 0
 
     return run
 
 
+def _token_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
+    registry.revoke_token(by, number, now)
+    return token_document(registry.token(by, number, now))
+
+
+def _host_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
+    return host_document(registry.revoke_host(by, number, now))
+
+
+def _host_restored(registry: Registry, by: Principal, number: int, now: int) -> Document:
+    return host_document(registry.restore_host(by, number, now))
+
+
+def _host_deleted(registry: Registry, by: Principal, number: int, now: int) -> Document:
+    registry.delete_host(by, number, now)
+    return {"id": id_text(number)}
+
+
+def _api_key_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
+    return api_key_document(registry.revoke_api_key(by, number, now))
+
+
 def _by_id(
     name: str, summary: str, run: Callable[[Session], int], *more: Argument, options: str = ""
 ) -> Command:
-    arguments = (Argument("id", metavar="ID"), *more)
-    return Command(name, summary, f"{name} 0ca4f1b28e3d7a95{options}", run, arguments)
+    return Command(
+        name,
+        summary,
+        f"{name} 0ca4f1b28e3d7a95{options}",
+        run,
+        (Argument("id", metavar="ID"), *more, JSON_OPTION),
+        listed_by=f"list-{name.partition('-')[2]}s",
+    )
 
 
 COMMANDS = (
@@ -10784,13 +10923,13 @@ COMMANDS = (
         "list tokens, the newest first",
         "list-tokens --state valid",
         _run_list_tokens,
-        (ORG_OPTION, Argument("--state", choices=TOKEN_STATES), JSON_OPTION),
+        (ORG_OPTION, Argument("--state", **choice("STATE", TOKEN_STATES)), JSON_OPTION),
     ),
-    _by_id("show-token", "show a token and who came in by it", _run_show_token, JSON_OPTION),
+    _by_id("show-token", "show a token and who came in by it", _run_show_token),
     _by_id(
         "revoke-token",
         "make a token useless",
-        _act(Registry.revoke_token, "token {id} is revoked; the hosts that it let in stay"),
+        _act(_token_revoked, "token {id} is revoked; the hosts that it let in stay"),
     ),
     Command(
         "list-hosts",
@@ -10799,13 +10938,13 @@ COMMANDS = (
         _run_list_hosts,
         (
             ORG_OPTION,
-            Argument("--status", choices=STATUSES),
+            Argument("--status", **choice("STATUS", STATUSES)),
             Argument("--label", action="append", default=[], metavar="K=V"),
             Argument("--q", metavar="TEXT", help="a part of name, hostname or id"),
             JSON_OPTION,
         ),
     ),
-    _by_id("show-host", "show a host and why it has its status", _run_show_host, JSON_OPTION),
+    _by_id("show-host", "show a host and why it has its status", _run_show_host),
     _by_id(
         "edit-host",
         "name or label a host",
@@ -10820,32 +10959,36 @@ COMMANDS = (
             help="the labels it is to have; repeatable",
         ),
         Argument("--no-labels", action="store_true", help="it is to have none"),
-        JSON_OPTION,
         options=" --name web-1",
     ),
     _by_id(
         "revoke-host",
         "shut a host out until restored",
-        _act(Registry.revoke_host, "host {id} is shut out; restore-host lets it in again"),
+        _act(_host_revoked, "host {id} is shut out; restore-host lets it in again"),
     ),
     _by_id(
         "restore-host",
         "let a revoked host in again",
-        _act(Registry.restore_host, "host {id} is let in again"),
+        _act(_host_restored, "host {id} is let in again"),
     ),
     _by_id(
         "delete-host",
         "remove a host; it must enroll anew",
-        _act(Registry.delete_host, "host {id} is gone; the machine must enroll anew"),
+        _act(_host_deleted, "host {id} is gone; the machine must enroll anew"),
     ),
     _by_id(
         "reenroll-host",
         "make a token that gives a host a new credential",
         _run_reenroll_host,
         Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
-        JSON_OPTION,
     ),
-    Command("add-org", "add an organization", "add-org berlin", _run_add_org, (Argument("name"),)),
+    Command(
+        "add-org",
+        "add an organization",
+        "add-org berlin",
+        _run_add_org,
+        (Argument("name", metavar="NAME"), JSON_OPTION),
+    ),
     Command("list-orgs", "list organizations", "list-orgs", _run_list_orgs, (JSON_OPTION,)),
     Command(
         "mint-api-key",
@@ -10855,7 +10998,7 @@ COMMANDS = (
         (
             Argument("--org", metavar="NAME", help=f"({DEFAULT_ORGANIZATION})"),
             Argument("--all-orgs", action="store_true", help="for all organizations"),
-            Argument("--role", choices=("admin", "viewer"), default="admin", help="(%(default)s)"),
+            Argument("--role", **choice("ROLE", ("admin", "viewer"), "admin")),
             Argument("--description", default="", metavar="TEXT"),
             JSON_OPTION,
         ),
@@ -10864,7 +11007,7 @@ COMMANDS = (
     _by_id(
         "revoke-api-key",
         "make an API key useless",
-        _act(Registry.revoke_api_key, "API key {id} is revoked"),
+        _act(_api_key_revoked, "API key {id} is revoked"),
     ),
     Command(
         "list-signing-keys",
@@ -10878,6 +11021,7 @@ COMMANDS = (
         "sign with a new key from now on",
         "rotate-signing-key",
         _run_rotate_signing_key,
+        (JSON_OPTION,),
     ),
     Command(
         "retire-signing-key",
@@ -10887,6 +11031,7 @@ COMMANDS = (
         (
             Argument("kid", metavar="KID"),
             Argument("--force", action="store_true", help="though hosts still use it"),
+            JSON_OPTION,
         ),
     ),
     Command(
@@ -10896,7 +11041,7 @@ COMMANDS = (
         _run_show_audit,
         (
             ORG_OPTION,
-            Argument("--action", choices=ACTIONS),
+            Argument("--action", **choice("ACTION", ACTIONS)),
             Argument("--subject", metavar="KIND:ID", help="as in host:0ca4f1b28e3d7a95"),
             Argument("--code", metavar="CODE", help="of a refusal"),
             Argument("--limit", type=positive, metavar="N", help="only the newest"),
@@ -10908,14 +11053,17 @@ COMMANDS = (
         "find what has been changed in the audit log",
         "verify-audit",
         _run_verify_audit,
-        (Argument("--head", type=mac_text, metavar="HASH", help="what an earlier run printed"),),
+        (
+            Argument("--head", type=mac_text, metavar="HASH", help="what an earlier run printed"),
+            JSON_OPTION,
+        ),
     ),
     Command(
         "backup",
         "copy database and keys, also while a server runs",
         "backup /var/backups/hostenroll",
         _run_backup,
-        (Argument("folder", metavar="DIR"),),
+        (Argument("folder", metavar="DIR"), JSON_OPTION),
     ),
     Command(
         "check",
@@ -10944,6 +11092,7 @@ COMMANDS = (
             Argument(
                 "--tls-key", default="hostenroll-tls.key", metavar="FILE", help="(%(default)s)"
             ),
+            JSON_OPTION,
         ),
         uses_store=False,
     ),
@@ -10973,38 +11122,116 @@ COMMANDS = (
 )
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+# What an overview shows together; what is not named here stands in the last.
+GROUPS = {
+    "start": ("serve", "mint-token", "list-hosts"),
+    "tokens": ("list-tokens", "show-token", "revoke-token"),
+    "hosts": ("show-host", "edit-host", "revoke-host", "restore-host", "delete-host",
+              "reenroll-host"),
+    "organizations and API keys": ("add-org", "list-orgs", "mint-api-key", "list-api-keys",
+                                   "revoke-api-key"),
+    "signing keys": ("list-signing-keys", "rotate-signing-key", "retire-signing-key"),
+    "operate": (),
+}  # fmt: skip
+
+
+def overview() -> str:
+    """Every command in a line, in groups."""
+    commands = {command.name: command for command in COMMANDS}
+    named = {name for names in GROUPS.values() for name in names}
+    lines = ["Decides who may join a fleet of machines, and knows which are alive."]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name in names or [name for name in commands if name not in named]:
+            lines.append(f"  {name:20} {commands[name].summary}")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose complaint is one line that says what to type next."""
+
+    def __init__(self, **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
+        self.color = False  # which Python 3.14 has, and states alone have a colour here
+
+    def error(self, message: str) -> NoReturn:
+        """Raises SystemExit."""
+        said = re.sub("^argument ", "", message)
+        said = said.replace("the following arguments are required:", "this needs")
+        self.exit(EXIT_USAGE, f"hostenroll: {said} (see: {self.prog} --help)\n")
+
+
+def _parser(environment: Mapping[str, str]) -> Tuple[Parser, Dict[str, Parser]]:
+    """The parser of a command line, and those of the commands."""
+    parser = Parser(
         prog="hostenroll.py",
-        description="Decides who may join a fleet of machines, and knows which are alive.",
-        allow_abbrev=False,
+        usage="%(prog)s COMMAND ...",
+        description=overview(),
+        epilog="COMMAND --help says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
+        f"sets --db, --key-file and the options of serve.\n\n{EXIT_STATUSES}",
     )
     parser.add_argument("--version", action="version", version=f"hostenroll {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    parsers = {}
     for command in COMMANDS:
-        sub = commands.add_parser(
+        parsers[command.name] = sub = commands.add_parser(
             command.name,
-            help=command.summary,
+            prog=f"{parser.prog} {command.name}",
+            usage=" ".join(["%(prog)s [options]", *command.operands]),
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"example: {parser.prog} {command.example}",
-            allow_abbrev=False,
+            epilog=f"example: {parser.prog} {command.example}\n\n{EXIT_STATUSES}",
         )
-        sub.set_defaults(command=command.name, run=command.run)
+        sub.set_defaults(command=command)
         for argument in (*command.arguments, *(STORE_OPTIONS if command.uses_store else ())):
             sub.add_argument(*argument.names, **argument.options)
-            if argument in STORE_OPTIONS or argument in SERVE_OPTIONS:
+            if argument in SETTINGS:
                 _take_default(sub, argument, environment)
-    return parser
+    return parser, parsers
 
 
-def _take_default(
-    parser: argparse.ArgumentParser, argument: Argument, environment: Mapping[str, str]
-) -> None:
-    """HOSTENROLL_<OPTION> in the environment stands in for --<option>."""
-    name = argument.names[0].lstrip("-").replace("-", "_")
-    text = environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")
+def setting_of(argument: Argument) -> str:
+    """The variable in the environment that stands in for an option."""
+    return ENVIRONMENT_PREFIX + argument.names[0].lstrip("-").replace("-", "_").upper()
+
+
+def _take_default(parser: Parser, argument: Argument, environment: Mapping[str, str]) -> None:
+    text = environment.get(setting_of(argument))
     if text:
-        parser.set_defaults(**{name: text})
+        parser.set_defaults(**{argument.names[0].lstrip("-").replace("-", "_"): text})
+
+
+def strange_settings(environment: Mapping[str, str]) -> List[str]:
+    """What looks like a setting, and is none."""
+    prefix = ENVIRONMENT_PREFIX
+    names = [name[len(prefix) :] for name in sorted(environment) if name.startswith(prefix)]
+    known = [setting_of(argument)[len(prefix) :] for argument in SETTINGS]
+    return [
+        f"{printable(prefix + name)} in the environment sets nothing{guess(name, known, prefix)}"
+        for name in names
+        if name not in known
+    ]
+
+
+def read_arguments(words: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
+    """Raises SystemExit, after a line that says what is wrong, or help."""
+    parser, parsers = _parser(environment)
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(EXIT_USAGE)
+    if not words[0].startswith("-") and words[0] not in parsers:
+        name = printable(words[0])
+        parser.error(f"there is no command {name}{guess(words[0], list(parsers))}")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        command: Command = arguments.command
+        options = [name for argument in command.arguments for name in argument.names]
+        what = "option" if word.startswith("-") else "argument"
+        parsers[command.name].error(
+            f"{command.name} takes no {what} {printable(word)}{guess(word, options)}"
+        )
+    return arguments
 
 
 def main(
@@ -11014,23 +11241,14 @@ def main(
     clock: Callable[[], float] = time.time,
 ) -> int:
     """Run one command; its exit status."""
-    arguments = _parser(environment).parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
-            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(arguments.run(Session(arguments, clock, environment)))
-    except StorageUnavailable as problem:
-        _say(f"hostenroll: {problem.__cause__ or problem.detail}")
-        return EXIT_FAILED
-    except Problem as problem:
-        said = "; ".join(f"{OPTIONS.get(name, name)}: {what}" for name, what in problem.errors)
-        _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}")
-        return EXIT_REFUSED
+        try:
+            return _run(sys.argv[1:] if argv is None else argv, environment, clock)
+        finally:
+            _flush_stdout()
     except BrokenPipeError:  # whoever read us has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OperatorError, OSError) as error:
+    except OSError as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED
     except MemoryError:
@@ -11038,6 +11256,40 @@ def main(
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[], float]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
+    arguments = read_arguments(argv, environment)
+    command: Command = arguments.command
+    if command.run is not _run_serve:  # which has a log for this
+        _say(*(f"hostenroll: {said}" for said in strange_settings(environment)))
+    try:
+        return command.run(Session(arguments, clock, environment))
+    except StorageUnavailable as problem:
+        _say(f"hostenroll: {problem.__cause__ or problem.detail}")
+        return EXIT_FAILED
+    except Problem as problem:
+        said = "; ".join(f"{OPTIONS.get(name, name)}: {what}" for name, what in problem.errors)
+        is_lost = isinstance(problem, NotFound) and command.listed_by
+        hint = f" See: {command.listed_by}" if is_lost else ""
+        _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}{hint}")
+        return EXIT_REFUSED
+    except OperatorError as error:
+        _say(f"hostenroll: {error}")
+        return EXIT_FAILED
+
+
+def _flush_stdout() -> None:
+    """What cannot be written later on, the interpreter complains about in words of its own."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 if __name__ == "__main__":

@@ -599,8 +599,9 @@ def live(paths: Tuple[str, str], clock: Clock) -> Iterator[SocketDoor]:
 
 
 def clean_environment() -> Dict[str, str]:
-    """This one's, without what would set hostenroll's options."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("HOSTENROLL_")}
+    """This one's, without what would set hostenroll's options, or change how it writes."""
+    strange = ("HOSTENROLL_", "PYTHONUNBUFFERED", "NO_COLOR", "COLUMNS")
+    return {name: text for name, text in os.environ.items() if not name.startswith(strange)}
 
 
 def cli(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -14637,8 +14638,8 @@ class Operator:
 
     def __call__(self, *arguments: str) -> SimpleNamespace:
         files = ["--db", str(self.folder / "hostenroll.db")]
-        own = ((), ("schema",), ("--version",), ("--help",))
-        stored = arguments[:1] not in own and "--db" not in arguments
+        stored = bool(arguments) and arguments[0] in STORED
+        stored = stored and not {"--db", "--help"} & set(arguments)
         argv = [*arguments, *(files if stored and not self.environment else [])]
         self.capsys.readouterr()
         try:
@@ -14656,6 +14657,7 @@ def operator(tmp_path: Path, clock: Clock, capsys: Any) -> Operator:
 
 
 COMMANDS = [command.name for command in hostenroll.COMMANDS]
+STORED = [command.name for command in hostenroll.COMMANDS if command.uses_store]
 
 
 def test_a_token_stands_alone_on_stdout(operator: Operator) -> None:
@@ -14770,16 +14772,25 @@ def test_how_durations_are_written(text: str, operator: Operator) -> None:
 
 UNKNOWN = "0ca4f1b28e3d7a95"
 STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
-    "no command": (2, "usage", ()),
-    "an unknown command": (2, "invalid choice", ("enrol",)),
-    "a part of a command": (2, "invalid choice", ("mint",)),
-    "an unknown option": (2, "unrecognized", ("mint-token", "--nope")),
-    "a part of an option": (2, "unrecognized", ("mint-token", "--max", "3")),
-    "a missing id": (2, "required", ("show-host",)),
-    "a state that is none": (2, "invalid choice", ("list-tokens", "--state", "dead")),
-    "a label without =": (2, "key=value", ("mint-token", "--label", "x")),
-    "a port": (2, "not a port", ("serve", "--port", "65536")),
-    "a role": (2, "invalid choice", ("mint-api-key", "--role", "root")),
+    "an unknown command": (2, "did you mean list-hosts?", ("lst-hosts",)),
+    "a part of a command": (2, "did you mean mint-token or mint-api-key?", ("mint",)),
+    "a command like no other": (2, "no command xyzzy (see: hostenroll.py --help)", ("xyzzy",)),
+    "an unknown option": (
+        2,
+        "takes no option --nope (see: hostenroll.py mint-token --help)",
+        ("mint-token", "--nope"),
+    ),
+    "a part of an option": (2, "did you mean --max-uses?", ("mint-token", "--max", "3")),
+    "an argument too many": (2, "takes no argument berlin", ("list-orgs", "berlin")),
+    "a missing id": (2, "needs ID (see: hostenroll.py show-host --help)", ("show-host",)),
+    "a state that is none": (
+        2,
+        "not one of valid, used, expired, revoked",
+        ("list-tokens", "--state", "dead"),
+    ),
+    "a label without =": (2, "--label: ", ("mint-token", "--label", "x")),
+    "a port": (2, "--port: '65536' is not a port", ("serve", "--port", "65536")),
+    "a role": (2, "not one of admin, viewer", ("mint-api-key", "--role", "root")),
     "no interval": (2, "out of bounds", ("serve", "--heartbeat-interval", "0s")),
     "a short time": (3, "--ttl", ("mint-token", "--ttl", "59s")),
     "a long time": (3, "--ttl", ("mint-token", "--ttl", "31d")),
@@ -14800,10 +14811,9 @@ STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
     "an unknown host to delete": (3, "not-found", ("delete-host", UNKNOWN)),
     "an unknown host to re-enroll": (3, "not-found", ("reenroll-host", UNKNOWN)),
     "an unknown API key": (3, "not-found", ("revoke-api-key", UNKNOWN)),
-    "no id at all": (3, "not-found", ("show-host", "'; DROP TABLE host")),
+    "no id at all": (3, "(not-found)", ("show-host", "'; DROP TABLE host")),
 }
 ENDS = {
-    "no command": STATUSES["no command"],
     "no uses": STATUSES["no uses"],
     "an address of nobody": (1, "cannot listen", ("serve", "--port", "0", "--host", "203.0.113.1")),
     "no address": (1, "cannot listen", ("serve", "--port", "0", "--host", "a..b")),
@@ -14813,10 +14823,15 @@ ENDS = {
 def require_one_line(case: Any, status: int, out: str, err: str) -> None:
     wanted, word, _ = case
     assert (status, out) == (wanted, "")
-    said = [line for line in err.rstrip().split("\n") if "hostenroll" in line]
-    assert word in err and "Traceback" not in err
-    if status != 2:
-        assert len(said) == 1 and said[0].startswith("hostenroll: ")
+    said = err.splitlines()
+    assert len(said) == 1 and said[0].startswith("hostenroll: ")
+    assert word in said[0] and "argument --" not in said[0]
+
+
+def test_who_types_no_command_is_shown_them_all(operator: Operator, tmp_path: Path) -> None:
+    done = cli(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == operator("--help").out
 
 
 @pytest.mark.parametrize("case", STATUSES.values(), ids=STATUSES)
@@ -14832,21 +14847,179 @@ def test_a_process_ends_with_the_status_of_its_command(case: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_every_command_has_an_example(name: str, operator: Operator) -> None:
+def test_the_help_of_every_command_has_an_example_and_fits_80_columns(
+    name: str, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     said = operator(name, "--help")
-    assert said.status == 0 and f"hostenroll.py {name}" in said.out.split("example: ")[1]
+    (command,) = (command for command in hostenroll.COMMANDS if command.name == name)
+    assert said.status == 0 and said.out.startswith(f"usage: hostenroll.py {name} [options]")
+    assert f"\nexample: hostenroll.py {command.example}\n" in said.out
+    assert command.example.split()[0] == name
+    assert "exit status: 0 done, 1 failed, 2 usage, 3 refused" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
 
 
-def test_every_example_in_the_help_is_well_formed() -> None:
-    parser = hostenroll._parser({})
+def test_every_example_in_the_help_does_what_it_says(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "nice", lambda niceness: 0)  # it would stay, in this process
+    (tmp_path / "var/backups").mkdir(parents=True)
+    operator("add-org", "berlin")
     for command in hostenroll.COMMANDS:
-        assert parser.parse_args(command.example.split()).run is command.run
+        words = command.example.split()
+        assert hostenroll.read_arguments(words, {}).command is command
+        if command.operands == ["ID"]:
+            words[1] = an_id(operator, command.listed_by)
+        elif command.name == "retire-signing-key":
+            listed = json.loads(operator("list-signing-keys", "--json").out)["signingKeys"]
+            words[1:] = [listed[1]["kid"], "--force"]  # a day's replies are on their way
+        elif command.name == "add-org":
+            words[1] = "hamburg"
+        elif command.name == "backup":
+            words[1] = words[1].lstrip("/")
+        if command.name not in ("serve", "make-cert"):  # which other tests run
+            done = operator(*words)
+            assert done.status == 0, (words, done.err)
+
+
+def an_id(operator: Operator, kind: str) -> str:
+    """That of a fresh thing of those that a command lists."""
+    if kind == "list-api-keys":
+        return operator("mint-api-key").out.split("_")[1]
+    token = operator("mint-token").out.strip()
+    if kind == "list-tokens":
+        return token.split("_")[1]
+    with opened(files_of(operator), operator.clock) as registry:
+        return str(ApiDoor(registry, operator.clock).enroll(token).document["hostId"])
+
+
+LIKE_AN_ID: Dict[str, Tuple[str, Callable[[str], str], str]] = {
+    "the start of an id": ("show-host", lambda number: number[:12], "Did you mean {id} (web-1)?"),
+    "an id in capitals": ("revoke-host", str.upper, "Did you mean {id} (web-1)?"),
+    "the name of a host": ("show-host", lambda number: "web-1", "Did you mean {id} (web-1)?"),
+    "a part of its name": ("delete-host", lambda number: "WEB", "Did you mean {id} (web-1)?"),
+    "an id as the log has it": ("edit-host", "host:{}".format, "Did you mean {id} (web-1)?"),
+    "the start of a token's": ("show-token", lambda number: number[:12], "Did you mean {id}?"),
+    "a token's in capitals": ("revoke-token", str.upper, "Did you mean {id}?"),
+    "the start of an API key's": ("revoke-api-key", lambda number: number[:12], "mean {id}?"),
+    "nothing like any": ("show-host", lambda number: "nothing", "is not an id. See: list-hosts"),
+    "nothing like a token's": ("show-token", lambda number: "x", "not an id. See: list-tokens"),
+    "another's id": ("restore-host", lambda number: UNKNOWN, "host with this id. See: list-hosts"),
+    "no token's id": ("revoke-token", lambda number: UNKNOWN, "with this id. See: list-tokens"),
+    "no key's id": ("revoke-api-key", lambda number: UNKNOWN, "with this id. See: list-api-keys"),
+}
+
+
+@pytest.mark.parametrize("command, typed, said", LIKE_AN_ID.values(), ids=LIKE_AN_ID)
+def test_who_types_what_is_not_an_id_is_told_what_to_type(
+    command: str, typed: Callable[[str], str], said: str, operator: Operator
+) -> None:
+    (kind,) = {c.listed_by for c in hostenroll.COMMANDS if c.name == command}
+    number = an_id(operator, kind)
+    before = operator("list-hosts", "--json").out, operator("list-tokens", "--json").out
+    refused = operator(command, typed(number))
+    assert (refused.status, refused.out, refused.err.count("\n")) == (3, "", 1)
+    assert said.format(id=number) in refused.err
+    assert before == (operator("list-hosts", "--json").out, operator("list-tokens", "--json").out)
+
+
+def test_of_many_that_are_alike_none_is_meant(operator: Operator) -> None:
+    for _ in range(4):
+        number = an_id(operator, "list-hosts")
+        refused = operator("show-host", "web")
+    assert "Did you mean" not in refused.err and "See: list-hosts" in refused.err
+    operator("delete-host", number)
+    assert operator("show-host", "web").err.count(" or ") == 2
+
+
+@pytest.mark.parametrize("command", ["show-token", "revoke-token", "show-host", "revoke-api-key"])
+def test_a_secret_in_the_place_of_an_id_is_not_repeated(command: str, operator: Operator) -> None:
+    for mint in ("mint-token", "mint-api-key"):
+        text = operator(mint).out.strip()
+        refused = operator(command, text)
+        assert refused.status == 3 and f"Its id is {text.split('_')[1]}." in refused.err
+        assert text[21:] not in refused.err
+        mistyped = operator(text)
+        assert mistyped.status == 2 and text[21:] not in mistyped.err
+        mistyped = operator("list-hosts", text)
+        assert mistyped.status == 2 and text[21:] not in mistyped.err
+
+
+WITHOUT_JSON = (
+    "serve",
+    "unit",
+    "schema",
+    "openapi",
+)  # a server, and texts to be stored as they are
+
+
+def test_every_command_that_says_something_says_it_in_json_too(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "nice", lambda niceness: 0)
+    said: Dict[str, Any] = {}
+    for command in hostenroll.COMMANDS:
+        if command.name in WITHOUT_JSON or (
+            command.name == "make-cert" and not shutil.which("openssl")
+        ):
+            continue
+        words = command.example.split()
+        if command.operands == ["ID"]:
+            words[1] = an_id(operator, command.listed_by)
+        elif command.name == "retire-signing-key":
+            words[1:] = [said["list-signing-keys"]["signingKeys"][0]["kid"], "--force"]
+        elif command.name == "backup":
+            words[1] = "copy"
+        done = operator(*words, "--json")
+        assert (done.status, done.err) == (0, ""), words
+        said[command.name] = json.loads(done.out)
+    assert (said["revoke-token"]["state"], set(said["revoke-token"])) == ("revoked", TOKEN)
+    assert (said["revoke-host"]["status"], set(said["revoke-host"])) == ("revoked", HOST)
+    assert (said["restore-host"]["status"], set(said["restore-host"])) == ("pending", HOST)
+    assert re.fullmatch("[0-9a-f]{16}", said["delete-host"].pop("id")) and said["delete-host"] == {}
+    assert said["add-org"]["id"] == "berlin"
+    assert said["revoke-api-key"]["revokedAt"] and set(said["revoke-api-key"]) == {
+        *said["list-api-keys"]["apiKeys"][0]}  # fmt: skip
+    assert said["rotate-signing-key"]["state"] == "signs"
+    assert (
+        said["retire-signing-key"]["state"] == "retired" and said["retire-signing-key"]["hosts"] > 0
+    )
+    assert set(said["verify-audit"]) == {"head", "first", "last", "unverified"}
+    files = {"database": "copy/hostenroll.db", "keyFile": "copy/hostenroll.key"}
+    assert said["backup"] == {name: str(tmp_path / file) for name, file in files.items()}
+    if "make-cert" in said:
+        pair = said["make-cert"]["certificate"], said["make-cert"]["key"]
+        assert said["make-cert"]["pin"] == hostenroll.public_key_pin(hostenroll.load_tls(*pair)[1])
+
+
+def test_a_setting_that_is_none_is_pointed_out(tmp_path: Path) -> None:
+    names = {"HOSTENROLL_PROT": "1", "HOSTENROLL_X\x1b": "", "HOSTENROLL_PORT": "8080"}
+    done = cli(tmp_path, "list-orgs", env=names)
+    nothing = "in the environment sets nothing"
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        f"hostenroll: HOSTENROLL_PROT {nothing}; did you mean HOSTENROLL_PORT?",
+        f"hostenroll: HOSTENROLL_X? {nothing}",
+    ]
+    with JsonServerProcess(tmp_path, "--log-format", "json", env={"HOSTENROLL_DBB": "x"}) as server:
+        server.terminate()
+        lines = [json.loads(line) for line in server.said]
+    assert [line["message"] for line in lines if line["level"] == "warning"] == [
+        "HOSTENROLL_DBB in the environment sets nothing; did you mean HOSTENROLL_DB?"
+    ]
 
 
 def test_version_and_an_overview(operator: Operator) -> None:
     assert operator("--version").out == f"hostenroll {hostenroll.__version__}\n"
     overview = operator("--help").out
-    assert [name for name in COMMANDS if name not in overview] == []
+    summaries = re.findall(r"^  ([a-z]\S+) +(.+)$", overview, re.MULTILINE)
+    assert sorted(summaries) == sorted((c.name, c.summary) for c in hostenroll.COMMANDS)
+    grouped = [name for names in hostenroll.GROUPS.values() for name in names]
+    assert len(grouped) == len(set(grouped)) and set(grouped) < set(COMMANDS)
+    assert max(map(len, overview.splitlines())) <= 80
+    assert overview.endswith("\nexit status: 0 done, 1 failed, 2 usage, 3 refused\n")
 
 
 def test_organizations_are_added_once_and_by_slugs(operator: Operator) -> None:
@@ -15019,7 +15192,7 @@ def test_a_terminal_that_knows_few_letters_shows_the_others_somehow(tmp_path: Pa
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_what_cannot_be_printed_is_a_failure_in_one_line(tmp_path: Path) -> None:
-    for command in ("mint-token", "list-orgs", "schema"):
+    for command in ("mint-token", "list-orgs", "schema", "--help"):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
                 [*PROGRAM, command], cwd=str(tmp_path), stdout=full,
@@ -15232,8 +15405,6 @@ class Terminal:
         ours, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = {**clean_environment(), "TERM": "xterm", **env}
-        for name in ("COLUMNS", "NO_COLOR"):
-            environment.pop(name, None) if name not in env else None
         self.process = subprocess.Popen(
             [sys.executable, str(MODULE), *arguments],
             cwd=str(folder),
@@ -15408,14 +15579,16 @@ def test_serve_says_what_to_type_next_for_its_own_files(tmp_path: Path) -> None:
     assert command.strip() == "--db 'a b/fleet.db'"
 
 
-def test_who_has_read_enough_hears_no_complaint(tmp_path: Path) -> None:
-    cli(tmp_path, "mint-token")
-    for _ in range(3):
-        command = f"{sys.executable} {MODULE} list-tokens | head -c 1"
+@pytest.mark.parametrize("command", ["list-tokens", "--help", "openapi", "mint-token --help"])
+def test_who_has_read_enough_hears_no_complaint(command: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
         done = subprocess.run(
-            ["sh", "-c", command], cwd=str(tmp_path), stderr=subprocess.PIPE, text=True
-        )
-        assert done.stderr == ""
+            [sys.executable, str(MODULE), *command.split()], cwd=str(tmp_path), stdout=gone,
+            stderr=subprocess.PIPE, text=True, env=clean_environment(),
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_newest_come_first_to_the_millisecond(registry: Registry, clock: Clock) -> None:
@@ -15870,9 +16043,10 @@ FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false":
 
 @pytest.mark.parametrize("text", FLAGS)
 def test_a_flag_in_the_environment_is_on_or_off(text: str) -> None:
-    parser = hostenroll._parser({"HOSTENROLL_ACCESS_LOG": text})
-    assert parser.parse_args(["serve"]).access_log is FLAGS[text]
-    assert parser.parse_args(["serve", "--access-log", "--log-format", "json"]).access_log is True
+    environment = {"HOSTENROLL_ACCESS_LOG": text}
+    assert hostenroll.read_arguments(["serve"], environment).access_log is FLAGS[text]
+    words = ["serve", "--access-log", "--log-format", "json"]
+    assert hostenroll.read_arguments(words, environment).access_log is True
 
 
 BAD_SETTINGS = {
@@ -15890,9 +16064,9 @@ def test_a_bad_setting_in_the_environment_is_a_mistake_in_usage(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as usage:
-        hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["serve"])
-    assert usage.value.code == 2 and "error: " in capsys.readouterr().err
-    assert hostenroll._parser({name: BAD_SETTINGS[name]}).parse_args(["mint-token"])  # not its own
+        hostenroll.read_arguments(["serve"], {name: BAD_SETTINGS[name]})
+    assert usage.value.code == 2 and "serve --help)" in capsys.readouterr().err
+    assert hostenroll.read_arguments(["mint-token"], {name: BAD_SETTINGS[name]})  # not its own
 
 
 # --trusted-proxy.
@@ -15990,7 +16164,7 @@ def test_mint_token_says_the_public_url(url: str, operator: Operator) -> None:
 )  # fmt: skip
 def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
-        hostenroll._parser({}).parse_args(["serve", f"--public-url={url}"])
+        hostenroll.read_arguments(["serve", f"--public-url={url}"], {})
     assert usage.value.code == 2 and "is not like https://" in capsys.readouterr().err
 
 
