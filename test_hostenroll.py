@@ -15603,28 +15603,241 @@ def test_the_newest_come_first_to_the_millisecond(registry: Registry, clock: Clo
     assert [view.token.id for view in listed.items] == [view.token.id for view in minted[::-1]]
 
 
-@slow
-@needs_curl
-def test_the_first_block_of_the_readme_does_what_it_says(tmp_path: Path) -> None:
-    """Letter by letter, but for the port, which may be somebody else's."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## The first minute.*?```sh\n(.*?)```", readme, re.DOTALL)
-    assert block is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shutil.copy(MODULE, tmp_path)
-    done = subprocess.run(
-        ["sh", "-c", f"{block[1].replace('8080', port)}\nkill $!; wait"],
-        cwd=str(tmp_path),
-        env={**clean_environment(), "HOSTENROLL_PORT": port},
-        capture_output=True,
-        text=True,
-        timeout=60,
+class Block(NamedTuple):
+    """Commands that the README shows, to be copied letter by letter."""
+
+    line: int
+    section: str
+    text: str
+
+    @property
+    def first(self) -> str:
+        """The first command; by it a block is known here."""
+        return self.text.split("\n")[0]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    Block(
+        README.count("\n", 0, match.start(1)) + 1,
+        re.findall(r"^## (.+)$", README[: match.start()], re.MULTILINE)[-1],
+        match[1],
     )
-    ready, beat, _, host, *more = done.stdout.splitlines()
-    assert json.loads(ready) == {"status": "ready"} and more == []
-    assert json.loads(beat)["hostId"] == host.split()[0] and host.split()[2] == "online"
+    for match in re.finditer(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+]
+# Blocks for a machine on which nothing runs yet. The others are typed where the first minute has
+# passed: a server runs, and one host has enrolled and beats.
+ON_A_BARE_MACHINE = {
+    "python3 hostenroll.py serve &",
+    "cp hostenroll.py /usr/local/lib/",
+}
+NOT_RUN_HERE = {
+    "python3 -m venv .venv && .venv/bin/pip install -q pytest && .venv/bin/python -m pytest":
+        "it is these tests; .ci/run runs it, letter by letter",
+}  # fmt: skip
+
+
+def _can_make_machines() -> bool:
+    tools = ("unshare", "nsenter", "ip", "mount", "curl", "openssl")
+    if os.geteuid() != 0 or any(shutil.which(tool) is None for tool in tools):
+        return False
+    tried = ["unshare", "-mnup", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(tried, capture_output=True).returncode == 0
+
+
+needs_machines = pytest.mark.skipif(
+    not _can_make_machines(), reason="needs root, namespaces, iproute2, curl and openssl"
+)
+MAKE_MACHINE = """\
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+cd "$1"
+mkdir upper work root
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" root
+mount --rbind /sys root/sys
+mount --rbind /dev root/dev
+mount -t proc proc root/proc
+mount --rbind /tmp root/tmp
+cp "$2" root/srv/hostenroll.py
+mkdir -p root/etc/prometheus
+printf '#!/bin/sh\\nexec %s "$@"\\n' "$3" > root/usr/local/bin/python3
+printf '%s' "$4" > root/usr/local/bin/systemctl
+chmod 755 root/usr/local/bin/python3 root/usr/local/bin/systemctl
+hostname "$5"
+ip link set lo up
+exec chroot root sh -c 'echo ready; exec sleep 600'
+"""
+# What systemd does with a unit, as far as the README's commands can tell.
+SYSTEMCTL = """\
+#!/bin/sh
+set -e
+[ "$1" = daemon-reload ] && exit
+[ "$*" = "enable --now hostenroll" ]
+unit=/etc/systemd/system/hostenroll.service
+value() { sed -n "s/^$1=//p" "$unit"; }
+mkdir -m "$(value StateDirectoryMode)" "/var/lib/$(value StateDirectory)"
+export $(value Environment)
+eval "exec $(value ExecStart)" 2>/var/log/hostenroll &
+"""
+
+
+class Machine:
+    """A machine with its own network, hostname, processes and files: but for /tmp, what is written
+    there is written nowhere else, and what runs there ends with it."""
+
+    def __init__(self, folder: Path, name: str = "first") -> None:
+        place = folder / name
+        place.mkdir()
+        python = (
+            os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable
+        )
+        self.place = place
+        self.unshared = subprocess.Popen(
+            ["unshare", "-mnup", "--fork", "--kill-child", "sh", "-c", MAKE_MACHINE, "sh",
+             str(place), str(MODULE), python, SYSTEMCTL, name],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.unshared.stdout is not None and self.unshared.stdout.readline() == b"ready\n"
+        children = Path(f"/proc/{self.unshared.pid}/task/{self.unshared.pid}/children")
+        self.process = children.read_text().strip()
+        self.typed: List[Any] = []
+
+    def inside(self, *command: str) -> List[str]:
+        entered = [
+            "nsenter",
+            "-t",
+            self.process,
+            "-m",
+            "-n",
+            "-u",
+            "-p",
+            f"--root=/proc/{self.process}/root",
+        ]
+        return [*entered, *command]
+
+    def type(
+        self, text: str, stays: str = r"listens on|enrolled as host", seconds: float = 60
+    ) -> Any:
+        """Type commands into a shell in the folder where hostenroll.py lies, and wait for their
+        end, or until what they start says that it is at work. What they said; a failure fails."""
+        environment = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin",
+                       "HOME": "/root", "LC_ALL": "C.UTF-8"}  # fmt: skip
+        stem = self.place.parent / f"{self.place.name}-{len(self.typed)}"
+        out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            shell = subprocess.Popen(
+                self.inside("sh", "-ec", f"cd /srv\n{text}"), env=environment,
+                stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            )  # fmt: skip
+        self.typed.append(shell)
+        until(lambda: shell.poll() is not None or re.search(stays, err.read_text()), seconds)
+        if re.search(r"serve &$", text, re.MULTILINE):  # a person reads that it listens
+            until(lambda: "listens on" in err.read_text(), seconds)
+        said = SimpleNamespace(out=out.read_text(), err=err.read_text(), status=shell.poll())
+        assert said.status in (0, None), f"{text}\nended with {said.status}:\n{said.out}{said.err}"
+        return said
+
+    def hosts(self) -> List[Any]:
+        listed = self.type("python3 hostenroll.py list-hosts --json")
+        return list(json.loads(listed.out)["hosts"])
+
+    def pass_the_first_minute(self) -> Any:
+        """What a newcomer does, with what mint-token prints pasted."""
+        start, look = (block.text for block in BLOCKS if block.section == "The first minute")
+        self.type(join_command_in(self.type(start)))
+        until(lambda: [host["status"] for host in self.hosts()] == ["online"])
+        return self.type(look)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unshared.kill()
+        self.unshared.wait(10)
+        assert self.unshared.stdout is not None
+        self.unshared.stdout.close()
+        for shell in self.typed:
+            shell.wait(10)
+
+
+def join_command_in(said: Any) -> str:
+    """What a person copies out of what mint-token says on the terminal."""
+    found = re.search(r"^curl .*(?:\n +.*)*$", said.err, re.MULTILINE)
+    assert found is not None, said.err
+    return found[0]
+
+
+def connect(one: Machine, other: Machine) -> None:
+    """A wire between two machines; the first is 192.0.2.10."""
+    add = ["ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns"]
+    subprocess.run(["nsenter", "-t", one.process, "-n", *add, other.process], check=True)
+    for machine, address in ((one, "192.0.2.10/24"), (other, "192.0.2.20/24")):
+        for change in (["addr", "add", address, "dev", "wire"], ["link", "set", "wire", "up"]):
+            subprocess.run(["nsenter", "-t", machine.process, "-n", "ip", *change], check=True)
+
+
+def test_the_readme_shows_no_command_that_no_test_would_run() -> None:
+    assert {language for language, _ in FENCED} <= {"sh", "yaml", "json", "ini", "nginx"}, (
+        "commands stand in ```sh blocks, so that tests run them"
+    )
+    for line in re.findall(r"\n\n((?:    .+\n)+)", README):
+        assert re.match(r"    +(GET|POST|PATCH|DELETE|PUT) ", line), (
+            f"an indented block is run by no test; put commands into a ```sh block:\n{line}"
+        )
+    known = {block.first for block in BLOCKS}
+    assert known >= ON_A_BARE_MACHINE | set(NOT_RUN_HERE)
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "sed -n '/^## Tests/,/^## /p' README.md" in ci and 'eval "$command' in ci
+
+
+@slow
+@needs_machines
+def test_the_first_minute_takes_less(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with Machine(tmp_path) as machine:
+        shown = machine.pass_the_first_minute()
+        lines = shown.out.splitlines()
+        assert time.monotonic() - begun < 60
+        assert len(lines) == 2 and "online" in lines[1].split()
+
+
+@slow
+@needs_machines
+def test_the_second_machine_comes_in_over_tls_by_a_pinned_key(tmp_path: Path) -> None:
+    serve, mint = (block.text for block in BLOCKS if block.section == "The second machine")
+    with Machine(tmp_path) as first, Machine(tmp_path, "second") as second:
+        connect(first, second)
+        first.pass_the_first_minute()
+        first.type(serve)
+        join = join_command_in(first.type(mint))
+        assert re.search("-k --pinnedpubkey '?sha256//", join)
+        second.type(join)
+        until(lambda: [host["status"] for host in first.hosts()] == ["online"] * 2)
+        assert [host["name"] for host in first.hosts()] == ["second", "first"]
+
+
+@slow
+@needs_machines
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if block.first not in NOT_RUN_HERE],
+    ids=[
+        f"line {block.line}: {block.first[:60]}"
+        for block in BLOCKS
+        if block.first not in NOT_RUN_HERE
+    ],
+)
+def test_what_the_readme_says_can_be_typed(block: Block, tmp_path: Path) -> None:
+    """Each block on a machine of its own. One that fails or does not end, without `listens on`
+    or `enrolled as host`, is wrong, or wants to be named in a table above."""
+    with Machine(tmp_path) as machine:
+        if block.first not in ON_A_BARE_MACHINE:
+            machine.pass_the_first_minute()
+        said = machine.type(block.text)
+        refused = re.search("Traceback|^hostenroll: |urn:hostenroll:problem", said.out + said.err)
+        assert refused is None, said
 
 
 def test_the_openapi_command_prints_what_the_server_serves(tmp_path: Path, api: ApiDoor) -> None:
