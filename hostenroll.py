@@ -248,6 +248,13 @@ log.addHandler(logging.NullHandler())  # commands say what went wrong themselves
 
 T = TypeVar("T")
 
+# Whoever waits for a long act is told how much of it is done, of how much.
+Report = Callable[[int, int], Any]
+
+
+def unheard(done: int, total: int) -> None:
+    """For an act that nobody waits for."""
+
 
 # Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
 # text (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
@@ -2153,7 +2160,7 @@ class Store:
         finally:
             os.close(descriptor)
 
-    def copy_to(self, path: str, pause: Callable[[], None]) -> Set[str]:
+    def copy_to(self, path: str, pause: Report) -> Set[str]:
         """Copy the database as it is at this moment into an empty file, while others go on
         writing: a read transaction holds the moment fast. A pause comes after BACKUP_PAGES. The
         kids that the copy knows."""
@@ -2164,7 +2171,11 @@ class Store:
                 target.execute("PRAGMA synchronous = OFF")  # the caller syncs, once
                 self._run("BEGIN")
                 known = {row.kid for row in self.signing_keys()}
-                self._db.backup(target, pages=BACKUP_PAGES, progress=lambda *_: pause())
+                self._db.backup(
+                    target,
+                    pages=BACKUP_PAGES,
+                    progress=lambda status, left, total: pause(total - left, total),
+                )
                 return known
             finally:
                 self.abandon()
@@ -2980,7 +2991,9 @@ class Verified(NamedTuple):
     unverified: int  # older events, chained with a key that is gone
 
 
-def verify_chain(store: Store, keyring: Keyring, head: Optional[bytes]) -> Verified:
+def verify_chain(
+    store: Store, keyring: Keyring, head: Optional[bytes], report: Report = unheard
+) -> Verified:
     """Go through the whole audit log. Raises OperatorError, which names the first event that is
     not as it was written."""
     start, mac = chain_start(store, keyring)
@@ -2988,9 +3001,11 @@ def verify_chain(store: Store, keyring: Keyring, head: Optional[bytes]) -> Verif
     if oldest is not None and oldest < 1:
         raise OperatorError(f"event {oldest} of the audit log was never written")
     number, found = start, mac == head
+    last, _ = store.last_event()
     for event in verified(store.events_after(start), start, mac, keyring):
         number, mac = event.number, event.mac
         found = found or mac == head
+        report(number - start, last - start)
     older = 0 if oldest is None or oldest > start else start + 1 - oldest
     return Verified(start + 1, number, mac, found, older)
 
@@ -3451,7 +3466,7 @@ class Registry:
         finally:
             store.lock.release()
 
-    def back_up(self, folder: str) -> Tuple[str, str]:
+    def back_up(self, folder: str, report: Report = unheard) -> Tuple[str, str]:
         """Copy database, then keys, into a folder, whole or not at all; where they are. The keys
         come last: then they are all that the copy of the database knows. Raises StoreError,
         OSError."""
@@ -3464,16 +3479,17 @@ class Registry:
         if paths[0] == paths[1]:
             raise OperatorError("database and key file have one name: rename one to copy both")
         with self._store.alone_in(folder):
-            self._copy_to(*paths)
+            self._copy_to(paths[0], paths[1], report)
         return paths[0], paths[1]
 
-    def _copy_to(self, database: str, key_file: str) -> None:
+    def _copy_to(self, database: str, key_file: str, report: Report) -> None:
         fresh = f"{database}.tmp"
         with suppress(FileNotFoundError):
             os.remove(fresh)
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE)
 
-        def pause() -> None:
+        def pause(done: int, total: int) -> None:
+            report(done, total)
             os.fdatasync(descriptor)  # all at the end would hold up every other fsync
             time.sleep(BACKUP_PAUSE)
 
@@ -3519,9 +3535,9 @@ class Registry:
             return Page(found, found[-1].number)
         return Page(found, rows[SLICE - 1].number if len(rows) > SLICE else None)
 
-    def verify_audit(self, head: Optional[bytes]) -> Verified:
+    def verify_audit(self, head: Optional[bytes], report: Report = unheard) -> Verified:
         """verify_chain() of this log."""
-        return verify_chain(self._store, self._keyring, head)
+        return verify_chain(self._store, self._keyring, head, report)
 
     def start_audit_anew(self, now: int) -> None:
         """The audit key is another: only what follows can be verified with it."""
@@ -4425,7 +4441,7 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine(database: str, key_file: str) -> List[Finding]:
+def examine(database: str, key_file: str, report: Report = unheard) -> List[Finding]:
     """Look at a database and its key file, and change nothing in them. Raises OperatorError when
     the database cannot be looked at."""
     if not os.path.exists(database):
@@ -4441,7 +4457,11 @@ def examine(database: str, key_file: str) -> List[Finding]:
                 raise OperatorError(
                     f"the database {database} is empty: a first start was cut short"
                 )
-            return [*_examine_store(store), *_examine_keys(store, key_file), *_examine_modes(store)]
+            return [
+                *_examine_store(store),
+                *_examine_keys(store, key_file, report),
+                *_examine_modes(store),
+            ]
         finally:
             store.abandon()
             store.close()
@@ -4461,7 +4481,7 @@ def _examine_store(store: Store) -> Iterator[Finding]:
     yield Finding("sqlite", True, f"{SQLITE_VERSION} {said}")
 
 
-def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
+def _examine_keys(store: Store, key_file: str, report: Report) -> Iterator[Finding]:
     try:
         keyring = load_keyring(key_file)
     except OperatorError as error:
@@ -4473,7 +4493,7 @@ def _examine_keys(store: Store, key_file: str) -> Iterator[Finding]:
     yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
     if store.version() == SCHEMA_VERSION:
         try:
-            yield Finding("audit", True, said_of(verify_chain(store, keyring, None)))
+            yield Finding("audit", True, said_of(verify_chain(store, keyring, None, report)))
         except OperatorError as error:
             yield Finding("audit", False, str(error))
 
@@ -10184,8 +10204,14 @@ class Session(NamedTuple):
 
     def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
         """One act on the registry."""
-        with self.progress(), self.open() as (registry, by):
-            act = Act(lambda now: question(registry, by, now), writes)
+        return self.wait_for(lambda r, by, now, report: question(r, by, now), writes)
+
+    def wait_for(
+        self, question: Callable[[Registry, Principal, int, Report], T], writes: bool
+    ) -> T:
+        """One act that can tell how much of it is done."""
+        with self.progress() as progress, self.open() as (registry, by):
+            act = Act(lambda now: question(registry, by, now, progress), writes)
             answer: T = registry.perform(act, self.now())
         return answer
 
@@ -10410,8 +10436,10 @@ def typed_id(session: Session) -> int:
         kind = {"het": "a token", "hak": "an API key"}[secret[1]]
         raise NotFound(f"This is {kind}, which is secret. Its id is {secret[2]}.")
     alike = LIKE[session.arguments.command.listed_by](session, text.rpartition(":")[2])
-    meant = f" Did you mean {' or '.join(alike)}?" if 0 < len(alike) < ALIKE_MAXIMUM else ""
-    raise NotFound(f"{printable(text)!r} is not an id.{meant}")
+    if 0 < len(alike) < ALIKE_MAXIMUM:
+        meant = " or ".join(alike)
+        raise NotFound(f"There is no id {printable(text)!r}; perhaps you mean {meant}.")
+    raise NotFound(f"There is no id {printable(text)!r}.")
 
 
 ALIKE_MAXIMUM = 4  # more are no help, and looked for no further
@@ -10586,7 +10614,9 @@ def _run_show_audit(session: Session) -> int:
 def _run_verify_audit(session: Session) -> int:
     asked = session.arguments.head
     head = None if asked is None else bytes.fromhex(asked)
-    verified = session.ask(lambda r, by, now: r.verify_audit(head), writes=False)
+    verified = session.wait_for(
+        lambda r, by, now, report: r.verify_audit(head, report), writes=False
+    )
     if head is not None and not verified.has_head:
         raise OperatorError(
             "the audit log has no event with this head: its end has been cut off, or all of it "
@@ -10626,9 +10656,9 @@ def _run_backup(session: Session) -> int:
     except OSError as error:
         raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
     os.nice(BACKUP_NICENESS)
-    with session.open() as (registry, _):
+    with session.progress() as progress, session.open() as (registry, _):
         try:
-            database, key_file = registry.back_up(folder)
+            database, key_file = registry.back_up(folder, progress)
         except StoreError as error:
             raise OperatorError(f"{error}") from error
     session.report(
@@ -10639,7 +10669,8 @@ def _run_backup(session: Session) -> int:
 
 
 def _run_check(session: Session) -> int:
-    findings = examine(session.arguments.db, session.key_file)
+    with session.progress() as progress:
+        findings = examine(session.arguments.db, session.key_file, progress)
     is_good = all(finding.is_good for finding in findings)
     documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
     if session.arguments.json:

@@ -14879,7 +14879,7 @@ def test_every_example_in_the_help_does_what_it_says(
             words[1] = "hamburg"
         elif command.name == "backup":
             words[1] = words[1].lstrip("/")
-        if command.name not in ("serve", "make-cert"):  # which other tests run
+        if command.name not in RUN_ELSEWHERE:
             done = operator(*words)
             assert done.status == 0, (words, done.err)
 
@@ -14896,16 +14896,24 @@ def an_id(operator: Operator, kind: str) -> str:
 
 
 LIKE_AN_ID: Dict[str, Tuple[str, Callable[[str], str], str]] = {
-    "the start of an id": ("show-host", lambda number: number[:12], "Did you mean {id} (web-1)?"),
-    "an id in capitals": ("revoke-host", str.upper, "Did you mean {id} (web-1)?"),
-    "the name of a host": ("show-host", lambda number: "web-1", "Did you mean {id} (web-1)?"),
-    "a part of its name": ("delete-host", lambda number: "WEB", "Did you mean {id} (web-1)?"),
-    "an id as the log has it": ("edit-host", "host:{}".format, "Did you mean {id} (web-1)?"),
-    "the start of a token's": ("show-token", lambda number: number[:12], "Did you mean {id}?"),
-    "a token's in capitals": ("revoke-token", str.upper, "Did you mean {id}?"),
-    "the start of an API key's": ("revoke-api-key", lambda number: number[:12], "mean {id}?"),
-    "nothing like any": ("show-host", lambda number: "nothing", "is not an id. See: list-hosts"),
-    "nothing like a token's": ("show-token", lambda number: "x", "not an id. See: list-tokens"),
+    "the start of an id": (
+        "show-host",
+        lambda number: number[:12],
+        "perhaps you mean {id} (web-1).",
+    ),
+    "an id in capitals": ("revoke-host", str.upper, "perhaps you mean {id} (web-1)."),
+    "the name of a host": ("show-host", lambda number: "web-1", "perhaps you mean {id} (web-1)."),
+    "a part of its name": ("delete-host", lambda number: "WEB", "perhaps you mean {id} (web-1)."),
+    "an id as the log has it": ("edit-host", "host:{}".format, "perhaps you mean {id} (web-1)."),
+    "the start of a token's": ("show-token", lambda number: number[:12], "perhaps you mean {id}."),
+    "a token's in capitals": ("revoke-token", str.upper, "perhaps you mean {id}."),
+    "the start of an API key's": (
+        "revoke-api-key",
+        lambda number: number[:12],
+        "perhaps you mean {id}.",
+    ),
+    "nothing like any": ("show-host", lambda number: "nothing", "no id 'nothing'. See: list-hosts"),
+    "nothing like a token's": ("show-token", lambda number: "x", "no id 'x'. See: list-tokens"),
     "another's id": ("restore-host", lambda number: UNKNOWN, "host with this id. See: list-hosts"),
     "no token's id": ("revoke-token", lambda number: UNKNOWN, "with this id. See: list-tokens"),
     "no key's id": ("revoke-api-key", lambda number: UNKNOWN, "with this id. See: list-api-keys"),
@@ -14929,7 +14937,7 @@ def test_of_many_that_are_alike_none_is_meant(operator: Operator) -> None:
     for _ in range(4):
         number = an_id(operator, "list-hosts")
         refused = operator("show-host", "web")
-    assert "Did you mean" not in refused.err and "See: list-hosts" in refused.err
+    assert "perhaps" not in refused.err and "See: list-hosts" in refused.err
     operator("delete-host", number)
     assert operator("show-host", "web").err.count(" or ") == 2
 
@@ -14947,12 +14955,8 @@ def test_a_secret_in_the_place_of_an_id_is_not_repeated(command: str, operator: 
         assert mistyped.status == 2 and text[21:] not in mistyped.err
 
 
-WITHOUT_JSON = (
-    "serve",
-    "unit",
-    "schema",
-    "openapi",
-)  # a server, and texts to be stored as they are
+WITHOUT_JSON = ("serve", "unit", "schema", "openapi", "agent-script")  # texts, stored as they are
+RUN_ELSEWHERE = ("serve", "make-cert", "bench")  # they run on, or need openssl
 
 
 def test_every_command_that_says_something_says_it_in_json_too(
@@ -14962,9 +14966,9 @@ def test_every_command_that_says_something_says_it_in_json_too(
     monkeypatch.setattr(os, "nice", lambda niceness: 0)
     said: Dict[str, Any] = {}
     for command in hostenroll.COMMANDS:
-        if command.name in WITHOUT_JSON or (
-            command.name == "make-cert" and not shutil.which("openssl")
-        ):
+        if command.name in (*WITHOUT_JSON, "bench"):
+            continue
+        if command.name == "make-cert" and shutil.which("openssl") is None:
             continue
         words = command.example.split()
         if command.operands == ["ID"]:
@@ -15223,7 +15227,7 @@ def pseudo_terminal(columns: int = 80) -> Iterator[Tuple[Any, Callable[[], str]]
     def text() -> str:
         if stream.closed:
             reader.join(10)
-        return sent.decode("utf-8")
+        return sent.decode("utf-8", "replace")
 
     with open(its, "w", encoding="utf-8") as stream:
         yield stream, text
@@ -15445,18 +15449,75 @@ class Terminal:
             self.process.wait(10)
 
 
-def test_what_lasts_is_said_on_a_terminal_in_one_line_that_goes_away(tmp_path: Path) -> None:
+@slow
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
+def test_what_lasts_is_said_on_a_terminal_in_one_line_that_goes_away(
+    ends: str, tmp_path: Path
+) -> None:
     assert cli(tmp_path, "list-orgs").returncode == 0
     with contextlib.ExitStack() as busy:
         busy.enter_context(write_lock(tmp_path / "hostenroll.db"))
         with Terminal(tmp_path, "mint-token", columns=20) as terminal:
             terminal.wait_for("\rmint-token: 1 s\x1b[K")
-            busy.close()
-            assert terminal.end() == 0
+            if ends == "by Ctrl-C":
+                terminal.process.send_signal(signal.SIGINT)
+            else:
+                busy.close()
+            assert terminal.end() == (130 if ends == "by Ctrl-C" else 0)
     said, _, after = terminal.shown.rpartition("\r\x1b[K")
     lines = said.split("\r")[1:]
     assert all(re.fullmatch(r"mint-token: [0-9]+ s\x1b\[K", line) for line in lines), lines
-    assert after.startswith("het_")
+    assert after == "" if ends == "by Ctrl-C" else after.startswith("het_")
+
+
+def test_progress_is_counted_and_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROGRESS_AFTER", "PROGRESS_EVERY"):
+        monkeypatch.setattr(hostenroll, name, 0.005)
+    with pseudo_terminal(32) as (stream, shown), contextlib.redirect_stderr(stream):
+        with hostenroll.Progress("copying", {"TERM": "xterm"}) as progress:
+            until(lambda: "\rcopying: 0 s\x1b[K" in shown())
+            progress(1234)
+            until(lambda: "\rcopying: 1,234, 0 s\x1b[K" in shown())
+            progress(1234, 3702)
+            until(lambda: "\rcopying: 1,234 of 3,702 (33 %)\u2026\x1b[K" in shown())
+        until(lambda: shown().endswith("\r\x1b[K"))
+        assert "\n" not in shown()
+
+
+@pytest.mark.parametrize("where", ["a pipe", "a dumb terminal", "soon done"])
+def test_where_nobody_waits_for_it_there_is_no_progress(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where != "soon done":
+        monkeypatch.setattr(hostenroll, "PROGRESS_AFTER", 0.0)
+    with pseudo_terminal() as (stream, shown):
+        with contextlib.redirect_stderr(io.StringIO() if where == "a pipe" else stream) as stderr:
+            term = "dumb" if where == "a dumb terminal" else "xterm"
+            with hostenroll.Progress("copying", {"TERM": term}) as progress:
+                progress(1, 2)
+                time.sleep(0.02)
+        stream.close()
+        assert shown() == "" and (where != "a pipe" or stderr.getvalue() == "")
+
+
+def test_long_acts_tell_how_much_of_them_is_done(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "BACKUP_PAGES", 4)
+    said: List[Tuple[int, int]] = []
+    with opened(paths, clock) as registry:
+        for _ in range(5):
+            do(registry, clock, lambda now: registry.mint(OPERATOR, hostenroll.TokenOrder(), now))
+        registry.verify_audit(None, lambda done, total: said.append((done, total)))
+        assert said == [(number, 5) for number in range(1, 6)]
+        said.clear()
+        (tmp_path / "copy").mkdir()
+        registry.back_up(str(tmp_path / "copy"), lambda done, total: said.append((done, total)))
+        totals = {total for _, total in said}
+        assert len(said) > 2 and said == sorted(said) and totals == {said[-1][0]}
+    said.clear()
+    hostenroll.examine(*paths, lambda done, total: said.append((done, total)))
+    assert said == [(number, 5) for number in range(1, 6)]
 
 
 COLUMNS = {
