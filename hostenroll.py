@@ -10068,8 +10068,8 @@ EVENT_COLUMNS = (
     Column("action", member("action")),
     Column("code", member("code")),
     Column("subject", member("subject")),
-    Column("actor", member("actor"), least=8, goes=3),
-    Column("address", member("address"), least=8, goes=4),
+    Column("actor", member("actor"), least=8, goes=4),
+    Column("address", member("address"), least=8, goes=3),
     Column("detail", member("detail"), least=8, goes=5),
     Column("time", member("time"), goes=1),
 )
@@ -10137,6 +10137,13 @@ def _start_log(format: str) -> None:
     log.propagate = False
 
 
+# What to type where a list is empty.
+NONE_YET = {
+    "hosts": "no such host: mint-token says how one comes in",
+    "tokens": "no such token: mint-token makes one",
+}
+
+
 class Session(NamedTuple):
     """What a command works with: its arguments and the world around it."""
 
@@ -10187,6 +10194,8 @@ class Session(NamedTuple):
             print_json({name: documents, "nextCursor": None})
             return
         self.print_table(documents, columns)
+        if not documents and name in NONE_YET:
+            _say(NONE_YET[name])
 
     def print_table(self, documents: Sequence[Document], columns: Sequence[Column]) -> None:
         """For people."""
@@ -10398,7 +10407,10 @@ def _mint(
 def _run_list_tokens(session: Session) -> int:
     arguments = session.arguments
     query = TokenQuery(_organization(arguments.org), arguments.state)
-    documents = [token_document(view) for view in _all_pages(session, Registry.tokens, query)]
+    documents = [
+        token_document(view)
+        for view in _all_pages(session, Registry.tokens, query, arguments.limit)
+    ]
     session.print_list("tokens", documents, TOKEN_COLUMNS)
     return 0
 
@@ -10480,7 +10492,9 @@ def _run_list_hosts(session: Session) -> int:
     pairs = [(name, text) for name, text in asked.items() if text is not None]
     pairs += [("label", text) for text in arguments.label]
     query = host_query(HOSTS_QUERY.read(pairs))
-    documents = [host_document(view) for view in _all_pages(session, Registry.hosts, query)]
+    documents = [
+        host_document(view) for view in _all_pages(session, Registry.hosts, query, arguments.limit)
+    ]
     session.print_list("hosts", documents, HOST_COLUMNS)
     return 0
 
@@ -10778,6 +10792,7 @@ class Argument:
 
 
 JSON_OPTION = Argument("--json", action="store_true", help="print JSON, in the API's shapes")
+LIMIT_OPTION = Argument("--limit", type=positive, metavar="N", help="only the newest")
 ORG_OPTION = Argument("--org", metavar="NAME", help="only this organization")
 STORE_OPTIONS = (
     Argument("--db", default=DEFAULT_DATABASE, metavar="FILE", help="the database (%(default)s)"),
@@ -10954,7 +10969,12 @@ COMMANDS = (
         "list tokens, the newest first",
         "list-tokens --state valid",
         _run_list_tokens,
-        (ORG_OPTION, Argument("--state", **choice("STATE", TOKEN_STATES)), JSON_OPTION),
+        (
+            ORG_OPTION,
+            Argument("--state", **choice("STATE", TOKEN_STATES)),
+            LIMIT_OPTION,
+            JSON_OPTION,
+        ),
     ),
     _by_id("show-token", "show a token and who came in by it", _run_show_token),
     _by_id(
@@ -10972,6 +10992,7 @@ COMMANDS = (
             Argument("--status", **choice("STATUS", STATUSES)),
             Argument("--label", action="append", default=[], metavar="K=V"),
             Argument("--q", metavar="TEXT", help="a part of name, hostname or id"),
+            LIMIT_OPTION,
             JSON_OPTION,
         ),
     ),
@@ -11075,7 +11096,7 @@ COMMANDS = (
             Argument("--action", **choice("ACTION", ACTIONS)),
             Argument("--subject", metavar="KIND:ID", help="as in host:0ca4f1b28e3d7a95"),
             Argument("--code", metavar="CODE", help="of a refusal"),
-            Argument("--limit", type=positive, metavar="N", help="only the newest"),
+            LIMIT_OPTION,
             JSON_OPTION,
         ),
     ),

@@ -14720,8 +14720,11 @@ def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
 def test_tables_are_aligned_and_say_the_same(operator: Operator) -> None:
     assert operator("list-hosts").out.split() == [
         "ID", "NAME", "STATUS", "LAST", "SEEN", "LABELS", "HOSTNAME", "ORG"]  # fmt: skip
+    assert operator("list-hosts").err == "no such host: mint-token says how one comes in\n"
+    assert operator("list-hosts", "--json").err == ""
     for n in range(3):
         operator("mint-token", "--description", "x" * n * 9, "--max-uses", str(10**n))
+    assert operator("list-tokens", "--limit", "1").out.count("\n") == 2
     lines = operator("list-tokens").out.rstrip("\n").split("\n")
     assert len(lines) == 4
     at = lines[0].index("STATE")
@@ -14743,7 +14746,7 @@ def test_the_life_of_a_host_on_the_command_line(operator: Operator) -> None:
     assert operator("edit-host", host, "--label", "a=b", "--label", "c=").status == 0
     for arguments, count in (
         (("--label", "a=b"), 1), (("--label", "a=x"), 0), (("--q", "WEB"), 1), (("--q", "xx"), 0),
-        (("--status", "online"), 0), (("--org", "default"), 1),
+        (("--status", "online"), 0), (("--org", "default"), 1), (("--limit", "1"), 1),
     ):  # fmt: skip
         assert len(json.loads(operator("list-hosts", "--json", *arguments).out)["hosts"]) == count
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
@@ -15172,7 +15175,8 @@ def test_bytes_that_are_no_text_are_refused_and_break_nothing(
     assert done.returncode in (2, 3) and b"Traceback" not in done.stderr
     for more in ("--json", None):
         listed = cli(tmp_path, "list-tokens", *filter(None, [more]))
-        assert (listed.returncode, listed.stderr) == (0, "")
+        assert listed.returncode == 0
+        assert listed.stderr == ("" if more else "no such token: mint-token makes one\n")
 
 
 def test_a_database_may_lie_at_a_path_of_any_bytes(tmp_path: Path) -> None:
@@ -15640,7 +15644,7 @@ def test_serve_says_what_to_type_next_for_its_own_files(tmp_path: Path) -> None:
     assert command.strip() == "--db 'a b/fleet.db'"
 
 
-@pytest.mark.parametrize("command", ["list-tokens", "--help", "openapi", "mint-token --help"])
+@pytest.mark.parametrize("command", ["list-orgs", "--help", "openapi", "mint-token --help"])
 def test_who_has_read_enough_hears_no_complaint(command: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
