@@ -15693,10 +15693,7 @@ BLOCKS = [
 ]
 # Blocks for a machine on which nothing runs yet. The others are typed where the first minute has
 # passed: a server runs, and one host has enrolled and beats.
-ON_A_BARE_MACHINE = {
-    "python3 hostenroll.py serve &",
-    "cp hostenroll.py /usr/local/lib/",
-}
+ON_A_BARE_MACHINE = {"cp hostenroll.py /usr/local/lib/"}
 NOT_RUN_HERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q pytest && .venv/bin/python -m pytest":
         "it is these tests; .ci/run runs it, letter by letter",
@@ -15704,7 +15701,12 @@ NOT_RUN_HERE = {
         "it takes minutes; the tests of bench have fewer hosts",
 }  # fmt: skip
 ELIDED = "het_..."  # a block with this is what mint-token prints; the true one is pasted
-TYPED = [it for it in BLOCKS if it.first not in NOT_RUN_HERE and ELIDED not in it.text]
+TOLD = ("The first minute", "The second machine")  # each has a test that tells it as one story
+TYPED = [
+    block
+    for block in BLOCKS
+    if block.first not in NOT_RUN_HERE and block.section not in TOLD and ELIDED not in block.text
+]
 
 
 def _can_make_machines() -> bool:
