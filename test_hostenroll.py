@@ -19,8 +19,8 @@ import itertools
 import json
 import logging
 import os
-import py_compile
 import pty
+import py_compile
 import random
 import re
 import resource
@@ -15252,7 +15252,7 @@ def on_terminal(operator: Operator, *arguments: str, columns: int = 80, **enviro
 
 
 @pytest.fixture
-def fleet(operator: Operator) -> Operator:
+def motley(operator: Operator) -> Operator:
     """An operator with a host of each status, and some of many letters."""
     clock = operator.clock
     with opened(files_of(operator), clock) as registry:
@@ -15284,9 +15284,9 @@ def columns_under(heading: str, line: str) -> Dict[str, str]:
 
 
 @pytest.mark.parametrize("columns", [250, 120, 100, 80, 60, 40])
-def test_a_table_fits_its_terminal(columns: int, fleet: Operator) -> None:
-    whole = fleet("list-hosts").out.splitlines()
-    shown = ESCAPE.sub("", on_terminal(fleet, "list-hosts", columns=columns)).splitlines()
+def test_a_table_fits_its_terminal(columns: int, motley: Operator) -> None:
+    whole = motley("list-hosts").out.splitlines()
+    shown = ESCAPE.sub("", on_terminal(motley, "list-hosts", columns=columns)).splitlines()
     assert len(shown) == len(whole) == 7
     full = [columns_under(whole[0], line) for line in whole[1:]]
     cells = [columns_under(shown[0], line) for line in shown[1:]]
@@ -15317,10 +15317,14 @@ def test_names_are_cut_no_further_than_they_can_be_told_apart() -> None:
     assert hostenroll.fitted([column], [["NAME", *unlike]], 5) == [12]
 
 
-def test_what_is_piped_is_never_cut_and_has_no_colour(fleet: Operator) -> None:
+def test_what_is_piped_is_never_cut_and_has_no_colour(motley: Operator) -> None:
     for command in (("list-hosts",), ("list-tokens",), ("show-audit",), ("list-api-keys",)):
-        fleet.environment = {"TERM": "xterm", "COLUMNS": "20", "HOSTENROLL_DB": files_of(fleet)[0]}
-        piped = fleet(*command).out
+        motley.environment = {
+            "TERM": "xterm",
+            "COLUMNS": "20",
+            "HOSTENROLL_DB": files_of(motley)[0],
+        }
+        piped = motley(*command).out
         assert (
             "\x1b" not in piped
             and "\u2026" not in piped
@@ -15334,8 +15338,8 @@ STATE_COLOURS = {
 }  # fmt: skip
 
 
-def test_a_state_has_a_colour_on_a_terminal_and_nothing_else_has(fleet: Operator) -> None:
-    shown = on_terminal(fleet, "list-hosts", columns=250)
+def test_a_state_has_a_colour_on_a_terminal_and_nothing_else_has(motley: Operator) -> None:
+    shown = on_terminal(motley, "list-hosts", columns=250)
     assert {*re.findall(r"\x1b\[[^m]*m", shown)} == {
         "\x1b[0m",
         *(f"\x1b[{colour}m" for colour in STATE_COLOURS.values() if colour),
@@ -15343,10 +15347,10 @@ def test_a_state_has_a_colour_on_a_terminal_and_nothing_else_has(fleet: Operator
     for status, colour in STATE_COLOURS.items():
         painted = f"\x1b[{colour}m{status}\x1b[0m" if colour else f"  {status}  "
         assert painted in shown
-    assert ESCAPE.sub("", shown) == fleet("list-hosts").out
-    host = json.loads(fleet("list-hosts", "--status", "online", "--json").out)["hosts"][0]["id"]
-    fleet("edit-host", host, "--name", "revoked")
-    shown = on_terminal(fleet, "show-host", host)
+    assert ESCAPE.sub("", shown) == motley("list-hosts").out
+    host = json.loads(motley("list-hosts", "--status", "online", "--json").out)["hosts"][0]["id"]
+    motley("edit-host", host, "--name", "revoked")
+    shown = on_terminal(motley, "show-host", host)
     assert "\nname:            revoked\n" in shown
     assert "\nstatus:          \x1b[32monline\x1b[0m\n" in shown
 
@@ -15357,24 +15361,24 @@ def test_a_state_has_a_colour_on_a_terminal_and_nothing_else_has(fleet: Operator
     ids=["NO_COLOR", "a dumb terminal", "no terminal that is known"],
 )
 def test_there_are_no_colours_for_who_wants_none(
-    environment: Dict[str, str], fleet: Operator
+    environment: Dict[str, str], motley: Operator
 ) -> None:
     for command in ("list-hosts", "check", "list-tokens"):
-        shown = on_terminal(fleet, command, columns=250, **environment)
-        assert "\x1b" not in shown and shown == fleet(command).out
+        shown = on_terminal(motley, command, columns=250, **environment)
+        assert "\x1b" not in shown and shown == motley(command).out
 
 
-def test_an_empty_no_color_asks_for_nothing(fleet: Operator) -> None:
-    assert "\x1b[32monline" in on_terminal(fleet, "list-hosts", NO_COLOR="")
+def test_an_empty_no_color_asks_for_nothing(motley: Operator) -> None:
+    assert "\x1b[32monline" in on_terminal(motley, "list-hosts", NO_COLOR="")
 
 
-def test_the_environment_may_say_how_wide_a_terminal_is(fleet: Operator) -> None:
-    assert on_terminal(fleet, "list-hosts", columns=250, COLUMNS="60") == on_terminal(
-        fleet, "list-hosts", columns=60
+def test_the_environment_may_say_how_wide_a_terminal_is(motley: Operator) -> None:
+    assert on_terminal(motley, "list-hosts", columns=250, COLUMNS="60") == on_terminal(
+        motley, "list-hosts", columns=60
     )
     for nonsense in ("0", "-1", "x", "1e3", ""):
-        assert on_terminal(fleet, "list-hosts", columns=60, COLUMNS=nonsense) == on_terminal(
-            fleet, "list-hosts", columns=60
+        assert on_terminal(motley, "list-hosts", columns=60, COLUMNS=nonsense) == on_terminal(
+            motley, "list-hosts", columns=60
         )
 
 
@@ -15393,15 +15397,15 @@ def test_times_are_said_from_now(seconds: float, said: str, clock: Clock) -> Non
     assert hostenroll.ago(timestamp, clock.ms + round(seconds * 1000)) == said
 
 
-def test_people_see_times_from_now_and_programs_exact_ones(fleet: Operator) -> None:
-    (host,) = json.loads(fleet("list-hosts", "--status", "offline", "--json").out)["hosts"]
-    listed = fleet("list-hosts", "--status", "offline").out
+def test_people_see_times_from_now_and_programs_exact_ones(motley: Operator) -> None:
+    (host,) = json.loads(motley("list-hosts", "--status", "offline", "--json").out)["hosts"]
+    listed = motley("list-hosts", "--status", "offline").out
     assert "3 min ago" in listed and host["lastSeen"] not in listed
-    shown = fleet("show-host", host["id"]).out
+    shown = motley("show-host", host["id"]).out
     assert f"last seen:       3 min ago ({host['lastSeen']})\n" in shown
-    (token,) = json.loads(fleet("list-tokens", "--json").out)["tokens"]
-    assert "7 d ago" in fleet("list-tokens").out
-    shown = fleet("show-token", token["id"]).out
+    (token,) = json.loads(motley("list-tokens", "--json").out)["tokens"]
+    assert "7 d ago" in motley("list-tokens").out
+    shown = motley("show-token", token["id"]).out
     assert f"expires:       7 d ago ({token['expiresAt']})\n" in shown
     hosts = re.search(r"^hosts: +((?:[0-9a-f]{16}\n *){6})", shown, re.MULTILINE)
     assert hosts is not None and hosts[1].split() == token["hosts"]
@@ -15755,7 +15759,7 @@ eval "exec $(value ExecStart)" 2>/var/log/hostenroll &
 """
 
 
-class Machine:
+class Box:
     """A machine with its own network, hostname, processes and files: but for /tmp, what is written
     there is written nowhere else, and what runs there ends with it."""
 
@@ -15822,7 +15826,7 @@ class Machine:
         until(lambda: [host["status"] for host in self.hosts()] == ["online"])
         return self.type(look)
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Box:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -15841,7 +15845,7 @@ def join_command_in(said: Any) -> str:
     return found[0]
 
 
-def connect(one: Machine, other: Machine) -> None:
+def connect(one: Box, other: Box) -> None:
     """A wire between two machines; the first is 192.0.2.10."""
     add = ["ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns"]
     subprocess.run(["nsenter", "-t", one.process, "-n", *add, other.process], check=True)
@@ -15882,7 +15886,7 @@ def test_every_command_in_the_readme_is_well_formed(block: Block) -> None:
 @needs_machines
 def test_the_first_minute_takes_less(tmp_path: Path) -> None:
     begun = time.monotonic()
-    with Machine(tmp_path) as machine:
+    with Box(tmp_path) as machine:
         shown = machine.pass_the_first_minute()
         lines = shown.out.splitlines()
         assert time.monotonic() - begun < 60
@@ -15893,7 +15897,7 @@ def test_the_first_minute_takes_less(tmp_path: Path) -> None:
 @needs_machines
 def test_the_second_machine_comes_in_over_tls_by_a_pinned_key(tmp_path: Path) -> None:
     serve, mint = (block.text for block in BLOCKS if block.section == "The second machine")
-    with Machine(tmp_path) as first, Machine(tmp_path, "second") as second:
+    with Box(tmp_path) as first, Box(tmp_path, "second") as second:
         connect(first, second)
         first.pass_the_first_minute()
         first.type(serve)
@@ -15914,7 +15918,7 @@ def test_the_second_machine_comes_in_over_tls_by_a_pinned_key(tmp_path: Path) ->
 def test_what_the_readme_says_can_be_typed(block: Block, tmp_path: Path) -> None:
     """Each block on a machine of its own. One that fails or does not end, without `listens on`
     or `enrolled as host`, is wrong, or wants to be named in a table above."""
-    with Machine(tmp_path) as machine:
+    with Box(tmp_path) as machine:
         if block.first not in ON_A_BARE_MACHINE:
             machine.pass_the_first_minute()
         said = machine.type(block.text)
