@@ -38,7 +38,7 @@ Contents; each section uses only those above it, and a test holds it to that:
      7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
      8. Assets         texts for people to copy; the agent, in shell; the page, for browsers
      9. Api            routes, and the documents that they answer with; metrics
-    10. Server         the loop: sockets, TLS, deadlines, shutdown
+    10. Server         the loop: sockets, TLS, deadlines, shutdown; a load for the benchmark
     11. Command line   COMMANDS and main()
 
 Laws that the code keeps, each explained where it is kept:
@@ -87,6 +87,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from array import array
 from bisect import bisect_left
 from calendar import timegm
 from collections import Counter, OrderedDict, deque
@@ -96,7 +97,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import MAGIC_NUMBER
-from itertools import chain, product, repeat, takewhile
+from itertools import accumulate, chain, product, repeat, takewhile
 from types import CodeType
 from typing import (
     Any,
@@ -238,6 +239,24 @@ PAGE_CACHE_KIB = 8192
 PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
 PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not say
+
+# The benchmark.
+BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
+BENCH_SECONDS, BENCH_SECONDS_RANGE = 10, (1, 600)
+BENCH_CONNECTIONS, BENCH_CONNECTIONS_RANGE = 64, (1, 1024)
+BENCH_RATE_RANGE = (1, 100_000)  # heartbeats a second
+BENCH_BATCH = 1000  # hosts made in one transaction; larger ones are no faster
+BENCH_ENROLLED = 20_000  # hosts at most that enroll over HTTP, or half the fleet
+BENCH_ENROLLED_A_SECOND = 2000  # of --seconds: a short benchmark is to be short
+BENCH_BYTES_PER_HOST = 1024  # of disk: twice what was measured
+BENCH_START, BENCH_POLL = 30, 0.02  # how long a server may take to listen, and a look at it
+BENCH_SHARE = 0.7  # of what a full server answers: a fleet is to leave room for its bad days
+BENCH_P99 = 0.050  # and answers that take longer are late
+BENCH_BUSY = 0.9  # of a core, that server and load take together when nothing holds them up
+BENCH_TRIES = 4  # of rates, each BENCH_SHARE of the one before, until one is answered in time
+BENCH_TELL = 0.2  # between two signs of life
+LOAD_PATIENCE = 10  # with a server that answers nothing, and with what is owed at the end
+LATENCY_BUCKETS = tuple(1e-5 * 1.01**n for n in range(1852))  # 10 us to 1000 s, to one per cent
 
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
@@ -2835,6 +2854,15 @@ class Histogram:
         """Count a value, once or for as many as it is true of."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
+
+    def quantile(self, per_mille: int) -> float:
+        """The bound that so many of a thousand values do not exceed: never less than is true.
+        Infinite where there is no such bound; of no values at all, the first bound."""
+        rank = -(-per_mille * sum(self.counts) // 1000)
+        reached = accumulate(self.counts)
+        return next(
+            bound for bound, so_far in zip((*self.bounds, math.inf), reached) if so_far >= rank
+        )
 
 
 class Metrics:
@@ -8545,7 +8573,7 @@ class Api:
 # The loop: one thread, non-blocking sockets, no waiting but in one place. A turn takes whatever
 # has arrived, at most one request of each connection, runs what may write as one tick, and answers
 # when that is committed. http.server is the frame; its threads, its parser and its name look-ups
-# at start are not used.
+# at start are not used. At its end stands the other end: clients that load a server.
 
 PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -8593,11 +8621,14 @@ class Phase:
 
 
 class Tls:
-    """The TLS of one connection: bytes to bytes, it never touches the socket."""
+    """The TLS of one connection: bytes to bytes, it never touches the socket. A server's, or a
+    client's where it is given the server's name."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, server: Optional[str] = None) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._session = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server is None, server_hostname=server
+        )
         self.has_begun = False
         self.is_shaken = False  # hands are: the handshake is over
         self.has_ended = False  # the peer has said that it sends no more
@@ -9588,6 +9619,239 @@ def fit_connections(wanted: int) -> int:
     return max(1, min(wanted, needed - DESCRIPTORS_SPARE))
 
 
+# The other end: what loads a server, for the benchmark.
+
+
+class LoadClient:
+    """One connection of a load."""
+
+    __slots__ = ("answer", "due", "request", "socket", "tls", "unsent")
+
+    def __init__(self) -> None:
+        self.socket: Optional[socket.socket] = None
+        self.tls: Optional[Tls] = None
+        self.due: Optional[float] = None  # when what is outstanding was; None: nothing is
+        self.request = b""  # that waits for the end of the handshake
+        self.unsent: Union[bytes, memoryview] = b""
+        self.answer = b""
+
+
+class Loaded(NamedTuple):
+    """What has come of a load."""
+
+    answered: int
+    seconds: float
+    unanswered: int  # due, and given up: the server was too far behind
+
+
+ANSWER_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)\r\n", re.IGNORECASE)
+
+
+def answer_body(answer: bytes) -> Optional[bytes]:
+    """The body of a whole answer; None while it is not whole. Raises OperatorError for anything
+    but success."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    if not end:
+        return None
+    length = ANSWER_LENGTH.search(head + b"\r\n")
+    if length is None or len(body) < int(length[1]):
+        return None
+    if not head.startswith(b"HTTP/1.1 2"):
+        said = (head.partition(b"\r\n")[0] + b": " + body).decode("utf-8", "replace")
+        raise OperatorError(f"the server under load answered {UNPRINTABLE.sub('?', said)[:300]}")
+    return body
+
+
+def trusting(certificate: str) -> ssl.SSLContext:
+    """The TLS of a client that trusts the certificate in a PEM file, and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certificate)
+    return context
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+class Load:
+    """Clients of one server on this machine, in one thread, each with one request outstanding at
+    most. Raises OperatorError for a server that refuses, hangs up or falls silent."""
+
+    def __init__(
+        self, port: int, clients: int, *, close: bool = False, tls: Optional[ssl.SSLContext] = None
+    ) -> None:
+        """With close, the requests ask the server to end the connection after its answer."""
+        self._address = (DEFAULT_HOST, port)
+        self._closes = close
+        self._context = tls
+        self._clients = [LoadClient() for _ in range(clients)]
+        self._idle = deque(self._clients)  # who has rested longest goes first
+        self._selector = selectors.DefaultSelector()
+        self._observe: Callable[[float], object] = _ignore
+        self._take: Callable[[bytes], object] = _ignore
+        self._answered = 0
+        self._moved_at = 0.0  # when something was last sent or answered
+
+    def close(self) -> None:
+        """Close every connection."""
+        for client in self._clients:
+            self._drop(client)
+        self._selector.close()
+
+    def run(
+        self,
+        requests: Iterator[bytes],
+        seconds: float,
+        observe: Callable[[float], object],
+        *,
+        gaps: Optional[Iterator[float]] = None,
+        take: Callable[[bytes], object] = _ignore,
+        tell: Callable[[int, float], object] = _ignore,
+    ) -> Loaded:
+        """Send requests for so many seconds, or until there are no more, and wait for what is
+        owed. observe is given the seconds that each answer took, take its body; tell, now and
+        then, how many answers there were, and in how many seconds.
+
+        Without gaps a client sends its next request when the last one is answered. That shows how
+        much a server can do, but not how long anybody waits for it: one that stalls is asked
+        less, and those who would have come meanwhile are never heard. With gaps, in seconds, a
+        request is due that long after the one before it, whatever has been answered, and the
+        time of its answer counts from when it was due.
+        """
+        self._observe, self._take, self._answered = observe, take, 0
+        began = now = due = told_at = self._moved_at = time.monotonic()
+        ends = began + seconds
+        while True:
+            gives_up = now >= ends + LOAD_PATIENCE
+            while due <= now and due < ends and self._idle and not gives_up:
+                request = next(requests, None)
+                if request is None:
+                    ends = began
+                    break
+                self._begin(self._idle.popleft(), request, due)
+                due = now if gaps is None else due + next(gaps)
+            is_over = gives_up or due >= ends
+            if is_over and len(self._idle) == len(self._clients):
+                break
+            self._wait(due - now if self._idle and not is_over else BENCH_TELL)
+            now = time.monotonic()
+            if gaps is None:
+                due = now
+            if now - told_at >= BENCH_TELL:
+                tell(self._answered, now - began)
+                told_at = now
+        unanswered = 0 if gaps is None else self._give_up(due, ends, gaps, now)
+        return Loaded(self._answered, now - began, unanswered)
+
+    def _give_up(self, due: float, ends: float, gaps: Iterator[float], now: float) -> int:
+        """Count those who were due and wait still: they have waited at least so long."""
+        given_up = 0
+        while due < ends:
+            self._observe(now - due)
+            given_up += 1
+            due += next(gaps)
+        return given_up
+
+    def _wait(self, seconds: float) -> None:
+        """Attend to what comes within so many seconds at most. Selectors wait for whole
+        milliseconds, rounded up, so the last one is spent awake."""
+        ready = self._selector.select(max(0.0, min(seconds, BENCH_TELL) - 0.001))
+        for key, _ in ready:
+            self._attend(key.data)
+        if not ready:
+            if len(self._idle) < len(self._clients) and (
+                time.monotonic() - self._moved_at > LOAD_PATIENCE
+            ):
+                raise OperatorError(f"the server has answered nothing for {LOAD_PATIENCE} s")
+            os.sched_yield()  # where there is one core, it is the server's
+
+    def _begin(self, client: LoadClient, request: bytes, due: float) -> None:
+        client.due = due
+        self._moved_at = time.monotonic()
+        if client.socket is None:
+            self._connect(client)
+        tls = client.tls
+        if tls is None:
+            self._push(client, request)
+        elif tls.is_shaken:
+            self._push(client, tls.send(request))
+        else:
+            client.request = request
+            tls.receive(b"")
+            self._push(client, tls.output())
+
+    def _connect(self, client: LoadClient) -> None:
+        client.socket = peer = socket.socket()
+        peer.setblocking(False)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(BlockingIOError):
+            peer.connect(self._address)
+        self._selector.register(peer, selectors.EVENT_READ, client)
+        if self._context is not None:
+            client.tls = Tls(self._context, DEFAULT_HOST)
+
+    def _push(self, client: LoadClient, data: Union[bytes, memoryview]) -> None:
+        peer = client.socket
+        assert peer is not None
+        try:
+            sent = peer.send(data)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOTCONN):  # the latter: still connecting
+                raise
+            sent = 0
+        was_unsent = bool(client.unsent)
+        client.unsent = data[sent:]
+        if bool(client.unsent) != was_unsent:
+            events = selectors.EVENT_READ if was_unsent else selectors.EVENT_WRITE
+            self._selector.modify(peer, events, client)
+
+    def _attend(self, client: LoadClient) -> None:
+        if client.unsent:
+            self._push(client, client.unsent)
+            return
+        assert client.socket is not None
+        data = client.socket.recv(RECEIVE_SIZE)
+        if not data:
+            if client.due is not None:
+                raise OperatorError("the server hung up on a request")
+            self._drop(client)  # it had nothing to do for long
+            return
+        if client.tls is not None:
+            data = self._decrypt(client, client.tls, data)
+        client.answer += data
+        body = answer_body(client.answer) if client.due is not None else None
+        if body is not None:
+            self._finish(client, body)
+
+    def _decrypt(self, client: LoadClient, tls: Tls, data: bytes) -> bytes:
+        plain = tls.receive(data)
+        output = tls.output()
+        if tls.is_shaken and client.request:
+            output += tls.send(client.request)
+            client.request = b""
+        if output:
+            self._push(client, output)
+        return plain
+
+    def _finish(self, client: LoadClient, body: bytes) -> None:
+        assert client.due is not None
+        self._moved_at = time.monotonic()
+        self._observe(self._moved_at - client.due)
+        self._take(body)
+        self._answered += 1
+        client.due, client.answer = None, b""
+        if self._closes:
+            self._drop(client)
+        self._idle.append(client)
+
+    def _drop(self, client: LoadClient) -> None:
+        if client.socket is not None:
+            self._selector.unregister(client.socket)
+            client.socket.close()
+        client.socket = client.tls = None
+        client.answer = client.unsent = b""
+
+
 # 11. Command line
 #
 # What an operator types. A secret or a requested value stands alone on stdout, facts for people
@@ -9702,6 +9966,17 @@ def count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return int(text)
+
+
+def count_within(bounds: Tuple[int, int]) -> Callable[[str], int]:
+    """count(), and within bounds."""
+
+    def check(text: str) -> int:
+        if not bounds[0] <= count(text) <= bounds[1]:
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds: {bounds[0]} to {bounds[1]}")
+        return int(text)
+
+    return check
 
 
 def positive(text: str) -> int:
@@ -10707,8 +10982,6 @@ def _run_unit(session: Session) -> int:
 
 
 def _run_make_cert(session: Session) -> int:
-    import subprocess  # one command of all needs it, and it costs each a hundredth of a second
-
     arguments = session.arguments
     names = [_subject_alternative_name(name) for name in arguments.name]
     if os.path.realpath(arguments.tls_cert) == os.path.realpath(arguments.tls_key):
@@ -10718,21 +10991,7 @@ def _run_make_cert(session: Session) -> int:
             raise OperatorError(f"{path} is there already: remove it, or name another file")
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise OperatorError(f"there is no folder for {path}")
-    os.close(os.open(arguments.tls_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
-    command = [
-        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
-        *("-nodes", "-sha256", "-days", str(arguments.days), "-subj", f"/CN={arguments.name[0]}"),
-        *("-addext", f"subjectAltName={','.join(names)}"),
-        *("-keyout", arguments.tls_key, "-out", arguments.tls_cert),
-    ]
-    try:
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        failure = made.stderr.strip().rpartition("\n")[2] if made.returncode else ""
-    except FileNotFoundError:
-        failure = "there is no openssl program: make a pair on another machine, and copy it here"
-    if failure:
-        os.remove(arguments.tls_key)
-        raise OperatorError(f"cannot make a certificate: {failure}")
+    _make_pair(arguments.tls_cert, arguments.tls_key, arguments.name[0], names, arguments.days)
     pin = public_key_pin(load_tls(arguments.tls_cert, arguments.tls_key)[1])
     session.report(
         {"certificate": arguments.tls_cert, "key": arguments.tls_key, "pin": pin},
@@ -10741,6 +11000,25 @@ def _run_make_cert(session: Session) -> int:
         f"--tls-key {shlex.quote(arguments.tls_key)}",
     )
     return 0
+
+
+def _make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
+    import subprocess  # two commands of all need it, and it costs each a hundredth of a second
+
+    os.close(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
+    command = [
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+        *("-nodes", "-sha256", "-days", str(days), "-subj", f"/CN={subject}"),
+        *("-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", certificate),
+    ]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        failure = made.stderr.strip().rpartition("\n")[2] if made.returncode else ""
+    except FileNotFoundError:
+        failure = "there is no openssl program: make a pair on another machine, and copy it here"
+    if failure:
+        os.remove(key)
+        raise OperatorError(f"cannot make a certificate: {failure}")
 
 
 def _subject_alternative_name(name: str) -> str:
@@ -10768,6 +11046,503 @@ def _run_agent_script(session: Session) -> int:
 def _run_openapi(session: Session) -> int:
     print_json(openapi_document())
     return 0
+
+
+# The benchmark: a scratch fleet in a temporary folder, the real server in a process of its own, and
+# in another one the load.
+
+HEARTBEAT_REQUEST = (
+    b"POST /api/agent/heartbeat HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
+    b"Accept: */*\r\nAuthorization: Bearer %b\r\n%b\r\n"
+)
+ENROLL_REQUEST = (
+    b"POST /api/agent/enroll HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
+    b"Accept: */*\r\nContent-Length: %d\r\n%b\r\n%b"
+)
+PS_USAGE = re.compile(r"\s*(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)\s+(\d+)\s*")
+BENCH_QUANTILES = {"p50": 500, "p99": 990, "p999": 999}
+BENCH_RULE = (
+    f"Can hold: {BENCH_SHARE:.0%} of the heartbeats that one core of the server answers at full "
+    "load, and no more than were answered at all. They were then sent at that rate, whatever had "
+    f"been answered: where p99, from when each was due, was over {BENCH_P99 * SECOND_MS:.0f} ms, "
+    f"at {BENCH_SHARE:.0%} of it, and so on; the last rate counts."
+)
+BENCH_RATE_RULE = (
+    f"Can hold: what --rate says, if p99, from when each heartbeat was due, was at most "
+    f"{BENCH_P99 * SECOND_MS:.0f} ms."
+)
+
+
+class Bench(NamedTuple):
+    """What the process that makes the load knows."""
+
+    arguments: argparse.Namespace
+    now: int
+    fleet: array[int]  # the ids of its hosts
+    key: SigningKey  # that their credentials are signed with
+    token: str
+    newcomers: int  # that are to enroll by it
+    certificate: Optional[str]
+    server: int  # its process id
+    port: int
+
+
+def read_ps(text: str) -> Tuple[float, int]:
+    """CPU seconds and resident bytes, as ps shows them as time and rss."""
+    match = PS_USAGE.fullmatch(text)
+    if match is None:
+        raise OperatorError("the server is gone, or neither /proc nor ps tells what it takes")
+    days, hours, minutes, seconds, kibibytes = match.groups()
+    whole = int(days or 0) * DAY + int(hours or 0) * HOUR + int(minutes) * MINUTE
+    return whole + float(seconds), int(kibibytes) * 1024
+
+
+def process_usage(process: int) -> Tuple[float, int]:
+    """The CPU seconds that a process has taken, and its resident bytes."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except FileNotFoundError:
+        import subprocess
+
+        command = ["ps", "-o", "time=", "-o", "rss=", "-p", str(process)]
+        return read_ps(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    ticks = int(fields[11]) + int(fields[12])  # utime and stime of proc(5); rss is the 24th there
+    return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def heartbeats(fleet: Iterable[int], key: SigningKey, end: bytes, now: int) -> Iterator[bytes]:
+    """A heartbeat of one host after the other, for ever: of each before any comes again, as in a
+    fleet, and in an order that has nothing to do with that of the database."""
+    order = array("q", fleet)
+    random.shuffle(order)
+    while True:
+        for host in order:
+            claims = Claims(host, DEFAULT_ORGANIZATION, now // SECOND_MS, 1, None, key.kid)
+            yield HEARTBEAT_REQUEST % (key.sign(claims).encode("ascii"), end)
+
+
+def _bench_facts(number: int) -> Dict[str, str]:
+    return {
+        "hostname": f"host-{number:07d}.example.net",
+        "os": "Debian GNU/Linux 12 (bookworm)",
+        "architecture": "x86_64",
+        "docker_version": "27.3.1",
+    }
+
+
+def enrollments(token: str, numbers: Iterable[int], end: bytes) -> Iterator[bytes]:
+    """An enrollment by one token after the other."""
+    for number in numbers:
+        facts = _bench_facts(number)
+        facts["dockerVersion"] = facts.pop("docker_version")
+        body = json.dumps({"token": token, **facts}).encode("ascii")
+        yield ENROLL_REQUEST % (len(body), end, body)
+
+
+class Driver:
+    """What the process does that makes the load, step by step."""
+
+    def __init__(self, bench: Bench, load: Load, tell: Callable[[str], None]) -> None:
+        self._bench = bench
+        self._load = load
+        self._tell = tell
+        self._end = b"Connection: close\r\n" if bench.arguments.close else b""
+        self._resident = 0
+
+    def run(self) -> Document:
+        """All steps; what came of them."""
+        bench, seconds = self._bench, self._bench.arguments.seconds
+        document: Document = {"enrollments": self._enroll()}
+        beats = heartbeats(bench.fleet, bench.key, self._end, bench.now)
+        # First as in a fleet that beats already: each host once, or as many as time allows.
+        once = (beat for beat, _ in zip(beats, bench.fleet))
+        self._measure("warming up", once, seconds / 2)
+        full = self._measure("full load", beats, seconds)
+        document["fullLoad"] = full
+        document["paced"] = paced = []
+        for rate in paced_rates(bench.arguments.rate, full):
+            tried = self._measure(f"{rate:,} heartbeats a second", beats, seconds, rate)
+            paced.append({"duePerSecond": rate, **tried})
+            if tried["p99Milliseconds"] <= BENCH_P99 * SECOND_MS:
+                break
+        return {**document, "memoryBytes": self._resident}
+
+    def _enroll(self) -> Document:
+        bench = self._bench
+        fleet = bench.fleet
+        numbers = range(len(fleet), len(fleet) + bench.newcomers)
+
+        def take(body: bytes) -> None:
+            fleet.append(read_id(json.loads(body)["hostId"]))
+
+        requests = enrollments(bench.token, numbers, self._end)
+        return self._measure("enrollments", requests, math.inf, take=take)
+
+    def _measure(
+        self,
+        what: str,
+        requests: Iterator[bytes],
+        seconds: float,
+        rate: Optional[int] = None,
+        take: Callable[[bytes], object] = len,
+    ) -> Document:
+        latencies = Histogram(LATENCY_BUCKETS)
+        # Hosts are many and know nothing of each other: the gaps between them are exponential.
+        gaps = None if rate is None else iter(partial(random.expovariate, rate), -1.0)
+        before = process_usage(self._bench.server)[0], time.process_time()
+        done = self._load.run(
+            requests,
+            seconds,
+            latencies.observe,
+            gaps=gaps,
+            take=take,
+            tell=partial(self._watch, what),
+        )
+        self._watch(what, done.answered, done.seconds)
+        after = process_usage(self._bench.server)[0], time.process_time()
+        return load_document(done, latencies, after[0] - before[0], after[1] - before[1])
+
+    def _watch(self, what: str, answered: int, seconds: float) -> None:
+        self._resident = max(self._resident, process_usage(self._bench.server)[1])
+        self._tell(f"{what}: {answered:,} answered in {seconds:.0f} s")
+
+
+def paced_rates(asked: Optional[int], full: Mapping[str, Any]) -> List[int]:
+    """What to try after a full load, in heartbeats a second, until one is answered in time. It
+    may have been the load that kept the server from more: then CPU per heartbeat says how much a
+    core of it could do."""
+    if asked is not None:
+        return [asked]
+    answered, each = float(full["perSecond"]), float(full["serverCpuMicrosecondsEach"])
+    wanted = min(answered, BENCH_SHARE * 1e6 / each) if each else BENCH_SHARE * answered
+    return [max(1, round(wanted * BENCH_SHARE**tried)) for tried in range(BENCH_TRIES)]
+
+
+def load_document(done: Loaded, latencies: Histogram, server: float, own: float) -> Document:
+    """Load: what has come of one, with the CPU seconds that it has cost the server, and those
+    that it took to make it."""
+    quantiles = {
+        f"{name}Milliseconds": round(latencies.quantile(per_mille) * SECOND_MS, 3)
+        for name, per_mille in BENCH_QUANTILES.items()
+    }
+    return {
+        "answered": done.answered,
+        "unanswered": done.unanswered,
+        "seconds": round(done.seconds, 3),
+        "perSecond": round(done.answered / done.seconds, 1),
+        "serverCpuMicrosecondsEach": round(server * 1e6 / max(1, done.answered), 2),
+        "serverCpuShareOfOneCore": round(server / done.seconds, 3),
+        "loadCpuShareOfOneCore": round(own / done.seconds, 3),
+        **quantiles,
+    }
+
+
+def _drive(bench: Bench, pipe: Any, other_end: Any) -> None:
+    """The process that makes the load: all that it has to say goes into the pipe."""
+    other_end.close()  # it came with the fork, and we are to notice when nobody reads
+    _on_end(signal.SIG_IGN)  # the parent ends it
+
+    def tell(kind: str, said: Any) -> None:
+        try:
+            pipe.send((kind, said))
+        except BrokenPipeError:  # the parent was killed: nobody else will end the server
+            with suppress(ProcessLookupError):
+                os.kill(bench.server, signal.SIGTERM)
+            sys.exit(EXIT_FAILED)
+
+    arguments = bench.arguments
+    try:
+        tls = trusting(bench.certificate) if bench.certificate else None
+        load = Load(bench.port, arguments.connections, close=arguments.close, tls=tls)
+        tell("done", Driver(bench, load, partial(tell, "progress")).run())
+        load.close()
+    except OperatorError as error:
+        tell("failed", str(error))
+    except OSError as error:
+        tell("failed", f"cannot go on with the load: {error}")
+
+
+def _show_progress(text: str) -> None:
+    """One line that is written over, on a terminal only."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r{text[:78]:78}\r", end="", file=sys.stderr, flush=True)
+
+
+def _interrupt(*_: object) -> None:
+    _on_end(signal.SIG_IGN)  # a second one must not spoil the cleaning up
+    raise KeyboardInterrupt
+
+
+def _on_end(action: Any) -> None:
+    _on_signals(action)
+    signal.signal(signal.SIGHUP, action)
+
+
+def _hold_signals() -> List[int]:
+    """Let none come between the start of a child and our knowing of it: until _release_signals()
+    they are kept in this list."""
+    held: List[int] = []
+    _on_end(lambda number, _: held.append(number))
+    return held
+
+
+def _release_signals(held: Sequence[int]) -> None:
+    _on_end(_interrupt)
+    if held:
+        _interrupt()
+
+
+def _run_bench(session: Session) -> int:
+    import tempfile
+
+    arguments = session.arguments
+    if fit_connections(arguments.connections) < arguments.connections:
+        raise OperatorError("the limit of open files allows fewer --connections: ulimit -Hn")
+    _on_end(_interrupt)
+    try:
+        with tempfile.TemporaryDirectory(prefix="hostenroll-bench-") as folder:
+            _require_room(folder, arguments.hosts)
+            document = _bench(session, folder)
+    finally:
+        _show_progress("")
+    if arguments.json:
+        print_json(document)
+    else:
+        _print_bench(document)
+    return 0
+
+
+def _require_room(folder: str, hosts: int) -> None:
+    import shutil
+
+    free, needed = shutil.disk_usage(folder).free, hosts * BENCH_BYTES_PER_HOST + 2 * WAL_MAXIMUM
+    if free < needed:
+        raise OperatorError(
+            f"{hosts} hosts need some {needed >> 20} MiB in {os.path.dirname(folder)}, and "
+            f"{free >> 20} are free: name another folder in TMPDIR, or fewer --hosts"
+        )
+
+
+def _bench(session: Session, folder: str) -> Document:
+    import shutil
+
+    arguments = session.arguments
+    files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
+    options = ["--port", "0"]
+    certificate = None
+    if arguments.tls:
+        if shutil.which("openssl") is None:
+            raise OperatorError("--tls needs the program openssl, for a certificate of its own")
+        certificate, tls_key = os.path.join(folder, "tls.crt"), os.path.join(folder, "tls.key")
+        _make_pair(certificate, tls_key, DEFAULT_HOST, [f"IP:{DEFAULT_HOST}"], 1)
+        options += ["--tls-cert", certificate, "--tls-key", tls_key]
+    most = arguments.seconds * BENCH_ENROLLED_A_SECOND
+    newcomers = min(arguments.hosts // 2, most, BENCH_ENROLLED)
+    registry = open_registry(files[0], files[1], session.now())
+    key = load_keyring(files[1]).first
+    try:
+        fleet = _make_fleet(session, registry, arguments.hosts - newcomers, key.kid)
+        token = _token(registry, newcomers, session.now())
+    finally:
+        registry.close()
+    sync_file(files[0])  # or else the disk is busy with it while the server is measured
+    with _scratch_server(session.environment, folder, options) as (server, port):
+        now = session.now()
+        bench = Bench(arguments, now, fleet, key, token, newcomers, certificate, server, port)
+        document = _drive_elsewhere(bench)
+    size = os.path.getsize(files[0])
+    return bench_document(arguments, document, size)
+
+
+def _token(registry: Registry, uses: int, now: int) -> str:
+    by = Principal("cli:bench", ALL_ORGANIZATIONS, "admin")
+    order = TokenOrder(max_uses=uses)
+    return str(registry.perform(Act(lambda now: registry.mint(by, order, now)[1]), now))
+
+
+def _make_fleet(session: Session, registry: Registry, hosts: int, kid: str) -> array[int]:
+    """Enroll hosts by the rules, a whole transaction of them at once and without HTTP, and let
+    each beat once: rows, history and size are those of a real fleet. Their ids."""
+    fleet = array("q")
+    while len(fleet) < hosts:
+        numbers = range(len(fleet), min(hosts, len(fleet) + BENCH_BATCH))
+        now = session.now()
+        admit = partial(_admit, registry, _token(registry, len(numbers), now), numbers)
+        batch = registry.perform(Act(admit, durable=False), now)
+        at = now // SECOND_MS
+        registry.tick([Claims(it, DEFAULT_ORGANIZATION, at, 1, None, kid) for it in batch], now)
+        registry.tidy()
+        fleet.extend(batch)
+        _show_progress(f"making the fleet: {len(fleet):,} of {hosts:,} hosts")
+    return fleet
+
+
+def _admit(registry: Registry, token: str, numbers: Iterable[int], now: int) -> List[int]:
+    hosts = []
+    for number in numbers:
+        applicant = Applicant(
+            token=token,
+            name=None,
+            idempotency_key=None,
+            address=str(ipaddress.IPv4Address((10 << 24) + number)),
+            **_bench_facts(number),
+        )
+        hosts.append(registry.enroll(applicant, now).host.id)
+    return hosts
+
+
+@contextmanager
+def _scratch_server(
+    environment: Mapping[str, str], folder: str, options: Sequence[str]
+) -> Iterator[Tuple[int, int]]:
+    """A server on what is in a folder: its process id, and its port."""
+    import subprocess
+
+    ours = (ENVIRONMENT_PREFIX, "NOTIFY_SOCKET", "LISTEN_")
+    clean = {name: text for name, text in environment.items() if not name.startswith(ours)}
+    said = os.path.join(folder, "log")
+    held = _hold_signals()
+    with open(said, "wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "serve", *options],
+            cwd=folder,
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        _release_signals(held)
+        yield server.pid, _await_port(said, lambda: server.poll() is None)
+    except OperatorError as error:
+        raise OperatorError(f"{error}{_complaint(said)}") from error
+    finally:
+        _on_end(signal.SIG_IGN)
+        server.terminate()
+        try:
+            server.wait(2 * SHUTDOWN_DEADLINE)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _await_port(said: str, lives: Callable[[], bool]) -> int:
+    """The port of a server, by what it says when it listens. Raises OperatorError."""
+    deadline = time.monotonic() + BENCH_START
+    while lives() and time.monotonic() < deadline:
+        with open(said, encoding="utf-8", errors="replace") as file:
+            listens = re.search(r" listens on https?://\S+:([0-9]+)\n", file.read())
+        if listens:
+            return int(listens[1])
+        time.sleep(BENCH_POLL)
+    raise OperatorError("the server does not start")
+
+
+def _complaint(said: str) -> str:
+    """What a server said last, other than its greeting."""
+    with open(said, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if not line.startswith(("hostenroll ", "next, "))]
+    return f"; the server said: {lines[-1].strip()}" if lines else ""
+
+
+def _drive_elsewhere(bench: Bench) -> Document:
+    """Make the load in a process of its own; what came of it. Raises OperatorError."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")  # it has the fleet, and needs no file of it
+    ours, theirs = context.Pipe(duplex=False)
+    driver = context.Process(target=_drive, args=(bench, theirs, ours), daemon=True)
+    held = _hold_signals()
+    driver.start()
+    try:
+        _release_signals(held)
+        theirs.close()
+        return _outcome(ours)
+    finally:
+        _on_end(signal.SIG_IGN)  # what follows is cleaning up
+        driver.kill()
+        driver.join()
+
+
+def _outcome(pipe: Any) -> Document:
+    while True:
+        try:
+            kind, said = pipe.recv()
+        except EOFError:
+            raise OperatorError("the process that makes the load has ended") from None
+        if kind == "progress":
+            _show_progress(said)
+        elif kind == "failed":
+            raise OperatorError(said)
+        else:
+            return cast(Document, said)
+
+
+def bench_document(
+    arguments: argparse.Namespace, measured: Mapping[str, Any], database: int
+) -> Document:
+    """Bench: what was measured and how, and how many hosts the box can hold, by which rule."""
+    last = measured["paced"][-1]
+    holds = last["duePerSecond"] if last["p99Milliseconds"] <= BENCH_P99 * SECOND_MS else 0
+    return {
+        "version": __version__,
+        "python": sys.version.split()[0],
+        "sqlite": SQLITE_VERSION,
+        "cores": os.cpu_count(),
+        "hosts": arguments.hosts,
+        "seconds": arguments.seconds,
+        "connections": arguments.connections,
+        "close": arguments.close,
+        "tls": arguments.tls,
+        **measured,
+        "databaseBytes": database,
+        "databaseBytesPerHost": round(database / arguments.hosts),
+        "rule": BENCH_RULE if arguments.rate is None else BENCH_RATE_RULE,
+        "heldPerSecond": holds,
+        "hostsAt30Seconds": holds * 30,
+        "hostsAt60Seconds": holds * 60,
+    }
+
+
+def _print_bench(document: Mapping[str, Any]) -> None:
+    import textwrap
+
+    how = "a connection for each request" if document["close"] else "kept alive"
+    over = " over TLS" if document["tls"] else ""
+    rows = [
+        ("fleet", f"{document['hosts']:,} hosts"),
+        ("", f"{document['connections']} connections, {how}{over}"),
+        *_load_rows("enrollments", document["enrollments"]),
+        *_load_rows("full load", document["fullLoad"]),
+        *(row for tried in document["paced"] for row in _load_rows("paced", tried)),
+        ("memory", f"{document['memoryBytes'] / 2**20:.0f} MiB"),
+        ("database", f"{document['databaseBytes'] / 2**20:.1f} MiB"),
+        ("", f"{document['databaseBytesPerHost']} bytes a host"),
+        ("can hold", f"{document['hostsAt30Seconds']:,} hosts at 30 s"),
+        ("", f"{document['hostsAt60Seconds']:,} hosts at 60 s"),
+    ]
+    print(table(rows))
+    rule = document["rule"]
+    if document["hostsAt60Seconds"] > 2 * document["hosts"]:
+        rule += " It is a larger fleet than was measured, and one costs more: try it with --hosts."
+    print(textwrap.fill(rule, 100))
+    full = document["fullLoad"]
+    if full["serverCpuShareOfOneCore"] + full["loadCpuShareOfOneCore"] < BENCH_BUSY:
+        print(
+            "At full load processors were idle or elsewhere: other programs run, or disks are slow."
+        )
+
+
+def _load_rows(name: str, load: Mapping[str, Any]) -> Iterator[Tuple[str, str]]:
+    due = f"{load['duePerSecond']:,} due a second, answered " if "duePerSecond" in load else ""
+    given_up = f", given up {load['unanswered']:,}" if load["unanswered"] else ""
+    yield name, f"{due}{load['perSecond']:,.0f} a second{given_up}"
+    each, share = load["serverCpuMicrosecondsEach"], load["serverCpuShareOfOneCore"]
+    own = load["loadCpuShareOfOneCore"]
+    yield "", f"{each:.0f} us of server CPU each, {share:.0%} of a core; the load {own:.0%}"
+    took = (f"{load[f'{name}Milliseconds']:.2f}" for name in BENCH_QUANTILES)
+    yield "", f"answered in {' / '.join(took)} ms (p50 / p99 / p99.9)"
 
 
 # What the command line calls the members of bodies and queries.
@@ -11123,6 +11898,45 @@ COMMANDS = (
         "check",
         _run_check,
         (JSON_OPTION,),
+    ),
+    Command(
+        "bench",
+        "measure how many hosts this machine can hold",
+        "bench --hosts 1000000",
+        _run_bench,
+        (
+            Argument(
+                "--hosts",
+                type=count_within(BENCH_HOSTS_RANGE),
+                default=str(BENCH_HOSTS),
+                metavar="N",
+                help="of the scratch fleet (%(default)s)",
+            ),
+            Argument(
+                "--seconds",
+                type=count_within(BENCH_SECONDS_RANGE),
+                default=str(BENCH_SECONDS),
+                metavar="S",
+                help="that each step takes (%(default)s)",
+            ),
+            Argument(
+                "--connections",
+                type=count_within(BENCH_CONNECTIONS_RANGE),
+                default=str(BENCH_CONNECTIONS),
+                metavar="C",
+                help="(%(default)s)",
+            ),
+            Argument("--close", action="store_true", help="a connection for each request"),
+            Argument("--tls", action="store_true", help="over TLS"),
+            Argument(
+                "--rate",
+                type=count_within(BENCH_RATE_RANGE),
+                metavar="R",
+                help="heartbeats a second to pace (70%% of what the machine can do)",
+            ),
+            Argument("--json", action="store_true", help="print JSON"),
+        ),
+        uses_store=False,
     ),
     Command(
         "make-cert",

@@ -7072,6 +7072,41 @@ def test_a_token_answers_questions(door: Door, clock: Clock) -> None:
     assert (ended["state"], ended["revokedAt"]) == ("revoked", hostenroll.rfc3339(clock.ms))
 
 
+@pytest.mark.parametrize(
+    ("values", "quantiles"),
+    table(
+        {
+            "nothing": ([], (1, 1, 1)),
+            "one value": ([2], (2, 2, 2)),
+            "between two bounds, the upper one": ([3.5], (5, 5, 5)),
+            "a hundred": (list(range(1, 101)), (50, 99, 100)),
+            "a thousand, of which one is slow": ([1] * 999 + [90], (1, 1, 1)),
+            "a thousand, of which two are": ([1] * 998 + [90] * 2, (1, 1, 90)),
+            "half of them": ([1] * 5 + [7] * 5, (1, 7, 7)),
+            "just more than half": ([1] * 5 + [7] * 6, (7, 7, 7)),
+            "beyond the last bound": ([1, 101], (1, float("inf"), float("inf"))),
+        }
+    ),
+)
+def test_a_quantile_is_the_bound_that_so_many_do_not_exceed(
+    values: List[float], quantiles: Tuple[float, float, float]
+) -> None:
+    bounds = [n for n in range(1, 101) if n != 4]
+    histogram = hostenroll.Histogram(bounds)
+    for value in values:
+        histogram.observe(value)
+    assert tuple(histogram.quantile(per_mille) for per_mille in (500, 990, 999)) == quantiles
+
+
+def test_latencies_are_known_to_one_per_cent_and_never_taken_for_less() -> None:
+    assert hostenroll.LATENCY_BUCKETS[0] == pytest.approx(1e-5)
+    assert hostenroll.LATENCY_BUCKETS[-1] > hostenroll.BENCH_SECONDS_RANGE[1]
+    for value in (0.0000123, 0.001, 0.0499, 0.0501, 12.5, 599.0):
+        histogram = hostenroll.Histogram(hostenroll.LATENCY_BUCKETS)
+        histogram.observe(value)
+        assert value <= histogram.quantile(500) <= value * 1.0101
+
+
 # 7. Messages
 
 
@@ -14626,6 +14661,213 @@ def test_who_shakes_hands_is_not_kept_out_by_those_who_hold_too_much(
         assert refused is not None and refused.code == "overloaded"
 
 
+# The load of the benchmark, against servers that behave as they are told.
+
+
+class ToyServer(threading.Thread):
+    """Answers one request after the other, each connection in turn; what a request gets says
+    reply, which may take its time."""
+
+    def __init__(self, reply: Callable[[int], bytes], close: bool = False) -> None:
+        super().__init__(daemon=True)
+        self.reply, self.closes = reply, close
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        self.accepted = self.requests = 0
+        self.stopped = False
+
+    def run(self) -> None:
+        peers = {self.listener}
+        while not self.stopped:
+            for ready in select.select(list(peers), [], [], 0.01)[0]:
+                if ready is self.listener:
+                    peer = self.listener.accept()[0]
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    peers.add(peer)
+                    self.accepted += 1
+                elif self._is_over(ready):
+                    peers.remove(ready)
+                    ready.close()
+        for peer in peers:
+            peer.close()
+
+    def _is_over(self, peer: socket.socket) -> bool:
+        try:
+            return self._answer(peer)
+        except ConnectionError:  # it has seen enough
+            return True
+
+    def _answer(self, peer: socket.socket) -> bool:
+        """Answer a request; whether it is over with this peer."""
+        data = peer.recv(65536)
+        while data and not data.endswith(b"\r\n\r\n"):
+            data += peer.recv(1 << 20)
+        if data:
+            assert data.count(b"\r\n\r\n") == 1  # never two outstanding
+            self.requests += 1
+            for part in self.reply(self.requests).partition(b"{"):  # in pieces
+                peer.sendall(part)
+        return self.closes or not data
+
+    def __enter__(self) -> ToyServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped = True
+        self.join(10)
+        assert not self.is_alive()
+
+
+FINE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def stalling(at: int, seconds: float) -> Callable[[int], bytes]:
+    def reply(number: int) -> bytes:
+        if number == at:
+            time.sleep(seconds)  # what is tested: a server that stands still
+        return FINE
+
+    return reply
+
+
+@contextlib.contextmanager
+def load_on(port: int, clients: int, **options: Any) -> Iterator[hostenroll.Load]:
+    load = hostenroll.Load(port, clients, **options)
+    try:
+        yield load
+    finally:
+        load.close()
+
+
+def asking(path: str = "/") -> Iterator[bytes]:
+    return itertools.repeat(request_bytes("GET", path))
+
+
+def test_when_requests_are_paced_a_stall_is_felt_by_all_who_were_due_meanwhile() -> None:
+    """200 a second for 0.5 s, and half of that time the server stands still."""
+    took: List[float] = []
+    with ToyServer(stalling(20, 0.25)) as server, load_on(server.port, 4) as load:
+        done = load.run(asking(), 0.498, took.append, gaps=itertools.repeat(0.005))
+    assert len(took) == done.answered == 100 and done.unanswered == 0
+    late = sorted(second for second in took if second > 0.02)
+    assert len(late) >= 40 and late[-1] >= 0.24
+    assert late[len(late) // 2] == pytest.approx(0.125, abs=0.05)  # they were due all through it
+
+
+@slow
+def test_in_a_closed_loop_a_stall_is_felt_by_a_few() -> None:
+    took: List[float] = []
+    with ToyServer(stalling(20, 0.25)) as server, load_on(server.port, 4) as load:
+        done = load.run(asking(), 0.4, took.append)
+    assert done.answered == len(took) > 100
+    assert 1 <= len([second for second in took if second > 0.2]) <= 4
+
+
+def test_what_is_due_is_sent_at_its_time_though_nothing_else_happens() -> None:
+    took: List[float] = []
+    with ToyServer(lambda number: FINE) as server, load_on(server.port, 2) as load:
+        done = load.run(asking(), 0.19, took.append, gaps=itertools.repeat(0.05))
+    assert len(took) == 4 and 0.15 <= done.seconds < 0.4
+
+
+@slow
+def test_who_is_due_and_is_given_up_has_waited_all_that_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that answers 50 a second is asked for 500."""
+    monkeypatch.setattr(hostenroll, "LOAD_PATIENCE", 0.1)
+
+    def reply(number: int) -> bytes:
+        time.sleep(0.02)
+        return FINE
+
+    took: List[float] = []
+    with ToyServer(reply) as server, load_on(server.port, 2) as load:
+        done = load.run(asking(), 0.199, took.append, gaps=itertools.repeat(0.002))
+    assert done.unanswered > 50 and done.answered + done.unanswered == len(took) == 100
+    assert max(took[: done.answered]) < min(0.45, done.seconds)
+    assert all(second > 0.1 for second in took[done.answered :])
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["kept alive", "a connection each"])
+def test_a_load_ends_with_its_requests_on_as_many_connections_as_it_is_to_have(close: bool) -> None:
+    bodies: List[bytes] = []
+    told: List[int] = []
+    with (
+        ToyServer(lambda number: FINE, close) as server,
+        load_on(server.port, 8, close=close) as load,
+    ):
+        requests = itertools.islice(asking(), 100)
+        done = load.run(requests, 10, abs, take=bodies.append, tell=lambda n, _: told.append(n))
+        assert done.answered == 100 == len(bodies) == server.requests and set(bodies) == {b"{}"}
+        assert server.accepted == (100 if close else 8)
+        assert done.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("reply", "word"),
+    table(
+        {
+            "a refusal": (
+                b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 6\r\n\r\n{\x1b[2J}",
+                "503 Service Unavailable: {?[2J}",
+            ),
+            "a hang-up": (b"", "hung up"),
+            "half an answer": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "hung up"),
+        }
+    ),
+)
+def test_a_server_that_refuses_or_hangs_up_ends_the_load(reply: bytes, word: str) -> None:
+    with ToyServer(lambda number: reply, close=True) as server, load_on(server.port, 2) as load:
+        with pytest.raises(hostenroll.OperatorError) as ended:
+            load.run(asking(), 5, abs)
+    assert word in str(ended.value)
+
+
+@slow
+def test_a_server_that_answers_nothing_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostenroll, "LOAD_PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with load_on(silent.getsockname()[1], 2) as load:
+            with pytest.raises(hostenroll.OperatorError, match="answered nothing"):
+                load.run(asking(), 30, abs)
+
+
+@slow
+def test_a_request_that_does_not_go_out_at_once_goes_out_whole() -> None:
+    large = b"GET / HTTP/1.1\r\nX: " + b"x" * 5_000_000 + b"\r\n\r\n"
+    with ToyServer(lambda number: FINE) as server, load_on(server.port, 2) as load:
+        done = load.run(iter([large, large]), 10, abs)
+    assert done.answered == 2 == server.requests
+
+
+def test_a_client_whose_connection_was_closed_meanwhile_makes_another() -> None:
+    took: List[float] = []
+    with ToyServer(lambda number: FINE, close=True) as server, load_on(server.port, 1) as load:
+        done = load.run(asking(), 0.19, took.append, gaps=itertools.repeat(0.05))
+        assert done.answered == 4 == server.accepted
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["kept alive", "a connection each"])
+def test_a_load_over_tls_trusts_one_certificate_alone(
+    close: bool, paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.crt"
+    other.write_text(certificate_of("other"))
+    end = [("Connection", "close")] if close else []
+    with tls_door(paths, clock) as door:
+        mine = hostenroll.trusting(str(tmp_path / "tls.crt"))
+        with load_on(door.port, 4, close=close, tls=mine) as load:
+            requests = itertools.repeat(request_bytes("GET", "/healthz", headers=end), 20)
+            bodies: List[bytes] = []
+            assert load.run(requests, 10, abs, take=bodies.append).answered == 20
+            assert {json.loads(body)["status"] for body in bodies} == {"ok"}
+        with load_on(door.port, 1, tls=hostenroll.trusting(str(other))) as load:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                load.run(asking("/healthz"), 10, abs)
+
+
 # 11. Command line
 
 
@@ -17496,3 +17738,380 @@ def test_the_suite_turns_red_with(mutation: Mutation, tmp_path: Path) -> None:
         run.communicate()
         return
     assert run.returncode == 1 and re.search(" failed| error", said), said[-2000:]
+
+
+# bench.
+
+
+def test_a_fleet_beats_each_host_once_before_any_again(keyring: hostenroll.Keyring) -> None:
+    beats = hostenroll.heartbeats(range(7, 507), keyring.first, b"", 1000)
+    hosts = []
+    for beat in itertools.islice(beats, 1000):
+        request = RequestReader("192.0.2.7").next(beat)
+        assert request is not None and request.authorization is not None
+        claims = keyring.verify(request.authorization)
+        assert claims._replace(host=0) == (0, "default", 1, 1, None, keyring.first.kid)
+        hosts.append(claims.host)
+    assert sorted(hosts[:500]) == sorted(hosts[500:]) == list(range(7, 507))
+    near = [1 for one, other in zip(hosts, hosts[1:]) if abs(one - other) < 25]
+    assert len(near) < 200  # a tenth of them by chance: neighbours do not come together
+
+
+def test_the_hosts_of_a_benchmark_are_those_of_a_real_fleet(
+    registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "BENCH_BATCH", 40)
+    session = hostenroll.Session(bench_arguments(), clock)
+    (kid,) = keys_of(registry, clock)
+    made = hostenroll._make_fleet(session, registry, 100, kid)
+    query = hostenroll.HostQuery(limit=1000)
+    hosts = [view for page in pages(registry, clock, "hosts", query) for view in page.items]
+    listed = pages(registry, clock, "tokens", hostenroll.TokenQuery())
+    tokens = [view for page in listed for view in page.items]
+    assert sorted(made) == sorted(view.host.id for view in hosts) and len(set(made)) == 100
+    assert {view.status for view in hosts} == {"online"}
+    assert len({(view.host.hostname, view.host.issued_to) for view in hosts}) == 100
+    uses = [(view.token.uses, view.token.max_uses) for view in tokens]
+    assert sorted(uses) == [(20, 20), (40, 40), (40, 40)]
+    assert len(happened(registry, "enroll")) == 100 and len(happened(registry, "mint")) == 3
+    assert do(registry, clock, lambda now: registry.verify_audit(None), writes=False).last >= 103
+
+
+@pytest.mark.parametrize(
+    ("text", "usage"),
+    table(
+        {
+            "linux": ("00:01:05   2048\n", (65.0, 2 << 20)),
+            "days of it": ("1-02:00:05 10\n", (93605.0, 10240)),
+            "a mac": ("  1:05.25  2048\n", (65.25, 2 << 20)),
+        }
+    ),
+)
+def test_where_there_is_no_proc_ps_says_what_a_process_takes(text: str, usage: Any) -> None:
+    assert hostenroll.read_ps(text) == usage
+
+
+def test_what_a_process_takes_is_known() -> None:
+    before = time.process_time()
+    cpu, resident = hostenroll.process_usage(os.getpid())
+    assert before - 0.5 < cpu < time.process_time() + 0.5
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 10 << 20 < resident <= peak + (4 << 20)
+    with pytest.raises(hostenroll.OperatorError):
+        hostenroll.read_ps("")
+
+
+def loaded(rate: float, each: float, p99: float = 1.0) -> Dict[str, Any]:
+    return {"perSecond": rate, "serverCpuMicrosecondsEach": each, "p99Milliseconds": p99}
+
+
+def bench_arguments(*arguments: str) -> Any:
+    return hostenroll._parser({}).parse_args(["bench", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "full", "rates"),
+    table(
+        {
+            "the server was the limit": ((), loaded(40_000, 25), [28_000, 19_600, 13_720, 9_604]),
+            "the load was": ((), loaded(20_000, 25), [20_000, 14_000, 9_800, 6_860]),
+            "one core for both": ((), loaded(22_000, 20), [22_000, 15_400, 10_780, 7_546]),
+            "CPU too little to be seen": ((), loaded(1000, 0), [700, 490, 343, 240]),
+            "hardly anything": ((), loaded(0.4, 0), [1, 1, 1, 1]),
+            "a rate that is asked for": (("--rate", "16700"), loaded(20_000, 25), [16_700]),
+        }
+    ),
+)
+def test_what_a_box_is_to_hold_leaves_room_and_is_no_more_than_it_did(
+    options: Tuple[str, ...], full: Any, rates: List[int]
+) -> None:
+    assert hostenroll.paced_rates(bench_arguments(*options).rate, full) == rates
+
+
+@pytest.mark.parametrize(
+    ("paced", "hosts"),
+    table(
+        {
+            "in time": ([(20_000, 49.9)], (600_000, 1_200_000)),
+            "in time at the second": ([(20_000, 80.0), (14_000, 9.0)], (420_000, 840_000)),
+            "never": ([(20_000, 80.0), (14_000, 50.1)], (0, 0)),
+        }
+    ),
+)
+def test_a_box_holds_what_it_was_seen_to_answer_in_time(paced: Any, hosts: Any) -> None:
+    tried = [{"duePerSecond": rate, "p99Milliseconds": p99} for rate, p99 in paced]
+    document = hostenroll.bench_document(bench_arguments(), {"paced": tried}, 50 << 20)
+    assert (document["hostsAt30Seconds"], document["hostsAt60Seconds"]) == hosts
+    assert document["databaseBytesPerHost"] == round((50 << 20) / 100_000)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--hosts", "99"),
+        ("--hosts", "10000001"),
+        ("--hosts", "-1"),
+        ("--seconds", "0"),
+        ("--seconds", "601"),
+        ("--connections", "0"),
+        ("--connections", "1025"),
+        ("--rate", "0"),
+        ("--rate", "1e3"),
+        ("--db", "hostenroll.db"),
+    ],
+    ids=" ".join,
+)
+def test_a_benchmark_out_of_bounds_is_a_mistake_in_usage(
+    arguments: Tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as usage:
+        bench_arguments(*arguments)
+    assert usage.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+class BenchProcess:
+    """`hostenroll.py bench` as a process that has all its children marked, and a folder of its
+    own for what is temporary."""
+
+    def __init__(self, folder: Path, *options: str, **more: Any) -> None:
+        self.scratch = folder / "scratch"
+        self.scratch.mkdir()
+        self.mark = f"BENCH_OF={folder}"
+        command = [*more.pop("command", (sys.executable, str(MODULE))), "bench", *options]
+        settings = {"TMPDIR": str(self.scratch), "BENCH_OF": str(folder)}
+        self.process = subprocess.Popen(
+            command,
+            cwd=str(folder),
+            env={**clean_environment(), "HOSTENROLL_TLS_CERT": "/nowhere", **settings},
+            stdout=subprocess.PIPE,
+            stderr=more.pop("stderr", subprocess.PIPE),
+            text=True,
+            **more,
+        )
+
+    def alive(self) -> Dict[int, List[str]]:
+        """The processes of this benchmark, with their command lines."""
+        found = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                    found[int(pid)] = [os.fsdecode(word) for word in words]
+        return found
+
+    def server(self) -> Optional[int]:
+        """The process id of its server, when that listens."""
+        logs = list(self.scratch.glob("*/log"))
+        if not logs or "listens on" not in logs[0].read_text():
+            return None
+        return next((pid for pid, words in self.alive().items() if "serve" in words), None)
+
+    def wait_for(self, what: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 30
+        found = what()
+        while not found:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+            found = what()
+        return found
+
+    def end(self) -> SimpleNamespace:
+        """What it said; nothing of it is left."""
+        out, err = self.process.communicate(timeout=60)
+        self.wait_for(lambda: not self.alive())
+        left = list(self.scratch.iterdir())
+        return SimpleNamespace(status=self.process.returncode, out=out, err=err, left=left)
+
+    def __enter__(self) -> BenchProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+SMALL = ("--hosts", "300", "--seconds", "1", "--connections", "8")
+LOAD_MEMBERS = {
+    "answered": int,
+    "unanswered": int,
+    "seconds": float,
+    "perSecond": float,
+    "serverCpuMicrosecondsEach": float,
+    "serverCpuShareOfOneCore": float,
+    "loadCpuShareOfOneCore": float,
+    "p50Milliseconds": float,
+    "p99Milliseconds": float,
+    "p999Milliseconds": float,
+}
+needs_proc = pytest.mark.skipif(
+    not os.path.exists("/proc/self/environ"), reason="there is no /proc"
+)
+
+
+@slow
+@needs_proc
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--close",),
+        pytest.param(("--tls",), marks=needs_openssl),
+        pytest.param(("--tls", "--close", "--rate", "100"), marks=needs_openssl),
+    ],
+    ids=lambda options: " ".join(options) or "kept alive",
+)
+def test_a_benchmark_in_json_has_its_members(options: Tuple[str, ...], tmp_path: Path) -> None:
+    with BenchProcess(tmp_path, *SMALL, *options, "--json") as bench:
+        done = bench.end()
+    assert (done.status, done.err, done.left) == (0, "", [])
+    document = json.loads(done.out)
+    settings = {
+        name: document[name] for name in ("hosts", "seconds", "connections", "close", "tls")
+    }
+    assert settings == {
+        "hosts": 300,
+        "seconds": 1,
+        "connections": 8,
+        "close": "--close" in options,
+        "tls": "--tls" in options,
+    }
+    for load in (document["enrollments"], document["fullLoad"], *document["paced"]):
+        more = {} if load not in document["paced"] else {"duePerSecond": int}
+        assert {name: type(value) for name, value in load.items()} == {**LOAD_MEMBERS, **more}
+        assert 0 < load["p50Milliseconds"] <= load["p99Milliseconds"] <= load["p999Milliseconds"]
+        assert load["answered"] / load["seconds"] == pytest.approx(load["perSecond"], rel=0.01)
+    assert document["enrollments"]["answered"] == 150
+    assert document["fullLoad"]["seconds"] == pytest.approx(1, abs=0.5)
+    assert document["fullLoad"]["serverCpuMicrosecondsEach"] > 0
+    last = document["paced"][-1]
+    assert last["answered"] == pytest.approx(last["duePerSecond"], rel=0.4, abs=20)
+    held = last["duePerSecond"] if last["p99Milliseconds"] <= 50 else 0
+    assert document["heldPerSecond"] == held
+    assert document["hostsAt30Seconds"] * 2 == document["hostsAt60Seconds"] == held * 60
+    assert 100_000 < document["databaseBytes"] < 1_000_000
+    assert 10 << 20 < document["memoryBytes"] < 150 << 20
+
+
+@slow
+@needs_proc
+def test_a_benchmark_shows_on_a_terminal_how_far_it_is_and_then_what_it_measured(
+    tmp_path: Path,
+) -> None:
+    ours, theirs = os.openpty()
+    with BenchProcess(tmp_path, *SMALL, stderr=theirs) as bench:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while True:
+                shown += os.read(ours, 4096)
+        done = bench.end()
+        os.close(ours)
+    assert done.status == 0 and done.left == []
+    lines = [line.strip() for line in shown.decode().split("\r")]
+    assert "\n" not in shown.decode() and lines[-2:] == ["", ""]
+    for step in (
+        "making the fleet",
+        "enrollments",
+        "warming up",
+        "full load",
+        "heartbeats a second",
+    ):
+        assert any(step in line for line in lines), step
+    names = [line.split("  ")[0] for line in done.out.splitlines() if line[:1] not in (" ", "")]
+    for name in ("fleet", "enrollments", "full load", "paced", "memory", "database", "can hold"):
+        assert name in names
+    assert "Can hold: 70% of the heartbeats" in done.out
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(n, marks=slow) for n in (signal.SIGTERM, signal.SIGHUP))],
+    ids=lambda number: number.name,
+)
+def test_a_benchmark_that_is_interrupted_under_load_leaves_nothing(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    with BenchProcess(tmp_path, *SMALL, "--seconds", "60") as bench:
+        bench.wait_for(lambda: bench.server() and len(bench.alive()) == 3)
+        bench.process.send_signal(number)
+        done = bench.end()
+    assert (done.status, done.out, done.err, done.left) == (130, "", "", [])
+
+
+@slow
+@needs_proc
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])
+def test_a_benchmark_that_is_interrupted_at_any_time_leaves_nothing(
+    again: bool, tmp_path: Path
+) -> None:
+    for place in range(10):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        with BenchProcess(folder, *SMALL, "--hosts", "2000", "--seconds", "60") as bench:
+            bench.wait_for(lambda: list(bench.scratch.iterdir()))
+            time.sleep(place * 0.1)
+            bench.process.send_signal(signal.SIGINT)
+            while again and bench.process.poll() is None:
+                bench.process.send_signal(signal.SIGINT)
+                time.sleep(0.002)
+            done = bench.end()
+        assert (done.status, done.out, done.err, done.left) == (130, "", "", []), place
+
+
+@slow
+@needs_proc
+@pytest.mark.parametrize("who", ["server", "load"])
+def test_when_a_child_of_a_benchmark_is_killed_it_says_so_and_leaves_nothing(
+    who: str, tmp_path: Path
+) -> None:
+    with BenchProcess(tmp_path, *SMALL, "--seconds", "60") as bench:
+        server = bench.wait_for(bench.server)
+        bench.wait_for(lambda: len(bench.alive()) == 3)
+        (load,) = set(bench.alive()) - {server, bench.process.pid}
+        os.kill(server if who == "server" else load, signal.SIGKILL)
+        done = bench.end()
+    assert (done.status, done.out, done.left) == (1, "", [])
+    assert done.err.startswith("hostenroll: ") and done.err.count("\n") == 1
+
+
+@slow
+@needs_proc
+def test_when_a_benchmark_is_killed_its_server_does_not_outlive_it_for_long(tmp_path: Path) -> None:
+    with BenchProcess(tmp_path, *SMALL, "--seconds", "60") as bench:
+        bench.wait_for(lambda: bench.server() and len(bench.alive()) == 3)
+        time.sleep(0.5)  # so that it is surely under load
+        bench.process.kill()
+        bench.end()
+
+
+# Runs a command with a disk that is nearly full.
+NARROW = """
+import shutil, sys
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, (1 << 40) - 1, 150 << 20)
+sys.path.insert(0, sys.argv.pop(1))
+import hostenroll
+sys.exit(hostenroll.main())
+"""
+
+
+@needs_proc
+def test_a_fleet_for_which_there_is_no_room_is_not_begun(tmp_path: Path) -> None:
+    narrow = (sys.executable, "-c", NARROW, str(ROOT))
+    with BenchProcess(tmp_path, "--hosts", "200000", command=narrow) as bench:
+        done = bench.end()
+    assert (done.status, done.out, done.left) == (1, "", [])
+    assert done.err == (
+        f"hostenroll: 200000 hosts need some 227 MiB in {bench.scratch}, and 150 are free: "
+        "name another folder in TMPDIR, or fewer --hosts\n"
+    )
+
+
+@slow
+def test_without_an_openssl_program_a_benchmark_over_tls_says_so_at_once(tmp_path: Path) -> None:
+    failed = cli(tmp_path, "bench", "--tls", env={"PATH": "", "TMPDIR": str(tmp_path)})
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "--tls needs the program openssl" in failed.stderr and failed.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
