@@ -13261,10 +13261,14 @@ def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
     count: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 400_000)
-    with live_door(paths, clock) as door, contextlib.ExitStack() as stack:
-        registry = open_registry(*paths, clock.ms)
+    with opened(paths, clock) as registry:
         fill(registry, 1000)
-        registry.close()
+        api_key = make_api_key(registry, clock)
+    with LiveServer(paths, clock) as live, contextlib.ExitStack() as stack:
+        door = SocketDoor(live.port, api_key)
+        live.server.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 8192
+        )  # of all it accepts
         request = request_bytes("GET", "/api/hosts?limit=1000", bearer=door.api_key)
         peers = []
         for _ in range(count):
@@ -13273,7 +13277,8 @@ def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
             peer.connect(("127.0.0.1", door.port))
             peer.sendall(request * 16)  # more than the kernel takes
             peers.append(peer)
-        until(lambda: door.call("GET", "/healthz").status == 200)
+        assert door.call("GET", "/healthz").status == 200
+        until(lambda: not live.server._reads and not live.server._ready)  # nobody takes more
         ended = 0
         for peer in peers:
             peer.settimeout(10)
@@ -15506,10 +15511,16 @@ def motley(operator: Operator) -> Operator:
                  "new-2" + "y" * 60]  # fmt: skip
         hosts = [door.enroll(token, f"box-{name[0]}", name=name).document for name in names]
         door.revoke(hosts[0]["hostId"])
-        for host, silence in zip(hosts[1:4], (8 * 86400, 200, 0)):
+        for host in hosts[1:4]:
             assert door.beat(host["credential"]).status == 200
-            clock.advance(silence)
-            do(registry, clock, registry.keep_alive)
+        clock.advance(8 * 86400)
+        do(registry, clock, registry.keep_alive)
+    database = files_of(operator)[0]
+    month_ago = clock.ms - 30 * 86_400_000
+    sql(database, "UPDATE service SET started = ?, previous_alive = ?", month_ago, month_ago)
+    for host, silence in zip(hosts[1:4], (8 * 86400, 200, 0)):
+        number, seen = int(host["hostId"], 16), clock.ms - silence * 1000
+        sql(database, "UPDATE heartbeat SET last_seen = ? WHERE host_id = ?", seen, number)
     return operator
 
 
@@ -15771,14 +15782,14 @@ def test_long_acts_tell_how_much_of_them_is_done(
     assert said == [(number, 5) for number in range(1, 6)]
 
 
-COLUMNS = {
+WIDTHS = {
     "web-1": 5, "": 0, "K\u00fcche": 5, "Ku\u0308che": 5, "\u65e5\u672c": 4, "\uff37\uff45": 4,
     "\U0001f5a5": 1, "\U0001f680": 2, "a\u200db": 2, "a\u00adb": 3, "\u1112\u1161\u11ab": 2,
     "\u0e19\u0e49\u0e33": 2, "\u05e9\u05c1": 1,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text, columns", COLUMNS.items(), ids=map(ascii, COLUMNS))
+@pytest.mark.parametrize("text, columns", WIDTHS.items(), ids=map(ascii, WIDTHS))
 def test_how_many_columns_a_text_takes(text: str, columns: int) -> None:
     assert hostenroll.columns_of(text) == columns
     for room in range(1, columns + 2):
@@ -16633,8 +16644,8 @@ TRUSTED: Dict[str, Tuple[str, List[str], List[str]]] = {  # environment, argumen
 def test_how_trusted_proxies_are_named(
     environment: str, arguments: List[str], expected: List[str]
 ) -> None:
-    parser = hostenroll._parser({"HOSTENROLL_TRUSTED_PROXY": environment})
-    trusted = parser.parse_args(["serve", *arguments]).trusted_proxy
+    settings = {"HOSTENROLL_TRUSTED_PROXY": environment}
+    trusted = hostenroll.read_arguments(["serve", *arguments], settings).trusted_proxy
     assert [str(network) for network in trusted] == expected
 
 
@@ -16645,7 +16656,7 @@ def test_what_names_no_network_is_a_mistake_in_usage(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as usage:
-        hostenroll._parser({}).parse_args(["serve", f"--trusted-proxy={text}"])
+        hostenroll.read_arguments(["serve", f"--trusted-proxy={text}"], {})
     assert usage.value.code == 2 and "network" in capsys.readouterr().err
 
 
@@ -17806,7 +17817,7 @@ def loaded(rate: float, each: float, p99: float = 1.0) -> Dict[str, Any]:
 
 
 def bench_arguments(*arguments: str) -> Any:
-    return hostenroll._parser({}).parse_args(["bench", *arguments])
+    return hostenroll.read_arguments(["bench", *arguments], {})
 
 
 @pytest.mark.parametrize(
