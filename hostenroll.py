@@ -161,7 +161,7 @@ CLOCK_SLACK = 300  # a time that is further ahead is of a clock that has been se
 # a heartbeat behind it waits about a millisecond.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
-ROWS_EXAMINED = 2000
+ROWS_EXAMINED = 1000
 SLICE = 64
 PAGE_BYTES = 1024 * 1024  # of a page; the slice that goes over it is the last
 COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census: SQLite counts them by itself
@@ -2781,10 +2781,9 @@ class HostQuery(NamedTuple):
     before: int = LAST_ID
     limit: int = PAGE_DEFAULT
 
-    def matches(self, view: HostView) -> bool:
-        """Whether a host is one of those asked for."""
-        host = view.host
-        if self.status is not None and self.status != view.status:
+    def matches(self, host: Host, status: str) -> bool:
+        """Whether a host with a status is one of those asked for."""
+        if self.status is not None and self.status != status:
             return False
         if self.text:
             names = f"{host.name}\n{host.hostname}\n{id_text(host.id)}"
@@ -2980,28 +2979,43 @@ def status_bounds(service: Optional[Service], now: int) -> StatusBounds:
     return StatusBounds(online, offline, is_ahead_from(service, now), service.started, set_back)
 
 
-def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
-    """One of STATUSES and the sentence that says why, at a time in Unix ms."""
+def status_of(host: Host, bounds: StatusBounds) -> str:
+    """One of STATUSES, by what last_seen says at a time."""
     if host.revoked_at is not None:
-        return "revoked", f"revoked at {rfc3339(host.revoked_at)}"
+        return "revoked"
     if host.last_seen == 0:
-        return "pending", "has enrolled and not yet beaten"
-    interval = service.interval if service else HEARTBEAT_INTERVAL
-    silence = silence_ms(host.last_seen, service, now)
-    is_online = silence <= allowed_silence_ms(interval)
+        return "pending"
+    seen = host.last_seen
+    if seen > bounds.ahead:
+        seen = min(bounds.started, seen - bounds.set_back)
+    if seen >= bounds.online:
+        return "online"
+    return "offline" if seen >= bounds.offline else "missing"
+
+
+def status_reason(host: Host, status: str, service: Optional[Service], now: int) -> str:
+    """The sentence that says why a host has its status, at a time in Unix ms."""
+    if host.revoked_at is not None:
+        return f"revoked at {rfc3339(host.revoked_at)}"
+    if host.last_seen == 0:
+        return "has enrolled and not yet beaten"
+    silence = span(silence_ms(host.last_seen, service, now) / SECOND_MS)
     is_stopped = service is not None and not is_served(service, now)
-    until = "before the server stopped" if is_stopped else "ago"
-    seen = f"last seen {span(silence / SECOND_MS)} {until}"
+    seen = f"last seen {silence} {'before the server stopped' if is_stopped else 'ago'}"
     if host.last_seen > now:
         seen = f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
-        seen += "" if is_online else f" {span(silence / SECOND_MS)} ago or more"
-    if host.last_seen > now and is_online:
-        return "online", seen
-    allowed = f"{MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
-    if is_online:
-        return "online", f"{seen}, within {allowed}"
-    is_offline = silence <= MISSING_AFTER * SECOND_MS
-    return "offline" if is_offline else "missing", f"{seen}, more than {allowed}"
+        if status == "online":
+            return seen
+        seen += f" {silence} ago or more"
+    interval = service.interval if service else HEARTBEAT_INTERVAL
+    which = "within" if status == "online" else "more than"
+    return f"{seen}, {which} {MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+
+
+def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
+    """One of STATUSES and the sentence that says why, at a time in Unix ms."""
+    status = status_of(host, status_bounds(service, now))
+    return status, status_reason(host, status, service, now)
 
 
 def is_same_hostname(one: str, other: str) -> bool:
@@ -4263,11 +4277,13 @@ class Registry:
         organization = self._scope(by, query.organization, InvalidQuery, "organization")
         rows = self._store.hosts(organization, query.before, SLICE + 1)
         service = self._store.service()
+        bounds = status_bounds(service, now)
         found: List[HostView] = []
         for row in rows[:SLICE]:
-            view = HostView(row, *host_status(row, service, now))
-            if query.matches(view):
-                found.append(view._replace(warnings=self._warnings(row)))
+            status = status_of(row, bounds)
+            if query.matches(row, status):
+                reason = status_reason(row, status, service, now)
+                found.append(HostView(row, status, reason, self._warnings(row)))
             if len(found) == query.limit:
                 return Page(found, row.id if row is not rows[-1] else None)
         return Page(found, rows[SLICE - 1].id if len(rows) > SLICE else None)
@@ -6213,7 +6229,7 @@ PAGE_SCRIPT = r"""
 const KEY = "hostenroll.key";
 const STATUSES = ["online", "offline", "missing", "pending", "revoked"];
 const ROWS = 100; // shown at once
-const ROWS_EXAMINED = 2000; // by the server for one request, about
+const ROWS_EXAMINED = 1000; // by the server for one request, about
 const ANSWER_MS = 15000; // longer than the server waits for another writer
 const LABEL = /(\S+?)=(?:"([^"]*)"|(\S+))/g;
 const COUNT = /^hostenroll_hosts\{organization="([^"]*)",status="(\w+)"\} (\d+)/gm;
@@ -7332,6 +7348,10 @@ def _when(milliseconds: Optional[int]) -> Optional[str]:
     return rfc3339(milliseconds) if milliseconds else None
 
 
+def _labels(text: str) -> Document:
+    return {} if text == "{}" else cast(Document, json.loads(text))  # most have none
+
+
 TOKEN_MEMBERS = members(
     id=ID_TEXT,
     organizationId=SLUG,
@@ -7364,7 +7384,7 @@ def token_document(view: TokenView, text: Optional[str] = None) -> Document:
         "description": token.description,
         "hostname": token.hostname,
         "hostId": None if token.host_id is None else id_text(token.host_id),
-        "labels": json.loads(token.labels),
+        "labels": _labels(token.labels),
         "maxUses": token.max_uses,
         "uses": token.uses,
         "createdAt": rfc3339(token.created_at),
@@ -7411,7 +7431,7 @@ def host_document(view: HostView) -> Document:
         "os": host.os,
         "architecture": host.architecture,
         "dockerVersion": host.docker_version,
-        "labels": json.loads(host.labels),
+        "labels": _labels(host.labels),
         "status": view.status,
         "statusReason": view.reason,
         "enrolledAt": rfc3339(host.enrolled_at),
