@@ -230,7 +230,9 @@ CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a serv
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
-CHECKPOINT_AFTER = 4096  # rows changed, about as many pages; some 10 ms on a small disk
+CHECKPOINT_AFTER = 4096  # rows changed: at most as many pages
+CHECKPOINT_TIME = 0.02  # it holds up every heartbeat; where it is quicker, it comes less often
+CHECKPOINT_DOUBLINGS = 2  # of CHECKPOINT_AFTER: some 16 MiB of WAL
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 8192
@@ -1960,6 +1962,7 @@ class Store:
         self._synchronous = ""
         self._waits_for = ""
         self._checkpointed_at = 0  # in the connection's count of rows changed
+        self._doublings = 0  # of CHECKPOINT_AFTER
 
     # Opening and closing: under the lock, by the caller.
 
@@ -2152,17 +2155,21 @@ class Store:
 
         How much is in the WAL is not to be had: the file is written over from its start, because
         to truncate it and let it grow again costs a heartbeat a tenth of its time. A row changed
-        is about a page written, so the rows are counted.
+        is a page written at most, so the rows are counted. Of a small fleet they are the same few
+        pages again and again: the more rows, the less a checkpoint costs each of them.
         """
         changes = self._db.total_changes
-        if changes - self._checkpointed_at < CHECKPOINT_AFTER:
+        if changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:
             return
         if not self.lock.attempt():
             self.lock.leave_gate()
             return
+        began = time.monotonic()
         try:
             self._run("PRAGMA wal_checkpoint(PASSIVE)")
             self._checkpointed_at = changes
+            step = 1 if time.monotonic() - began < CHECKPOINT_TIME else -1
+            self._doublings = min(max(0, self._doublings + step), CHECKPOINT_DOUBLINGS)
         except StoreError as error:
             log.warning("cannot checkpoint: %s", error)
         finally:
