@@ -4519,18 +4519,32 @@ class Model:
         return sorted(living, key=lambda host: str(host.id), reverse=True)
 
     def status(self, host: Any) -> str:
-        now = self.clock.ms
         if host.revoked or not host.last:
             return "revoked" if host.revoked else "pending"
-        until = now if now - self.alive <= 25_000 else self.alive
-        silence = until - host.last
-        if host.last <= self.paused:
-            silence -= self.started - self.paused
-        elif host.last < self.started:
-            silence = until - self.started
-        if host.last > now or silence <= (3 * self.interval + 10) * 1000:
+        silence = self.silence(host.last)
+        if silence <= self.allowed:
             return "online"
         return "offline" if silence <= WEEK_MS else "missing"
+
+    @property
+    def allowed(self) -> int:
+        """How long an online host may be silent."""
+        return (3 * self.interval + 10) * 1000
+
+    def silence(self, seen: int) -> int:
+        """How long a server has been there and not heard who was last seen then."""
+        now = self.clock.ms
+        until = now if self.is_served() else self.alive
+        was_set_back = self.paused > self.started
+        if seen > max(now, self.alive) + 300_000:  # by a clock that is no more
+            if was_set_back:  # by so much at least
+                seen -= self.paused - self.started
+            seen = min(seen, self.started)
+        if was_set_back or seen >= self.started:
+            return until - seen
+        if seen > self.paused:  # in a life that was too brief to hear all
+            return until - self.started
+        return (self.paused - seen) + (until - self.started)
 
     def host_shown(self, host: Any) -> Dict[str, Any]:
         twin = self.hosts.get(host.twin)
@@ -4612,7 +4626,9 @@ class Model:
         if credential.serial > max(1, host.heard):
             host.kid = credential.kid
             self.did("supersede", "host")
-        host.heard, host.last = credential.serial, max(host.last, self.clock.ms)
+        is_far_ahead = host.last > self.clock.ms + 300_000
+        host.last = self.clock.ms if is_far_ahead else max(host.last, self.clock.ms)
+        host.heard = credential.serial
         self.change(host, facts)
         return ""
 
@@ -4638,13 +4654,29 @@ class Model:
         now = self.clock.ms
         if not self.alive:
             self.paused = self.started = self.alive = now
-        elif now - self.alive <= 10_000:
+        elif abs(now - self.alive) <= 10_000:
             self.alive = max(now, self.alive)
         else:
-            if self.alive - self.started > (3 * self.interval + 10) * 1000:
-                self.paused = self.alive
-            self.started = self.alive = now
+            self.begin()
         self.interval = interval
+
+    def is_served(self) -> bool:
+        return abs(self.clock.ms - self.alive) <= 25_000
+
+    def stay_alive(self) -> None:
+        """A server says so; after too long, or by another clock, a new life begins with it."""
+        if self.is_served():
+            self.alive = max(self.alive, self.clock.ms)
+        else:
+            self.begin()
+
+    def begin(self) -> None:
+        """A pause is over. One that was only broken by too brief a life is still the same; but
+        where the clock was set back there was none."""
+        was_long = self.alive - self.started > self.allowed
+        if was_long or self.paused > self.started:
+            self.paused = self.alive
+        self.started = self.alive = self.clock.ms
 
 
 class Life:
@@ -4656,7 +4688,8 @@ class Life:
         "reenroll": 6, "revoke_token": 3, "edit": 4, "rotate": 1, "retire": 2, "stay_alive": 2,
         "keep_house": 1, "restart": 2, "forge": 2, "wait": 8, "wait_for_a_boundary": 5,
     }  # fmt: skip
-    WAITS = (0.001, 1, 30, 99, 600, 18_000, 86_400, 3 * 86_400, 9 * 86_400, -0.001, -50)
+    WAITS = (0.001, 1, 30, 99, 600, 18_000, 86_400, 3 * 86_400, 9 * 86_400, -0.001, -20, -50,
+             -3600, -2 * 86_400)  # fmt: skip
     HOSTNAMES = ("web-1", "WEB-1.", "web-2", "web-3", "web-4")
     FACTS = ("os", "architecture", "dockerVersion")
 
@@ -4936,12 +4969,12 @@ class Life:
 
     def stay_alive(self) -> None:
         assert self.server.door.call("GET", "/readyz").status == 200
-        self.model.alive = max(self.model.alive, self.clock.ms)
+        self.model.stay_alive()
 
     def keep_house(self) -> None:
         server = self.server
         do(server.registry, self.clock, server.registry.keep_house)
-        self.model.alive = max(self.model.alive, self.clock.ms)
+        self.model.stay_alive()
         self.model.prune()
 
     def restart(self) -> None:
