@@ -17231,7 +17231,11 @@ MUTATIONS: Dict[str, Mutation] = {
     "a member may come twice": Mutation(
         "if len(members) != len(pairs):", "if False:", "strictly_json"
     ),
-    "NaN is taken": Mutation("parse_constant=_refuse_constant,", "", "strictly_json"),
+    "NaN is taken": Mutation(
+        "parse_int=_read_integer, parse_constant=_refuse_constant",
+        "parse_int=_read_integer",
+        "strictly_json",
+    ),
     "a lone surrogate is taken": Mutation(
         'json.dumps(value, ensure_ascii=False).encode("utf-8")', "pass", "strictly_json"
     ),
@@ -17306,9 +17310,14 @@ MUTATIONS: Dict[str, Mutation] = {
         "never_goes_back or random_life",
     ),
     "lastSeen goes back in the slow way": Mutation(
-        "SET last_seen = max(last_seen, ?) WHERE host_id = ?",
-        "SET last_seen = ? WHERE host_id = ?",
+        "return now if is_ahead else max(now, host.last_seen)",
+        "return now",
         "never_goes_back or random_life",
+    ),
+    "a clock that was far ahead hides the silence of a host": Mutation(
+        "return now if is_ahead else max(now, host.last_seen)",
+        "return max(now, host.last_seen)",
+        "clock or random_life",
     ),
     "a revoked host is heard": Mutation(
         "AND last_seen <= ? AND active", "AND last_seen <= ?", "lives_and_dies or random_life"
@@ -17357,6 +17366,21 @@ MUTATIONS: Dict[str, Mutation] = {
     "another file is taken for the database": Mutation(
         "if (status.st_dev, status.st_ino) != self._identity:", "if False:", "gone or replaced"
     ),
+    "the old database is left while others read it": Mutation(
+        '            if is_busy:\n                raise StoreBusy(f"{self.path} has been',
+        '            if False:\n                raise StoreBusy(f"{self.path} has been',
+        "replaced or put_in_place or old_database",
+    ),
+    "the WAL of a new database is taken for the old one's": Mutation(
+        'if identity(f"{self.path}-wal") in (None, self._wal_identity):',
+        "if True:",
+        "replaced or put_in_place or old_database",
+    ),
+    "the WAL of an old database stays beside the new one": Mutation(
+        'for path in (f"{self.path}-wal", f"{self.path}-shm"):\n                with suppress',
+        "for path in ():\n                with suppress",
+        "replaced or put_in_place or old_database",
+    ),
     "foreign keys are not looked after": Mutation(
         'self._run("PRAGMA foreign_keys = ON")', "", "lives_and_dies or random_life"
     ),
@@ -17402,23 +17426,49 @@ MUTATIONS: Dict[str, Mutation] = {
         "to_the_millisecond",
     ),
     "online is a millisecond longer": Mutation(
-        "if host.last_seen >= online:", "if host.last_seen >= online - 1:", "to_the_millisecond"
+        "is_online = silence <= allowed_silence_ms(interval)",
+        "is_online = silence <= allowed_silence_ms(interval) + 1",
+        "to_the_millisecond",
     ),
     "offline is a millisecond shorter": Mutation(
-        'return "offline" if host.last_seen >= offline else "missing"',
-        'return "offline" if host.last_seen > offline else "missing"',
+        "is_offline = silence <= MISSING_AFTER * SECOND_MS",
+        "is_offline = silence < MISSING_AFTER * SECOND_MS",
         "to_the_millisecond",
     ),
     "the server's pause is silence": Mutation(
-        "return until - silence - service.started + service.previous_alive",
+        "silence -= max(pause, 0)", "silence -= 0", "silence or bounds_of_a_status"
+    ),
+    "the server's pause is silence in a census": Mutation(
+        "return until - silence - max(0, service.started - service.previous_alive)",
         "return until - silence",
-        "silence or bounds_of_a_status",
+        "bounds_of_a_status",
+    ),
+    "a clock that is set back leaves the servers alive": Mutation(
+        "return service is not None and abs(now - service.alive) <=",
+        "return service is not None and now - service.alive <=",
+        "clock or random_life",
+    ),
+    "a pause under a server is silence": Mutation(
+        "if service is None or is_served(service, now):", "if True:", "clock or random_life"
+    ),
+    "a pause goes on though the clock was set back": Mutation(
+        "goes_on = is_brief and old.previous_alive <= old.started",
+        "goes_on = is_brief",
+        "random_life",
+    ),
+    "a dead host is alive by a clock that was set back": Mutation(
+        "if last_seen > is_ahead_from(service, now):", "if False:", "dead_host or random_life"
+    ),
+    "who was heard in a brief life is silent": Mutation(
+        "elif last_seen < service.started:", "elif False:", "crash_loop or random_life"
     ),
     "a restart is a pause however brief": Mutation(
-        "elif now - old.alive <= ALIVE_EVERY * SECOND_MS:", "elif False:", "second_server or pause"
+        "elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:",
+        "elif False:",
+        "second_server or pause or downtime",
     ),
     "a crash loop is everybody's silence": Mutation(
-        "before = old.previous_alive if is_brief else old.alive", "before = old.alive", "crash_loop"
+        "before = old.previous_alive if goes_on else old.alive", "before = old.alive", "crash_loop"
     ),
     "a token is burned by a refusal": Mutation(
         "                self._store.undo()\n                self.audit.undo(mark)",
@@ -17431,7 +17481,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "outcome or audit or refus",
     ),
     "a dead tick is answered as if it had lived": Mutation(
-        "return [self._unavailable(error)] * len(work)",
+        "return [self._unavailable(error, writes)] * len(work)",
         "return [None] * len(work)",
         "full_disk or commit_that_fails",
     ),
@@ -17451,7 +17501,37 @@ MUTATIONS: Dict[str, Mutation] = {
         "written_when_it_is_back or refus",
     ),
     "refusals are audited without end": Mutation(
-        "if window.listed == REFUSALS_AUDITED or is_full:", "if False:", "flood_that_is_refused"
+        "if window.listed == REFUSALS_AUDITED or is_full or not problem.is_listed:",
+        "if False:",
+        "flood_that_is_refused or of_a_flood",
+    ),
+    "each that is told to wait stands in the log": Mutation(
+        "instead.is_listed = count == FAILURES_ALLOWED", "instead.is_listed = True", "wrong_secrets"
+    ),
+    "nobody is told to wait": Mutation("if count < FAILURES_ALLOWED:", "if True:", "one_too_many"),
+    "one too many is told that it is wrong": Mutation(
+        "if count < FAILURES_ALLOWED:", "if count <= FAILURES_ALLOWED:", "one_too_many"
+    ),
+    "a guesser is told to wait for ever": Mutation(
+        "if not 0 <= now - since < MINUTE * SECOND_MS:",
+        "if False:",
+        "one_too_many or wrong_secrets",
+    ),
+    "a network is as many as it has addresses": Mutation(
+        '    if ":" not in address:\n        return address\n',
+        "    if True:\n        return address\n",
+        "one_too_many or addresses or wrong_secret",
+    ),
+    "guessers are remembered without bound": Mutation(
+        "if len(self._windows) > FAILING_REMEMBERED:", "if False:", "fills_no_memory"
+    ),
+    "the newest guesser is forgotten first": Mutation(
+        "self._windows.popitem(last=False)",
+        "self._windows.popitem()",
+        "fills_no_memory or wrong_secret",
+    ),
+    "what is not as it was written is pruned": Mutation(
+        "if old and self._are_genuine(old, keyring):", "if old:", "prune"
     ),
     "an event is not chained in its order": Mutation(
         "number += 1\n                numbered",
@@ -17565,6 +17645,19 @@ MUTATIONS: Dict[str, Mutation] = {
         "if False:\n            raise Conflict",
         "retire or keys",
     ),
+    "any database in the place of ours is gone on with": Mutation(
+        "            if not _is_pair(store, self._keyring):\n                raise StoreError(",
+        "            if False:\n                raise StoreError(",
+        "no_pair",
+    ),
+    "a database that was put in place is told of no server": Mutation(
+        "            self._is_to_announce = True\n            self._censuses",
+        "            self._censuses",
+        "put_in_place",
+    ),
+    "the counts of another database are shown": Mutation(
+        "            self._censuses.clear()\n            log.", "            log.", "put_in_place"
+    ),
     "a beat falls short and nobody asks why": Mutation(
         "if self._store.beat(rows) == len(rows):",
         "if self._store.beat(rows) >= 0:",
@@ -17606,6 +17699,22 @@ MUTATIONS: Dict[str, Mutation] = {
     "chunks go over the bound together": Mutation(
         "self._announced += size", "self._announced = size", "read_otherwise"
     ),
+    "who is not trusted is believed": Mutation(
+        "if address is None or not is_within(address, proxies):",
+        "if address is None:",
+        "by_a_proxy",
+    ),
+    "a proxy's own address is a client's": Mutation(
+        "if address is None or not is_within(address, proxies):", "if True:", "by_a_proxy"
+    ),
+    "what a client says of itself is believed": Mutation(
+        "for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:", "for hop in hops:", "by_a_proxy"
+    ),
+    "proxies are without number": Mutation(
+        "for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:",
+        "for hop in hops[::-1]:",
+        "by_a_proxy or absurd_list",
+    ),
     "chunk lines are without bound": Mutation(
         "if self._overhead > CHUNK_OVERHEAD_MAXIMUM:", "if False:", "read_otherwise"
     ),
@@ -17626,6 +17735,50 @@ MUTATIONS: Dict[str, Mutation] = {
     ),
     "a field of an answer is split": Mutation(
         'if UNPRINTABLE.search("".join(lines)):', "if False:", "control or field or header"
+    ),
+    # 8. Assets
+    "the agent trusts whom it cannot check": Mutation(
+        '[ -z "$pin" ] || [ -n "$cacert" ] || set --',
+        "set --",
+        "right_server or day_in_the_life or not_trusted",
+    ),
+    "the agent trusts whoever has another pin": Mutation(
+        '[ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"',
+        ":",
+        "right_server or day_in_the_life or not_trusted",
+    ),
+    "a .curlrc has a say": Mutation(
+        'set -- -q "$server$1" -sS', 'set -- "$server$1" -sS', "right_server or environment"
+    ),
+    "a full disk takes the credential": Mutation(
+        'mv -f "$new" "$state/$1" 2>/dev/null && return',
+        'cat "$new" >"$state/$1" && return',
+        "disk_the_old or disk_that_fills or kept_before",
+    ),
+    "an old credential takes the place of a new one": Mutation(
+        'load_credential && [ "$credential" = "$used" ] || return 0',
+        "load_credential || return 0",
+        "renew or enrolls_anew",
+    ),
+    "secrets go over http": Mutation(
+        '[ -n "$loopback$insecure" ] ||', "true ||", "mistake_in_the_agents"
+    ),
+    "an enrollment is not asked for again by its name": Mutation(
+        '[ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0',
+        "false",
+        "answer_was_lost",
+    ),
+    "a fleet waits as one": Mutation(
+        'draw "$bound"\n    pause', "drawn=$bound\n    pause", "longer_and_longer"
+    ),
+    "an agent waits without bound": Mutation(
+        '[ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT', ":", "longer_and_longer"
+    ),
+    "a name is markup": Mutation(
+        "this.said.textContent = refused", "this.said.innerHTML = refused", "make_markup"
+    ),
+    "the page keeps the key for ever": Mutation(
+        "  sessionStorage.setItem(KEY, key);", "  localStorage.setItem(KEY, key);", "to_keep_a_key"
     ),
     # 9. Api
     "a viewer may write": Mutation(
@@ -17677,12 +17830,12 @@ MUTATIONS: Dict[str, Mutation] = {
         "slow_reader or byte_at_a_time or on_a_socket",
     ),
     "a heartbeat is heard in the middle of a request": Mutation(
-        "if connection.phase not in self._between or reader.buffer or self._access_log:",
-        "if self._access_log:",
+        "if not is_between or self._access_log or reader.proxies:",
+        "if self._access_log or reader.proxies:",
         "middle_of_a_request",
     ),
     "the access log misses the short way": Mutation(
-        "or reader.buffer or self._access_log:", "or reader.buffer:", "log"
+        "or self._access_log or reader.proxies:", "or reader.proxies:", "log"
     ),
     "a heartbeat that asks to close is kept alive": Mutation(
         "connection.closing = is_stopping or not head.keep_alive",
@@ -17704,10 +17857,34 @@ MUTATIONS: Dict[str, Mutation] = {
         "is_not_hurried",
     ),
     "held memory is without bound": Mutation(
-        "        if self._held > HELD_MAXIMUM:\n            self._drop(connection)\n"
+        "            if self._held > HELD_MAXIMUM and self._relieve(connection):\n"
+        "                return None\n",
+        "",
+        "unfinished_crowd",
+    ),
+    "untaken answers are without bound": Mutation(
+        "        if self._held > HELD_MAXIMUM and self._relieve(connection):\n"
         "            return False\n",
         "",
-        "hold_so_much",
+        "nobody_takes_hold",
+    ),
+    "who comes last gives way": Mutation(
+        "greatest = max((*holders, connection), key=lambda it: it.held + len(it.output))",
+        "greatest = connection",
+        "holds_little",
+    ),
+    "who does not take answers holds nothing": Mutation(
+        "key=lambda it: it.held + len(it.output))",
+        "key=lambda it: it.held)",
+        "holds_little or nobody_takes_hold",
+    ),
+    "everybody is taken for a proxy": Mutation(
+        "if self._proxies and is_within(ipaddress.ip_address(address), self._proxies):",
+        "if self._proxies:",
+        "nobody_else_is_believed",
+    ),
+    "a heartbeat by a proxy is the proxy's": Mutation(
+        "or self._access_log or reader.proxies:", "or self._access_log:", "by_a_proxy"
     ),
     "nobody's time is ever over": Mutation(
         "return connection if moment - since >= self._seconds else None",
@@ -17734,7 +17911,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "if phase is self._shaking or not connection.held:", "if True:", "in_flight"
     ),
     "one connection's defect ends the loop": Mutation(
-        '        log.exception("a connection failed")\n        self._drop(connection)\n',
+        '        self._own_up("a connection failed")\n        self._drop(connection)\n',
         "        raise\n",
         "goes_wrong_with_a_connection",
     ),
@@ -17746,6 +17923,36 @@ MUTATIONS: Dict[str, Mutation] = {
     "who waits for the lock is never told": Mutation(
         "if self._moment - self._waiting_since <= LOCK_PATIENCE:", "if True:", "waits_too_long"
     ),
+    "a stall is felt by one": Mutation(
+        "self._begin(self._idle.popleft(), request, due)",
+        "self._begin(self._idle.popleft(), request, now)",
+        "paced or is_due",
+    ),
+    "who is late makes the others late": Mutation(
+        "due = now if gaps is None else due + next(gaps)",
+        "due = now if gaps is None else now + next(gaps)",
+        "paced or is_due",
+    ),
+    "who is given up has not waited": Mutation(
+        "            self._observe(now - due)\n            given_up",
+        "            given_up",
+        "is_given_up",
+    ),
+    # 11. Command line
+    "there are colours for who wants none": Mutation(
+        'knows and not environment.get("NO_COLOR")', "knows", "who_wants_none"
+    ),
+    "what is refused has failed": Mutation(
+        "        return EXIT_REFUSED\n",
+        "        return EXIT_FAILED\n",
+        "said_in_one_line_and_a_status",
+    ),
+    "who has read enough is told of it": Mutation(
+        "    except BrokenPipeError:  # whoever read us has read enough\n        return 0\n",
+        "    except BrokenPipeError:\n        return EXIT_FAILED\n",
+        "read_enough",
+    ),
+    "an interrupted command is done": Mutation("return EXIT_INTERRUPTED", "return 0", "interrupt"),
 }
 
 
