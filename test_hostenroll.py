@@ -17223,7 +17223,8 @@ def test_nothing_of_a_peers_making_breaks_a_line_of_the_log(format: str, tmp_pat
 class Mutation(NamedTuple):
     text: str  # as it stands in the module, once
     slip: str  # what it becomes
-    tests: str  # of the default run, for -k
+    tests: str  # for -k
+    marks: str = "not slow"  # for -m
 
 
 MUTATIONS: Dict[str, Mutation] = {
@@ -17370,16 +17371,19 @@ MUTATIONS: Dict[str, Mutation] = {
         '            if is_busy:\n                raise StoreBusy(f"{self.path} has been',
         '            if False:\n                raise StoreBusy(f"{self.path} has been',
         "replaced or put_in_place or old_database",
+        "",
     ),
     "the WAL of a new database is taken for the old one's": Mutation(
         'if identity(f"{self.path}-wal") in (None, self._wal_identity):',
         "if True:",
         "replaced or put_in_place or old_database",
+        "",
     ),
     "the WAL of an old database stays beside the new one": Mutation(
         'for path in (f"{self.path}-wal", f"{self.path}-shm"):\n                with suppress',
         "for path in ():\n                with suppress",
         "replaced or put_in_place or old_database",
+        "",
     ),
     "foreign keys are not looked after": Mutation(
         'self._run("PRAGMA foreign_keys = ON")', "", "lives_and_dies or random_life"
@@ -17649,14 +17653,19 @@ MUTATIONS: Dict[str, Mutation] = {
         "            if not _is_pair(store, self._keyring):\n                raise StoreError(",
         "            if False:\n                raise StoreError(",
         "no_pair",
+        "",
     ),
     "a database that was put in place is told of no server": Mutation(
         "            self._is_to_announce = True\n            self._censuses",
         "            self._censuses",
         "put_in_place",
+        "",
     ),
     "the counts of another database are shown": Mutation(
-        "            self._censuses.clear()\n            log.", "            log.", "put_in_place"
+        "            self._censuses.clear()\n            log.",
+        "            log.",
+        "put_in_place",
+        "",
     ),
     "a beat falls short and nobody asks why": Mutation(
         "if self._store.beat(rows) == len(rows):",
@@ -17738,27 +17747,25 @@ MUTATIONS: Dict[str, Mutation] = {
     ),
     # 8. Assets
     "the agent trusts whom it cannot check": Mutation(
-        '[ -z "$pin" ] || [ -n "$cacert" ] || set --',
-        "set --",
-        "right_server or day_in_the_life or not_trusted",
+        '[ -z "$pin" ] || [ -n "$cacert" ] || set --', "set --", "hears_nothing or is_trusted", ""
     ),
     "the agent trusts whoever has another pin": Mutation(
-        '[ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"',
-        ":",
-        "right_server or day_in_the_life or not_trusted",
+        '[ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"', ":", "hears_nothing or is_trusted", ""
     ),
     "a .curlrc has a say": Mutation(
-        'set -- -q "$server$1" -sS', 'set -- "$server$1" -sS', "right_server or environment"
+        'set -- -q "$server$1" -sS', 'set -- "$server$1" -sS', "hears_nothing", ""
     ),
     "a full disk takes the credential": Mutation(
         'mv -f "$new" "$state/$1" 2>/dev/null && return',
         'cat "$new" >"$state/$1" && return',
         "disk_the_old or disk_that_fills or kept_before",
+        "",
     ),
     "an old credential takes the place of a new one": Mutation(
         'load_credential && [ "$credential" = "$used" ] || return 0',
         "load_credential || return 0",
         "renew or enrolls_anew",
+        "",
     ),
     "secrets go over http": Mutation(
         '[ -n "$loopback$insecure" ] ||', "true ||", "mistake_in_the_agents"
@@ -17769,10 +17776,10 @@ MUTATIONS: Dict[str, Mutation] = {
         "answer_was_lost",
     ),
     "a fleet waits as one": Mutation(
-        'draw "$bound"\n    pause', "drawn=$bound\n    pause", "longer_and_longer"
+        'draw "$bound"\n    pause', "drawn=$bound\n    pause", "longer_and_longer", ""
     ),
     "an agent waits without bound": Mutation(
-        '[ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT', ":", "longer_and_longer"
+        '[ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT', ":", "longer_and_longer", ""
     ),
     "a name is markup": Mutation(
         "this.said.textContent = refused", "this.said.innerHTML = refused", "make_markup"
@@ -17889,7 +17896,7 @@ MUTATIONS: Dict[str, Mutation] = {
     "nobody's time is ever over": Mutation(
         "return connection if moment - since >= self._seconds else None",
         "return None",
-        "nobody_waits_for_the_slow or dropped",
+        "dropped",
     ),
     "a trickle buys time": Mutation(
         "if connection.phase is not self._in_head and connection.reader.has_begun:",
@@ -17937,6 +17944,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "            self._observe(now - due)\n            given_up",
         "            given_up",
         "is_given_up",
+        "",
     ),
     # 11. Command line
     "there are colours for who wants none": Mutation(
@@ -17960,24 +17968,40 @@ def test_every_mutation_is_of_text_that_is_there_once_and_of_tests_that_there_ar
     there = {name: SOURCE.count(mutation.text) for name, mutation in MUTATIONS.items()}
     assert {name: count for name, count in there.items() if count != 1} == {}
     assert [name for name, mutation in MUTATIONS.items() if mutation.text == mutation.slip] == []
-    names = "\n".join(name for name in globals() if name.startswith("test_"))
-    words = {word for mutation in MUTATIONS.values() for word in mutation.tests.split(" or ")}
-    assert [word for word in words if word not in names] == []
+    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    fast = "\n".join(
+        name
+        for name, test in tests.items()
+        if slow.mark not in getattr(test, "pytestmark", ()) and "mutation" not in name
+    )
+    for mutation in MUTATIONS.values():
+        names = "\n".join(tests) if mutation.marks == "" else fast
+        assert [word for word in mutation.tests.split(" or ") if word not in names] == []
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all slips: pytest takes seconds to make so many tests ready, and keeps them."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("test_hostenroll.py", "schema.sql", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 @slow
 @pytest.mark.skipif("HOSTENROLL_MUTATIONS" not in os.environ, reason="not HOSTENROLL_MUTATIONS=1")
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
-def test_the_suite_turns_red_with(mutation: Mutation, tmp_path: Path) -> None:
-    text, slip, tests = mutation
-    for name in ("test_hostenroll.py", "schema.sql", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "hostenroll.py").write_text(SOURCE.replace(text, slip), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", f"({tests}) and not mutation"]
-    environment = {**clean_environment(), "PYTHONPATH": str(tmp_path)}
+def test_the_suite_turns_red_with(mutation: Mutation, copy: Path) -> None:
+    text, slip, tests, marks = mutation
+    for compiled in (copy / "__pycache__").glob("hostenroll.*"):  # known by second and size alone
+        compiled.unlink()
+    (copy / "hostenroll.py").write_text(SOURCE.replace(text, slip), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", marks]
+    environment = {**clean_environment(), "PYTHONPATH": str(copy)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     run = subprocess.Popen(
-        command,
-        cwd=str(tmp_path),
+        [*command, "-k", f"({tests}) and not mutation"],
+        cwd=str(copy),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
