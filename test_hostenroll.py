@@ -11829,6 +11829,25 @@ def test_while_two_thousand_open_and_stand_a_heartbeat_hardly_waits(
         assert grown < 64 * 1024 * 1024
 
 
+def test_nobody_gives_way_for_a_descriptor_that_nobody_wants(tmp_path: Path) -> None:
+    """accept() says that there is none before it says that nobody waits."""
+    with ServerProcess(tmp_path) as server:
+        door = SocketDoor(server.port, "")
+        number = server.process.pid
+        with door.connect() as idle, idle.makefile("rb") as stream:
+            idle.sendall(HEALTH)
+            assert read_reply(stream) is not None
+            in_use = len(os.listdir(f"/proc/{number}/fd"))
+            _, hard = resource.prlimit(number, resource.RLIMIT_NOFILE)
+            resource.prlimit(number, resource.RLIMIT_NOFILE, (in_use + 1, hard))
+            with door.connect() as last, last.makefile("rb") as answers:
+                for _ in range(3):
+                    last.sendall(HEALTH)
+                    assert read_reply(answers) is not None
+            idle.sendall(HEALTH)
+            assert read_reply(stream) is not None
+
+
 @pytest.mark.parametrize("limit", [100, 48])
 def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Path) -> None:
     shell = f'ulimit -n {limit} && exec "$0" "$@" serve --port 0'
@@ -13290,9 +13309,11 @@ def test_a_flood_of_lists_does_not_hold_up_a_beat(paths: Any, clock: Clock) -> N
                     assert reply is not None and reply.status == 200
 
 
-@pytest.mark.parametrize("count", [1, 4, pytest.param(30, marks=slow)])
+@pytest.mark.parametrize(
+    "count, times", [(1, 16), (4, 16), (4, 1), pytest.param(30, 16, marks=slow)]
+)
 def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
-    count: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    count: int, times: int, paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 400_000)
     with opened(paths, clock) as registry:
@@ -13309,7 +13330,7 @@ def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
             peer = stack.enter_context(socket.socket())
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             peer.connect(("127.0.0.1", door.port))
-            peer.sendall(request * 16)  # more than the kernel takes
+            peer.sendall(request * times)  # each answer is more than the kernel takes
             peers.append(peer)
         assert door.call("GET", "/healthz").status == 200
         until(lambda: not live.server._reads and not live.server._ready)  # nobody takes more
@@ -13317,13 +13338,41 @@ def test_answers_that_nobody_takes_hold_so_much_memory_and_no_more(
         for peer in peers:
             peer.settimeout(10)
             with contextlib.suppress(OSError, AssertionError), peer.makefile("rb") as stream:
-                for _ in range(16):
+                for _ in range(times):
                     if read_reply(stream) is None:
                         break
                 else:
                     continue
             ended += 1
         assert (ended > 0) == (count > 1)
+
+
+def test_whoever_holds_most_gives_way_whatever_it_is(
+    paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One who does not take a great answer, and four who have sent a part of a small request."""
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 400_000)
+    with opened(paths, clock) as registry:
+        fill(registry, 1000)
+        api_key = make_api_key(registry, clock)
+    with LiveServer(paths, clock) as live, contextlib.ExitStack() as stack:
+        door = SocketDoor(live.port, api_key)
+        live.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        great = stack.enter_context(socket.socket())
+        great.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        great.connect(("127.0.0.1", door.port))
+        great.sendall(request_bytes("GET", "/api/hosts?limit=1000", bearer=api_key))
+        until(lambda: live.server._held > 200_000)
+        small = [stack.enter_context(door.connect()) for _ in range(4)]
+        for peer in small:
+            peer.sendall(POST + b"Content-Length: 60000\r\n\r\n" + b"x" * 59_000)
+        until(lambda: 4 * 59_000 <= live.server._held < 5 * 59_000)
+        for peer in small:
+            peer.sendall(b"x" * 1000)
+            with peer.makefile("rb") as stream:
+                reply = read_reply(stream)
+                assert reply is not None and reply.code == "api-key-invalid"
+        assert door.call("GET", "/healthz").status == 200
 
 
 def test_a_small_announcement_of_much_holds_little() -> None:
@@ -17883,7 +17932,7 @@ MUTATIONS: Dict[str, Mutation] = {
     "who does not take answers holds nothing": Mutation(
         "key=lambda it: it.held + len(it.output))",
         "key=lambda it: it.held)",
-        "holds_little or nobody_takes_hold",
+        "holds_most",
     ),
     "everybody is taken for a proxy": Mutation(
         "if self._proxies and is_within(ipaddress.ip_address(address), self._proxies):",
