@@ -17455,7 +17455,9 @@ MUTATIONS: Dict[str, Mutation] = {
         "a_checkpoint_is",
     ),
     "nothing is ever checkpointed": Mutation(
-        "if changes - self._checkpointed_at < CHECKPOINT_AFTER:", "if changes >= 0:", "wal"
+        "if changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:",
+        "if changes >= 0:",
+        "wal",
     ),
     "all is written without a sync": Mutation(
         'synchronous = "FULL" if durable else "NORMAL"', 'synchronous = "NORMAL"', "on_the_disk"
@@ -17526,13 +17528,13 @@ MUTATIONS: Dict[str, Mutation] = {
         "to_the_millisecond",
     ),
     "online is a millisecond longer": Mutation(
-        "is_online = silence <= allowed_silence_ms(interval)",
-        "is_online = silence <= allowed_silence_ms(interval) + 1",
+        "if seen >= bounds.online:",
+        "if seen >= bounds.online - 1:",
         "to_the_millisecond",
     ),
     "offline is a millisecond shorter": Mutation(
-        "is_offline = silence <= MISSING_AFTER * SECOND_MS",
-        "is_offline = silence < MISSING_AFTER * SECOND_MS",
+        'return "offline" if seen >= bounds.offline else',
+        'return "offline" if seen > bounds.offline else',
         "to_the_millisecond",
     ),
     "the server's pause is silence": Mutation(
@@ -17557,7 +17559,12 @@ MUTATIONS: Dict[str, Mutation] = {
         "soon_after_the_clock",
     ),
     "a dead host is alive by a clock that was set back": Mutation(
-        "if last_seen > is_ahead_from(service, now):", "if False:", "dead_host or random_life"
+        "if seen > bounds.ahead:", "if False:", "dead_host or random_life"
+    ),
+    "the sentence of a dead host is of another clock": Mutation(
+        "if last_seen > is_ahead_from(service, now):",
+        "if False:",
+        "dead_host or clock or bounds_of",
     ),
     "who was heard in a brief life is silent": Mutation(
         "elif last_seen < service.started:", "elif False:", "crash_loop or random_life"
