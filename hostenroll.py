@@ -9117,6 +9117,8 @@ class Server(HTTPServer):
         if tls.is_shaken and connection.phase in (None, self._shaking):
             self._move(connection, self._in_head)
         if plain:
+            if connection.held:
+                self._account(connection, connection.reader.held)
             return plain
         self._account(connection, connection.reader.held + tls.held)
         output = tls.output()
@@ -9130,10 +9132,12 @@ class Server(HTTPServer):
 
     def _relieve(self, connection: Connection) -> bool:
         """Too much is held, with what has come of a connection or goes to it: whoever holds the
-        most gives way. So a crowd that holds what it can keeps nobody else out. True when that is
-        the connection itself."""
+        most gives way, but none who is in the tick. So a crowd that holds what it can keeps nobody
+        else out. True when that is the connection itself."""
         holders = [it for phase in self._phases for it in phase.everyone()]
         greatest = max((*holders, connection), key=lambda it: it.held + len(it.output))
+        if not greatest.held and not greatest.output:
+            return False
         if greatest.output or greatest.phase is self._shaking:
             self._drop(greatest)
         else:
@@ -9194,10 +9198,9 @@ class Server(HTTPServer):
             self._metrics.requests.observe(time.monotonic() - self._moment)
             return
         owed = Owed(connection, request, admitted, self._moment)
-        if self._api.may_write(admitted):
-            self._tick.append(owed)
-        else:
-            self._reads.append(owed)
+        is_read = not self._api.may_write(admitted)
+        (self._reads if is_read else self._tick).append(owed)
+        if is_read or connection.held:  # or else _relieve() might refuse what is done all the same
             self._move(connection, None)
 
     # Ticks.

@@ -13547,6 +13547,55 @@ def test_who_holds_little_is_not_kept_out_by_those_who_hold_too_much(
         assert sum(map(bool, (select.select([it], [], [], 0.1)[0] for it in holders))) >= 1
 
 
+class HeldClock(Clock):
+    """A clock that the server waits for, as long as it is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_held, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
+
+    def __call__(self) -> float:
+        if not self.goes_on.is_set():
+            self.is_held.set()
+            self.goes_on.wait(10)
+        return self.now
+
+
+def test_who_is_in_the_tick_does_not_give_way_and_is_not_answered_twice(
+    paths: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large request that is whole, in the turn in which somebody else's makes it too much: were
+    it refused, what it asks for would be done all the same."""
+    monkeypatch.setattr(hostenroll, "HELD_MAXIMUM", 70_000)
+    clock = HeldClock()
+    with opened(paths, clock) as registry:
+        api_key = make_api_key(registry, clock)
+    body = b'{"maxUses":5%b}' % (b" " * 60_000)
+    whole = request_bytes("POST", "/api/hosts/tokens", body, api_key)
+    begun = POST + b"Content-Length: 60000\r\n\r\n" + b"x" * 8_000
+    with LiveServer(paths, clock) as live, contextlib.ExitStack() as stack:
+        door = SocketDoor(live.port, api_key)
+        honest, other = (stack.enter_context(door.connect()) for _ in range(2))
+        honest.sendall(whole[:-1])
+        other.sendall(begun)
+        until(lambda: live.server._held == len(body) - 1 + 8_000)
+        clock.goes_on.clear()
+        waker = stack.enter_context(door.connect())
+        assert clock.is_held.wait(10)
+        honest.sendall(whole[-1:])
+        other.sendall(b"x" * 4_000)
+        clock.goes_on.set()
+        with honest.makefile("rb") as stream:
+            reply = read_reply(stream)
+            assert reply is not None and reply.status == 201
+        assert not select.select([honest], [], [], 0.1)[0]
+        with other.makefile("rb") as stream:
+            reply = read_reply(stream)
+            assert reply is not None and reply.code == "overloaded"
+        assert waker.fileno() >= 0
+
+
 def heartbeat_of(door: SocketDoor, *headers: Tuple[str, str]) -> bytes:
     """Of a host that has just enrolled, as most of them come."""
     credential = door.enroll(door.token()).document["credential"]
