@@ -2290,9 +2290,15 @@ class Store:
             if is_busy:
                 raise StoreBusy(f"{self.path} has been replaced while others read the old one")
             for path in (f"{self.path}-wal", f"{self.path}-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+                self._unlink(path)
         self.disown()
+
+    def _unlink(self, path: str) -> None:
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
+            raise StoreBusy(f"the old {self.path} cannot be left: {told(path, error)}") from error
 
     def disown(self, reason: str = "") -> None:
         """Close a database that is not to be worked with; it counts as replaced."""
@@ -3407,8 +3413,8 @@ class Registry:
         self.audit.write(self._keyring)
         started = time.perf_counter()
         self._store.commit()
-        self.metrics.commits.observe(time.perf_counter() - started)
         with suppress(MemoryError):  # it is committed, so it must be answered
+            self.metrics.commits.observe(time.perf_counter() - started)
             self.audit.tell()
 
     def _perform_all(self, work: Sequence[Work], beaten: Iterator[Any], now: int) -> List[Any]:
@@ -3719,16 +3725,29 @@ class Registry:
     def keep_house(self, now: int) -> None:
         """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
         if self._is_to_announce and self._url:
-            self.start_service(self._url, now, self._pin)
-            self._is_to_announce = False
+            self._announce(now)
         self.keep_alive(now)
         if self._has_new_pin:
-            self._store.put_pin(self._pin)
-            self._has_new_pin = False
+            self._announce_pin()
         if not self.key_trouble and not self.knows_keys():
             self.learn_keys("key-file", now)
         self._prune_tokens(now)
         self.audit.prune(self._keyring, now)
+
+    # What has been written counts when it is found there: the tick that wrote it may have died.
+
+    def _announce(self, now: int) -> None:
+        old = self._store.service()
+        said = None if old is None else (old.interval, old.public_url, old.pin)
+        self._is_to_announce = said != (self.interval, self._url, self._pin)
+        if self._is_to_announce:
+            self.start_service(self._url, now, self._pin)
+
+    def _announce_pin(self) -> None:
+        service = self._store.service()
+        self._has_new_pin = service is not None and service.pin != self._pin
+        if self._has_new_pin:
+            self._store.put_pin(self._pin)
 
     def announce_pin(self, pin: str) -> None:
         """The server has another certificate: keep_house() writes its pin."""
@@ -9280,7 +9299,7 @@ class Server(HTTPServer):
         came = iter(outcomes)
         self._settle_beats(beats, came)
         for owed, outcome in zip(tick, came):
-            self._settle(owed, self._api.answer(owed.work, outcome))
+            self._settle(owed, outcome)
         requests = len(beats) + len(tick) - self._own_work
         self._own_work = 0
         if requests:
@@ -9305,14 +9324,18 @@ class Server(HTTPServer):
             except Exception:
                 self._fail(connection)
 
-    def _settle(self, owed: Owed, response: Optional[Response]) -> None:
+    def _settle(self, owed: Owed, outcome: Any) -> bool:
+        """Answer; False for what wants to be run again."""
         connection = owed.connection
         if connection is not None:
-            assert response is not None, "only a read may be unfinished"
             try:
+                response = self._api.answer(owed.work, outcome)
+                if response is None:
+                    return False
                 self._answer(connection, response, owed.request, owed.since)
             except Exception:
                 self._fail(connection)
+        return True
 
     def _read_one(self) -> None:
         """Run one act that only reads, or a slice of it, in a tick of its own: no beat waits for
@@ -9323,12 +9346,10 @@ class Server(HTTPServer):
                 continue
             outcomes = self._run([owed.work], lambda place: NOBODYS)
             assert outcomes is not None, "what only reads waits for nobody"
-            response = self._api.answer(owed.work, outcomes[0])
-            if response is None:
-                self._reads.append(owed)
-            else:
-                self._settle(owed, response)
+            if self._settle(owed, outcomes[0]):
                 self._metrics.requests.observe(time.monotonic() - owed.since)
+            else:
+                self._reads.append(owed)
             return
 
     def _run(

@@ -2617,6 +2617,58 @@ def test_a_full_disk_undoes_the_tick_and_leaves_the_store_in_order(
     assert look(registry, "PRAGMA integrity_check") == [("ok",)]
 
 
+def test_a_new_pin_is_written_though_the_tick_that_wrote_it_has_died(
+    registry: Registry, clock: Clock
+) -> None:
+    do(registry, clock, lambda now: registry.start_service("https://here", now, "old"))
+    registry.announce_pin("new")
+
+    def dies(now: int) -> None:
+        raise hostenroll.StoreError("the disk is full")
+
+    outcomes = registry.tick([Act(registry.keep_house), Act(dies)], clock.ms) or []
+    assert [type(outcome) for outcome in outcomes] == [hostenroll.StorageUnavailable] * 2
+    for _ in range(2):
+        do(registry, clock, registry.keep_house)
+        assert look(registry, "SELECT pin FROM service") == [("new",)]
+    look(registry, "UPDATE service SET pin = 'of another server'")  # which comes after ours
+    do(registry, clock, registry.keep_house)
+    assert look(registry, "SELECT pin FROM service") == [("of another server",)]
+
+
+@pytest.mark.parametrize("dies_first", [False, True], ids=["at once", "after a tick that died"])
+def test_a_database_that_takes_the_place_of_another_hears_of_the_server(
+    dies_first: bool, registry: Registry, clock: Clock, paths: Tuple[str, str], tmp_path: Path
+) -> None:
+    """Also where what lies beside the old one cannot be removed for a while."""
+    (tmp_path / "backup").mkdir()
+    registry.back_up(str(tmp_path / "backup"))
+    do(registry, clock, lambda now: registry.start_service("https://here", now))
+    os.replace(tmp_path / "backup" / "hostenroll.db", paths[0])
+    os.remove(f"{paths[0]}-shm")
+    os.mkdir(f"{paths[0]}-shm")
+    assert isinstance(
+        (registry.tick([Act(lambda now: "written")], clock.ms) or [])[0],
+        hostenroll.StorageUnavailable,
+    )
+    registry.tidy()
+    os.rmdir(f"{paths[0]}-shm")
+
+    def is_back() -> bool:
+        registry.tidy()
+        return registry.tick([Act(lambda now: "written")], clock.ms) == ["written"]
+
+    until(is_back)
+
+    def dies(now: int) -> None:
+        raise hostenroll.StoreError("the disk is full")
+
+    if dies_first:
+        registry.tick([Act(registry.keep_house), Act(dies)], clock.ms)
+    do(registry, clock, registry.keep_house)
+    assert look(registry, "SELECT public_url FROM service") == [("https://here",)]
+
+
 Prepare = Callable[[Registry, Clock], Callable[[int], Any]]
 
 
