@@ -1067,7 +1067,7 @@ def read_json(body: bytes) -> Any:
 
 # 4. Secrets
 #
-# The only section with randomness and cryptography. Tokens and API keys are 256 random bits,
+# The only section with secret randomness and cryptography. Tokens and API keys are 256 random bits,
 # shown once and kept as SHA-256: what is random needs no slow hash. Credentials are compact JWS
 # (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518, section 3.2).
 
@@ -2660,8 +2660,9 @@ class Store:
 # 6. Registry
 #
 # The rules. Every rule runs inside a tick: one transaction, one time (now, in Unix ms), and
-# answers that are given only after the commit. The command line uses the same rules by the same
-# door, as a tick of one act. What the Store reports becomes a refusal here.
+# answers that are given only after the commit. Secrets alone are looked at ahead of it too. The
+# command line uses the same rules by the same door, as a tick of one act. What the Store reports
+# becomes a refusal here.
 
 ALL_ORGANIZATIONS: Optional[str] = None
 
@@ -7294,8 +7295,8 @@ def page() -> str:
 # 9. Api
 #
 # Routes, and the documents that they answer with. One table says what there is, who may call it
-# and what it takes. A request is admitted first, which needs no database; what comes of that is
-# an answer, or a heartbeat or an act for the next tick.
+# and what it takes. A request is admitted first, which writes nothing; what comes of that is an
+# answer, or a heartbeat or an act for the next tick.
 
 HOSTNAME = Text(
     253, 1, r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", "letters, digits, dots, - and _"
@@ -7662,6 +7663,14 @@ TOKENS = Listing("tokens", token_query, Registry.tokens, token_document)
 HOSTS = Listing("hosts", host_query, Registry.hosts, host_document)
 EVENTS = Listing("events", event_query, Registry.events, event_document)
 
+
+def service_place(service: Optional[Service]) -> Tuple[str, str]:
+    """The URL at which hosts find the servers, and the pin: before one ran, those of the first."""
+    if service is None:
+        return f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", ""
+    return service.public_url, service.pin
+
+
 SERVICE_DOCUMENT = Shape(
     *members(
         version=Text(64, 1),
@@ -7676,8 +7685,7 @@ SERVICE_DOCUMENT = Shape(
 
 def _get_service(registry: Registry, call: Call) -> Response:
     service = registry.service()
-    url = service.public_url if service else f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
-    pin = service.pin if service else ""
+    url, pin = service_place(service)
     document = {
         "version": __version__,
         "publicUrl": url,
@@ -8506,7 +8514,8 @@ class Api:
         self.metrics = registry.metrics
 
     def admit(self, request: Request, now: int) -> Admitted:
-        """What a request asks for, judged without the database."""
+        """What a request asks for, judged before the tick. Of the database only a secret is looked
+        up, so that a wrong one gets no further."""
         head = request.head
         try:
             if head.method == "OPTIONS":
@@ -10579,7 +10588,10 @@ def _shed_syntax_tree(code: CodeType) -> None:
     started = _command_line()
     options = started[1 : len(started) - len(sys.argv)]
     is_script = len(started) > len(sys.argv) and "-m" not in options
-    if sys.executable and is_script and sys.argv[1:2] == ["serve"] and sys.platform == "linux":
+    is_server = sys.executable and is_script and sys.argv[1:2] == ["serve"]
+    if not is_server or sys.platform != "linux" or not os.path.exists("/proc/self/fd"):
+        return
+    with suppress(OSError):  # a system may forbid it: then the memory stays taken
         descriptor = os.memfd_create("hostenroll", 0)  # which what starts over inherits
         with open(descriptor, "wb", closefd=False) as file:  # as a .pyc file is
             file.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
@@ -10718,8 +10730,7 @@ def _mint(
         print_json(document)
         return 0
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
-    url = service.public_url if service else f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
-    pin = service.pin if service else ""
+    url, pin = service_place(service)
     print(text, flush=True)
     _say(
         f"token {document['id']} of {document['organizationId']}: {uses}, "
