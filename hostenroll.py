@@ -10108,10 +10108,11 @@ class Progress:
 
         with Progress("copying the database", environment) as progress:
             progress(done, total)
+            progress.what = "what comes next"
     """
 
     def __init__(self, what: str, environment: Mapping[str, str]) -> None:
-        self._what = what
+        self.what = what
         self._environment = environment
         self._done: Tuple[int, Optional[int]] = 0, None
         self._ended = threading.Event()
@@ -10149,7 +10150,7 @@ class Progress:
     def _line(self, seconds: float) -> str:
         done, total = self._done
         counted = [f"{done:,} of {total:,} ({100 * done // total} %)" if total else f"{done:,}"]
-        return f"{self._what}: {', '.join([*(counted if done else []), span(seconds)])}"
+        return f"{self.what}: {', '.join([*(counted if done else []), span(seconds)])}"
 
 
 # How states look on a terminal (ECMA-48, SGR). Nothing else has a colour.
@@ -11267,7 +11268,7 @@ class Driver:
 
     def _watch(self, what: str, answered: int, seconds: float) -> None:
         self._resident = max(self._resident, process_usage(self._bench.server)[1])
-        self._tell(f"{what}: {answered:,} answered in {seconds:.0f} s")
+        self._tell(f"{what}: {answered:,} answered")
 
 
 def paced_rates(asked: Optional[int], full: Mapping[str, Any]) -> List[int]:
@@ -11325,12 +11326,6 @@ def _drive(bench: Bench, pipe: Any, other_end: Any) -> None:
         tell("failed", f"cannot go on with the load: {error}")
 
 
-def _show_progress(text: str) -> None:
-    """One line that is written over, on a terminal only."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"\r{text[:78]:78}\r", end="", file=sys.stderr, flush=True)
-
-
 def _interrupt(*_: object) -> None:
     _on_end(signal.SIG_IGN)  # a second one must not spoil the cleaning up
     raise KeyboardInterrupt
@@ -11362,12 +11357,9 @@ def _run_bench(session: Session) -> int:
     if fit_connections(arguments.connections) < arguments.connections:
         raise OperatorError("the limit of open files allows fewer --connections: ulimit -Hn")
     _on_end(_interrupt)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hostenroll-bench-") as folder:
-            _require_room(folder, arguments.hosts)
-            document = _bench(session, folder)
-    finally:
-        _show_progress("")
+    with tempfile.TemporaryDirectory(prefix="hostenroll-bench-") as folder:
+        _require_room(folder, arguments.hosts)
+        document = _bench(session, folder)
     if arguments.json:
         print_json(document)
     else:
@@ -11404,7 +11396,9 @@ def _bench(session: Session, folder: str) -> Document:
     registry = open_registry(files[0], files[1], session.now())
     key = load_keyring(files[1]).first
     try:
-        fleet = _make_fleet(session, registry, arguments.hosts - newcomers, key.kid)
+        with session.progress("making the fleet") as progress:
+            wanted = arguments.hosts - newcomers
+            fleet = _make_fleet(registry, wanted, key.kid, session.now, progress)
         token = _token(registry, newcomers, session.now())
     finally:
         registry.close()
@@ -11412,7 +11406,7 @@ def _bench(session: Session, folder: str) -> Document:
     with _scratch_server(session.environment, folder, options) as (server, port):
         now = session.now()
         bench = Bench(arguments, now, fleet, key, token, newcomers, certificate, server, port)
-        document = _drive_elsewhere(bench)
+        document = _drive_elsewhere(bench, session.progress("measuring"))
     size = os.path.getsize(files[0])
     return bench_document(arguments, document, size)
 
@@ -11423,20 +11417,22 @@ def _token(registry: Registry, uses: int, now: int) -> str:
     return str(registry.perform(Act(lambda now: registry.mint(by, order, now)[1]), now))
 
 
-def _make_fleet(session: Session, registry: Registry, hosts: int, kid: str) -> array[int]:
+def _make_fleet(
+    registry: Registry, hosts: int, kid: str, clock: Callable[[], int], report: Report
+) -> array[int]:
     """Enroll hosts by the rules, a whole transaction of them at once and without HTTP, and let
     each beat once: rows, history and size are those of a real fleet. Their ids."""
     fleet = array("q")
     while len(fleet) < hosts:
         numbers = range(len(fleet), min(hosts, len(fleet) + BENCH_BATCH))
-        now = session.now()
+        now = clock()
         admit = partial(_admit, registry, _token(registry, len(numbers), now), numbers)
         batch = registry.perform(Act(admit, durable=False), now)
         at = now // SECOND_MS
         registry.tick([Claims(it, DEFAULT_ORGANIZATION, at, 1, None, kid) for it in batch], now)
         registry.tidy()
         fleet.extend(batch)
-        _show_progress(f"making the fleet: {len(fleet):,} of {hosts:,} hosts")
+        report(len(fleet), hosts)
     return fleet
 
 
@@ -11508,8 +11504,9 @@ def _complaint(said: str) -> str:
     return f"; the server said: {lines[-1].strip()}" if lines else ""
 
 
-def _drive_elsewhere(bench: Bench) -> Document:
-    """Make the load in a process of its own; what came of it. Raises OperatorError."""
+def _drive_elsewhere(bench: Bench, progress: Progress) -> Document:
+    """Make the load in a process of its own; what came of it. Progress begins after the fork, which
+    is not for a process with several threads. Raises OperatorError."""
     import multiprocessing
 
     context = multiprocessing.get_context("fork")  # it has the fleet, and needs no file of it
@@ -11520,21 +11517,22 @@ def _drive_elsewhere(bench: Bench) -> Document:
     try:
         _release_signals(held)
         theirs.close()
-        return _outcome(ours)
+        with progress:
+            return _outcome(ours, progress)
     finally:
         _on_end(signal.SIG_IGN)  # what follows is cleaning up
         driver.kill()
         driver.join()
 
 
-def _outcome(pipe: Any) -> Document:
+def _outcome(pipe: Any, progress: Progress) -> Document:
     while True:
         try:
             kind, said = pipe.recv()
         except EOFError:
             raise OperatorError("the process that makes the load has ended") from None
         if kind == "progress":
-            _show_progress(said)
+            progress.what = said
         elif kind == "failed":
             raise OperatorError(said)
         else:

@@ -18281,9 +18281,8 @@ def test_the_hosts_of_a_benchmark_are_those_of_a_real_fleet(
     registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hostenroll, "BENCH_BATCH", 40)
-    session = hostenroll.Session(bench_arguments(), clock)
     (kid,) = keys_of(registry, clock)
-    made = hostenroll._make_fleet(session, registry, 100, kid)
+    made = hostenroll._make_fleet(registry, 100, kid, lambda: clock.ms, hostenroll.unheard)
     query = hostenroll.HostQuery(limit=1000)
     hosts = [view for page in pages(registry, clock, "hosts", query) for view in page.items]
     listed = pages(registry, clock, "tokens", hostenroll.TokenQuery())
@@ -18398,7 +18397,7 @@ class BenchProcess:
         self.scratch.mkdir()
         self.mark = f"BENCH_OF={folder}"
         command = [*more.pop("command", (sys.executable, str(MODULE))), "bench", *options]
-        settings = {"TMPDIR": str(self.scratch), "BENCH_OF": str(folder)}
+        settings = {"TMPDIR": str(self.scratch), "BENCH_OF": str(folder), "TERM": "xterm"}
         self.process = subprocess.Popen(
             command,
             cwd=str(folder),
@@ -18526,16 +18525,9 @@ def test_a_benchmark_shows_on_a_terminal_how_far_it_is_and_then_what_it_measured
         done = bench.end()
         os.close(ours)
     assert done.status == 0 and done.left == []
-    lines = [line.strip() for line in shown.decode().split("\r")]
-    assert "\n" not in shown.decode() and lines[-2:] == ["", ""]
-    for step in (
-        "making the fleet",
-        "enrollments",
-        "warming up",
-        "full load",
-        "heartbeats a second",
-    ):
-        assert any(step in line for line in lines), step
+    assert "\n" not in shown.decode() and shown.endswith(b"\r\x1b[K")
+    for step in (b"full load: ", b"heartbeats a second: "):  # what came before took no second
+        assert step in shown
     names = [line.split("  ")[0] for line in done.out.splitlines() if line[:1] not in (" ", "")]
     for name in ("fleet", "enrollments", "full load", "paced", "memory", "database", "can hold"):
         assert name in names
