@@ -2225,6 +2225,8 @@ class Store:
         return found
 
     def require_same_file(self) -> None:
+        """See that what is at the path is what is open. Raises StoreError; StoreReplaced where
+        something else is there."""
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -3393,19 +3395,21 @@ class Registry:
                 outcomes = self._perform_all(work, iter(outcomes), now)
             self._commit(writes)
         except (StoreError, MemoryError) as error:
-            self._store.abandon()
-            self.audit.forget()
+            self._abandon()
             self.metrics.refusals[StorageUnavailable.code] += len(work)
             return [self._unavailable(error, writes)] * len(work)
         except BaseException:
-            self._store.abandon()
-            self.audit.forget()
+            self._abandon()
             raise
         if self._told:
             self._recover(writes)
         if beats:
             self.metrics.heartbeats += len(beats) - self._refused_beats
         return outcomes
+
+    def _abandon(self) -> None:
+        self._store.abandon()
+        self.audit.forget()
 
     def _commit(self, writes: bool) -> None:
         if not writes:
@@ -8804,6 +8808,9 @@ class Owed(NamedTuple):
     since: float
 
 
+DEADLINES = (HEAD_DEADLINE, BODY_DEADLINE, IDLE_DEADLINE, ANSWER_DEADLINE)
+
+
 class Server(HTTPServer):
     """An HTTP server for one Api. serve_forever() returns after stop()."""
 
@@ -8817,12 +8824,7 @@ class Server(HTTPServer):
         *,
         clock: Callable[[], float],
         connections: int = CONNECTIONS_MAXIMUM,
-        deadlines: Tuple[float, float, float, float] = (
-            HEAD_DEADLINE,
-            BODY_DEADLINE,
-            IDLE_DEADLINE,
-            ANSWER_DEADLINE,
-        ),
+        deadlines: Tuple[float, float, float, float] = DEADLINES,
         load_tls: Optional[TlsLoader] = None,
         listener: Optional[socket.socket] = None,
         proxies: Networks = (),
@@ -8847,21 +8849,15 @@ class Server(HTTPServer):
         self._connections_maximum = connections
         self._held = 0  # of all connections together
         head, body, idle, answer = deadlines
-        self._shaking = Phase(min(head, HANDSHAKE_DEADLINE), selectors.EVENT_READ)
-        self._in_head = Phase(head, selectors.EVENT_READ)
-        self._in_body = Phase(body, selectors.EVENT_READ)
-        self._idle = Phase(idle, selectors.EVENT_READ)
+        shaking = min(head, HANDSHAKE_DEADLINE)
+        reading = [
+            Phase(seconds, selectors.EVENT_READ)
+            for seconds in (shaking, head, body, idle, LINGER_DEADLINE)
+        ]
+        self._shaking, self._in_head, self._in_body, self._idle, self._lingering = reading
         self._taking = Phase(answer, selectors.EVENT_WRITE)
-        self._lingering = Phase(LINGER_DEADLINE, selectors.EVENT_READ)
+        self._phases = (*reading, self._taking)
         self._between = (self._idle, None)  # requests; nothing is read of who is in the tick
-        self._phases = (
-            self._shaking,
-            self._in_head,
-            self._in_body,
-            self._idle,
-            self._taking,
-            self._lingering,
-        )
         # For the next turn; None: there is more to be read of what has arrived.
         self._ready: List[Tuple[Connection, Optional[Request]]] = []
         # What may write, of this turn, or of more when there is another writer.
