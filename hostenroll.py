@@ -9222,9 +9222,12 @@ class Server(HTTPServer):
             self._metrics.requests.observe(time.monotonic() - self._moment)
             return
         owed = Owed(connection, request, admitted, self._moment)
-        is_read = not self._api.may_write(admitted)
-        (self._reads if is_read else self._tick).append(owed)
-        if is_read or connection.held:  # or else _relieve() might refuse what is done all the same
+        if self._api.may_write(admitted):
+            self._tick.append(owed)
+            if connection.held:  # or else _relieve() might refuse what is done all the same
+                self._move(connection, None)
+        else:
+            self._reads.append(owed)
             self._move(connection, None)
 
     # Ticks.
