@@ -2291,16 +2291,17 @@ class Store:
                 raise StoreBusy(said) from error
             if is_busy:
                 raise StoreBusy(f"{self.path} has been replaced while others read the old one")
-            for path in (f"{self.path}-wal", f"{self.path}-shm"):
-                self._unlink(path)
+            self._unlink_wal()
         self.disown()
 
-    def _unlink(self, path: str) -> None:
+    def _unlink_wal(self) -> None:
         try:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            for path in (f"{self.path}-wal", f"{self.path}-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
         except OSError as error:
-            raise StoreBusy(f"the old {self.path} cannot be left: {told(path, error)}") from error
+            said = f"the old {self.path} cannot be left: {told(error.filename, error)}"
+            raise StoreBusy(said) from error
 
     def disown(self, reason: str = "") -> None:
         """Close a database that is not to be worked with; it counts as replaced."""
