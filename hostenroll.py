@@ -3861,7 +3861,9 @@ class Registry:
 
     def _require_organization(self, name: str, problem: Type[Problem], field: str) -> None:
         if not self._store.has_organization(name):
-            raise problem(errors=[FieldError(field, "there is no such organization")])
+            raise problem(
+                errors=[FieldError(field, "there is no such organization: add-org makes one")]
+            )
 
     def _scope(
         self, by: Principal, asked: Optional[str], problem: Type[Problem], field: str
@@ -5795,7 +5797,8 @@ main() {
 }
 
 leave_to_holder() {
-    [ -n "$enrolled" ] || end 1 "another agent, process ${holder%%-*}, runs with $state"
+    [ -n "$enrolled" ] ||
+        end 1 "another agent, process ${holder%%-*}, runs with $state: end it, or give --state DIR"
     kill -USR1 "${holder%%-*}"
     end 0 "another agent, process ${holder%%-*}, runs with $state and goes on with that"
 }
@@ -6084,6 +6087,11 @@ pre { padding: .875rem 1rem; background: var(--sunk); border-radius: 8px; white-
 .fields label > * { width: 100%; }
 summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
 
+@media (min-width: 40.01rem) { /* a host with many labels leaves the others their room */
+  tbody th { min-width: 12rem; }
+  [data-title=Labels], [data-title=For] { max-width: 20rem; }
+  #audit tbody th { white-space: nowrap; }
+}
 @media (max-width: 64rem) { #fleet { grid-template-columns: repeat(3, 1fr); } }
 @media (max-width: 40rem) {
   header { padding: .25rem 1rem; gap: 0 .75rem; }
@@ -10695,7 +10703,10 @@ def _greet(session: Session, server: Server) -> None:
     if session.arguments.log_format == "json":
         log.info(listens)
     else:
-        _say(listens, f"next, in another terminal: {mint}")
+        _say(listens)
+        if session.arguments.public_url:
+            _say(f"hosts find it at {session.arguments.public_url}")
+        _say(f"next, in another terminal: {mint}")
 
 
 def _run_mint_token(session: Session) -> int:
@@ -10730,6 +10741,7 @@ def _mint(
     if session.arguments.json:
         print_json(document)
         return 0
+    _warn_of_stop(service, session.now())
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
     url, pin = service_place(service)
     print(text, flush=True)
@@ -10740,6 +10752,14 @@ def _mint(
         join_command(url, pin, text),
     )
     return 0
+
+
+def _warn_of_stop(service: Optional[Service], now: int) -> None:
+    """While no server lives, nobody can come in, and each status is as it was at its end. Before
+    the first one there is nothing to be mistaken about, and it may be starting just now."""
+    if service is not None and not is_served(service, now):
+        last = ago(rfc3339(service.alive), now)
+        _say(f"no server is running, the last was {last}, and no host is heard: serve starts one")
 
 
 def _run_list_tokens(session: Session) -> int:
@@ -10834,6 +10854,9 @@ def _run_list_hosts(session: Session) -> int:
         host_document(view) for view in _all_pages(session, Registry.hosts, query, arguments.limit)
     ]
     session.print_list("hosts", documents, HOST_COLUMNS)
+    if not arguments.json:
+        service = session.ask(lambda registry, by, now: registry.service(), writes=False)
+        _warn_of_stop(service, session.now())
     return 0
 
 

@@ -16176,6 +16176,31 @@ def test_serve_says_what_to_type_next_for_its_own_files(tmp_path: Path) -> None:
     assert command.strip() == "--db 'a b/fleet.db'"
 
 
+def test_serve_says_where_hosts_find_it(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--public-url", "https://enroll.lan:8443/") as server:
+        until(lambda: len(server.said) > 2)
+    assert server.said[1] == "hosts find it at https://enroll.lan:8443\n"
+
+
+def test_where_no_server_lives_any_more_that_is_said(operator: Operator) -> None:
+    """What it was the last to see is no news, and a join command leads nowhere."""
+    registry = open_registry(
+        str(operator.folder / "hostenroll.db"),
+        str(operator.folder / "hostenroll.key"),
+        operator.clock.ms,
+    )
+    url = "http://127.0.0.1:8080"
+    do(registry, operator.clock, lambda now: registry.start_service(url, now))
+    registry.close()
+    commands = ("list-hosts",), ("mint-token",)
+    operator.clock.advance(hostenroll.ALIVE_GRACE)
+    assert not any("no server" in operator(*command).err for command in commands)
+    operator.clock.advance(300)
+    for command in commands:
+        assert "no server is running, the last was 5 min ago" in operator(*command).err
+        assert operator(*command, "--json").err == ""
+
+
 @pytest.mark.parametrize("command", ["list-orgs", "--help"])
 def test_who_has_read_enough_hears_no_complaint(command: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
