@@ -5400,7 +5400,7 @@ ask() { # PATH CONFIG
     exit_status=$?
     config='' status=000 reply='' failure=''
     if [ "$exit_status" -ne 0 ]; then
-        failure=$(printf '%s\n' "$answer" | sed -n 's/^curl: //p' | fact)
+        failure=$(printf '%s\n' "$answer" | sed -n 's/ after [0-9]* m[a-z]*//; s/^curl: //p' | fact)
     else
         status=${answer##*"$LINE"}
         reply=${answer%"$LINE"*}
@@ -5993,6 +5993,7 @@ main > section { display: grid; gap: 1rem; min-width: 0; }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
 .row > .grow { flex: 1 1 16rem; }
 .row input[type=search] { width: 100%; }
+.row [data-mint] { margin-left: auto; }
 .problem { color: var(--danger); overflow-wrap: anywhere; }
 .notice { padding: .625rem .875rem; background: var(--notice); border-radius: 8px; }
 
@@ -6088,9 +6089,12 @@ pre { padding: .875rem 1rem; background: var(--sunk); border-radius: 8px; white-
 summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
 
 @media (min-width: 40.01rem) { /* a host with many labels leaves the others their room */
-  tbody th { min-width: 12rem; }
-  [data-title=Labels], [data-title=For] { max-width: 20rem; }
+  tbody th { min-width: 12rem; max-width: 20rem; }
+  [data-title=Labels], [data-title=For] { min-width: 8rem; max-width: 20rem; }
   #audit tbody th { white-space: nowrap; }
+}
+@media (min-width: 40.01rem) and (max-width: 64rem) { /* the host itself still tells */
+  #hosts [data-title=System] { display: none; }
 }
 @media (max-width: 64rem) { #fleet { grid-template-columns: repeat(3, 1fr); } }
 @media (max-width: 40rem) {
@@ -6188,7 +6192,6 @@ line: <code>hostenroll.py --help</code>.</p></noscript>
     <label>State
       <select name="state"><option value="">all</option><option>valid</option><option>used</option>
         <option>expired</option><option>revoked</option></select></label>
-    <span class="grow"></span>
     <button class="main" type="button" data-admin data-mint>Mint a token</button>
   </form>
 </section>
@@ -6311,7 +6314,7 @@ const now = () => Date.now() + skew;
 
 function span(ms) {
   const seconds = Math.round(ms / 1000);
-  for (const [unit, size, least] of [["d", 86400, 2], ["h", 3600, 2], ["min", 60, 10]]) {
+  for (const [unit, size, least] of [["d", 86400, 2], ["h", 3600, 2], ["min", 60, 2]]) {
     if (seconds >= least * size) return `${Math.floor(seconds / size)} ${unit}`;
   }
   return `${seconds} s`;
@@ -6974,7 +6977,7 @@ async function loadHost() {
   } catch (error) {
     if (error.status !== 404) throw error;
     $("host-name").textContent = "No such host";
-    show($("host-why"), make("p", {}, error.message));
+    show($("host-why"), make("p", {}, `No host has the id ${id}: it was deleted, or never was.`));
     $("host-acts").hidden = true;
   }
 }
@@ -7042,7 +7045,7 @@ const ACTS = {
   }),
   restore: () => act({
     title: `Restore ${host.name}?`, go: "Restore",
-    text: "It is let in again, with the credential that it has.",
+    text: "It is let in again, with the credential that it has. Its agent asks once an hour.",
     act: (path) => ask("POST", `${path}/restore`),
   }),
   reenroll: () => act({
@@ -7115,8 +7118,9 @@ async function signIn(event) {
     $("key").value = "";
   } catch (error) {
     sessionStorage.removeItem(KEY);
-    $("sign-in-problem").textContent = error instanceof Silence
-      ? "No answer from the server." : error.message;
+    $("sign-in-problem").textContent = error instanceof Silence ? "No answer from the server."
+      : error.status === 401 ? "The server does not take this API key: mistyped, or revoked."
+        : error.message;
   }
 }
 
@@ -11879,7 +11883,7 @@ COMMANDS = (
     _by_id(
         "restore-host",
         "let a revoked host in again",
-        _act(_host_restored, "host {id} is let in again"),
+        _act(_host_restored, "host {id} is let in again; its agent asks once an hour"),
     ),
     _by_id(
         "delete-host",

@@ -8485,7 +8485,8 @@ def test_after_failures_an_agent_waits_longer_and_longer_by_chance(machine: Mach
     bounds = [min(2**n, 300) for n in range(30)]
     assert all(1 <= wait <= bound for wait, bound in zip(waits, bounds))
     assert len(set(waits[9:])) > 10 and max(waits) > 150  # by 2 ** -21, and worse
-    assert len(machine.said()) == 1 and "no answer from" in machine.said()[0]
+    (said,) = machine.said()
+    assert "no answer from" in said and " ms" not in said  # or no two were alike
 
 
 @slow
