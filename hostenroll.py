@@ -10487,8 +10487,8 @@ def _start_log(format: str) -> None:
 
 # What to type where a list is empty.
 NONE_YET = {
-    "hosts": "no such host: mint-token says how one comes in",
-    "tokens": "no such token: mint-token makes one",
+    "hosts": "no host yet: mint-token says how one comes in",
+    "tokens": "no token yet: mint-token makes one",
 }
 
 
@@ -10535,15 +10535,20 @@ class Session(NamedTuple):
             print(facts(document, self.now(), self.screen))
 
     def print_list(
-        self, name: str, documents: Sequence[Document], columns: Sequence[Column]
+        self,
+        name: str,
+        documents: Sequence[Document],
+        columns: Sequence[Column],
+        is_part: bool = False,
     ) -> None:
-        """A list of things: a table, or JSON as the API lists them, on one page."""
+        """A list of things, all or those asked for: a table, or JSON as the API lists them, on one
+        page."""
         if self.arguments.json:
             print_json({name: documents, "nextCursor": None})
             return
         self.print_table(documents, columns)
         if not documents and name in NONE_YET:
-            _say(NONE_YET[name])
+            _say(f"no such {name[:-1]}" if is_part else NONE_YET[name])
 
     def print_table(self, documents: Sequence[Document], columns: Sequence[Column]) -> None:
         """For people."""
@@ -10773,7 +10778,7 @@ def _run_list_tokens(session: Session) -> int:
         token_document(view)
         for view in _all_pages(session, Registry.tokens, query, arguments.limit)
     ]
-    session.print_list("tokens", documents, TOKEN_COLUMNS)
+    session.print_list("tokens", documents, TOKEN_COLUMNS, is_part=query != TokenQuery())
     return 0
 
 
@@ -10857,7 +10862,7 @@ def _run_list_hosts(session: Session) -> int:
     documents = [
         host_document(view) for view in _all_pages(session, Registry.hosts, query, arguments.limit)
     ]
-    session.print_list("hosts", documents, HOST_COLUMNS)
+    session.print_list("hosts", documents, HOST_COLUMNS, is_part=bool(pairs))
     if not arguments.json:
         service = session.ask(lambda registry, by, now: registry.service(), writes=False)
         _warn_of_stop(service, session.now())
@@ -10924,11 +10929,12 @@ def _run_mint_api_key(session: Session) -> int:
         return registry.mint_api_key(by, organization, arguments.role, description, now)
 
     key, text = session.ask(mint, writes=True)
+    whose = key.organization_id or "all organizations"
     if arguments.json:
         print_json(api_key_document(key, text))
         return 0
     print(text, flush=True)
-    _say(f"API key {id_text(key.id)}: {key.role} of {key.organization_id or 'all organizations'}")
+    _say(f"API key {id_text(key.id)}: {key.role} of {whose}; it signs in to the server's page too")
     return 0
 
 
@@ -11870,7 +11876,7 @@ COMMANDS = (
             action="append",
             default=[],
             metavar="K=V",
-            help="the labels it is to have; repeatable",
+            help="the labels it is to have in place of all others; repeatable",
         ),
         Argument("--no-labels", action="store_true", help="it is to have none"),
         options=" --name web-1",

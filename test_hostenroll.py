@@ -15242,7 +15242,9 @@ def test_json_has_the_shapes_of_the_api(operator: Operator) -> None:
 def test_tables_are_aligned_and_say_the_same(operator: Operator) -> None:
     assert operator("list-hosts").out.split() == [
         "ID", "NAME", "STATUS", "LAST", "SEEN", "LABELS", "HOSTNAME", "ORG"]  # fmt: skip
-    assert operator("list-hosts").err == "no such host: mint-token says how one comes in\n"
+    assert operator("list-hosts").err == "no host yet: mint-token says how one comes in\n"
+    assert operator("list-hosts", "--q", "web").err == "no such host\n"
+    assert operator("list-tokens", "--state", "used").err == "no such token\n"
     assert operator("list-hosts", "--json").err == ""
     for n in range(3):
         operator("mint-token", "--description", "x" * n * 9, "--max-uses", str(10**n))
@@ -15699,7 +15701,7 @@ def test_bytes_that_are_no_text_are_refused_and_break_nothing(
     for more in ("--json", None):
         listed = cli(tmp_path, "list-tokens", *filter(None, [more]))
         assert listed.returncode == 0
-        assert listed.stderr == ("" if more else "no such token: mint-token makes one\n")
+        assert listed.stderr == ("" if more else "no token yet: mint-token makes one\n")
 
 
 def test_a_database_may_lie_at_a_path_of_any_bytes(tmp_path: Path) -> None:
