@@ -769,12 +769,18 @@ class Text(Kind):
         if not isinstance(value, str):
             raise ValueError("must be a string")
         if not self._minimum <= len(value) <= self._maximum:
-            raise ValueError(f"must have {self._minimum} to {self._maximum} characters")
+            raise ValueError(f"must have {self._lengths()} characters")
         if UNPRINTABLE.search(value):
             raise ValueError("must not contain control characters or text direction marks")
         if self._pattern and not re.fullmatch(self._pattern, value):
             raise ValueError(f"must be {self._say}")
         return value
+
+    def _lengths(self) -> str:
+        if self._minimum == 0:
+            return f"at most {self._maximum}"
+        is_range = self._minimum < self._maximum
+        return f"{self._minimum} to {self._maximum}" if is_range else str(self._maximum)
 
     def schema(self) -> Dict[str, Any]:
         return {
@@ -5493,9 +5499,9 @@ data-binary = \"$(escape "$body}")\""
     case $status in
     201) keep_enrollment && return ;;
     000) trust_or_end && say_once "no answer from $server: $failure" ;;
-    408 | 429) say_once "$server cannot answer now ($status $code)" ;;
+    408 | 429 | 503) say_once "$server cannot answer now ($status${code:+ $code})" ;;
     4??) end 3 "refused (${code:-$status}): $(detail)" ;;
-    *) say_once "$server does not answer as it should ($status)" ;;
+    *) say_once "$server does not answer as it should ($status${code:+ $code})" ;;
     esac
     return 1
 }
@@ -5546,7 +5552,8 @@ data-binary = \"$(escape "{$body}")\""
         told=$facts
         beat
         ;;
-    *) fail "$server does not answer as it should ($status $code)" ;;
+    408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
+    *) fail "$server does not answer as it should ($status${code:+ $code})" ;;
     esac
 }
 

@@ -1145,6 +1145,21 @@ def accepts(kind: Any, value: Any) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (hostenroll.Text(5), "at most 5"),
+        (hostenroll.Text(5, 2), "2 to 5"),
+        (hostenroll.Text(4, 4), "4"),
+        (hostenroll.CURSOR, "16"),
+    ],
+    ids=["at most", "from and to", "exactly", "a cursor"],
+)
+def test_the_length_of_a_text_is_said_as_people_say_it(kind: hostenroll.Kind, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^must have {said} characters$"):
+        kind.check("x" * 17)
+
+
 def allows(schema: Dict[str, Any], value: Any) -> bool:
     """JSON Schema 2020-12, as much of it as is used here."""
     if "anyOf" in schema:
@@ -8487,6 +8502,21 @@ def test_after_failures_an_agent_waits_longer_and_longer_by_chance(machine: Mach
     assert len(set(waits[9:])) > 10 and max(waits) > 150  # by 2 ** -21, and worse
     (said,) = machine.said()
     assert "no answer from" in said and " ms" not in said  # or no two were alike
+
+
+@slow
+@pytest.mark.parametrize("body", [b"", b'{"code":"storage-unavailable"}'], ids=["bare", "named"])
+def test_a_server_that_cannot_answer_now_is_not_called_strange(
+    body: bytes, machine: Machine, tmp_path: Path
+) -> None:
+    token = machine.door.token()
+    busy = answer_of("503 Service Unavailable", body, "Retry-After: 1")
+    with Middle(machine.door, tmp_path, busy, "pass", "pass", busy) as middle:
+        machine.port = middle.port
+        enrolling, _, beating = (machine.once(token=token) for _ in range(3))
+    why = "503 storage-unavailable" if body else "503"
+    for done in (enrolling, beating):
+        assert done.returncode == 1 and done.stdout.endswith(f" cannot answer now ({why})\n")
 
 
 @slow
