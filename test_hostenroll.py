@@ -12166,7 +12166,7 @@ def well_formed_answers(data: bytes) -> List[int]:
         length = int(named.get(b"content-length", b"0"))
         body = data[:length]
         data = data[length:]
-        assert b"Traceback" not in body and b"hostenroll.py" not in body
+        assert b"Traceback" not in body and b'hostenroll.py", line' not in body
         if body and status >= 400:
             assert json.loads(body)["status"] == status
         statuses.append(status)
@@ -12415,8 +12415,8 @@ def test_a_server_at_its_limit_stops_like_any_other(paths: Any, clock: Clock) ->
 @pytest.mark.parametrize(
     "cut",
     [
-        "half of the body",
-        *(pytest.param(n, marks=slow) for n in ("half of the head", "the head alone")),
+        "half of the head",
+        *(pytest.param(n, marks=slow) for n in ("the head alone", "half of the body")),
     ],
 )
 def test_a_request_in_flight_is_answered_before_the_server_stops(cut: str, tmp_path: Path) -> None:
