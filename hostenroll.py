@@ -284,11 +284,15 @@ UNPRINTABLE = re.compile(
 )
 
 
-@lru_cache(maxsize=1024)
 def rfc3339(milliseconds: int) -> str:
     """Unix time in milliseconds as an RFC 3339 timestamp in UTC, with milliseconds and Z."""
     seconds, fraction = divmod(milliseconds, SECOND_MS)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:03d}Z"
+    return f"{_date_and_time(seconds)}.{fraction:03d}Z"
+
+
+@lru_cache(maxsize=1024)  # a list has many times of few seconds
+def _date_and_time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
