@@ -9789,11 +9789,11 @@ class Load:
         *,
         gaps: Optional[Iterator[float]] = None,
         take: Callable[[bytes], object] = _ignore,
-        tell: Callable[[int, float], object] = _ignore,
+        tell: Callable[[int], object] = _ignore,
     ) -> Loaded:
         """Send requests for so many seconds, or until there are no more, and wait for what is
         owed. observe is given the seconds that each answer took, take its body; tell, now and
-        then, how many answers there were, and in how many seconds.
+        then, how many answers there were.
 
         Without gaps a client sends its next request when the last one is answered. That shows how
         much a server can do, but not how long anybody waits for it: one that stalls is asked
@@ -9821,7 +9821,7 @@ class Load:
             if gaps is None:
                 due = now
             if now - told_at >= BENCH_TELL:
-                tell(self._answered, now - began)
+                tell(self._answered)
                 told_at = now
         unanswered = 0 if gaps is None else self._give_up(due, ends, gaps, now)
         return Loaded(self._answered, now - began, unanswered)
@@ -11306,11 +11306,11 @@ class Driver:
             take=take,
             tell=partial(self._watch, what),
         )
-        self._watch(what, done.answered, done.seconds)
+        self._watch(what, done.answered)
         after = process_usage(self._bench.server)[0], time.process_time()
         return load_document(done, latencies, after[0] - before[0], after[1] - before[1])
 
-    def _watch(self, what: str, answered: int, seconds: float) -> None:
+    def _watch(self, what: str, answered: int) -> None:
         self._resident = max(self._resident, process_usage(self._bench.server)[1])
         self._tell(f"{what}: {answered:,} answered")
 

@@ -15142,7 +15142,7 @@ def test_a_load_ends_with_its_requests_on_as_many_connections_as_it_is_to_have(c
         load_on(server.port, 8, close=close) as load,
     ):
         requests = itertools.islice(asking(), 100)
-        done = load.run(requests, 10, abs, take=bodies.append, tell=lambda n, _: told.append(n))
+        done = load.run(requests, 10, abs, take=bodies.append, tell=told.append)
         assert done.answered == 100 == len(bodies) == server.requests and set(bodies) == {b"{}"}
         assert server.accepted == (100 if close else 8)
         assert done.seconds < 5
