@@ -9073,8 +9073,10 @@ class Server(HTTPServer):
         return min(waits)
 
     def _fail(self, connection: Connection) -> None:
-        """Whatever goes wrong with a connection ends there, and not the loop."""
-        self._own_up("a connection failed")
+        """Whatever goes wrong with a connection ends there, and not the loop: others of the same
+        tick are owed an answer."""
+        with suppress(MemoryError):
+            self._own_up("a connection failed")
         self._drop(connection)
 
     def _own_up(self, what: str, request: str = "") -> Problem:
