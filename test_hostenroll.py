@@ -2401,7 +2401,7 @@ def test_lock_files_are_never_unlinked(paths: Tuple[str, str], clock: Clock) -> 
 
 
 def test_a_path_is_a_path_whatever_is_in_it(tmp_path: Path, clock: Clock) -> None:
-    folder = tmp_path / "a b?mode=memory#%41'\u00e9"
+    folder = tmp_path / os.fsdecode("a b?mode=memory#%41'\u00e9".encode())
     folder.mkdir()
     registry = open_registry(str(folder / "x?y.db"), str(folder / "x.key"), clock.ms)
     token_of(registry, clock)
@@ -8332,11 +8332,12 @@ def test_the_agent_asks_nothing_of_curl_that_7_58_cannot_do() -> None:
 @in_every_shell
 def test_the_agent_enrolls_and_beats(shell: Any, tmp_path: Path, over_tls: TlsDoor) -> None:
     machine = Machine(tmp_path, over_tls, shell)
-    done = machine.once("--name", 'a "b" \\ K\u00fcche', token=over_tls.token())
+    name = 'a "b" \\ K\u00fcche'
+    done = machine.once("--name", os.fsdecode(name.encode()), token=over_tls.token())
     assert done.returncode == 0, done.stdout
     host = machine.host()
     assert done.stdout == f"hostenroll-agent: enrolled as host {host['id']}\n"
-    assert (host["name"], host["status"]) == ('a "b" \\ K\u00fcche', "online")
+    assert (host["name"], host["status"]) == (name, "online")
     assert (host["hostname"], host["architecture"]) == (os.uname().nodename, os.uname().machine)
     assert os.uname().release in host["os"]
     kept = {path.name: stat.S_IMODE(path.stat().st_mode) for path in machine.state.iterdir()}
@@ -12944,7 +12945,7 @@ def test_a_host_is_on_the_disk_before_it_is_told_so(tmp_path: Path) -> None:
 
 def failures_in_readme() -> Dict[str, str]:
     """What the log says, by failure."""
-    section = (ROOT / "README.md").read_text().split("## When things fail")[1].split("\n## ")[0]
+    section = README.split("## When things fail")[1].split("\n## ")[0]
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")]
     return {row[1].strip(): row[2].strip() for row in rows[1:]}
 
