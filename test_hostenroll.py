@@ -17377,7 +17377,7 @@ def units(tmp_path_factory: Any) -> Path:
 def analyze(units: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["systemd-analyze", *arguments], cwd=str(units), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
+        stderr=subprocess.STDOUT, encoding="utf-8", timeout=60, check=False,
     )  # fmt: skip
     return done.stdout
 
@@ -17529,7 +17529,7 @@ NASTY = ["\n2027 INFO forged", "\r", "\x1b[31m", "\x00", "\u202e", "\u2028", "\x
 @pytest.mark.parametrize("format", ["text", pytest.param("json", marks=slow)])
 def test_nothing_of_a_peers_making_breaks_a_line_of_the_log(format: str, tmp_path: Path) -> None:
     """Whether it comes in a path, a header, a body, or the name of the user at the terminal."""
-    user = "eve\u202e\x1b[31m\nERROR forged"
+    user = os.fsdecode("eve\u202e\x1b[31m\nERROR forged".encode())
     key = cli(tmp_path, "mint-api-key", "--all-orgs", env={"LOGNAME": user}).stdout.strip()
     options = ("--access-log", "--log-format", format)
     with Started(tmp_path, *options, env={"LOGNAME": user}) as server:
