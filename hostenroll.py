@@ -9688,6 +9688,7 @@ def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
     except OSError as error:
         raise OperatorError(f"the service manager's socket is none: {error.strerror}") from error
     if not accepts or listener.family not in (socket.AF_INET, socket.AF_INET6):
+        listener.close()
         raise OperatorError("the service manager's socket does not listen for TCP connections")
     os.set_inheritable(FIRST_INHERITED, False)
     return listener
