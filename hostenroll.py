@@ -200,7 +200,8 @@ INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds befor
 HOPS_MAXIMUM = 16  # of trusted proxies, one behind the other
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 32768  # about 0.7 KiB each: 22 MiB
+CREDENTIALS_CACHED = 110_000  # about 0.2 KiB each: 22 MiB
+CREDENTIALS_KEPT_MS = 10 * MINUTE * SECOND_MS  # in the cache
 CREDENTIAL_MAXIMUM = 1024
 
 # Connections. Each deadline class has one length, so its queue is in order by itself.
@@ -231,7 +232,7 @@ LOCK_POLL = 0.001
 RETRY_AFTER = 5
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
 CHECKPOINT_AFTER = 4096  # rows changed: at most as many pages
-CHECKPOINT_TIME = 0.02  # it holds up every heartbeat; where it is quicker, it comes less often
+CHECKPOINT_TIME = 0.03  # it holds up every heartbeat; where it is quicker, it comes less often
 CHECKPOINT_DOUBLINGS = 2  # of CHECKPOINT_AFTER: some 16 MiB of WAL
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
@@ -1169,10 +1170,18 @@ class Claims(NamedTuple):
     kid: str  # of the key that signs it: said in the header
 
 
+# 27 bytes, and a credential has 36 characters for them, whatever comes after.
+_CLAIMS_OPENING = b'{"iss":"hostenroll","sub":"'
 CLAIMS = re.compile(
-    rb'\{"iss":"hostenroll","sub":"([0-7][0-9a-f]{15})","org":"([A-Za-z0-9_-]{1,64})",'
+    re.escape(_CLAIMS_OPENING) + rb'([0-7][0-9a-f]{15})","org":"([A-Za-z0-9_-]{1,64})",'
     rb'"iat":(0|[1-9][0-9]{0,11}),"ser":([1-9][0-9]{0,11})(?:,"exp":(0|[1-9][0-9]{0,11}))?\}'
 )
+
+
+def host_of(rest: bytes) -> int:
+    """The host of a credential that has been verified, by what follows its opening: there stand
+    the 16 digits of its id, and two bytes more."""
+    return int(binascii.a2b_base64(rest[:24])[:16], 16)
 
 
 KID = r"[A-Za-z0-9_-]{1,64}"
@@ -1187,6 +1196,8 @@ class SigningKey:
         self.header = _base64url(
             json.dumps({"alg": "HS256", "typ": "JWT", "kid": kid}, separators=(",", ":")).encode()
         )
+        # What all credentials of this key begin with: a fleet's differ in the rest alone.
+        self.opening = b"%b.%b" % (self.header, _base64url(_CLAIMS_OPENING))
         self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
 
     def signature(self, signed: bytes) -> bytes:
@@ -1208,15 +1219,12 @@ class SigningKey:
 
 class Keyring:
     """The keys of one key file: the first signs, all verify. It never changes; a new file is a
-    new Keyring, and with it a new cache."""
+    new Keyring."""
 
     def __init__(self, keys: Sequence[SigningKey], audit_key: bytes) -> None:
         self.keys = tuple(keys)
         self.audit_key = audit_key
         self._by_header = {key.header: key for key in keys}
-        # A pure function of bytes that agents send again and again. Failures raise, and what
-        # raises is not cached: junk cannot push out the fleet.
-        self.verify = lru_cache(maxsize=CREDENTIALS_CACHED)(self._verify)
 
     @property
     def first(self) -> SigningKey:
@@ -1240,23 +1248,31 @@ class Keyring:
         """The HMAC-SHA256 that ties a record of the audit log to all before it."""
         return hmac.new(self.audit_key, previous + record, "sha256").digest()
 
-    def _verify(self, credential: str) -> Claims:
-        """The claims of a credential that we signed. Raises CredentialInvalid.
+    def verify(self, credential: str) -> Claims:
+        """The claims of a credential that we signed, however old it is. Raises
+        CredentialInvalid."""
+        claims = self.read(credential.encode("ascii")) if credential.isascii() else None
+        if claims is None:
+            raise CredentialInvalid()
+        return claims
+
+    def read(self, credential: bytes) -> Optional[Claims]:
+        """The claims of a credential that we signed; None of anything else.
 
         The header is never parsed: it must be, byte for byte, the one that we write for a key
         that we hold. So there is no algorithm to choose, no embedded key to trust, no kid to
         look up elsewhere. The signature is compared as text, so it has one spelling.
         """
-        if len(credential) > CREDENTIAL_MAXIMUM or not credential.isascii():
-            raise CredentialInvalid()
-        signed, _, signature = credential.encode("ascii").rpartition(b".")
+        if len(credential) > CREDENTIAL_MAXIMUM:
+            return None
+        signed, _, signature = credential.rpartition(b".")
         header, _, payload = signed.partition(b".")
         key = self._by_header.get(header)
         if key is None or not hmac.compare_digest(key.signature(signed), signature):
-            raise CredentialInvalid()
+            return None
         claims = self._read_claims(payload)
         if claims is None:
-            raise CredentialInvalid()
+            return None
         host, organization, issued_at, serial, expires_at = claims.groups()
         return Claims(
             int(host, 16),
@@ -2717,7 +2733,22 @@ class Act(NamedTuple):
     origin: Origin = NOWHERE
 
 
-PlainBeat = Claims  # a heartbeat with nothing to tell and nothing to renew, by its claims
+class Standing(NamedTuple):
+    """What a credential is judged by, beside its host: most of a fleet have the same."""
+
+    serial: int
+    organization: str
+    kid: str
+
+
+PlainBeat = Tuple[int, Standing]  # of a host, with nothing to tell and nothing to renew
+
+
+def plain_beat(claims: Claims) -> PlainBeat:
+    """The plain heartbeat of who has a credential."""
+    return claims.host, Standing(claims.serial, claims.organization, claims.kid)
+
+
 Work = Union[PlainBeat, Act]  # what a tick runs
 
 
@@ -3342,7 +3373,8 @@ class Registry:
     ) -> None:
         self._store = store
         self._key_file = key_file
-        self._keyring = keyring
+        self.keyring = keyring
+        self._is_rekeyed = False  # since the last tick with heartbeats
         self.interval = interval
         self._interval_bounds = (
             -(-interval * (100 - HEARTBEAT_SPREAD) // 100),
@@ -3392,7 +3424,9 @@ class Registry:
         """
         acts = [act for act in work if isinstance(act, Act)]
         beats = (
-            [it for it in work if isinstance(it, Claims)] if acts else cast(Sequence[Claims], work)
+            [it for it in work if not isinstance(it, Act)]
+            if acts
+            else cast(Sequence[PlainBeat], work)
         )
         writes = bool(beats) or any(act.writes for act in acts)
         durable = any(act.writes and act.durable for act in acts)
@@ -3426,7 +3460,7 @@ class Registry:
         if not writes:
             self._store.commit()
             return
-        self.audit.write(self._keyring)
+        self.audit.write(self.keyring)
         started = time.perf_counter()
         self._store.commit()
         with suppress(MemoryError):  # it is committed, so it must be answered
@@ -3498,10 +3532,6 @@ class Registry:
             raise result
         return result
 
-    def forget_credentials(self) -> None:
-        """Give memory back: what is cached can be verified again."""
-        self._keyring.verify.cache_clear()
-
     def give_up(self) -> StorageUnavailable:
         """Stop waiting for the other writer."""
         return self._unavailable(self._store.give_up(), writes=True)
@@ -3521,7 +3551,7 @@ class Registry:
         try:
             if not store.reopen():
                 return
-            if not _is_pair(store, self._keyring):
+            if not _is_pair(store, self.keyring):
                 raise StoreError(_not_a_pair(store.path))
             store.migrate()
         except (StoreBusy, StoreReplaced) as error:  # the old one is still open
@@ -3608,21 +3638,23 @@ class Registry:
 
     def verify_audit(self, head: Optional[bytes], report: Report = unheard) -> Verified:
         """verify_chain() of this log."""
-        return verify_chain(self._store, self._keyring, head, report)
+        return verify_chain(self._store, self.keyring, head, report)
 
     def start_audit_anew(self, now: int) -> None:
         """The audit key is another: only what follows can be verified with it."""
-        self.audit.put_anchor(self._keyring, *self._store.last_event())
+        self.audit.put_anchor(self.keyring, *self._store.last_event())
         self.audit.record(now, "init", "key-file", "audit", None)
 
     # Signing keys.
 
     def notice_keys(self) -> None:
         """Go by the key file as it is now: somebody may have rotated it."""
-        keyring = self._key_file.reload(self._keyring)
+        keyring = self._key_file.reload(self.keyring)
         if keyring is not None:
-            self.forget_credentials()  # the ring is in a cycle, and would wait for its collector
-            self._keyring = keyring
+            self._use(keyring)
+
+    def _use(self, keyring: Keyring) -> None:
+        self.keyring, self._is_rekeyed = keyring, True
 
     @property
     def storage_trouble(self) -> str:
@@ -3651,22 +3683,22 @@ class Registry:
     def learn_keys(self, actor: str, now: int) -> None:
         """Have the database know the keys of the key file, and no others."""
         known = self._known_kids()
-        for kid in reversed(self._keyring.kids):
+        for kid in reversed(self.keyring.kids):
             if kid not in known:
                 self._store.add_signing_key(kid, now)
                 self.audit.record(now, "rotate", actor, f"signing-key:{kid}", None)
-        for kid in sorted(known.difference(self._keyring.kids)):
+        for kid in sorted(known.difference(self.keyring.kids)):
             self._store.retire_signing_key(kid, now)
             self.audit.record(now, "retire", actor, f"signing-key:{kid}", None)
 
     def knows_keys(self) -> bool:
         """Whether the database knows the keys of the key file, and no others."""
-        return self._known_kids() == set(self._keyring.kids)
+        return self._known_kids() == set(self.keyring.kids)
 
     def signing_keys(self) -> List[SigningKeyView]:
         """All that ever were, the newest first."""
-        states = dict.fromkeys(self._keyring.kids, "verifies")
-        states[self._keyring.first.kid] = "signs"
+        states = dict.fromkeys(self.keyring.kids, "verifies")
+        states[self.keyring.first.kid] = "signs"
         return [
             SigningKeyView(
                 row,
@@ -3679,16 +3711,16 @@ class Registry:
     def rotate_signing_key(self, by: Principal, now: int) -> str:
         """A new key signs from now on, and the others verify; its kid. The key file is replaced
         before the commit: if that fails, or we are killed, the database learns of it later."""
-        self._replace_keys(self._keyring.rotated())
+        self._replace_keys(self.keyring.rotated())
         self.learn_keys(by.name, now)
-        return self._keyring.first.kid
+        return self.keyring.first.kid
 
     def retire_signing_key(self, by: Principal, kid: str, force: bool, now: int) -> int:
         """Verify by a key no longer; how many hosts that locks out at most. Raises NotFound,
         Conflict."""
-        if kid not in self._keyring.kids:
+        if kid not in self.keyring.kids:
             raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
-        if kid == self._keyring.first.kid:
+        if kid == self.keyring.first.kid:
             raise Conflict("This key signs. Make another first: rotate-signing-key.")
         hosts = self._store.hosts_not_past(self._key_number(kid, now))
         if hosts and not force:
@@ -3697,7 +3729,7 @@ class Registry:
                 "the newest key when they beat; delete those that never will, or retire it with "
                 "--force, and they must re-enroll."
             )
-        self._replace_keys(self._keyring.without(kid))
+        self._replace_keys(self.keyring.without(kid))
         self.learn_keys(by.name, now)
         return hosts
 
@@ -3706,7 +3738,7 @@ class Registry:
             self._key_file.replace(keyring)
         except OSError as error:
             raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
-        self._keyring = keyring
+        self._use(keyring)
 
     # Service.
 
@@ -3748,7 +3780,7 @@ class Registry:
         if not self.key_trouble and not self.knows_keys():
             self.learn_keys("key-file", now)
         self._prune_tokens(now)
-        self.audit.prune(self._keyring, now)
+        self.audit.prune(self.keyring, now)
 
     # What has been written counts when it is found there: the tick that wrote it may have died.
 
@@ -4094,7 +4126,7 @@ class Registry:
             twin_id=self._twin(token.organization_id, applicant.hostname, -1, now),
             last_seen=0,
             serial=1,
-            key_number=self._key_number(self._keyring.first.kid, now),
+            key_number=self._key_number(self.keyring.first.kid, now),
             active=1,
         )
         while not self._store.add_host(host):
@@ -4148,21 +4180,17 @@ class Registry:
     def _grant(self, host: int, organization: str, serial: int, now: int) -> Grant:
         issued_at = now // SECOND_MS
         expires_at = None if self._credential_ttl is None else issued_at + self._credential_ttl
-        first = self._keyring.first
+        first = self.keyring.first
         claims = Claims(host, organization, issued_at, serial, expires_at, first.kid)
         return Grant(first.sign(claims), expires_at)
 
     # Heartbeats.
 
-    def verify(self, credential: str) -> Claims:
-        """What a credential says, however old it is. Raises CredentialInvalid."""
-        return self._keyring.verify(credential)
-
     def authenticate(self, credential: str, now: int) -> Claims:
         """What a credential says, by its signature alone. Raises CredentialInvalid,
         CredentialExpired. When it was issued is never judged: with a clock an hour back we would
         refuse everyone."""
-        claims = self._keyring.verify(credential)
+        claims = self.keyring.verify(credential)
         expires_at = claims.expires_at
         if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
             name = named("host", claims.host)
@@ -4172,7 +4200,7 @@ class Registry:
     def is_due(self, claims: Claims, now: int) -> bool:
         """Whether a credential should be renewed: it is in the last third of its life, or signed
         by a key that no longer signs, or lives longer than credentials may now."""
-        if claims.kid != self._keyring.first.kid:
+        if claims.kid != self.keyring.first.kid:
             return True
         if claims.expires_at is None:
             return self._credential_ttl is not None
@@ -4184,9 +4212,7 @@ class Registry:
     def beat(self, claims: Claims, read_facts: Callable[[], Mapping[str, Any]], now: int) -> Beaten:
         """A heartbeat that brings facts, or gets a renewal. The facts are read when the credential
         has been accepted, and not before. Raises what _beat_one() and read_facts() raise."""
-        if claims.kid not in self._keyring.kids:  # it was, when the request came
-            raise CredentialInvalid()
-        last_seen = self._beat_one(claims, now)
+        last_seen = self._beat_one(plain_beat(claims), now)
         facts = read_facts()
         host = self._store.host(claims.host) if facts else None
         changes = self._changes(host, facts) if host else {}
@@ -4222,58 +4248,62 @@ class Registry:
     def _beat_all(
         self,
         work: Sequence[Work],
-        beats: Sequence[Claims],
+        beats: Sequence[PlainBeat],
         now: int,
         origin_at: Callable[[int], Origin],
     ) -> List[Any]:
         """lastSeen of each plain heartbeat, or the Problem that it comes to."""
-        rows = [(now, claims.host, claims.serial, now) for claims in beats]
+        rows = [(now, host, standing.serial, now) for host, standing in beats]
         self._refused_beats = 0
-        if self._store.beat(rows) == len(rows):
+        is_rekeyed, self._is_rekeyed = self._is_rekeyed, False
+        if not is_rekeyed and self._store.beat(rows) == len(rows):
             return [now] * len(rows)
         self._store.start_over()  # else one beat would be judged by what others have written
         outcomes = [
-            self._judge_beat(claims, now, origin_at(place))
-            for place, claims in enumerate(work)
-            if isinstance(claims, Claims)
+            self._judge_beat(beat, now, origin_at(place))
+            for place, beat in enumerate(work)
+            if not isinstance(beat, Act)
         ]
         self._refused_beats = sum(isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def _judge_beat(self, claims: Claims, now: int, origin: Origin) -> Union[int, Problem]:
+    def _judge_beat(self, beat: PlainBeat, now: int, origin: Origin) -> Union[int, Problem]:
         self.audit.origin = origin
         try:
-            return self._beat_one(claims, now)
+            return self._beat_one(beat, now)
         except Problem as problem:
             self._note_refusal(problem, now, in_tick=True)
             return problem
 
-    def _beat_one(self, claims: Claims, now: int) -> int:
-        """lastSeen. Raises HostUnknown, CredentialSuperseded, HostRevoked."""
-        if self._store.beat([(now, claims.host, claims.serial, now)]) == 1:
+    def _beat_one(self, beat: PlainBeat, now: int) -> int:
+        """lastSeen. Raises CredentialInvalid, HostUnknown, CredentialSuperseded, HostRevoked."""
+        number, standing = beat
+        if standing.kid not in self.keyring.kids:  # it was, when the request came
+            raise CredentialInvalid()
+        if self._store.beat([(now, number, standing.serial, now)]) == 1:
             return now
-        host = self._store.host(claims.host)
-        name = named("host", claims.host)
+        host = self._store.host(number)
+        name = named("host", number)
         if host is None:
-            raise HostUnknown().concerning(name, name, claims.organization)
-        if claims.serial < host.serial:
+            raise HostUnknown().concerning(name, name, standing.organization)
+        if standing.serial < host.serial:
             raise CredentialSuperseded().concerning(
                 name,
                 name,
-                claims.organization,
-                serial=claims.serial,
+                standing.organization,
+                serial=standing.serial,
                 newest=host.serial,
                 newestIssuedTo=host.issued_to,
             )
         if not host.active:
-            raise HostRevoked().concerning(name, name, claims.organization)
-        if claims.serial > host.issued + SERIALS_LOST:
-            raise CredentialInvalid().concerning(name, name, claims.organization)
-        if claims.serial > host.serial:
-            number = self._key_number(claims.kid, now)
-            self._store.supersede(host.id, claims.serial, number)
-            serials = {"serial": claims.serial, "superseded": host.serial}
-            self.audit.record(now, "supersede", name, name, claims.organization, **serials)
+            raise HostRevoked().concerning(name, name, standing.organization)
+        if standing.serial > host.issued + SERIALS_LOST:
+            raise CredentialInvalid().concerning(name, name, standing.organization)
+        if standing.serial > host.serial:
+            key_number = self._key_number(standing.kid, now)
+            self._store.supersede(host.id, standing.serial, key_number)
+            serials = {"serial": standing.serial, "superseded": host.serial}
+            self.audit.record(now, "supersede", name, name, standing.organization, **serials)
         seen = self._seen(host, now)
         self._store.beat_late(host.id, seen)
         return seen
@@ -7931,7 +7961,7 @@ def _admit_heartbeat(
     claims = registry.authenticate(request.authorization, now)
     body = request.body
     if (not body or body == b"{}") and not registry.is_due(claims, now):
-        return claims
+        return plain_beat(claims)
 
     def run(now: int) -> Response:
         beaten = registry.beat(claims, lambda: _read_facts(body or b"{}"), now)
@@ -8513,11 +8543,12 @@ def read_query(query: str) -> List[Tuple[str, str]]:
         raise InvalidQuery("The query is not made of UTF-8 parameters.") from None
 
 
+END_OF_LINE = b"\r\n"
 Heard = Tuple[PlainBeat, Head]
 
 
 @lru_cache(maxsize=HEADS_CACHED)
-def _plain_beat(before: bytes, after: bytes) -> Optional[Head]:
+def _plain_head(before: bytes, after: bytes) -> Optional[Head]:
     """The head of a plain heartbeat, of which the credential has been cut out between the two;
     None if they are anything else. It must have stood in the head's one Authorization: a body or
     a trailer may have a line that looks like it."""
@@ -8534,11 +8565,80 @@ def _plain_beat(before: bytes, after: bytes) -> Optional[Head]:
     return request.head if route.admit is _admit_heartbeat else None
 
 
+class ShortWay:
+    """How plain heartbeats are heard. Agents send the same bytes with every beat, and a fleet's
+    differ in the credential alone, and there only after the opening. So what stands around it is
+    read once, and each credential is verified once.
+
+    A newcomer takes nobody's place: a fleet beats in turn, so of one that is larger than the cache
+    whoever was heard longest ago is the next. Now and then all is forgotten: nothing stays that
+    nobody sends any more.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.forget(0)
+
+    def forget(self, now: int) -> None:
+        """Begin anew, with the keys as they are."""
+        self._keyring = self._registry.keyring
+        self._opening = BEARER + self._keyring.first.opening
+        self._known: Dict[bytes, Standing] = {}  # by what follows the opening
+        self._standings: Dict[Standing, Standing] = {}  # each of them once
+        self._since, self._until = now, now + CREDENTIALS_KEPT_MS
+        # Of the last that was heard: the next one looks the same, most often.
+        self._before = self._after = END_OF_LINE  # as no heartbeat begins
+        self._head = NOBODYS.head
+
+    def hear(self, data: bytes, now: int) -> Optional[Heard]:
+        """What is heard, if data is a whole plain heartbeat and nothing else. None for all that
+        goes the long way: to be read, admitted, perhaps refused."""
+        if self._registry.keyring is not self._keyring or not self._since <= now < self._until:
+            self.forget(now)
+        rest = END_OF_LINE
+        if data.startswith(self._before) and data.endswith(self._after):
+            rest = data[len(self._before) : -len(self._after)]
+        standing = self._known.get(rest)
+        if standing is None:
+            if END_OF_LINE in rest:  # it does not look the same, or has more lines
+                rest = self._cut(data)
+            standing = self._known.get(rest) or self._learn(rest, now)
+            if standing is None:
+                return None
+        return (host_of(rest), standing), self._head
+
+    def _cut(self, data: bytes) -> bytes:
+        """The rest of the credential, of a plain heartbeat; nothing of anything else."""
+        before, opening, behind = data.partition(self._opening)
+        rest, end, after = behind.partition(END_OF_LINE)
+        if not after or len(before) + len(after) > HEAD_CACHED_MAXIMUM:
+            return b""
+        head = _plain_head(before, after)
+        if head is None:
+            return b""
+        self._before, self._after, self._head = before + opening, end + after, head
+        return rest
+
+    def _learn(self, rest: bytes, now: int) -> Optional[Standing]:
+        """Verify a credential, and keep it if it needs no renewal for as long: only what was
+        signed is kept, so junk cannot push out the fleet."""
+        claims = self._keyring.read(self._keyring.first.opening + rest)
+        is_due = self._registry.is_due
+        if claims is None or is_due(claims, now):
+            return None
+        _, standing = plain_beat(claims)
+        if len(self._known) < CREDENTIALS_CACHED and not is_due(claims, self._until):
+            self._known[rest] = self._standings.setdefault(standing, standing)
+        return standing
+
+
 class Api:
     """What requests come to."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._short_way = ShortWay(registry)
+        self.hear = self._short_way.hear
         self.metrics = registry.metrics
 
     def admit(self, request: Request, now: int) -> Admitted:
@@ -8553,30 +8653,10 @@ class Api:
         except Problem as problem:
             return self.refuse(problem, request.address, request.id, now)
 
-    def hear(self, data: bytes, now: int) -> Optional[Heard]:
-        """What is heard, if data is a whole plain heartbeat and nothing else. None for all that
-        goes the long way: to be read, admitted, perhaps refused.
-
-        Agents send the same bytes with every beat, and a fleet's differ in the credential alone.
-        So what surrounds it is read once, and each credential is verified once.
-        """
-        before, _, rest = data.partition(BEARER)
-        credential, _, after = rest.partition(b"\r\n")
-        if not after or len(before) + len(after) > HEAD_CACHED_MAXIMUM:
-            return None
-        head = _plain_beat(before, after)
-        if head is None:
-            return None
-        try:
-            claims = self._registry.verify(credential.decode("latin-1"))
-        except CredentialInvalid:
-            return None
-        return None if self._registry.is_due(claims, now) else (claims, head)
-
-    def answer_plainly(self, beat: PlainBeat, last_seen: int, seconds: int, closes: bool) -> bytes:
+    def answer_plainly(self, host: int, last_seen: int, seconds: int, closes: bool) -> bytes:
         """The bytes of the answer to a plain heartbeat that counts, at a quarter of the cost."""
         interval = b"%d" % self._registry.next_heartbeat()
-        return _plain_answer(last_seen, len(interval), seconds, closes) % (beat.host, interval)
+        return _plain_answer(last_seen, len(interval), seconds, closes) % (host, interval)
 
     def refuse(self, problem: Problem, address: str, request: str, now: int) -> Response:
         """The answer to what no act has come of."""
@@ -8602,7 +8682,7 @@ class Api:
         if isinstance(work, Act):
             response: Optional[Response] = None if outcome is UNFINISHED else outcome
             return response
-        return _plain_response(self._registry, work.host, outcome)
+        return _plain_response(self._registry, work[0], outcome)
 
     @staticmethod
     def may_write(work: Pending) -> bool:
@@ -8619,7 +8699,7 @@ class Api:
 
     def relieve(self) -> None:
         """Give back what memory can be had again."""
-        self._registry.forget_credentials()
+        self._short_way.forget(0)
 
     @property
     def owes_notes(self) -> bool:
@@ -8881,7 +8961,8 @@ class Server(HTTPServer):
         self._shaking, self._in_head, self._in_body, self._idle, self._lingering = reading
         self._taking = Phase(answer, selectors.EVENT_WRITE)
         self._phases = (*reading, self._taking)
-        self._between = (self._idle, None)  # requests; nothing is read of who is in the tick
+        # Where a request begins if nothing is held of it; of who is in the tick nothing is read.
+        self._between = (self._idle, self._in_head, None)
         # For the next turn; None: there is more to be read of what has arrived.
         self._ready: List[Tuple[Connection, Optional[Request]]] = []
         # What may write, of this turn, or of more when there is another writer.
@@ -9035,18 +9116,7 @@ class Server(HTTPServer):
                     self._admit(connection, request)
             except Exception:
                 self._fail(connection)
-        accepting = False
-        for key, _ in events:
-            if key.data is not None:
-                try:
-                    self._attend(key.data)
-                except Exception:
-                    self._fail(key.data)
-            elif key.fileobj is self.socket:
-                accepting = True
-            else:
-                self._wakened.recv(RECEIVE_SIZE)
-        fresh = self._accept(ACCEPTS_PER_TURN) if accepting else []
+        fresh = self._accept(ACCEPTS_PER_TURN) if self._attend_all(events) else []
         self._keep_house()
         self._write()
         self._read_one()
@@ -9112,45 +9182,57 @@ class Server(HTTPServer):
                 self._drop(connection)
         self._has_broken_off = False
 
+    def _attend_all(self, events: Iterable[Tuple[selectors.SelectorKey, int]]) -> bool:
+        """Take what has arrived. Whether somebody wants to connect."""
+        is_called = False
+        for key, _ in events:
+            connection = key.data
+            if connection is not None:
+                try:
+                    self._attend(connection)
+                except Exception:
+                    self._fail(connection)
+            elif key.fileobj is self.socket:
+                is_called = True
+            else:
+                self._wakened.recv(RECEIVE_SIZE)
+        return is_called
+
     def _attend(self, connection: Connection) -> None:
         if connection.phase is self._taking:
             self._flush(connection)
         elif connection.phase is self._lingering:
             self._linger(connection)
         elif connection.phase is not None:
-            data = self._receive(connection)
-            if data and not self._hear(connection, data):
-                request = self._parse(connection, data)
-                if request is not None:
-                    self._admit(connection, request)
+            request = self._receive(connection)
+            if request is not None:
+                self._admit(connection, request)
 
-    def _receive(self, connection: Connection) -> bytes:
-        """Take what has arrived; the plain text in it, if there is any."""
+    def _receive(self, connection: Connection) -> Optional[Request]:
+        """Take what has arrived; the request that is whole with it. A plain heartbeat, between two
+        requests, comes into the tick by the short way; but what is to be logged one by one, or
+        came by a proxy, goes the long one."""
         try:
             data = connection.socket.recv(RECEIVE_SIZE)
         except (BlockingIOError, InterruptedError):
-            return b""
+            return None
         except OSError:
             data = b""
         if not data:
             self._drop(connection)
         elif connection.tls is not None:
-            return self._decrypt(connection, connection.tls, data)
-        return data
-
-    def _hear(self, connection: Connection, data: bytes) -> bool:
-        """Take what has arrived into the tick, if it is a plain heartbeat between two requests.
-        What is to be logged one by one, or came by a proxy, goes the long way."""
+            data = self._decrypt(connection, connection.tls, data)
+        if not data:
+            return None
         reader = connection.reader
         is_between = connection.phase in self._between and not reader.buffer
-        if not is_between or self._access_log or reader.proxies:
-            return False
-        heard = self._api.hear(data, self._now)
-        if heard is None:
-            return False
-        reader.number += 1
-        self._beats.append((connection, heard))
-        return True
+        if is_between and not self._access_log and not reader.proxies:
+            heard = self._api.hear(data, self._now)
+            if heard is not None:
+                reader.number += 1
+                self._beats.append((connection, heard))
+                return None
+        return self._parse(connection, data)
 
     def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
         """The plain text in what has arrived; what TLS has to say goes out before an answer does,
@@ -9340,21 +9422,25 @@ class Server(HTTPServer):
             self._metrics.ticks.observe(requests)
             self._metrics.requests.observe(time.monotonic() - began, requests)
 
-    def _settle_beats(self, beats: Sequence[Beating], outcomes: Iterator[Any]) -> None:
+    def _settle_beats(self, beats: Sequence[Beating], outcomes: Iterable[Any]) -> None:
         answer, seconds = self._api.answer_plainly, self._now // SECOND_MS
-        is_stopping = self._stop_before is not None
-        for beating in beats:
+        idle, moment, is_stopping = self._idle, self._moment, self._stop_before is not None
+        for beating, outcome in zip(beats, outcomes):
             connection, (beat, head) = beating
-            outcome = next(outcomes)
             try:
-                if isinstance(outcome, int):
-                    connection.closing = is_stopping or not head.keep_alive
-                    data = answer(beat, outcome, seconds, connection.closing)
-                    if self._send(connection, data):
-                        self._answered(connection)
-                else:
+                if not isinstance(outcome, int):
                     refused = cast(Response, self._api.answer(beat, outcome))
                     self._answer(connection, refused, self._request_of(beating))
+                    continue
+                closes = is_stopping or not head.keep_alive
+                data = answer(beat[0], outcome, seconds, closes)
+                if connection.phase is idle and connection.tls is None and not closes:
+                    if self._push(connection, data):
+                        idle.start(connection, moment)
+                    continue
+                connection.closing = closes
+                if self._send(connection, data):
+                    self._answered(connection)
             except Exception:
                 self._fail(connection)
 
@@ -9552,12 +9638,12 @@ class Server(HTTPServer):
         the request is there by now, and the selector never hears of the connection."""
         if self._tls is not None:
             connection.tls = Tls(self._tls)
-        data = self._receive(connection)
-        if data and self._hear(connection, data):
-            return
-        request = self._parse(connection, data) if data else None
+        heard = len(self._beats)
+        request = self._receive(connection)
         if request is not None:
             self._make_ready(connection, request)
+        elif len(self._beats) > heard:
+            return
         elif connection.phase is None and not connection.reader.is_behind:
             self._move(connection, self._shaking if connection.tls else self._in_head)
 
@@ -11470,13 +11556,13 @@ def _make_fleet(
     """Enroll hosts by the rules, a whole transaction of them at once and without HTTP, and let
     each beat once: rows, history and size are those of a real fleet. Their ids."""
     fleet = array("q")
+    standing = Standing(1, DEFAULT_ORGANIZATION, kid)
     while len(fleet) < hosts:
         numbers = range(len(fleet), min(hosts, len(fleet) + BENCH_BATCH))
         now = clock()
         admit = partial(_admit, registry, _token(registry, len(numbers), now), numbers)
         batch = registry.perform(Act(admit, durable=False), now)
-        at = now // SECOND_MS
-        registry.tick([Claims(it, DEFAULT_ORGANIZATION, at, 1, None, kid) for it in batch], now)
+        registry.tick([(it, standing) for it in batch], now)
         registry.tidy()
         fleet.extend(batch)
         report(len(fleet), hosts)

@@ -1762,15 +1762,14 @@ def test_no_character_of_a_credential_can_be_another(keyring: hostenroll.Keyring
                     keyring.verify(GENUINE[:at] + other + GENUINE[at + 1 :])
 
 
-def test_junk_cannot_push_the_fleet_out_of_the_cache(keyring: hostenroll.Keyring) -> None:
-    assert keyring.verify(GENUINE) is keyring.verify(GENUINE)
-    for junk in FORGED.values():
-        for _ in range(2):
-            with pytest.raises(hostenroll.CredentialInvalid):
-                keyring.verify(junk)
-    info = keyring.verify.cache_info()
-    assert (info.currsize, info.hits) == (1, 1)
-    assert info.maxsize == hostenroll.CREDENTIALS_CACHED
+def test_what_all_credentials_of_a_key_begin_with(keyring: hostenroll.Keyring) -> None:
+    """And the host of each is to be read behind that."""
+    opening = keyring.first.opening.decode("ascii")
+    for host in (0, 1, 2**63 - 1, CLAIMS.host):
+        credential = keyring.first.sign(CLAIMS._replace(host=host))
+        assert credential.startswith(opening)
+        assert hostenroll.host_of(credential[len(opening) :].encode("ascii")) == host
+    assert not keyring.keys[1].sign(CLAIMS).startswith(opening)
 
 
 def test_fresh_keyrings_share_nothing() -> None:
@@ -2260,7 +2259,13 @@ def came_in(registry: Registry, clock: Clock, name: str = "web-1", **order: Any)
 
 
 def serial_of(registry: Registry, credential: str) -> int:
-    return int(registry._keyring.verify(credential).serial)
+    return int(registry.keyring.verify(credential).serial)
+
+
+def plain(registry: Registry, credential: str, clock: Clock, **changes: Any) -> Any:
+    """The plain heartbeat of who has a credential, or one with other claims."""
+    claims = registry.authenticate(credential, clock.ms)
+    return hostenroll.plain_beat(claims._replace(**changes))
 
 
 def beat(registry: Registry, clock: Clock, credential: str, **facts: Any) -> Any:
@@ -2559,11 +2564,11 @@ SYNCHRONOUS = {
 def test_what_is_acknowledged_is_on_the_disk_but_for_plain_heartbeats(
     beats: bool, acts: List[Act], level: int, registry: Registry, clock: Clock
 ) -> None:
-    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    it = plain(registry, came_in(registry, clock)[1], clock)
     for before in ("NORMAL", "FULL"):
         connection_of(registry).execute(f"PRAGMA synchronous = {before}")
         registry._store._synchronous = before
-        registry.tick([claims, *acts] if beats else acts, clock.ms)
+        registry.tick([it, *acts] if beats else acts, clock.ms)
         assert look(registry, "PRAGMA synchronous") == [(level,)]
 
 
@@ -2577,9 +2582,9 @@ def test_the_wal_stays_bounded_under_a_run_of_beats(
 ) -> None:
     monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 64)
     fill(registry, before)
-    kid = registry._keyring.first.kid
-    claims = [hostenroll.Claims(n << 8, "default", 0, 1, None, kid) for n in range(1, 101)]
-    for run in [claims[:before]] * 100 + [claims[:1]] * 400:
+    standing = hostenroll.Standing(1, "default", registry.keyring.first.kid)
+    beats = [(n << 8, standing) for n in range(1, 101)]
+    for run in [beats[:before]] * 100 + [beats[:1]] * 400:
         clock.advance(1)
         assert registry.tick(run, clock.ms) == [clock.ms] * len(run)
         registry.tidy()
@@ -2616,21 +2621,21 @@ def test_beside_another_writer_a_tick_asks_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.02)
-    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    it = plain(registry, came_in(registry, clock)[1], clock)
     lock = hostenroll.WriteLock(paths[0])
     foreign = sqlite3.connect(paths[0], isolation_level=None, timeout=0)
     if writer == "lock":
         assert lock.attempt()
     else:
         foreign.execute("BEGIN IMMEDIATE")
-    assert registry.tick([claims], clock.ms) is None
+    assert registry.tick([it], clock.ms) is None
     assert registry.tick([Act(lambda now: 1)], clock.ms) is None
     assert registry.tick([READ], clock.ms) == ["read"]
     with pytest.raises(hostenroll.StorageUnavailable):
         token_of(registry, clock)
     lock.close()
     foreign.close()
-    assert registry.tick([claims], clock.ms) == [clock.ms]
+    assert registry.tick([it], clock.ms) == [clock.ms]
     assert len(look(registry, "SELECT 1 FROM token")) == 1
 
 
@@ -2638,7 +2643,7 @@ def test_a_full_disk_undoes_the_tick_and_leaves_the_store_in_order(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
     """SQLITE_FULL rolls the whole transaction back by itself: the next statement would commit."""
-    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    it = plain(registry, came_in(registry, clock)[1], clock)
     (pages,) = look(registry, "PRAGMA page_count")[0]
     look(registry, f"PRAGMA max_page_count = {pages + 3}")
     before = snapshot(registry)
@@ -2648,14 +2653,14 @@ def test_a_full_disk_undoes_the_tick_and_leaves_the_store_in_order(
         return Act(lambda now: registry.mint(OPERATOR, order, now))
 
     acts = [minting(1), minting(50_000), minting(1), READ]
-    outcome = registry.tick([claims, *acts], clock.ms) or []
+    outcome = registry.tick([it, *acts], clock.ms) or []
     assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable] * 5
     assert not connection_of(registry).in_transaction
     assert is_free(paths)
     assert snapshot(registry) == before
-    assert registry.tick([claims, READ], clock.ms) == [clock.ms, "read"]
+    assert registry.tick([it, READ], clock.ms) == [clock.ms, "read"]
     look(registry, "PRAGMA max_page_count = 1000000")
-    outcome = registry.tick([claims, *acts], clock.ms) or []
+    outcome = registry.tick([it, *acts], clock.ms) or []
     assert len(outcome) == 5 and not any(isinstance(result, Problem) for result in outcome)
     assert look(registry, "PRAGMA integrity_check") == [("ok",)]
 
@@ -2926,17 +2931,17 @@ def test_a_commit_that_fails_answers_nothing_not_even_a_read(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
     """A read may have seen rows that are gone."""
-    claims = registry.authenticate(came_in(registry, clock)[1], clock.ms)
+    it = plain(registry, came_in(registry, clock)[1], clock)
     before = snapshot(registry)
     acts = [Act(lambda now: registry.add_organization(OPERATOR, "x", now)), READ]
     with faulty(registry, only="COMMIT"):
-        outcome = registry.tick([claims, *acts], clock.ms + 1) or []
+        outcome = registry.tick([it, *acts], clock.ms + 1) or []
     assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable] * 3
     assert snapshot(registry) == before
     with faulty(registry, only="COMMIT"):
         outcome = registry.tick([READ], clock.ms) or []
     assert [type(result) for result in outcome] == [hostenroll.StorageUnavailable]
-    outcome = registry.tick([claims, *acts], clock.ms + 1) or []
+    outcome = registry.tick([it, *acts], clock.ms + 1) or []
     assert (outcome[0], outcome[2]) == (clock.ms + 1, "read")
 
 
@@ -3452,7 +3457,7 @@ def test_a_credential_counts_and_the_log_says_so_or_neither(
 ) -> None:
     """The first beat with a newer credential is a plain one, and no act with a savepoint."""
     number, credential = came_in(registry, clock)
-    newer = registry.authenticate(credential, clock.ms)._replace(serial=2)
+    newer = plain(registry, credential, clock, serial=2)
     before = snapshot(registry)
     clock.advance(1)
     for n in range(1, 60):
@@ -3860,10 +3865,10 @@ def test_a_forged_serial_cannot_shut_a_host_out_for_good(registry: Registry, clo
     number, credential = came_in(registry, clock)
     claims = registry.authenticate(credential, clock.ms)
     far = claims._replace(serial=1 + hostenroll.SERIALS_LOST)
-    beat(registry, clock, registry._keyring.first.sign(far))  # after a restored backup it may be
+    beat(registry, clock, registry.keyring.first.sign(far))  # after a restored backup it may be
     too_far = claims._replace(serial=999_999_999_999)
     with pytest.raises(hostenroll.CredentialInvalid):
-        beat(registry, clock, registry._keyring.first.sign(too_far))
+        beat(registry, clock, registry.keyring.first.sign(too_far))
     order = hostenroll.TokenOrder()
     text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
     arrival = hostenroll.Applicant(text, "web-1")
@@ -4528,10 +4533,9 @@ def test_the_bounds_of_a_status_are_those_of_its_silence() -> None:
 def test_each_of_a_tick_has_its_own_outcome(registry: Registry, clock: Clock) -> None:
     """The good, the revoked, the superseded, the deleted; a refusal, a bug, and neighbours."""
     hosts = [came_in(registry, clock, f"web-{n}") for n in range(5)]
-    claims = [registry.authenticate(credential, clock.ms) for _, credential in hosts]
+    beats = [plain(registry, credential, clock) for _, credential in hosts]
     do(registry, clock, lambda now: registry.revoke_host(OPERATOR, hosts[1][0], now))
-    newer = claims[2]._replace(serial=2)
-    registry.tick([newer], clock.ms)
+    registry.tick([plain(registry, hosts[2][1], clock, serial=2)], clock.ms)
     do(registry, clock, lambda now: registry.delete_host(OPERATOR, hosts[3][0], now))
     clock.advance(1)
 
@@ -4551,9 +4555,9 @@ def test_each_of_a_tick_has_its_own_outcome(registry: Registry, clock: Clock) ->
         Act(lambda now: registry.add_organization(OPERATOR, "one", now)),
         Act(lambda now: registry.add_organization(OPERATOR, "two", now).id),
     ]
-    outcome = registry.tick([*claims, *acts], clock.ms) or []
+    outcome = registry.tick([*beats, *acts], clock.ms) or []
     beaten, done = outcome[:5], outcome[5:]
-    outcome = registry.tick([acts[1], claims[0], acts[2]], clock.ms) or []
+    outcome = registry.tick([acts[1], beats[0], acts[2]], clock.ms) or []
     assert outcome[1] == clock.ms
     assert [b if isinstance(b, int) else type(b).__name__ for b in beaten] == [
         clock.ms,
@@ -4865,7 +4869,7 @@ class Life:
     def start(self, interval: int, ttl: Optional[int]) -> Any:
         options = {"interval": interval, "credential_ttl": ttl}
         registry = open_registry(*self.paths, self.clock.ms, **options)
-        self.model.kids = list(registry._keyring.kids)
+        self.model.kids = list(registry.keyring.kids)
         do(registry, self.clock, lambda now: registry.start_service("http://here", now))
         self.model.start(interval)
         return SimpleNamespace(registry=registry, door=ApiDoor(registry, self.clock), **options)
@@ -5398,8 +5402,8 @@ def test_a_beat_is_not_judged_by_what_its_neighbours_wrote(
 ) -> None:
     """Two of one host with two serials, and a stranger that makes the tick look twice."""
     _number, credential = came_in(registry, clock)
-    older = registry.authenticate(credential, clock.ms)
-    newer, stranger = older._replace(serial=2), older._replace(host=older.host + 1)
+    older, newer = (plain(registry, credential, clock, serial=serial) for serial in (1, 2))
+    stranger = plain(registry, credential, clock, host=1)
     outcomes = registry.tick([older, newer, stranger], clock.ms)
     assert outcomes is not None and outcomes[:2] == [clock.ms, clock.ms]
     assert outcomes[2].code == "host-unknown"
@@ -5508,9 +5512,9 @@ def test_a_token_of_the_first_version_lets_in_a_host_and_one_back(
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3])), ids=str)
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "with facts"])
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "with facts"])
 def test_of_several_answers_to_one_enrollment_the_newest_that_is_used_counts(
-    plain: bool, order: Tuple[int, ...], registry: Registry, clock: Clock
+    is_plain: bool, order: Tuple[int, ...], registry: Registry, clock: Clock
 ) -> None:
     arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
     issued = [
@@ -5522,7 +5526,9 @@ def test_of_several_answers_to_one_enrollment_the_newest_that_is_used_counts(
         clock.advance(1)
         claims = registry.authenticate(issued[serial - 1], clock.ms)
         act = Act(lambda now, claims=claims: registry.beat(claims, lambda: {"os": "x"}, now))
-        (outcome,) = registry.tick([claims if plain else act], clock.ms) or [None]
+        (outcome,) = registry.tick(
+            [hostenroll.plain_beat(claims) if is_plain else act], clock.ms
+        ) or [None]
         if serial < newest:
             assert isinstance(outcome, hostenroll.CredentialSuperseded)
         else:
@@ -5536,9 +5542,10 @@ def test_credentials_of_one_host_in_one_tick_are_taken_in_their_order(
 ) -> None:
     arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
     one, two = (
-        registry.authenticate(
+        plain(
+            registry,
             do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential,
-            clock.ms,
+            clock,
         )
         for _ in range(2)
     )
@@ -5565,7 +5572,7 @@ def test_a_key_is_in_use_while_a_renewal_of_it_may_be_on_its_way(
     registry: Registry, clock: Clock
 ) -> None:
     """The host has stored it, and sleeps: it was last heard with an older key."""
-    first = registry._keyring.first.kid
+    first = registry.keyring.first.kid
     _, credential = came_in(registry, clock)
     second = rotate(registry, clock)
     stored = beat(registry, clock, credential).grant.credential
@@ -5593,7 +5600,7 @@ def test_a_key_file_that_once_could_not_be_read_is_read_again(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "Too many open files" in registry.key_trouble
     do(registry, clock, registry.keep_house)
-    assert registry.key_trouble == "" and len(registry._keyring.keys) == 2
+    assert registry.key_trouble == "" and len(registry.keyring.keys) == 2
 
 
 def keys_of(registry: Registry, clock: Clock) -> Dict[str, Tuple[str, int]]:
@@ -5608,7 +5615,7 @@ def happened(registry: Registry, action: str) -> List[Tuple[str, str]]:
 
 
 def test_a_key_lives_from_rotation_to_retirement(registry: Registry, clock: Clock) -> None:
-    old = registry._keyring.first.kid
+    old = registry.keyring.first.kid
     _, credential = came_in(registry, clock)
     _, never_beat = came_in(registry, clock, "web-2")
     beat(registry, clock, credential)
@@ -5644,7 +5651,7 @@ def test_a_key_lives_from_rotation_to_retirement(registry: Registry, clock: Cloc
 def test_who_is_locked_out_by_force_comes_back_by_a_re_enroll_token(
     registry: Registry, clock: Clock
 ) -> None:
-    old = registry._keyring.first.kid
+    old = registry.keyring.first.kid
     number, credential = came_in(registry, clock)
     beat(registry, clock, credential)
     new = rotate(registry, clock)
@@ -5670,6 +5677,8 @@ def test_a_key_that_is_retired_while_a_beat_waits_counts_no_more(
     claims = registry.authenticate(credential, clock.ms)
     do(registry, clock, partial(registry.rotate_signing_key, OPERATOR))
     do(registry, clock, partial(registry.retire_signing_key, OPERATOR, claims.kid, True))
+    outcomes = registry.tick([hostenroll.plain_beat(claims)], clock.ms) or []
+    assert [type(it) for it in outcomes] == [hostenroll.CredentialInvalid]
     with pytest.raises(hostenroll.CredentialInvalid):
         do(registry, clock, lambda now: registry.beat(claims, dict, now))
 
@@ -5678,7 +5687,7 @@ def test_a_key_that_was_retired_may_be_put_back(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
     """The remedy for a hasty --force: the key file of a backup."""
-    old = registry._keyring.first.kid
+    old = registry.keyring.first.kid
     _, credential = came_in(registry, clock)
     rotate(registry, clock)
     before = hostenroll.load_keyring(paths[1])
@@ -5741,7 +5750,7 @@ def test_the_key_file_of_another_database_is_not_taken_for_ours(
 def test_a_key_file_that_cannot_be_written_is_the_operators_trouble_and_changes_nothing(
     command: str, registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
-    old = registry._keyring.first.kid
+    old = registry.keyring.first.kid
     if command == "retire":
         rotate(registry, clock)
     before, key = snapshot(registry), Path(paths[1]).read_bytes()
@@ -5770,13 +5779,13 @@ def test_a_change_of_keys_that_is_killed_locks_nobody_out(
     while killed:
         n += 1
         with opened(paths, clock) as registry:
-            while len(registry._keyring.kids) < 3:
+            while len(registry.keyring.kids) < 3:
                 rotate(registry, clock)
             fresh = beat(registry, clock, credential).grant
             if fresh is not None:
                 credential = fresh.credential
                 beat(registry, clock, credential)
-            kids, last = registry._keyring.kids, registry._keyring.kids[-1]
+            kids, last = registry.keyring.kids, registry.keyring.kids[-1]
         if command == "rotate":
             killed = killed_at(n, ready, lambda registry: rotate(registry, clock))
         else:
@@ -5786,7 +5795,7 @@ def test_a_change_of_keys_that_is_killed_locks_nobody_out(
         assert now in (kids, kids[:-1] if command == "retire" else [now[0], *kids])
         done += now != kids
         with opened(paths, clock) as registry:
-            assert registry.knows_keys() and registry._keyring.kids == now
+            assert registry.knows_keys() and registry.keyring.kids == now
             beat(registry, clock, credential)
             came_in(registry, clock)
             do(registry, clock, lambda now: registry.verify_audit(None))
@@ -5838,7 +5847,7 @@ def test_keys_that_change_while_the_database_is_copied_leave_a_pair_that_works_o
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hostenroll, "BACKUP_PAGES", 1)
-    old = registry._keyring.first.kid
+    old = registry.keyring.first.kid
     _, credential = came_in(registry, clock)
     renewed: List[str] = []
     pauses = iter(range(1000))
@@ -6487,11 +6496,11 @@ def test_a_host_that_re_enrolls_is_not_its_own_double(registry: Registry, clock:
 
 def test_plain_heartbeats_leave_no_trace_in_the_log(registry: Registry, clock: Clock) -> None:
     _, credential = came_in(registry, clock)
-    claims = registry.authenticate(credential, clock.ms)
+    it = plain(registry, credential, clock)
     before = log_of(registry)
     for _ in range(5):
         clock.advance(30)
-        assert registry.tick([claims], clock.ms) == [clock.ms]
+        assert registry.tick([it], clock.ms) == [clock.ms]
         beat(registry, clock, credential)
         beat(registry, clock, credential, os=f"linux {clock.now}")
         keep_house(registry, clock)
@@ -6590,8 +6599,8 @@ def _bad_credential(registry: Registry, clock: Clock) -> None:
 
 
 def _gone(registry: Registry, clock: Clock) -> None:
-    claims = hostenroll.Claims(1 << 40, "default", 0, 1, None, registry._keyring.first.kid)
-    outcome = registry.tick([claims], clock.ms) or []
+    standing = hostenroll.Standing(1, "default", registry.keyring.first.kid)
+    outcome = registry.tick([(1 << 40, standing)], clock.ms) or []
     assert isinstance(outcome[0], hostenroll.HostUnknown)
 
 
@@ -7184,14 +7193,14 @@ def test_the_next_heartbeat_feels_what_was_done_to_its_host(
     with opened(paths, clock, credential_ttl=300) as registry, opened(paths, clock) as beside:
         other = beside if way == "another process" else registry
         number, credential = came_in(registry, clock)
-        claims = registry.authenticate(credential, clock.ms)
+        it = plain(registry, credential, clock)
 
         def outcomes() -> List[Any]:
             """Of a plain heartbeat, one with facts, one that is due a renewal, and each again."""
             clock.advance(1)
             found = []
             for facts in ({}, {"os": f"{clock.now}"}):
-                found += registry.tick([claims] * 2, clock.ms) or []
+                found += registry.tick([it] * 2, clock.ms) or []
                 try:
                     found.append(beat(registry, clock, credential, **facts).last_seen)
                 except Problem as problem:
@@ -9513,7 +9522,8 @@ def the_long_way(api: ApiDoor, data: bytes) -> Any:
     if request is None or reader.buffer:
         return None
     admitted = api.api.admit(request, api.clock.ms)
-    return (admitted, request.head) if isinstance(admitted, hostenroll.Claims) else None
+    is_plain = not isinstance(admitted, (Act, hostenroll.Response))
+    return (admitted, request.head) if is_plain else None
 
 
 @pytest.mark.parametrize("data", USUAL_BEATS.values(), ids=USUAL_BEATS)
@@ -9527,6 +9537,69 @@ def test_a_usual_heartbeat_goes_the_short_way(api: ApiDoor, data: bytes) -> None
         assert api.api.hear(data[:end], api.clock.ms) is None
     assert api.api.hear(data + b"P", api.clock.ms) is None
     assert api.api.hear(data + data, api.clock.ms) is None
+    more = data.replace(credential, credential + b"\r\nX: y")
+    for told in (more, data, more):
+        heard = api.api.hear(told, api.clock.ms)
+        assert heard is not None and heard == the_long_way(api, told)
+
+
+def proofs_of(monkeypatch: pytest.MonkeyPatch) -> List[bytes]:
+    """The credentials that are verified from now on."""
+    proven: List[bytes] = []
+    read = hostenroll.Keyring.read
+
+    def listing(keyring: hostenroll.Keyring, credential: bytes) -> Any:
+        proven.append(credential)
+        return read(keyring, credential)
+
+    monkeypatch.setattr(hostenroll.Keyring, "read", listing)
+    return proven
+
+
+def plain_beats(api: ApiDoor, number: int) -> List[bytes]:
+    """Those of so many hosts, as curl sends them."""
+    tokens = [api.token() for _ in range(number)]
+    credentials = [api.enroll(token).document["credential"].encode() for token in tokens]
+    return [USUAL_BEATS["curl's"].replace(CREDENTIAL_MARK, it) for it in credentials]
+
+
+def test_a_newcomer_takes_nobodys_place_among_the_credentials_that_are_known(
+    api: ApiDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does junk. Those for whom there is no room are verified each time."""
+    monkeypatch.setattr(hostenroll, "CREDENTIALS_CACHED", 2)
+    beats = plain_beats(api, 3)
+    junk = re.sub(rb"(Bearer \S+)", rb"\1x", beats[0])
+    proven = proofs_of(monkeypatch)
+    for _ in range(5):
+        heard = [api.api.hear(data, api.clock.ms) is not None for data in (junk, *beats)]
+        assert heard == [False, True, True, True]
+    times = sorted(proven.count(credential) for credential in set(proven))
+    assert times == [1, 1, 5, 5]
+
+
+@pytest.mark.parametrize("ttl, is_kept", [(None, True), (1800, True), (600, False), (60, False)])
+def test_a_credential_is_kept_no_longer_than_it_is_good_for(
+    ttl: Optional[int],
+    is_kept: bool,
+    paths: Tuple[str, str],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor for ever; and when the clock is set, all are verified anew."""
+    kept, began = hostenroll.CREDENTIALS_KEPT_MS, clock.ms
+    proven = proofs_of(monkeypatch)
+    with contextlib.closing(open_registry(*paths, clock.ms, credential_ttl=ttl)) as registry:
+        (data,) = plain_beats(ApiDoor(registry, clock), 1)
+        hear = Api(registry).hear
+        for later, times in ((0, 1), (0, 1), (1, 1), (kept - 1, 1), (kept, 2), (0, 3), (0, 3)):
+            heard = hear(data, began + later)
+            assert (heard is None) == (ttl is not None and later * 3 > ttl * 2000)
+            if is_kept:
+                assert len(proven) == times
+        assert is_kept or len(proven) == 7
+        rotate(registry, clock)
+        assert hear(data, began) is None  # the new key is to sign another
 
 
 def test_what_goes_the_short_way_would_come_to_the_same_the_long_way(api: ApiDoor) -> None:
@@ -9599,14 +9672,15 @@ def test_the_short_answer_is_the_long_one(
     with contextlib.closing(open_registry(*paths, clock.ms, interval=interval)) as registry:
         door = ApiDoor(registry, clock)
         credential = door.enroll(door.token()).document["credential"]
-        claims = registry.authenticate(credential, clock.ms)
+        number, standing = plain(registry, credential, clock)
         for seed in range(20):
             random.seed(seed)
-            response = door.api.answer(claims, clock.ms)
+            response = door.api.answer((number, standing), clock.ms)
             assert response is not None
             long = hostenroll.write_response(response, int(clock.now), closes, False)
             random.seed(seed)
-            assert door.api.answer_plainly(claims, clock.ms, int(clock.now), closes) == long
+            short = door.api.answer_plainly(number, clock.ms, int(clock.now), closes)
+            assert short == long
 
 
 def test_refusals_on_the_short_way_name_their_requests_and_addresses(
@@ -9988,12 +10062,12 @@ def test_a_tick_that_dies_has_counted_no_heartbeat(api: ApiDoor, clock: Clock) -
     _, good = came_in(api.registry, clock)
     number, revoked = came_in(api.registry, clock, "web-2")
     do(api.registry, clock, hostenroll.partial(api.registry.revoke_host, OPERATOR, number))
-    claims = [api.registry.authenticate(credential, clock.ms) for credential in (good, revoked)]
+    beats = [plain(api.registry, credential, clock) for credential in (good, revoked)]
     with faulty(api.registry, only="COMMIT"):
-        api.registry.tick(claims, clock.ms)
+        api.registry.tick(beats, clock.ms)
     assert api.beat(good, os=7).code == "invalid-body"
     assert api.registry.metrics.heartbeats == 0
-    api.registry.tick(claims, clock.ms)
+    api.registry.tick(beats, clock.ms)
     assert api.registry.metrics.heartbeats == 1
 
 
@@ -10497,7 +10571,7 @@ def _superseded(estate: Estate) -> Reply:
 
 
 def _expired(estate: Estate) -> Reply:
-    first = estate.door.registry._keyring.first
+    first = estate.door.registry.keyring.first
     claims = hostenroll.Claims(int(estate.host, 16), "default", 0, 1, 1, first.kid)
     return estate.door.beat(first.sign(claims))
 
@@ -10740,7 +10814,7 @@ def test_no_secret_is_ever_in_the_database_or_the_log(
         for text in texts[:4]:
             door.enroll("web-1", text)  # the two in the wrong order
         assert door.api.run([door.api.housekeeping()], clock.ms)
-        ring = registry._keyring
+        ring = registry.keyring
         octets = [*(key.octets for key in ring.keys), ring.audit_key]
         rows = snapshot(registry)
         assert len(rows["audit"]) > 50
@@ -12071,7 +12145,7 @@ def test_a_server_that_runs_out_of_descriptors_goes_on(limit: int, tmp_path: Pat
 def door_with_key(paths: Tuple[str, str], clock: Clock, key: Any) -> Iterator[SocketDoor]:
     """A running server that signs with a key of the test's."""
     registry = open_registry(*paths, clock.ms)
-    own = registry._keyring
+    own = registry.keyring
     registry.close()
     hostenroll.write_key_file(paths[1], hostenroll.Keyring([key, *own.keys], own.audit_key))
     with live_door(paths, clock) as live:
@@ -17860,7 +17934,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "lives_and_dies or commit_that_fails",
     ),
     "the audit log is not written": Mutation(
-        "        self.audit.write(self._keyring)\n        started",
+        "        self.audit.write(self.keyring)\n        started",
         "        started",
         "audit or event",
     ),
@@ -17988,34 +18062,37 @@ MUTATIONS: Dict[str, Mutation] = {
         "renewed",
     ),
     "a credential of an older key is not renewed": Mutation(
-        "        if claims.kid != self._keyring.first.kid:\n            return True\n",
+        "        if claims.kid != self.keyring.first.kid:\n            return True\n",
         "",
         "rotated_key",
     ),
+    "a heartbeat that waited is judged by the keys of before": Mutation(
+        "if not is_rekeyed and self._store", "if self._store", "counts_no_more"
+    ),
     "a key that is gone is good within its tick": Mutation(
-        "if claims.kid not in self._keyring.kids:  # it was",
+        "if standing.kid not in self.keyring.kids:  # it was",
         "if False:  # it was",
         "counts_no_more",
     ),
     "a serial far ahead is good": Mutation(
-        "if claims.serial > host.issued + SERIALS_LOST:", "if False:", "forged_serial"
+        "if standing.serial > host.issued + SERIALS_LOST:", "if False:", "forged_serial"
     ),
     "a superseded credential is only revoked": Mutation(
-        "        if claims.serial < host.serial:\n",
-        "        if claims.serial > host.serial + 10**9:\n",
+        "        if standing.serial < host.serial:\n",
+        "        if standing.serial > host.serial + 10**9:\n",
         "serial",
     ),
     "a newer credential supersedes nothing": Mutation(
-        "        if claims.serial > host.serial:\n", "        if False:\n", "serial"
+        "        if standing.serial > host.serial:\n", "        if False:\n", "serial"
     ),
     "a key in use is retired": Mutation("if hosts and not force:", "if False:", "retire or keys"),
     "the key that signs is retired": Mutation(
-        "if kid == self._keyring.first.kid:\n            raise Conflict",
+        "if kid == self.keyring.first.kid:\n            raise Conflict",
         "if False:\n            raise Conflict",
         "retire or keys",
     ),
     "any database in the place of ours is gone on with": Mutation(
-        "            if not _is_pair(store, self._keyring):\n                raise StoreError(",
+        "            if not _is_pair(store, self.keyring):\n                raise StoreError(",
         "            if False:\n                raise StoreError(",
         "no_pair",
         "",
@@ -18031,8 +18108,8 @@ MUTATIONS: Dict[str, Mutation] = {
         "put_in_place",
     ),
     "a beat falls short and nobody asks why": Mutation(
-        "if self._store.beat(rows) == len(rows):",
-        "if self._store.beat(rows) >= 0:",
+        "self._store.beat(rows) == len(rows):",
+        "self._store.beat(rows) >= 0:",
         "lives_and_dies",
     ),
     # 7. Messages
@@ -18181,9 +18258,26 @@ MUTATIONS: Dict[str, Mutation] = {
         "come_to_the_same",
     ),
     "a heartbeat that is due goes the short way": Mutation(
-        "return None if self._registry.is_due(claims, now) else (claims, head)",
-        "return claims, head",
+        "if claims is None or is_due(claims, now):",
+        "if claims is None:",
         "not_plain_goes_the_long_way",
+    ),
+    "a credential that becomes due is kept": Mutation(
+        " and not is_due(claims, self._until):", ":", "kept_no_longer"
+    ),
+    "what is verified once is good for ever": Mutation(
+        " or not self._since <= now < self._until:", ":", "kept_no_longer"
+    ),
+    "a key that no longer signs is heard": Mutation(
+        "if self._registry.keyring is not self._keyring or not self._since",
+        "if not self._since",
+        "kept_no_longer",
+    ),
+    "the cache of credentials has no bound": Mutation(
+        "if len(self._known) < CREDENTIALS_CACHED and not", "if not", "takes_nobodys_place"
+    ),
+    "a head with more lines keeps all others from being heard": Mutation(
+        "if END_OF_LINE in rest:", "if rest == END_OF_LINE:", "goes_the_short_way"
     ),
     "HEAD is not GET": Mutation(
         '            methods["HEAD"] = methods["GET"]\n', "            pass\n", "head"
@@ -18200,21 +18294,23 @@ MUTATIONS: Dict[str, Mutation] = {
         "slow_reader or byte_at_a_time or on_a_socket",
     ),
     "a heartbeat is heard in the middle of a request": Mutation(
-        "if not is_between or self._access_log or reader.proxies:",
-        "if self._access_log or reader.proxies:",
+        "if is_between and not self._access_log and not reader.proxies:",
+        "if not self._access_log and not reader.proxies:",
         "middle_of_a_request",
     ),
     "the access log misses the short way": Mutation(
-        "or self._access_log or reader.proxies:", "or reader.proxies:", "log"
+        "if is_between and not self._access_log and not reader.proxies:",
+        "if is_between and not reader.proxies:",
+        "log",
     ),
     "a heartbeat that asks to close is kept alive": Mutation(
-        "connection.closing = is_stopping or not head.keep_alive",
-        "connection.closing = is_stopping",
+        "closes = is_stopping or not head.keep_alive",
+        "closes = is_stopping",
         "asks_to_close",
     ),
     "a heartbeat is not told that the server stops": Mutation(
-        "connection.closing = is_stopping or not head.keep_alive",
-        "connection.closing = not head.keep_alive",
+        "closes = is_stopping or not head.keep_alive",
+        "closes = not head.keep_alive",
         "when_the_server_stops_is_the_last",
     ),
     "a refused heartbeat is called by the next one's name": Mutation(
@@ -18254,7 +18350,9 @@ MUTATIONS: Dict[str, Mutation] = {
         "nobody_else_is_believed",
     ),
     "a heartbeat by a proxy is the proxy's": Mutation(
-        "or self._access_log or reader.proxies:", "or self._access_log:", "by_a_proxy"
+        "if is_between and not self._access_log and not reader.proxies:",
+        "if is_between and not self._access_log:",
+        "by_a_proxy",
     ),
     "nobody's time is ever over": Mutation(
         "return connection if moment - since >= self._seconds else None",
