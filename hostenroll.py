@@ -55,6 +55,32 @@ Laws that the code keeps, each explained where it is kept:
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform == "linux":
+    # Python keeps the syntax tree of its main script for as long as that runs, a quarter of an
+    # idle server's memory. So a server starts over, as this process, with the code of this file
+    # handed over compiled; and before anything else, which would be done twice.
+    import contextlib
+    import marshal
+    import os
+    from importlib.util import MAGIC_NUMBER
+
+    with contextlib.suppress(OSError):  # a system may forbid it: then the memory stays taken
+        with open("/proc/self/cmdline", "rb") as file:
+            started = list(map(os.fsdecode, file.read().split(b"\0")[:-1]))
+        options = started[1 : len(started) - len(sys.argv)]
+        if sys.executable and len(started) > len(sys.argv) and "-m" not in options:
+            code = os.memfd_create("hostenroll", 0)  # which what starts over inherits
+            with open(code, "wb", closefd=False) as compiled:  # as a .pyc file is
+                compiled.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
+            again = (
+                "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not the cwd
+                f"import os, runpy; main = runpy.run_path('/proc/self/fd/{code}')['main']; "
+                f"os.close({code}); sys.exit(main())"
+            )
+            os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
+
 import argparse
 import base64
 import binascii
@@ -67,7 +93,6 @@ import io
 import ipaddress
 import json
 import logging
-import marshal
 import math
 import os
 import random
@@ -82,7 +107,6 @@ import sqlite3
 import ssl
 import stat
 import string
-import sys
 import threading
 import time
 import unicodedata
@@ -96,9 +120,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.util import MAGIC_NUMBER
 from itertools import accumulate, chain, product, repeat, takewhile
-from types import CodeType
 from typing import (
     Any,
     BinaryIO,
@@ -10685,38 +10707,6 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def _command_line() -> List[str]:
-    """How this interpreter was started. Before Python 3.10 only Linux tells."""
-    if sys.version_info >= (3, 10):
-        return sys.orig_argv
-    with suppress(OSError), open("/proc/self/cmdline", "rb") as file:
-        return [os.fsdecode(argument) for argument in file.read().split(b"\0")[:-1]]
-    return []
-
-
-def _shed_syntax_tree(code: CodeType) -> None:
-    """Start over, as this process, with the code of this file handed over compiled. Python keeps
-    the syntax tree of its main script for as long as that runs, a quarter of an idle server's
-    memory; and to compile it once more would be a third of the time of a start."""
-    again = (
-        "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not from the cwd
-        "import os, runpy; main = runpy.run_path('/proc/self/fd/%d')['main']; os.close(%d); "
-        "sys.exit(main())"
-    )
-    started = _command_line()
-    options = started[1 : len(started) - len(sys.argv)]
-    is_script = len(started) > len(sys.argv) and "-m" not in options
-    is_server = sys.executable and is_script and sys.argv[1:2] == ["serve"]
-    if not is_server or sys.platform != "linux" or not os.path.exists("/proc/self/fd"):
-        return
-    with suppress(OSError):  # a system may forbid it: then the memory stays taken
-        descriptor = os.memfd_create("hostenroll", 0)  # which what starts over inherits
-        with open(descriptor, "wb", closefd=False) as file:  # as a .pyc file is
-            file.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
-        again %= descriptor, descriptor
-        os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
-
-
 def _trim_memory() -> None:
     """Give back what it took to compile this file: the C library keeps it otherwise. Where that
     is not glibc, it stays."""
@@ -12352,5 +12342,4 @@ def _flush_stdout() -> None:
 
 
 if __name__ == "__main__":
-    _shed_syntax_tree(sys._getframe().f_code)
     sys.exit(main())
