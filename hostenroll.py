@@ -121,6 +121,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import accumulate, chain, product, repeat, takewhile
+from json.encoder import encode_basestring_ascii
 from typing import (
     Any,
     BinaryIO,
@@ -307,10 +308,15 @@ UNPRINTABLE = re.compile(
 )
 
 
+# JSON in ASCII, without white space. json.dumps() would make an encoder for each text.
+json_text = json.JSONEncoder(separators=(",", ":")).encode
+
+FRACTIONS = [f".{n:03d}Z" for n in range(SECOND_MS)]  # of seconds: a list has thousands of times
+
+
 def rfc3339(milliseconds: int) -> str:
     """Unix time in milliseconds as an RFC 3339 timestamp in UTC, with milliseconds and Z."""
-    seconds, fraction = divmod(milliseconds, SECOND_MS)
-    return f"{_date_and_time(seconds)}.{fraction:03d}Z"
+    return _date_and_time(milliseconds // SECOND_MS) + FRACTIONS[milliseconds % SECOND_MS]
 
 
 @lru_cache(maxsize=1024)  # a list has many times of few seconds
@@ -360,10 +366,11 @@ def printable_path(path: str) -> str:
 
 def span(seconds: float, minutes_from: int = 10) -> str:
     """A duration for people: 95 s, 12 min, 3 h, 8 d."""
-    for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2), ("min", MINUTE, minutes_from)):
-        if seconds >= least * size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds >= minutes_from * MINUTE:
+        for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2), ("min", MINUTE, minutes_from)):
+            if seconds >= least * size:
+                return f"{seconds // size:.0f} {unit}"
+    return f"{round(seconds)} s"
 
 
 # 2. Problems
@@ -1721,6 +1728,28 @@ class Host(NamedTuple):
     active: int
 
 
+class ListedHost(NamedTuple):
+    """What a list shows of a Host, or finds it by: each column more is a tenth of a millisecond for
+    a page of a thousand."""
+
+    id: int
+    organization_id: str
+    name: str
+    hostname: str
+    os: str
+    architecture: str
+    docker_version: str
+    labels: str
+    enrolled_at: int
+    revoked_at: Optional[int]
+    token_id: int
+    twin_id: Optional[int]
+    last_seen: int
+
+
+AnyHost = Union[Host, ListedHost]
+
+
 class ApiKey(NamedTuple):
     """A row of api_key."""
 
@@ -1814,6 +1843,7 @@ Beat = Tuple[int, int, int, int]
 
 _TOKEN = ", ".join(Token._fields)
 _HOST = ", ".join(Host._fields)
+_LISTED_HOST = ", ".join(ListedHost._fields)
 _API_KEY = ", ".join(ApiKey._fields)
 _SERVICE = ", ".join(Service._fields)
 _EVENT = ", ".join(Event._fields)
@@ -2554,10 +2584,11 @@ class Store:
              WHERE admitted_by = ? AND idempotency = ?"""
         return self._one(Host._make, statement, token, idempotency)
 
-    def hosts(self, organization: Optional[str], before: int, limit: int) -> List[Host]:
+    def hosts(self, organization: Optional[str], before: int, limit: int) -> List[ListedHost]:
         """The newest with an id below before; of one organization, or of all."""
         tables = "host JOIN heartbeat ON host_id = id"
-        return [Host(*row) for row in self._newest(tables, _HOST, organization, before, limit)]
+        rows = self._newest(tables, _LISTED_HOST, organization, before, limit)
+        return list(map(ListedHost._make, rows))
 
     def _newest(
         self,
@@ -2830,7 +2861,7 @@ class TokenView(NamedTuple):
 class HostView(NamedTuple):
     """A host and what is computed of it."""
 
-    host: Host
+    host: AnyHost
     status: str
     reason: str
     warnings: Sequence[str] = ()
@@ -2851,6 +2882,12 @@ class Page(NamedTuple):
     next: Optional[int]  # the id to go on below
 
 
+def compact(labels: str) -> str:
+    """Labels of a row as they are sent: in JSON without white space. So they are kept, but in an
+    older database with it, and then it is behind each name."""
+    return json_text(json.loads(labels)) if '": "' in labels else labels
+
+
 class HostQuery(NamedTuple):
     """Which hosts to list."""
 
@@ -2861,15 +2898,24 @@ class HostQuery(NamedTuple):
     before: int = LAST_ID
     limit: int = PAGE_DEFAULT
 
-    def matches(self, host: Host, status: str) -> bool:
-        """Whether a host with a status is one of those asked for."""
-        if self.status is not None and self.status != status:
-            return False
-        if self.text:
-            names = f"{host.name}\n{host.hostname}\n{id_text(host.id)}"
-            if self.text.casefold() not in names.casefold():
+    def filter(self) -> Callable[[AnyHost, str], bool]:
+        """What says whether a host with a status is one of those asked for."""
+        asked, text = self.status, self.text.casefold()
+        # Nothing else in compact() looks like this: a name has no quotes, and those of values are
+        # escaped.
+        labels = [f'"{name}":{json_text(value)}' for name, value in self.labels]
+
+        def matches(host: AnyHost, status: str) -> bool:
+            if asked is not None and asked != status:
                 return False
-        return not self.labels or set(self.labels) <= set(json.loads(host.labels).items())
+            if text and text not in f"{host.name}\n{host.hostname}\n{host.id:016x}".casefold():
+                return False
+            if not labels:
+                return True
+            its = compact(host.labels)
+            return all(label in its for label in labels)
+
+        return matches
 
 
 class TokenQuery(NamedTuple):
@@ -3016,50 +3062,67 @@ def allowed_silence_ms(interval: int) -> int:
     return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
 
 
-def silence_ms(last_seen: int, service: Optional[Service], now: int) -> int:
-    """How long a host has been silent while there was a server to hear it."""
+class Watch(NamedTuple):
+    """How servers have listened to the hosts, as it looks at a time: what is the same for all that
+    are judged then. Times in Unix ms."""
+
+    now: int
+    until: int  # when one last listened: now, where one lives
+    started: int
+    previous_alive: int
+    pause: int  # between these two; below 0: the clock was set back
+    ahead: int  # a last_seen after this is of a clock that has been set back since
+    interval: int  # in seconds
+    ago: str  # how long before what
+    allowed: str  # the silence of a host that is online
+
+
+def watched(service: Optional[Service], now: int) -> Watch:
+    """The watch of a service; of none, one without a pause and of any clock."""
     if service is None:
-        return max(0, now - last_seen)
-    until = now if is_served(service, now) else service.alive
-    pause = service.started - service.previous_alive  # below 0: the clock was set back
-    if last_seen > is_ahead_from(service, now):
-        last_seen = min(service.started, last_seen + min(pause, 0))
-    silence = until - last_seen
-    if last_seen <= service.previous_alive:
-        silence -= max(pause, 0)
-    elif last_seen < service.started:  # heard in a life too brief to end the pause
-        silence = until - service.started
+        always = Service(0, now, 0, HEARTBEAT_INTERVAL, "")
+        return watched(always, now)._replace(ahead=LAST_ID)
+    is_live = is_served(service, now)
+    return Watch(
+        now=now,
+        until=now if is_live else service.alive,
+        started=service.started,
+        previous_alive=service.previous_alive,
+        pause=service.started - service.previous_alive,
+        ahead=max(now, service.alive) + CLOCK_SLACK * SECOND_MS,
+        interval=service.interval,
+        ago="ago" if is_live else "before the server stopped",
+        allowed=f"{MISSED_BEATS} x {service.interval} s + {ONLINE_SLACK} s",
+    )
+
+
+def silence_ms(last_seen: int, watch: Watch) -> int:
+    """How long a host has been silent while there was a server to hear it."""
+    if last_seen > watch.ahead:
+        last_seen = min(watch.started, last_seen + min(watch.pause, 0))
+    silence = watch.until - last_seen
+    if last_seen <= watch.previous_alive:
+        silence -= max(watch.pause, 0)
+    elif last_seen < watch.started:  # heard in a life too brief to end the pause
+        silence = watch.until - watch.started
     return max(0, silence)
 
 
-def is_ahead_from(service: Service, now: int) -> int:
-    """A last_seen after this is of a clock that has been set back since."""
-    return max(now, service.alive) + CLOCK_SLACK * SECOND_MS
-
-
-def seen_since(service: Optional[Service], now: int, silence: int) -> int:
+def seen_since(watch: Watch, silence: int) -> int:
     """The earliest last_seen of hosts that have not been silent for longer: silence_ms() turned
     round, because a census compares a million of them."""
-    if service is None:
-        return now - silence
-    until = now if is_served(service, now) else service.alive
-    if until - silence > service.started:
-        return until - silence
-    return until - silence - max(0, service.started - service.previous_alive)
+    since = watch.until - silence
+    return since if since > watch.started else since - max(0, watch.pause)
 
 
-def status_bounds(service: Optional[Service], now: int) -> StatusBounds:
-    """What last_seen says at a time in Unix ms."""
-    interval = service.interval if service else HEARTBEAT_INTERVAL
-    online = seen_since(service, now, allowed_silence_ms(interval))
-    offline = seen_since(service, now, MISSING_AFTER * SECOND_MS)
-    if service is None:
-        return StatusBounds(online, offline, LAST_ID, 0, 0)
-    set_back = max(0, service.previous_alive - service.started)
-    return StatusBounds(online, offline, is_ahead_from(service, now), service.started, set_back)
+def status_bounds(watch: Watch) -> StatusBounds:
+    """What last_seen says of a status."""
+    online = seen_since(watch, allowed_silence_ms(watch.interval))
+    offline = seen_since(watch, MISSING_AFTER * SECOND_MS)
+    return StatusBounds(online, offline, watch.ahead, watch.started, max(0, -watch.pause))
 
 
-def status_of(host: Host, bounds: StatusBounds) -> str:
+def status_of(host: AnyHost, bounds: StatusBounds) -> str:
     """One of STATUSES, by what last_seen says at a time."""
     if host.revoked_at is not None:
         return "revoked"
@@ -3073,29 +3136,27 @@ def status_of(host: Host, bounds: StatusBounds) -> str:
     return "offline" if seen >= bounds.offline else "missing"
 
 
-def status_reason(host: Host, status: str, service: Optional[Service], now: int) -> str:
-    """The sentence that says why a host has its status, at a time in Unix ms."""
+def status_reason(host: AnyHost, status: str, watch: Watch) -> str:
+    """The sentence that says why a host has its status."""
     if host.revoked_at is not None:
         return f"revoked at {rfc3339(host.revoked_at)}"
     if host.last_seen == 0:
         return "has enrolled and not yet beaten"
-    silence = span(silence_ms(host.last_seen, service, now) / SECOND_MS)
-    is_stopped = service is not None and not is_served(service, now)
-    seen = f"last seen {silence} {'before the server stopped' if is_stopped else 'ago'}"
-    if host.last_seen > now:
+    silence = span(silence_ms(host.last_seen, watch) / SECOND_MS)
+    seen = f"last seen {silence} {watch.ago}"
+    if host.last_seen > watch.now:
         seen = f"last seen at {rfc3339(host.last_seen)}: the clock has gone back"
         if status == "online":
             return seen
         seen += f" {silence} ago or more"
-    interval = service.interval if service else HEARTBEAT_INTERVAL
     which = "within" if status == "online" else "more than"
-    return f"{seen}, {which} {MISSED_BEATS} x {interval} s + {ONLINE_SLACK} s"
+    return f"{seen}, {which} {watch.allowed}"
 
 
-def host_status(host: Host, service: Optional[Service], now: int) -> Tuple[str, str]:
-    """One of STATUSES and the sentence that says why, at a time in Unix ms."""
-    status = status_of(host, status_bounds(service, now))
-    return status, status_reason(host, status, service, now)
+def host_status(host: AnyHost, watch: Watch) -> Tuple[str, str]:
+    """One of STATUSES and the sentence that says why."""
+    status = status_of(host, status_bounds(watch))
+    return status, status_reason(host, status, watch)
 
 
 def is_same_hostname(one: str, other: str) -> bool:
@@ -3846,7 +3907,7 @@ class Registry:
         if census is None or not census.is_good(now):
             census = self._censuses[by.organization] = Census(by.organization, now)
         if not census.is_finished:
-            census.go_on(self._store, status_bounds(self._store.service(), now), now)
+            census.go_on(self._store, status_bounds(watched(self._store.service(), now)), now)
         return census if census.is_finished else None
 
     def storage_bytes(self) -> Tuple[int, int]:
@@ -3971,7 +4032,7 @@ class Registry:
             description=order.description,
             hostname=order.hostname,
             host_id=host,
-            labels=json.dumps(dict(order.labels)),
+            labels=json_text(dict(order.labels)),
             max_uses=order.max_uses,
             uses=0,
             created_at=now,
@@ -4116,9 +4177,9 @@ class Registry:
     def _twin(self, organization: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
         others = self._store.hosts_by_hostname(organization, hostname, TWINS_EXAMINED)
-        service = self._store.service() if others else None
+        watch = watched(self._store.service() if others else None, now)
         for host in others:
-            live = host_status(host, service, now)[0] in ("pending", "online")
+            live = host_status(host, watch)[0] in ("pending", "online")
             if live and host.id != own:
                 return host.id
         return None
@@ -4346,9 +4407,11 @@ class Registry:
 
     def host(self, by: Principal, number: int, now: int) -> HostView:
         """Raises NotFound."""
-        return self._host_view(self._host(by, number), self._store.service(), now)
+        host = self._host(by, number)
+        status = host_status(host, watched(self._store.service(), now))
+        return HostView(host, *status, self._warnings(host))
 
-    def _warnings(self, host: Host) -> List[str]:
+    def _warnings(self, host: AnyHost) -> List[str]:
         """What an operator should look at. It goes away when the other host is shut out."""
         twin = None if host.twin_id is None else self._store.host(host.twin_id)
         if twin is None or twin.revoked_at is not None:
@@ -4365,20 +4428,18 @@ class Registry:
         self._require_own(by, host.organization_id, "host")
         return host
 
-    def _host_view(self, host: Host, service: Optional[Service], now: int) -> HostView:
-        return HostView(host, *host_status(host, service, now), self._warnings(host))
-
     def hosts(self, by: Principal, query: HostQuery, now: int) -> Page:
         """The newest first. Raises InvalidQuery."""
         organization = self._scope(by, query.organization, InvalidQuery, "organization")
         rows = self._store.hosts(organization, query.before, SLICE + 1)
-        service = self._store.service()
-        bounds = status_bounds(service, now)
+        watch = watched(self._store.service(), now)
+        bounds = status_bounds(watch)
+        matches = query.filter()
         found: List[HostView] = []
         for row in rows[:SLICE]:
             status = status_of(row, bounds)
-            if query.matches(row, status):
-                reason = status_reason(row, status, service, now)
+            if matches(row, status):
+                reason = status_reason(row, status, watch)
                 found.append(HostView(row, status, reason, self._warnings(row)))
             if len(found) == query.limit:
                 return Page(found, row.id if row is not rows[-1] else None)
@@ -4391,7 +4452,7 @@ class Registry:
         host = self._host(by, number)
         columns = dict(changes)
         if "labels" in columns:
-            columns["labels"] = json.dumps(columns["labels"])
+            columns["labels"] = json_text(columns["labels"])
         if columns:
             self._store.edit_host(host.id, columns)
             self._record_act(now, "edit", by, host, **changes)
@@ -5134,12 +5195,9 @@ class Response(NamedTuple):
     closes: bool = False
 
 
-_write_compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps() makes one
-
-
 def write_json(document: Any) -> bytes:
     """A JSON text in ASCII, without white space: sed in a shell script may have to read it."""
-    return _write_compact(document).encode("ascii")
+    return json_text(document).encode("ascii")
 
 
 def json_response(status: int, document: Any) -> Response:
@@ -7527,26 +7585,28 @@ HOST_DOCUMENT = Shape(
 )
 
 
+def _time(milliseconds: Optional[int]) -> str:
+    return f'"{rfc3339(milliseconds)}"' if milliseconds else "null"
+
+
+def host_json(view: HostView) -> str:
+    """Host, in JSON. A list has a thousand, and to make a document first takes twice as long."""
+    host, status, reason, warnings = view
+    text = encode_basestring_ascii
+    return (
+        f'{{"id":"{host.id:016x}","organizationId":{text(host.organization_id)},'
+        f'"name":{text(host.name)},"hostname":{text(host.hostname)},"os":{text(host.os)},'
+        f'"architecture":{text(host.architecture)},"dockerVersion":{text(host.docker_version)},'
+        f'"labels":{compact(host.labels)},"status":"{status}","statusReason":"{reason}",'
+        f'"enrolledAt":"{rfc3339(host.enrolled_at)}","lastSeen":{_time(host.last_seen)},'
+        f'"tokenId":"{host.token_id:016x}","revokedAt":{_time(host.revoked_at)},'
+        f'"warnings":{json_text(warnings) if warnings else "[]"}}}'
+    )
+
+
 def host_document(view: HostView) -> Document:
     """Host."""
-    host = view.host
-    return {
-        "id": id_text(host.id),
-        "organizationId": host.organization_id,
-        "name": host.name,
-        "hostname": host.hostname,
-        "os": host.os,
-        "architecture": host.architecture,
-        "dockerVersion": host.docker_version,
-        "labels": _labels(host.labels),
-        "status": view.status,
-        "statusReason": view.reason,
-        "enrolledAt": rfc3339(host.enrolled_at),
-        "lastSeen": _when(host.last_seen),
-        "tokenId": id_text(host.token_id),
-        "revokedAt": _when(host.revoked_at),
-        "warnings": list(view.warnings),
-    }
+    return cast(Document, json.loads(host_json(view)))
 
 
 EVENT_DOCUMENT = Shape(
@@ -7636,12 +7696,12 @@ class Part:
 
 
 class Listing(NamedTuple):
-    """A list: what it is called, and how a slice of it is had and shown."""
+    """A list: what it is called, how a slice of it is had, and how that is written."""
 
     name: str
     query: Callable[[Mapping[str, Any]], Any]
     turn: Callable[[Registry, Principal, Any, int], Page]
-    document: Callable[[Any], Document]
+    write: Callable[[Sequence[Any]], bytes]
 
     def go_on(self, registry: Registry, call: Call) -> Any:
         """One slice more: the whole page, or UNFINISHED."""
@@ -7650,7 +7710,7 @@ class Listing(NamedTuple):
         before = query.before if part.next is None else part.next
         page = self.turn(registry, call.by, query._replace(before=before, limit=left), call.now)
         if page.items:
-            part.text.append(write_json([self.document(item) for item in page.items])[1:-1])
+            part.text.append(self.write(page.items))
             part.size += len(part.text[-1])
         part.items += len(page.items)
         part.slices += 1
@@ -7665,6 +7725,14 @@ class Listing(NamedTuple):
         cursor = write_json(None if page.next is None else id_text(page.next))
         body = b'{"%b":[%b],"nextCursor":%b}' % (self.name.encode(), b",".join(part.text), cursor)
         return Response(200, body)
+
+
+def _documents(document: Callable[[Any], Document], items: Sequence[Any]) -> bytes:
+    return write_json([document(item) for item in items])[1:-1]
+
+
+def _hosts(views: Sequence[HostView]) -> bytes:
+    return ",".join(map(host_json, views)).encode("ascii")
 
 
 def _list_document(name: str, of: Shape) -> Shape:
@@ -7702,13 +7770,16 @@ def _delete_token(registry: Registry, call: Call) -> Response:
     return Response(204)
 
 
+def _host_response(view: HostView) -> Response:
+    return Response(200, _hosts([view]))
+
+
 def _get_host(registry: Registry, call: Call) -> Response:
-    return json_response(200, host_document(registry.host(call.by, call.id, call.now)))
+    return _host_response(registry.host(call.by, call.id, call.now))
 
 
 def _patch_host(registry: Registry, call: Call) -> Response:
-    view = registry.edit_host(call.by, call.id, call.values, call.now)
-    return json_response(200, host_document(view))
+    return _host_response(registry.edit_host(call.by, call.id, call.values, call.now))
 
 
 def _delete_host(registry: Registry, call: Call) -> Response:
@@ -7717,11 +7788,11 @@ def _delete_host(registry: Registry, call: Call) -> Response:
 
 
 def _post_revoke(registry: Registry, call: Call) -> Response:
-    return json_response(200, host_document(registry.revoke_host(call.by, call.id, call.now)))
+    return _host_response(registry.revoke_host(call.by, call.id, call.now))
 
 
 def _post_restore(registry: Registry, call: Call) -> Response:
-    return json_response(200, host_document(registry.restore_host(call.by, call.id, call.now)))
+    return _host_response(registry.restore_host(call.by, call.id, call.now))
 
 
 def _post_reenroll(registry: Registry, call: Call) -> Response:
@@ -7739,9 +7810,9 @@ def _get_me(registry: Registry, call: Call) -> Response:
     return json_response(200, {"id": by.id, "role": by.role, "organizationId": by.organization})
 
 
-TOKENS = Listing("tokens", token_query, Registry.tokens, token_document)
-HOSTS = Listing("hosts", host_query, Registry.hosts, host_document)
-EVENTS = Listing("events", event_query, Registry.events, event_document)
+TOKENS = Listing("tokens", token_query, Registry.tokens, partial(_documents, token_document))
+HOSTS = Listing("hosts", host_query, Registry.hosts, _hosts)
+EVENTS = Listing("events", event_query, Registry.events, partial(_documents, event_document))
 
 
 def service_place(service: Optional[Service]) -> Tuple[str, str]:

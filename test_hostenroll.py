@@ -3995,16 +3995,22 @@ STATUS_BY_SILENCE = [
 ]
 
 
+def status_at(
+    host: hostenroll.Host, service: Optional[hostenroll.Service], now: int
+) -> Tuple[str, str]:
+    return hostenroll.host_status(host, hostenroll.watched(service, now))
+
+
 @pytest.mark.parametrize("silence, status", STATUS_BY_SILENCE)
 def test_status_comes_of_silence_to_the_millisecond(silence: int, status: str) -> None:
     noon = int(NOON * 1000)
-    assert hostenroll.host_status(host_at(), None, noon + silence)[0] == status
+    assert status_at(host_at(), None, noon + silence)[0] == status
     service = hostenroll.Service(noon - 1, noon + silence, noon - 1, 30, "")
-    assert hostenroll.host_status(host_at(), service, noon + silence)[0] == status
+    assert status_at(host_at(), service, noon + silence)[0] == status
     revoked = host_at()._replace(revoked_at=noon)
-    assert hostenroll.host_status(revoked, service, noon + silence)[0] == "revoked"
+    assert status_at(revoked, service, noon + silence)[0] == "revoked"
     never = host_at()._replace(last_seen=0)
-    assert hostenroll.host_status(never, service, noon + silence)[0] == "pending"
+    assert status_at(never, service, noon + silence)[0] == "pending"
 
 
 @pytest.mark.parametrize("interval, silence", [(1, 13), (30, 100), (3600, 10810)])
@@ -4013,16 +4019,16 @@ def test_online_is_three_intervals_and_ten_seconds(interval: int, silence: int) 
     for late, status in ((0, "online"), (1, "offline")):
         now = noon + silence * 1000 + late
         service = hostenroll.Service(noon - 1, now, noon - 1, interval, "")
-        assert hostenroll.host_status(host_at(), service, now)[0] == status
+        assert status_at(host_at(), service, now)[0] == status
 
 
 def test_the_reason_is_a_sentence_with_the_numbers() -> None:
     noon = int(NOON * 1000)
-    said = {s: hostenroll.host_status(host_at(), None, noon + s)[1] for s in (95_000, 150_000)}
+    said = {s: status_at(host_at(), None, noon + s)[1] for s in (95_000, 150_000)}
     assert said[95_000] == "last seen 95 s ago, within 3 x 30 s + 10 s"
     assert said[150_000] == "last seen 150 s ago, more than 3 x 30 s + 10 s"
-    assert hostenroll.host_status(host_at(), None, noon + 8 * DAY_MS)[1].startswith("last seen 8 d")
-    revoked = hostenroll.host_status(host_at()._replace(revoked_at=noon), None, noon)[1]
+    assert status_at(host_at(), None, noon + 8 * DAY_MS)[1].startswith("last seen 8 d")
+    revoked = status_at(host_at()._replace(revoked_at=noon), None, noon)[1]
     assert revoked == f"revoked at {hostenroll.rfc3339(noon)}"
 
 
@@ -4368,6 +4374,66 @@ def test_a_filter_finds_what_it_says(
     assert [view.host.hostname[0] for page in found for view in page.items] == expected
 
 
+# What a label's value may have in it to look like other labels, kept with white space or without.
+ODD_PARTS = (
+    '"',
+    "\\",
+    ": ",
+    ", ",
+    ":",
+    ",",
+    "}",
+    "a",
+    '"a":"',
+    '", "b": "',
+    "\u00fc",
+    "\U0001f600",
+)
+
+
+def odd_text(chance: random.Random) -> str:
+    return "".join(chance.choices(ODD_PARTS, k=chance.randrange(5)))
+
+
+def test_a_label_is_found_by_the_whole_of_it_and_however_it_is_kept(
+    registry: Registry, clock: Clock
+) -> None:
+    chance = random.Random(3)
+    fill(registry, hostenroll.SLICE)
+    for _ in range(100):
+        pairs = {chance.choice("abc"): odd_text(chance) for _ in range(chance.randrange(4))}
+        kept = chance.choice([json.dumps(pairs), hostenroll.json_text(pairs)])
+        connection_of(registry).execute("UPDATE host SET labels = ?", (kept,))
+        assert hostenroll.compact(kept) == hostenroll.json_text(pairs)
+        sought = [*pairs.items(), *((name, odd_text(chance)) for name in "abc")]
+        for wanted in [*([pair] for pair in sought), sought[:2], sought[-2:]]:
+            query = hostenroll.HostQuery(labels=wanted)
+            page = do(registry, clock, lambda now, q=query: registry.hosts(OPERATOR, q, now), False)
+            assert bool(page.items) == (set(wanted) <= set(pairs.items())), (kept, wanted)
+
+
+def test_a_list_shows_of_a_host_what_it_is_shown_as_by_itself(
+    teams: Registry, clock: Clock
+) -> None:
+    for n, hostname in enumerate(("web-1", "web-1", "web-2", "web-3")):
+        number, credential = came_in(teams, clock, hostname, labels={"n": f"{n}"})
+        if n < 3:
+            beat(teams, clock, credential)
+        if n == 2:
+            do(teams, clock, lambda now: teams.revoke_host(OPERATOR, number, now))
+        clock.advance(30)
+    found = [view for page in pages(teams, clock, "hosts", hostenroll.HostQuery())
+             for view in page.items]  # fmt: skip
+    assert {view.status for view in found} == {"online", "offline", "revoked", "pending"}
+    assert [bool(view.warnings) for view in found] == [False, False, True, False]
+    for listed in found:
+        alone = do(
+            teams, clock, lambda now, it=listed.host: teams.host(OPERATOR, it.id, now), False
+        )
+        columns = [getattr(alone.host, name) for name in listed.host._fields]
+        assert (columns, alone[1:]) == (list(listed.host), listed[1:])
+
+
 def test_a_page_looks_at_so_many_rows_and_may_be_empty(registry: Registry, clock: Clock) -> None:
     """Only next None ends a list."""
     fill(registry, 5000)
@@ -4523,10 +4589,11 @@ def test_the_bounds_of_a_status_are_those_of_its_silence() -> None:
         now = alive + chance.choice([0, 10, 25_000, 25_001, 90_000])
         service = hostenroll.Service(started, alive, previous, 30, "")
         silence = chance.randrange(0, 12_000)
-        bound = hostenroll.seen_since(service, now, silence)
+        watch = hostenroll.watched(service, now)
+        bound = hostenroll.seen_since(watch, silence)
         for seen in (bound - 1, bound, bound + 1, previous, previous + 1, started, alive):
             if 0 < seen <= now:
-                is_within = hostenroll.silence_ms(seen, service, now) <= silence
+                is_within = hostenroll.silence_ms(seen, watch) <= silence
                 assert is_within == (seen >= bound), (service, now, silence, seen)
 
 
@@ -10041,6 +10108,41 @@ def test_a_histogram_is_cumulative_and_has_everything_in_its_last_bucket() -> No
         't_bucket{le="0.1"}': 3, 't_bucket{le="1"}': 4, 't_bucket{le="+Inf"}': 7, "t_count": 7
     }  # fmt: skip
     assert seen["t_sum"] == pytest.approx(0.05 + 0.2 + 0.5 + 21)
+
+
+def test_a_host_is_written_as_json_writes_its_document() -> None:
+    """Member by member, whatever there is in it."""
+    chance = random.Random(8)
+    for _ in range(500):
+        texts = {
+            name: odd_text(chance)
+            for name in ("organization_id", "name", "hostname", "os", "architecture")
+        }
+        labels = {f"k{n}": odd_text(chance) for n in range(chance.randrange(3))}
+        host = host_at(
+            **texts,
+            id=chance.randrange(1 << 63),
+            docker_version="27.3.1",
+            labels=hostenroll.json_text(labels),
+            enrolled_at=chance.randrange(1, 1 << 42),
+            token_id=chance.randrange(1 << 63),
+        )._replace(
+            last_seen=chance.choice([0, int(NOON * 1000)]),
+            revoked_at=chance.choice([None, int(NOON * 1000)]),
+        )
+        at = lambda moment: hostenroll.rfc3339(moment) if moment else None  # noqa: E731
+        warnings = chance.choice([[], [odd_text(chance), "b"]])
+        document = {
+            "id": f"{host.id:016x}", "organizationId": host.organization_id, "name": host.name,
+            "hostname": host.hostname, "os": host.os, "architecture": host.architecture,
+            "dockerVersion": "27.3.1", "labels": labels, "status": "online",
+            "statusReason": "it is", "enrolledAt": at(host.enrolled_at),
+            "lastSeen": at(host.last_seen), "tokenId": f"{host.token_id:016x}",
+            "revokedAt": at(host.revoked_at), "warnings": warnings,
+        }  # fmt: skip
+        view = hostenroll.HostView(host, "online", "it is", warnings)
+        assert hostenroll.host_json(view) == json.dumps(document, separators=(",", ":"))
+        assert hostenroll.host_document(view) == document
 
 
 def test_a_page_is_bounded_in_bytes_too(api: ApiDoor) -> None:
@@ -17847,6 +17949,19 @@ MUTATIONS: Dict[str, Mutation] = {
     "a page begins with the last of the one before": Mutation(
         "WHERE {own} {key} < ? ORDER BY", "WHERE {own} {key} <= ? ORDER BY", "a_list_has"
     ),
+    "labels that are kept with white space are sent with it": Mutation(
+        """if '": "' in labels else labels""",
+        """if "'" in labels else labels""",
+        "a_label_is_found",
+    ),
+    "a label is found by the end of its name": Mutation(
+        """[f'"{name}":{json_text(value)}' for""",
+        """[f':{json_text(value)}' for""",
+        "a_label_is_found",
+    ),
+    "a text of a peer is sent as it is": Mutation(
+        "text = encode_basestring_ascii", """text = '"{}"'.format""", "written_as_json"
+    ),
     "a list shows all organizations": Mutation(
         'own = "" if organization is None else "organization_id = ? AND"',
         'own = "" if organization is None else "? IS NOT NULL AND"',
@@ -17874,11 +17989,11 @@ MUTATIONS: Dict[str, Mutation] = {
         "to_the_millisecond",
     ),
     "the server's pause is silence": Mutation(
-        "silence -= max(pause, 0)", "silence -= 0", "silence or bounds_of_a_status"
+        "silence -= max(watch.pause, 0)", "silence -= 0", "silence or bounds_of_a_status"
     ),
     "the server's pause is silence in a census": Mutation(
-        "return until - silence - max(0, service.started - service.previous_alive)",
-        "return until - silence",
+        "return since if since > watch.started else since - max(0, watch.pause)",
+        "return since",
         "bounds_of_a_status",
     ),
     "a clock that is set back leaves the servers alive": Mutation(
@@ -17898,12 +18013,12 @@ MUTATIONS: Dict[str, Mutation] = {
         "if seen > bounds.ahead:", "if False:", "dead_host or random_life"
     ),
     "the sentence of a dead host is of another clock": Mutation(
-        "if last_seen > is_ahead_from(service, now):",
+        "if last_seen > watch.ahead:",
         "if False:",
         "dead_host or clock or bounds_of",
     ),
     "who was heard in a brief life is silent": Mutation(
-        "elif last_seen < service.started:", "elif False:", "bounds_of_a_status or crash_loop"
+        "elif last_seen < watch.started:", "elif False:", "bounds_of_a_status or crash_loop"
     ),
     "a restart is a pause however brief": Mutation(
         "elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:",
@@ -18508,7 +18623,8 @@ def test_the_hosts_of_a_benchmark_are_those_of_a_real_fleet(
     tokens = [view for page in listed for view in page.items]
     assert sorted(made) == sorted(view.host.id for view in hosts) and len(set(made)) == 100
     assert {view.status for view in hosts} == {"online"}
-    assert len({(view.host.hostname, view.host.issued_to) for view in hosts}) == 100
+    facts = "SELECT count(DISTINCT hostname), count(DISTINCT issued_to) FROM host"
+    assert connection_of(registry).execute(facts).fetchone() == (100, 100)
     uses = [(view.token.uses, view.token.max_uses) for view in tokens]
     assert sorted(uses) == [(20, 20), (40, 40), (40, 40)]
     assert len(happened(registry, "enroll")) == 100 and len(happened(registry, "mint")) == 3
