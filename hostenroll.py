@@ -9147,6 +9147,16 @@ class Server(HTTPServer):
         with suppress(OSError):
             self._waker.send(b"\0")
 
+    @contextmanager
+    def woken_by_signals(self) -> Iterator[None]:
+        """In the main thread: its handlers run when Python has control again, and after a signal
+        that comes just before the selector waits, that would be when something else happens."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Turn until stop() has been called and nobody is owed an answer."""
         listening = True
@@ -10807,7 +10817,8 @@ def _run_serve(session: Session) -> int:
         registry.perform(start, session.now())
         _greet(session, server)
         _trim_memory()
-        server.serve_forever()
+        with server.woken_by_signals():
+            server.serve_forever()
         _on_signals(signal.SIG_IGN)  # a second one must not spoil the exit status
     return 0
 

@@ -625,7 +625,7 @@ class ServerProcess:
     def __init__(self, folder: Path, *options: str, **more: Any) -> None:
         environment = {**clean_environment(), **more.pop("env", {})}
         self.process = subprocess.Popen(
-            [*PROGRAM, "serve", "--port", "0", *options],
+            [*more.pop("program", PROGRAM), "serve", "--port", "0", *options],
             cwd=str(folder),
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -12593,6 +12593,32 @@ def test_an_idle_server_stops_at_once_and_without_a_word(number: int, tmp_path: 
         assert time.monotonic() - begun < 3
         server._wait()
         assert not re.search("Traceback|ERROR|Error", "".join(server.said))
+
+
+# Another thread gets the signals, so they do not interrupt what the main thread waits in: as if
+# they came just before.
+LATE = """
+import signal, sys, threading, time
+import hostenroll
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+sys.exit(hostenroll.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_just_before_the_server_waits_is_heard_at_once(
+    number: int, tmp_path: Path
+) -> None:
+    program = [sys.executable, "-c", LATE]
+    env = {"PYTHONPATH": str(Path(hostenroll.__file__).parent)}
+    with ServerProcess(tmp_path, program=program, env=env) as server:
+        time.sleep(0.2)  # it waits, for the next thing that it has to do: seconds
+        server.process.send_signal(number)
+        begun = time.monotonic()
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - begun < 3
+        server._wait()
 
 
 def test_a_server_at_its_limit_stops_like_any_other(paths: Any, clock: Clock) -> None:
