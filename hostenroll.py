@@ -254,12 +254,12 @@ CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a serv
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
-CHECKPOINT_AFTER = 4096  # rows changed: at most as many pages
+CHECKPOINT_AFTER = 2048  # rows changed: at most as many pages
 CHECKPOINT_TIME = 0.03  # it holds up every heartbeat; where it is quicker, it comes less often
-CHECKPOINT_DOUBLINGS = 2  # of CHECKPOINT_AFTER: some 16 MiB of WAL
+CHECKPOINT_DOUBLINGS = 3  # of CHECKPOINT_AFTER: some 16 MiB of WAL
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
-PAGE_CACHE_KIB = 8192
+PAGE_CACHE_KIB = 7168
 
 # What a terminal shows.
 PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
