@@ -12285,10 +12285,20 @@ class Parser(argparse.ArgumentParser):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
         self.color = False  # which Python 3.14 has, and states alone have a colour here
+        self.variables: Dict[str, str] = {}  # in the environment, that stand in for options
+        self._words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's; of an option that is not among the words it is a variable that is wrong."""
+        self._words = args or ()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises SystemExit."""
-        said = re.sub("^argument ", "", message)
+        option, colon, said = re.sub("^argument ", "", message).partition(": ")
+        if option not in [word.partition("=")[0] for word in self._words]:
+            option = self.variables.get(option, option)
+        said = option + colon + said
         said = said.replace("the following arguments are required:", "this needs")
         self.exit(EXIT_USAGE, f"hostenroll: {said} (see: {self.prog} --help)\n")
 
@@ -12330,6 +12340,7 @@ def _take_default(parser: Parser, argument: Argument, environment: Mapping[str, 
     text = environment.get(setting_of(argument))
     if text:
         parser.set_defaults(**{argument.names[0].lstrip("-").replace("-", "_"): text})
+        parser.variables[argument.names[0]] = setting_of(argument)
 
 
 def strange_settings(environment: Mapping[str, str]) -> List[str]:
@@ -12353,6 +12364,7 @@ def read_arguments(words: Sequence[str], environment: Mapping[str, str]) -> argp
     if not words[0].startswith("-") and words[0] not in parsers:
         name = printable(words[0])
         parser.error(f"there is no command {name}{guess(words[0], list(parsers))}")
+    arguments: argparse.Namespace
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])

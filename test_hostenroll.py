@@ -15857,8 +15857,19 @@ def test_the_environment_sets_files_and_the_options_of_serve(tmp_path: Path) -> 
         assert enrolled["heartbeatIntervalSeconds"] == 9
     assert cli(tmp_path, "list-tokens", "--db", "other.db").returncode == 0
     assert (tmp_path / "other.db").exists() and (tmp_path / "hostenroll.key").exists()
-    bad = cli(tmp_path, "serve", env={"HOSTENROLL_PORT": "x"})
-    assert (bad.returncode, "not a port" in bad.stderr) == (2, True)
+
+
+def test_what_is_wrong_is_called_by_where_it_was_said(tmp_path: Path) -> None:
+    environment = {"HOSTENROLL_PORT": "x"}
+    for options, said in (
+        ((), "HOSTENROLL_PORT: 'x' is not a port"),
+        (("--port", "y"), "--port: 'y' is not a port"),
+        (("--port=y",), "--port: 'y' is not a port"),
+        (("--port", "0", "--heartbeat-interval", "z"), "--heartbeat-interval: 'z' is not"),
+    ):
+        bad = cli(tmp_path, "serve", *options, env=environment)
+        assert (bad.returncode, bad.stderr.startswith(f"hostenroll: {said}")) == (2, True)
+        assert bad.stderr.count("\n") == 1
 
 
 def spoil(folder: Path, how: str) -> None:
