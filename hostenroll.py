@@ -5484,14 +5484,23 @@ is_alive() { # PROCESS-BIRTH
     fi
 }
 
+holder_of() { # LOCK
+    # shellcheck disable=SC2012 # there is no other way to read a link that all systems have
+    ls -ld "$1" 2>/dev/null | sed -n 's/.* -> //p'
+}
+
+# Of two that find a lock without its holder, one may have taken it by the time that the other
+# takes it away: so it is moved, looked at, and given back.
 take_lock() {
     mine=$$-$(birth $$)
     until ln -s "$mine" "$state/lock" 2>/dev/null; do
-        # shellcheck disable=SC2012 # there is no other way to read a link that all systems have
-        holder=$(ls -ld "$state/lock" 2>/dev/null | sed -n 's/.* -> //p')
+        holder=$(holder_of "$state/lock")
         [ -n "$holder" ] || return 0 # a disk that is full or read-only must not stop the heart
         ! is_alive "$holder" || return 1
-        rm -f "$state/lock" 2>/dev/null || return 0
+        mv -f "$state/lock" "$state/lock.$$" 2>/dev/null || [ ! -L "$state/lock" ] || return 0
+        taken=$(holder_of "$state/lock.$$")
+        rm -f "$state/lock.$$"
+        [ "${taken:-$holder}" = "$holder" ] || ln -s "$taken" "$state/lock" 2>/dev/null
     done
     locked=yes
 }

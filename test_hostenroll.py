@@ -9084,6 +9084,22 @@ def test_one_agent_to_a_folder(shell: Any, machine: Machine) -> None:
         assert not os.path.lexists(lock)
 
 
+def test_of_two_agents_that_find_a_dead_ones_lock_one_runs(machine: Machine) -> None:
+    """The other has taken it when this one, which has seen whose it was, takes it away."""
+    assert machine.once(token=machine.door.token()).returncode == 0
+    lock = machine.state / "lock"
+    lock.symlink_to("999999999-1")
+    other = f"{os.getpid()}-"
+    ls, seen = shutil.which("ls"), machine.folder / "seen"
+    taking = f"ln -sfn {other} {lock}"
+    machine.program("ls", f"""{ls} "$@"
+        case $* in *lock) [ -e {seen} ] || {{ >{seen} && {taking}; }} ;; esac""")  # fmt: skip
+    second = machine.once()
+    assert second.returncode == 1 and f"process {os.getpid()}, runs" in second.stdout
+    assert os.readlink(str(lock)) == other
+    assert [path.name for path in machine.state.iterdir() if "lock" in path.name] == ["lock"]
+
+
 @slow
 def test_an_agent_that_waits_for_an_hour_hears_of_a_new_enrollment(machine: Machine) -> None:
     assert machine.once(token=machine.door.token()).returncode == 0
