@@ -66,11 +66,16 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform == "li
     import os
     from importlib.util import MAGIC_NUMBER
 
-    with contextlib.suppress(OSError):  # a system may forbid it: then the memory stays taken
-        with open("/proc/self/cmdline", "rb") as file:
-            started = list(map(os.fsdecode, file.read().split(b"\0")[:-1]))
-        options = started[1 : len(started) - len(sys.argv)]
-        if sys.executable and len(started) > len(sys.argv) and "-m" not in options:
+    # A system may forbid it, and a Python may not have it: then the memory stays taken.
+    with contextlib.suppress(OSError, AttributeError):
+        if sys.version_info >= (3, 10):
+            started = sys.orig_argv
+        else:
+            with open("/proc/self/cmdline", "rb") as file:
+                started = list(map(os.fsdecode, file.read().split(b"\0")[:-1]))
+        options = [it for it in started[1 : len(started) - len(sys.argv)] if it != "--"]
+        is_script = len(started) > len(sys.argv) and "-m" not in options
+        if sys.executable and is_script and os.path.exists("/proc/self/fd"):
             code = os.memfd_create("hostenroll", 0)  # which what starts over inherits
             with open(code, "wb", closefd=False) as compiled:  # as a .pyc file is
                 compiled.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
@@ -223,8 +228,8 @@ INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds befor
 HOPS_MAXIMUM = 16  # of trusted proxies, one behind the other
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 110_000  # about 0.2 KiB each: 22 MiB
-CREDENTIALS_KEPT_MS = 10 * MINUTE * SECOND_MS  # in the cache
+CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 where all is long: 22 to 32 MiB
+CREDENTIALS_KEPT_MS = HOUR * SECOND_MS  # in the cache: longer than most intervals
 CREDENTIAL_MAXIMUM = 1024
 
 # Connections. Each deadline class has one length, so its queue is in order by itself.
@@ -8682,15 +8687,16 @@ class ShortWay:
         self.forget(0)
 
     def forget(self, now: int) -> None:
-        """Begin anew, with the keys as they are."""
-        self._keyring = self._registry.keyring
-        self._opening = BEARER + self._keyring.first.opening
+        """Begin anew, with the keys as they are. They come last: where there is no memory for the
+        rest, it is to be done again."""
         self._known: Dict[bytes, Standing] = {}  # by what follows the opening
         self._standings: Dict[Standing, Standing] = {}  # each of them once
-        self._since, self._until = now, now + CREDENTIALS_KEPT_MS
         # Of the last that was heard: the next one looks the same, most often.
-        self._before = self._after = END_OF_LINE  # as no heartbeat begins
-        self._head = NOBODYS.head
+        self._before, self._after, self._head = b"\0", b"", NOBODYS.head  # like none at first
+        self._since, self._until = now, now + CREDENTIALS_KEPT_MS
+        keyring = self._registry.keyring
+        self._opening = BEARER + keyring.first.opening
+        self._keyring = keyring
 
     def hear(self, data: bytes, now: int) -> Optional[Heard]:
         """What is heard, if data is a whole plain heartbeat and nothing else. None for all that
@@ -8704,6 +8710,8 @@ class ShortWay:
         if standing is None:
             if END_OF_LINE in rest:  # it does not look the same, or has more lines
                 rest = self._cut(data)
+            if not rest:
+                return None
             standing = self._known.get(rest) or self._learn(rest, now)
             if standing is None:
                 return None
@@ -8724,8 +8732,8 @@ class ShortWay:
     def _learn(self, rest: bytes, now: int) -> Optional[Standing]:
         """Verify a credential, and keep it if it needs no renewal for as long: only what was
         signed is kept, so junk cannot push out the fleet."""
-        claims = self._keyring.read(self._keyring.first.opening + rest)
-        is_due = self._registry.is_due
+        keyring, is_due = self._registry.keyring, self._registry.is_due
+        claims = keyring.read(keyring.first.opening + rest)
         if claims is None or is_due(claims, now):
             return None
         _, standing = plain_beat(claims)

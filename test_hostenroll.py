@@ -916,6 +916,40 @@ def test_a_server_starts_where_there_is_no_proc(tmp_path: Path) -> None:
     pytest.skip("nothing can be mounted here")
 
 
+WITHOUT_MEMFD = "import os\nif hasattr(os, 'memfd_create'):\n    del os.memfd_create\n"
+LOADER = "/lib64/ld-linux-x86-64.so.2"
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    table({
+        "as usual": ((), ()),
+        "with options": ((), ("-O", "-X", "utf8", "-W", "error")),
+        "after the last option": ((), ("--",)),
+        "by the loader": ((LOADER,), ()),
+        "without memfd_create": (("env", "PYTHONPATH=strange"), ()),
+    }),
+)  # fmt: skip
+def test_a_server_starts_over_however_it_was_started(
+    before: Tuple[str, ...], after: Tuple[str, ...], tmp_path: Path
+) -> None:
+    if before == (LOADER,) and not os.path.exists(LOADER):
+        pytest.skip("this machine has another loader")
+    folder = tmp_path / "a folder, à côté"
+    (folder / "strange").mkdir(parents=True)
+    (folder / "strange" / "sitecustomize.py").write_text(WITHOUT_MEMFD)
+    shutil.copy(MODULE, folder / "hostenroll.py")
+    python = os.path.realpath(sys.executable) if before == (LOADER,) else sys.executable
+    command = (*before, python, *after, str(folder / "hostenroll.py"), "serve", "--port", "0")
+    with OtherServer(folder, *command) as server:
+        assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
+        if sys.platform == "linux":
+            words = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")
+            assert (b"-c" in words) == ("PYTHONPATH=strange" not in before)
+        assert server.terminate() == 0
+    assert "Traceback" not in "".join(server.said)
+
+
 def test_the_project_is_five_files() -> None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
@@ -9626,6 +9660,21 @@ def test_a_usual_heartbeat_goes_the_short_way(api: ApiDoor, data: bytes) -> None
         assert heard is not None and heard == the_long_way(api, told)
 
 
+def test_what_is_no_heartbeat_is_not_heard_for_its_good_credential(api: ApiDoor) -> None:
+    """Not even when there is none before it to compare it with."""
+    credential = api.enroll(api.token()).document["credential"].encode()
+    opening = api.registry.keyring.first.opening
+    rest = credential[len(opening) :]
+    usual = USUAL_BEATS["curl's"].replace(CREDENTIAL_MARK, credential)
+    for is_first in (True, False):
+        for start in (b"", b"\0", b"\r\n", b"\r\nAuthorization: Bearer ", b"\0" + opening, opening):
+            for end in (b"", b"\0", b"\r\n", b"\r\n\r\n", b"\r\n\r\n{}"):
+                api.api.relieve()
+                assert is_first or api.api.hear(usual, api.clock.ms) is not None
+                assert api.api.hear(start + rest + end, api.clock.ms) is None
+                assert api.api.hear(start + end, api.clock.ms) is None
+
+
 def proofs_of(monkeypatch: pytest.MonkeyPatch) -> List[bytes]:
     """The credentials that are verified from now on."""
     proven: List[bytes] = []
@@ -9659,9 +9708,31 @@ def test_a_newcomer_takes_nobodys_place_among_the_credentials_that_are_known(
         assert heard == [False, True, True, True]
     times = sorted(proven.count(credential) for credential in set(proven))
     assert times == [1, 1, 5, 5]
+    api.api.relieve()
+    assert api.api.hear(beats[0], api.clock.ms) is not None
+    assert len(proven) == 13  # for want of memory all were forgotten
+    request = request_bytes("GET", "/api/hosts", bearer=api.api_key)
+    assert api.api.hear(request, api.clock.ms) is None and len(proven) == 13
 
 
-@pytest.mark.parametrize("ttl, is_kept", [(None, True), (1800, True), (600, False), (60, False)])
+def test_keys_are_heeded_though_there_was_no_memory_when_they_changed(
+    api: ApiDoor, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data,) = plain_beats(api, 1)
+    assert api.api.hear(data, clock.ms) is not None
+    rotate(api.registry, clock)
+
+    def starved(keyring: hostenroll.Keyring) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hostenroll.Keyring, "first", property(starved))
+        with pytest.raises(MemoryError):
+            api.api.hear(data, clock.ms)
+    assert api.api.hear(data, clock.ms) is None
+
+
+@pytest.mark.parametrize("ttl, is_kept", [(None, True), (7200, True), (3600, False), (60, False)])
 def test_a_credential_is_kept_no_longer_than_it_is_good_for(
     ttl: Optional[int],
     is_kept: bool,
@@ -9714,6 +9785,8 @@ def test_what_goes_the_short_way_would_come_to_the_same_the_long_way(api: ApiDoo
     rng = random.Random(11)
     heard = 0
     for _ in range(6000):
+        if rng.random() < 0.1:
+            api.api.relieve()
         fields = [lines[0]] * rng.randint(0, 1) + rng.sample(lines, rng.choice((0, 0, 1, 2)))
         fields += rng.choices(others, k=rng.choice((0, 1, 1, 2)))
         rng.shuffle(fields)
@@ -18451,6 +18524,14 @@ MUTATIONS: Dict[str, Mutation] = {
         '            methods["HEAD"] = methods["GET"]\n', "            pass\n", "head"
     ),
     # 10. Server
+    "a signal does not wake the loop": Mutation(
+        "        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)\n",
+        "",
+        "just_before_the_server_waits",
+    ),
+    "for want of memory no credential is forgotten": Mutation(
+        "        self._short_way.forget(0)\n", "        pass\n", "takes_nobodys_place"
+    ),
     "a server reads on while its answer is owed": Mutation(
         "            self._reads.append(owed)\n            self._move(connection, None)\n",
         "            self._reads.append(owed)\n",
