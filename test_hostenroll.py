@@ -935,7 +935,8 @@ def test_a_server_starts_over_however_it_was_started(
 ) -> None:
     if before == (LOADER,) and not os.path.exists(LOADER):
         pytest.skip("this machine has another loader")
-    folder = tmp_path / "a folder, à côté"
+    name = "a folder, à côté" if sys.getfilesystemencoding() == "utf-8" else "a folder"
+    folder = tmp_path / name
     (folder / "strange").mkdir(parents=True)
     (folder / "strange" / "sitecustomize.py").write_text(WITHOUT_MEMFD)
     shutil.copy(MODULE, folder / "hostenroll.py")
@@ -945,7 +946,8 @@ def test_a_server_starts_over_however_it_was_started(
         assert SocketDoor(server.port, "").call("GET", "/healthz").status == 200
         if sys.platform == "linux":
             words = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")
-            assert (b"-c" in words) == ("PYTHONPATH=strange" not in before)
+            is_told = sys.version_info >= (3, 10) or LOADER not in before
+            assert (b"-c" in words) == (is_told and "PYTHONPATH=strange" not in before)
         assert server.terminate() == 0
     assert "Traceback" not in "".join(server.said)
 
