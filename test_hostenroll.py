@@ -2620,11 +2620,12 @@ def test_the_wal_stays_bounded_under_a_run_of_beats(
     fill(registry, before)
     standing = hostenroll.Standing(1, "default", registry.keyring.first.kid)
     beats = [(n << 8, standing) for n in range(1, 101)]
-    for run in [beats[:before]] * 100 + [beats[:1]] * 400:
+    most = 2 * (64 << hostenroll.CHECKPOINT_DOUBLINGS) * (hostenroll.PAGE_SIZE + 24)
+    for run in [beats[:before]] * 100 + [beats[:1]] * 2500:
         clock.advance(1)
         assert registry.tick(run, clock.ms) == [clock.ms] * len(run)
         registry.tidy()
-        assert os.stat(paths[0] + "-wal").st_size < 4 * 64 * 4096
+        assert os.stat(paths[0] + "-wal").st_size < most
     assert is_free(paths)
 
 
@@ -14100,8 +14101,11 @@ def test_a_head_byte_by_byte_has_one_deadline(paths: Any, clock: Clock) -> None:
         assert reply is not None and reply.code == "request-timeout"
 
 
-def test_what_comes_while_a_list_is_put_together_waits_for_it(paths: Any, clock: Clock) -> None:
+def test_what_comes_while_a_list_is_put_together_waits_for_it(
+    paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A list is read in slices, one in a turn, and others are answered in between."""
+    monkeypatch.setattr(hostenroll, "SLICE", 5)  # so it takes a while
     with live_door(paths, clock) as live:
         with opened(paths, clock) as registry:
             fill(registry, 2000)
@@ -14110,7 +14114,7 @@ def test_what_comes_while_a_list_is_put_together_waits_for_it(paths: Any, clock:
             with live.connect() as peer, peer.makefile("rb") as stream:
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 peer.sendall(listing)
-                time.sleep(0.005)  # it is at work, and does not say so
+                time.sleep(0.002)  # it is at work, and does not say so
                 peer.sendall(HEALTH)
                 first, second = read_reply(stream), read_reply(stream)
                 assert first is not None and "hosts" in first.document
@@ -18056,7 +18060,7 @@ MUTATIONS: Dict[str, Mutation] = {
         'self._connection.execute("ROLLBACK")', "pass", "whichever_statement_fails"
     ),
     "who was admitted anew is overtaken by an old copy": Mutation(
-        "WHERE id = ? AND admitted_serial <= ?", "WHERE id = ? AND ? > 0", "serials or random_life"
+        "WHERE id = ? AND admitted_serial <= ?", "WHERE id = ? AND ? > 0", "serial or random_life"
     ),
     "two get one serial": Mutation(
         "SET issued = max(issued, ?) + 1, issued_to = ?",
