@@ -10232,7 +10232,7 @@ def test_a_host_is_written_as_json_writes_its_document() -> None:
             "lastSeen": at(host.last_seen), "tokenId": f"{host.token_id:016x}",
             "revokedAt": at(host.revoked_at), "warnings": warnings,
         }  # fmt: skip
-        view = hostenroll.HostView(host, "online", "it is", warnings)
+        view = hostenroll.HostView(host.listed(), "online", "it is", warnings)
         assert hostenroll.host_json(view) == json.dumps(document, separators=(",", ":"))
         assert hostenroll.host_document(view) == document
 
@@ -18150,7 +18150,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "dead_host or clock or bounds_of",
     ),
     "who was heard in a brief life is silent": Mutation(
-        "elif last_seen < watch.started:", "elif False:", "bounds_of_a_status or crash_loop"
+        "silence = watch.until - watch.started", "pass", "bounds_of_a_status or crash_loop"
     ),
     "a restart is a pause however brief": Mutation(
         "elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:",
