@@ -3008,8 +3008,7 @@ class Metrics:
     """What a process has counted since it started. It may be forgotten."""
 
     def __init__(self) -> None:
-        self.heartbeats = self.enrollments = self.renewals = 0
-        self.connections = 0  # accepted
+        self.counts: Counter[str] = Counter()  # of what was accepted, or is committed
         self.open_connections = 0
         self.refusals: Counter[str] = Counter()  # by code
         self.requests = Histogram(SECONDS_BUCKETS)
@@ -3473,7 +3472,7 @@ class Registry:
         self._store = store
         self._key_file = key_file
         self.keyring = keyring
-        self._is_rekeyed = False  # since the last tick with heartbeats
+        self._beaten_by = keyring  # by which the last heartbeats that counted were judged
         self.interval = interval
         self._interval_bounds = (
             -(-interval * (100 - HEARTBEAT_SPREAD) // 100),
@@ -3489,7 +3488,7 @@ class Registry:
         self._pin = ""  # of the server's certificate
         self._has_new_pin = False  # and it is not written yet
         self._tokens_looked_at = -1
-        self._refused_beats = 0  # of the tick at hand
+        self._counted: Counter[str] = Counter()  # by the tick at hand, for the metrics
         self._censuses: Dict[Optional[str], Census] = {}
         self._failures = Failures()
         self.audit = AuditLog(store, audit_keep)
@@ -3527,6 +3526,7 @@ class Registry:
             if acts
             else cast(Sequence[PlainBeat], work)
         )
+        keyring = self.keyring  # an act may change it
         writes = bool(beats) or any(act.writes for act in acts)
         durable = any(act.writes and act.durable for act in acts)
         try:
@@ -3548,12 +3548,13 @@ class Registry:
         if self._told:
             self._recover(writes)
         if beats:
-            self.metrics.heartbeats += len(beats) - self._refused_beats
+            self._beaten_by = keyring
         return outcomes
 
     def _abandon(self) -> None:
         self._store.abandon()
         self.audit.forget()
+        self._counted.clear()
 
     def _commit(self, writes: bool) -> None:
         if not writes:
@@ -3564,6 +3565,8 @@ class Registry:
         self._store.commit()
         with suppress(MemoryError):  # it is committed, so it must be answered
             self.metrics.commits.observe(time.perf_counter() - started)
+            self.metrics.counts.update(self._counted)
+            self._counted.clear()
             self.audit.tell()
 
     def _perform_all(self, work: Sequence[Work], beaten: Iterator[Any], now: int) -> List[Any]:
@@ -3750,10 +3753,7 @@ class Registry:
         """Go by the key file as it is now: somebody may have rotated it."""
         keyring = self._key_file.reload(self.keyring)
         if keyring is not None:
-            self._use(keyring)
-
-    def _use(self, keyring: Keyring) -> None:
-        self.keyring, self._is_rekeyed = keyring, True
+            self.keyring = keyring
 
     @property
     def storage_trouble(self) -> str:
@@ -3837,7 +3837,7 @@ class Registry:
             self._key_file.replace(keyring)
         except OSError as error:
             raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
-        self._use(keyring)
+        self.keyring = keyring
 
     # Service.
 
@@ -4232,7 +4232,7 @@ class Registry:
             host = host._replace(id=new_id(now))
         twin = None if host.twin_id is None else id_text(host.twin_id)
         self._record_admission(now, "enroll", token, host, applicant, sameHostnameAs=twin)
-        self.metrics.enrollments += 1
+        self._counted["enrollments"] += 1
         return Enrollment(host, self._grant(host.id, host.organization_id, 1, now))
 
     def _readmit(
@@ -4272,7 +4272,7 @@ class Registry:
         self._record_admission(
             now, "re-enroll", token, host, applicant, serial=serial, sameHostnameAs=twin
         )
-        self.metrics.enrollments += 1
+        self._counted["enrollments"] += 1
         grant = self._grant(host.id, host.organization_id, serial, now)
         return Enrollment(host._replace(**changes), grant)
 
@@ -4317,7 +4317,7 @@ class Registry:
         changes = self._changes(host, facts) if host else {}
         if changes:
             self._store.edit_host(claims.host, changes)
-        self.metrics.heartbeats += 1
+        self._counted["heartbeats"] += 1
         return Beaten(last_seen, self._renew(claims, now))
 
     @staticmethod
@@ -4341,7 +4341,7 @@ class Registry:
             return None
         name = named("host", claims.host)
         self.audit.record(now, "renew", name, name, claims.organization, serial=serial)
-        self.metrics.renewals += 1
+        self._counted["renewals"] += 1
         return self._grant(claims.host, claims.organization, serial, now)
 
     def _beat_all(
@@ -4353,9 +4353,8 @@ class Registry:
     ) -> List[Any]:
         """lastSeen of each plain heartbeat, or the Problem that it comes to."""
         rows = [(now, host, standing.serial, now) for host, standing in beats]
-        self._refused_beats = 0
-        is_rekeyed, self._is_rekeyed = self._is_rekeyed, False
-        if not is_rekeyed and self._store.beat(rows) == len(rows):
+        if self._beaten_by is self.keyring and self._store.beat(rows) == len(rows):
+            self._counted["heartbeats"] += len(rows)
             return [now] * len(rows)
         self._store.start_over()  # else one beat would be judged by what others have written
         outcomes = [
@@ -4363,7 +4362,8 @@ class Registry:
             for place, beat in enumerate(work)
             if not isinstance(beat, Act)
         ]
-        self._refused_beats = sum(isinstance(outcome, Problem) for outcome in outcomes)
+        counted = sum(not isinstance(outcome, Problem) for outcome in outcomes)
+        self._counted["heartbeats"] += counted
         return outcomes
 
     def _judge_beat(self, beat: PlainBeat, now: int, origin: Origin) -> Union[int, Problem]:
@@ -7936,7 +7936,7 @@ def _get_metrics(registry: Registry, call: Call) -> Any:
     return text.response()
 
 
-COUNTERS = {  # of Metrics
+COUNTERS = {  # counts of Metrics
     "heartbeats": "Heartbeats that counted.",
     "enrollments": "Hosts enrolled or re-enrolled.",
     "renewals": "Credentials renewed.",
@@ -7953,7 +7953,7 @@ HISTOGRAMS = {  # of Metrics: what each is called, and what it measures
 def _expose_process(text: Exposition, registry: Registry) -> None:
     metrics = registry.metrics
     for name, help in COUNTERS.items():
-        text.family(f"hostenroll_{name}_total", "counter", help, getattr(metrics, name))
+        text.family(f"hostenroll_{name}_total", "counter", help, metrics.counts[name])
     text.head("hostenroll_refusals_total", "counter", "Refusals by code.")
     for problem in problems():
         refused = metrics.refusals[problem.code]
@@ -9750,7 +9750,7 @@ class Server(HTTPServer):
                 break
             peer.setblocking(False)
             self._accepted += 1
-            self._metrics.connections += 1
+            self._metrics.counts["connections"] += 1
             fresh.append(self._meet(peer, plain_address(address[0])))
             self._connections.add(fresh[-1])
         self._metrics.open_connections = len(self._connections)

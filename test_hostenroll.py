@@ -5787,6 +5787,20 @@ def test_a_key_that_is_retired_while_a_beat_waits_counts_no_more(
         do(registry, clock, lambda now: registry.beat(claims, dict, now))
 
 
+def test_a_key_that_is_retired_is_not_forgotten_with_a_tick_that_dies(
+    registry: Registry, clock: Clock
+) -> None:
+    beats = [plain(registry, came_in(registry, clock)[1], clock)]
+    first = registry.keyring.first.kid
+    assert registry.tick(beats, clock.ms) == [clock.ms]
+    do(registry, clock, partial(registry.rotate_signing_key, OPERATOR))
+    do(registry, clock, partial(registry.retire_signing_key, OPERATOR, first, True))
+    with faulty(registry, only="COMMIT"):
+        registry.tick(beats, clock.ms)
+    outcomes = registry.tick(beats, clock.ms) or []
+    assert [type(it) for it in outcomes] == [hostenroll.CredentialInvalid]
+
+
 def test_a_key_that_was_retired_may_be_put_back(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
@@ -10260,9 +10274,22 @@ def test_a_tick_that_dies_has_counted_no_heartbeat(api: ApiDoor, clock: Clock) -
     with faulty(api.registry, only="COMMIT"):
         api.registry.tick(beats, clock.ms)
     assert api.beat(good, os=7).code == "invalid-body"
-    assert api.registry.metrics.heartbeats == 0
+    assert api.registry.metrics.counts["heartbeats"] == 0
     api.registry.tick(beats, clock.ms)
-    assert api.registry.metrics.heartbeats == 1
+    assert api.registry.metrics.counts["heartbeats"] == 1
+
+
+def test_only_what_is_committed_is_counted(api: ApiDoor, clock: Clock) -> None:
+    token, counts = api.token(maxUses=9), api.registry.metrics.counts
+    credential = api.enroll(token).document["credential"]
+    do(api.registry, clock, hostenroll.partial(api.registry.rotate_signing_key, OPERATOR))
+    assert counts == {"enrollments": 1}
+    for attempt in (lambda: api.enroll(token), lambda: api.beat(credential)):
+        with faulty(api.registry, only="COMMIT"):
+            assert attempt().status == 503
+        assert counts == {"enrollments": 1}
+    assert api.enroll(token).status == 201 and "credential" in api.beat(credential).document
+    assert counts == {"enrollments": 2, "heartbeats": 1, "renewals": 1}
 
 
 def test_a_page_over_many_slices_is_one_json_text(api: ApiDoor, clock: Clock) -> None:
@@ -18314,7 +18341,12 @@ MUTATIONS: Dict[str, Mutation] = {
         "rotated_key",
     ),
     "a heartbeat that waited is judged by the keys of before": Mutation(
-        "if not is_rekeyed and self._store", "if self._store", "counts_no_more"
+        "if self._beaten_by is self.keyring and ", "if ", "retired_while or not_forgotten_with"
+    ),
+    "what died is counted": Mutation(
+        "        self.audit.forget()\n        self._counted.clear()\n",
+        "        self.audit.forget()\n",
+        "only_what_is_committed",
     ),
     "a key that is gone is good within its tick": Mutation(
         "if standing.kid not in self.keyring.kids:  # it was",
