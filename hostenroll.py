@@ -1855,6 +1855,7 @@ Beat = Tuple[int, int, int, int]
 
 _TOKEN = ", ".join(Token._fields)
 _HOST = ", ".join(Host._fields)
+_HOST_ALONE = Host._fields[: Host._fields.index("last_seen")]
 _LISTED_HOST = ", ".join(ListedHost._fields)
 _API_KEY = ", ".join(ApiKey._fields)
 _SERVICE = ", ".join(Service._fields)
@@ -1934,6 +1935,7 @@ class StoreReplaced(StoreError):
     """What is at the path is not what is open: reopen() it."""
 
 
+@lru_cache(maxsize=None)  # there are three
 def _insert(table: str, columns: Sequence[str]) -> str:
     """Insert a row, unless its id, which is given once more at the end, is taken."""
     marks = ", ".join("?" * len(columns))
@@ -2578,8 +2580,8 @@ class Store:
 
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
-        columns = Host._fields[: Host._fields.index("last_seen")]
-        if self._changed(_insert("host", columns), *host[: len(columns)], host.id) == 0:
+        columns = len(_HOST_ALONE)
+        if self._changed(_insert("host", _HOST_ALONE), *host[:columns], host.id) == 0:
             return False
         statement = "INSERT INTO heartbeat VALUES (?, ?, ?, ?, ?)"
         self._run(statement, host.id, host.last_seen, host.serial, host.key_number, host.active)
@@ -4193,7 +4195,9 @@ class Registry:
     def _twin(self, organization: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
         others = self._store.hosts_by_hostname(organization, hostname, TWINS_EXAMINED)
-        watch = watched(self._store.service() if others else None, now)
+        if not others:
+            return None
+        watch = watched(self._store.service(), now)
         for host in others:
             live = host_status(host, watch)[0] in ("pending", "online")
             if live and host.id != own:
