@@ -261,9 +261,9 @@ CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a serv
 LOCK_POLL = 0.001
 RETRY_AFTER = 5
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
-CHECKPOINT_AFTER = 2048  # rows changed: at most as many pages
+CHECKPOINT_AFTER = 2048  # rows changed: as many pages, of heartbeats
 CHECKPOINT_TIME = 0.03  # it holds up every heartbeat; where it is quicker, it comes less often
-CHECKPOINT_DOUBLINGS = 3  # of CHECKPOINT_AFTER: some 16 MiB of WAL
+CHECKPOINT_DOUBLINGS = 3  # of CHECKPOINT_AFTER: some 16 MiB of WAL, of heartbeats
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 7168
@@ -1397,10 +1397,14 @@ def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
     return use, kid, octets
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # for a writer, if it is a pipe
+
+
 def load_keyring(path: str) -> Keyring:
     """The keyring of a key file. Raises OperatorError for a file that is bad or open to others."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would block
+        with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             mode = stat.S_IMODE(status.st_mode)
             if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_MAXIMUM:
@@ -1912,11 +1916,13 @@ Identity = Optional[Tuple[int, int]]  # of a file: device and inode; None where 
 
 
 def identity(path: Union[str, int]) -> Identity:
-    """Which file is at a path, or open: looked at, never opened."""
+    """Which file is at a path, or open: looked at, never opened. Raises StoreError."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StoreError(told(str(path), error)) from error
     return status.st_dev, status.st_ino
 
 
@@ -1958,7 +1964,11 @@ class WriteLock:
     def __init__(self, database: str) -> None:
         self._database = database
         self._gate = self._open(f"{database}.gate", database)
-        self._lock = self._open(f"{database}.lock", database)
+        try:
+            self._lock = self._open(f"{database}.lock", database)
+        except OSError:
+            os.close(self._gate)
+            raise
         self._at_gate = self._held = False
 
     @staticmethod
@@ -1972,8 +1982,8 @@ class WriteLock:
 
     def is_there(self) -> bool:
         """Whether others lock the same files: somebody may have removed them."""
-        files = {".gate": self._gate, ".lock": self._lock}
-        return all(identity(self._database + it) == identity(files[it]) for it in files)
+        gate, lock = identity(f"{self._database}.gate"), identity(f"{self._database}.lock")
+        return gate == identity(self._gate) and lock == identity(self._lock)
 
     @staticmethod
     def take(descriptor: int) -> bool:
@@ -2055,12 +2065,18 @@ class Store:
         self._waits_for = ""
         self._checkpointed_at = 0  # in the connection's count of rows changed
         self._doublings = 0  # of CHECKPOINT_AFTER
+        self._complaint = ""  # why the last checkpoint failed
 
     # Opening and closing: under the lock, by the caller.
 
     def exists(self) -> bool:
         """Whether there is a file: looked at, never opened."""
         return os.path.exists(self.path)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return self._connection is not None
 
     def open(self, as_it_is: bool = False) -> bool:
         """Connect, making an empty file of mode 0600 where there is none; or change nothing.
@@ -2109,6 +2125,7 @@ class Store:
         self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
         self._run("PRAGMA foreign_keys = ON")
         self._run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
+        self.version()  # the first read makes the WAL, also where there was none until now
         return bool(application == APPLICATION_ID)
 
     def create(self, organization: Organization, kids: Iterable[str]) -> None:
@@ -2158,10 +2175,13 @@ class Store:
         """Close under the lock: the last connection to close checkpoints. Whoever keeps the lock
         from us for so long is at work in the database, so ours is not the last."""
         if self._connection is not None:
-            with suppress(StoreBusy):
+            with suppress(StoreError):
                 self.lock.wait(CLOSE_PATIENCE)
-            self._connection.close()
-            self._connection = None
+                if identity(self.path) not in (None, self._identity):
+                    self._let_go()  # else its WAL would be taken for that of what lies there now
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
         self.lock.close()
 
     # Transactions.
@@ -2242,28 +2262,33 @@ class Store:
         self._run("ROLLBACK TO act")
         self._run("RELEASE act")
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, is_due: bool = False) -> None:
         """Move the WAL into the database when it has grown, unless another writer is at work.
 
         How much is in the WAL is not to be had: the file is written over from its start, because
-        to truncate it and let it grow again costs a heartbeat a tenth of its time. A row changed
-        is a page written at most, so the rows are counted. Of a small fleet they are the same few
-        pages again and again: the more rows, the less a checkpoint costs each of them.
+        to truncate it and let it grow again costs a heartbeat a tenth of its time. So the rows
+        that change are counted: a heartbeat's is a page, each of an enrollment's up to three. Of a
+        small fleet they are the same few pages again and again: the more rows, the less a
+        checkpoint costs each of them.
         """
         changes = self._db.total_changes
-        if changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:
+        if not is_due and changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:
             return
-        if not self.lock.attempt():
-            self.lock.leave_gate()
-            return
-        began = time.monotonic()
         try:
+            # Another may hold a lock that has taken the place of ours.
+            if not self.lock.is_there() or not self.lock.attempt():
+                self.lock.leave_gate()
+                return
+            self._checkpointed_at = changes  # also by one that fails: the next is not at once
+            began = time.monotonic()
             self._run("PRAGMA wal_checkpoint(PASSIVE)")
-            self._checkpointed_at = changes
             step = 1 if time.monotonic() - began < CHECKPOINT_TIME else -1
             self._doublings = min(max(0, self._doublings + step), CHECKPOINT_DOUBLINGS)
+            self._complaint = ""
         except StoreError as error:
-            log.warning("cannot checkpoint: %s", error)
+            if str(error) != self._complaint:  # once, and not each time
+                log.warning("cannot checkpoint: %s", error)
+            self._complaint = str(error)
         finally:
             self.lock.release()
 
@@ -2342,10 +2367,8 @@ class Store:
         try:
             self.require_same_file()
             self.require_companions()
-        except StoreReplaced:
-            return True
-        except StoreError:
-            return False
+        except StoreError as error:
+            return isinstance(error, StoreReplaced)
         return False
 
     def reopen(self) -> bool:
@@ -2504,11 +2527,15 @@ class Store:
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
 
     def hosts_not_past(self, number: int) -> int:
-        """How many hosts were last heard with a credential of a key or of an older one that is
-        still good: the next one of those may be of this key, and not yet used."""
-        statement = """SELECT count(*) FROM heartbeat WHERE key_number IN
+        """How many hosts were last heard with a credential of a key or of an older one, and may
+        have got one of this key that they have not used."""
+        good = """SELECT count(*) FROM heartbeat WHERE key_number IN
              (SELECT number FROM signing_key WHERE number <= ? AND retired_at IS NULL)"""
-        return int(self._value(statement, number))
+        # Who was heard with one that is retired has re-enrolled, if anything.
+        unused = """SELECT count(*) FROM heartbeat JOIN host ON id = host_id
+             WHERE issued > serial AND key_number IN
+             (SELECT number FROM signing_key WHERE number < ? AND retired_at IS NOT NULL)"""
+        return int(self._value(good, number)) + int(self._value(unused, number))
 
     def service(self) -> Optional[Service]:
         """What the servers say of themselves; None before the first one ran."""
@@ -2701,7 +2728,7 @@ class Store:
         """Number and mac that the next event is chained to."""
         rows = self._rows("SELECT number, mac FROM audit ORDER BY number DESC LIMIT 1")
         if rows:
-            return rows[0][0], rows[0][1]
+            return rows[0][0], _octets(rows[0][1])
         anchor = self.anchor()
         return (anchor.number, anchor.mac) if anchor else (0, b"")
 
@@ -2741,12 +2768,15 @@ class Store:
         self._run("DELETE FROM audit_anchor")
         self._run("INSERT INTO audit_anchor VALUES (1, ?, ?, ?)", *anchor)
 
-    def oldest_events(self, before: int, limit: int) -> List[Event]:
-        """The first events of the log, as long as they are older than a time."""
+    def oldest_events(self, before: int, now: int, limit: int) -> List[Event]:
+        """The first events of the log, as long as they are older than a time. One of a clock that
+        was ahead is as old as what comes after it."""
         statement = f"SELECT {_EVENT} FROM audit ORDER BY number LIMIT ?"
-        return list(
-            takewhile(lambda e: e.at < before, map(Event._make, self._rows(statement, limit)))
-        )
+        rows = map(Event._make, self._rows(statement, limit))
+        events = list(takewhile(lambda event: event.at < before or event.at > now, rows))
+        while events and events[-1].at >= before:
+            events.pop()
+        return events
 
     def prune_events(self, last: int) -> None:
         """Delete the first events up to a number that is not after the anchor."""
@@ -3350,7 +3380,7 @@ class AuditLog:
         window = self._windows.get(which)
         is_full = len(self._notes) >= NOTES_MAXIMUM
         if window is None or (window.is_over(now) and not is_full):
-            self._sum_up(events, which, now)
+            self._sum_up(self._notes, which, now)
             window = self._windows[which] = RefusalWindow(now)
         if window.listed == REFUSALS_AUDITED or is_full or not problem.is_listed:
             window.summed_up += 1
@@ -3398,7 +3428,7 @@ class AuditLog:
         """Delete some of what is too old."""
         if self._keep is None:
             return
-        old = self._store.oldest_events(now - self._keep * SECOND_MS, PRUNED_AT_ONCE)
+        old = self._store.oldest_events(now - self._keep * SECOND_MS, now, PRUNED_AT_ONCE)
         if old and self._are_genuine(old, keyring):
             last = old[-1]
             anchor = self._store.anchor()
@@ -3544,8 +3574,9 @@ class Registry:
             self._abandon()
             self.metrics.refusals[StorageUnavailable.code] += len(work)
             return [self._unavailable(error, writes)] * len(work)
-        except BaseException:
+        except BaseException as error:
             self._abandon()
+            self._take_note_of(f"a defect: {type(error).__name__}", writes)
             raise
         if self._told:
             self._recover(writes)
@@ -3599,16 +3630,18 @@ class Registry:
         return result
 
     def _unavailable(self, error: Exception, writes: bool) -> StorageUnavailable:
-        said = str(error) or told(self._store.path, error)
-        if said not in self._told:  # once for each trouble, not once for each tick
-            log.error("storage: %s", said)
-            self._told.add(said)
-        self._failed_at = time.monotonic()
-        if writes:
-            self._trouble = said
+        self._take_note_of(str(error) or told(self._store.path, error), writes)
         problem = StorageUnavailable()
         problem.__cause__ = error
         return problem
+
+    def _take_note_of(self, trouble: str, writes: bool) -> None:
+        if trouble not in self._told:  # once for each, not once for each tick
+            log.error("storage: %s", trouble)
+            self._told.add(trouble)
+        self._failed_at = time.monotonic()
+        if writes:
+            self._trouble = trouble
 
     def _recover(self, writes: bool) -> None:
         """A tick has succeeded. On a disk that is nearly full some do, and others do not."""
@@ -3644,9 +3677,12 @@ class Registry:
         """Between ticks: what no answer waits for."""
         if not self._trouble:
             self._store.checkpoint()
-        elif time.monotonic() >= self._reopen_after and self._store.is_replaced():
+        elif time.monotonic() >= self._reopen_after:
             self._reopen_after = time.monotonic() + REOPEN_PAUSE
-            self._reopen()
+            if self._store.is_replaced():
+                self._reopen()
+            elif self._store.is_open:
+                self._store.checkpoint(is_due=True)
 
     def _reopen(self) -> None:
         """Another file has taken the place of the database, such as a backup. Nothing is kept in

@@ -2649,6 +2649,17 @@ def test_a_checkpoint_is_for_who_holds_the_lock(
     assert is_free(paths)
 
 
+def test_no_checkpoint_under_a_lock_that_others_do_not_know(
+    registry: Registry, clock: Clock, paths: Tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 1)
+    token_of(registry, clock)
+    os.unlink(paths[0] + ".lock")
+    with faulty(registry) as connection:
+        registry.tidy()
+        assert connection.count == 0
+
+
 @pytest.mark.parametrize("writer", ["lock", "connection"])
 def test_beside_another_writer_a_tick_asks_to_come_again(
     writer: str,
@@ -2940,6 +2951,74 @@ def test_a_checkpoint_that_fails_hurts_nobody(
         registry.tidy()
         assert connection.failed
     token_of(registry, clock)
+
+
+def test_a_checkpoint_that_fails_is_not_tried_and_told_of_with_each_tick(
+    registry: Registry, clock: Clock, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 5)
+    checkpoint, tried = "PRAGMA wal_checkpoint(PASSIVE)", 0
+    for _ in range(12):
+        token_of(registry, clock)
+        with faulty(registry, only=checkpoint) as connection:
+            registry.tidy()
+            tried += connection.count
+    assert 0 < tried < 12 and caplog.text.count("cannot checkpoint") == 1
+
+
+def test_a_wal_that_cannot_grow_is_moved_into_the_database(
+    registry: Registry, clock: Clock, paths: Tuple[str, str]
+) -> None:
+    """Else a disk that was full for a moment keeps heartbeats out until somebody looks."""
+    token_of(registry, clock)
+    before = Path(paths[0]).stat().st_mtime_ns
+    full = sqlite3.OperationalError("database or disk is full")
+    with faulty(registry, only="COMMIT", error=full):
+        registry.tick([Act(lambda now: 1, durable=False)], clock.ms)
+    registry.tidy()
+    assert registry.storage_trouble and Path(paths[0]).stat().st_mtime_ns > before
+
+
+def test_a_database_that_is_not_in_wal_mode_is_taken_as_it_is(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """Such as what VACUUM INTO has made."""
+    with opened(paths, clock) as registry:
+        number, credential = came_in(registry, clock)
+    assert sql(paths[0], "PRAGMA journal_mode = DELETE") == [("delete",)]
+    with opened(paths, clock) as registry:
+        token_of(registry, clock)
+        beat(registry, clock, credential)
+        assert registry.host(OPERATOR, number, clock.ms).status == "online"
+
+
+def test_a_defect_in_a_tick_is_no_reason_to_try_again_at_once(
+    registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to be audited waits, but a server that asks whether it should hurry must not."""
+    registry.refused(hostenroll.ApiKeyInvalid(), hostenroll.Origin("::1", "1"), clock.ms)
+    api = hostenroll.Api(registry)
+    assert api.owes_notes
+
+    def broken(keyring: object) -> None:
+        raise TypeError("a defect")
+
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(registry.audit, "write", broken)
+        registry.tick([api.housekeeping()], clock.ms)
+    assert "TypeError" in registry.storage_trouble and not api.owes_notes
+    registry.tick([api.housekeeping()], clock.ms)
+    assert not registry.storage_trouble and happened(registry, "refuse") != []
+
+
+def test_an_audit_log_with_a_mac_of_text_goes_on(registry: Registry, clock: Clock) -> None:
+    """Whoever has forged it so must not stop the server."""
+    token_of(registry, clock)
+    connection_of(registry).execute("DROP TRIGGER audit_is_never_changed")
+    connection_of(registry).execute("UPDATE audit SET mac = 'text'")
+    token_of(registry, clock)
+    with pytest.raises(hostenroll.OperatorError, match="not as it was written"):
+        registry.verify_audit(None)
 
 
 def test_a_trouble_is_told_once_and_so_is_its_end(
@@ -5690,6 +5769,35 @@ def test_a_key_is_in_use_while_a_renewal_of_it_may_be_on_its_way(
     assert retire(registry, clock, second) == 0
 
 
+def test_a_key_is_in_use_while_a_re_enrollment_by_it_may_be_on_its_way(
+    registry: Registry, clock: Clock
+) -> None:
+    """The host was last heard with a key that is gone, and has a credential that it never used."""
+    first = registry.keyring.first.kid
+    number, credential = came_in(registry, clock)
+    beat(registry, clock, credential)
+    second = rotate(registry, clock)
+    assert retire(registry, clock, first, force=True) == 1
+    order = hostenroll.TokenOrder()
+    text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+    arrival = hostenroll.Applicant(text, "web-1")
+    fresh = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+    rotate(registry, clock)
+    with pytest.raises(hostenroll.Conflict, match="1"):
+        retire(registry, clock, second)
+    latest = beat(registry, clock, fresh).grant.credential
+    beat(registry, clock, latest)
+    assert retire(registry, clock, second) == 0
+
+
+def test_a_key_file_that_is_a_folder_costs_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(hostenroll.OperatorError, match="cannot read the key file"):
+            hostenroll.load_keyring(str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_key_file_that_once_could_not_be_read_is_read_again(
     registry: Registry, clock: Clock, paths: Tuple[str, str]
 ) -> None:
@@ -6140,6 +6248,24 @@ def restored(paths: Tuple[str, str], copies: Tuple[str, str]) -> None:
     _lose(paths[0])
     for source, target in zip(copies, paths):
         shutil.copy(source, target)
+
+
+def test_a_database_that_was_replaced_is_not_spoilt_by_who_closes_the_old_one(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    """Its WAL would be taken for that of the new one: it holds what came after the backup."""
+    (folder := tmp_path / "copy").mkdir()
+    with opened(paths, clock) as registry:
+        early, _ = came_in(registry, clock)
+        copies = registry.back_up(str(folder))
+        late, _ = came_in(registry, clock, "late")
+        os.link(paths[0], tmp_path / "old.db")
+        os.replace(copies[0], paths[0])
+    assert not os.path.exists(paths[0] + "-wal")
+    assert sql(paths[0], "SELECT id FROM host") == [(early,)]
+    assert set(sql(str(tmp_path / "old.db"), "SELECT id FROM host")) == {(early,), (late,)}
+    with opened(paths, clock) as registry:
+        assert_sound(paths)
 
 
 @pytest.mark.parametrize("keys", ["of the backup", "kept"])
@@ -7227,6 +7353,49 @@ def test_a_log_that_is_pruned_to_its_end_goes_on(paths: Tuple[str, str], clock: 
         clock.advance(100 * KEEP)
         keep_house(registry, clock)
         assert verified(registry, clock)[:2] == (4, 4)
+
+
+def test_an_event_of_a_clock_that_was_set_is_as_old_as_its_place(
+    paths: Tuple[str, str], clock: Clock
+) -> None:
+    """One that is far ahead does not keep what comes after it, nor is it young or old by itself;
+    one that is far behind takes nothing with it that is younger."""
+    with keeping(paths, clock) as registry:
+        for seconds in (100 * KEEP, -100 * KEEP, 10):
+            clock.advance(seconds)
+            token_of(registry, clock)
+        keep_house(registry, clock)
+        assert [event.number for event in log_of(registry)] == [1, 2, 3]
+        clock.advance(KEEP + 1)
+        token_of(registry, clock)
+        keep_house(registry, clock)
+        assert [event.number for event in log_of(registry)] == [4]
+        clock.advance(-100 * KEEP)
+        token_of(registry, clock)
+        clock.advance(100 * KEEP)
+        keep_house(registry, clock)
+        assert [event.number for event in log_of(registry)] == [4, 5]
+
+
+def test_a_sum_of_refusals_outlives_the_tick_that_it_came_with(
+    registry: Registry, clock: Clock
+) -> None:
+    def refused(now: int) -> None:
+        raise hostenroll.Forbidden()
+
+    for _ in range(hostenroll.REFUSALS_AUDITED + 5):
+        registry.tick([Act(refused)], clock.ms)
+    clock.advance(61)
+    registry.audit._notes = [registry.audit._event(0, "refuse", "a", "b", None, "c", {})] * (
+        hostenroll.NOTES_MAXIMUM
+    )  # so that the tick begins without summing up
+    with faulty(registry, only="COMMIT"):
+        registry.tick([Act(refused)], clock.ms)
+    registry.tick([Act(refused)], clock.ms)
+    clock.advance(61)
+    registry.tick([Act(refused)], clock.ms)
+    details = look(registry, "SELECT detail FROM audit WHERE code = 'forbidden'")
+    assert sum(json.loads(detail).get("more", 0) for (detail,) in details) >= 5
 
 
 def test_many_old_events_go_a_few_at_a_time(paths: Tuple[str, str], clock: Clock) -> None:
@@ -18047,14 +18216,21 @@ MUTATIONS: Dict[str, Mutation] = {
         'self._run("COMMIT")\n        self.lock.release()', 'self._run("COMMIT")', "a_checkpoint_is"
     ),
     "a checkpoint takes no lock": Mutation(
-        "        if not self.lock.attempt():\n            self.lock.leave_gate()\n"
-        "            return\n",
-        "",
+        "if not self.lock.is_there() or not self.lock.attempt():",
+        "if not self.lock.is_there():",
         "a_checkpoint_is",
     ),
+    "a checkpoint takes a lock of nobody": Mutation(
+        "if not self.lock.is_there() or not self.lock.attempt():",
+        "if not self.lock.attempt():",
+        "lock_that_others",
+    ),
+    "the WAL of what was replaced is left": Mutation(
+        "self._let_go()  # else", "pass  # else", "spoilt_by_who"
+    ),
     "nothing is ever checkpointed": Mutation(
-        "if changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:",
-        "if changes >= 0:",
+        "if not is_due and changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:",
+        "if not is_due:",
         "wal",
     ),
     "all is written without a sync": Mutation(
