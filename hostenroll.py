@@ -4283,13 +4283,14 @@ class Registry:
         idempotency: Optional[bytes],
         now: int,
     ) -> Enrollment:
-        """Re-enroll: two serials on, so that no older credential can be renewed past this one."""
+        """Re-enroll, by a serial beyond all that could be good: neither can an older credential
+        be renewed past it, nor one count more that was issued after the backup that we may be."""
         host = self._store.host(number)
         if host is None:
             raise HostUnknown()
         if host.revoked_at is not None:
             raise HostRevoked()
-        serial = max(host.issued, host.serial) + 2  # more was issued before a restored backup
+        serial = max(host.issued, host.serial) + SERIALS_LOST + 1
         changes: Dict[str, Any] = {
             "issued": serial,
             "admitted_by": token.id,

@@ -3888,7 +3888,7 @@ def test_a_replay_of_a_re_enrollment_is_one_too(door: Door) -> None:
 
 
 def test_the_serials_of_a_host(registry: Registry, clock: Clock) -> None:
-    """Enrollment 1, a replay one more, a re-enrollment two more."""
+    """Enrollment 1, a replay one more, a re-enrollment more than can have been lost."""
     arrival = hostenroll.Applicant(token_of(registry, clock), "web-1", idempotency_key="k")
 
     def enroll(arrival: Any) -> Any:
@@ -3900,7 +3900,7 @@ def test_the_serials_of_a_host(registry: Registry, clock: Clock) -> None:
     order = hostenroll.TokenOrder()
     text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
     again = enroll(hostenroll.Applicant(text, "web-1"))
-    assert serial_of(registry, again.grant.credential) == 5
+    assert serial_of(registry, again.grant.credential) == 3 + hostenroll.SERIALS_LOST + 1
 
 
 @contextlib.contextmanager
@@ -3932,11 +3932,12 @@ def test_each_renewal_is_a_serial_of_its_own_and_the_first_to_be_used_counts(
         text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
         arrival = hostenroll.Applicant(text, "web-1")
         newest = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
-        assert serial_of(registry, newest) == 7
+        assert serial_of(registry, newest) == 5 + hostenroll.SERIALS_LOST + 1
         clock.advance(201)
         for copy in (renewals[1], third):
             assert beat(registry, clock, copy).grant is None
-        assert serial_of(registry, beat(registry, clock, newest).grant.credential) == 8
+        renewed = serial_of(registry, beat(registry, clock, newest).grant.credential)
+        assert renewed == 5 + hostenroll.SERIALS_LOST + 2
         with pytest.raises(hostenroll.CredentialSuperseded):
             beat(registry, clock, third)
 
@@ -3974,6 +3975,30 @@ def test_a_host_may_renew_whichever_of_its_enrollments_replies_it_got(
         clock.advance(201)
         renewed = beat(registry, clock, replies[0].credential).grant
         assert renewed is not None and serial_of(registry, renewed.credential) == 4
+
+
+def test_a_re_enrollment_outdoes_what_was_issued_after_the_backup_that_was_restored(
+    paths: Tuple[str, str], clock: Clock, tmp_path: Path
+) -> None:
+    """The thief of a copy goes on with it, and a re-enrollment is the cure."""
+    with opened(paths, clock, credential_ttl=300) as registry:
+        number, credential = came_in(registry, clock)
+        (tmp_path / "backup").mkdir()
+        copies = registry.back_up(str(tmp_path / "backup"))
+        for _ in range(5):
+            clock.advance(250)
+            credential = beat(registry, clock, credential).grant.credential
+            beat(registry, clock, credential)
+    restored(paths, copies)
+    with opened(paths, clock, credential_ttl=300) as registry:
+        order = hostenroll.TokenOrder()
+        text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
+        arrival = hostenroll.Applicant(text, "web-1")
+        fresh = do(registry, clock, lambda now: registry.enroll(arrival, now)).grant.credential
+        beat(registry, clock, fresh)
+        with pytest.raises(hostenroll.CredentialSuperseded):
+            beat(registry, clock, credential)
+        beat(registry, clock, fresh)
 
 
 def test_a_forged_serial_cannot_shut_a_host_out_for_good(registry: Registry, clock: Clock) -> None:
@@ -4935,7 +4960,7 @@ class Model:
         """A host comes in by a token; again, where it was there."""
         token.uses, token.used = token.uses + 1, self.clock.ms
         again = bool(host.issued)
-        host.issued += 2 if again else 1
+        host.issued += hostenroll.SERIALS_LOST + 1 if again else 1
         host.admitted, host.admitted_at = host.issued, self.clock.ms
         host.admitted_by, host.key = token.id, key
         self.change(host, {**facts, "hostname": hostname})
@@ -5686,7 +5711,7 @@ def test_a_token_of_the_first_version_lets_in_a_host_and_one_back(
         text = do(registry, clock, lambda now: registry.reenroll(OPERATOR, number, order, now))[1]
         arrival = hostenroll.Applicant(text, "new.lan")
         again = do(registry, clock, lambda now: registry.enroll(arrival, now))
-        assert serial_of(registry, again.grant.credential) == 6
+        assert serial_of(registry, again.grant.credential) == 4 + hostenroll.SERIALS_LOST + 1
         beat(registry, clock, again.grant.credential)
         for serial in (3, 4):
             with pytest.raises(hostenroll.CredentialSuperseded):
@@ -10923,7 +10948,8 @@ def test_every_act_is_in_the_log(paths: Any, clock: Clock) -> None:
         bound = door.reenroll(number).document
         happened("mint", key, f"token:{bound['id']}", host=number, maxUses=1)
         door.enroll(bound["token"], "web-2")
-        happened("re-enroll", f"token:{bound['id']}", host, hostname="web-2", serial=5)
+        newest = 3 + hostenroll.SERIALS_LOST + 1
+        happened("re-enroll", f"token:{bound['id']}", host, hostname="web-2", serial=newest)
         door.call("PATCH", f"/api/hosts/{number}", {"name": "x", "labels": {}}, door.api_key)
         happened("edit", key, host, name="x", labels={})
         door.revoke(number)
@@ -11099,7 +11125,8 @@ def test_a_copied_credential_shows_with_both_addresses(estate: Estate) -> None:
     assert (superseded["action"], superseded["address"]) == ("supersede", "192.0.2.88")
     for event in refused:
         assert (event["code"], event["address"]) == ("credential-superseded", "198.51.100.9")
-        assert event["detail"] == {"serial": 1, "newest": 3, "newestIssuedTo": "192.0.2.8"}
+        newest = 1 + hostenroll.SERIALS_LOST + 1
+        assert event["detail"] == {"serial": 1, "newest": newest, "newestIssuedTo": "192.0.2.8"}
 
 
 def test_a_token_says_where_it_was_last_used_and_the_log_where_else(estate: Estate) -> None:
@@ -18497,7 +18524,7 @@ MUTATIONS: Dict[str, Mutation] = {
         "re_enroll",
     ),
     "a re-enrollment is one serial on": Mutation(
-        "serial = max(host.issued, host.serial) + 2",
+        "serial = max(host.issued, host.serial) + SERIALS_LOST + 1",
         "serial = max(host.issued, host.serial) + 1",
         "serials or random_life",
     ),
