@@ -194,6 +194,7 @@ PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 1000
 SLICE = 100  # ROWS_EXAMINED are ten of them, and a page of PAGE_DEFAULT is one
 PAGE_BYTES = 1024 * 1024  # of a page; the slice that goes over it is the last
+READS_AT_ONCE = 16  # pages that come together in turns; the others wait, and hold nothing
 COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census: SQLite counts them by itself
 CENSUS_KEPT = 5  # a census that took longer than one slice is good for so long
 PRUNED_AT_ONCE = 500
@@ -8937,17 +8938,18 @@ class Phase:
         """Who has waited longest."""
         return next(iter(self._since), None)
 
+    @property
+    def since(self) -> float:
+        """When the first began to wait; later than ever, if nobody does."""
+        return next(iter(self._since.values()), math.inf)
+
     def overdue(self, moment: float) -> Optional[Connection]:
         """Who has waited longest, if that is too long."""
-        for connection, since in self._since.items():
-            return connection if moment - since >= self._seconds else None
-        return None
+        return self.first() if moment - self.since >= self._seconds else None
 
     def left(self, moment: float) -> float:
         """Seconds until somebody has waited too long."""
-        for since in self._since.values():
-            return max(0.0, since + self._seconds - moment)
-        return math.inf
+        return max(0.0, self.since + self._seconds - moment)
 
 
 class Tls:
@@ -9063,7 +9065,9 @@ class Connection:
         self.interest = 0  # the events that the selector watches for
         self.held = 0  # bytes of an unfinished request, or of a large one in the tick
         self.closing = False  # when the output is taken
-        self.lingers = False  # before it closes: the peer may still be sending
+        # Before it closes: the peer may still be sending, or has so much of an answer to take that
+        # whatever it sends meanwhile would cost it the rest.
+        self.lingers = False
         self.is_gone = False
 
 
@@ -9145,6 +9149,7 @@ class Server(HTTPServer):
         self._accept_after = 0.0  # 0: now
         self._alive_after = 0.0
         self._stop_before: Optional[float] = None
+        self._has_willed = False
         self._is_to_reload = False
         self._accepted = self._now << 20  # numbers for connections, and not those of a life before
         self._selector = selectors.DefaultSelector()
@@ -9235,7 +9240,7 @@ class Server(HTTPServer):
         """Turn until stop() has been called and nobody is owed an answer."""
         listening = True
         self._notify("READY=1")
-        while listening or (self._connections and time.monotonic() < (self._stop_before or 0)):
+        while listening or (self._is_owing() and time.monotonic() < (self._stop_before or 0)):
             try:
                 if self._has_broken_off:
                     self._pick_up()
@@ -9247,12 +9252,18 @@ class Server(HTTPServer):
                 listening = False
                 self._notify("STOPPING=1")
                 self._stop_listening()
-        last_will = self._api.last_will()
-        if last_will is not None and not self._waiting_since:
-            self._owe(last_will)
-            self._write()
         if self._waiting_since:
             self._settle_tick(repeat(self._api.give_up()))
+
+    def _is_owing(self) -> bool:
+        """Whether somebody is owed an answer, or the audit log what nobody waits for: the last
+        will, which waits for other writers as everything does."""
+        if not self._connections and not self._tick and not self._has_willed:
+            last_will = self._api.last_will()
+            if last_will is not None:
+                self._owe(last_will)
+            self._has_willed = True
+        return bool(self._connections or self._tick)
 
     def _stop_listening(self) -> None:
         """Take those who have connected already; part with those who have sent nothing."""
@@ -9287,7 +9298,7 @@ class Server(HTTPServer):
         ready, self._ready = self._ready, []
         for connection, request in ready:
             try:
-                if request is None:
+                if request is None and connection.phase is self._in_body:
                     request = self._parse(connection, b"")
                 if request is not None:
                     self._admit(connection, request)
@@ -9308,7 +9319,7 @@ class Server(HTTPServer):
             return 0
         if self._waiting_since:
             return LOCK_POLL
-        if self._beats or self._api.owes_notes:
+        if self._beats or self._tick or self._api.owes_notes:
             return 0
         moment = time.monotonic()
         waits = [phase.left(moment) for phase in self._phases]
@@ -9397,7 +9408,9 @@ class Server(HTTPServer):
             data = b""
         if not data:
             self._drop(connection)
-        elif connection.tls is not None:
+        elif len(data) == RECEIVE_SIZE:
+            connection.lingers = True
+        if data and connection.tls is not None:
             data = self._decrypt(connection, connection.tls, data)
         if not data:
             return None
@@ -9484,18 +9497,22 @@ class Server(HTTPServer):
         connection.held = held
 
     def _hold(self, connection: Connection) -> None:
-        """Give an unfinished request its time."""
-        if connection.reader.is_behind:
-            self._make_ready(connection, None)
-        elif connection.tls is not None and connection.tls.has_ended:
+        """Give an unfinished request its time: no part of it buys more."""
+        reader = connection.reader
+        if connection.tls is not None and connection.tls.has_ended and not reader.is_behind:
             self._drop(connection)
-        elif not connection.reader.is_in_body:
-            if connection.phase is not self._in_head and connection.reader.has_begun:
+        elif not reader.is_in_body:
+            if connection.phase is not self._in_head and reader.has_begun:
                 self._move(connection, self._in_head)
         elif connection.phase is not self._in_body:
             self._move(connection, self._in_body)
-            if connection.reader.awaits_continue:
+            if reader.awaits_continue:
                 self._send(connection, CONTINUE)
+        if reader.is_behind:
+            self._ready.append((connection, None))
+        events = 0 if reader.is_behind else selectors.EVENT_READ
+        if connection.phase is self._in_body and connection.interest != events:
+            self._watch(connection, events)
 
     def _admit(self, connection: Connection, request: Request) -> None:
         try:
@@ -9646,7 +9663,7 @@ class Server(HTTPServer):
             if self._settle(owed, outcomes[0]):
                 self._metrics.requests.observe(time.monotonic() - owed.since)
             else:
-                self._reads.append(owed)
+                self._reads.insert(READS_AT_ONCE, owed)
             return
 
     def _run(
@@ -9665,9 +9682,11 @@ class Server(HTTPServer):
         """Send an answer, and get on with what the connection sends next, or close it."""
         head = request.head
         closes = not head.keep_alive or response.closes or self._stop_before is not None
-        connection.closing, connection.lingers = closes, response.closes
+        connection.closing = closes
         name = request.id if response.content_type is PROBLEM_JSON else ""
         data = write_response(response, self._now // SECOND_MS, closes, head.method == "HEAD", name)
+        if response.closes or len(data) > RECEIVE_SIZE:
+            connection.lingers = True
         if self._access_log:
             self._log_access(request, response, since or self._moment)
         if self._send(connection, data):
@@ -9825,10 +9844,12 @@ class Server(HTTPServer):
             self._move(connection, self._shaking if connection.tls else self._in_head)
 
     def _make_room(self) -> None:
-        """The longest idle gives way, then the slowest handshake, head and body. When nobody can,
-        new connections wait: the listener would stay readable, and the loop would spin."""
+        """Who has been waited for longest gives way, between two requests or before the first: a
+        crowd that says nothing must not push out those who do. Then the slowest body. When nobody
+        can, new connections wait: the listener would stay readable, and the loop would spin."""
         self._crowded = False
-        for phase in (self._idle, self._shaking, self._in_head, self._in_body, self._lingering):
+        silent = min(self._idle, self._shaking, self._in_head, key=lambda phase: phase.since)
+        for phase in (silent, self._in_body, self._lingering):
             connection = phase.first()
             if connection is not None:
                 self._drop(connection)

@@ -12352,16 +12352,15 @@ def test_an_answer_that_nobody_takes_is_dropped(paths: Any, clock: Clock) -> Non
                 assert len(stream.read()) < 19_000_000
 
 
-def test_at_the_limit_the_longest_idle_gives_way_and_then_the_slowest_head(
-    paths: Any, clock: Clock
-) -> None:
+def test_at_the_limit_who_has_been_silent_for_longest_gives_way(paths: Any, clock: Clock) -> None:
+    """Between two requests or before the first: a crowd that never asks for anything must not push
+    out those who do."""
     with live_door(paths, clock, connections=3) as live, contextlib.ExitStack() as stack:
-        older, newer, head = [stack.enter_context(live.connect()) for _ in range(3)]
+        silent, older, newer = [stack.enter_context(live.connect()) for _ in range(3)]
         for peer in (older, newer):
             peer.sendall(HEALTH)
             assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
-        head.sendall(b"GET /heal")
-        for gone in (older, newer, head):
+        for gone in (silent, older, newer):
             late = stack.enter_context(live.connect())
             late.sendall(b"GET /heal")
             assert has_ended(gone)
@@ -14342,6 +14341,101 @@ def test_what_comes_while_a_list_is_put_together_waits_for_it(
                 first, second = read_reply(stream), read_reply(stream)
                 assert first is not None and "hosts" in first.document
                 assert second is not None and second.document == {"status": "ok"}
+
+
+def test_few_lists_come_together_at_once_and_those_that_wait_hold_nothing(
+    paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may hold PAGE_BYTES, which nobody has asked for a second time."""
+    monkeypatch.setattr(hostenroll, "SLICE", 5)
+    parts: List[Any] = []
+    begun: List[int] = []
+
+    class Watched(hostenroll.Part):
+        def __init__(self) -> None:
+            super().__init__()
+            parts.append(self)
+
+    def hosts(store: Any, *arguments: Any) -> Any:
+        begun.append(sum(part.slices > 0 and part.next is not None for part in parts))
+        return real(store, *arguments)
+
+    real = hostenroll.Store.hosts
+    monkeypatch.setattr(hostenroll, "Part", Watched)
+    monkeypatch.setattr(hostenroll.Store, "hosts", hosts)
+    with live_door(paths, clock) as live, contextlib.ExitStack() as stack:
+        with opened(paths, clock) as registry:
+            fill(registry, 200)
+        listing = request_bytes("GET", "/api/hosts?limit=1000", bearer=live.api_key)
+        peers = [stack.enter_context(live.connect()) for _ in range(3 * hostenroll.READS_AT_ONCE)]
+        for peer in peers:
+            peer.sendall(listing)
+        for peer in peers:
+            reply = read_reply(stack.enter_context(peer.makefile("rb")))
+            assert reply is not None and len(reply.document["hosts"]) == 200
+    assert 1 < max(begun) <= hostenroll.READS_AT_ONCE + 1
+
+
+@pytest.mark.parametrize(
+    "request_of_all",
+    [
+        b"GET /openapi.json HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        b"GET /openapi.json HTTP/1.0\r\n\r\n",
+        b"GET /healthz HTTP/1.0\r\nX: " + b"a" * (4096 - 30) + b"\r\n\r\n",
+    ],
+    ids=["close", "1.0", "as much as is read at once"],
+)
+def test_who_sends_more_while_the_last_answer_is_on_its_way_gets_all_of_it(
+    request_of_all: bytes, live: SocketDoor
+) -> None:
+    """What arrives at a closed socket resets the connection: RFC 9112 section 9.6."""
+    for _ in range(5):
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.settimeout(10)
+            peer.connect(("127.0.0.1", live.port))
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(request_of_all) < hostenroll.RECEIVE_SIZE:
+                peer.sendall(request_of_all)
+                time.sleep(0.002)
+                peer.sendall(b"\r\n")
+            else:
+                peer.sendall(request_of_all + b"\r\n")
+            time.sleep(0.05)
+            answer = b"".join(iter(lambda: peer.recv(65536), b""))
+            head, _, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"Content-Length: ([0-9]+)", head)
+            assert length is not None and len(body) == int(length[1])
+
+
+def test_a_body_in_tiny_chunks_has_one_deadline(paths: Any, clock: Clock) -> None:
+    """More of them than are read at once buy no time, and no second 100 Continue."""
+    with live_door(paths, clock, deadlines=(9, 1, 9, 9)) as live, live.connect() as peer:
+        peer.sendall(POST + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n")
+        assert peer.recv(65536) == hostenroll.CONTINUE
+        begun, got = time.monotonic(), b""
+        peer.settimeout(0.4)
+        while b"408" not in got and time.monotonic() - begun < 8:
+            peer.sendall(b"1\r\n \r\n" * (hostenroll.CHUNK_LINES_AT_ONCE + 5))
+            with contextlib.suppress(socket.timeout):
+                got += peer.recv(65536)
+        assert got.startswith(b"HTTP/1.1 408 ") and time.monotonic() - begun < 3
+
+
+def test_a_server_that_stops_waits_for_another_writer_to_tell_of_its_refusals(
+    paths: Any, clock: Clock
+) -> None:
+    with live_door(paths, clock) as live:
+        assert live.enroll(live.token()).status == 201
+        lock = write_lock(paths[0])
+        lock.__enter__()
+        assert live.enroll("het_0000000000000001_" + "x" * 50).status == 401
+        release = threading.Timer(1, lambda: lock.__exit__(None, None, None))
+        release.start()
+    release.join()
+    assert sql(paths[0], "SELECT code FROM audit ORDER BY number DESC LIMIT 1") == [
+        ("token-unknown",)
+    ]
 
 
 def test_a_peer_that_never_stops_sending_is_not_listened_to_for_ever(
@@ -18845,13 +18939,13 @@ MUTATIONS: Dict[str, Mutation] = {
         "by_a_proxy",
     ),
     "nobody's time is ever over": Mutation(
-        "return connection if moment - since >= self._seconds else None",
+        "return self.first() if moment - self.since >= self._seconds else None",
         "return None",
         "dropped",
     ),
     "a trickle buys time": Mutation(
-        "if connection.phase is not self._in_head and connection.reader.has_begun:",
-        "if connection.reader.has_begun:",
+        "if connection.phase is not self._in_head and reader.has_begun:",
+        "if reader.has_begun:",
         "byte_by_byte_has_one_deadline",
     ),
     "a crowd keeps everybody out": Mutation(
