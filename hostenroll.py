@@ -3573,7 +3573,6 @@ class Registry:
             self._commit(writes)
         except (StoreError, MemoryError) as error:
             self._abandon()
-            self.metrics.refusals[StorageUnavailable.code] += len(work)
             return [self._unavailable(error, writes)] * len(work)
         except BaseException as error:
             self._abandon()
@@ -3758,12 +3757,11 @@ class Registry:
     # The audit log.
 
     def refused(self, problem: Problem, origin: Origin, now: int) -> None:
-        """Count a refusal that no act came to; the next tick that writes audits it."""
+        """A refusal that no act came to: the next tick that writes audits it."""
         self.audit.origin = origin
         self._note_refusal(problem, now, in_tick=False)
 
     def _note_refusal(self, problem: Problem, now: int, in_tick: bool) -> None:
-        self.metrics.refusals[problem.code] += 1
         if problem.is_audited:
             self.audit.refuse(problem, now, in_tick)
 
@@ -8829,6 +8827,11 @@ class Api:
     def refuse(self, problem: Problem, address: str, request: str, now: int) -> Response:
         """The answer to what no act has come of."""
         self._registry.refused(problem, Origin(address, request), now)
+        return self.refusal(problem)
+
+    def refusal(self, problem: Problem) -> Response:
+        """A Problem as its answer, which counts."""
+        self.metrics.refusals[problem.code] += 1
         return refusal(problem)
 
     def run(
@@ -8846,7 +8849,7 @@ class Api:
         """The answer to what has come to an outcome in a tick; None if it is an act that wants to
         be run again in another."""
         if isinstance(outcome, Problem):
-            return refusal(outcome)
+            return self.refusal(outcome)
         if isinstance(work, Act):
             response: Optional[Response] = None if outcome is UNFINISHED else outcome
             return response
@@ -9518,7 +9521,8 @@ class Server(HTTPServer):
         try:
             admitted = self._api.admit(request, self._now)
         except Exception:
-            admitted = refusal(self._own_up("a request could not be admitted", request.id))
+            problem = self._own_up("a request could not be admitted", request.id)
+            admitted = self._api.refusal(problem)
         if isinstance(admitted, Response):
             self._answer(connection, admitted, request)
             self._metrics.requests.observe(time.monotonic() - self._moment)

@@ -7132,7 +7132,6 @@ def test_a_flood_of_wrong_secrets_is_a_few_rows_that_count_it_all(
     keep_house(registry, clock)
     *_, event = refusals_of(registry, "too-many-requests")
     assert (detail_of(event)["more"], event.address) == (2 * 479, "")
-    assert registry.metrics.refusals == {"token-unknown": 40, "too-many-requests": 960}
 
 
 # Its chain.
@@ -10471,6 +10470,37 @@ def test_a_tick_that_dies_has_counted_no_heartbeat(api: ApiDoor, clock: Clock) -
     assert api.registry.metrics.counts["heartbeats"] == 0
     api.registry.tick(beats, clock.ms)
     assert api.registry.metrics.counts["heartbeats"] == 1
+
+
+def test_a_refusal_is_counted_when_it_is_the_answer_and_once(api: ApiDoor, clock: Clock) -> None:
+    refusals, house = api.registry.metrics.refusals, Api(api.registry).housekeeping()
+    with faulty(api.registry, only="COMMIT"):  # it is nobody's request
+        api.registry.tick([house], clock.ms)
+    assert refusals == {}
+    token = api.token()
+    with faulty(api.registry, only="COMMIT"):
+        assert api.enroll(token).status == 503
+    assert refusals == {"storage-unavailable": 1}
+    assert api.enroll("nonsense").status == 401
+    assert api.call("GET", "/nowhere").status == 404
+    assert refusals == {"storage-unavailable": 1, "token-unknown": 1, "not-found": 1}
+
+
+def test_who_is_told_that_another_writes_or_of_a_defect_is_counted(
+    paths: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.2)
+    with live_door(paths, clock) as door:
+        beats = heartbeat_of(door) * 5
+    with LiveServer(paths, clock) as live:
+        door = SocketDoor(live.port, "")
+        with write_lock(paths[0]):
+            assert [reply.status for reply in door.send(beats)] == [503] * 5
+        with monkeypatch.context() as patch:
+            patch.setattr(hostenroll, "find_route", lambda *_: 1 // 0)
+            assert door.call("GET", "/healthz").status == 500
+        counted = live.server._metrics.refusals
+        assert counted == {"storage-unavailable": 5, "internal": 1}
 
 
 def test_only_what_is_committed_is_counted(api: ApiDoor, clock: Clock) -> None:
