@@ -221,6 +221,7 @@ BACKUP_NICENESS = 10
 # HTTP messages.
 HEAD_MAXIMUM = 16 * 1024
 FIELDS_MAXIMUM = 100
+PARAMETERS_MAXIMUM = 64
 BODY_MAXIMUM = 64 * 1024
 CHUNK_LINE_MAXIMUM = 256
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
@@ -4909,11 +4910,17 @@ def _read_target(method: str, text: str) -> Tuple[str, str]:
     return match["path"] or "/", match["query"] or ""
 
 
+def _judge_beginning(data: bytes) -> None:
+    if not FIELD_NAME.match(data):
+        raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
+
+
 def _parse_head(data: bytes) -> Head:
     """A head without its empty line. Raises a kind of Unframed."""
     if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
         raise MalformedRequest("Lines must end with CR LF.")
     first, *lines = data.split(b"\r\n")
+    _judge_beginning(first)
     match = REQUEST_LINE.fullmatch(first)
     if match is None:
         raise MalformedRequest("The request line is malformed.")
@@ -5185,8 +5192,8 @@ class RequestReader:
     def _judge_unfinished(buffer: bytes) -> None:
         """Refuse at once what can never become a head: another protocol, a bare CR or LF, or too
         many bytes."""
-        if buffer.strip(b"\r") and not FIELD_NAME.match(buffer):
-            raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
+        if buffer.strip(b"\r"):
+            _judge_beginning(buffer)
         pairs = buffer.count(b"\r\n")
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
         if bare or buffer.count(b"\n") != pairs:
@@ -8671,7 +8678,7 @@ def _find_path(path: str) -> Tuple[Methods, str]:
     segments = path.split("/", SEGMENTS_MAXIMUM)
     for n, segment in enumerate(segments):
         methods = PATHS.get("/".join((*segments[:n], "{id}", *segments[n + 1 :])))
-        if methods is not None:
+        if methods is not None and segment:
             return methods, segment
     raise NotFound("There is nothing at this path.")
 
@@ -8701,9 +8708,13 @@ def _answer_options(path: str) -> Response:
 def read_query(query: str) -> List[Tuple[str, str]]:
     """The parameters of a query. Raises InvalidQuery."""
     try:
-        return parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=64)
+        return parse_qsl(
+            query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAXIMUM
+        )
     except ValueError:
-        raise InvalidQuery("The query is not made of UTF-8 parameters.") from None
+        raise InvalidQuery(
+            f"A query is at most {PARAMETERS_MAXIMUM} parameters, percent-encoded in UTF-8."
+        ) from None
 
 
 END_OF_LINE = b"\r\n"

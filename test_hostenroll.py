@@ -10472,6 +10472,28 @@ def test_a_tick_that_dies_has_counted_no_heartbeat(api: ApiDoor, clock: Clock) -
     assert api.registry.metrics.counts["heartbeats"] == 1
 
 
+@pytest.mark.parametrize("path", ["/api/hosts/", "/api/hosts//revoke"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "OPTIONS"])
+def test_a_path_without_an_id_where_one_belongs_is_no_path(
+    method: str, path: str, api: ApiDoor
+) -> None:
+    assert api.call(method, path).code == "not-found"
+
+
+def test_a_query_of_too_many_parameters_is_told_so(api: ApiDoor) -> None:
+    query = "&".join(f"a{n}=1" for n in range(65))
+    reply = api.call("GET", f"/api/hosts?{query}", bearer=api.api_key)
+    assert reply.code == "invalid-query" and "at most 64" in reply.document["detail"]
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_what_is_no_http_is_told_the_same_however_it_comes(cut: int) -> None:
+    reader, data = hostenroll.RequestReader(), b"@GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    with pytest.raises(hostenroll.MalformedRequest, match="it may be TLS"):
+        for part in filter(None, (data[:cut], data[cut:])):
+            reader.next(part)
+
+
 def test_a_refusal_is_counted_when_it_is_the_answer_and_once(api: ApiDoor, clock: Clock) -> None:
     refusals, house = api.registry.metrics.refusals, Api(api.registry).housekeeping()
     with faulty(api.registry, only="COMMIT"):  # it is nobody's request
