@@ -11302,16 +11302,19 @@ def _run_verify_audit(session: Session) -> int:
     print(verified.head.hex())
     _say(
         f"{said_of(verified)}; the head of the log is on stdout",
-        "nothing after the head given has been cut off"
-        if head is not None
-        else "whether its end has been cut off shows only with --head, the head of an earlier run",
+        "whether its end has been cut off shows only with --head, the head of an earlier run"
+        if head is None
+        else "nothing up to the head given has been cut off; "
+        "what came after it only a later head can show",
     )
     return 0
 
 
 def mac_text(text: str) -> str:
     """The head of an audit log, in hexadecimal digits. Raises ArgumentTypeError."""
-    if not re.fullmatch("(?:[0-9a-f]{64})?", text):
+    if not text:  # of a file that has been lost: any log would satisfy it
+        raise argparse.ArgumentTypeError("it is empty, and so shows nothing: leave it out")
+    if not re.fullmatch("[0-9a-f]{64}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not what verify-audit prints")
     return text
 
@@ -12256,7 +12259,12 @@ COMMANDS = (
         "verify-audit",
         _run_verify_audit,
         (
-            Argument("--head", type=mac_text, metavar="HASH", help="what an earlier run printed"),
+            Argument(
+                "--head",
+                type=mac_text,
+                metavar="HASH",
+                help="what an earlier run printed: is all still there, up to it?",
+            ),
             JSON_OPTION,
         ),
     ),

@@ -17443,7 +17443,8 @@ def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited: Opera
     audited("mint-token")
     later = audited("verify-audit", "--head", head)
     assert later.status == 0 and later.out != seen.out
-    assert "nothing after the head given has been cut off" in later.err
+    assert "nothing up to the head given has been cut off" in later.err
+    assert "what came after it only a later head can show" in later.err
     assert "only with --head" not in later.err
     unguarded(audited, "DELETE FROM audit WHERE number >= 6")
     without = audited("verify-audit")
@@ -17456,12 +17457,29 @@ def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited: Opera
         assert audited("verify-audit", "--head", bad).status == 2
 
 
+def test_what_came_after_a_head_only_a_later_one_finds_cut_off(audited: Operator) -> None:
+    early = audited("verify-audit").out.strip()
+    audited("mint-token")
+    late = audited("verify-audit").out.strip()
+    unguarded(audited, "DELETE FROM audit WHERE number > 6")
+    seen = audited("verify-audit", "--head", early)
+    assert (seen.status, seen.out) == (0, f"{early}\n")
+    assert "nothing after" not in seen.err and "nothing up to the head given" in seen.err
+    assert audited("verify-audit", "--head", late).status == 1
+
+
 def test_an_empty_log_has_a_head_too(operator: Operator) -> None:
     operator("list-hosts")
     seen = operator("verify-audit")
     assert (seen.status, seen.out) == (0, "\n") and "no events" in seen.err
-    operator("mint-token")
-    assert operator("verify-audit", "--head", "").status == 0
+    assert json.loads(operator("verify-audit", "--json").out)["head"] == ""
+
+
+def test_a_head_that_was_lost_is_not_taken_for_that_of_an_empty_log(audited: Operator) -> None:
+    """`--head "$(cat head)"` of a file that is empty would be satisfied with any log."""
+    refused = audited("verify-audit", "--head", "")
+    assert (refused.status, refused.out) == (2, "")
+    assert "--head: it is empty" in refused.err and refused.err.count("\n") == 1
 
 
 TAMPERED = {
