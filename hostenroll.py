@@ -10646,14 +10646,56 @@ def _inner(value: Any) -> str:
 
 
 def _say(*lines: str) -> None:
-    for line in lines:
-        if sys.stderr is not None:  # to print to None is to print to stdout
-            print(line, file=sys.stderr)
+    """On stderr. Nobody may stop a command by not listening, and a full disk neither."""
+    with suppress(OSError):
+        for line in lines:
+            if sys.stderr is not None:  # to print to None is to print to stdout
+                print(line, file=sys.stderr)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """On stdout. Who has read enough does not change what a command does, and comes to."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:  # whoever read us has read enough
+        _abandon(sys.stdout)
+
+
+def _abandon(stream: Any) -> None:
+    """What could not be written, the interpreter would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _settle(stream: Any) -> None:
+    """Write what is left to write, or abandon it. Raises OSError."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        _abandon(stream)
+        raise
+
+
+def _hand_over(text: str, what: str, number: str, revoke: str) -> None:
+    """Print a secret, the only time. Raises OperatorError: then nobody has it, and it is good."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        _abandon(sys.stdout)
+        raise OperatorError(
+            f"cannot write to stdout ({error.strerror}): {what} {number} is lost, and "
+            f"{revoke} {number} makes it useless"
+        ) from error
+
+
+def json_lines(document: Any) -> str:
+    """JSON for programs, which people can read too."""
+    return json.dumps(document, indent=2)
 
 
 def print_json(document: Any) -> None:
     """For programs."""
-    print(json.dumps(document, indent=2))
+    _print(json_lines(document))
 
 
 def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
@@ -10845,7 +10887,7 @@ class Session(NamedTuple):
         if self.arguments.json:
             print_json(document)
         else:
-            print(facts(document, self.now(), self.screen))
+            _print(facts(document, self.now(), self.screen))
 
     def print_list(
         self,
@@ -10868,7 +10910,7 @@ class Session(NamedTuple):
         now = self.now()
         rows = [[column.cell(document, now) for column in columns] for document in documents]
         headings = [column.heading.upper() for column in columns]
-        print(table([headings, *rows] if any(headings) else rows, columns, self.screen))
+        _print(table([headings, *rows] if any(headings) else rows, columns, self.screen))
 
     def report(self, document: Document, *lines: str) -> None:
         """What has been done: lines for people, on stderr, or JSON."""
@@ -11029,13 +11071,14 @@ def _mint(
         lambda registry, by, now: (mint(registry, by, now), registry.service()), writes=True
     )
     document = token_document(view, text)
-    if session.arguments.json:
-        print_json(document)
+    is_json = session.arguments.json
+    shown = json_lines(document) if is_json else text
+    _hand_over(shown, "the token", str(document["id"]), "revoke-token")
+    if is_json:
         return 0
     _warn_of_stop(service, session.now())
     uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
     url, pin = service_place(service)
-    print(text, flush=True)
     _say(
         f"token {document['id']} of {document['organizationId']}: {uses}, "
         f"until {document['expiresAt']}",
@@ -11211,12 +11254,12 @@ def _run_mint_api_key(session: Session) -> int:
         return registry.mint_api_key(by, organization, arguments.role, description, now)
 
     key, text = session.ask(mint, writes=True)
-    whose = key.organization_id or "all organizations"
-    if arguments.json:
-        print_json(api_key_document(key, text))
-        return 0
-    print(text, flush=True)
-    _say(f"API key {id_text(key.id)}: {key.role} of {whose}; it signs in to the server's page too")
+    shown = json_lines(api_key_document(key, text)) if arguments.json else text
+    _hand_over(shown, "the API key", id_text(key.id), "revoke-api-key")
+    if not arguments.json:
+        whose = key.organization_id or "all organizations"
+        said = f"API key {id_text(key.id)}: {key.role} of {whose}"
+        _say(f"{said}; it signs in to the server's page too")
     return 0
 
 
@@ -11239,7 +11282,7 @@ def _run_rotate_signing_key(session: Session) -> int:
     if session.arguments.json:
         print_json(_signing_key(session, kid))
         return 0
-    print(kid)
+    _print(kid)
     _say(
         "signs from now on; hosts move to it when they beat: list-signing-keys counts them,",
         "and retire-signing-key ends an old one",
@@ -11299,7 +11342,7 @@ def _run_verify_audit(session: Session) -> int:
             }
         )
         return 0
-    print(verified.head.hex())
+    _print(verified.head.hex())
     _say(
         f"{said_of(verified)}; the head of the log is on stdout",
         "whether its end has been cut off shows only with --head, the head of an earlier run"
@@ -11352,7 +11395,7 @@ def _run_check(session: Session) -> int:
 
 def _run_unit(session: Session) -> int:
     if session.arguments.socket:
-        print(SOCKET_UNIT, end="")
+        _print(SOCKET_UNIT, end="")
         return 0
     program = os.path.abspath(__file__)
     print(UNIT.substitute(python=sys.executable, program=program), end="")
@@ -11415,12 +11458,12 @@ def _subject_alternative_name(name: str) -> str:
 
 
 def _run_schema(session: Session) -> int:
-    print(SCHEMA, end="")
+    _print(SCHEMA, end="")
     return 0
 
 
 def _run_agent_script(session: Session) -> int:
-    print(AGENT_SCRIPT, end="")
+    _print(AGENT_SCRIPT, end="")
     return 0
 
 
@@ -11900,14 +11943,14 @@ def _print_bench(document: Mapping[str, Any]) -> None:
         ("can hold", f"{document['hostsAt30Seconds']:,} hosts at 30 s"),
         ("", f"{document['hostsAt60Seconds']:,} hosts at 60 s"),
     ]
-    print(table(rows))
+    _print(table(rows))
     rule = document["rule"]
     if document["hostsAt60Seconds"] > 2 * document["hosts"]:
         rule += " It is a larger fleet than was measured, and one costs more: try it with --hosts."
-    print(textwrap.fill(rule, 100))
+    _print(textwrap.fill(rule, 100))
     full = document["fullLoad"]
     if full["serverCpuShareOfOneCore"] + full["loadCpuShareOfOneCore"] < BENCH_BUSY:
-        print(
+        _print(
             "At full load processors were idle or elsewhere: other programs run, or disks are slow."
         )
 
@@ -12411,6 +12454,11 @@ class Parser(argparse.ArgumentParser):
         self._words = args or ()
         return super().parse_known_args(args, namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's, which lets a broken pipe through before Python 3.12: help, or the version."""
+        if message:
+            _print(message, end="")
+
     def error(self, message: str) -> NoReturn:
         """Raises SystemExit."""
         option, colon, said = re.sub("^argument ", "", message).partition(": ")
@@ -12418,7 +12466,8 @@ class Parser(argparse.ArgumentParser):
             option = self.variables.get(option, option)
         said = option + colon + said
         said = said.replace("the following arguments are required:", "this needs")
-        self.exit(EXIT_USAGE, f"hostenroll: {said} (see: {self.prog} --help)\n")
+        _say(f"hostenroll: {said} (see: {self.prog} --help)")
+        self.exit(EXIT_USAGE)
 
 
 def _parser(environment: Mapping[str, str]) -> Tuple[Parser, Dict[str, Parser]]:
@@ -12477,7 +12526,7 @@ def read_arguments(words: Sequence[str], environment: Mapping[str, str]) -> argp
     """Raises SystemExit, after a line that says what is wrong, or help."""
     parser, parsers = _parser(environment)
     if not words:
-        parser.print_help(sys.stderr)
+        _say(parser.format_help().rstrip("\n"))
         parser.exit(EXIT_USAGE)
     if not words[0].startswith("-") and words[0] not in parsers:
         name = printable(words[0])
@@ -12506,9 +12555,8 @@ def main(
         try:
             return _run(sys.argv[1:] if argv is None else argv, environment, clock)
         finally:
-            _flush_stdout()
-    except BrokenPipeError:  # whoever read us has read enough
-        return 0
+            with suppress(BrokenPipeError):
+                _settle(sys.stdout)
     except OSError as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED
@@ -12517,6 +12565,9 @@ def main(
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    finally:
+        with suppress(OSError):
+            _settle(sys.stderr)
 
 
 def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[], float]) -> int:
@@ -12541,16 +12592,6 @@ def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[]
     except OperatorError as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED
-
-
-def _flush_stdout() -> None:
-    """What cannot be written later on, the interpreter complains about in words of its own."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
 
 
 if __name__ == "__main__":

@@ -16958,16 +16958,113 @@ def test_where_no_server_lives_any_more_that_is_said(operator: Operator) -> None
         assert operator(*command, "--json").err == ""
 
 
-@pytest.mark.parametrize("command", ["list-orgs", "--help"])
-def test_who_has_read_enough_hears_no_complaint(command: str, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def unreadable(kind: str = "closed") -> Iterator[Any]:
+    """A file that nothing can be written to: of a pipe that nobody reads, or on a full disk."""
+    if kind == "full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        with open("/dev/full", "w") as full:
+            yield full
+        return
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone:
-        done = subprocess.run(
-            [sys.executable, str(MODULE), *command.split()], cwd=str(tmp_path), stdout=gone,
-            stderr=subprocess.PIPE, text=True, env=clean_environment(),
-        )  # fmt: skip
+        yield gone
+
+
+def told_to(
+    stdout: Any, folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """cli(), with a stdout of its own."""
+    return subprocess.run(
+        [*PROGRAM, *arguments], cwd=str(folder), stdout=stdout,
+        stderr=subprocess.PIPE, text=True, env={**clean_environment(), **environment}, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["list-orgs", "--help", "--version", "agent-script"])
+def test_who_has_read_enough_hears_no_complaint(
+    command: str, unbuffered: str, tmp_path: Path
+) -> None:
+    with unreadable() as gone:
+        done = told_to(gone, tmp_path, command, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_verdict_that_nobody_reads_is_no_other(tmp_path: Path) -> None:
+    assert cli(tmp_path, "mint-token").returncode == 0
+    (tmp_path / "hostenroll.key").chmod(0o644)
+    for form in ((), ("--json",)):
+        with unreadable() as gone:
+            done = told_to(gone, tmp_path, "check", *form)
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+SECRETS = {
+    "mint-token": "revoke-token",
+    "mint-token --json": "revoke-token",
+    "reenroll-host": "revoke-token",
+    "mint-api-key": "revoke-api-key",
+    "mint-api-key --json": "revoke-api-key",
+}
+
+
+@pytest.mark.parametrize("stdout", ["closed", "full"])
+@pytest.mark.parametrize("command", SECRETS)
+def test_who_got_no_secret_is_told_how_to_revoke_it(
+    command: str, stdout: str, tmp_path: Path
+) -> None:
+    words = command.split()
+    with ServerProcess(tmp_path) as server:
+        token = cli(tmp_path, "mint-token").stdout.strip()
+        host = SocketDoor(server.port, "").enroll(token).document["hostId"]
+    if command == "reenroll-host":
+        words.append(host)
+    with unreadable(stdout) as file:
+        lost = told_to(file, tmp_path, *words)
+    assert lost.returncode == 1 and lost.stderr.count("\n") == 1
+    assert lost.stderr.startswith("hostenroll: ") and "is lost" in lost.stderr
+    revoke = re.search(rf"{SECRETS[command]} ([0-9a-f]{{16}})", lost.stderr)
+    assert revoke is not None and revoke[1] not in token
+    revoked = json.loads(cli(tmp_path, *revoke[0].split(), "--json").stdout)
+    assert revoked["id"] == revoke[1] and revoked["revokedAt"]
+
+
+@pytest.mark.parametrize("stderr", ["closed", "full"])
+def test_a_command_does_its_work_though_nothing_can_be_said(stderr: str, tmp_path: Path) -> None:
+    for words, status in (
+        (("mint-token",), 0), (("add-org", "a"), 0), (("add-org", "a"), 3),
+        (("xyzzy",), 2), ((), 2),
+    ):  # fmt: skip
+        with unreadable(stderr) as file:
+            done = subprocess.run(
+                [*PROGRAM, *words], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=file,
+                text=True, env=clean_environment(), timeout=60,
+            )  # fmt: skip
+        assert done.returncode == status, words
+        assert bool(re.fullmatch(r"het_\S+\n", done.stdout)) == (words == ("mint-token",))
+
+
+@pytest.mark.parametrize("stderr", ["closed", "full"])
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="Linux tells the port")
+def test_a_server_serves_though_nothing_can_be_said(stderr: str, tmp_path: Path) -> None:
+    with unreadable(stderr) as file:
+        server = subprocess.Popen(
+            [*PROGRAM, "serve", "--port", "0"], cwd=str(tmp_path), stderr=file,
+            env=clean_environment(),
+        )  # fmt: skip
+    try:
+        until(lambda: server.poll() is not None or port_of(server.pid))
+        assert server.poll() is None
+        door = SocketDoor(port_of(server.pid), "")
+        until(lambda: door.call("GET", "/healthz").status == 200)
+        server.terminate()
+        assert server.wait(10) == 0
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_the_newest_come_first_to_the_millisecond(registry: Registry, clock: Clock) -> None:
@@ -19071,9 +19168,14 @@ MUTATIONS: Dict[str, Mutation] = {
         "said_in_one_line_and_a_status",
     ),
     "who has read enough is told of it": Mutation(
-        "    except BrokenPipeError:  # whoever read us has read enough\n        return 0\n",
-        "    except BrokenPipeError:\n        return EXIT_FAILED\n",
+        "    except BrokenPipeError:  # whoever read us has read enough\n",
+        "    except BlockingIOError:\n",
         "read_enough",
+    ),
+    "a secret that is lost is no matter": Mutation(
+        "    except OSError as error:\n        _abandon(sys.stdout)\n",
+        "    except BlockingIOError as error:\n        _abandon(sys.stdout)\n",
+        "got_no_secret",
     ),
     "an interrupted command is done": Mutation(
         "return EXIT_INTERRUPTED", "return 0", "interrupted_under_load", ""
