@@ -75,8 +75,8 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform == "li
                 started = list(map(os.fsdecode, file.read().split(b"\0")[:-1]))
         options = [it for it in started[1 : len(started) - len(sys.argv)] if it != "--"]
         # Before Python 3.10 it may be a loader that was started, and told to start Python.
-        is_known = all(it.startswith("-") for it in options[:1]) and "-m" not in options
-        is_script = len(started) > len(sys.argv) and is_known
+        is_known = all(it.startswith("-") for it in options[:1]) and len(started) > len(sys.argv)
+        is_script = is_known and __spec__ is None  # or it is run by its name: -m, or -um
         if sys.executable and is_script and os.path.exists("/proc/self/fd"):
             code = os.memfd_create("hostenroll", 0)  # which what starts over inherits
             with open(code, "wb", closefd=False) as compiled:  # as a .pyc file is

@@ -16875,8 +16875,12 @@ def test_serve_runs_nothing_from_the_folder_it_is_started_in(tmp_path: Path) -> 
         assert server.terminate() == 0
 
 
-def test_the_module_can_be_run_by_its_name(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hostenroll", "serve", "--port", "0"]
+BY_NAME = ("-m hostenroll", "-um hostenroll", "-Bm hostenroll", "-umhostenroll")
+
+
+@pytest.mark.parametrize("options", sample({it: (it,) for it in BY_NAME}, *BY_NAME[:2]))
+def test_the_module_can_be_run_by_its_name(options: str, tmp_path: Path) -> None:
+    command = [sys.executable, *options.split(), "serve", "--port", "0"]
     environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(
         command, cwd=str(tmp_path), env=environment, stderr=subprocess.PIPE, text=True
