@@ -276,6 +276,7 @@ PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not say
 
 # The benchmark.
+CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
 BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
 BENCH_SECONDS, BENCH_SECONDS_RANGE = 10, (1, 600)
 BENCH_CONNECTIONS, BENCH_CONNECTIONS_RANGE = 64, (1, 1024)
@@ -11435,14 +11436,27 @@ def _make_pair(certificate: str, key: str, subject: str, names: Sequence[str], d
         *("-nodes", "-sha256", "-days", str(days), "-subj", f"/CN={subject}"),
         *("-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", certificate),
     ]
+    failure: Optional[str] = "interrupted"
     try:
         made = subprocess.run(command, capture_output=True, text=True, check=False)
-        failure = made.stderr.strip().rpartition("\n")[2] if made.returncode else ""
-    except FileNotFoundError:
-        failure = "there is no openssl program: make a pair on another machine, and copy it here"
+        failure = _openssl_failure(made.returncode, made.stderr) if made.returncode else None
+    except OSError as error:  # it is not there, or not for us
+        failure = (
+            f"the openssl program cannot be run ({error.strerror}): make a pair on another "
+            "machine, and copy it here"
+        )
+    finally:
+        for path in (key, certificate) if failure else ():  # or the next try finds them there
+            with suppress(FileNotFoundError):
+                os.remove(path)
     if failure:
-        os.remove(key)
         raise OperatorError(f"cannot make a certificate: {failure}")
+
+
+def _openssl_failure(status: int, stderr: str) -> str:
+    """The last that it said but for its signs of life: dots, and a line of dashes."""
+    said = [line for line in stderr.splitlines() if line.strip("-.+* ")]
+    return said[-1] if said else f"openssl ended with {status}"
 
 
 def _subject_alternative_name(name: str) -> str:
@@ -12377,7 +12391,13 @@ COMMANDS = (
                 metavar="NAME",
                 help="a name or address that agents find the server by; repeatable",
             ),
-            Argument("--days", type=positive, default="3650", metavar="N", help="(%(default)s)"),
+            Argument(
+                "--days",
+                type=count_within(CERTIFICATE_DAYS_RANGE),
+                default="3650",
+                metavar="N",
+                help="(%(default)s)",
+            ),
             Argument(
                 "--tls-cert", default="hostenroll-tls.crt", metavar="FILE", help="(%(default)s)"
             ),

@@ -17969,6 +17969,46 @@ def test_without_an_openssl_program_make_cert_says_so_and_leaves_nothing(tmp_pat
     assert "openssl" in failed.stderr and list(tmp_path.iterdir()) == []
 
 
+def test_an_openssl_that_cannot_be_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "openssl").write_text("#!/nowhere\n")
+    work = tmp_path / "work"
+    work.mkdir()
+    for _ in range(2):  # it is said again, and not that the key is there already
+        failed = made_cert(work, "--name", "enroll.lan", env={"PATH": str(folder)})
+        assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+        assert "the openssl program cannot be run (Permission denied)" in failed.stderr
+        assert "make a pair on another machine" in failed.stderr
+        assert list(work.iterdir()) == []
+
+
+COMPLAINTS = {
+    "a reason": ("echo 'no entropy' >&2; exit 1", "no entropy"),
+    "no reason": ("printf '..+..\\n-----\\n' >&2; exit 3", "openssl ended with 3"),
+    "a reason before dashes": ("printf 'no entropy\\n-----\\n' >&2; exit 1", "no entropy"),
+    "half a certificate": (
+        'while [ "$1" != -out ]; do shift; done; : > "$2"; echo full >&2; exit 1',
+        "full",
+    ),
+}
+
+
+@pytest.mark.parametrize("script, said", COMPLAINTS.values(), ids=COMPLAINTS)
+def test_what_openssl_complains_of_is_said_and_nothing_is_left(
+    script: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "bin/openssl").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin/openssl").chmod(0o755)
+    path = {"PATH": str(tmp_path / "bin")}
+    failed = made_cert(tmp_path / "work", "--name", "enroll.lan", env=path)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == f"hostenroll: cannot make a certificate: {said}\n"
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 ODD_NAMES = [
     "", "a b", "a,DNS:evil", "a/O=x", "-a", ".a", "a.", "a\n", "a..b", "\u00fc.lan", "a_b",
     "x" * 300, "1.2.3.4/24", "fe80::1%eth0", "fe80::1%a,DNS:evil", "https://enroll.lan", "a:1",
