@@ -6041,7 +6041,7 @@ After=network.target
 
 [Service]
 Type=notify
-ExecStart="$python" "$program" serve
+ExecStart=$start
 ExecReload=/bin/kill -HUP $$MAINPID
 Restart=on-failure
 RestartSec=1
@@ -6049,7 +6049,7 @@ TimeoutStopSec=10
 LimitNOFILE=8192
 
 # Options: HOSTENROLL_PORT=8443 and so on, one a line. Commands beside the server need the same
-# --db: sudo $python $program mint-token --db /var/lib/hostenroll/hostenroll.db
+# --db: sudo $typed mint-token --db /var/lib/hostenroll/hostenroll.db
 Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db
 EnvironmentFile=-/etc/default/hostenroll
 StateDirectory=hostenroll
@@ -11394,12 +11394,20 @@ def _run_check(session: Session) -> int:
     return 0 if is_good else EXIT_FAILED
 
 
+def _unit_word(text: str) -> str:
+    """A word as systemd reads it: systemd.syntax(7), and the specifiers of systemd.unit(5)."""
+    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+    return f'"{escaped}"'
+
+
 def _run_unit(session: Session) -> int:
     if session.arguments.socket:
         _print(SOCKET_UNIT, end="")
         return 0
     program = os.path.abspath(__file__)
-    print(UNIT.substitute(python=sys.executable, program=program), end="")
+    # It looks for variables in arguments, and not in the path of what it runs: systemd.service(5).
+    start = f"{_unit_word(sys.executable)} {_unit_word(program).replace('$', '$$')} serve"
+    _print(UNIT.substitute(start=start, typed=shlex.join([sys.executable, program])), end="")
     for path in (sys.executable, program):
         if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
             _say(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")

@@ -18207,11 +18207,14 @@ needs_systemd = pytest.mark.skipif(
 )
 
 
+ODD_FOLDER = "with a blank, 100%i and $HOME"
+
+
 @pytest.fixture(scope="module")
 def units(tmp_path_factory: Any) -> Path:
-    """The program in a folder with a blank, and the units that it prints there."""
+    """The program in a folder of an odd name, and the units that it prints there."""
     folder: Path = tmp_path_factory.mktemp("units")
-    program = folder / "with a blank" / "hostenroll.py"
+    program = folder / ODD_FOLDER / "hostenroll.py"
     program.parent.mkdir()
     shutil.copy(MODULE, program)
     for name, options in (("hostenroll.service", ()), ("hostenroll.socket", ("--socket",))):
@@ -18240,8 +18243,24 @@ def test_the_service_runs_the_program_wherever_it_lies(units: Path) -> None:
     unit = (units / "hostenroll.service").read_text()
     start = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     assert start is not None
-    program = units / "with a blank" / "hostenroll.py"
-    assert shlex.split(start[1]) == [sys.executable, str(program), "serve"]
+    program = units / ODD_FOLDER / "hostenroll.py"
+    # systemd.unit(5) has specifiers, which % begins, and systemd.service(5) variables.
+    words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(start[1])]
+    assert words == [sys.executable, str(program), "serve"]
+    assert start[1].count("%") == start[1].count("%%") * 2 == 2
+    typed = re.search(r"^# --db: sudo (.*)$", unit, re.MULTILINE)
+    assert typed is not None
+    assert shlex.split(typed[1])[:3] == [sys.executable, str(program), "mint-token"]
+
+
+@slow
+@needs_systemd
+def test_a_python_at_an_odd_path_is_one_that_systemd_runs(units: Path) -> None:
+    python = units / ODD_FOLDER / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    command = [str(python), str(units / ODD_FOLDER / "hostenroll.py"), "unit"]
+    (units / "odd.service").write_bytes(subprocess.run(command, stdout=subprocess.PIPE).stdout)
+    assert "odd.service" not in analyze(units, "verify", "--man=no", str(units / "odd.service"))
 
 
 @needs_systemd
