@@ -9972,7 +9972,8 @@ def tell_service_manager(address: str, state: str) -> None:
             it.setblocking(False)  # nobody may stop us by not listening
             it.sendto(state.encode("utf-8"), where)
     except OSError as error:
-        log.warning("cannot tell the service manager that %s: %s", state, error.strerror)
+        said = state.partition("\n")[0]  # a line of the log, of what may be lines
+        log.warning("cannot tell the service manager that %s: %s", said, error.strerror)
 
 
 def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
