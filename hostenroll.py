@@ -10246,6 +10246,7 @@ class Load:
 # reads the environment, and knows the wall clock.
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
+PROGRAM = "hostenroll.py"
 EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
 
 DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
@@ -10253,6 +10254,10 @@ DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
 FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+
+
+class UsageError(Exception):
+    """Options that do not go together."""
 
 
 def duration(text: str) -> int:
@@ -10282,6 +10287,13 @@ def port_number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
     return int(text)
+
+
+def address_text(text: str) -> str:
+    """An address to listen on, or a name of one. Raises ArgumentTypeError."""
+    if UNPRINTABLE.search(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address or a name")
+    return text
 
 
 def web_address(text: str) -> str:
@@ -10317,6 +10329,19 @@ class Gathered(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, values if before is self.default else (*before, *values))
+
+
+class GatheredLabels(argparse.Action):
+    """--label key=value, which may come again with another key: of two values of one key there is
+    no telling which is meant."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
+    ) -> None:
+        (key, value), before = values, getattr(namespace, self.dest)
+        if key in before:
+            raise argparse.ArgumentError(self, f"{key} comes twice")
+        setattr(namespace, self.dest, {**before, key: value})
 
 
 def one_of(*known: str) -> Callable[[str], str]:
@@ -10953,6 +10978,8 @@ def _trim_memory() -> None:
 
 def _run_serve(session: Session) -> int:
     arguments = session.arguments
+    if bool(arguments.tls_cert) != bool(arguments.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together: make-cert makes a pair")
     _start_log(arguments.log_format)
     for said in strange_settings(session.environment):
         log.warning("%s", said)
@@ -11013,11 +11040,9 @@ def _listen(session: Session, registry: Registry) -> Server:
 def _tls_loader(
     certificate: Optional[str], key: Optional[str], registry: Registry
 ) -> Optional[TlsLoader]:
-    """What loads the pair that the arguments name, and announces its pin. Raises OperatorError."""
-    if not certificate and not key:
-        return None
+    """What loads the pair that the arguments name, and announces its pin."""
     if not certificate or not key:
-        raise OperatorError("--tls-cert and --tls-key go together: make-cert makes a pair")
+        return None
 
     def load() -> Any:
         context, leaf = load_tls(str(certificate), str(key))
@@ -11051,7 +11076,7 @@ def _run_mint_token(session: Session) -> int:
         "organizationId": arguments.org,
         "hostname": arguments.hostname,
         "description": arguments.description,
-        "labels": dict(arguments.label),
+        "labels": arguments.label,
     }
     values.update({name: value for name, value in optional.items() if value is not None})
     order = token_order(MINT_BODY.check(values))
@@ -11110,7 +11135,7 @@ def _run_list_tokens(session: Session) -> int:
 
 
 def _organization(name: Optional[str]) -> Optional[str]:
-    return None if name is None else str(ORGANIZATION_BODY.check({"name": name})["name"])
+    return None if name is None else str(HOSTS_QUERY.read([("organization", name)])["organization"])
 
 
 def _all_pages(
@@ -11209,9 +11234,9 @@ def _run_edit_host(session: Session) -> int:
     if arguments.name is not None:
         changes["name"] = arguments.name
     if arguments.label and arguments.no_labels:
-        raise InvalidBody(errors=[FieldError("--no-labels", "does not go with --label")])
+        raise UsageError("--no-labels does not go with --label")
     if arguments.label or arguments.no_labels:
-        changes["labels"] = dict(arguments.label)
+        changes["labels"] = arguments.label
     EDIT_BODY.check(changes)
     number = typed_id(session)
     view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
@@ -11245,7 +11270,7 @@ def _run_list_orgs(session: Session) -> int:
 def _run_mint_api_key(session: Session) -> int:
     arguments = session.arguments
     if arguments.all_orgs and arguments.org is not None:
-        raise InvalidBody(errors=[FieldError("--org", "does not go with --all-orgs")])
+        raise UsageError("--org does not go with --all-orgs")
     one = DEFAULT_ORGANIZATION if arguments.org is None else arguments.org
     organization = ALL_ORGANIZATIONS if arguments.all_orgs else one
     description = API_KEY_BODY.check({"description": arguments.description})["description"]
@@ -11989,11 +12014,8 @@ def _load_rows(name: str, load: Mapping[str, Any]) -> Iterator[Tuple[str, str]]:
     yield "", f"answered in {' / '.join(took)} ms (p50 / p99 / p99.9)"
 
 
-# What the command line calls the members of bodies and queries.
+# What the command line calls those members of bodies and queries that it has other names for.
 OPTIONS = {
-    "description": "--description",
-    "hostname": "--hostname",
-    "label": "--label",
     "labels": "--label",
     "maxUses": "--max-uses",
     "organization": "--org",
@@ -12019,7 +12041,12 @@ STORE_OPTIONS = (
 )
 SWITCH = {"nargs": "?", "const": True, "type": switch, "default": "no", "metavar": "no"}
 SERVE_OPTIONS = (
-    Argument("--host", default=DEFAULT_HOST, help="the address to listen on (%(default)s)"),
+    Argument(
+        "--host",
+        type=address_text,
+        default=DEFAULT_HOST,
+        help="the address to listen on (%(default)s)",
+    ),
     Argument(
         "--port",
         type=port_number,
@@ -12103,6 +12130,12 @@ class Command(NamedTuple):
         positional = [one for one in self.arguments if not one.names[0].startswith("-")]
         return [str(one.options["metavar"]) for one in positional]
 
+    def typed(self, member: str) -> str:
+        """What it calls a member of a body or query."""
+        option = OPTIONS.get(member, f"--{member}")
+        metavars = {one.names[0]: one.options.get("metavar", "") for one in self.arguments}
+        return option if option in metavars else str(metavars.get(member, member))
+
 
 def _act(
     act: Callable[[Registry, Principal, int, int], Document], outcome: str
@@ -12175,8 +12208,8 @@ COMMANDS = (
             Argument(
                 "--label",
                 type=label,
-                action="append",
-                default=[],
+                action=GatheredLabels,
+                default={},
                 metavar="K=V",
                 help="given to the hosts that come in by it; repeatable",
             ),
@@ -12224,8 +12257,8 @@ COMMANDS = (
         Argument(
             "--label",
             type=label,
-            action="append",
-            default=[],
+            action=GatheredLabels,
+            default={},
             metavar="K=V",
             help="the labels it is to have in place of all others; repeatable",
         ),
@@ -12502,7 +12535,7 @@ class Parser(argparse.ArgumentParser):
 def _parser(environment: Mapping[str, str]) -> Tuple[Parser, Dict[str, Parser]]:
     """The parser of a command line, and those of the commands."""
     parser = Parser(
-        prog="hostenroll.py",
+        prog=PROGRAM,
         usage="%(prog)s COMMAND ...",
         description=overview(),
         epilog="COMMAND --help says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
@@ -12557,6 +12590,11 @@ def read_arguments(words: Sequence[str], environment: Mapping[str, str]) -> argp
     if not words:
         _say(parser.format_help().rstrip("\n"))
         parser.exit(EXIT_USAGE)
+    option = words[0].partition("=")[0]
+    if option.startswith("-") and words[0] not in ("-h", "--help", "--version", "--"):
+        command_name = next((word for word in words if word in parsers), "COMMAND")
+        typed = f"{parser.prog} {command_name} {printable(option)}"
+        parser.error(f"options come after the command: {typed}")
     if not words[0].startswith("-") and words[0] not in parsers:
         name = printable(words[0])
         parser.error(f"there is no command {name}{guess(words[0], list(parsers))}")
@@ -12613,11 +12651,14 @@ def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[]
         _say(f"hostenroll: {problem.__cause__ or problem.detail}")
         return EXIT_FAILED
     except Problem as problem:
-        said = "; ".join(f"{OPTIONS.get(name, name)}: {what}" for name, what in problem.errors)
+        said = "; ".join(f"{command.typed(name)}: {what}" for name, what in problem.errors)
         is_lost = isinstance(problem, NotFound) and command.listed_by
         hint = f" See: {command.listed_by}" if is_lost else ""
         _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}{hint}")
         return EXIT_REFUSED
+    except UsageError as error:
+        _say(f"hostenroll: {error} (see: {PROGRAM} {command.name} --help)")
+        return EXIT_USAGE
     except OperatorError as error:
         _say(f"hostenroll: {error}")
         return EXIT_FAILED

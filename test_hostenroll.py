@@ -16054,6 +16054,66 @@ STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
         ("list-tokens", "--state", "dead"),
     ),
     "a label without =": (2, "--label: ", ("mint-token", "--label", "x")),
+    "a label twice": (
+        2,
+        "--label: a comes twice (see: hostenroll.py mint-token --help)",
+        ("mint-token", "--label", "a=b", "--label", "a=c"),
+    ),
+    "a label twice, to have": (
+        2,
+        "--label: a comes twice",
+        ("edit-host", UNKNOWN, "--label", "a=b", "--label", "a=b"),
+    ),
+    "labels and none": (
+        2,
+        "--no-labels does not go with --label (see: hostenroll.py edit-host --help)",
+        ("edit-host", UNKNOWN, "--no-labels", "--label", "a=b"),
+    ),
+    "one organization and all": (
+        2,
+        "--org does not go with --all-orgs (see: hostenroll.py mint-api-key --help)",
+        ("mint-api-key", "--org", "default", "--all-orgs"),
+    ),
+    "an option before the command": (
+        2,
+        "options come after the command: hostenroll.py list-hosts --json ",
+        ("--json", "list-hosts"),
+    ),
+    "one with a value": (
+        2,
+        "options come after the command: hostenroll.py list-hosts --db ",
+        ("--db", "x.db", "list-hosts"),
+    ),
+    "one with its value in it": (
+        2,
+        "options come after the command: hostenroll.py COMMAND --db ",
+        ("--db=x.db",),
+    ),
+    "an address of bytes": (
+        2,
+        "--host: '\\udcff' is not an address or a name",
+        ("serve", "--port", "0", "--host", "\udcff"),
+    ),
+    "an address of two lines": (
+        2,
+        "--host: 'a\\nb' is not an address or a name",
+        ("serve", "--port", "0", "--host", "a\nb"),
+    ),
+    "a certificate alone": (
+        2,
+        "--tls-cert and --tls-key go together",
+        ("serve", "--port", "0", "--tls-cert", "x"),
+    ),
+    "no days": (
+        2,
+        "--days: 0 is out of bounds: 1 to 36500",
+        ("make-cert", "--name", "a", "--days", "0"),
+    ),
+    "days beyond all calendars": (
+        2,
+        "--days: 36501 is out of bounds: 1 to 36500",
+        ("make-cert", "--name", "a", "--days", "36501"),
+    ),
     "a port": (2, "--port: '65536' is not a port", ("serve", "--port", "65536")),
     "a role": (2, "not one of admin, viewer", ("mint-api-key", "--role", "root")),
     "no interval": (2, "out of bounds", ("serve", "--heartbeat-interval", "0s")),
@@ -16067,6 +16127,35 @@ STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
     "an unknown one for a key": (3, "organization", ("mint-api-key", "--org", "nope")),
     "an unknown one in a list": (3, "organization", ("list-hosts", "--org", "nope")),
     "one that is there": (3, "conflict", ("add-org", "default")),
+    **{
+        f"bytes for {option} of {command[0]}": (
+            3,
+            f"): {option}: must not ",
+            (*command, *([option] if option.startswith("--") else []), "\udcff"),
+        )
+        for option, *command in (
+            ("--q", "list-hosts"),
+            ("--subject", "show-audit"),
+            ("--code", "show-audit"),
+            ("--name", "edit-host", UNKNOWN),
+            ("--description", "mint-api-key"),
+            ("--hostname", "mint-token"),
+        )
+    },
+    **{
+        f"no slug for {option} of {command[0]}": (
+            3,
+            f"): {option}: must be ",
+            (*command, *([option] if option.startswith("--") else []), "a b"),
+        )
+        for option, *command in (
+            ("NAME", "add-org"),
+            ("--org", "mint-token"),
+            ("--org", "list-tokens"),
+            ("--org", "list-hosts"),
+            ("--org", "show-audit"),
+        )
+    },
     "an unknown token": (3, "not-found", ("show-token", UNKNOWN)),
     "an unknown token to revoke": (3, "not-found", ("revoke-token", UNKNOWN)),
     "an unknown host": (3, "not-found", ("show-host", UNKNOWN)),
@@ -16898,14 +16987,13 @@ def test_the_module_can_be_run_by_its_name(options: str, tmp_path: Path) -> None
         ("mint-token", "--hostname", ""),
         ("mint-token", "--org", ""),
         ("mint-token", "--max-uses", "0"),
-        ("mint-api-key", "--org", "default", "--all-orgs"),
         ("list-hosts", "--org", "\udcff"),
         ("list-hosts", "--label", "rack"),
         ("list-tokens", "--org", "nowhere"),
     ],
     ids=" ".join,
 )
-def test_an_empty_or_contradictory_option_is_refused_and_mints_nothing(
+def test_an_empty_or_wrong_option_is_refused_and_mints_nothing(
     arguments: Tuple[str, ...], operator: Operator
 ) -> None:
     done = operator(*arguments)
@@ -17729,11 +17817,11 @@ def test_sighup_without_tls_is_survived(tmp_path: Path) -> None:
     assert not re.search("ERROR|Traceback", "".join(server.said))
 
 
-STARTS: Dict[str, Tuple[Tuple[str, ...], str]] = {
-    "only a certificate": (("--tls-cert", "tls.crt"), "go together"),
-    "no such file": (("--tls-cert", "nowhere", "--tls-key", "tls.key"), "nowhere"),
-    "a key with a password": (("--tls-cert", "tls.crt", "--tls-key", "sealed.key"), "password"),
-    "only a key": (("--tls-cert", "", "--tls-key", "tls.key"), "go together"),
+STARTS: Dict[str, Tuple[int, Tuple[str, ...], str]] = {
+    "only a certificate": (2, ("--tls-cert", "tls.crt"), "go together"),
+    "no such file": (1, ("--tls-cert", "nowhere", "--tls-key", "tls.key"), "nowhere"),
+    "a key with a password": (1, ("--tls-cert", "tls.crt", "--tls-key", "sealed.key"), "password"),
+    "only a key": (2, ("--tls-cert", "", "--tls-key", "tls.key"), "go together"),
 }
 
 
@@ -17742,7 +17830,7 @@ STARTS: Dict[str, Tuple[Tuple[str, ...], str]] = {
     sample({name: (case,) for name, case in STARTS.items()}, "only a key", "a key with a password"),
 )
 def test_serve_does_not_start_without_the_tls_it_was_told(case: Any, tmp_path: Path) -> None:
-    options, said = case
+    status, options, said = case
     write_pair(tmp_path)
     (tmp_path / "sealed.key").write_text(SEALED_KEY)
     # Without a terminal a question for the password would be asked on stderr.
@@ -17750,9 +17838,10 @@ def test_serve_does_not_start_without_the_tls_it_was_told(case: Any, tmp_path: P
         tmp_path, "serve", "--port", "0", *options,
         stdin=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("hostenroll: ") and done.stderr.count("\n") == 1
     assert said in done.stderr
+    assert status == 1 or not (tmp_path / "hostenroll.db").exists()
 
 
 @slow
