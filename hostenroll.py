@@ -10268,16 +10268,25 @@ def duration(text: str) -> int:
     return int(match[1]) * DURATION_UNITS[match[2]]
 
 
-def duration_within(bounds: Tuple[int, int]) -> Callable[[str], int]:
-    """duration(), and within bounds, in seconds."""
+def count(text: str) -> int:
+    """A number of things, in digits alone. Raises ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def within(
+    bounds: Tuple[int, int], read: Callable[[str], int] = count, said: Callable[[int], str] = str
+) -> Callable[[str], int]:
+    """What is read, and within bounds."""
 
     def check(text: str) -> int:
-        seconds = duration(text)
-        if not bounds[0] <= seconds <= bounds[1]:
+        number, (least, most) = read(text), bounds
+        if not least <= number <= most:
             raise argparse.ArgumentTypeError(
-                f"{text} is out of bounds: {span(bounds[0])} to {span(bounds[1])}"
+                f"{text} is out of bounds: {said(least)} to {said(most)}"
             )
-        return seconds
+        return number
 
     return check
 
@@ -10371,24 +10380,6 @@ def switch(text: str) -> bool:
     if text not in FLAGS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FLAGS)}")
     return FLAGS[text]
-
-
-def count(text: str) -> int:
-    """A number of things, in digits alone. Raises ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return int(text)
-
-
-def count_within(bounds: Tuple[int, int]) -> Callable[[str], int]:
-    """count(), and within bounds."""
-
-    def check(text: str) -> int:
-        if not bounds[0] <= count(text) <= bounds[1]:
-            raise argparse.ArgumentTypeError(f"{text} is out of bounds: {bounds[0]} to {bounds[1]}")
-        return int(text)
-
-    return check
 
 
 def positive(text: str) -> int:
@@ -11657,7 +11648,7 @@ class Driver:
         requests: Iterator[bytes],
         seconds: float,
         rate: Optional[int] = None,
-        take: Callable[[bytes], object] = len,
+        take: Callable[[bytes], object] = _ignore,
     ) -> Document:
         latencies = Histogram(LATENCY_BUCKETS)
         # Hosts are many and know nothing of each other: the gaps between them are exponential.
@@ -12055,14 +12046,14 @@ SERVE_OPTIONS = (
     ),
     Argument(
         "--heartbeat-interval",
-        type=duration_within(HEARTBEAT_INTERVAL_RANGE),
+        type=within(HEARTBEAT_INTERVAL_RANGE, duration, span),
         default=f"{HEARTBEAT_INTERVAL}s",
         metavar="TIME",
         help="how often hosts are to beat (%(default)s)",
     ),
     Argument(
         "--credential-ttl",
-        type=duration_within(CREDENTIAL_TTL_RANGE),
+        type=within(CREDENTIAL_TTL_RANGE, duration, span),
         metavar="TIME",
         help="how long credentials live, and are renewed in time (forever)",
     ),
@@ -12084,7 +12075,7 @@ SERVE_OPTIONS = (
     ),
     Argument(
         "--audit-keep",
-        type=duration_within(AUDIT_KEEP_RANGE),
+        type=within(AUDIT_KEEP_RANGE, duration, span),
         metavar="TIME",
         help="how long the audit log is kept (forever)",
     ),
@@ -12389,21 +12380,21 @@ COMMANDS = (
         (
             Argument(
                 "--hosts",
-                type=count_within(BENCH_HOSTS_RANGE),
+                type=within(BENCH_HOSTS_RANGE),
                 default=str(BENCH_HOSTS),
                 metavar="N",
                 help="of the scratch fleet (%(default)s)",
             ),
             Argument(
                 "--seconds",
-                type=count_within(BENCH_SECONDS_RANGE),
+                type=within(BENCH_SECONDS_RANGE),
                 default=str(BENCH_SECONDS),
                 metavar="S",
                 help="that each step takes (%(default)s)",
             ),
             Argument(
                 "--connections",
-                type=count_within(BENCH_CONNECTIONS_RANGE),
+                type=within(BENCH_CONNECTIONS_RANGE),
                 default=str(BENCH_CONNECTIONS),
                 metavar="C",
                 help="(%(default)s)",
@@ -12412,7 +12403,7 @@ COMMANDS = (
             Argument("--tls", action="store_true", help="over TLS"),
             Argument(
                 "--rate",
-                type=count_within(BENCH_RATE_RANGE),
+                type=within(BENCH_RATE_RANGE),
                 metavar="R",
                 help="heartbeats a second to pace (70%% of what the machine can do)",
             ),
@@ -12435,7 +12426,7 @@ COMMANDS = (
             ),
             Argument(
                 "--days",
-                type=count_within(CERTIFICATE_DAYS_RANGE),
+                type=within(CERTIFICATE_DAYS_RANGE),
                 default="3650",
                 metavar="N",
                 help="(%(default)s)",
