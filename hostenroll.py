@@ -274,6 +274,7 @@ PAGE_CACHE_KIB = 7168
 PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
 PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not say
+COMPLAINT_MAXIMUM = 1000  # characters
 
 # The benchmark.
 CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
@@ -10300,8 +10301,16 @@ def port_number(text: str) -> int:
 
 def address_text(text: str) -> str:
     """An address to listen on, or a name of one. Raises ArgumentTypeError."""
-    if UNPRINTABLE.search(text):
+    if not text or UNPRINTABLE.search(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an address or a name")
+    return text
+
+
+def file_name(text: str) -> str:
+    """A path. Raises ArgumentTypeError for none: a variable that is not set may have been meant,
+    and to go on without TLS or with other keys would be worse than to stop."""
+    if not text:
+        raise argparse.ArgumentTypeError("name a file, or leave it out")
     return text
 
 
@@ -10669,6 +10678,12 @@ def _say(*lines: str) -> None:
         for line in lines:
             if sys.stderr is not None:  # to print to None is to print to stdout
                 print(line, file=sys.stderr)
+
+
+def _complain(what: str) -> None:
+    """In one line, whatever somebody has typed or pasted: no secret, and no escape sequence."""
+    line = UNPRINTABLE.sub("?", concealed(what))
+    _say(f"hostenroll: {line if len(line) <= COMPLAINT_MAXIMUM else line[:COMPLAINT_MAXIMUM]}")
 
 
 def _print(text: str, end: str = "\n") -> None:
@@ -12026,9 +12041,15 @@ class Argument:
 JSON_OPTION = Argument("--json", action="store_true", help="print JSON, in the API's shapes")
 LIMIT_OPTION = Argument("--limit", type=positive, metavar="N", help="only the newest")
 ORG_OPTION = Argument("--org", metavar="NAME", help="only this organization")
+
+
+def _file(name: str, default: Optional[str], help: str) -> Argument:
+    return Argument(name, type=file_name, default=default, metavar="FILE", help=help)
+
+
 STORE_OPTIONS = (
-    Argument("--db", default=DEFAULT_DATABASE, metavar="FILE", help="the database (%(default)s)"),
-    Argument("--key-file", metavar="FILE", help="the keys (hostenroll.key beside the database)"),
+    _file("--db", DEFAULT_DATABASE, "the database (%(default)s)"),
+    _file("--key-file", None, "the keys (hostenroll.key beside the database)"),
 )
 SWITCH = {"nargs": "?", "const": True, "type": switch, "default": "no", "metavar": "no"}
 SERVE_OPTIONS = (
@@ -12057,8 +12078,8 @@ SERVE_OPTIONS = (
         metavar="TIME",
         help="how long credentials live, and are renewed in time (forever)",
     ),
-    Argument("--tls-cert", metavar="FILE", help="speak TLS, with this certificate chain in PEM"),
-    Argument("--tls-key", metavar="FILE", help="its key, in PEM; SIGHUP loads both anew"),
+    _file("--tls-cert", None, "speak TLS, with this certificate chain in PEM"),
+    _file("--tls-key", None, "its key, in PEM; SIGHUP loads both anew"),
     Argument(
         "--public-url",
         type=web_address,
@@ -12431,12 +12452,8 @@ COMMANDS = (
                 metavar="N",
                 help="(%(default)s)",
             ),
-            Argument(
-                "--tls-cert", default="hostenroll-tls.crt", metavar="FILE", help="(%(default)s)"
-            ),
-            Argument(
-                "--tls-key", default="hostenroll-tls.key", metavar="FILE", help="(%(default)s)"
-            ),
+            _file("--tls-cert", "hostenroll-tls.crt", "(%(default)s)"),
+            _file("--tls-key", "hostenroll-tls.key", "(%(default)s)"),
             JSON_OPTION,
         ),
         uses_store=False,
@@ -12505,6 +12522,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's; of an option that is not among the words it is a variable that is wrong."""
         self._words = args or ()
+        for word in self._words:
+            if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing
+                self.error(f"{word[:-3]}: -- is no value")
         return super().parse_known_args(args, namespace)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -12519,7 +12539,7 @@ class Parser(argparse.ArgumentParser):
             option = self.variables.get(option, option)
         said = option + colon + said
         said = said.replace("the following arguments are required:", "this needs")
-        _say(f"hostenroll: {said} (see: {self.prog} --help)")
+        _complain(f"{said} (see: {self.prog} --help)")
         self.exit(EXIT_USAGE)
 
 
@@ -12616,7 +12636,7 @@ def main(
             with suppress(BrokenPipeError):
                 _settle(sys.stdout)
     except OSError as error:
-        _say(f"hostenroll: {error}")
+        _complain(str(error))
         return EXIT_FAILED
     except MemoryError:
         _say("hostenroll: out of memory: give it more")
@@ -12639,19 +12659,19 @@ def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[]
     try:
         return command.run(Session(arguments, clock, environment))
     except StorageUnavailable as problem:
-        _say(f"hostenroll: {problem.__cause__ or problem.detail}")
+        _complain(str(problem.__cause__ or problem.detail))
         return EXIT_FAILED
     except Problem as problem:
         said = "; ".join(f"{command.typed(name)}: {what}" for name, what in problem.errors)
         is_lost = isinstance(problem, NotFound) and command.listed_by
         hint = f" See: {command.listed_by}" if is_lost else ""
-        _say(f"hostenroll: refused ({problem.code}): {said or problem.detail}{hint}")
+        _complain(f"refused ({problem.code}): {said or problem.detail}{hint}")
         return EXIT_REFUSED
     except UsageError as error:
-        _say(f"hostenroll: {error} (see: {PROGRAM} {command.name} --help)")
+        _complain(f"{error} (see: {PROGRAM} {command.name} --help)")
         return EXIT_USAGE
     except OperatorError as error:
-        _say(f"hostenroll: {error}")
+        _complain(str(error))
         return EXIT_FAILED
 
 

@@ -16059,6 +16059,23 @@ STATUSES: Dict[str, Tuple[int, str, Tuple[str, ...]]] = {
         ("list-tokens", "--state", "dead"),
     ),
     "a label without =": (2, "--label: ", ("mint-token", "--label", "x")),
+    **{
+        f"{name} is --": (2, f"--{name}: -- is no value", (command, f"--{name}=--"))
+        for command, name in (
+            ("mint-token", "label"),
+            ("mint-token", "db"),
+            ("list-tokens", "limit"),
+            ("list-tokens", "state"),
+            ("verify-audit", "head"),
+            ("serve", "port"),
+        )
+    },
+    **{
+        f"an empty {name}": (2, f"--{name}: ", ("serve", "--port", "0", f"--{name}", ""))
+        for name in ("db", "key-file", "tls-cert", "tls-key", "host")
+    },
+    "an escape sequence": (1, "no folder", ("list-orgs", "--db", "x\x1b[31m\ny/z")),
+    "a novel": (1, "no folder", ("list-orgs", "--db", f"{'x' * 200}/" * 100 + "y")),
     "a label twice": (
         2,
         "--label: a comes twice (see: hostenroll.py mint-token --help)",
@@ -16183,8 +16200,26 @@ def require_one_line(case: Any, status: int, out: str, err: str) -> None:
     wanted, word, _ = case
     assert (status, out) == (wanted, "")
     said = err.splitlines()
-    assert len(said) == 1 and said[0].startswith("hostenroll: ")
+    assert len(said) == 1 and said[0].startswith("hostenroll: ") and len(said[0]) < 1100
+    assert not hostenroll.UNPRINTABLE.search(said[0])
     assert word in said[0] and "argument --" not in said[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("mint-token", "--ttl"), ("list-tokens", "--state"), ("serve", "--public-url"),
+        ("serve", "--port"), ("verify-audit", "--head"), ("mint-api-key", "--role"),
+        ("mint-token", "--db"), ("serve", "--trusted-proxy"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_secret_that_is_typed_in_the_place_of_something_else_is_not_shown(
+    words: Tuple[str, ...], operator: Operator
+) -> None:
+    secret = operator("mint-token").out.strip()
+    done = operator(*words, f"{secret}/x")
+    assert done.status in (1, 2) and secret[:20] in done.err and secret[22:] not in done.err
 
 
 def test_who_types_no_command_is_shown_them_all(operator: Operator, tmp_path: Path) -> None:
