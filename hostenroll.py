@@ -3723,8 +3723,19 @@ class Registry:
         if paths[0] == paths[1]:
             raise OperatorError("database and key file have one name: rename one to copy both")
         with self._store.alone_in(folder):
+            if any(map(os.path.exists, paths)) and not self._is_ours(paths[1]):
+                raise OperatorError(
+                    f"{folder} has other files of these names, such as another fleet's backup: "
+                    "name another folder"
+                )
             self._copy_to(paths[0], paths[1], report)
         return paths[0], paths[1]
+
+    def _is_ours(self, key_file: str) -> bool:
+        try:
+            return is_same(load_keyring(key_file).audit_key, self.keyring.audit_key)
+        except OperatorError:
+            return False
 
     def _copy_to(self, database: str, key_file: str, report: Report) -> None:
         fresh = f"{database}.tmp"

@@ -6197,6 +6197,30 @@ def test_a_backup_never_goes_over_what_it_copies(
     assert_sound(apart)
 
 
+@pytest.mark.parametrize("there", ["another fleet's", "keys that are damaged", "a text"])
+def test_a_backup_goes_over_nothing_but_an_older_one_of_its_own(
+    there: str, registry: Registry, clock: Clock, paths: Tuple[str, str], tmp_path: Path
+) -> None:
+    (folder := tmp_path / "copy").mkdir()
+    ours = copy_of(paths, folder)
+    if there == "another fleet's":
+        with opened(ours, clock):
+            pass
+    else:
+        which = "damaged" in there
+        Path(ours[which]).write_text("a text")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(hostenroll.OperatorError, match="name another folder"):
+        registry.back_up(str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for path in folder.iterdir():
+        path.unlink()
+    for _ in range(2):
+        rotate(registry, clock)
+        assert registry.back_up(str(folder)) == ours
+    assert_sound(ours)
+
+
 def test_a_database_and_a_key_file_of_one_name_are_not_copied_over_each_other(
     clock: Clock, tmp_path: Path
 ) -> None:
