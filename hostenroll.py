@@ -5407,10 +5407,11 @@ end() { # STATUS [TEXT]
     exit "$ended"
 }
 
-# A number from 1 to $1.
+# A number from 1 to $1. The 1 before it is there for an od that prints zeros first: 08 is no number
+# in arithmetic but a syntax error, which ends the shell.
 draw() {
     drawn=$(od -An -N2 -tu2 /dev/urandom 2>/dev/null | tr -dc 0-9)
-    drawn=$((${drawn:-$$} % $1 + 1))
+    drawn=$((1${drawn:-$$} % $1 + 1))
 }
 
 # For a string in JSON, and for one in a curl config: both escape alike.
@@ -5762,7 +5763,7 @@ fail() {
 }
 
 heard() {
-    next=$(member nextHeartbeatSeconds '\([0-9]\{1,5\}\)')
+    next=$(member nextHeartbeatSeconds '0*\([0-9]\{1,5\}\)[,}]')
     [ -n "$next" ] || fail "$server answers, but not as a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
     [ -z "$body" ] || store facts "$facts" || :
@@ -5788,9 +5789,11 @@ $came_by"
 }
 
 # Waits after a failure, in a row of them longer and longer, and each host another time: a fleet
-# must not come back as one.
+# must not come back as one. Of two Retry-After lines, as a proxy may add one, the last counts, and
+# one with something other than seconds, such as a date, counts as none.
 back_off() {
-    asked=$(printf '%s\n' "$answer" | sed -n 's/^[Rr]etry-[Aa]fter: *\([0-9]\{1,4\}\).$/\1/p')
+    asked=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/^[Rr]etry-[Aa]fter: *//p' |
+        sed -n '$s/^0*\([0-9]\{1,4\}\) *$/\1/p')
     draw "$bound"
     pause $((${asked:-0} + drawn))
     bound=$((bound * 2))

@@ -8896,6 +8896,90 @@ def test_an_agent_waits_as_long_as_the_server_says(
     )  # 1 s, 15 % more or less, in whole ones
 
 
+RETRY_AFTERS = {  # the fields of an answer, and the seconds that they come to
+    "none": ("", 0),
+    "one": ("Retry-After: 77", 77),
+    "one by HTTP/2": ("retry-after: 77", 77),
+    "two, of which a proxy has added one": ("Retry-After: 5\nretry-after: 77", 77),
+    "a zero before": ("Retry-After: 08", 8),
+    "zeros before": ("Retry-After: 0000000012", 12),
+    "zero": ("Retry-After: 0", 0),
+    "zeros": ("Retry-After: 000", 0),
+    "spaces about": ("Retry-After:  9  ", 9),
+    "no space": ("Retry-After:9", 9),
+    "no end of it": ("Retry-After: 99999", 0),
+    "a date": ("Retry-After: Fri, 31 Dec 1999 23:59:59 GMT", 0),
+    "a date after a number": ("Retry-After: 5\nRetry-After: Fri, 31 Dec 1999 23:59:59 GMT", 0),
+    "a time before": ("Retry-After: -5", 0),
+    "a fraction": ("Retry-After: 1.5", 0),
+    "an expression": ("Retry-After: 1+1", 0),
+    "another base": ("Retry-After: 0x10", 0),
+    "a name": ("Retry-After: bound", 0),
+    "nothing": ("Retry-After:", 0),
+    "nothing after a number": ("Retry-After: 5\nRetry-After:", 0),
+    "two in one": ("Retry-After: 5, 77", 0),
+}
+
+
+def in_agent(shell: Sequence[str], folder: Path, lines: str, text: str = "") -> List[str]:
+    """What some lines print that have the functions of the agent; text is their stdin."""
+    functions = hostenroll.AGENT_SCRIPT.rpartition("main ")[0]
+    (folder / "lines").write_text(f"{functions}\nset -fuC\nLC_ALL=C\n{lines}\n")
+    done = subprocess.run(
+        [*shell, str(folder / "lines")], input=text, timeout=30, check=False, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={"PATH": os.environ["PATH"]},
+        cwd=str(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout.splitlines()
+
+
+@in_every_shell
+def test_no_retry_after_ends_the_agent(shell: Any, tmp_path: Path) -> None:
+    for n, (fields, _) in enumerate(RETRY_AFTERS.values()):
+        answer = answer_of("503 Busy", b"", *fields.splitlines()) + b"\n503"
+        (tmp_path / f"answer-{n:02}").write_bytes(answer)
+    waits = in_agent(
+        shell,
+        tmp_path,
+        """pause() { echo "$1"; }
+        for n in $(seq -w 0 99); do
+            [ ! -e "answer-$n" ] || (answer=$(cat "answer-$n") bound=1 && back_off)
+        done; :""",
+    )
+    comes_to = [str(seconds + 1) for _, seconds in RETRY_AFTERS.values()]
+    assert dict(zip(RETRY_AFTERS, waits)) == dict(zip(RETRY_AFTERS, comes_to))
+
+
+INTERVALS = {
+    "30": "30 30", "08": "8 8", "0": "1 1", "000": "1 1", "00000030": "30 30",
+    "": "none", "-5": "none", "3.5": "none", "1e9": "none", "123456": "none",
+    "30+1": "none", '"30"': "none", "null": "none", "bound": "none",
+}  # fmt: skip
+
+
+@in_every_shell
+def test_no_interval_ends_the_agent(shell: Any, tmp_path: Path) -> None:
+    waits = in_agent(
+        shell,
+        tmp_path,
+        """sleep() { :; }
+        said='' body='' facts='' told='' woken='' slept='' age=0 server=https://a
+        while IFS= read -r reply; do
+            (heard && pause "$next" && echo "$next $age") 2>/dev/null || echo none
+        done""",
+        "".join(f'{{"hostId":"a","nextHeartbeatSeconds":{text}}}\n' for text in INTERVALS),
+    )
+    assert dict(zip(INTERVALS, waits)) == INTERVALS
+
+
+@in_every_shell
+def test_a_number_by_chance_may_begin_with_a_zero(shell: Any, tmp_path: Path) -> None:
+    lines = 'od() { echo " 00089"; }\ndraw 1; echo "$drawn"\ndraw 300; echo "$drawn"'
+    one, some = map(int, in_agent(shell, tmp_path, lines))
+    assert one == 1 and 1 <= some <= 300
+
+
 STRANGE_ANSWERS = {
     "a page of somebody else": answer_of("200 OK", b"<html>Log in to the Wi-Fi!</html>"),
     "an empty one": answer_of("200 OK"),
