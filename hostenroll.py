@@ -5484,11 +5484,14 @@ check_server() {
     host=${server#*://}
     host=${host%%/*}
     case $server in
-    *[!]A-Za-z0-9.:/_~[-]*) end 2 "--server is not like https://enroll.lan:8443" ;;
-    https://?*) return ;;
-    http://?*) ;;
-    *) end 2 "--server is not like https://enroll.lan:8443" ;;
+    *[!]A-Za-z0-9.:/_~[-]*) ;;
+    https://?*) return 0 ;;
+    http://?*) check_plain_http && return 0 ;;
     esac
+    end 2 "--server is not like https://enroll.lan:8443"
+}
+
+check_plain_http() {
     [ -z "$pin$cacert" ] || end 2 "--pin and --cacert say nothing over http: give --server https://"
     case $host in
     '[::1]' | '[::1]':*) loopback=yes ;;
@@ -5541,10 +5544,10 @@ load_credential() {
     [ -r "$state/credential" ] || return 1
     { read -r credential && read -r host_id && read -r came_by; } <"$state/credential"
     case $credential in
-    *[!A-Za-z0-9._-]*) return 1 ;;
-    *.*.*) ;;
-    *) return 1 ;;
+    *[!A-Za-z0-9._-]*) ;;
+    *.*.*) return 0 ;;
     esac
+    return 1
 }
 
 # One agent for a folder. The lock names its holder by process id and time of birth: the id alone
@@ -5671,10 +5674,10 @@ read_token() {
     esac
     token=${token%"$(printf '\r')"}
     case $token in
-    *[!A-Za-z0-9_-]*) end 2 "there is no token in $token_file: it begins with het_" ;;
-    het_*_*) ;;
-    *) end 2 "there is no token in $token_file: it begins with het_" ;;
+    *[!A-Za-z0-9_-]*) ;;
+    het_*_*) return 0 ;;
     esac
+    end 2 "there is no token in $token_file: it begins with het_"
 }
 
 keep_key() {
