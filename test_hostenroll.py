@@ -19269,6 +19269,12 @@ MUTATIONS: Dict[str, Mutation] = {
     "an agent waits without bound": Mutation(
         '[ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT', ":", "longer_and_longer", ""
     ),
+    "two Retry-After lines are a sum": Mutation(
+        "sed -n '$s/^0*", "sed -n 's/^0*", "no_retry_after"
+    ),
+    "an interval is a number in octal": Mutation(
+        r"'0*\([0-9]\{1,5\}\)[,}]'", r"'\([0-9]\{1,5\}\)[,}]'", "no_interval_ends"
+    ),
     "a name is markup": Mutation(
         "this.said.textContent = refused", "this.said.innerHTML = refused", "make_markup"
     ),
