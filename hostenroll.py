@@ -7385,10 +7385,11 @@ function go(view, asked, isSame = false) {
   route();
 }
 
-/** Ask for what the filters of a view say, and for more. A secret in the wrong place is not sent
-    anywhere. */
+/** Ask for what the filters of a view say, and for more, unless somebody has gone to another view
+    meanwhile. A secret in the wrong place is not sent anywhere. */
 function filter(form, more) {
   const {view, asked} = here();
+  if (!$(view).contains(form)) return undefined;
   for (const field of all("[name]", form)) {
     const isSecret = /(het|hak)_\w/.test(field.value);
     field.setCustomValidity(isSecret ? "That is a secret. It is not searched for." : "");
@@ -7396,7 +7397,7 @@ function filter(form, more) {
     asked.set(field.name, field.value);
   }
   for (const [name, value] of Object.entries(more ?? {})) asked.set(name, value);
-  go(view, asked, !more);
+  return go(view, asked, !more);
 }
 
 const polls = {

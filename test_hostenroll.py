@@ -12213,6 +12213,25 @@ def test_the_page_lives_without_being_touched(
 
 @slow
 @needs_browser
+def test_a_filter_is_of_its_own_view_and_of_no_other(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    fleet.join("web-1")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.element("#hosts a", "web-1")
+    browser.type("#hosts [name=q]", "web")
+    browser.click("nav a", "Audit")
+    browser.run("setTimeout(() => { window.later = 1; }, 600)")
+    browser.see("window.later")
+    assert browser.run("return location.hash") == "#audit"
+    browser.element("#audit tr", "enroll")
+    assert browser.run("return document.querySelectorAll('#audit .problem').length") == 0
+    browser.type("#audit [name=code]", "token-used")
+    browser.see("location.hash === '#audit?code=token-used'")
+
+
+@slow
+@needs_browser
 def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
         key = cli(tmp_path, "mint-api-key", "--all-orgs").stdout.strip()
