@@ -7188,6 +7188,7 @@ async function loadHost() {
     if (id === $("host").dataset.id) showHost(found);
   } catch (error) {
     if (error.status !== 404) throw error;
+    if (id !== $("host").dataset.id) return;
     $("host-name").textContent = "No such host";
     show($("host-why"), make("p", {}, `No host has the id ${id}: it was deleted, or never was.`));
     $("host-acts").hidden = true;
@@ -7238,13 +7239,14 @@ async function loadEvents() {
   ...(events.length ? [] : [make("li", {class: "quiet"}, "Nothing of late.")]));
 }
 
-/** Do something to the host that is shown, after asking. */
+/** Do something to the host that is shown, after asking. By the time of the answer another may be
+    shown, or none: Back leads there behind the form. */
 function act(order) {
-  const {id, name} = host;
+  const was = host;
   fill({...order, act: async (values) => {
-    const changed = await order.act(`api/hosts/${id}`, values, name);
-    if (changed?.id === id) showHost(changed);
-    announce(`${order.go}: ${name}.`);
+    const changed = await order.act(`api/hosts/${was.id}`, values, was);
+    if (changed?.id === $("host").dataset.id) showHost(changed);
+    announce(`${order.go}: ${was.name}.`);
     for (const poll of [polls.happened, polls.fleet, lists[here().view].poll]) poll.go();
   }});
 }
@@ -7264,7 +7266,7 @@ const ACTS = {
     title: `Re-enroll ${host.name}?`, go: "Make the command",
     text: "You get a command for this host. It brings a new credential, and keeps the host's id, " +
       "name, labels and history. The old credential is good until the new one is first used.",
-    act: (path) => mintAt(`${path}/reenroll`, {}, `Re-enroll ${host.name}`,
+    act: (path, _, was) => mintAt(`${path}/reenroll`, {}, `Re-enroll ${was.name}`,
       "Run this on that host, and on no other:"),
   }),
   edit: () => act({
@@ -7282,10 +7284,10 @@ const ACTS = {
       "it out for a while, revoke it.",
     fields: [{name: "name", label: `To go on, type its name: ${host.name}`, required: "",
       spellcheck: "false", autocapitalize: "off", wide: true}],
-    act: async (path, typed, name) => {
-      if (typed.name !== name) throw new Error("That is not its name. Nothing was deleted.");
+    act: async (path, typed, was) => {
+      if (typed.name !== was.name) throw new Error("That is not its name. Nothing was deleted.");
       await ask("DELETE", path);
-      $("host").close();
+      if (was.id === $("host").dataset.id) $("host").close();
     },
   }),
 };

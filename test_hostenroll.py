@@ -12211,6 +12211,32 @@ def test_the_page_lives_without_being_touched(
     assert kept[0] == "web-1" and kept[1].startswith("web-1")
 
 
+HOLD = """const fetched = window.fetch, [method, part] = arguments;
+  Object.assign(window, {held: [], late: 0});
+  const isLate = () => setTimeout(() => { window.late += 1; });
+  window.fetch = async (path, options) => {
+    if (options.method !== method || !path.includes(part)) return fetched(path, options);
+    const isHeard = await new Promise((go) => { window.held.push(go); });
+    if (!isHeard) { isLate(); throw new TypeError("no answer"); }
+    const response = await fetched(path, {...options, signal: null});
+    const text = await response.text();
+    response.text = async () => { isLate(); return text; };
+    return response;
+  };"""
+
+
+def hold(browser: Browser, method: str, part: str) -> None:
+    """Hold back the requests for some paths, until they are let go."""
+    browser.run(HOLD, method, part)
+
+
+def let_go(browser: Browser, is_heard: bool = True) -> None:
+    """Let the last one go, or have it fail; until the page has made of it what it will."""
+    browser.see("window.held.length")
+    late = browser.run("window.held.pop()(arguments[0]); return window.late", is_heard)
+    browser.see("window.late > arguments[0]", late)
+
+
 @slow
 @needs_browser
 def test_a_filter_is_of_its_own_view_and_of_no_other(
@@ -12228,6 +12254,60 @@ def test_a_filter_is_of_its_own_view_and_of_no_other(
     assert browser.run("return document.querySelectorAll('#audit .problem').length") == 0
     browser.type("#audit [name=code]", "token-used")
     browser.see("location.hash === '#audit?code=token-used'")
+
+
+def show_host(browser: Browser, number: str, name: str) -> None:
+    """Go to a host, as by a link."""
+    browser.run("location.hash = `#hosts?host=${arguments[0]}`", number)
+    browser.element("#host-name", name)
+    browser.element("#host-acts")
+
+
+@slow
+@needs_browser
+def test_what_is_done_is_done_to_the_host_that_was_shown_when_it_was_asked_for(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    """Back leads to another host behind the form."""
+    one, two = (host["hostId"] for host in fleet.join("web-1", "web-2"))
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    for word, name, typed in (
+        ("Re-enroll", "web-2", ""), ("Edit", "web-2", "web-3"), ("Delete", "web-3", "web-3"),
+    ):  # fmt: skip
+        show_host(browser, one, "web-1")
+        show_host(browser, two, name)
+        browser.click("#host button", word)
+        browser.run("history.back()")
+        browser.see("document.querySelector('#host-name').textContent === 'web-1'")
+        if typed:
+            browser.type("#form [name=name]", typed)
+        browser.click("#form-go")
+        browser.see("!document.querySelector('#form').open")
+        assert browser.text("#host-name") == "web-1"
+        assert browser.run("return document.querySelector('#host').open")
+        if word == "Re-enroll":
+            assert browser.text("#secret-title") == "Re-enroll web-2"
+            token = browser.text("#join").partition("printf %s ")[2].split()[0]
+            assert fleet.door.show_token(token.split("_")[1]).document["hostId"] == two
+            browser.click("#secret button", "Done")
+        if word == "Edit":
+            assert fleet.door.host(two).document["name"] == "web-3"
+    assert (fleet.door.host(one).status, fleet.door.host(two).status) == (200, 404)
+
+
+@slow
+@needs_browser
+def test_that_one_host_is_not_there_is_not_said_of_another(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    (host,) = fleet.join("web-1")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    hold(browser, "GET", f"api/hosts/{NOWHERE}")
+    browser.run("location.hash = `#hosts?host=${arguments[0]}`", NOWHERE)
+    browser.see("window.held.length")
+    show_host(browser, host["hostId"], "web-1")
+    let_go(browser)
+    assert browser.text("#host-name") == "web-1"
 
 
 @slow
