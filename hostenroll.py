@@ -7041,13 +7041,19 @@ const fleet = {
 
 // Dialogs.
 
-/** Ask for something; what comes of it is shown in the dialog when it is refused. */
+let question = null; // what the form asks for; each has an object of its own
+const isAsked = (one) => one === question && $("form").open;
+
+/** Ask for something; what comes of it is shown in the dialog when it is refused. An answer that
+    comes when that is closed, or asks for something else, leaves it alone. */
 function fill({title, text = "", go, danger = false, fields = [], act}) {
+  const own = question = {};
   $("form-title").textContent = title;
   $("form-text").textContent = text;
   $("form-problem").textContent = "";
   $("form-go").textContent = go;
   $("form-go").className = danger ? "main danger" : "main";
+  $("form-go").disabled = false;
   const inputs = fields.map(input);
   $("form-fields").replaceChildren(...inputs.map((made) => made.closest("label")));
   $("form").querySelector("form").onsubmit = async (event) => {
@@ -7055,6 +7061,7 @@ function fill({title, text = "", go, danger = false, fields = [], act}) {
     const values = Object.fromEntries(inputs.map((made) => [made.name, made.value]));
     $("form-go").disabled = true;
     const refusal = await act(values).then(() => null, (error) => error);
+    if (!isAsked(own)) return;
     $("form-go").disabled = false;
     $("form-problem").textContent = refusal ? said(refusal) : "";
     for (const made of inputs) {
@@ -7125,10 +7132,15 @@ function mint() {
 }
 
 /** Mint a token, and show the command with it. The command is had first: a token that could not
-    be shown would be lost. */
+    be shown would be lost. Who has closed the form wants neither; a token that is minted by then
+    stands in the list, where it can be revoked. */
 async function mintAt(path, body, title, text) {
+  const own = question;
   const service = await ask("GET", "api/service");
+  if (!isAsked(own)) throw new Stale();
   const minted = await ask("POST", path, {body});
+  lists.tokens.poll.due = 0;
+  if (!isAsked(own)) throw new Stale();
   const isNear = /^https?:\/\/(localhost|127\.|\[::1\])/.test(service.publicUrl);
   $("secret-title").textContent = title;
   $("secret-text").textContent = text;
@@ -7140,12 +7152,13 @@ async function mintAt(path, body, title, text) {
   $("form").close();
   $("secret").showModal();
   $("secret").querySelector("[data-copy]").focus();
-  lists.tokens.poll.due = 0;
 }
 
 /** Whether somebody has come in by the token that is shown. */
 async function watch() {
-  const token = await ask("GET", `api/hosts/tokens/${$("secret").dataset.token}`);
+  const asked = $("secret").dataset.token;
+  const token = await ask("GET", `api/hosts/tokens/${asked}`);
+  if (asked !== $("secret").dataset.token || !$("secret").open) return;
   const from = token.usedFrom ? `, last from ${token.usedFrom}` : "";
   const uses = `Used ${token.uses} of ${token.maxUses} times${from}. `;
   show($("arrivals"), ...(token.uses ? [uses, ...token.hosts.slice(0, 5).flatMap((id) =>

@@ -12312,6 +12312,98 @@ def test_that_one_host_is_not_there_is_not_said_of_another(
 
 @slow
 @needs_browser
+@pytest.mark.parametrize("is_heard", [True, False], ids=["heard", "lost"])
+def test_a_late_answer_leaves_the_form_alone_that_was_opened_meanwhile(
+    is_heard: bool, browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    (host,) = fleet.join("web-1")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    show_host(browser, host["hostId"], "web-1")
+    hold(browser, "POST", "/revoke")
+    browser.click("#host button", "Revoke")
+    browser.click("#form-go")
+    browser.see("window.held.length")
+    browser.click("#form [data-close]")
+    browser.click("#host button", "Edit")
+    browser.see("!document.querySelector('#form-go').disabled", seconds=5)
+    browser.type("#form [name=name]", "web-2")
+    let_go(browser, is_heard)
+    assert browser.run("return document.querySelector('#form').open")
+    assert browser.text("#form-problem") == ""
+    browser.click("#form-go")
+    browser.element("#host-name", "web-2")
+    changed = fleet.door.host(host["hostId"]).document
+    assert (changed["name"], changed["status"] == "revoked") == ("web-2", is_heard)
+
+
+@slow
+@needs_browser
+def test_the_answer_to_one_form_does_not_let_another_be_sent_twice(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    (host,) = fleet.join("web-1")
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    show_host(browser, host["hostId"], "web-1")
+    hold(browser, "POST", "/revoke")
+    for forms in (1, 2):
+        browser.click("#host button", "Revoke")
+        browser.click("#form-go")
+        browser.see("window.held.length === arguments[0]", forms)
+        if forms == 1:
+            browser.click("#form [data-close]")
+    browser.run("window.held.shift()(false)")
+    browser.see("window.late === 1")
+    assert browser.run("return document.querySelector('#form-go').disabled")
+    let_go(browser)
+    browser.see("!document.querySelector('#form').open")
+
+
+@slow
+@needs_browser
+@pytest.mark.parametrize("when", [("GET", "api/service"), ("POST", "api/hosts/tokens")])
+def test_a_token_whose_form_was_closed_is_not_shown(
+    when: Tuple[str, str], browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    browser.sign_in(fleet.url, fleet.door.api_key, "#tokens")
+    browser.element("#tokens .empty", "No tokens yet.")
+    hold(browser, *when)
+    browser.click("#tokens [data-mint]")
+    browser.click("#form-go")
+    browser.see("window.held.length")
+    browser.click("#form [data-close]")
+    browser.click("#tokens [data-mint]")
+    browser.type("#form [name=description]", "the cellar")
+    let_go(browser)
+    assert not browser.run("return document.querySelector('#secret').open")
+    assert browser.run("return document.querySelector('#form').open")
+    made = fleet.door.call("GET", "/api/hosts/tokens", bearer=fleet.door.api_key).document
+    assert len(made["tokens"]) == (when[0] == "POST")  # what was sent is seen, and can be revoked
+    browser.click("#form [data-close]")
+    if when[0] == "POST":
+        browser.element("#tokens .status", "valid")
+
+
+@slow
+@needs_browser
+def test_that_one_token_was_used_is_not_said_of_another(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    browser.sign_in(fleet.url, fleet.door.api_key, "#tokens")
+    hold(browser, "GET", "api/hosts/tokens/")
+    for is_first in (True, False):
+        browser.click("#tokens [data-mint]")
+        browser.click("#form-go")
+        browser.see("document.querySelector('#secret').open")
+        browser.see("window.held.length === 1")
+        if is_first:
+            fleet.door.enroll(browser.text("#join").partition("printf %s ")[2].split()[0])
+            browser.click("#secret button", "Done")
+    let_go(browser)
+    assert browser.text("#arrivals") == ""
+
+
+@slow
+@needs_browser
 def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
         key = cli(tmp_path, "mint-api-key", "--all-orgs").stdout.strip()
