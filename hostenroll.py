@@ -6610,15 +6610,16 @@ function report(error) {
   if (!(error instanceof Silence || error instanceof Refusal)) console.error(error);
   if ($("trouble").hidden) {
     $("trouble").textContent = error instanceof Silence
-      ? `No answer from the server since ${time}. What is shown may be old; it is asked again ` +
-        "every few seconds."
+      ? `No answer from the server since ${time}. What is shown may be old; the server goes on ` +
+        "being asked."
       : `${error.message} (${time})`;
     $("trouble").hidden = false;
   }
 }
 
 /** Something done again and again while somebody looks. After what took long the pause is long
-    too: a page that is left open never costs the server more than a tenth of its time. */
+    too, whatever came of it: nothing that a page asks for while it is left open costs the server
+    more than a tenth of its time, least of all a server in trouble. */
 class Poll {
   constructor(pause, run) {
     Object.assign(this, {pause, run, due: 0, turn: null});
@@ -6631,14 +6632,13 @@ class Poll {
   async go(run = this.run) {
     const turn = this.turn = {};
     const since = performance.now();
-    let pause = this.pause;
     try {
       await run();
-      pause = Math.max(pause, 10 * (performance.now() - since));
       if (this.turn === turn) $("trouble").hidden = true;
     } catch (error) {
       report(error);
     }
+    const pause = Math.max(this.pause, 10 * (performance.now() - since));
     if (this.turn === turn) Object.assign(this, {turn: null, due: performance.now() + pause});
   }
 }

@@ -12404,6 +12404,44 @@ def test_that_one_token_was_used_is_not_said_of_another(
 
 @slow
 @needs_browser
+@pytest.mark.parametrize("status", [200, 503, 0], ids=["answered", "failed", "silent"])
+def test_a_page_asks_a_server_in_trouble_for_a_tenth_of_its_time(
+    status: int, browser: Browser, fleet: Fleet
+) -> None:
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    browser.element("#hosts .empty", "No hosts yet.")
+    # The page's clock stands still, but that an answer takes 3 s by it.
+    browser.run(
+        """const fetched = window.fetch, [status] = arguments;
+        Object.assign(window, {time: performance.now() + 9000, lists: 0, late: 0, turns: 0});
+        performance.now = () => window.time;
+        Object.defineProperty(document, "hidden", {get: () => { window.turns += 1; }});
+        window.fetch = async (path, options) => {
+          if (!path.startsWith("api/hosts?")) return fetched(path, options);
+          window.lists += 1;
+          await new Promise((go) => setTimeout(go, 20));
+          window.time += 3000;
+          setTimeout(() => { window.late += 1; });
+          if (!status) throw new TypeError("no answer");
+          const type = status === 200 ? "application/json" : "application/problem+json";
+          const response = new Response("", {status, headers: {"Content-Type": type}});
+          response.text = async () => `{"hosts": [], "title": "Busy", "status": ${status}}`;
+          return response;
+        };""",
+        status,
+    )
+    browser.see("window.late === 1")
+    if status != 200:
+        browser.element("#trouble", "Busy" if status else "No answer")
+    turns = browser.run("window.time += 29000; return window.turns")
+    browser.see("window.turns > arguments[0]", turns)
+    assert browser.run("return window.lists") == 1
+    browser.run("window.time += 2000")
+    browser.see("window.lists === 2")
+
+
+@slow
+@needs_browser
 def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
         key = cli(tmp_path, "mint-api-key", "--all-orgs").stdout.strip()
