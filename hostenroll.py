@@ -6849,7 +6849,7 @@ const pairs = (labels) => Object.entries(labels).map(([name, value]) => `${name}
 /** Where the fragment leads: a view, and what it is asked for. */
 function here() {
   const [view, asked] = location.hash.slice(1).split("?", 2);
-  return {view: view in lists ? view : "hosts", asked: new URLSearchParams(asked)};
+  return {view: Object.hasOwn(lists, view) ? view : "hosts", asked: new URLSearchParams(asked)};
 }
 
 /** The fragment that leads somewhere. */

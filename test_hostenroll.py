@@ -12256,6 +12256,17 @@ def test_a_filter_is_of_its_own_view_and_of_no_other(
     browser.see("location.hash === '#audit?code=token-used'")
 
 
+@slow
+@needs_browser
+@pytest.mark.parametrize("view", ["toString", "constructor", "__proto__", "nonsense", ""])
+def test_a_fragment_that_leads_nowhere_shows_the_hosts(
+    view: str, browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    fleet.join("web-1")
+    browser.sign_in(fleet.url, fleet.door.api_key, f"#{view}")
+    browser.element("#hosts a", "web-1")
+
+
 def show_host(browser: Browser, number: str, name: str) -> None:
     """Go to a host, as by a link."""
     browser.run("location.hash = `#hosts?host=${arguments[0]}`", number)
