@@ -7088,11 +7088,14 @@ function said(error) {
   return error.message;
 }
 
-function readLabels(text) {
-  const lines = text.split("\n").map((line) => line.trim()).filter(Boolean);
-  return Object.fromEntries(lines.map((line) => line.split(/=(.*)/s, 2)).map(([name, value]) => {
+/** The labels of a text, one a line. Spaces about a name and a value are left out, but not of a
+    line that was there before: it stays as it is. */
+function readLabels(text, before = []) {
+  const lines = text.split("\n").filter((line) => line.trim());
+  return Object.fromEntries(lines.map((line) => {
+    const [name, value] = line.split(/=(.*)/s, 2);
     if (value === undefined) throw new Error(`A label is written name=value, and not ${name}`);
-    return [name.trim(), value.trim()];
+    return before.includes(line) ? [name, value] : [name.trim(), value.trim()];
   }));
 }
 
@@ -7288,8 +7291,13 @@ const ACTS = {
       {name: "name", label: "Name", maxlength: 255, required: "", value: host.name, wide: true},
       {...LABELS_FIELD, value: pairs(host.labels).join("\n")},
     ],
-    act: async (path, {name, labels}) => ask("PATCH", path, {body: {name,
-      labels: readLabels(labels)}}),
+    act: async (path, {name, labels}, was) => {
+      const before = pairs(was.labels);
+      const body = {}; // what has been changed here; somebody else may have changed the rest
+      if (name !== was.name) body.name = name;
+      if (labels !== before.join("\n")) body.labels = readLabels(labels, before);
+      return ask("PATCH", path, {body});
+    },
   }),
   delete: () => act({
     title: `Delete ${host.name}?`, go: "Delete for good", danger: true,

@@ -12451,6 +12451,44 @@ def test_a_page_asks_a_server_in_trouble_for_a_tenth_of_its_time(
     browser.see("window.lists === 2")
 
 
+def edits(fleet: Fleet) -> List[Any]:
+    """What edits have changed, the newest first."""
+    path = "/api/audit?action=edit"
+    events = fleet.door.call("GET", path, bearer=fleet.door.api_key).document["events"]
+    return [event["detail"] for event in events]
+
+
+@slow
+@needs_browser
+def test_an_edit_changes_what_was_edited_and_nothing_else(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    labels = {"note": "  two  words ", "rack": "b4"}
+    (host,) = fleet.join("web-1", labels=labels)
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    show_host(browser, host["hostId"], "web-1")
+
+    def edit(name: str, text: Optional[str] = None) -> None:
+        browser.click("#host button", "Edit")
+        browser.type("#form [name=name]", name)
+        if text is not None:
+            browser.type("#form [name=labels]", text)
+        browser.click("#form-go")
+        browser.see("!document.querySelector('#form').open")
+        browser.element("#host-name", name)
+
+    edit("web-2")
+    assert edits(fleet) == [{"name": "web-2"}]
+    edit("web-2")
+    assert edits(fleet) == [{"name": "web-2"}]
+    assert fleet.door.host(host["hostId"]).document["labels"] == labels
+    edit("web-2", "note=  two  words \n site = x \nrack=b5")
+    changed = {"note": "  two  words ", "site": "x", "rack": "b5"}
+    assert edits(fleet)[0] == {"labels": changed}
+    edit("web-2", "")
+    assert edits(fleet)[0] == {"labels": {}}
+
+
 @slow
 @needs_browser
 def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
