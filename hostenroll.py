@@ -6486,7 +6486,7 @@ const STATUSES = ["online", "offline", "missing", "pending", "revoked"];
 const ROWS = 100; // shown at once
 const ROWS_EXAMINED = 1000; // by the server for one request, about
 const ANSWER_MS = 15000; // longer than the server waits for another writer
-const LABEL = /(\S+?)=(?:"([^"]*)"|(\S+))/g;
+const LABEL = /(\S+?)=(?:"((?:[^"]|"")*)"|(\S+))/g; // in quotes "" is a quote
 const COUNT = /^hostenroll_hosts\{organization="([^"]*)",status="(\w+)"\} (\d+)/gm;
 const NUMBER = new Intl.NumberFormat("en");
 const EXACT = new Intl.DateTimeFormat("en", {
@@ -6874,7 +6874,8 @@ function party(name) {
 function labelLinks(labels) {
   return pairs(labels).map((pair) => {
     const [name, value] = pair.split(/=(.*)/s);
-    const q = /[\s"]/.test(value) || !value ? `${name}="${value}"` : pair;
+    const quoted = `${name}="${value.replaceAll('"', '""')}"`;
+    const q = /[\s"]/.test(value) || !value ? quoted : pair;
     return make("a", {class: "label", href: there("hosts", {q})}, pair);
   });
 }
@@ -6905,7 +6906,7 @@ function hostQuery(asked) {
     if (asked.get(name)) query.set(name, asked.get(name));
   }
   const text = (asked.get("q") ?? "").replace(LABEL, (pair, name, quoted, bare) => {
-    query.append("label", `${name}=${quoted ?? bare}`);
+    query.append("label", `${name}=${quoted?.replaceAll('""', '"') ?? bare}`);
     return " ";
   }).trim();
   if (text) query.set("q", text);

@@ -12489,6 +12489,30 @@ def test_an_edit_changes_what_was_edited_and_nothing_else(
     assert edits(fleet)[0] == {"labels": {}}
 
 
+ODD_VALUES = (
+    'say "hi" x', '"hi"', '"', '""', '" "', "", " ", " b 5 ", "a\\b c\\", 'a\\" b', 'x="y z"',
+    "b=5", 'b" c="d',
+)  # fmt: skip
+
+
+@slow
+@needs_browser
+def test_a_label_leads_to_the_hosts_that_have_it(
+    browser: Browser, fleet: Fleet, quiet: None
+) -> None:
+    hosts = [
+        fleet.join(f"web-{n}", labels={"note": value})[0] for n, value in enumerate(ODD_VALUES)
+    ]
+    browser.sign_in(fleet.url, fleet.door.api_key)
+    for n, host in enumerate(hosts):
+        show_host(browser, host["hostId"], f"web-{n}")
+        browser.click("#host-facts a", "note=")
+        browser.see("!document.querySelector('#host').open")
+        browser.see("document.querySelector('#hosts table').ariaBusy === 'false'")
+        rows = browser.rows()
+        assert [row.split()[0] for row in rows] == [f"web-{n}"], ODD_VALUES[n]
+
+
 @slow
 @needs_browser
 def test_the_page_outlives_the_server(browser: Browser, tmp_path: Path) -> None:
