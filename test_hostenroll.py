@@ -18271,7 +18271,8 @@ STARTS: Dict[str, Tuple[int, Tuple[str, ...], str]] = {
     "only a certificate": (2, ("--tls-cert", "tls.crt"), "go together"),
     "no such file": (1, ("--tls-cert", "nowhere", "--tls-key", "tls.key"), "nowhere"),
     "a key with a password": (1, ("--tls-cert", "tls.crt", "--tls-key", "sealed.key"), "password"),
-    "only a key": (2, ("--tls-cert", "", "--tls-key", "tls.key"), "go together"),
+    "only a key": (2, ("--tls-key", "tls.key"), "go together"),
+    "a variable that is not set": (2, ("--tls-cert", "", "--tls-key", ""), "name a file"),
 }
 
 
