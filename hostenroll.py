@@ -264,8 +264,9 @@ LOCK_POLL = 0.001
 RETRY_AFTER = 5
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
 CHECKPOINT_AFTER = 2048  # rows changed: as many pages, of heartbeats
-CHECKPOINT_TIME = 0.03  # it holds up every heartbeat; where it is quicker, it comes less often
+CHECKPOINT_TIME = 0.04  # others wait for it, or for the disk; the quicker, the less often it comes
 CHECKPOINT_DOUBLINGS = 3  # of CHECKPOINT_AFTER: some 16 MiB of WAL, of heartbeats
+CHECKPOINT_REST = 512  # rows: so few are moved while everybody waits for the disk
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 7168
@@ -2067,9 +2068,15 @@ class Store:
         self._refused = ""  # why what is at the path is not worked with
         self._synchronous = ""
         self._waits_for = ""
-        self._checkpointed_at = 0  # in the connection's count of rows changed
+        # Checkpoints. Moments are in the connection's count of rows changed.
+        self._checkpointed_at = self._moved_at = 0  # all of the WAL, and a part of it
         self._doublings = 0  # of CHECKPOINT_AFTER
-        self._complaint = ""  # why the last checkpoint failed
+        self._slowest = 0.0  # seconds that a part, or the disk with it, has taken
+        self._complaint = ""  # why the last one failed
+        self._reader: Optional[sqlite3.Connection] = None
+        self._held_at: Optional[int] = None  # what came later is held back by the reader
+        self._file = -1  # the database's, for the flush
+        self._flush: Optional[threading.Thread] = None
 
     # Opening and closing: under the lock, by the caller.
 
@@ -2093,13 +2100,8 @@ class Store:
                 # them those of SQLite: so never on a database that may be open.
                 os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             opened = identity(self.path)
-            self._synchronous, self._checkpointed_at = "", 0
-            self._connection = sqlite3.connect(
-                f"file:{quote(os.fsencode(self.path))}?mode=rw",
-                uri=True,
-                timeout=0,
-                isolation_level=None,
-            )
+            self._synchronous, self._checkpointed_at, self._moved_at = "", 0, 0
+            self._connection = self._connect()
             is_ours = self._recognize(as_it_is)
             self._identity, self._wal_identity = opened, identity(f"{self.path}-wal")
             return is_ours
@@ -2109,6 +2111,22 @@ class Store:
             raise StoreError(f"cannot open {told(self.path, error)}") from error
         except StoreError as error:
             raise StoreError(f"cannot open {error}") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"file:{quote(os.fsencode(self.path))}?mode=rw"
+        return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+
+    def _disconnect(self) -> None:
+        """The last descriptor of the database that is closed is one of SQLite's own, or ours after
+        all of them: with any other its locks would go."""
+        if self._flush is not None:
+            self._flush.join()
+        for connection in filter(None, (self._reader, self._connection)):
+            connection.close()
+        if self._file >= 0:
+            os.close(self._file)
+        self._connection = self._reader = self._held_at = self._flush = None
+        self._file = -1
 
     def _recognize(self, as_it_is: bool) -> bool:
         application = self._value("PRAGMA application_id")
@@ -2183,9 +2201,7 @@ class Store:
                 self.lock.wait(CLOSE_PATIENCE)
                 if identity(self.path) not in (None, self._identity):
                     self._let_go()  # else its WAL would be taken for that of what lies there now
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._disconnect()
         self.lock.close()
 
     # Transactions.
@@ -2209,6 +2225,8 @@ class Store:
         if synchronous != self._synchronous:  # inside a transaction it is an error
             self._run(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
+        if self._is_part_due():
+            self._hold_back()
         try:
             self._db.execute("BEGIN IMMEDIATE")
         except FAILURES as error:
@@ -2266,35 +2284,107 @@ class Store:
         self._run("ROLLBACK TO act")
         self._run("RELEASE act")
 
-    def checkpoint(self, is_due: bool = False) -> None:
-        """Move the WAL into the database when it has grown, unless another writer is at work.
+    # Checkpoints: PASSIVE ones, under the lock.
+    #
+    # A checkpoint that moves all of a large fleet's WAL waits for the disk, for pages that lie all
+    # over the database: some 30 ms in which nobody is answered. One that cannot move all does not
+    # wait: SQLite syncs the WAL before it moves a page, and the database only before the WAL is
+    # begun anew, when all is moved. So most is moved while a reader holds the last frames back, and
+    # a thread has the disk take it while we go on. What has come meanwhile is less, is moved in
+    # the same way, and so on; what is left in the end is little, and the WAL begins anew. What
+    # SQLite does for safety it does as ever: nothing depends on the thread, or on the reader.
+    #
+    # How much is in the WAL is not to be had: the file is written over from its start, because to
+    # truncate it and let it grow again costs a heartbeat a tenth of its time. So the rows that
+    # change are counted: a heartbeat's is a page, each of an enrollment's up to three. Of a small
+    # fleet they are the same few pages again and again: the more rows, the less a checkpoint costs
+    # each of them.
 
-        How much is in the WAL is not to be had: the file is written over from its start, because
-        to truncate it and let it grow again costs a heartbeat a tenth of its time. So the rows
-        that change are counted: a heartbeat's is a page, each of an enrollment's up to three. Of a
-        small fleet they are the same few pages again and again: the more rows, the less a
-        checkpoint costs each of them.
-        """
+    def checkpoint(self, is_due: bool = False) -> None:
+        """Move a part of the WAL into the database, or the rest, when it is time or is_due; not
+        while another writer is at work."""
         changes = self._db.total_changes
-        if not is_due and changes - self._checkpointed_at < CHECKPOINT_AFTER << self._doublings:
+        is_whole = is_due or self._is_rest(changes)
+        if self._held_at is None and not is_whole:
             return
         try:
             # Another may hold a lock that has taken the place of ours.
             if not self.lock.is_there() or not self.lock.attempt():
                 self.lock.leave_gate()
                 return
-            self._checkpointed_at = changes  # also by one that fails: the next is not at once
-            began = time.monotonic()
-            self._run("PRAGMA wal_checkpoint(PASSIVE)")
-            step = 1 if time.monotonic() - began < CHECKPOINT_TIME else -1
-            self._doublings = min(max(0, self._doublings + step), CHECKPOINT_DOUBLINGS)
-            self._complaint = ""
+            if is_whole:
+                self._let_reader_go()
+            moved = changes if self._held_at is None else self._held_at
+            with self._timed():
+                self._run("PRAGMA wal_checkpoint(PASSIVE)")
+            self._moved_at, self._complaint = moved, ""
+            if is_whole:
+                self._checkpointed_at = changes
+                step = 1 if self._slowest < CHECKPOINT_TIME else -1
+                self._doublings = min(max(0, self._doublings + step), CHECKPOINT_DOUBLINGS)
+                self._slowest = 0.0
+            else:
+                self._start_flush()
         except StoreError as error:
-            if str(error) != self._complaint:  # once, and not each time
+            self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
+            if str(error) != self._complaint:
                 log.warning("cannot checkpoint: %s", error)
             self._complaint = str(error)
         finally:
+            self._let_reader_go()
             self.lock.release()
+
+    def _is_rest(self, changes: int) -> bool:
+        """Whether what is left is little, or so much that no part can be waited for."""
+        if changes - self._checkpointed_at >= 2 * CHECKPOINT_AFTER << CHECKPOINT_DOUBLINGS:
+            return True
+        is_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
+        return is_begun and changes - self._moved_at <= CHECKPOINT_REST
+
+    def _is_part_due(self) -> bool:
+        """Whether it is time for a part, when the transaction that begins is held back."""
+        changes = self._db.total_changes
+        if self._moved_at > self._checkpointed_at:
+            is_due = changes - self._moved_at > CHECKPOINT_REST
+        else:
+            is_due = changes - self._checkpointed_at >= CHECKPOINT_AFTER << self._doublings
+        return is_due and self._held_at is None and not self._is_flushing()
+
+    def _hold_back(self) -> None:
+        """Have the reader begin: what is written from now on stays in the WAL."""
+        try:
+            if self._reader is None:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._reader = self._connect()
+            self._reader.execute("BEGIN")
+            self._reader.execute("SELECT 1 FROM service").fetchall()
+            self._held_at = self._db.total_changes
+        except (*FAILURES, OSError) as error:  # then all is moved at once, when it is much
+            log.warning("cannot checkpoint in parts: %s", error)
+
+    def _let_reader_go(self) -> None:
+        self._held_at = None
+        if self._reader is not None and self._reader.in_transaction:
+            self._reader.execute("COMMIT")
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._slowest = max(self._slowest, time.monotonic() - began)
+
+    def _start_flush(self) -> None:
+        def flush(file: int) -> None:
+            with self._timed(), suppress(OSError):  # SQLite will hear of it too
+                os.fdatasync(file)
+
+        with suppress(RuntimeError, MemoryError):  # no thread is to be had: then SQLite waits
+            thread = threading.Thread(target=flush, args=(self._file,), daemon=True)
+            thread.start()
+            self._flush = thread
+
+    def _is_flushing(self) -> bool:
+        return self._flush is not None and self._flush.is_alive()
 
     @contextmanager
     def alone_in(self, folder: str) -> Iterator[None]:
@@ -2402,6 +2492,7 @@ class Store:
         """
         if self._connection is None:
             return
+        self._let_reader_go()
         if identity(f"{self.path}-wal") in (None, self._wal_identity):
             try:
                 is_busy, _, _ = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0]
@@ -2425,9 +2516,7 @@ class Store:
     def disown(self, reason: str = "") -> None:
         """Close a database that is not to be worked with; it counts as replaced."""
         self._identity, self._refused = None, reason
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._disconnect()
 
     def file_sizes(self) -> Tuple[int, int]:
         """Bytes of the database and of its WAL: looked at, never opened."""
