@@ -2077,6 +2077,7 @@ class Store:
         self._held_at: Optional[int] = None  # what came later is held back by the reader
         self._file = -1  # the database's, for the flush
         self._flush: Optional[threading.Thread] = None
+        self._flush_failed = ""  # why
 
     # Opening and closing: under the lock, by the caller.
 
@@ -2121,6 +2122,8 @@ class Store:
         all of them: with any other its locks would go."""
         if self._flush is not None:
             self._flush.join()
+        if self._flush_failed:
+            self._end(self._flush_failed)
         for connection in filter(None, (self._reader, self._connection)):
             connection.close()
         if self._file >= 0:
@@ -2293,6 +2296,9 @@ class Store:
     # a thread has the disk take it while we go on. What has come meanwhile is less, is moved in
     # the same way, and so on; what is left in the end is little, and the WAL begins anew. What
     # SQLite does for safety it does as ever: nothing depends on the thread, or on the reader.
+    # But for one thing: pages that the disk has failed to take it would move once more, and those
+    # of a part it would not. Then the process ends and closes nothing, so whoever opens the
+    # database next moves all of the WAL again.
     #
     # How much is in the WAL is not to be had: the file is written over from its start, because to
     # truncate it and let it grow again costs a heartbeat a tenth of its time. So the rows that
@@ -2303,6 +2309,8 @@ class Store:
     def checkpoint(self, is_due: bool = False) -> None:
         """Move a part of the WAL into the database, or the rest, when it is time or is_due; not
         while another writer is at work."""
+        if self._flush_failed:
+            self._end(self._flush_failed)
         changes = self._db.total_changes
         is_whole = is_due or self._is_rest(changes)
         if self._held_at is None and not is_whole:
@@ -2326,18 +2334,22 @@ class Store:
             else:
                 self._start_flush()
         except StoreError as error:
+            if self._moved_at > self._checkpointed_at and self._is_of_the_disk(error.__cause__):
+                self._end(str(error))
             self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
-            if str(error) != self._complaint:
+            if not is_due and str(error) != self._complaint:  # what is due has been told already
                 log.warning("cannot checkpoint: %s", error)
             self._complaint = str(error)
         finally:
-            self._let_reader_go()
-            self.lock.release()
+            try:
+                self._let_reader_go()
+            finally:
+                self.lock.release()
 
     def _is_rest(self, changes: int) -> bool:
         """Whether what is left is little, or so much that no part can be waited for."""
         if changes - self._checkpointed_at >= 2 * CHECKPOINT_AFTER << CHECKPOINT_DOUBLINGS:
-            return True
+            return True  # of the parts, or of trouble with them
         is_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
         return is_begun and changes - self._moved_at <= CHECKPOINT_REST
 
@@ -2353,19 +2365,35 @@ class Store:
     def _hold_back(self) -> None:
         """Have the reader begin: what is written from now on stays in the WAL."""
         try:
-            if self._reader is None:
+            if self._file < 0:
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            if identity(self._file) != self._identity:
+                return  # another has taken its place just now
+            if self._reader is None:
                 self._reader = self._connect()
             self._reader.execute("BEGIN")
             self._reader.execute("SELECT 1 FROM service").fetchall()
             self._held_at = self._db.total_changes
-        except (*FAILURES, OSError) as error:  # then all is moved at once, when it is much
-            log.warning("cannot checkpoint in parts: %s", error)
+        except (*FAILURES, OSError, StoreError):
+            self._let_reader_go()  # then all is moved at once, when it is much
 
     def _let_reader_go(self) -> None:
         self._held_at = None
-        if self._reader is not None and self._reader.in_transaction:
-            self._reader.execute("COMMIT")
+        try:
+            if self._reader is not None and self._reader.in_transaction:
+                self._reader.execute("COMMIT")
+        except FAILURES:
+            self._reader = None  # which closes it
+
+    @staticmethod
+    def _is_of_the_disk(error: Optional[BaseException]) -> bool:
+        """Whether SQLite has met EIO; Python before 3.11 has only its words."""
+        words, code = "disk I/O error", 10  # SQLITE_IOERR
+        return getattr(error, "sqlite_errorcode", code if str(error) == words else 0) & 0xFF == code
+
+    def _end(self, error: str) -> None:
+        log.critical("the disk has not taken what was written, start again: %s", error)
+        os._exit(1)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -2375,8 +2403,11 @@ class Store:
 
     def _start_flush(self) -> None:
         def flush(file: int) -> None:
-            with self._timed(), suppress(OSError):  # SQLite will hear of it too
-                os.fdatasync(file)
+            try:
+                with self._timed():
+                    os.fdatasync(file)
+            except OSError as error:
+                self._flush_failed = told(self.path, error)
 
         with suppress(RuntimeError, MemoryError):  # no thread is to be had: then SQLite waits
             thread = threading.Thread(target=flush, args=(self._file,), daemon=True)
@@ -2620,15 +2651,11 @@ class Store:
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
 
     def hosts_not_past(self, number: int) -> int:
-        """How many hosts were last heard with a credential of a key or of an older one, and may
-        have got one of this key that they have not used."""
-        good = """SELECT count(*) FROM heartbeat WHERE key_number IN
+        """How many hosts were last heard with a credential of a key or of an older one that is
+        still good: the next one of those may be of this key, and not yet used."""
+        statement = """SELECT count(*) FROM heartbeat WHERE key_number IN
              (SELECT number FROM signing_key WHERE number <= ? AND retired_at IS NULL)"""
-        # Who was heard with one that is retired has re-enrolled, if anything.
-        unused = """SELECT count(*) FROM heartbeat JOIN host ON id = host_id
-             WHERE issued > serial AND key_number IN
-             (SELECT number FROM signing_key WHERE number < ? AND retired_at IS NOT NULL)"""
-        return int(self._value(good, number)) + int(self._value(unused, number))
+        return int(self._value(statement, number))
 
     def service(self) -> Optional[Service]:
         """What the servers say of themselves; None before the first one ran."""
