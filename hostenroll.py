@@ -276,9 +276,9 @@ PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
 PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not say
 COMPLAINT_MAXIMUM = 1000  # characters
+CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
 
 # The benchmark.
-CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
 BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
 BENCH_SECONDS, BENCH_SECONDS_RANGE = 10, (1, 600)
 BENCH_CONNECTIONS, BENCH_CONNECTIONS_RANGE = 64, (1, 1024)
@@ -2334,7 +2334,7 @@ class Store:
             else:
                 self._start_flush()
         except StoreError as error:
-            if self._moved_at > self._checkpointed_at and self._is_of_the_disk(error.__cause__):
+            if self._moved_at > self._checkpointed_at and self._is_of_a_sync(error.__cause__):
                 self._end(str(error))
             self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
             if not is_due and str(error) != self._complaint:  # what is due has been told already
@@ -2378,18 +2378,21 @@ class Store:
             self._let_reader_go()  # then all is moved at once, when it is much
 
     def _let_reader_go(self) -> None:
-        self._held_at = None
+        self._held_at, reader = None, self._reader
+        if reader is None or not reader.in_transaction:
+            return
         try:
-            if self._reader is not None and self._reader.in_transaction:
-                self._reader.execute("COMMIT")
+            reader.execute("COMMIT")
         except FAILURES:
-            self._reader = None  # which closes it
+            self._reader = None
+            reader.close()
 
     @staticmethod
-    def _is_of_the_disk(error: Optional[BaseException]) -> bool:
-        """Whether SQLite has met EIO; Python before 3.11 has only its words."""
-        words, code = "disk I/O error", 10  # SQLITE_IOERR
-        return getattr(error, "sqlite_errorcode", code if str(error) == words else 0) & 0xFF == code
+    def _is_of_a_sync(error: Optional[BaseException]) -> bool:
+        """Whether SQLite could not sync; before Python 3.11 it may have been any of its EIO."""
+        code = 1034  # SQLITE_IOERR_FSYNC
+        may_be = code if str(error) == "disk I/O error" else 0
+        return bool(getattr(error, "sqlite_errorcode", may_be) == code)
 
     def _end(self, error: str) -> None:
         log.critical("the disk has not taken what was written, start again: %s", error)
@@ -3495,6 +3498,8 @@ class AuditLog:
 
     def refuse(self, problem: Problem, now: int, in_tick: bool) -> None:
         """The act or the request at hand is refused."""
+        if not problem.is_audited:
+            return
         events = self._events if in_tick else self._notes
         which = problem.code, problem.organization
         window = self._windows.get(which)
@@ -3743,7 +3748,7 @@ class Registry:
             if act.writes:
                 self._store.undo()
                 self.audit.undo(mark)
-            self._note_refusal(result, now, in_tick=act.writes)
+            self.audit.refuse(result, now, in_tick=act.writes)
         elif act.writes:
             self._store.keep()
         return result
@@ -3889,11 +3894,7 @@ class Registry:
     def refused(self, problem: Problem, origin: Origin, now: int) -> None:
         """A refusal that no act came to: the next tick that writes audits it."""
         self.audit.origin = origin
-        self._note_refusal(problem, now, in_tick=False)
-
-    def _note_refusal(self, problem: Problem, now: int, in_tick: bool) -> None:
-        if problem.is_audited:
-            self.audit.refuse(problem, now, in_tick)
+        self.audit.refuse(problem, now, in_tick=False)
 
     def events(self, by: Principal, query: EventQuery, now: int) -> Page:
         """The newest first. Raises InvalidQuery."""
@@ -4541,7 +4542,7 @@ class Registry:
         try:
             return self._beat_one(beat, now)
         except Problem as problem:
-            self._note_refusal(problem, now, in_tick=True)
+            self.audit.refuse(problem, now, in_tick=True)
             return problem
 
     def _beat_one(self, beat: PlainBeat, now: int) -> int:
@@ -10841,7 +10842,7 @@ def _say(*lines: str) -> None:
 def _complain(what: str) -> None:
     """In one line, whatever somebody has typed or pasted: no secret, and no escape sequence."""
     line = UNPRINTABLE.sub("?", concealed(what))
-    _say(f"hostenroll: {line if len(line) <= COMPLAINT_MAXIMUM else line[:COMPLAINT_MAXIMUM]}")
+    _say(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}")
 
 
 def _print(text: str, end: str = "\n") -> None:

@@ -2756,10 +2756,33 @@ def test_pages_that_the_disk_has_not_taken_end_the_process_before_their_wal_is_g
             if store._flush is not None:
                 store._flush.join()
             if whose == "the rest" and store._moved_at > store._checkpointed_at:
-                with faulty(registry, only="PRAGMA wal_checkpoint(PASSIVE)"):
+                passive, unsynced = "PRAGMA wal_checkpoint(PASSIVE)", failure(1034)
+                with faulty(registry, only=passive, error=unsynced):
                     store.checkpoint(is_due=True)
     assert caplog.text.count("the disk has not taken") == 1 and "start again" in caplog.text
     store._flush_failed = ""  # or else it could not be closed here
+
+
+@pytest.mark.parametrize("code", [13, 778], ids=["full", "a page that cannot be written"])
+def test_a_part_that_cannot_be_moved_ends_nothing(
+    code: int, registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved before is on its way to the disk, and the WAL has the rest."""
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_AFTER", 20)
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_DOUBLINGS", 0)
+    monkeypatch.setattr(hostenroll, "CHECKPOINT_REST", 1)
+    ended: List[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store, failed = registry._store, 0
+    for _ in range(60):
+        token_of(registry, clock)
+        registry.tidy()
+        if store._moved_at > store._checkpointed_at:
+            passive = "PRAGMA wal_checkpoint(PASSIVE)"
+            with faulty(registry, only=passive, error=failure(code)) as connection:
+                store.checkpoint(is_due=True)
+                failed += connection.failed
+    assert failed > 1 and ended == []
 
 
 def test_who_closes_a_database_leaves_no_descriptor_and_no_thread(
