@@ -14,32 +14,36 @@ a credential; with the credential it beats, and the host is online:
 
 Words, each with one meaning, in code, SQL, API and command line alike:
 
-    token         lets hosts in: once (or --max-uses times), before its hour
-    API key       lets a person or a script use the user API
-    credential    what an enrolled host holds and beats with: a JWT, HS256
-    signing key   what signs credentials; lives in the key file, never in the database
-    host          a machine that has enrolled
-    organization  whose it is, by its slug
-    revoke        shut out until restored; the row stays
-    delete        gone; it must enroll anew, and its id never returns
-    re-enroll     a token bound to an existing host: new credential, same id, name and history
-    serial        the number of a credential among those issued to one host
-    tick          one turn of the server's loop: one batch of requests, one transaction, one time
-    event         what happened, as a row of the audit log
+    token           lets hosts in: once (or --max-uses times), before it expires
+    API key         lets a person or a script use the user API
+    credential      what an enrolled host holds and beats with: a JWT, HS256
+    signing key     signs credentials; it is in the key file, never in the database
+    host            a machine that has enrolled
+    organization    owns hosts, tokens and API keys; known by its slug
+    revoke          shut out until restored; the row stays
+    delete          gone; the machine must enroll again, and the id never returns
+    re-enroll       by a token bound to an existing host: new credential, same id, name and history
+    serial          the number of a credential among those issued to one host
+    tick            one turn of the server's loop: one batch of requests, one transaction, one time
+    operation       what can be asked for, by HTTP, by a command or both: a row of a table
+    call            an operation with its caller and its values, from either door
+    engine          SQLite and its files; queries: the plain SQL that runs in it
+    service period  the time since servers began to listen without a gap; gaps are no host's silence
+    event           what happened, as a row of the audit log
 
-Contents; each section uses only those above it, and a test holds it to that:
+Contents; each section uses only those above it, and a test checks that:
 
-     1. Limits         imports and every number, with its unit and its reason
+     1. Limits         every number, with its unit and its reason
      2. Problems       every refusal by name
-     3. Shapes         what a body and a query may say, checked and described from one declaration
-     4. Secrets        ids, tokens, API keys; the keyring and its file; the pin of a certificate
-     5. Store          the schema and the only SQL; the lock between processes
-     6. Registry       the rules: mint, enroll, beat, revoke, rotate; the audit log; refusals
+     3. Schemas        bodies and queries, checked and described from one declaration
+     4. Secrets        ids, tokens, API keys; the keyring and its file; files that are safe to write
+     5. Store          the schema; the lock between processes; the engine; the queries
+     6. Registry       the rules, a class for each noun; the audit log; the tick's transaction
      7. Messages       the strict HTTP/1.1 reader and its writer: bytes to values and back
      8. Assets         texts for people to copy; the agent, in shell; the page, for browsers
-     9. Api            routes, and the documents that they answer with; metrics
-    10. Server         the loop: sockets, TLS, deadlines, shutdown; a load for the benchmark
-    11. Command line   COMMANDS and main()
+     9. Operations     OPERATIONS: one row each; the documents they answer with; OpenAPI; metrics
+    10. Server         the loop: sockets, TLS, connection states, deadlines, shutdown
+    11. Command line   what people type and see around OPERATIONS; main()
 
 Laws that the code keeps, each explained where it is kept:
 
@@ -48,52 +52,71 @@ Laws that the code keeps, each explained where it is kept:
     Nothing but SQLite opens the database while a connection is open.
     Nothing secret is in the database, in a log, or in a refusal.
     A refused request changes nothing; a refused enrollment never uses up a token.
-    Status is computed, never stored.
+    Status is computed by one function, never stored.
     Parsing never touches a socket.
+    Control goes down once: a door makes calls, the registry runs them, queries run in the engine.
+    What cannot pass by itself ends the process: one line, exit status 1, and it is started again.
+    Nothing is written through a link or a file that another user prepared.
     Memory and time are bounded for whatever a peer sends.
+
+A tour, by function names. A heartbeat, the same bytes every 30 s:
+
+    Server._turn waits, and has Exchanges.on_ready read what arrived.
+    HeartbeatFastPath.match recognizes it by its bytes and finds its credential verified: a
+      Heartbeat. Else RequestReader.next parses it and Api.admit judges it (Keyring.verify).
+    Exchanges.run_tick hands all that may write to Registry.run, in one transaction.
+    Heartbeats.batch runs one statement for all heartbeats; Heartbeats.accept judges each stray.
+    Registry._commit commits; then Api.heartbeat_answer writes each answer.
+
+An enrollment, and every other request:
+
+    RequestReader.next: bytes to a Request. Api.admit: find_operation, the checks of its Schemas,
+      Tokens.prove; the outcome is a Call, or the refusal.
+    Registry.run: Registry._run_one runs the row's rule in a savepoint: Enrollments.enroll, where
+      the guarded UPDATE of Queries.use_token decides; AuditLog.record notes the event.
+    After the commit Api.answer makes the Response from the row's Document; write_response.
+
+A command runs the same rule without HTTP: main, run_command, parse_arguments; Session.call makes
+the Call, Session.perform runs it by Registry.perform, and the row's Document is what is shown.
+
+What to change where:
+
+    a fact of hosts   SCHEMA and MIGRATIONS (section 5), Host (5), a row of FACTS (9)
+    an operation      a rule in its noun's class (6), a row of OPERATIONS (9); for people a row of
+                      COMMANDS (11)
+    a refusal         a row in section 2; raise it where the reason is known
+    a number          section 1
 """
 
 from __future__ import annotations
 
+import marshal
+import os
 import sys
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from importlib.util import MAGIC_NUMBER
 
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.platform == "linux":
-    # Python keeps the syntax tree of its main script for as long as that runs, a quarter of an
-    # idle server's memory. So a server starts over, as this process, with the code of this file
-    # handed over compiled; and before anything else, which would be done twice.
-    import contextlib
-    import marshal
-    import os
-    from importlib.util import MAGIC_NUMBER
-
-    # A system may forbid it, and a Python may not have it: then the memory stays taken.
-    with contextlib.suppress(OSError, AttributeError):
-        if sys.version_info >= (3, 10):
-            started = sys.orig_argv
-        else:
-            with open("/proc/self/cmdline", "rb") as file:
-                started = list(map(os.fsdecode, file.read().split(b"\0")[:-1]))
-        options = [it for it in started[1 : len(started) - len(sys.argv)] if it != "--"]
-        # Before Python 3.10 it may be a loader that was started, and told to start Python.
-        is_known = all(it.startswith("-") for it in options[:1]) and len(started) > len(sys.argv)
-        is_script = is_known and __spec__ is None  # or it is run by its name: -m, or -um
-        if sys.executable and is_script and os.path.exists("/proc/self/fd"):
-            code = os.memfd_create("hostenroll", 0)  # which what starts over inherits
-            with open(code, "wb", closefd=False) as compiled:  # as a .pyc file is
-                compiled.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
-            again = (
-                "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "  # not the cwd
-                f"import os, runpy; main = runpy.run_path('/proc/self/fd/{code}')['main']; "
-                f"os.close({code}); sys.exit(main())"
-            )
-            os.execv(sys.executable, [sys.executable, *options, "-c", again, *sys.argv])
+# Python keeps the syntax tree of its main script for as long as that runs: 20 of the 47 MiB of an
+# idle server. So a server starts over, in the same process, from this file's compiled code. Where
+# that cannot be done, it goes on with more memory. It comes first, so that little is done twice;
+# sys.path loses the working directory, where others may have put modules.
+if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"]:
+    with suppress(AttributeError, OSError):  # Python before 3.10, not Linux, or forbidden
+        _options = [word for word in sys.orig_argv[1 : -len(sys.argv)] if word != "--"]
+        if "-m" not in _options and os.path.exists("/proc/self/fd"):  # -m: under a debugger
+            _code = os.memfd_create("hostenroll", 0)  # inherited
+            with open(_code, "wb", closefd=False) as _file:  # laid out as a .pyc file
+                _file.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
+            _main = f"runpy.run_path('/proc/self/fd/{_code}')['main']"
+            _start = "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; "
+            _start += f"import os, runpy; main = {_main}; os.close({_code}); sys.exit(main())"
+            os.execv(sys.executable, [sys.executable, *_options, "-c", _start, *sys.argv])
 
 import argparse
 import base64
 import binascii
 import errno
 import fcntl
-import getpass
 import hashlib
 import hmac
 import io
@@ -101,19 +124,22 @@ import ipaddress
 import json
 import logging
 import math
-import os
+import pwd
 import random
 import re
 import resource
 import secrets
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import stat
 import string
+import subprocess
+import tempfile
 import threading
 import time
 import unicodedata
@@ -122,42 +148,24 @@ from array import array
 from bisect import bisect_left
 from calendar import timegm
 from collections import Counter, OrderedDict, deque
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import accumulate, chain, product, repeat, takewhile
-from json.encoder import encode_basestring_ascii
-from typing import (
-    Any,
-    BinaryIO,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Type,
-    TypeVar,
-    Union,
-    cast,
-)
+from itertools import chain, cycle, groupby, product, repeat, takewhile
+from operator import attrgetter
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, urlsplit
 
 # 1. Limits
 #
-# Every number stands here, with its unit and its reason. Times in milliseconds where the name
-# ends in _MS, else in seconds; sizes in bytes. Below them, how times, ids and the texts of
-# peers are written.
+# Law: every number that we chose stands here, with its unit and the reason for its size. Times are
+# in milliseconds where the name ends in _MS, else in seconds; sizes are in bytes.
+#
+# Contents: numbers by topic; Progress, Origin; how JSON, times, ids and peers' texts are written.
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SECOND_MS = 1000
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -166,42 +174,48 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 TOKEN_TTL = HOUR  # long enough to walk to the machine
 TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
 TOKEN_USES_RANGE = (1, 1_000_000)
-TOKEN_HOSTS_SHOWN = 1000  # of the hosts that came in by a token, the newest
+TOKEN_HOSTS_SHOWN = 1000  # the newest hosts that a token let in: a token may let in a million
+TOKEN_KEPT = 30 * DAY  # after its end, so that show-token can still tell what became of it
 CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
 CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
+CREDENTIAL_MAXIMUM = 1024  # the longest that we sign, with a kid and a slug of 64 each, has 413
 REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
 SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
-KEY_FILE_MODE = 0o600
-KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain
-TOKEN_KEPT = 30 * DAY  # after it has ended
-TWINS_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
+DUPLICATES_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
+
+# Files with secrets.
+PRIVATE_MODE = 0o600
+KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain: thousands of either
+LINKS_MAXIMUM = 40  # one behind the other: as many as Linux follows
 
 # Heartbeats and status.
 HEARTBEAT_INTERVAL = 30
 HEARTBEAT_INTERVAL_RANGE = (1, DAY)
 HEARTBEAT_SPREAD = 15  # per cent; each reply draws its interval: a fleet must not beat as one
-MISSED_BEATS = 3  # this many intervals of silence, and the slack, are still online
+MISSED_BEATS = 3  # after this many intervals of silence, and the slack, a host is still online
 ONLINE_SLACK = 10
 MISSING_AFTER = 7 * DAY
 ALIVE_EVERY = 10  # how often a server writes that it lives
-ALIVE_GRACE = 25  # two such writes missed, and then some: no server lives
-CLOCK_SLACK = 300  # a time that is further ahead is of a clock that has been set back since
+ALIVE_GRACE = 25  # longer than two such writes: no server lives
+CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
+READY_EVERY = 1  # between two writes by /readyz, which is open to all
 
-# Lists. No request looks at more rows than this, and no tick at more than a slice of them, so that
-# a heartbeat behind it waits about a millisecond.
+# Lists. No request examines more rows than this, so that a heartbeat behind it waits a few ms.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
 ROWS_EXAMINED = 1000
-SLICE = 100  # ROWS_EXAMINED are ten of them, and a page of PAGE_DEFAULT is one
-PAGE_BYTES = 1024 * 1024  # of a page; the slice that goes over it is the last
-READS_AT_ONCE = 16  # pages that come together in turns; the others wait, and hold nothing
-COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census: SQLite counts them by itself
-CENSUS_KEPT = 5  # a census that took longer than one slice is good for so long
-PRUNED_AT_ONCE = 500
+ROWS_READ = 100  # of a list, at once: a page of PAGE_DEFAULT without a filter
+PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 hosts may be 100 MiB
+ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more counts as several
+COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census, which compares them one by one
+CENSUS_KEPT = 5  # a census that took more than one slice is good for so long
+VERIFIED_AT_ONCE = 1000  # events, in one read transaction: a longer one holds up the WAL
+PRUNED_AT_ONCE = 500  # rows a turn, a few ms; again in the next turn while there are more
+VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a statement
 
 # The audit log.
-NOTES_MAXIMUM = 1000  # while nothing can be written; what comes then is summed up
-REFUSALS_AUDITED = 60  # of one code, in a minute; the others are summed up in one event
+PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
+REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 
 # Wrong secrets. None of them can be guessed: what is limited is the noise that they make.
@@ -214,67 +228,66 @@ SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 # Backups.
-BACKUP_PAGES = 256  # copied at once
+BACKUP_PAGES = 256  # copied at once, in less than a millisecond
 BACKUP_PAUSE = 0.005  # after each, so that processor and disk are there for others too
-BACKUP_NICENESS = 10
+BACKUP_NICENESS = 10  # the default of nice(1)
 
 # HTTP messages.
-HEAD_MAXIMUM = 16 * 1024
-FIELDS_MAXIMUM = 100
-PARAMETERS_MAXIMUM = 64
-BODY_MAXIMUM = 64 * 1024
-CHUNK_LINE_MAXIMUM = 256
+HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one such, and what proxies add
+FIELDS_MAXIMUM = 100  # as Apache's LimitRequestFields
+PARAMETERS_MAXIMUM = 64  # REPEATS_MAXIMUM labels, and every other parameter there is
+BODY_MAXIMUM = 64 * 1024  # the largest valid one in UTF-8, a host's 32 longest labels, has 35 KiB
+CHUNK_LINE_MAXIMUM = 256  # a size has up to 16 digits; the rest are extensions, which are ignored
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
 CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
-HOPS_MAXIMUM = 16  # of trusted proxies, one behind the other
+HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
+HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
+HOPS_CACHED = 4096  # 0.3 KiB each; to parse an address takes as long as half a heartbeat's tick
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 where all is long: 22 to 32 MiB
+CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 for the longest: 22 to 32 MiB
 CREDENTIALS_KEPT_MS = HOUR * SECOND_MS  # in the cache: longer than most intervals
-CREDENTIAL_MAXIMUM = 1024
 
-# Connections. Each deadline class has one length, so its queue is in order by itself.
+# Connections. Each kind of deadline has one length, so its queue is in order by itself.
 CONNECTIONS_MAXIMUM = 4096
 BACKLOG = 4096  # the kernel lowers it to its own limit; a full queue costs honest peers seconds
 DESCRIPTORS_SPARE = 64  # beside the connections: database, locks, log, selector
-HANDSHAKE_DEADLINE = 10
-HEAD_DEADLINE = 10
-BODY_DEADLINE = 30
-IDLE_DEADLINE = 75
-ANSWER_DEADLINE = 30
-LINGER_DEADLINE = 2
-HANDSHAKE_MAXIMUM = 16 * 1024  # of the peer's; OpenSSL alone would hold 128 KiB of a hello
+HANDSHAKE_DEADLINE = 10  # a lost packet is sent again after 1, 3 and 7 s: RFC 6298
+HEAD_DEADLINE = 10  # likewise; a head is one or two packets
+BODY_DEADLINE = 30  # BODY_MAXIMUM at 2 KiB/s
+IDLE_DEADLINE = 75  # as nginx; two heartbeat intervals and their spread fit
+ANSWER_DEADLINE = 30  # PAGE_BYTES at 35 KiB/s
+LINGER_DEADLINE = 2  # for the peer to read the answer before a reset drops it: RFC 9112 section 9.6
+HANDSHAKE_MAXIMUM = 16 * 1024  # from the peer; OpenSSL alone would hold 128 KiB of a hello
 TLS_RECORD = 16384  # the longest plain text of one: RFC 8446 section 5.1
 RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than it saves
-HELD_MAXIMUM = 32 * 1024 * 1024  # of unfinished and large requests and of untaken answers, together
-ACCEPTS_PER_TURN = 128  # so that a flood of connections does not hold up those that stand
-ACCEPT_PAUSE = 0.1  # when there are no descriptors to be had
-REOPEN_PAUSE = 0.5  # between attempts at a database that has taken the place of ours
-MEMORY_PAUSE = 0.1  # when there is no memory to be had: others may give some back
-SHUTDOWN_DEADLINE = 4
+BUFFERED_MAXIMUM = 32 * 1024 * 1024  # unfinished requests and answers not taken yet, together
+ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not hold up the others
+ACCEPT_PAUSE = 0.1  # when no descriptor is free
+SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE less than the 5 s in which a server stops
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
 
 # The store.
-LOCK_PATIENCE = 5
-CLOSE_PATIENCE = 0.5  # with SHUTDOWN_DEADLINE less than the 5 s in which a server stops
-LOCK_POLL = 0.001
-RETRY_AFTER = 5
+LOCK_PATIENCE = 5  # many times what a command holds the lock for; then something is wrong
+CLOSE_PATIENCE = 0.5  # a server that stops leaves the last checkpoint to the next one
+LOCK_POLL = 0.001  # a tick takes about as long
+RETRY_AFTER = 5  # as LOCK_PATIENCE
 TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
-CHECKPOINT_AFTER = 2048  # rows changed: as many pages, of heartbeats
-CHECKPOINT_TIME = 0.04  # others wait for it, or for the disk; the quicker, the less often it comes
-CHECKPOINT_DOUBLINGS = 3  # of CHECKPOINT_AFTER: some 16 MiB of WAL, of heartbeats
-CHECKPOINT_REST = 512  # rows: so few are moved while everybody waits for the disk
+TROUBLE_PAUSE = 0.5  # between attempts to end a trouble by a checkpoint, which makes room
+CHECKPOINT_AFTER = 8192  # rows, of heartbeats at most 8 MiB: to move them holds up the loop 15 ms
+CHECKPOINT_AT_ONCE = 32768  # rows, of heartbeats at most 32 MiB: then all is moved at once
+CHECKPOINT_REST = 512  # rows: so few are moved while the loop waits for the disk
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
 PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
-PAGE_CACHE_KIB = 7168
+PAGE_CACHE_KIB = 7168  # the heartbeats of some 200,000 hosts
 
 # What a terminal shows.
-PROGRESS_AFTER = 1.0  # an act that takes no longer needs no word about it
+PROGRESS_AFTER = 1.0  # an act that takes no longer needs no progress line
 PROGRESS_EVERY = 0.2
-COLUMNS_DEFAULT = 80  # of a terminal that does not say
+COLUMNS_DEFAULT = 80  # of a terminal that does not report its width
 COMPLAINT_MAXIMUM = 1000  # characters
 CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
 
@@ -282,35 +295,34 @@ CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
 BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
 BENCH_SECONDS, BENCH_SECONDS_RANGE = 10, (1, 600)
 BENCH_CONNECTIONS, BENCH_CONNECTIONS_RANGE = 64, (1, 1024)
-BENCH_RATE_RANGE = (1, 100_000)  # heartbeats a second
 BENCH_BATCH = 1000  # hosts made in one transaction; larger ones are no faster
-BENCH_ENROLLED = 20_000  # hosts at most that enroll over HTTP, or half the fleet
-BENCH_ENROLLED_A_SECOND = 2000  # of --seconds: a short benchmark is to be short
-BENCH_BYTES_PER_HOST = 1024  # of disk: twice what was measured
-BENCH_START, BENCH_POLL = 30, 0.02  # how long a server may take to listen, and a look at it
-BENCH_SHARE = 0.7  # of what a full server answers: a fleet is to leave room for its bad days
-BENCH_P99 = 0.050  # and answers that take longer are late
-BENCH_BUSY = 0.9  # of a core, that server and load take together when nothing holds them up
-BENCH_TRIES = 4  # of rates, each BENCH_SHARE of the one before, until one is answered in time
-BENCH_TELL = 0.2  # between two signs of life
-LOAD_PATIENCE = 10  # with a server that answers nothing, and with what is owed at the end
-LATENCY_BUCKETS = tuple(1e-5 * 1.01**n for n in range(1852))  # 10 us to 1000 s, to one per cent
+BENCH_SHARE = 0.7  # of a full core's rate: a fleet needs room for its bad days
 
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 DEFAULT_DATABASE, DEFAULT_KEY_FILE = "hostenroll.db", "hostenroll.key"  # beside each other
 
 log = logging.getLogger("hostenroll")
-log.addHandler(logging.NullHandler())  # commands say what went wrong themselves, once
+log.addHandler(logging.NullHandler())  # commands print what went wrong themselves, once
 
-T = TypeVar("T")
-
-# Whoever waits for a long act is told how much of it is done, of how much.
-Report = Callable[[int, int], Any]
+Progress = Callable[[int, int], Any]  # called with how much is done, and of how much
 
 
-def unheard(done: int, total: int) -> None:
-    """For an act that nobody waits for."""
+def no_progress(done: int, total: int) -> None:
+    """The Progress of an act that runs unwatched."""
+
+
+class Origin(NamedTuple):
+    """Where a call came from: for the log, the audit log and limits."""
+
+    address: str = ""  # of the client; '': the command line of this machine, or the server itself
+    connection: int = 0
+    number: int = 0  # of the request among those of its connection, from 1
+
+    @property
+    def request(self) -> str:
+        """The id of the request, and the X-Request-Id of its refusal; '' where there is none."""
+        return f"{self.connection:x}-{self.number}" if self.number else ""
 
 
 # Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
@@ -319,16 +331,13 @@ UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 
-
 # JSON in ASCII, without white space. json.dumps() would make an encoder for each text.
 json_text = json.JSONEncoder(separators=(",", ":")).encode
-
-FRACTIONS = [f".{n:03d}Z" for n in range(SECOND_MS)]  # of seconds: a list has thousands of times
 
 
 def rfc3339(milliseconds: int) -> str:
     """Unix time in milliseconds as an RFC 3339 timestamp in UTC, with milliseconds and Z."""
-    return _date_and_time(milliseconds // SECOND_MS) + FRACTIONS[milliseconds % SECOND_MS]
+    return f"{_date_and_time(milliseconds // SECOND_MS)}.{milliseconds % SECOND_MS:03d}Z"
 
 
 @lru_cache(maxsize=1024)  # a list has many times of few seconds
@@ -345,56 +354,70 @@ def id_text(number: int) -> str:
     return f"{number:016x}"
 
 
-def named(kind: str, number: int) -> str:
-    """A thing by its kind and its id, as the audit log names actors and subjects."""
+def tagged_id(kind: str, number: int) -> str:
+    """An id with its kind, as the audit log names actors and subjects: host:<id>."""
     return f"{kind}:{id_text(number)}"
 
 
-def read_id(text: str) -> int:
+def parse_id(text: str) -> int:
     """The number of an id; -1, which nothing has, for what cannot be one."""
     return int(text, 16) if ID.fullmatch(text) else -1
 
 
-# A token, an API key or a credential, whole or cut short, where somebody has put it by mistake: in
-# the place of an id, of a hostname.
+# A token, an API key or a credential, whole or cut short, typed by mistake where an id or a
+# hostname belongs.
 SECRET_SHAPED = re.compile(r"((?:het|hak)_[0-7][0-9a-f]{15}_|eyJ)[A-Za-z0-9_.-]+")
 
 
-def concealed(text: str) -> str:
-    """A text without the secrets that are in it; of a token or an API key the id stays."""
+def redact(text: str) -> str:
+    """A text without the secrets in it; of a token or an API key the id stays."""
     return SECRET_SHAPED.sub(r"\1...", text)
 
 
-def printable(text: str) -> str:
-    """A peer's text made safe to show: no control characters, no secrets, and not long."""
-    shown = UNPRINTABLE.sub("?", concealed(text))
+def sanitize(text: str) -> str:
+    """A peer's text made safe to show: no control characters, no secrets, at most 64 characters."""
+    shown = UNPRINTABLE.sub("?", redact(text))
     return shown if len(shown) <= 64 else f"{shown[:61]}..."
 
 
-def printable_path(path: str) -> str:
+def sanitize_path(path: str) -> str:
     """A path made safe to show. What is longer than an id may be a secret in the wrong place."""
-    return printable(re.sub("[^/]{33,}", lambda long: f"{long[0][:4]}...", path))
+    return sanitize(re.sub("[^/]{33,}", lambda long: f"{long[0][:4]}...", path))
 
 
-def span(seconds: float, minutes_from: int = 10) -> str:
-    """A duration for people: 95 s, 12 min, 3 h, 8 d."""
+def format_duration(seconds: float, minutes_from: int = 10) -> str:
+    """A duration for people: 95 s, 12 min, 3 h, 8 d; minutes from so many minutes on."""
     if seconds < minutes_from * MINUTE:
         return f"{round(seconds)} s"
-    for unit, size, least in (("d", DAY, 2), ("h", HOUR, 2)):
-        if seconds >= least * size:
+    for unit, size in (("d", DAY), ("h", HOUR)):
+        if seconds >= 2 * size:
             return f"{seconds // size:.0f} {unit}"
     return f"{seconds // MINUTE:.0f} min"
 
 
 # 2. Problems
 #
-# Every refusal has a name, and each name has one thing for the caller to do. A Problem is raised
-# at the place that knows and rendered in one place (section 7); what a peer may read of it is in
-# the document, and nothing else is.
+# Law: every refusal has a name, and each name has one thing for the caller to do. A Problem is
+# raised where the reason is known and rendered in one place (section 7); a peer reads what is in
+# the document and nothing else.
+#
+# Contents: the errors of operators; Problem; the refusals, as rows; problems().
 
 
 class OperatorError(Exception):
     """A mistake or a trouble on the operator's side: one line that says what to do."""
+
+
+class Unrecoverable(BaseException):
+    """What cannot pass by itself: a database, WAL or lock that is gone or replaced, a failed sync.
+
+    One line for the log. main() prints it and ends the process with 1, and leaves the database as
+    it is: closing it would checkpoint into a file that cannot be trusted. No Exception, so that
+    nothing on the way up takes it for a failure that can be survived.
+    """
+
+
+Headers = tuple[tuple[str, str], ...]  # names and values of header fields
 
 
 class FieldError(NamedTuple):
@@ -405,48 +428,46 @@ class FieldError(NamedTuple):
 
 
 class Problem(Exception):
-    """A refusal: a problem document of RFC 9457, and the exit status 3 of a command."""
+    """A refusal: a problem document of RFC 9457, and the exit status 3 of a command.
+
+    detail and errors are for the caller. actor, subject, organization and audit_detail are for
+    the audit log; peers never see them.
+    """
 
     status = 500
     code = "internal"
     title = "The server failed"
-    remedy = "Try again later; the server's log says more."
-    closes = False  # the connection cannot be used further: where the next message starts is lost
-    challenge = ""  # the error attribute of WWW-Authenticate, RFC 6750 section 3
-    names_errors = False  # has a list of what is wrong with a body or a query
-    is_audited = False  # somebody asked for what is not theirs
-    is_listed = True  # in the audit log by itself; else only in the sum of those like it
-    retry_after = 0  # seconds until the caller may come again; 0: that is not said
+    remedy = "Try again later; the server's log says more."  # detail, unless one is given
+    closes = False  # the connection: the start of the next message is not known
+    challenge = ""  # the error attribute of WWW-Authenticate: RFC 6750 section 3
+    names_errors = False  # the document lists what is wrong with a body or a query
+    is_audited = False  # the caller asked for what is not theirs
+    retry_after = 0  # seconds, in Retry-After; 0: no such field
 
-    # What the audit log may know of it; peers never see it.
     actor = "anonymous"
     subject = ""
     organization: Optional[str] = None
-    particulars: Mapping[str, Any] = {}
+    audit_detail: Mapping[str, Any] = {}
 
     def __init__(
-        self,
-        detail: str = "",
-        *,
-        errors: Sequence[FieldError] = (),
-        headers: Sequence[Tuple[str, str]] = (),
+        self, detail: str = "", *, errors: Sequence[FieldError] = (), headers: Headers = ()
     ) -> None:
         super().__init__(detail or self.remedy)
         self.detail = detail or self.remedy
         self.errors = tuple(errors[:ERRORS_NAMED])
-        self._headers = tuple(headers)
+        self._headers = headers
 
-    def concerning(
-        self, actor: str, subject: str, organization: Optional[str], **particulars: Any
+    def with_audit(
+        self, actor: str, subject: str, organization: Optional[str], **detail: Any
     ) -> Problem:
-        """The same, with what the audit log may know of it."""
+        """Itself, with what the audit log records of it."""
         self.actor, self.subject, self.organization = actor, subject, organization
-        self.particulars = particulars
+        self.audit_detail = detail
         return self
 
-    def document(self) -> Dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The members of RFC 9457 section 3.1, then code, then errors for a body or a query."""
-        document: Dict[str, Any] = {
+        document: dict[str, Any] = {
             "type": f"urn:hostenroll:problem:{self.code}",
             "title": self.title,
             "status": self.status,
@@ -457,7 +478,7 @@ class Problem(Exception):
             document["errors"] = [error._asdict() for error in self.errors]
         return document
 
-    def headers(self) -> Tuple[Tuple[str, str], ...]:
+    def headers(self) -> Headers:
         """Header fields that the status asks for: RFC 9110 sections 11.6.1 and 10.2.3."""
         if self.status == HTTPStatus.UNAUTHORIZED:
             error = f', error="{self.challenge}"' if self.challenge else ""
@@ -472,98 +493,9 @@ class Internal(Problem):
 
 
 class Unframed(Problem):
-    """A refusal after which nobody knows where the next message starts."""
+    """A refusal after which the start of the next message is not known."""
 
     closes = True
-
-
-class MalformedRequest(Unframed):
-    """Bytes that cannot be framed, or read, as HTTP/1.1: RFC 9112 sections 2.2, 5 and 6.3."""
-
-    status = 400
-    code = "malformed-request"
-    title = "The message is not HTTP/1.1 as we read it"
-    remedy = "Send a well-formed HTTP/1.1 request."
-
-
-class RequestTimeout(Unframed):
-    """A head or a body that came too slowly: RFC 9110 section 15.5.9."""
-
-    status = 408
-    code = "request-timeout"
-    title = "The request did not arrive in time"
-    remedy = "Send the whole request without a pause."
-
-
-class BodyTooLarge(Unframed):
-    """More content than we read: RFC 9110 section 15.5.14."""
-
-    status = 413
-    code = "body-too-large"
-    title = "The body is too large"
-    remedy = f"Send a body of at most {BODY_MAXIMUM} bytes."
-
-
-class HeadTooLarge(Unframed):
-    """More fields, or longer ones, than we read: RFC 6585 section 5."""
-
-    status = 431
-    code = "head-too-large"
-    title = "The request line and header fields are too large"
-    remedy = f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head."
-
-
-class UnknownTransferCoding(Unframed):
-    """Any transfer coding but chunked: RFC 9112 section 6.1."""
-
-    status = 501
-    code = "not-implemented"
-    title = "The transfer coding or method is not implemented"
-    remedy = "Send a method of the API, and a body plain or chunked."
-
-
-class HttpVersion(Unframed):
-    """A major version other than 1: RFC 9110 section 15.6.6."""
-
-    status = 505
-    code = "http-version"
-    title = "The HTTP version is not supported"
-    remedy = "Speak HTTP/1.1."
-
-
-class ExpectationFailed(Unframed):
-    """An expectation other than 100-continue: RFC 9110 section 10.1.1."""
-
-    status = 417
-    code = "expectation-failed"
-    title = "The expectation cannot be met"
-    remedy = "Expect 100-continue or nothing."
-
-
-class UnknownMethod(UnknownTransferCoding):
-    """A method that no route has: RFC 9110 section 9.1. The message itself is read."""
-
-    closes = False
-
-
-class InvalidBody(Problem):
-    """Content that is not the JSON, or not the shape, that the route takes."""
-
-    status = 400
-    code = "invalid-body"
-    title = "The body is not what is asked for"
-    names_errors = True
-    remedy = "Correct the fields named in errors."
-
-
-class InvalidQuery(Problem):
-    """A query that is not what the route takes."""
-
-    status = 400
-    code = "invalid-query"
-    title = "The query is not what is asked for"
-    names_errors = True
-    remedy = "Correct the parameters named in errors."
 
 
 class Unauthorized(Problem):
@@ -574,238 +506,157 @@ class Unauthorized(Problem):
     challenge = "invalid_token"
 
 
-class TokenUnknown(Unauthorized):
-    """A token that was never minted, or whose secret is wrong."""
+def _refusal(
+    code: str, status: int, title: str, remedy: str, base: type[Problem] = Problem,
+    *, name: str = "", **attributes: Any,
+) -> type[Problem]:  # fmt: skip
+    """A class of Problem: TokenUsed for the code token-used, or with the name that is given."""
+    members = {"code": code, "status": status, "title": title, "remedy": remedy, **attributes}
+    name = name or code.title().replace("-", "")
+    return cast("type[Problem]", type(name, (base,), {"__module__": __name__, **members}))
+
+
+GET_TOKEN = "Get a new token from the operator: mint-token."
+GET_REENROLL_TOKEN = "Get a re-enroll token from the operator; until then ask again hourly."
+RETRY_LATER = "Try again after the time that Retry-After names."
+
+# fmt: off
+
+# Framing: the message cannot be read, or not to its end. In order: RFC 9112 sections 2.2, 5 and
+# 6.3; RFC 9110 section 15.5.9; 15.5.14; RFC 6585 section 5; RFC 9112 section 6.1; RFC 9110 section
+# 15.6.6; 10.1.1; and 9.1, a method that no operation has: that message is read to its end.
+MalformedRequest = _refusal("malformed-request", 400, "The request is not valid HTTP/1.1",
+    "Send a well-formed HTTP/1.1 request.", Unframed)
+RequestTimeout = _refusal("request-timeout", 408, "The request did not arrive in time",
+    "Send the whole request without a pause.", Unframed)
+BodyTooLarge = _refusal("body-too-large", 413, "The body is too large",
+    f"Send a body of at most {BODY_MAXIMUM} bytes.", Unframed)
+HeadTooLarge = _refusal("head-too-large", 431, "The request line and header fields are too large",
+    f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head.", Unframed)
+UnknownTransferCoding = _refusal(
+    "not-implemented", 501, "The transfer coding or method is not implemented",
+    "Send a method of the API, and a body plain or chunked.", Unframed,
+    name="UnknownTransferCoding")
+HttpVersion = _refusal("http-version", 505, "The HTTP version is not supported",
+    "Speak HTTP/1.1.", Unframed)
+ExpectationFailed = _refusal("expectation-failed", 417, "The expectation cannot be met",
+    "Expect 100-continue or nothing.", Unframed)
+UnknownMethod = _refusal(
+    UnknownTransferCoding.code, 501, UnknownTransferCoding.title,
+    UnknownTransferCoding.remedy, UnknownTransferCoding, name="UnknownMethod", closes=False)
+
+# The message asks for what cannot be done.
+InvalidBody = _refusal("invalid-body", 400, "The body is not valid",
+    "Correct the fields named in errors.", names_errors=True)
+InvalidQuery = _refusal("invalid-query", 400, "The query is not valid",
+    "Correct the parameters named in errors.", names_errors=True)
+NotFound = _refusal("not-found", 404, "There is no such path or object",
+    "Check the path and the id.")
+MethodNotAllowed = _refusal("method-not-allowed", 405, "The path does not have this method",
+    "Use a method that the Allow header field names.")
+Conflict = _refusal("conflict", 409, "The request conflicts with what exists",
+    "Choose another name, or do first what the detail names.")
+
+# Tokens. Only a caller who proved its secret learns that a token has expired, was revoked or is
+# used up. The bound hostname is a guard against mistakes, not a proof: a machine states its own.
+TokenUnknown = _refusal("token-unknown", 401, "The token is not known", GET_TOKEN, Unauthorized)
+TokenExpired = _refusal("token-expired", 401, "The token has expired", GET_TOKEN, Unauthorized)
+TokenRevoked = _refusal("token-revoked", 401, "The token has been revoked", GET_TOKEN, Unauthorized)
+TokenUsed = _refusal("token-used", 401, "The token has been used",
+    "A token lets in as many hosts as it was minted for. Get a new one: mint-token.", Unauthorized)
+TokenHostMismatch = _refusal("token-host-mismatch", 403, "The token is bound to another hostname",
+    "Use the token on the host that it was minted for; it is not used up.", is_audited=True)
+
+# Credentials. Where none was presented the challenge names no error: RFC 6750 section 3.1.
+CredentialMissing = _refusal("credential-missing", 401, "The credential is missing",
+    "Send the credential from enrollment as Authorization: Bearer <credential>.", Unauthorized,
+    challenge="")
+CredentialInvalid = _refusal("credential-invalid", 401, "The credential is not valid",
+    GET_REENROLL_TOKEN, Unauthorized)
+CredentialExpired = _refusal("credential-expired", 401, "The credential has expired",
+    GET_REENROLL_TOKEN, Unauthorized)
+CredentialSuperseded = _refusal("credential-superseded", 401,
+    "A newer credential of this host is in use",
+    "If this host holds no newer credential, another machine may hold a copy: get a re-enroll "
+    "token from the operator; until then ask again hourly.", Unauthorized)
+HostRevoked = _refusal("host-revoked", 403, "The host has been revoked",
+    "Wait until the operator restores the host; ask again hourly.", is_audited=True)
+HostUnknown = _refusal("host-unknown", 410, "The host has been deleted",
+    "Enroll again with a new token; until then ask again hourly.", is_audited=True)
+
+# API keys.
+ApiKeyInvalid = _refusal("api-key-invalid", 401, "The API key is missing or not valid",
+    "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one.", Unauthorized)
+ApiKeyMissing = _refusal(ApiKeyInvalid.code, 401, ApiKeyInvalid.title, ApiKeyInvalid.remedy,
+    ApiKeyInvalid, name="ApiKeyMissing", challenge="")
+Forbidden = _refusal("forbidden", 403, "The API key may not do this",
+    "Use an API key with the role admin.", is_audited=True)
+
+# Limits and troubles. An address with too many wrong secrets gets too-many-requests in place of
+# token-unknown and api-key-invalid (RFC 6585 section 4); a good one is let in from there as ever.
+TooManyRequests = _refusal("too-many-requests", 429,
+    "Too many wrong secrets came from this address",
+    "Send a good secret, or try again after the time that Retry-After names.",
+    is_audited=True, retry_after=MINUTE)
+Overloaded = _refusal("overloaded", 503, "The server is overloaded", RETRY_LATER, Unframed,
+    retry_after=RETRY_AFTER)
+StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot be used now",
+    f"Nothing was changed. {RETRY_LATER}", retry_after=RETRY_AFTER)
+
+# fmt: on
+
+
+def problems() -> tuple[type[Problem], ...]:
+    """One class for each code, the first of its rows, in the order of status and code."""
+    kinds = [k for k in globals().values() if isinstance(k, type) and issubclass(k, Problem)]
+    by_code = {kind.code: kind for kind in reversed(kinds)}
+    return tuple(sorted(by_code.values(), key=lambda kind: (kind.status, kind.code)))
 
-    code = "token-unknown"
-    title = "The token is not known"
-    remedy = "Get a new token from the operator: mint-token."
 
-
-class TokenExpired(Unauthorized):
-    """Told, as the next two, only to a caller who has proved the secret."""
-
-    code = "token-expired"
-    title = "The token has expired"
-    remedy = "Get a new token from the operator: mint-token."
-
-
-class TokenRevoked(Unauthorized):
-    """An operator took the token back, or deleted the host that it was bound to."""
-
-    code = "token-revoked"
-    title = "The token has been revoked"
-    remedy = "Get a new token from the operator: mint-token."
-
-
-class TokenUsed(Unauthorized):
-    """No uses are left, whatever became of the hosts that came in by it."""
-
-    code = "token-used"
-    title = "The token has been used"
-    remedy = "A token lets in as many hosts as it was minted for. Get a new one: mint-token."
-
-
-class CredentialMissing(Unauthorized):
-    """No Authorization of the scheme Bearer: RFC 6750 section 3."""
-
-    code = "credential-missing"
-    title = "There is no credential"
-    remedy = "Send the credential from enrollment as Authorization: Bearer <credential>."
-    challenge = ""
-
-
-class CredentialInvalid(Unauthorized):
-    """Not signed by a key that we hold, or not as we would have written it."""
-
-    code = "credential-invalid"
-    title = "The credential is not one of ours"
-    remedy = "Get a re-enroll token from the operator; until then ask again hourly."
-
-
-class CredentialExpired(Unauthorized):
-    """Past its exp (RFC 7519 section 4.1.4) and the days of grace after it."""
-
-    code = "credential-expired"
-    title = "The credential has expired"
-    remedy = "Get a re-enroll token from the operator; until then ask again hourly."
-
-
-class CredentialSuperseded(Unauthorized):
-    """Its serial is below one that has been seen."""
-
-    code = "credential-superseded"
-    title = "A newer credential of this host is in use"
-    remedy = (
-        "If this host holds no newer credential, another machine may hold a copy: get a "
-        "re-enroll token from the operator; until then ask again hourly."
-    )
-
-
-class ApiKeyInvalid(Unauthorized):
-    """No API key, or one that is unknown or revoked."""
-
-    code = "api-key-invalid"
-    title = "The API key is missing or not valid"
-    remedy = "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one."
-
-
-class ApiKeyMissing(ApiKeyInvalid):
-    """No API key at all: RFC 6750 section 3.1 wants no error attribute then."""
-
-    challenge = ""
-
-
-class Forbidden(Problem):
-    """The API key is good, and its role does not suffice."""
-
-    status = 403
-    is_audited = True
-    code = "forbidden"
-    title = "The API key may not do this"
-    remedy = "Use an API key with the role admin."
-
-
-class TokenHostMismatch(Problem):
-    """A guard against mistakes, not a proof: a machine says its own name."""
-
-    status = 403
-    is_audited = True
-    code = "token-host-mismatch"
-    title = "The token is bound to another hostname"
-    remedy = "Use the token on the host that it was minted for; it is not used up."
-
-
-class HostRevoked(Problem):
-    """The host is shut out, and its row stays."""
-
-    status = 403
-    is_audited = True
-    code = "host-revoked"
-    title = "The host has been revoked"
-    remedy = "Wait until the operator restores the host; ask again hourly."
-
-
-class NotFound(Problem):
-    """No such path, or no such object in what the caller may see."""
-
-    status = 404
-    code = "not-found"
-    title = "There is no such thing here"
-    remedy = "Check the path and the id."
-
-
-class MethodNotAllowed(Problem):
-    """A method that other paths have: RFC 9110 section 15.5.6."""
-
-    status = 405
-    code = "method-not-allowed"
-    title = "The method does not go with this path"
-    remedy = "Use a method that the Allow header field names."
-
-
-class Conflict(Problem):
-    """What is asked for does not go with what there is."""
-
-    status = 409
-    code = "conflict"
-    title = "It does not go with what there is"
-    remedy = "Choose another name, or do first what the detail names."
-
-
-class HostUnknown(Problem):
-    """The credential is good, and its host has been deleted."""
-
-    status = 410
-    is_audited = True
-    code = "host-unknown"
-    title = "The host is gone"
-    remedy = "Enroll anew with a new token; until then ask again hourly."
-
-
-class TooManyRequests(Problem):
-    """Said in place of token-unknown and api-key-invalid to an address with too many wrong
-    secrets: RFC 6585 section 4. A good one is let in from there all the same."""
-
-    status = 429
-    is_audited = True
-    retry_after = MINUTE
-    code = "too-many-requests"
-    title = "Too many wrong secrets came from this address"
-    remedy = "Send a good secret, or try again after the time that Retry-After names."
-
-
-class Overloaded(Unframed):
-    """All unfinished requests together hold too much memory."""
-
-    status = 503
-    retry_after = RETRY_AFTER
-    code = "overloaded"
-    title = "The server has too much in hand"
-    remedy = "Try again after the time that Retry-After names."
-
-
-class StorageUnavailable(Problem):
-    """The database failed, or another writer has had it for too long."""
-
-    status = 503
-    retry_after = RETRY_AFTER
-    code = "storage-unavailable"
-    title = "The database cannot be used now"
-    remedy = "Nothing was changed. Try again after the time that Retry-After names."
-
-
-def problems() -> Tuple[Type[Problem], ...]:
-    """One class for each code, in the order of status and code."""
-
-    def tree(parent: Type[Problem]) -> Iterator[Type[Problem]]:
-        yield parent
-        for child in parent.__subclasses__():
-            yield from tree(child)
-
-    by_code = {problem.code: problem for problem in reversed(list(tree(Problem)))}
-    return tuple(sorted(by_code.values(), key=lambda problem: (problem.status, problem.code)))
-
-
-# 3. Shapes
+# 3. Schemas
 #
-# What a body or a query may say is declared once: check() and schema() come from the same
-# declaration. A Kind judges one value; a Shape judges an object member by member, names every
-# member that is wrong, and gives back only what it knows. What the API answers is declared in the
-# same way, for those who read schemas and for the tests.
+# Law: what a body or a query may be is declared once: the check and the JSON Schema come from one
+# declaration. A FieldType judges one value; a Schema judges an object member by member, names every
+# member that is wrong, and returns only members that it knows. Answers are declared the same way,
+# for readers of the OpenAPI document and for the tests.
 
 # What UNPRINTABLE leaves, as ECMA-262 writes it, which JSON Schema goes by. Surrogates stay out:
 # JSON that we read has none, and an engine that knows UTF-16 alone sees two of them in an emoji.
 PRINTABLE = "[^" + json.dumps(UNPRINTABLE.pattern)[2:-1].replace(r"\ud800-\udfff", "")
 
 
-class Kind:
-    """What one value may be. check() returns it, or raises ValueError with what is wrong."""
+class FieldType:
+    """What one value may be."""
 
     def check(self, value: Any) -> Any:
-        """Judge a value from JSON."""
+        """The value, from JSON. Raises ValueError with what is wrong: "must be ..."."""
         raise NotImplementedError
 
-    def read(self, text: str) -> Any:
-        """Judge a value from a query, where everything is text."""
+    def parse(self, text: str) -> Any:
+        """The value of a text from a query. Raises ValueError."""
         return self.check(text)
 
-    def schema(self) -> Dict[str, Any]:
-        """The same in JSON Schema 2020-12."""
+    def json_schema(self) -> dict[str, Any]:
+        """JSON Schema 2020-12 of what check() takes."""
         raise NotImplementedError
 
-    def parameter(self) -> Dict[str, Any]:
-        """The schema of what read() takes."""
-        return self.schema()
+    def parameter_schema(self) -> dict[str, Any]:
+        """JSON Schema 2020-12 of what parse() takes."""
+        return self.json_schema()
 
 
-class Text(Kind):
-    """A string of printable characters; a pattern is matched against the whole, and takes none
-    that is not printable."""
+class Text(FieldType):
+    """A string of printable characters. A pattern is matched against the whole, takes nothing that
+    is not printable, and has a description for those whose text does not match."""
 
-    def __init__(self, maximum: int, minimum: int = 0, pattern: str = "", say: str = "") -> None:
+    def __init__(
+        self, maximum: int, minimum: int = 0, pattern: str = "", description: str = ""
+    ) -> None:
         self._maximum, self._minimum = maximum, minimum
-        self._pattern, self._say = pattern, say
+        self._pattern, self._description = pattern, description
+        self._lengths = f"{minimum} to {maximum}" if minimum else f"at most {maximum}"
+        if minimum == maximum:
+            self._lengths = str(maximum)
 
     @property
     def pattern(self) -> str:
@@ -816,20 +667,14 @@ class Text(Kind):
         if not isinstance(value, str):
             raise ValueError("must be a string")
         if not self._minimum <= len(value) <= self._maximum:
-            raise ValueError(f"must have {self._lengths()} characters")
+            raise ValueError(f"must have {self._lengths} characters")
         if UNPRINTABLE.search(value):
             raise ValueError("must not contain control characters or text direction marks")
         if self._pattern and not re.fullmatch(self._pattern, value):
-            raise ValueError(f"must be {self._say}")
+            raise ValueError(f"must be {self._description}")
         return value
 
-    def _lengths(self) -> str:
-        if self._minimum == 0:
-            return f"at most {self._maximum}"
-        is_range = self._minimum < self._maximum
-        return f"{self._minimum} to {self._maximum}" if is_range else str(self._maximum)
-
-    def schema(self) -> Dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {
             "type": "string",
             "minLength": self._minimum,
@@ -838,21 +683,21 @@ class Text(Kind):
         }
 
 
-class Moment(Text):
+class Timestamp(Text):
     """A time as rfc3339() writes it."""
 
     def __init__(self) -> None:
         pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z"
         super().__init__(24, 24, pattern, "like 2027-01-15T08:00:00.000Z")
 
-    def schema(self) -> Dict[str, Any]:
-        return {**super().schema(), "format": "date-time"}
+    def json_schema(self) -> dict[str, Any]:
+        return {**super().json_schema(), "format": "date-time"}
 
 
-class Whole(Kind):
-    """An integer within bounds, both included."""
+class Integer(FieldType):
+    """An integer within bounds, both included; JSON may write it 3.0 (RFC 8259 section 6)."""
 
-    def __init__(self, bounds: Tuple[int, int], unit: str = "") -> None:
+    def __init__(self, bounds: tuple[int, int], unit: str = "") -> None:
         self._minimum, self._maximum = bounds
         self._bounds = f" from {self._minimum} to {self._maximum}{unit and ' '}{unit}"
 
@@ -862,16 +707,15 @@ class Whole(Kind):
             raise ValueError(f"must be an integer{self._bounds}")
         return int(value)
 
-    def read(self, text: str) -> int:
-        if not re.fullmatch(f"-?[0-9]{{1,{INTEGER_DIGITS}}}", text):
-            return self.check(text)
-        return self.check(int(text))
+    def parse(self, text: str) -> int:
+        is_short = re.fullmatch(f"-?[0-9]{{1,{INTEGER_DIGITS}}}", text)
+        return self.check(int(text) if is_short else text)
 
-    def schema(self) -> Dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"type": "integer", "minimum": self._minimum, "maximum": self._maximum}
 
 
-class Choice(Kind):
+class Choice(FieldType):
     """One of a few words."""
 
     def __init__(self, *words: str) -> None:
@@ -882,211 +726,196 @@ class Choice(Kind):
             raise ValueError(f"must be one of {', '.join(self._words)}")
         return value
 
-    def schema(self) -> Dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"type": "string", "enum": list(self._words)}
 
 
-class Labels(Kind):
+class Labels(FieldType):
     """An object of short keys and printable values; in a query, one key=value."""
 
     COUNT = 32
     KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", "letters, digits, . _ / -")
     VALUE = Text(255)
 
-    def check(self, value: Any) -> Dict[str, str]:
+    def check(self, value: Any) -> dict[str, str]:
         if not isinstance(value, dict):
             raise ValueError("must be an object")
         if len(value) > self.COUNT:
             raise ValueError(f"must have at most {self.COUNT} members")
         for key, text in value.items():
-            self._check_one("a label's name", self.KEY, key)
-            self._check_one(f"the label {key}", self.VALUE, text)
+            subject = "a label's name"
+            try:
+                self.KEY.check(key)
+                subject = f"the label {key}"
+                self.VALUE.check(text)
+            except ValueError as error:
+                raise ValueError(f"{subject} {error}") from None
         return value
 
-    def read(self, text: str) -> Tuple[str, str]:
+    def parse(self, text: str) -> tuple[str, str]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError("must be written key=value")
         self.check({key: value})
         return key, value
 
-    @staticmethod
-    def _check_one(what: str, kind: Text, value: Any) -> None:
-        try:
-            kind.check(value)
-        except ValueError as error:
-            raise ValueError(f"{what} {error}") from None
-
-    def schema(self) -> Dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {
             "type": "object",
             "maxProperties": self.COUNT,
-            "propertyNames": self.KEY.schema(),
-            "additionalProperties": self.VALUE.schema(),
+            "propertyNames": self.KEY.json_schema(),
+            "additionalProperties": self.VALUE.json_schema(),
         }
 
-    def parameter(self) -> Dict[str, Any]:
+    def parameter_schema(self) -> dict[str, Any]:
         return {"type": "string", "pattern": f"^{self.KEY.pattern}={self.VALUE.pattern}$"}
 
 
-class Nullable(Kind):
-    """Something, or null where there is none."""
+class Nullable(FieldType):
+    """A value of another type, or null where there is none."""
 
-    def __init__(self, kind: Kind) -> None:
-        self._kind = kind
+    def __init__(self, type: FieldType) -> None:
+        self._type = type
 
     def check(self, value: Any) -> Any:
-        return None if value is None else self._kind.check(value)
+        return None if value is None else self._type.check(value)
 
-    def schema(self) -> Dict[str, Any]:
-        return {"anyOf": [self._kind.schema(), {"type": "null"}]}
+    def json_schema(self) -> dict[str, Any]:
+        return {"anyOf": [self._type.json_schema(), {"type": "null"}]}
 
 
-class ListOf(Kind):
-    """An array of one kind of thing."""
+class ListOf(FieldType):
+    """An array of values of one type."""
 
-    def __init__(self, kind: Kind, maximum: int) -> None:
-        self._kind, self._maximum = kind, maximum
+    def __init__(self, type: FieldType, maximum: int) -> None:
+        self._type, self._maximum = type, maximum
 
-    def check(self, value: Any) -> List[Any]:
+    def check(self, value: Any) -> list[Any]:
         if not isinstance(value, list):
             raise ValueError("must be an array")
         if len(value) > self._maximum:
             raise ValueError(f"must have at most {self._maximum} items")
-        return [self._kind.check(item) for item in value]
+        return [self._type.check(item) for item in value]
 
-    def schema(self) -> Dict[str, Any]:
-        return {"type": "array", "maxItems": self._maximum, "items": self._kind.schema()}
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "array", "maxItems": self._maximum, "items": self._type.json_schema()}
 
 
-class ObjectOf(Kind):
-    """An object of a Shape, within another."""
+class ObjectOf(FieldType):
+    """An object of a Schema, within another."""
 
-    def __init__(self, shape: Shape) -> None:
-        self._shape = shape
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
 
-    def check(self, value: Any) -> Dict[str, Any]:
+    def check(self, value: Any) -> dict[str, Any]:
         try:
-            return self._shape.check(value)
+            return self._schema.check(value)
         except InvalidBody as problem:
-            said = (f"{error.field} {error.detail}" for error in problem.errors)
-            raise ValueError("; ".join(said) or "must be an object") from None
+            errors = (f"{error.field} {error.detail}" for error in problem.errors)
+            raise ValueError("; ".join(errors) or "must be an object") from None
 
-    def schema(self) -> Dict[str, Any]:
-        return self._shape.reference()
+    def json_schema(self) -> dict[str, Any]:
+        return self._schema.reference()
 
 
 class Field(NamedTuple):
     """One member of an object, or one parameter of a query."""
 
     name: str
-    kind: Kind
+    type: FieldType
     required: bool = False
-    repeats: bool = False  # in a query: may come more than once, and is read as a list
+    repeats: bool = False  # in a query: may come more than once; its value is a list
+
+    def parameter_schema(self) -> dict[str, Any]:
+        one = self.type.parameter_schema()
+        return {"type": "array", "maxItems": REPEATS_MAXIMUM, "items": one} if self.repeats else one
 
 
-def members(**kinds: Kind) -> List[Field]:
+def required(**types: FieldType) -> list[Field]:
     """Members that are always there."""
-    return [Field(name, kind, required=True) for name, kind in kinds.items()]
+    return [Field(name, type, required=True) for name, type in types.items()]
 
 
-class Shape:
-    """An object's members. An open one ignores members that it does not know. What has a name
-    is described once in a document, and referred to."""
+class Schema:
+    """An object's members. An open one ignores members that it does not know. One with a name is
+    described once in an OpenAPI document, and referred to."""
 
     def __init__(self, *fields: Field, open: bool = False, name: str = "") -> None:
-        self._fields = {field.name: field for field in fields}
+        self.fields = {field.name: field for field in fields}
         self._open = open
         self.name = name
 
-    def check(self, value: Any) -> Dict[str, Any]:
+    def check(self, value: Any) -> dict[str, Any]:
         """The known members of a JSON object. Raises InvalidBody, which names all that is wrong."""
         if not isinstance(value, dict):
             raise InvalidBody("The body must be a JSON object.")
-        found: Dict[str, Any] = {}
-        errors: List[FieldError] = []
+        members: dict[str, Any] = {}
+        errors: list[FieldError] = []
         for name in value:
-            if name in self._fields:
-                self._judge(name, self._fields[name].kind.check, value[name], found, errors)
+            if name in self.fields:
+                try:
+                    members[name] = self.fields[name].type.check(value[name])
+                except ValueError as error:
+                    errors.append(FieldError(name, str(error)))
             elif not self._open:
-                errors.append(FieldError(printable(name), "is not known here"))
-        required = (field.name for field in self._fields.values() if field.required)
-        errors += [FieldError(name, "is missing") for name in required if name not in value]
+                errors.append(FieldError(sanitize(name), "is not known here"))
+        missing = (f.name for f in self.fields.values() if f.required and f.name not in value)
+        errors += [FieldError(name, "is missing") for name in missing]
         if errors:
             raise InvalidBody(errors=errors)
-        return found
+        return members
 
-    def read(self, pairs: Iterable[Tuple[str, str]]) -> Dict[str, Any]:
+    def parse(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """The parameters of a query. Raises InvalidQuery, which names all that is wrong."""
-        found: Dict[str, Any] = {}
-        errors: List[FieldError] = []
+        values: dict[str, list[Any]] = {}
+        errors: list[FieldError] = []
         for name, text in pairs:
-            field = self._fields.get(name)
+            field = self.fields.get(name)
             if field is None:
-                errors.append(FieldError(printable(name), "is not known here"))
-            elif field.repeats:
-                one: Dict[str, Any] = {}
-                self._judge(name, field.kind.read, text, one, errors)
-                found.setdefault(name, []).extend(one.values())
-                if len(found[name]) == REPEATS_MAXIMUM + 1:
-                    errors.append(FieldError(name, f"is given more than {REPEATS_MAXIMUM} times"))
-            elif name in found:
+                errors.append(FieldError(sanitize(name), "is not known here"))
+                continue
+            of_name = values.setdefault(name, [])
+            if of_name and not field.repeats:
                 errors.append(FieldError(name, "is given more than once"))
-            else:
-                self._judge(name, field.kind.read, text, found, errors)
+                continue
+            try:
+                of_name.append(field.type.parse(text))
+            except ValueError as error:
+                errors.append(FieldError(name, str(error)))
+            if len(of_name) == REPEATS_MAXIMUM + 1:
+                errors.append(FieldError(name, f"is given more than {REPEATS_MAXIMUM} times"))
         if errors:
             raise InvalidQuery(errors=errors)
-        return found
+        return {name: v if self.fields[name].repeats else v[0] for name, v in values.items()}
 
-    @staticmethod
-    def _judge(
-        name: str,
-        check: Callable[[Any], Any],
-        value: Any,
-        found: Dict[str, Any],
-        errors: List[FieldError],
-    ) -> None:
-        try:
-            found[name] = check(value)
-        except ValueError as error:
-            errors.append(FieldError(name, str(error)))
-
-    def schema(self) -> Dict[str, Any]:
-        """The object in JSON Schema 2020-12."""
+    def json_schema(self) -> dict[str, Any]:
         return {
             "type": "object",
-            "properties": {field.name: field.kind.schema() for field in self._fields.values()},
-            "required": [field.name for field in self._fields.values() if field.required],
+            "properties": {name: field.type.json_schema() for name, field in self.fields.items()},
+            "required": [name for name, field in self.fields.items() if field.required],
             "additionalProperties": self._open,
         }
 
-    def reference(self) -> Dict[str, Any]:
+    def reference(self) -> dict[str, Any]:
         """Where the schema stands in an OpenAPI document; the schema, if it has no name."""
-        return {"$ref": f"#/components/schemas/{self.name}"} if self.name else self.schema()
+        return {"$ref": f"#/components/schemas/{self.name}"} if self.name else self.json_schema()
 
-    def parameters(self, place: str) -> List[Dict[str, Any]]:
+    def parameters(self, place: str) -> list[dict[str, Any]]:
         """The same as parameters of OpenAPI 3.1, in a place: query, header or path."""
         return [
-            {"name": f.name, "in": place, "required": f.required, "schema": self._parameter(f)}
-            for f in self._fields.values()
+            {"name": f.name, "in": place, "required": f.required, "schema": f.parameter_schema()}
+            for f in self.fields.values()
         ]
 
-    @staticmethod
-    def _parameter(field: Field) -> Dict[str, Any]:
-        one = field.kind.parameter()
-        return (
-            {"type": "array", "maxItems": REPEATS_MAXIMUM, "items": one} if field.repeats else one
-        )
 
-
-def _read_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise InvalidBody("The body has an object with the same member twice.")
     return members
 
 
-def _read_integer(digits: str) -> Union[int, float]:
+def _short_integer(digits: str) -> Union[int, float]:
     return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
 
 
@@ -1096,18 +925,18 @@ def _refuse_constant(name: str) -> NoReturn:
 
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
 _JSON = json.JSONDecoder(
-    object_pairs_hook=_read_members, parse_int=_read_integer, parse_constant=_refuse_constant
+    object_pairs_hook=_unique_members, parse_int=_short_integer, parse_constant=_refuse_constant
 )
 
 
-def read_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """A JSON text (RFC 8259, with the strictness of RFC 8785: unique members, no lone surrogates).
 
     Raises InvalidBody.
     """
     try:
         value = _JSON.decode(body.decode("utf-8"))
-        if b"\\u" in body:
+        if b"\\u" in body:  # only an escape can write a lone surrogate
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise InvalidBody("The body must be UTF-8, without lone surrogates.") from None
@@ -1120,9 +949,10 @@ def read_json(body: bytes) -> Any:
 
 # 4. Secrets
 #
-# The only section with secret randomness and cryptography. Tokens and API keys are 256 random bits,
-# shown once and kept as SHA-256: what is random needs no slow hash. Credentials are compact JWS
-# (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518, section 3.2).
+# Law: secret randomness, cryptography and safe files stand here alone. Tokens and API keys are 256
+# random bits, shown once and kept as SHA-256: what is random needs no slow hash. Credentials are
+# compact JWS (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518
+# section 3.2). Nothing is written through a link or a file that another user prepared.
 
 ID_EPOCH_MS = 1_577_836_800_000  # 2020-01-01: ids begin with the time since
 
@@ -1135,84 +965,76 @@ def first_id(now: int) -> int:
 def new_id(now: int) -> int:
     """A fresh id for time now, in Unix ms: 41 bits of milliseconds, then 22 random ones.
 
-    Ids in the order of time list themselves, keep new rows together at the end of a table's
-    b-tree, and keep the id of a deleted row from ever coming back. Two of one millisecond may
-    be the same: who adds a row with one looks whether it is taken.
+    Ids in the order of time list themselves, keep new rows together at the end of a table's b-tree,
+    and keep a deleted id from coming back. Two of one millisecond may be equal: look before adding.
     """
     return first_id(now) | secrets.randbits(22)
 
 
 class Secret(NamedTuple):
-    """A token or an API key: what the database may know of it, and the text that is shown once."""
+    """A token or an API key: its id, which the database knows, and its text, shown once."""
 
     id: int
     text: str
 
     def digest(self) -> bytes:
         """What is kept of it: SHA-256 of the whole text, so that no other spelling matches."""
-        return hashlib.sha256(self.text.encode("ascii")).digest()
+        return sha256(self.text)
 
 
-TOKEN_PREFIX = "het"
-API_KEY_PREFIX = "hak"
+TOKEN_PREFIX, API_KEY_PREFIX = "het", "hak"
 SECRET = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]{43}([0-9a-f]{8})")
 
 
 def mint_secret(prefix: str, number: int) -> Secret:
-    """A new secret: prefix, id, 256 random bits in base64url, CRC-32 against slips of the pen."""
+    """A new secret: prefix, id, 256 random bits in base64url, CRC-32 against typing errors."""
     text = f"{prefix}_{id_text(number)}_{secrets.token_urlsafe(32)}"
     return Secret(number, f"{text}{zlib.crc32(text.encode('ascii')):08x}")
 
 
-def read_secret(prefix: str, text: str) -> Optional[Secret]:
-    """The secret in a text, or None for what we cannot have minted."""
+def parse_secret(prefix: str, text: str) -> Optional[Secret]:
+    """The secret in a text; None for a text that we cannot have minted."""
     match = SECRET.fullmatch(text)
-    if match is None or match[1] != prefix:
-        return None
-    if zlib.crc32(text[:-8].encode("ascii")) != int(match[3], 16):
+    if match is None or match[1] != prefix or zlib.crc32(text[:-8].encode()) != int(match[3], 16):
         return None
     return Secret(int(match[2], 16), text)
 
 
-def is_same(one: bytes, other: bytes) -> bool:
-    """Compare what must not be guessed, in constant time."""
+def equal_secrets(one: bytes, other: bytes) -> bool:
+    """Compare in constant time: the time of == tells how much of a guess was right."""
     return hmac.compare_digest(one, other)
 
 
-def fingerprint(text: str) -> bytes:
-    """SHA-256 of a caller's text: what is kept of an Idempotency-Key."""
-    return hashlib.sha256(text.encode("utf-8")).digest()
+def sha256(data: Union[str, bytes]) -> bytes:
+    """The digest of octets, or of a text in UTF-8."""
+    return hashlib.sha256(data.encode("utf-8") if isinstance(data, str) else data).digest()
 
 
-def base64url(data: bytes) -> str:
-    """RFC 7515 section 2: base64url without padding."""
-    return _base64url(data).decode("ascii")
-
-
-# What base64's own functions do, without their care for types: each credential comes this way.
+# Every credential goes through these two; base64's own functions take three times as long.
 _TO_URL, _FROM_URL = bytes.maketrans(b"+/", b"-_"), bytes.maketrans(b"-_", b"+/")
 
 
-def _base64url(data: bytes) -> bytes:
+def base64url(data: bytes) -> bytes:
+    """RFC 7515 section 2: base64url without padding."""
     return binascii.b2a_base64(data, newline=False).translate(_TO_URL, b"=")
 
 
-def _read_base64url(text: bytes) -> bytes:
+def _decode_base64url(text: bytes) -> bytes:
     return binascii.a2b_base64(text.translate(_FROM_URL) + b"==")
 
 
 class Claims(NamedTuple):
-    """What a credential says; times in Unix seconds."""
+    """The claims of a credential; times in Unix seconds."""
 
     host: int
     organization: str
     issued_at: int
     serial: int
     expires_at: Optional[int]
-    kid: str  # of the key that signs it: said in the header
+    kid: str  # of the key that signs it: it stands in the header
 
 
-# 27 bytes, and a credential has 36 characters for them, whatever comes after.
+# 27 bytes, so a credential has 36 characters for them, whatever follows.
 _CLAIMS_OPENING = b'{"iss":"hostenroll","sub":"'
 CLAIMS = re.compile(
     re.escape(_CLAIMS_OPENING) + rb'([0-7][0-9a-f]{15})","org":"([A-Za-z0-9_-]{1,64})",'
@@ -1221,8 +1043,8 @@ CLAIMS = re.compile(
 
 
 def host_of(rest: bytes) -> int:
-    """The host of a credential that has been verified, by what follows its opening: there stand
-    the 16 digits of its id, and two bytes more."""
+    """The host of a verified credential, from the part behind its key's opening, which begins with
+    the 16 digits of the host's id and two more bytes: 24 characters."""
     return int(binascii.a2b_base64(rest[:24])[:16], 16)
 
 
@@ -1230,23 +1052,21 @@ KID = r"[A-Za-z0-9_-]{1,64}"
 
 
 class SigningKey:
-    """One key of the keyring: 32 random bytes by the name of a kid."""
+    """One key of the keyring: random bytes, 32 where we made them, with a kid as its name."""
 
     def __init__(self, kid: str, octets: bytes) -> None:
         self.kid = kid
         self.octets = octets
-        self.header = _base64url(
-            json.dumps({"alg": "HS256", "typ": "JWT", "kid": kid}, separators=(",", ":")).encode()
-        )
+        self.header = base64url(json_text({"alg": "HS256", "typ": "JWT", "kid": kid}).encode())
         # What all credentials of this key begin with: a fleet's differ in the rest alone.
-        self.opening = b"%b.%b" % (self.header, _base64url(_CLAIMS_OPENING))
+        self.opening = b"%b.%b" % (self.header, base64url(_CLAIMS_OPENING))
         self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
 
     def signature(self, signed: bytes) -> bytes:
         """The JWS signature of header.payload, in base64url."""
         mac = self._keyed.copy()
         mac.update(signed)
-        return _base64url(mac.digest())
+        return base64url(mac.digest())
 
     def sign(self, claims: Claims) -> str:
         """A credential. verify() takes this spelling of these members and no other."""
@@ -1255,55 +1075,40 @@ class SigningKey:
             f'{{"iss":"hostenroll","sub":"{id_text(claims.host)}","org":"{claims.organization}",'
             f'"iat":{claims.issued_at},"ser":{claims.serial}{expiry}}}'
         )
-        signed = b"%b.%b" % (self.header, _base64url(payload.encode("ascii")))
+        signed = b"%b.%b" % (self.header, base64url(payload.encode("ascii")))
         return (b"%b.%b" % (signed, self.signature(signed))).decode("ascii")
 
 
 class Keyring:
-    """The keys of one key file: the first signs, all verify. It never changes; a new file is a
-    new Keyring."""
+    """The keys of one key file: the first signs, all verify. It never changes: a file with other
+    keys makes another Keyring."""
 
     def __init__(self, keys: Sequence[SigningKey], audit_key: bytes) -> None:
         self.keys = tuple(keys)
+        self.first = keys[0]
+        self.kids = [key.kid for key in keys]
         self.audit_key = audit_key
         self._by_header = {key.header: key for key in keys}
 
-    @property
-    def first(self) -> SigningKey:
-        """The key that signs."""
-        return self.keys[0]
-
-    @property
-    def kids(self) -> List[str]:
-        """The names of the keys, that of the first first."""
-        return [key.kid for key in self.keys]
-
     def rotated(self) -> Keyring:
-        """With a new key before the others."""
+        """A keyring with a new key before these."""
         return Keyring([_new_signing_key(), *self.keys], self.audit_key)
 
     def without(self, kid: str) -> Keyring:
-        """With one key less."""
+        """A keyring without one of these keys."""
         return Keyring([key for key in self.keys if key.kid != kid], self.audit_key)
 
     def chain(self, previous: bytes, record: bytes) -> bytes:
         """The HMAC-SHA256 that ties a record of the audit log to all before it."""
         return hmac.new(self.audit_key, previous + record, "sha256").digest()
 
-    def verify(self, credential: str) -> Claims:
-        """The claims of a credential that we signed, however old it is. Raises
-        CredentialInvalid."""
-        claims = self.read(credential.encode("ascii")) if credential.isascii() else None
-        if claims is None:
-            raise CredentialInvalid()
-        return claims
-
-    def read(self, credential: bytes) -> Optional[Claims]:
-        """The claims of a credential that we signed; None of anything else.
+    def verify(self, credential: bytes) -> Optional[Claims]:
+        """The claims of a credential that we signed, however old it is; None of anything else.
 
         The header is never parsed: it must be, byte for byte, the one that we write for a key
         that we hold. So there is no algorithm to choose, no embedded key to trust, no kid to
-        look up elsewhere. The signature is compared as text, so it has one spelling.
+        look up elsewhere (RFC 8725 sections 2.1 and 3.10). The signature is compared as text, so it
+        has one spelling.
         """
         if len(credential) > CREDENTIAL_MAXIMUM:
             return None
@@ -1312,26 +1117,17 @@ class Keyring:
         key = self._by_header.get(header)
         if key is None or not hmac.compare_digest(key.signature(signed), signature):
             return None
-        claims = self._read_claims(payload)
-        if claims is None:
-            return None
-        host, organization, issued_at, serial, expires_at = claims.groups()
-        return Claims(
-            int(host, 16),
-            sys.intern(organization.decode("ascii")),
-            int(issued_at),
-            int(serial),
-            None if expires_at is None else int(expires_at),
-            key.kid,
-        )
-
-    @staticmethod
-    def _read_claims(payload: bytes) -> Optional["re.Match[bytes]"]:
         try:
-            octets = _read_base64url(payload)
+            octets = _decode_base64url(payload)
         except binascii.Error:
             return None
-        return CLAIMS.fullmatch(octets) if _base64url(octets) == payload else None
+        match = CLAIMS.fullmatch(octets)
+        if match is None or base64url(octets) != payload:
+            return None
+        host, organization, issued_at, serial, expires_at = match.groups()
+        slug = sys.intern(organization.decode("ascii"))
+        expiry = None if expires_at is None else int(expires_at)
+        return Claims(int(host, 16), slug, int(issued_at), int(serial), expiry, key.kid)
 
 
 def _new_signing_key() -> SigningKey:
@@ -1343,88 +1139,180 @@ def new_keyring() -> Keyring:
     return Keyring([_new_signing_key()], secrets.token_bytes(32))
 
 
-def write_key_file(path: str, keyring: Keyring) -> None:
-    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns. A file that is
-    there is replaced whole, or not at all, and keeps its owner: the server may be another user
-    than the operator."""
-    keys = [
-        {"kty": "oct", "use": "sig", "alg": "HS256", "kid": key.kid, "k": base64url(key.octets)}
-        for key in keyring.keys
-    ]
-    keys.append({"kty": "oct", "use": "audit", "kid": "audit", "k": base64url(keyring.audit_key)})
-    with replacing(path) as file:
-        file.write(json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n")
+# Files that are safe to write
+#
+# Root runs commands in a folder that belongs to the service's user. The owner of a folder decides
+# what stands at a name in it, and when: a link to a file of root's, a hard link to one, a file of
+# root's that was renamed, a pipe that never answers. So nothing below writes to, gives away or
+# replaces the file that a name happens to lead to. It makes the file itself (O_EXCL takes no link
+# and no file that is there), or opens it without following a link and judges the open descriptor;
+# and a file that was there keeps its owner and its mode.
+
+
+def resolve_file(path: str) -> str:
+    """The absolute path of a file that is to be written. A link in its last component is followed
+    only if root or we made it, in a folder that only root or we may write: the owner of a folder
+    can rename any link into its place. Raises OperatorError."""
+    for _ in range(LINKS_MAXIMUM):
+        folder = os.path.realpath(os.path.dirname(path))
+        path = os.path.join(folder, os.path.basename(path))
+        try:
+            status, of_folder = os.lstat(path), os.stat(folder)
+        except OSError:
+            return path
+        if not stat.S_ISLNK(status.st_mode):
+            return path
+        if {status.st_uid, of_folder.st_uid} - {0, os.geteuid()} or of_folder.st_mode & 0o022:
+            raise OperatorError(
+                f"{path} is a link of another user, or in a folder that others may write: "
+                "name the file itself"
+            )
+        path = os.path.join(folder, os.readlink(path))
+    raise OperatorError(f"{path} is a link that leads to itself: name the file itself")
+
+
+def create_file(path: str, mode: int = PRIVATE_MODE) -> int:
+    """A descriptor of a new file of exactly this mode, for writing. Raises FileExistsError for
+    whatever is there, a link too."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    os.fchmod(descriptor, mode)  # whatever the umask
+    return descriptor
+
+
+def require_own_file(path: str, database: str, descriptor: Optional[int] = None) -> None:
+    """Raises OperatorError unless a file beside the database, open or by its name, is a regular one
+    of the database's owner (of the folder's, where there is no database), of root's or ours. A file
+    of root's or ours must have one name: another may be a hard link to any file of root's."""
+    status = os.lstat(path) if descriptor is None else os.fstat(descriptor)
+    try:
+        owner = os.lstat(database).st_uid
+    except FileNotFoundError:
+        owner = os.stat(os.path.dirname(database) or ".").st_uid
+    is_single = status.st_nlink == 1 and status.st_uid in (0, os.geteuid())
+    if not stat.S_ISREG(status.st_mode) or not (status.st_uid == owner or is_single):
+        raise OperatorError(
+            f"{path} is a link, a second name, or another user's file: if it belongs to this "
+            "database, chown it to the database's owner, else remove it"
+        )
+
+
+def open_lock_file(path: str, database: str) -> int:
+    """A descriptor of a lock file beside a database, made if it is missing. A new one gets the
+    owner and the mode of the database, where there is one; one that was there is not changed.
+    Raises OperatorError for what cannot be a lock file of ours, and OSError."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, PRIVATE_MODE)
+    except FileExistsError:
+        require_own_file(path, database)  # a link, a folder and a socket cannot be opened
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe may wait
+        try:
+            require_own_file(path, database, descriptor)  # the name may lead elsewhere by now
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+    with suppress(OSError):  # no database yet, or it is another user's: then it is right already
+        status = os.lstat(database)
+        if stat.S_ISREG(status.st_mode):
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+            os.fchmod(descriptor, status.st_mode & 0o666 | PRIVATE_MODE)
+    return descriptor
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file of mode 0600 that takes the place of path when all of it is on the disk. A link
-    stays one."""
-    path = os.path.realpath(path)
+def replacing(path: str, keeps_owner: bool = True) -> Iterator[BinaryIO]:
+    """A file of mode 0600 that takes the place of path, and its owner, when all of it is on the
+    disk; else nothing changes. One process at a time. Raises OperatorError for a link that
+    resolve_file() refuses, and OSError."""
+    path = resolve_file(path)
     fresh = f"{path}.tmp"
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, KEY_FILE_MODE)
+    with suppress(FileNotFoundError):
+        os.unlink(fresh)  # left by a process that was killed, or put there to be written through
+    descriptor = create_file(fresh)
     try:
         with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, KEY_FILE_MODE)
-            with suppress(OSError):  # none is there, or it is not ours to give away
-                status = os.stat(path)
-                os.fchown(descriptor, status.st_uid, status.st_gid)
+            with suppress(OSError):  # nothing is there, or we may not give files away
+                status = os.lstat(path)
+                if keeps_owner and stat.S_ISREG(status.st_mode):
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
             yield file
             file.flush()
             os.fsync(descriptor)
         os.replace(fresh, path)
     except BaseException:
-        os.remove(fresh)
+        with suppress(FileNotFoundError):
+            os.unlink(fresh)
         raise
     sync_folder(path)
 
 
 def sync_folder(path: str) -> None:
-    """Make a rename last: the folder is what changed."""
+    """Make a rename last: the folder of path is what changed."""
     sync_file(os.path.dirname(os.path.abspath(path)))
 
 
 def sync_file(path: str) -> None:
-    """Have what is written to a file, or a folder, on the disk. Never a database in use."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or a folder is on the disk. Never a database in use: closing a descriptor
+    of it drops SQLite's locks."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _read_jwk(jwk: Mapping[str, Any]) -> Tuple[str, str, bytes]:
-    use, kid, octets = str(jwk["use"]), jwk["kid"], _read_base64url(str(jwk["k"]).encode("ascii"))
+def write_key_file(path: str, keyring: Keyring, keeps_owner: bool = True) -> None:
+    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns. A file that is
+    there is replaced whole, or not at all. It keeps its owner, since the server may be another user
+    than the operator; but a copy must not be given to the owner of whatever was in its place."""
+    rows = [({"use": "sig", "alg": "HS256", "kid": key.kid}, key.octets) for key in keyring.keys]
+    rows.append(({"use": "audit", "kid": "audit"}, keyring.audit_key))
+    keys = [{"kty": "oct", **names, "k": base64url(k).decode("ascii")} for names, k in rows]
+    with replacing(path, keeps_owner) as file:
+        file.write(json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n")
+
+
+def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
+    use, kid, octets = str(jwk["use"]), jwk["kid"], _decode_base64url(str(jwk["k"]).encode("ascii"))
     if jwk["kty"] != "oct" or jwk.get("alg", "HS256") != "HS256" or not re.fullmatch(KID, kid):
         raise ValueError("a key is not an oct key for HS256 with a kid")
-    if len(octets) < 32 or base64url(octets) != jwk["k"]:
+    if len(octets) < 32 or base64url(octets).decode("ascii") != jwk["k"]:
         raise ValueError("a key is not 32 bytes or more in base64url")
     return use, kid, octets
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # for a writer, if it is a pipe
-
-
 def load_keyring(path: str) -> Keyring:
-    """The keyring of a key file. Raises OperatorError for a file that is bad or open to others."""
+    """The keyring of a key file. Raises OperatorError for a file that is bad, or open to others.
+
+    It follows links, since mounted secrets are links; the file that was opened is judged. It must
+    be root's, ours, or of the owner of the folder. In a folder that only root or we may write it
+    may be any user's: such as a mounted file, which keeps its owner.
+    """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            mode = stat.S_IMODE(status.st_mode)
+        folder = os.stat(os.path.dirname(path) or ".")
+        # Without O_NONBLOCK a pipe would wait for its writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_MAXIMUM:
                 raise ValueError("not a file, or far too large")
-            found = [_read_jwk(jwk) for jwk in json.load(file)["keys"]]
+            keys = [_parse_jwk(jwk) for jwk in json.load(f)["keys"]]
     except OSError as error:
         raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OperatorError(
             f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
         ) from error
-    if mode & 0o077:
+    if status.st_mode & 0o077:
         raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
-    signing = [SigningKey(kid, octets) for use, kid, octets in found if use == "sig"]
-    audit = [octets for use, _, octets in found if use == "audit"]
+    trusted = {0, os.geteuid()}
+    is_our_folder = folder.st_uid in trusted and not folder.st_mode & 0o022
+    if status.st_uid not in trusted | {folder.st_uid} and not is_our_folder:
+        raise OperatorError(
+            f"the key file {path} belongs to another user: put the right one back, or chown it"
+        )
+    signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
+    audit = [octets for use, _, octets in keys if use == "audit"]
     if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
         raise OperatorError(
             f"the key file {path} needs one audit key, and signing keys with a kid each: "
@@ -1434,12 +1322,13 @@ def load_keyring(path: str) -> Keyring:
 
 
 class KeyFile:
-    """A key file that others may replace while we run."""
+    """A key file that others may replace while we run. Its path is read as it was given: a mounted
+    secret is updated by a new target of a link on the way to it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.trouble = ""  # why what is in the file now is not what we go by
-        self._seen: Optional[Tuple[int, ...]] = None
+        self.trouble = ""  # why the keys in the file now are not used
+        self._seen: Optional[tuple[int, ...]] = None
 
     def load(self) -> Keyring:
         """The keyring in it. Raises OperatorError."""
@@ -1447,20 +1336,23 @@ class KeyFile:
         return load_keyring(self.path)
 
     def replace(self, keyring: Keyring) -> None:
-        """Put a keyring into it, whole or not at all."""
-        write_key_file(self.path, keyring)
+        """Put a keyring into it, whole or not at all. Raises OperatorError."""
+        try:
+            write_key_file(self.path, keyring)
+        except OSError as error:
+            raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
         self._seen = self._look()
 
     def reload(self, current: Keyring) -> Optional[Keyring]:
-        """The keyring in it, if it has changed since it was last looked at, is a good one, and is
-        of the same database as the current one: the audit key never changes."""
+        """The keyring in it, if it has changed since the last look, is a good one, and is of the
+        same database as the current one: the audit key never changes."""
         seen = self._look()
         if seen == self._seen:
             return None
         self._seen = seen
         try:
             keyring = load_keyring(self.path)
-            if not is_same(keyring.audit_key, current.audit_key):
+            if not equal_secrets(keyring.audit_key, current.audit_key):
                 raise OperatorError(f"{self.path} is another database's: put the right one back")
         except OperatorError as error:
             if isinstance(error.__cause__, OSError):  # it may pass without a change of the file
@@ -1474,29 +1366,26 @@ class KeyFile:
         self.trouble = ""
         return keyring
 
-    def _look(self) -> Optional[Tuple[int, ...]]:
+    def _look(self) -> Optional[tuple[int, ...]]:
         try:
             status = os.stat(self.path)
         except OSError:
             return None
         # A write, a rename, a chmod: each changes st_ctime, unless within one tick of its clock.
-        kept = status.st_dev, status.st_ino, status.st_mode, status.st_size
-        return (*kept, status.st_ctime_ns)
+        return status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_ctime_ns
 
 
-def _read_der(octets: bytes) -> Tuple[int, bytes, bytes]:
-    """The first element of DER (ITU-T X.690, section 8.1): tag, whole element, and what follows."""
-    length, start = octets[1], 2
-    if length & 0x80:
-        start += length & 0x7F
-        length = int.from_bytes(octets[2:start], "big")
-    if len(octets) < start + length:
-        raise ValueError("cut short")
-    return octets[0], octets[: start + length], octets[start + length :]
-
-
-def _der_contents(element: bytes) -> bytes:
-    return element[2 + (element[1] & 0x7F if element[1] & 0x80 else 0) :]
+def _der_elements(octets: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """The elements of DER (ITU-T X.690 section 8.1) in order: tag, whole element, contents."""
+    while octets:
+        length, start = octets[1], 2
+        if length & 0x80:
+            start += length & 0x7F
+            length = int.from_bytes(octets[2:start], "big")
+        if len(octets) < start + length:
+            raise ValueError("cut short")
+        yield octets[0], octets[: start + length], octets[start : start + length]
+        octets = octets[start + length :]
 
 
 def public_key_pin(certificate: bytes) -> str:
@@ -1504,43 +1393,41 @@ def public_key_pin(certificate: bytes) -> str:
     SubjectPublicKeyInfo, which is the seventh member of what is signed, or the sixth where no
     version stands first (RFC 5280 section 4.1). Raises ValueError."""
     try:
-        _, signed, _ = _read_der(_der_contents(certificate))
-        rest = _der_contents(signed)
-        members = []
-        while rest:
-            tag, element, rest = _read_der(rest)
-            members.append((tag, element))
-        has_version = members[0][0] == 0xA0
-        key = members[6 if has_version else 5][1]
-    except IndexError:
+        _, _, contents = next(_der_elements(certificate))
+        _, _, signed = next(_der_elements(contents))
+        members = list(_der_elements(signed))
+        _, key, _ = members[6 if members[0][0] == 0xA0 else 5]
+    except (IndexError, StopIteration):
         raise ValueError("not a certificate") from None
     return f"sha256//{base64.b64encode(hashlib.sha256(key).digest()).decode('ascii')}"
 
 
 # 5. Store
 #
-# The database remembers; it decides nothing and refuses nothing. The only section with SQL and
-# the only one that takes the lock between processes. Its methods report facts: rows, or how many
-# rows a guarded statement changed.
+# Law: the database remembers; it decides nothing and refuses nothing. SQL and the lock between
+# processes stand here alone. Methods report facts: rows, or how many rows a statement changed.
+#
+# Contents: the schema and its migrations; the records; WriteLock; Engine (SQLite: its files,
+# transactions and checkpoints); Queries (every other statement, in SQL that PostgreSQL knows too).
 
 APPLICATION_ID = 0x686F7374  # "host"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SCHEMA = """\
 -- hostenroll's database. Times are Unix milliseconds unless a comment says otherwise.
 -- Ids are integers here and 16 hexadecimal digits everywhere else.
 
 PRAGMA application_id = 0x686F7374;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 
 CREATE TABLE organization (
-    -- Whose a host, a token or an API key is.
+    -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
-    -- What lets a person or a script use the user API.
+    -- Lets a person or a script use the user API.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the key's text
     organization_id  TEXT    REFERENCES organization (id),  -- NULL: all of them
@@ -1552,7 +1439,7 @@ CREATE TABLE api_key (
 );
 
 CREATE TABLE token (
-    -- What lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
+    -- Lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
@@ -1573,7 +1460,7 @@ CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
 
 CREATE TABLE host (
-    -- A machine that has enrolled. What changes with each beat stands in heartbeat.
+    -- A machine that has enrolled. Heartbeat has what changes with each beat.
     id               INTEGER PRIMARY KEY,
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     name             TEXT    NOT NULL,
@@ -1586,13 +1473,14 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it first came in by
-    admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
+    token_id         INTEGER NOT NULL,  -- the token that it enrolled with
+    admitted_by      INTEGER NOT NULL,  -- the token of its last enrollment or re-enrollment
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
     idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
-    twin_id          INTEGER            -- a live host that had this hostname when it came in
+    twin_id          INTEGER,           -- a live host that had this hostname at that time
+    agent_version    TEXT    NOT NULL DEFAULT ''  -- as the agent reports it
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -1612,17 +1500,17 @@ CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- that counts: the highest seen, at first the one expected
+    serial      INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active      INTEGER NOT NULL   -- 0: revoked
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
 CREATE TABLE service (
-    -- One row: what the servers on this database say of themselves, for whoever reads status.
+    -- One row: what the servers on this database write about themselves, to compute status.
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
-    alive           INTEGER NOT NULL,  -- when a server last said that it lives
+    alive           INTEGER NOT NULL,  -- when a server last wrote that it lives
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
@@ -1631,14 +1519,14 @@ CREATE TABLE service (
 
 CREATE TABLE audit (
     -- What happened, event after event. Each mac covers its row and the mac before it, by the
-    -- audit key of the key file: who has only the database can neither change a row nor add one.
+    -- audit key of the key file: with the database alone no row can be changed or added unseen.
     number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
     at               INTEGER NOT NULL,
     action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
     actor            TEXT    NOT NULL,  -- api-key:<id>, cli:<user>, token:<id>, host:<id> ...
     address          TEXT    NOT NULL,  -- '': this machine's command line, or the server itself
-    organization_id  TEXT,              -- whose it is; NULL: nobody's
-    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': nothing that we know
+    organization_id  TEXT,              -- the owner; NULL: none
+    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': none
     code             TEXT,              -- of a refusal
     detail           TEXT    NOT NULL,  -- a JSON object
     mac              BLOB    NOT NULL   -- HMAC-SHA256
@@ -1673,8 +1561,8 @@ END;
 
 CREATED = re.compile(r"^CREATE (?:UNIQUE )?[A-Z]+ (\w+)", re.MULTILINE)
 
-# What to alter in a database of an older version; what is new in SCHEMA is then created by it.
-ALTERATIONS: Mapping[int, Sequence[str]] = {
+# What to alter in a database of an older version; then what is missing of SCHEMA is created.
+MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
         "ALTER TABLE host ADD COLUMN issued_to TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE host ADD COLUMN twin_id INTEGER",
@@ -1682,24 +1570,23 @@ ALTERATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE service ADD COLUMN pin TEXT NOT NULL DEFAULT ''",
         "UPDATE heartbeat SET serial = 1 WHERE serial = 0",
     ),
+    2: ("ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",),
 }
 
 SQLITE_VERSION = sqlite3.sqlite_version
 
-# The WAL-reset bug, fixed in 3.51.3, 3.50.7 and 3.44.6.
-WAL_RESET_BUG = ((3, 7, 0), (3, 51, 3))
-WAL_RESET_FIXED = ((3, 50, 7), (3, 44, 6))
+
+def has_wal_reset_bug(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
+    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write. Fixed in
+    3.51.3, 3.50.7 and 3.44.6."""
+    is_fixed = (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    return (3, 7, 0) <= version < (3, 51, 3) and not is_fixed
 
 
-def has_wal_reset_bug(version: Tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
-    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write."""
-    is_fixed = any(fixed <= version < (3, fixed[1] + 1, 0) for fixed in WAL_RESET_FIXED)
-    return WAL_RESET_BUG[0] <= version < WAL_RESET_BUG[1] and not is_fixed
+# Rows as records, with the columns of SCHEMA.
 
 
 class Token(NamedTuple):
-    """A row of token."""
-
     id: int
     secret_hash: bytes
     organization_id: str
@@ -1718,7 +1605,7 @@ class Token(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A row of host with its row of heartbeat."""
+    """A row of host, and its row of heartbeat."""
 
     id: int
     organization_id: str
@@ -1728,6 +1615,7 @@ class Host(NamedTuple):
     os: str
     architecture: str
     docker_version: str
+    agent_version: str
     labels: str
     issued: int
     enrolled_at: int
@@ -1744,36 +1632,8 @@ class Host(NamedTuple):
     key_number: int
     active: int
 
-    def listed(self) -> ListedHost:
-        """The same as in a list."""
-        return ListedHost(*(getattr(self, column) for column in ListedHost._fields))
-
-
-class ListedHost(NamedTuple):
-    """What a list shows of a Host, or finds it by: each column more is a tenth of a millisecond for
-    a page of a thousand."""
-
-    id: int
-    organization_id: str
-    name: str
-    hostname: str
-    os: str
-    architecture: str
-    docker_version: str
-    labels: str
-    enrolled_at: int
-    revoked_at: Optional[int]
-    token_id: int
-    twin_id: Optional[int]
-    last_seen: int
-
-
-AnyHost = Union[Host, ListedHost]
-
 
 class ApiKey(NamedTuple):
-    """A row of api_key."""
-
     id: int
     secret_hash: bytes
     organization_id: Optional[str]
@@ -1785,15 +1645,11 @@ class ApiKey(NamedTuple):
 
 
 class Organization(NamedTuple):
-    """A row of organization."""
-
     id: str
     created_at: int
 
 
 class Service(NamedTuple):
-    """The row of service."""
-
     started: int
     alive: int
     previous_alive: int
@@ -1802,21 +1658,7 @@ class Service(NamedTuple):
     pin: str = ""
 
 
-class StatusBounds(NamedTuple):
-    """What a host's last_seen says of its status, in Unix ms: online from one time on, offline
-    from another, else missing. What lies ahead of a third is of a clock that has been set back:
-    it counts as so much earlier, and as no later than when the clock was set."""
-
-    online: int
-    offline: int
-    ahead: int
-    started: int
-    set_back: int
-
-
 class SigningKeyRow(NamedTuple):
-    """A row of signing_key."""
-
     number: int
     kid: str
     created_at: int
@@ -1824,7 +1666,7 @@ class SigningKeyRow(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A row of audit. Its number and its mac are given when it joins the chain."""
+    """A row of audit. It gets its number and its mac when it joins the chain."""
 
     number: int
     at: int
@@ -1837,67 +1679,39 @@ class Event(NamedTuple):
     detail: str
     mac: bytes
 
-    def record(self) -> bytes:
-        """What its mac covers, beside the mac before it."""
+    def record(self) -> bytes:  # what the mac covers, beside the mac before it
         return json.dumps(self[:-1], separators=(",", ":"), default=repr).encode("ascii")
 
 
 def _octets(value: Any) -> bytes:
-    """What a BLOB holds; of anything else, which only a forger puts there, what nothing equals."""
+    """The bytes of a BLOB; of another type, which only a forger writes, what equals no mac."""
     return value if isinstance(value, bytes) else repr(value).encode()
 
 
 class Anchor(NamedTuple):
-    """The row of audit_anchor, without its id."""
-
     number: int
     mac: bytes
     proof: bytes
 
-    def record(self) -> bytes:
-        """What its proof covers."""
+    def record(self) -> bytes:  # what the proof covers
         return b"anchor %a %b" % (self.number, _octets(self.mac))
 
 
-# Of the heartbeat statement: last_seen, host_id, serial, last_seen.
-Beat = Tuple[int, int, int, int]
-
-_TOKEN = ", ".join(Token._fields)
-_HOST = ", ".join(Host._fields)
-_HOST_ALONE = Host._fields[: Host._fields.index("last_seen")]
-_LISTED_HOST = ", ".join(ListedHost._fields)
-_API_KEY = ", ".join(ApiKey._fields)
-_SERVICE = ", ".join(Service._fields)
-_EVENT = ", ".join(Event._fields)
-
-# The whole authorization of a heartbeat, beside its signature: one matched row means that the
-# host is active, that this is its credential that counts, and that the time is written. The
-# first use of a newer credential, and a clock that went back, match nothing and go the slow way.
-_BEAT = """UPDATE heartbeat SET last_seen = ?
-            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active"""
-
-
-def file_mode(path: str) -> Optional[int]:
-    """The permissions of a file: looked at, never opened. None where there is none."""
-    try:
-        return stat.S_IMODE(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return None
-
-
 class StoreError(Exception):
-    """The database failed. The transaction is dead: abandon it, and run nothing more in it."""
+    """The database failed. The transaction is dead: roll it back, and run nothing more in it."""
 
 
-FAILURES = (sqlite3.Error, MemoryError)  # as which Python raises SQLITE_NOMEM
+class StoreBusy(StoreError):
+    """Another process has the database."""
 
-# What to do when SQLite or the system says so. Nothing is decided by these words: they lead to
-# other words, and before 3.11 Python knows no more of an error.
+
+SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # of its result codes
+
+# What to do about an error of SQLite or of the system, by the start of its text: before Python 3.11
+# an error of SQLite has no code. Nothing is decided by these texts.
 ROOM = "make room on its disk"
 WRITABLE = "mount its disk read-write, and give folder and file to our user"
 DAMAGED = "see what check says, and restore it from a backup"
-OUT_OF_MEMORY = "out of memory"
-MEMORY = "give us more memory"
 REMEDIES = {
     "database or disk is full": ROOM,
     os.strerror(errno.ENOSPC): ROOM,
@@ -1911,56 +1725,64 @@ REMEDIES = {
     "malformed database schema": DAMAGED,
     "file is not a database": DAMAGED,
     "database is locked": "another program writes to it: end that one",
-    OUT_OF_MEMORY: MEMORY,
-    os.strerror(errno.ENOMEM): MEMORY,
     os.strerror(errno.EMFILE): "raise the limit of open files",
 }
 
 
-Identity = Optional[Tuple[int, int]]  # of a file: device and inode; None where there is none
+def describe_error(path: str, error: Exception) -> str:
+    """What has gone wrong with a file, and what to do, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    remedies = (remedy for start, remedy in REMEDIES.items() if text.startswith(start))
+    return ": ".join(filter(None, (path, text, next(remedies, ""))))
 
 
-def identity(path: Union[str, int]) -> Identity:
-    """Which file is at a path, or open: looked at, never opened. Raises StoreError."""
+# Which file it is: device and inode; None where there is none.
+FileId = Optional[tuple[int, int]]
+
+
+def file_id(file: Union[str, int]) -> FileId:
+    """Which file is at a path, or open. It is not opened: closing any descriptor of a database
+    drops the POSIX locks that SQLite holds on it. Raises StoreError."""
     try:
-        status = os.stat(path)
+        status = os.lstat(file) if isinstance(file, str) else os.fstat(file)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(told(str(path), error)) from error
+        raise StoreError(describe_error(str(file), error)) from error
     return status.st_dev, status.st_ino
 
 
-def told(path: str, error: Exception) -> str:
-    """What has gone wrong with a file, and what to do, in one line."""
-    said = getattr(error, "strerror", None) or str(error) or OUT_OF_MEMORY
-    found = (remedy for words, remedy in REMEDIES.items() if said.startswith(words))
-    return ": ".join(filter(None, (path, said, next(found, ""))))
+def descriptors_of(file: FileId) -> list[int]:
+    """The descriptors of a file that this process has open, SQLite's own too; none where the
+    system does not list them."""
+    numbers = []
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(StoreError):  # the descriptor of the listing itself is closed by now
+                if file_id(int(name)) == file:
+                    numbers.append(int(name))
+    return numbers
 
 
-class StoreBusy(StoreError):
-    """Another writer has had the database for too long."""
-
-
-class StoreReplaced(StoreError):
-    """What is at the path is not what is open: reopen() it."""
-
-
-@lru_cache(maxsize=None)  # there are three
-def _insert(table: str, columns: Sequence[str]) -> str:
-    """Insert a row, unless its id, which is given once more at the end, is taken."""
-    marks = ", ".join("?" * len(columns))
-    taken = f"SELECT 1 FROM {table} WHERE id = ?"
-    return f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} WHERE NOT EXISTS ({taken})"
+def try_flock(descriptor: int) -> bool:
+    """Lock a file, if no other process has locked it. Raises StoreError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StoreError(f"cannot lock: {error.strerror}") from error
+    return True
 
 
 class WriteLock:
     """The one writer between processes: a turnstile of two flocks beside the database.
 
-    A waiter takes the gate, then waits for the lock with the gate in its hand, so that nobody
-    overtakes it; with the lock alone a busy server starves everyone else. Whoever does not go on
-    asking leaves the gate. The files are never unlinked: a lock on an unlinked file excludes
-    nobody.
+    A waiter takes the gate, then waits for the lock while it holds the gate, so that no other
+    process overtakes it; with the lock alone a busy server starves all others. A process that
+    stops asking has to release the gate. The files are never unlinked: a lock on an unlinked file
+    excludes no process. They are opened at the first try, which may raise OperatorError for files
+    that another user put there.
 
     Checkpoints take it too. SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when a checkpoint
     meets another connection's write, and the boxes that we run on keep their old SQLite.
@@ -1968,761 +1790,771 @@ class WriteLock:
 
     def __init__(self, database: str) -> None:
         self._database = database
-        self._gate = self._open(f"{database}.gate", database)
+        self._files: list[tuple[str, int]] = []  # path and descriptor: the gate, then the lock
+        self._holds = [False, False]
+
+    def exists_unchanged(self) -> bool:
+        """Whether the files that other processes lock are the ones that we have open."""
+        return all(file_id(path) == file_id(descriptor) for path, descriptor in self._files)
+
+    def _open(self) -> None:
         try:
-            self._lock = self._open(f"{database}.lock", database)
-        except OSError:
-            os.close(self._gate)
-            raise
-        self._at_gate = self._held = False
-
-    @staticmethod
-    def _open(path: str, database: str) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with suppress(OSError):  # no database yet, or not our file: then they are right already
-            status = os.stat(database)
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(status.st_mode) | 0o600)
-        return descriptor
-
-    def is_there(self) -> bool:
-        """Whether others lock the same files: somebody may have removed them."""
-        gate, lock = identity(f"{self._database}.gate"), identity(f"{self._database}.lock")
-        return gate == identity(self._gate) and lock == identity(self._lock)
-
-    @staticmethod
-    def take(descriptor: int) -> bool:
-        """Lock a file, if that can be had without waiting."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            database = resolve_file(self._database)
+            for suffix in (".gate", ".lock")[len(self._files) :]:
+                path = f"{database}{suffix}"
+                self._files.append((path, open_lock_file(path, database)))
         except OSError as error:
-            raise StoreError(f"cannot lock: {error.strerror}") from error
-        return True
+            raise StoreError(f"cannot open {describe_error(error.filename, error)}") from error
 
-    def attempt(self) -> bool:
-        """Go one step further without waiting. True when the lock is held."""
-        if not self._at_gate:
-            self._at_gate = self.take(self._gate)
-        if self._at_gate:
-            self._held = self.take(self._lock)
-            if self._held:
-                self.leave_gate()
-        return self._held
+    def try_acquire(self) -> bool:
+        """Go one step further without waiting. True when the lock is held. Raises StoreError."""
+        if len(self._files) < 2:
+            self._open()
+        self._holds[0] = self._holds[0] or try_flock(self._files[0][1])
+        if self._holds[0]:
+            self._holds[1] = try_flock(self._files[1][1])
+            if self._holds[1]:
+                self.release_gate()
+        return self._holds[1]
 
-    def wait(self, patience: float) -> None:
-        """Take the lock. Raises StoreBusy when it is not to be had for so many seconds."""
+    def acquire(self, patience: float) -> None:
+        """Take the lock. Raises StoreBusy when another has it for so many seconds."""
         deadline = time.monotonic() + patience
-        while not self.attempt():
+        while not self.try_acquire():
             if time.monotonic() > deadline:
-                self.leave_gate()
+                self.release_gate()
                 raise StoreBusy(f"another process is writing to {self._database}")
             time.sleep(LOCK_POLL)
 
-    def leave_gate(self) -> None:
-        """Wait no longer."""
-        if self._at_gate:
-            fcntl.flock(self._gate, fcntl.LOCK_UN)
-            self._at_gate = False
+    def release_gate(self) -> None:
+        """Stop waiting."""
+        self._release(0)
 
     def release(self) -> None:
         """Give the lock back, where it is held; a place at the gate is kept."""
-        if self._held:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._held = False
+        self._release(1)
+
+    def _release(self, number: int) -> None:
+        if self._holds[number]:
+            self._holds[number] = False
+            with suppress(OSError):  # what is committed stays so; the next attempt reports it
+                fcntl.flock(self._files[number][1], fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Release, and close the files. Idempotent."""
-        if self._gate >= 0:
-            self.release()
-            self.leave_gate()
-            os.close(self._gate)
-            os.close(self._lock)
-            self._gate = self._lock = -1
+        """Give back what is held, and close the files. Idempotent."""
+        self.release()
+        self.release_gate()
+        while self._files:
+            os.close(self._files.pop()[1])
 
 
-class Store:
-    """One connection to the database.
+class Database:
+    """A file, a connection of SQLite to it, its statements and their errors, and the schema.
 
-    A transaction is begin(), statements, then commit() or abandon(). After any error of SQLite
-    the transaction is dead: FULL, IOERR and NOMEM have rolled it back already, and a further
-    statement would commit on its own.
+    After a StoreError the transaction is dead: SQLITE_FULL, IOERR and NOMEM have rolled it back
+    already, and a further statement would commit on its own. After Unrecoverable nothing is
+    closed: to close SQLite's connection would checkpoint, and unlink whatever WAL is at the path
+    by then; the process has to end without that.
     """
 
     def __init__(self, path: str) -> None:
-        """Take a place beside the database; open() opens it. Raises StoreError."""
-        self.path = os.path.realpath(path)  # a link must lead to the same lock
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise StoreError(f"{self.path} is not a file")
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no folder {folder} for the database")
-        try:
-            self.lock = WriteLock(self.path)
-        except OSError as error:
-            raise StoreError(f"cannot open {told(error.filename, error)}") from error
+        self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
         self._connection: Optional[sqlite3.Connection] = None
-        self._identity: Identity = None
-        self._wal_identity: Identity = None
-        self._refused = ""  # why what is at the path is not worked with
-        self._synchronous = ""
-        self._waits_for = ""
-        # Checkpoints. Moments are in the connection's count of rows changed.
-        self._checkpointed_at = self._moved_at = 0  # all of the WAL, and a part of it
-        self._doublings = 0  # of CHECKPOINT_AFTER
-        self._slowest = 0.0  # seconds that a part, or the disk with it, has taken
-        self._complaint = ""  # why the last one failed
-        self._reader: Optional[sqlite3.Connection] = None
-        self._held_at: Optional[int] = None  # what came later is held back by the reader
-        self._file = -1  # the database's, for the flush
-        self._flush: Optional[threading.Thread] = None
-        self._flush_failed = ""  # why
+        self._is_lost = False  # Unrecoverable was raised
 
-    # Opening and closing: under the lock, by the caller.
+    def file_sizes(self) -> tuple[int, int]:
+        """Bytes of the database and of its WAL, which are not opened."""
+        sizes = [0, 0]
+        for number, path in enumerate((self.path, self._wal_path)):
+            with suppress(FileNotFoundError):
+                sizes[number] = os.stat(path).st_size
+        return sizes[0], sizes[1]
 
-    def exists(self) -> bool:
-        """Whether there is a file: looked at, never opened."""
-        return os.path.exists(self.path)
+    def connect(self, path: str, mode: str) -> sqlite3.Connection:
+        """A connection to an existing file, with the URI parameters of mode."""
+        try:
+            uri = f"file:{quote(os.fsencode(path))}?{mode}"
+            return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
 
     @property
-    def is_open(self) -> bool:
-        """Whether there is a connection."""
-        return self._connection is not None
+    def db(self) -> sqlite3.Connection:
+        assert self._connection is not None, "open() comes first"
+        return self._connection
 
-    def open(self, as_it_is: bool = False) -> bool:
-        """Connect, making an empty file of mode 0600 where there is none; or change nothing.
-
-        True when the database has our schema, False when it is empty. Raises StoreError.
-        """
+    def run(self, statement: str, *parameters: Any) -> int:
+        """How many rows a statement has changed. Raises StoreError and Unrecoverable, as all do."""
         try:
-            if not self.exists():
-                # Closing a descriptor of a file drops the process's POSIX locks on it, and with
-                # them those of SQLite: so never on a database that may be open.
-                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            opened = identity(self.path)
-            self._synchronous, self._checkpointed_at, self._moved_at = "", 0, 0
-            self._connection = self._connect()
-            is_ours = self._recognize(as_it_is)
-            self._identity, self._wal_identity = opened, identity(f"{self.path}-wal")
-            return is_ours
-        except OSError as error:
-            raise StoreError(f"cannot make {told(self.path, error)}") from error
-        except FAILURES as error:
-            raise StoreError(f"cannot open {told(self.path, error)}") from error
-        except StoreError as error:
-            raise StoreError(f"cannot open {error}") from error
+            return self.db.execute(statement, parameters).rowcount
+        except sqlite3.Error as error:
+            raise self._failure(error, statement) from error
 
-    def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{quote(os.fsencode(self.path))}?mode=rw"
-        return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    def many(self, statement: str, rows: Iterable[Sequence[Any]]) -> int:
+        """How many rows a statement has changed, run for each row of parameters."""
+        try:
+            return self.db.executemany(statement, rows).rowcount
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
 
-    def _disconnect(self) -> None:
-        """The last descriptor of the database that is closed is one of SQLite's own, or ours after
-        all of them: with any other its locks would go."""
-        if self._flush is not None:
-            self._flush.join()
-        if self._flush_failed:
-            self._end(self._flush_failed)
-        for connection in filter(None, (self._reader, self._connection)):
-            connection.close()
-        if self._file >= 0:
-            os.close(self._file)
-        self._connection = self._reader = self._held_at = self._flush = None
-        self._file = -1
+    def rows(self, statement: str, *parameters: Any) -> list[Any]:
+        try:
+            return self.db.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise self._failure(error, statement) from error
 
-    def _recognize(self, as_it_is: bool) -> bool:
-        application = self._value("PRAGMA application_id")
-        version = self._value("PRAGMA user_version")
-        if application != APPLICATION_ID and self._value("SELECT count(*) FROM sqlite_master"):
+    def value(self, statement: str, *parameters: Any) -> Any:
+        """The first value of a result; None when it has no row."""
+        rows = self.rows(statement, *parameters)
+        return rows[0][0] if rows else None
+
+    def savepoint(self) -> None:
+        self.run("SAVEPOINT act")
+
+    def end_savepoint(self, keeps: bool) -> None:
+        """Keep what came after the savepoint, or undo it."""
+        if not keeps:
+            self.run("ROLLBACK TO act")
+        self.run("RELEASE act")
+
+    def _failure(self, error: sqlite3.Error, statement: str = "") -> StoreError:
+        """What an error of SQLite is raised as. Raises Unrecoverable for a failed sync: the system
+        may report it once and drop the pages, and then the next sync succeeds without them."""
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None:  # before Python 3.11 there is the text alone, which does not tell a sync
+            codes = {"database is locked": SQLITE_BUSY}
+            if statement.startswith(("COMMIT", "PRAGMA wal_checkpoint")):
+                codes["disk I/O error"] = SQLITE_IOERR_FSYNC
+            code = codes.get(str(error), 0)
+        if code == SQLITE_IOERR_FSYNC:
+            reason = f"{self.path}: the disk has not taken what was written"
+            raise self.unrecoverable(reason) from error
+        kind = StoreBusy if code & 0xFF == SQLITE_BUSY else StoreError
+        return kind(describe_error(self.path, error))
+
+    def unrecoverable(self, reason: str) -> Unrecoverable:
+        """What to raise when the database cannot be worked with any more."""
+        self._is_lost = True
+        return Unrecoverable(f"{reason}: start again")
+
+    # The schema.
+
+    def version(self) -> int:
+        return int(self.value("PRAGMA user_version"))
+
+    def _recognize(self) -> bool:
+        """Whether the database has our schema; not, when it is empty. Raises StoreError."""
+        application, version = self.value("PRAGMA application_id"), self.version()
+        if application != APPLICATION_ID and self.value("SELECT count(*) FROM sqlite_master"):
             raise StoreError(f"{self.path}: it is the database of another program")
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path}: it was made by a newer hostenroll (schema {version}, this one "
                 f"knows {SCHEMA_VERSION}): use that one"
             )
-        if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *ALTERATIONS):
+        if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *MIGRATIONS):
             raise StoreError(f"{self.path}: its schema version {version} was never one of ours")
-        self._run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
-        if not as_it_is and self._value("PRAGMA journal_mode = WAL") != "wal":
-            raise StoreError(f"{self.path}: its file system cannot do write-ahead logging")
-        self._run("PRAGMA wal_autocheckpoint = 0")
-        self._run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
-        self._run("PRAGMA foreign_keys = ON")
-        self._run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
-        self.version()  # the first read makes the WAL, also where there was none until now
         return bool(application == APPLICATION_ID)
 
-    def create(self, organization: Organization, kids: Iterable[str]) -> None:
-        """Make the schema in an empty database, and what every database has; all or nothing."""
-        self._begin_durable()
-        self._complete_schema()
-        self.add_organization(organization)
-        for kid in kids:
-            self.add_signing_key(kid, organization.created_at)
-        self._run("COMMIT")
-        self._wal_identity = identity(f"{self.path}-wal")
-
-    def version(self) -> int:
-        """Of the schema that the database has."""
-        return int(self._value("PRAGMA user_version"))
-
-    def migrate(self) -> None:
-        """Bring the schema of an older version up to ours; all or nothing."""
+    def require_our_schema(self) -> None:
+        """Raises Unrecoverable when a newer program has migrated the database; StoreError."""
         version = self.version()
-        if version < SCHEMA_VERSION:
-            self._begin_durable()
-            for older in range(version, SCHEMA_VERSION):
-                for statement in ALTERATIONS[older]:
-                    self._run(statement)
-            self._complete_schema()
-            self._run("COMMIT")
-            log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise self.unrecoverable(
+                f"{self.path} has schema {version} now, and this program knows {SCHEMA_VERSION}: "
+                "use the program that migrated it"
+            )
 
-    def _begin_durable(self) -> None:
-        self._run("PRAGMA synchronous = FULL")
-        self._synchronous = "FULL"
-        self._run("BEGIN IMMEDIATE")
-
-    def _complete_schema(self) -> None:
-        """Create what is missing, statement by statement: executescript() would commit first."""
-        there = {row[0] for row in self._rows("SELECT name FROM sqlite_master")}
+    def create_schema(self) -> None:
+        """Create what is missing of the schema, in the caller's transaction. executescript() would
+        commit first."""
+        existing = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
         statement = ""
         for line in SCHEMA.splitlines(keepends=True):
             statement += line
             if sqlite3.complete_statement(statement):
                 created = CREATED.search(statement)
-                if created is None or created[1] not in there:
-                    self._run(statement)
+                if created is None or created[1] not in existing:
+                    self.run(statement)
                 statement = ""
 
+    def migrate(self) -> None:
+        """Bring the schema of an older version up to ours, all or nothing, under the lock that the
+        caller holds. Raises StoreError; rollback() then."""
+        version = self.version()
+        if version < SCHEMA_VERSION:
+            self.run("BEGIN IMMEDIATE")  # synchronous is FULL until begin() changes it
+            for older in range(version, SCHEMA_VERSION):
+                for statement in MIGRATIONS[older]:
+                    self.run(statement)
+            self.create_schema()
+            self.run("COMMIT")
+            log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
+
+
+class Engine(Database):
+    """The database, its files and its transactions: begin(), statements, commit() or rollback()."""
+
+    def __init__(self, path: str) -> None:
+        """Look at a path; open() opens it. Raises StoreError."""
+        super().__init__(os.path.realpath(path))  # SQLite resolves links for its WAL
+        self._given_path = path
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise StoreError(f"{self.path} is not a file")
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder} for the database")
+        self.lock = WriteLock(path)
+        self.descriptor = -1  # SQLite's own, of the database; -1: not known
+        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
+        self._is_examined = self._is_immutable = self._makes_shm = False
+        self._synchronous = "FULL"
+        self._waits_for = ""
+        self._checkpoints = Checkpoints(self)
+        self.checkpoint = self._checkpoints.run
+
+    # Opening and closing.
+
+    def open(self, as_it_is: bool = False) -> bool:
+        """Connect, under the lock that the caller holds; make an empty file of mode 0600 where
+        there is none. True when the database has our schema, False when it is empty.
+
+        as_it_is: to examine it. No file is made or changed, read-only media will do, and no lock
+        is needed: a connection that only reads never checkpoints.
+
+        Raises StoreError, and OperatorError for files that another user put there.
+        """
+        self._is_examined = as_it_is
+        try:
+            return self._open_to_examine() if as_it_is else self._open_to_write()
+        except OSError as error:
+            raise StoreError(f"cannot open {describe_error(self.path, error)}") from error
+
+    def _open_to_write(self) -> bool:
+        if resolve_file(self._given_path) != self.path:
+            raise StoreError(f"{self.path} has been replaced while it was opened")
+        if not os.path.exists(self.path):
+            os.close(create_file(self.path))
+        for path in (self._wal_path, self._shm_path, f"{self.path}-journal"):
+            with suppress(FileNotFoundError):
+                require_own_file(path, self.path)
+        # SQLite makes the WAL first and removes it last, also when it is killed.
+        if os.path.exists(self._shm_path) and not os.path.exists(self._wal_path):
+            raise StoreError(
+                f"{self._wal_path} has been removed, and with it what was written last: stop every "
+                "server, which saves what it still has, or put the file back; to do without it, "
+                f"remove {self._shm_path} too"
+            )
+        self._checkpoints.has_old_wal = self.file_sizes()[1] > 0
+        opened = file_id(self.path)
+        self._connection = self.connect(self.path, "mode=rw")
+        self.descriptor = next(iter(descriptors_of(opened)), -1)
+        if self.descriptor < 0 and os.path.exists("/proc/self/fd"):
+            raise self.unrecoverable(f"{self.path} has been replaced while it was opened")
+        is_ours = self._recognize()
+        self.run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
+        if self.value("PRAGMA journal_mode = WAL") != "wal":
+            raise StoreError(f"{self.path}: its file system cannot do write-ahead logging")
+        self.run("PRAGMA wal_autocheckpoint = 0")
+        self.run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
+        self.run("PRAGMA foreign_keys = ON")
+        self.run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
+        self.run("PRAGMA synchronous = FULL")
+        self.version()  # the first read makes the WAL, also where there was none until now
+        self._files = opened, file_id(self._wal_path)
+        return is_ours
+
+    def _open_to_examine(self) -> bool:
+        """SQLite would make a WAL and its -shm where there are none. Without a WAL there is no
+        writer: then SQLite takes the file for one that does not change, and _identify_files() sees
+        whether it does. With one, a -shm that is missing has to be made; close() removes it."""
+        companions = (self._wal_path, f"{self.path}-journal")
+        self._is_immutable = not any(map(os.path.exists, companions))
+        self._makes_shm = not self._is_immutable and not os.path.exists(self._shm_path)
+        self._files = self._identify_files()
+        mode = "mode=ro&immutable=1" if self._is_immutable else "mode=ro"
+        self._connection = self.connect(self.path, mode)
+        return self._recognize()
+
     def close(self) -> None:
-        """Close under the lock: the last connection to close checkpoints. Whoever keeps the lock
-        from us for so long is at work in the database, so ours is not the last."""
-        if self._connection is not None:
-            with suppress(StoreError):
-                self.lock.wait(CLOSE_PATIENCE)
-                if identity(self.path) not in (None, self._identity):
-                    self._let_go()  # else its WAL would be taken for that of what lies there now
-            self._disconnect()
-        self.lock.close()
+        """Close, under the lock: the last connection to close checkpoints. If we cannot get the
+        lock in that time, another process is at work in the database, and ours is not the last.
+
+        Raises Unrecoverable when it must not be closed, since the files are not ours any more.
+        """
+        try:
+            if self._connection is None or self._is_lost:
+                return
+            if self._files and not self._is_examined:
+                with suppress(StoreError):
+                    self.lock.acquire(CLOSE_PATIENCE)
+                try:
+                    self.require_unchanged(durable=True)
+                except StoreError as error:
+                    raise self.unrecoverable(f"cannot close {error}") from error
+            self._checkpoints.close()
+            self._connection.close()
+            self._connection = None
+            if self._makes_shm and not os.path.exists(f"{self.path}.lock"):  # so no server runs
+                with suppress(OSError):
+                    os.unlink(self._shm_path)
+        finally:
+            self.lock.close()
+
+    # The files, while they are open. What was acknowledged is in the database and its WAL, and
+    # SQLite goes on with the files that it has open, whatever happens to their names. So they are
+    # looked at before each transaction, and what is gone or replaced ends the process, after this:
+    #
+    #   database gone    All of the WAL is moved into the database that we have open, wherever its
+    #   or replaced      name is now, and the WAL is removed: SQLite would take it for one of the
+    #                    file that is at the path, and ruin that.
+    #   WAL removed      All of it is moved: a new process would begin another WAL.
+    #   WAL replaced     Nothing is moved. Another process is at work, and the index of the WAL in
+    #                    shared memory may be of its WAL already.
+    #   lock removed     Nothing is moved, since another process may hold a new lock. The WAL is in
+    #   or replaced      its place, and the next start goes on with it.
+    #
+    # What cannot be moved for now (the disk is full, others read what would be overwritten) is a
+    # StoreError: nothing is acknowledged, and the next transaction tries again.
+
+    def _identify_files(self) -> tuple[Any, ...]:
+        """Which files there are: the database and its WAL. Of a file that is taken for one that
+        does not change, also its last change."""
+        database, wal = file_id(self.path), file_id(self._wal_path)
+        if self._is_immutable and database is not None:
+            return database, wal, os.stat(self.path).st_mtime_ns
+        return database, wal
+
+    def require_unchanged(self, durable: bool) -> None:
+        """Raises Unrecoverable when database or WAL, or the lock before a durable transaction, are
+        not the files that we have open; StoreError when they cannot be seen, or not left yet."""
+        if self._identify_files() == self._files and (not durable or self.lock.exists_unchanged()):
+            return
+        if self._is_examined:
+            raise StoreError(f"{self.path} has changed while it was examined: examine it again")
+        if not self.lock.exists_unchanged():
+            raise self.unrecoverable(f"the lock beside {self.path} has been removed or replaced")
+        self.lock.acquire(CLOSE_PATIENCE)
+        database, wal = self._identify_files()
+        if (database, wal) == self._files:
+            raise StoreError(f"{self.path} was gone for a moment")
+        name = self._wal_path if database == self._files[0] else self.path
+        reason = f"{name} has been {'replaced' if file_id(name) else 'removed'}"
+        if wal in (None, self._files[1]):
+            try:
+                self._save_wal()
+            except StoreError as error:
+                text = f"{reason}, and its last changes cannot be saved: {error}"
+                raise StoreError(text) from error
+        raise self.unrecoverable(reason)
+
+    def _save_wal(self) -> None:
+        """Move all of the WAL into the database that we have open, and remove it."""
+        self._checkpoints.finish_part()
+        if self.value("PRAGMA wal_checkpoint(TRUNCATE)"):
+            raise StoreError("other processes still read the database: end them")
+        try:
+            for path in (self._shm_path, self._wal_path):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        except OSError as error:
+            raise StoreError(describe_error(error.filename, error)) from error
 
     # Transactions.
 
     def begin(self, writes: bool, durable: bool) -> bool:
-        """Begin. False when another writer is at work: ask again, or abandon().
+        """Begin. False when another writer is at work: ask again, or stop_waiting().
 
         A durable transaction is on the disk when commit() returns; one that is not may be lost
-        with the power, and never with the process.
+        with the power, and never with the process. Raises StoreError and Unrecoverable.
         """
-        self.require_same_file()
-        if durable:
-            self.require_companions()
+        self.require_unchanged(durable)
         if not writes:
-            self._run("BEGIN")
+            self.run("BEGIN")
             return True
-        if not self.lock.attempt():
+        if not self.lock.try_acquire():
             self._waits_for = f"another process is writing to {self.path}"
             return False
         synchronous = "FULL" if durable else "NORMAL"
         if synchronous != self._synchronous:  # inside a transaction it is an error
-            self._run(f"PRAGMA synchronous = {synchronous}")
+            self.run(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
-        if self._is_part_due():
-            self._hold_back()
+        self._checkpoints.begin_part()
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except FAILURES as error:
-            if not self._is_busy(error):
-                raise self._failure(error) from error
-            self._waits_for = str(self._failure(error))
+            self.run("BEGIN IMMEDIATE")
+        except StoreBusy as error:  # another program is writing, without our lock
+            self._waits_for = str(error)
+            self._checkpoints.release_reader()
             self.lock.release()
             return False
         return True
 
-    def give_up(self) -> StoreBusy:
-        """Wait no longer for the other writer; what there was to wait for."""
-        self.lock.leave_gate()
+    def stop_waiting(self) -> StoreBusy:
+        """Wait no longer for another writer: the reason, to raise."""
+        self.lock.release_gate()
         return StoreBusy(self._waits_for)
 
-    @staticmethod
-    def _is_busy(error: Exception) -> bool:
-        """Whether another program, without our lock, is writing. Python before 3.11 does not say
-        which error it is: then it may be, the wait is bounded, and in the end it is named."""
-        busy = 5  # SQLITE_BUSY
-        code = getattr(error, "sqlite_errorcode", busy)
-        return isinstance(error, sqlite3.OperationalError) and code & 0xFF == busy
-
     def commit(self) -> None:
-        """End the transaction and keep it. Raises StoreError; abandon() then."""
-        self._run("COMMIT")
+        """End the transaction and keep it. Raises StoreError and Unrecoverable."""
+        self.run("COMMIT")
         self.lock.release()
 
-    def abandon(self) -> None:
+    def rollback(self) -> None:
         """End the transaction, where there still is one, and keep nothing."""
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-        except FAILURES as error:
-            log.error("cannot roll back: %s", self._failure(error))
+        except sqlite3.Error as error:
+            log.error("cannot roll back: %s", describe_error(self.path, error))
         finally:
             self.lock.release()
-            self.lock.leave_gate()
+            self.lock.release_gate()
 
-    def start_over(self) -> None:
-        """Undo all of a transaction that writes, and go on in a new one."""
-        self._run("ROLLBACK")
-        self._run("BEGIN IMMEDIATE")
-
-    def savepoint(self) -> None:
-        """Mark the place that rollback_to() returns to."""
-        self._run("SAVEPOINT act")
-
-    def keep(self) -> None:
-        """Keep what came after the savepoint."""
-        self._run("RELEASE act")
-
-    def undo(self) -> None:
-        """Undo what came after the savepoint."""
-        self._run("ROLLBACK TO act")
-        self._run("RELEASE act")
-
-    # Checkpoints: PASSIVE ones, under the lock.
-    #
-    # A checkpoint that moves all of a large fleet's WAL waits for the disk, for pages that lie all
-    # over the database: some 30 ms in which nobody is answered. One that cannot move all does not
-    # wait: SQLite syncs the WAL before it moves a page, and the database only before the WAL is
-    # begun anew, when all is moved. So most is moved while a reader holds the last frames back, and
-    # a thread has the disk take it while we go on. What has come meanwhile is less, is moved in
-    # the same way, and so on; what is left in the end is little, and the WAL begins anew. What
-    # SQLite does for safety it does as ever: nothing depends on the thread, or on the reader.
-    # But for one thing: pages that the disk has failed to take it would move once more, and those
-    # of a part it would not. Then the process ends and closes nothing, so whoever opens the
-    # database next moves all of the WAL again.
-    #
-    # How much is in the WAL is not to be had: the file is written over from its start, because to
-    # truncate it and let it grow again costs a heartbeat a tenth of its time. So the rows that
-    # change are counted: a heartbeat's is a page, each of an enrollment's up to three. Of a small
-    # fleet they are the same few pages again and again: the more rows, the less a checkpoint costs
-    # each of them.
-
-    def checkpoint(self, is_due: bool = False) -> None:
-        """Move a part of the WAL into the database, or the rest, when it is time or is_due; not
-        while another writer is at work."""
-        if self._flush_failed:
-            self._end(self._flush_failed)
-        changes = self._db.total_changes
-        is_whole = is_due or self._is_rest(changes)
-        if self._held_at is None and not is_whole:
-            return
+    def faults(self) -> list[str]:
+        """What is wrong with the database, by SQLite's own checks and by our schema. Each check is
+        one statement: at a million hosts its snapshot holds up the WAL for 3 s."""
         try:
-            # Another may hold a lock that has taken the place of ours.
-            if not self.lock.is_there() or not self.lock.attempt():
-                self.lock.leave_gate()
-                return
-            if is_whole:
-                self._let_reader_go()
-            moved = changes if self._held_at is None else self._held_at
-            with self._timed():
-                self._run("PRAGMA wal_checkpoint(PASSIVE)")
-            self._moved_at, self._complaint = moved, ""
-            if is_whole:
-                self._checkpointed_at = changes
-                step = 1 if self._slowest < CHECKPOINT_TIME else -1
-                self._doublings = min(max(0, self._doublings + step), CHECKPOINT_DOUBLINGS)
-                self._slowest = 0.0
-            else:
-                self._start_flush()
+            faults = [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
+            orphans = self.rows("PRAGMA foreign_key_check")
+            faults += [f"a row of {row[0]} lacks its {row[2]}" for row in orphans]
+            if self.version() == SCHEMA_VERSION:
+                existing = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
+                names = CREATED.findall(SCHEMA)
+                faults += [f"{name} is missing" for name in names if name not in existing]
+            self.require_unchanged(durable=False)
         except StoreError as error:
-            if self._moved_at > self._checkpointed_at and self._is_of_a_sync(error.__cause__):
-                self._end(str(error))
-            self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
-            if not is_due and str(error) != self._complaint:  # what is due has been told already
-                log.warning("cannot checkpoint: %s", error)
-            self._complaint = str(error)
+            return [str(error)]
+        return faults
+
+    # Backups.
+
+    @contextmanager
+    def exclusive_folder(self, folder: str) -> Iterator[None]:
+        """Be the only process that copies into a folder. Raises StoreBusy."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            if not try_flock(descriptor):
+                raise StoreBusy(f"another backup into {folder} is under way")
+            yield
         finally:
-            try:
-                self._let_reader_go()
-            finally:
-                self.lock.release()
+            os.close(descriptor)
 
-    def _is_rest(self, changes: int) -> bool:
-        """Whether what is left is little, or so much that no part can be waited for."""
-        if changes - self._checkpointed_at >= 2 * CHECKPOINT_AFTER << CHECKPOINT_DOUBLINGS:
-            return True  # of the parts, or of trouble with them
-        is_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
-        return is_begun and changes - self._moved_at <= CHECKPOINT_REST
+    def copy_to(self, path: str, pause: Progress) -> None:
+        """Copy the database as the caller's read transaction sees it, while others go on writing,
+        into an empty file that the caller made and has open: SQLite opens it by its name, so it is
+        checked that it has opened that one. pause() is called after each BACKUP_PAGES."""
+        target = self.connect(path, "mode=rw")
+        try:
+            if self.descriptor >= 0 and len(descriptors_of(file_id(path))) < 2:
+                raise StoreError(f"{path} has been replaced")
+            target.execute("PRAGMA journal_mode = OFF")
+            target.execute("PRAGMA synchronous = OFF")  # the caller syncs
+            self.db.backup(
+                target,
+                pages=BACKUP_PAGES,
+                progress=lambda status, left, total: pause(total - left, total),
+            )
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot copy {describe_error(self.path, error)}") from error
+        finally:
+            target.close()
 
-    def _is_part_due(self) -> bool:
-        """Whether it is time for a part, when the transaction that begins is held back."""
-        changes = self._db.total_changes
+
+class Checkpoints:
+    """When the WAL is moved into the database, and how.
+
+    A commit appends the changed pages to the WAL. A checkpoint moves them into the database; when
+    all are moved, the next commit writes over the WAL from its start. SQLite syncs the database
+    after it has moved the last page. At a million hosts that sync waits for pages all over the
+    disk: some 30 ms in which no request is answered.
+
+    So the WAL is moved in parts. Before a transaction, a second connection begins to read; after
+    it, a checkpoint moves what is older than the reader's snapshot. Since not all is moved, SQLite
+    does not sync, and a thread syncs while we go on. What was written meanwhile is less, and is
+    moved as the next part. When little is left, the rest is moved without a reader, with SQLite's
+    own short sync, and the WAL begins again.
+
+    Safety depends on neither thread nor reader: SQLite syncs all of the database before it writes
+    over the WAL. But for a sync that fails: a system may drop the pages, and SQLite would not move
+    those of earlier parts again. Then the process ends, and closes nothing; the first checkpoint of
+    the next one moves all of the WAL that it finds.
+
+    Only a checkpoint tells how much is in the WAL, and the file keeps its size: to truncate it and
+    let it grow again costs a heartbeat a tenth of its time. So changed rows are counted: that of a
+    heartbeat is a page, one of an enrollment up to three. While another process reads an old
+    snapshot, such as a backup, nothing newer can be moved, and the WAL grows.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.has_old_wal = False  # that an earlier process has left
+        self._engine = engine
+        # Times are in the connection's count of rows changed.
+        self._checkpointed_at = self._moved_at = 0  # the whole WAL, and a part of it
+        self._snapshot_at: Optional[int] = None  # the reader holds back what came later
+        self._complaint = ""  # why the last one failed
+        self._reader: Optional[sqlite3.Connection] = None
+        self._flush: Optional[threading.Thread] = None
+        self._flush_failed = ""  # why
+
+    def begin_part(self) -> None:
+        """Before a transaction that writes: have the reader begin, if a part is due. Without a
+        reader, the whole WAL is moved when it is large."""
+        changes = self._engine.db.total_changes
         if self._moved_at > self._checkpointed_at:
             is_due = changes - self._moved_at > CHECKPOINT_REST
         else:
-            is_due = changes - self._checkpointed_at >= CHECKPOINT_AFTER << self._doublings
-        return is_due and self._held_at is None and not self._is_flushing()
-
-    def _hold_back(self) -> None:
-        """Have the reader begin: what is written from now on stays in the WAL."""
+            is_due = changes - self._checkpointed_at >= CHECKPOINT_AFTER
+        can_flush = self._engine.descriptor >= 0 and not self._is_flushing()
+        if not is_due or not can_flush or self._snapshot_at is not None:
+            return
         try:
-            if self._file < 0:
-                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            if identity(self._file) != self._identity:
-                return  # another has taken its place just now
             if self._reader is None:
-                self._reader = self._connect()
+                self._reader = self._engine.connect(self._engine.path, "mode=rw")
+                self._engine.require_unchanged(durable=True)  # else it may be another file's
             self._reader.execute("BEGIN")
-            self._reader.execute("SELECT 1 FROM service").fetchall()
-            self._held_at = self._db.total_changes
-        except (*FAILURES, OSError, StoreError):
-            self._let_reader_go()  # then all is moved at once, when it is much
+            self._reader.execute("SELECT 1 FROM sqlite_master").fetchall()
+            self._snapshot_at = changes
+        except (sqlite3.Error, StoreError):
+            self.release_reader()
 
-    def _let_reader_go(self) -> None:
-        self._held_at, reader = None, self._reader
+    def run(self, is_forced: bool = False) -> None:
+        """Between transactions: move a part of the WAL into the database, or all of it, if it is
+        time or is_forced, and no other writer is at work."""
+        changes = self._engine.db.total_changes
+        has_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
+        is_rest = has_begun and changes - self._moved_at <= CHECKPOINT_REST
+        is_overdue = changes - self._checkpointed_at >= CHECKPOINT_AT_ONCE  # parts do not keep up
+        is_whole = is_forced or self.has_old_wal or is_rest or is_overdue
+        if self._snapshot_at is None and not is_whole:
+            return
+        try:
+            self._engine.require_unchanged(durable=True)
+            if not self._engine.lock.try_acquire():
+                self._engine.lock.release_gate()
+                return
+            if is_whole:
+                self.finish_part()
+            moved = changes if self._snapshot_at is None else self._snapshot_at
+            self._engine.run("PRAGMA wal_checkpoint(PASSIVE)")
+            self._moved_at, self._complaint = moved, ""
+            if is_whole:
+                self._checkpointed_at, self.has_old_wal = changes, False
+            else:
+                self._start_flush()
+        except StoreError as error:
+            self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
+            if not is_forced and str(error) != self._complaint:  # else it is logged already
+                log.warning("cannot checkpoint: %s", error)
+            self._complaint = str(error)
+        finally:
+            self.release_reader()
+            self._engine.lock.release()
+
+    def release_reader(self) -> None:
+        """Hold nothing back any more."""
+        self._snapshot_at, reader = None, self._reader
         if reader is None or not reader.in_transaction:
             return
         try:
             reader.execute("COMMIT")
-        except FAILURES:
+        except sqlite3.Error:
             self._reader = None
             reader.close()
 
-    @staticmethod
-    def _is_of_a_sync(error: Optional[BaseException]) -> bool:
-        """Whether SQLite could not sync; before Python 3.11 it may have been any of its EIO."""
-        code = 1034  # SQLITE_IOERR_FSYNC
-        may_be = code if str(error) == "disk I/O error" else 0
-        return bool(getattr(error, "sqlite_errorcode", may_be) == code)
-
-    def _end(self, error: str) -> None:
-        log.critical("the disk has not taken what was written, start again: %s", error)
-        os._exit(1)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._slowest = max(self._slowest, time.monotonic() - began)
-
     def _start_flush(self) -> None:
-        def flush(file: int) -> None:
-            try:
-                with self._timed():
-                    os.fdatasync(file)
-            except OSError as error:
-                self._flush_failed = told(self.path, error)
+        """Sync the database in a thread. By SQLite's own descriptor: to open another and close it
+        would drop SQLite's POSIX locks."""
 
-        with suppress(RuntimeError, MemoryError):  # no thread is to be had: then SQLite waits
-            thread = threading.Thread(target=flush, args=(self._file,), daemon=True)
+        def flush() -> None:
+            try:
+                os.fdatasync(self._engine.descriptor)
+            except OSError as error:
+                trouble = describe_error(self._engine.path, error)
+                self._flush_failed = f"{trouble}: the disk has not taken what was written"
+
+        with suppress(RuntimeError):  # no thread can be had: then SQLite waits for the disk
+            thread = threading.Thread(target=flush, daemon=True)
             thread.start()
             self._flush = thread
 
     def _is_flushing(self) -> bool:
         return self._flush is not None and self._flush.is_alive()
 
-    @contextmanager
-    def alone_in(self, folder: str) -> Iterator[None]:
-        """Be the only one who copies into a folder. Raises StoreBusy."""
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            if not WriteLock.take(descriptor):
-                raise StoreBusy(f"another backup into {folder} is under way")
-            yield
-        finally:
-            os.close(descriptor)
+    def finish_part(self) -> None:
+        """Before SQLite syncs the database itself: of two syncs by one descriptor, a system reports
+        a failure to one. Raises Unrecoverable."""
+        self.release_reader()
+        if self._flush is not None:
+            self._flush.join()
+        if self._flush_failed:
+            raise self._engine.unrecoverable(self._flush_failed)
 
-    def copy_to(self, path: str, pause: Report) -> Set[str]:
-        """Copy the database as it is at this moment into an empty file, while others go on
-        writing: a read transaction holds the moment fast. A pause comes after BACKUP_PAGES. The
-        kids that the copy knows."""
-        try:
-            target = sqlite3.connect(path, isolation_level=None)
-            try:
-                target.execute("PRAGMA journal_mode = OFF")
-                target.execute("PRAGMA synchronous = OFF")  # the caller syncs, once
-                self._run("BEGIN")
-                known = {row.kid for row in self.signing_keys()}
-                self._db.backup(
-                    target,
-                    pages=BACKUP_PAGES,
-                    progress=lambda status, left, total: pause(total - left, total),
-                )
-                return known
-            finally:
-                self.abandon()
-                target.close()
-        except FAILURES as error:
-            raise StoreError(f"cannot copy {told(self.path, error)}") from error
+    def close(self) -> None:
+        """Before the engine's connection is closed. Raises Unrecoverable."""
+        self.finish_part()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
-    def faults(self) -> List[str]:
-        """What is wrong with the database, by SQLite's own checks and by our schema."""
-        try:
-            found = [row[0] for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
-            lacking = self._rows("PRAGMA foreign_key_check")
-            found += [f"a row of {row[0]} lacks its {row[2]}" for row in lacking]
-            there = {row[0] for row in self._rows("SELECT name FROM sqlite_master")}
-            if self.version() == SCHEMA_VERSION:
-                found += [
-                    f"{name} is missing" for name in CREATED.findall(SCHEMA) if name not in there
-                ]
-        except StoreError as error:
-            return [str(error)]
-        return found
 
-    def require_same_file(self) -> None:
-        """See that what is at the path is what is open. Raises StoreError; StoreReplaced where
-        something else is there."""
-        try:
-            status = os.stat(self.path)
-        except OSError as error:
-            raise StoreError(f"{self.path} is gone ({error.strerror}): put it back") from error
-        if (status.st_dev, status.st_ino) != self._identity:
-            raise StoreReplaced(self._refused or f"{self.path} has been replaced")
+T = TypeVar("T")
 
-    def require_companions(self) -> None:
-        """See that what lies beside the database is what we go by: what is written into a WAL that
-        has been removed nobody else sees. Raises StoreError."""
-        if identity(f"{self.path}-wal") != self._wal_identity:
-            raise StoreError(
-                f"{self.path}-wal has been removed: stop every server, and start again; what it "
-                "held is written into the database when the last one stops"
-            )
-        if not self.lock.is_there():
-            raise StoreReplaced(f"the lock beside {self.path} has been removed")
+# Of each record its table, and the statements that read all columns and that add a row.
+TABLES: Mapping[Any, str] = {
+    Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
+    Service: "service", Event: "audit", Anchor: "audit_anchor",
+    Host: "host JOIN heartbeat ON host_id = id",
+}  # fmt: skip
+HOST_COLUMNS = Host._fields[: Host._fields.index("last_seen")]  # without those of heartbeat
 
-    def is_replaced(self) -> bool:
-        """Whether there is something to reopen()."""
-        try:
-            self.require_same_file()
-            self.require_companions()
-        except StoreError as error:
-            return isinstance(error, StoreReplaced)
-        return False
 
-    def reopen(self) -> bool:
-        """Open what is at the path now, and keep the lock that is there. False when another writer
-        is at work. Raises StoreBusy or StoreReplaced, and the old one is still open; StoreError."""
-        try:
-            lock = WriteLock(self.path)
-        except OSError as error:
-            raise StoreBusy(f"cannot open {told(error.filename, error)}") from error
-        if not lock.attempt():
-            lock.close()
-            return False
-        self.lock.close()
-        self.lock = lock
-        if identity(self.path) != self._identity:
-            if not self.file_sizes()[0]:
-                raise StoreReplaced(f"{self.path} is empty: restore it from a backup")
-            self._let_go()
-            if not self.open():
-                raise StoreError(f"{self.path} is empty: restore it from a backup")
-        return True
+def _insert(table: str, columns: Sequence[str], rest: str = "") -> str:
+    marks = ", ".join("?" * len(columns))
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {rest}"
 
-    def _let_go(self) -> None:
-        """Close a file that is no longer at the path. What is in its WAL goes into it, wherever it
-        is now: SQLite would take that WAL for the one of the file that lies there instead. When
-        it is not there, another server has done so, or somebody works with the new one already.
-        """
-        if self._connection is None:
-            return
-        self._let_reader_go()
-        if identity(f"{self.path}-wal") in (None, self._wal_identity):
-            try:
-                is_busy, _, _ = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0]
-            except StoreError as error:
-                said = f"the old {self.path} cannot be left: {error}"
-                raise StoreBusy(said) from error
-            if is_busy:
-                raise StoreBusy(f"{self.path} has been replaced while others read the old one")
-            self._unlink_wal()
-        self.disown()
 
-    def _unlink_wal(self) -> None:
-        try:
-            for path in (f"{self.path}-wal", f"{self.path}-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-        except OSError as error:
-            said = f"the old {self.path} cannot be left: {told(error.filename, error)}"
-            raise StoreBusy(said) from error
+def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
+    return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
 
-    def disown(self, reason: str = "") -> None:
-        """Close a database that is not to be worked with; it counts as replaced."""
-        self._identity, self._refused = None, reason
-        self._disconnect()
 
-    def file_sizes(self) -> Tuple[int, int]:
-        """Bytes of the database and of its WAL: looked at, never opened."""
-        sizes = []
-        for path in (self.path, f"{self.path}-wal"):
-            try:
-                sizes.append(os.stat(path).st_size)
-            except FileNotFoundError:
-                sizes.append(0)
-        return sizes[0], sizes[1]
+UNLESS_TAKEN = "ON CONFLICT (id) DO NOTHING"
+SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in TABLES.items()}
 
-    # Statements: what goes around these says why.
+# The whole authorization of a heartbeat, beside its signature: one matched row means that the
+# host is active, that this is its valid credential, and that the time is written. The first use
+# of a newer credential, and a clock that was set back, match nothing: the general path judges them.
+_BEAT = """UPDATE heartbeat SET last_seen = ?
+            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active = 1"""
 
-    @property
-    def _db(self) -> sqlite3.Connection:
-        assert self._connection is not None, "open() comes first"
-        return self._connection
 
-    def _failure(self, error: Exception) -> StoreError:
-        return StoreError(told(self.path, error))
+class Queries:
+    """The statements, in SQL that PostgreSQL knows too: ON CONFLICT, CASE in place of max() and
+    min() of two values, = 1 for truth, no RETURNING.
 
-    def _run(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        try:
-            return self._db.execute(statement, parameters)
-        except FAILURES as error:
-            raise self._failure(error) from error
+    None stands for all organizations. Lists begin with the newest, and take those with an
+    id below before. Raises StoreError and Unrecoverable.
+    """
 
-    def _rows(self, statement: str, *parameters: Any) -> List[Any]:
-        try:
-            return self._db.execute(statement, parameters).fetchall()
-        except FAILURES as error:
-            raise self._failure(error) from error
+    def __init__(self, engine: Engine) -> None:
+        self._run, self._many = engine.run, engine.many
+        self._rows, self._value = engine.rows, engine.value
 
-    def _value(self, statement: str, *parameters: Any) -> Any:
-        rows = self._rows(statement, *parameters)
-        return rows[0][0] if rows else None
+    def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
+        return [record(*row) for row in self._rows(f"{SELECT[record]} {rest}", *values)]
 
-    def _one(self, record: Callable[[Iterable[Any]], T], statement: str, *p: Any) -> Optional[T]:
-        rows = self._rows(statement, *p)
-        return record(rows[0]) if rows else None
+    def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
+        records = self._all(record, rest, *values)
+        return records[0] if records else None
 
-    def _changed(self, statement: str, *parameters: Any) -> int:
-        return self._run(statement, *parameters).rowcount
+    def _newest(
+        self, record: Callable[..., T], organization: Optional[str], before: int, limit: int,
+        key: str = "id",
+    ) -> list[T]:  # fmt: skip
+        owned, owner = _owned_by(organization)
+        rest = f"WHERE {owned} {key} < ? ORDER BY {key} DESC LIMIT ?"
+        return self._all(record, rest, *owner, before, limit)
+
+    def add(self, row: Union[Organization, ApiKey, Token]) -> bool:
+        """False when there is a row of that id."""
+        return self._run(_insert(TABLES[type(row)], row._fields, UNLESS_TAKEN), *row) == 1
+
+    def put(self, row: Union[Service, Anchor]) -> None:
+        """Replace the only row. What is not after an anchor may be pruned then."""
+        table = TABLES[type(row)]
+        self._run(f"DELETE FROM {table}")
+        self._run(_insert(table, ("id", *row._fields)), 1, *row)
 
     # Organizations, API keys, signing keys, service.
 
-    def add_organization(self, organization: Organization) -> bool:
-        """False when there is one of that name."""
-        statement = "INSERT OR IGNORE INTO organization (id, created_at) VALUES (?, ?)"
-        return self._changed(statement, *organization) == 1
-
-    def organizations(self) -> List[Organization]:
-        """All, in the order of their names."""
-        return [Organization(*row) for row in self._rows("SELECT * FROM organization ORDER BY id")]
+    def organizations(self) -> list[Organization]:
+        return self._all(Organization, "ORDER BY id")
 
     def has_organization(self, name: str) -> bool:
-        """Whether there is one of that name."""
         return self._value("SELECT 1 FROM organization WHERE id = ?", name) is not None
 
-    def add_api_key(self, key: ApiKey) -> bool:
-        """False when there is one of that id."""
-        return self._changed(_insert("api_key", ApiKey._fields), *key, key.id) == 1
-
     def api_key(self, number: int) -> Optional[ApiKey]:
-        """One row, by id."""
-        return self._one(ApiKey._make, f"SELECT {_API_KEY} FROM api_key WHERE id = ?", number)
+        return self._one(ApiKey, "WHERE id = ?", number)
 
-    def api_keys(self) -> List[ApiKey]:
-        """All, the newest first."""
-        rows = self._rows(f"SELECT {_API_KEY} FROM api_key ORDER BY id DESC")
-        return [ApiKey(*row) for row in rows]
+    def is_live_api_key(self, number: int) -> bool:
+        statement = "SELECT 1 FROM api_key WHERE id = ? AND revoked_at IS NULL"
+        return self._value(statement, number) is not None
+
+    def api_keys(self) -> list[ApiKey]:
+        return self._all(ApiKey, "ORDER BY id DESC")
 
     def revoke_api_key(self, number: int, now: int) -> bool:
-        """False when there is none, or it is revoked already."""
         statement = "UPDATE api_key SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
-        return self._changed(statement, now, number) == 1
+        return self._run(statement, now, number) == 1
 
-    def signing_keys(self) -> List[SigningKeyRow]:
-        """All that ever were, the newest first."""
-        columns = ", ".join(SigningKeyRow._fields)
-        rows = self._rows(f"SELECT {columns} FROM signing_key ORDER BY number DESC")
-        return [SigningKeyRow(*row) for row in rows]
+    def signing_keys(self) -> list[SigningKeyRow]:
+        return self._all(SigningKeyRow, "ORDER BY number DESC")
 
     def add_signing_key(self, kid: str, now: int) -> None:
-        """Give a kid a number; one that was retired is there again."""
-        statement = "INSERT OR IGNORE INTO signing_key (kid, created_at) VALUES (?, ?)"
+        """Give a kid a number; one that was retired is no longer."""
+        statement = """INSERT INTO signing_key (kid, created_at) VALUES (?, ?)
+             ON CONFLICT (kid) DO UPDATE SET retired_at = NULL"""
         self._run(statement, kid, now)
-        self._run("UPDATE signing_key SET retired_at = NULL WHERE kid = ?", kid)
 
     def retire_signing_key(self, kid: str, now: int) -> None:
-        """Record that a key is no longer in the key file."""
         self._run("UPDATE signing_key SET retired_at = ? WHERE kid = ?", now, kid)
 
     def signing_key_number(self, kid: str) -> Optional[int]:
-        """The number of a kid."""
         number: Optional[int] = self._value("SELECT number FROM signing_key WHERE kid = ?", kid)
         return number
 
     def hosts_by_signing_key(self, number: int) -> int:
-        """How many hosts hold credentials that a key has signed."""
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
 
     def hosts_not_past(self, number: int) -> int:
-        """How many hosts were last heard with a credential of a key or of an older one that is
-        still good: the next one of those may be of this key, and not yet used."""
+        """How many hosts were last seen with a credential of this key, or of an older key that is
+        not retired. Such a host may hold an unused credential of this key."""
         statement = """SELECT count(*) FROM heartbeat WHERE key_number IN
              (SELECT number FROM signing_key WHERE number <= ? AND retired_at IS NULL)"""
         return int(self._value(statement, number))
 
     def service(self) -> Optional[Service]:
-        """What the servers say of themselves; None before the first one ran."""
-        return self._one(Service._make, f"SELECT {_SERVICE} FROM service")
-
-    def put_service(self, service: Service) -> None:
-        """Write the row anew."""
-        marks = ", ".join("?" * len(service))
-        self._run("DELETE FROM service")
-        self._run(f"INSERT INTO service ({_SERVICE}) VALUES ({marks})", *service)
+        return self._one(Service, "")
 
     def keep_alive(self, now: int) -> None:
-        """Say that a server lives."""
-        self._run("UPDATE service SET alive = max(alive, ?)", now)
+        """Record that a server lives; a time that is set back changes nothing."""
+        statement = "UPDATE service SET alive = CASE WHEN alive < ? THEN ? ELSE alive END"
+        self._run(statement, now, now)
 
     def put_pin(self, pin: str) -> None:
-        """Say what the pin of the server's certificate is now."""
         self._run("UPDATE service SET pin = ?", pin)
 
     # Tokens.
 
-    def add_token(self, token: Token) -> bool:
-        """False when there is one of that id."""
-        return self._changed(_insert("token", Token._fields), *token, token.id) == 1
-
     def token(self, number: int) -> Optional[Token]:
-        """One row, by id."""
-        return self._one(Token._make, f"SELECT {_TOKEN} FROM token WHERE id = ?", number)
+        return self._one(Token, "WHERE id = ?", number)
 
-    def tokens(self, organization: Optional[str], before: int, limit: int) -> List[Token]:
-        """The newest with an id below before; of one organization, or of all."""
-        return [Token(*row) for row in self._newest("token", _TOKEN, organization, before, limit)]
+    def tokens(self, organization: Optional[str], before: int, limit: int) -> list[Token]:
+        return self._newest(Token, organization, before, limit)
 
     def use_token(self, number: int, now: int, address: str) -> bool:
         """Take one use. False when it may not be taken: the guard against every race."""
         statement = """UPDATE token SET uses = uses + 1, used_at = ?, used_from = ?
              WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?"""
-        return self._changed(statement, now, address, number, now) == 1
+        return self._run(statement, now, address, number, now) == 1
 
     def revoke_token(self, number: int, now: int) -> None:
-        """Revoke, unless it is."""
-        self._run(
-            "UPDATE token SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", now, number
-        )
+        statement = "UPDATE token SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
+        self._run(statement, now, number)
 
     def prune_tokens(self, after: int, before: int, ended: int, limit: int) -> Optional[int]:
-        """Look at so many tokens with an id between after and before, and delete those that have
-        ended by a time. The id to go on after; None when all have been looked at."""
+        """Look at so many tokens with an id between after and before, and delete the ones that
+        had ended by a time. The id to go on after; None when there are no more."""
         statement = "SELECT id FROM token WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
         rows = self._rows(statement, after, before, limit)
         if not rows:
             return None
         last: int = rows[-1][0]
-        self._run(
-            """DELETE FROM token WHERE id > ? AND id <= ? AND coalesce(revoked_at,
-                 CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ?""",
-            after,
-            last,
-            ended,
-        )
+        statement = """DELETE FROM token WHERE id > ? AND id <= ? AND coalesce(revoked_at,
+             CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ?"""
+        self._run(statement, after, last, ended)
         return last if len(rows) == limit else None
 
-    def hosts_by_token(self, number: int, limit: int) -> List[int]:
-        """The ids of the newest hosts that came in by a token."""
+    def hosts_by_token(self, number: int, limit: int) -> list[int]:
         statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
         return [row[0] for row in self._rows(statement, number, limit)]
 
@@ -2730,124 +2562,96 @@ class Store:
 
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
-        columns = len(_HOST_ALONE)
-        if self._changed(_insert("host", _HOST_ALONE), *host[:columns], host.id) == 0:
+        columns = len(HOST_COLUMNS)
+        if self._run(_insert("host", HOST_COLUMNS, UNLESS_TAKEN), *host[:columns]) == 0:
             return False
-        statement = "INSERT INTO heartbeat VALUES (?, ?, ?, ?, ?)"
-        self._run(statement, host.id, host.last_seen, host.serial, host.key_number, host.active)
+        statement = _insert("heartbeat", ("host_id", *Host._fields[columns:]))
+        self._run(statement, host.id, *host[columns:])
         return True
 
     def host(self, number: int) -> Optional[Host]:
-        """One row, by id."""
-        statement = f"SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id WHERE id = ?"
-        return self._one(Host._make, statement, number)
+        return self._one(Host, "WHERE id = ?", number)
 
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
-        """The host that came in by a token with an Idempotency-Key."""
-        statement = f"""SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id
-             WHERE admitted_by = ? AND idempotency = ?"""
-        return self._one(Host._make, statement, token, idempotency)
+        """The host that a token admitted last, with an Idempotency-Key."""
+        return self._one(Host, "WHERE admitted_by = ? AND idempotency = ?", token, idempotency)
 
-    def hosts(self, organization: Optional[str], before: int, limit: int) -> List[ListedHost]:
-        """The newest with an id below before; of one organization, or of all."""
-        tables = "host JOIN heartbeat ON host_id = id"
-        rows = self._newest(tables, _LISTED_HOST, organization, before, limit)
-        return list(map(ListedHost._make, rows))
+    def hosts(self, organization: Optional[str], before: int, limit: int) -> list[Host]:
+        return self._newest(Host, organization, before, limit)
 
-    def _newest(
-        self,
-        tables: str,
-        columns: str,
-        organization: Optional[str],
-        before: int,
-        limit: int,
-        key: str = "id",
-    ) -> List[Any]:
-        own = "" if organization is None else "organization_id = ? AND"
-        of = () if organization is None else (organization,)
-        statement = f"""SELECT {columns} FROM {tables}
-             WHERE {own} {key} < ? ORDER BY {key} DESC LIMIT ?"""
-        return self._rows(statement, *of, before, limit)
+    def hosts_by_hostname(self, organization: str, hostname: str, limit: int) -> list[Host]:
+        """The newest of an organization by a hostname: RFC 4343, without the final dot."""
+        rest = """WHERE organization_id = ? AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.'))
+             ORDER BY id DESC LIMIT ?"""
+        return self._all(Host, rest, organization, hostname, limit)
+
+    def census_slice(
+        self, organization: Optional[str], after: int, limit: int
+    ) -> list[tuple[int, str, int, Optional[int]]]:
+        """So many hosts with an id above after, in order: id, organization_id, last_seen and
+        revoked_at; of one organization, or of all."""
+        owned, owner = _owned_by(organization)
+        statement = f"""SELECT id, organization_id, last_seen, revoked_at FROM host
+             JOIN heartbeat ON host_id = id WHERE {owned} id > ? ORDER BY id LIMIT ?"""
+        return self._rows(statement, *owner, after, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
-        """Set columns of a host; the caller names them, never a peer."""
+        """Set columns of a host. The program names them, never a peer."""
         settings = ", ".join(f"{column} = ?" for column in changes)
         self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
 
-    def hosts_by_hostname(self, organization: str, hostname: str, limit: int) -> List[Host]:
-        """The newest of an organization by a hostname: RFC 4343, without the final dot."""
-        statement = f"""SELECT {_HOST} FROM host JOIN heartbeat ON host_id = id
-             WHERE organization_id = ? AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.'))
-             ORDER BY id DESC LIMIT ?"""
-        return [Host(*row) for row in self._rows(statement, organization, hostname, limit)]
-
-    def census(
-        self, organization: Optional[str], after: int, limit: int, bounds: StatusBounds
-    ) -> Tuple[List[Tuple[str, str, int]], Optional[int]]:
-        """Count so many hosts with an id above after by organization and status. The counts, and
-        the id to go on after; None at the end."""
-        where = "id > ?" if organization is None else "id > ? AND organization_id = ?"
-        of = () if organization is None else (organization,)
-        last = (
-            f"SELECT max(id), count(*) FROM (SELECT id FROM host WHERE {where} ORDER BY id LIMIT ?)"
-        )
-        until, examined = self._rows(last, after, *of, limit)[0]
-        if not examined:
-            return [], None
-        seen = "CASE WHEN last_seen > ? THEN min(?, last_seen - ?) ELSE last_seen END AS seen"
-        statement = f"""SELECT organization_id, CASE WHEN NOT active THEN 'revoked'
-                 WHEN last_seen = 0 THEN 'pending' WHEN seen >= ? THEN 'online'
-                 WHEN seen >= ? THEN 'offline' ELSE 'missing' END AS status, count(*)
-             FROM (SELECT organization_id, active, last_seen, {seen}
-                     FROM host JOIN heartbeat ON host_id = id WHERE {where} AND id <= ?)
-             GROUP BY organization_id, status"""
-        times = (bounds.online, bounds.offline, bounds.ahead, bounds.started, bounds.set_back)
-        rows = self._rows(statement, *times, after, *of, until)
-        return [(row[0], row[1], row[2]) for row in rows], until if examined == limit else None
-
-    def issue(self, number: int, holds: int, address: str) -> Optional[int]:
-        """Issue a serial that nobody has, to who holds another; None when the host has been
-        admitted anew since that one."""
-        statement = """UPDATE host SET issued = max(issued, ?) + 1, issued_to = ?
-             WHERE id = ? AND admitted_serial <= ?"""
-        if self._changed(statement, holds, address, number, holds) == 0:
+    def issue(self, number: int, held: int, address: str) -> Optional[int]:
+        """Issue a serial that is above all others, to the holder of another; None when the host has
+        been admitted again since that one."""
+        statement = """UPDATE host SET issued = CASE WHEN issued < ? THEN ? ELSE issued END + 1,
+             issued_to = ? WHERE id = ? AND admitted_serial <= ?"""
+        if self._run(statement, held, held, address, number, held) == 0:
             return None
         return int(self._value("SELECT issued FROM host WHERE id = ?", number))
 
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
-        """Restore a host, or shut it out since a time: at once, for the next heartbeat."""
+        """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
         self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
         active = int(revoked_at is None)
         self._run("UPDATE heartbeat SET active = ? WHERE host_id = ?", active, number)
 
     def delete_host(self, number: int, now: int) -> None:
         """Remove a host and its heartbeat, and revoke the tokens that are bound to it."""
-        self._run(
-            "UPDATE token SET revoked_at = ? WHERE host_id = ? AND revoked_at IS NULL", now, number
-        )
+        statement = "UPDATE token SET revoked_at = ? WHERE host_id = ? AND revoked_at IS NULL"
+        self._run(statement, now, number)
         self._run("DELETE FROM host WHERE id = ?", number)
 
     # Heartbeats.
 
-    def beat(self, beats: Sequence[Beat]) -> int:
-        """Write a run of heartbeats; how many of them matched."""
-        try:
-            return self._db.executemany(_BEAT, beats).rowcount
-        except FAILURES as error:
-            raise self._failure(error) from error
+    def beat(self, rows: Sequence[tuple[int, int, int, int]]) -> int:
+        """Write a batch of heartbeats, each as last_seen, host_id, serial and last_seen again; how
+        many of them matched."""
+        return self._many(_BEAT, rows)
+
+    def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int]]:
+        """Of these hosts, id and serial of the active ones that were last seen now. Heartbeats
+        of the batch that are not among them did not match."""
+        pairs: set[tuple[int, int]] = set()
+        for start in range(0, len(hosts), VARIABLES_MAXIMUM):
+            chunk = hosts[start : start + VARIABLES_MAXIMUM]
+            marks = ", ".join("?" * len(chunk))
+            statement = f"""SELECT host_id, serial FROM heartbeat
+                 WHERE last_seen = ? AND active = 1 AND host_id IN ({marks})"""
+            pairs.update(self._rows(statement, now, *chunk))
+        return pairs
 
     def beat_late(self, number: int, now: int) -> None:
-        """Write one heartbeat, whatever is written of those before it."""
+        """Write one heartbeat, whatever time is written there."""
         self._run("UPDATE heartbeat SET last_seen = ? WHERE host_id = ?", now, number)
 
     def supersede(self, number: int, serial: int, key_number: int) -> None:
-        """From now on this credential of a host counts, and older ones do not."""
+        """From now on this credential of a host is valid, and older ones are not."""
         statement = "UPDATE heartbeat SET serial = ?, key_number = ? WHERE host_id = ?"
         self._run(statement, serial, key_number, number)
 
     # The audit log.
 
-    def last_event(self) -> Tuple[int, bytes]:
+    def last_event(self) -> tuple[int, bytes]:
         """Number and mac that the next event is chained to."""
         rows = self._rows("SELECT number, mac FROM audit ORDER BY number DESC LIMIT 1")
         if rows:
@@ -2856,46 +2660,26 @@ class Store:
         return (anchor.number, anchor.mac) if anchor else (0, b"")
 
     def add_events(self, events: Sequence[Event]) -> None:
-        """Append to the log."""
-        marks = ", ".join("?" * len(Event._fields))
-        try:
-            self._db.executemany(f"INSERT INTO audit ({_EVENT}) VALUES ({marks})", events)
-        except FAILURES as error:
-            raise self._failure(error) from error
+        self._many(_insert("audit", Event._fields), events)
 
-    def events(self, organization: Optional[str], before: int, limit: int) -> List[Event]:
-        """The newest with a number below before; of one organization, or all."""
-        rows = self._newest("audit", _EVENT, organization, before, limit, "number")
-        return [Event(*row) for row in rows]
+    def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
+        return self._newest(Event, organization, before, limit, "number")
 
-    def events_after(self, number: int) -> Iterator[Event]:
-        """All that follow a number, in order; in one transaction."""
-        statement = f"SELECT {_EVENT} FROM audit WHERE number > ? ORDER BY number"
-        cursor = self._run(statement, number)
-        try:
-            yield from map(Event._make, cursor)
-        except FAILURES as error:
-            raise self._failure(error) from error
+    def events_after(self, number: int, limit: int) -> list[Event]:
+        return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
 
     def oldest_event(self) -> Optional[int]:
-        """The number of the first event that is there."""
         number: Optional[int] = self._value("SELECT min(number) FROM audit")
         return number
 
     def anchor(self) -> Optional[Anchor]:
-        """What the first of the rest is chained to, where there is an anchor."""
-        return self._one(Anchor._make, "SELECT number, mac, proof FROM audit_anchor")
+        """What the first event is chained to, where older ones have been pruned."""
+        return self._one(Anchor, "")
 
-    def put_anchor(self, anchor: Anchor) -> None:
-        """Chain what follows to this; what is not after it may be pruned now."""
-        self._run("DELETE FROM audit_anchor")
-        self._run("INSERT INTO audit_anchor VALUES (1, ?, ?, ?)", *anchor)
-
-    def oldest_events(self, before: int, now: int, limit: int) -> List[Event]:
-        """The first events of the log, as long as they are older than a time. One of a clock that
-        was ahead is as old as what comes after it."""
-        statement = f"SELECT {_EVENT} FROM audit ORDER BY number LIMIT ?"
-        rows = map(Event._make, self._rows(statement, limit))
+    def oldest_events(self, before: int, now: int, limit: int) -> list[Event]:
+        """The first events of the log, as long as they are older than a time. An event of a clock
+        that was ahead counts as old as the events after it."""
+        rows = self._all(Event, "ORDER BY number LIMIT ?", limit)
         events = list(takewhile(lambda event: event.at < before or event.at > now, rows))
         while events and events[-1].at >= before:
             events.pop()
@@ -2908,236 +2692,161 @@ class Store:
 
 # 6. Registry
 #
-# The rules. Every rule runs inside a tick: one transaction, one time (now, in Unix ms), and
-# answers that are given only after the commit. Secrets alone are looked at ahead of it too. The
-# command line uses the same rules by the same door, as a tick of one act. What the Store reports
-# becomes a refusal here.
+# Law: every rule runs inside a tick: one transaction and one time (now, in Unix ms), answered
+# only after its commit. Only secrets and facts are looked up before it. What the Store reports
+# becomes a refusal here. HTTP, commands and the server itself come by the same way: a Call.
+#
+# Contents: values; the audit log; then a class of Rules for each noun: signing keys, service
+# period, organizations, API keys, tokens, enrollments, heartbeats, hosts; the Registry with its
+# transactions; backing up, opening and examining the files.
 
-ALL_ORGANIZATIONS: Optional[str] = None
+Owner = Optional[str]  # the slug of an organization; None: all of them, or no one's
+ALL_ORGANIZATIONS: Owner = None
 
 
 class Principal(NamedTuple):
-    """Who asks, on the user API or the command line."""
+    """Who makes a call."""
 
-    name: str  # as createdBy shows it
-    organization: Optional[str]  # ALL_ORGANIZATIONS, or the only one that it sees
+    name: str  # as createdBy and the audit log show it
+    organization: Owner  # the only one that the caller sees, or ALL_ORGANIZATIONS
     role: str  # admin or viewer
-    id: str = ""
+    id: int = -1  # of the API key; -1: none, such as for the command line
 
 
-class Origin(NamedTuple):
-    """Where a request came from, for the log and the audit log."""
-
-    address: str = ""  # '': the command line of this machine, or the server itself
-    request: str = ""  # its id
+SYSTEM = Principal("server", ALL_ORGANIZATIONS, "admin")
+LOCAL = Origin()
 
 
-class Noted(NamedTuple):
-    """An event, and the id of the request that it comes of."""
-
-    event: Event
-    request: str
-
-
-NOWHERE = Origin()
-UNFINISHED = object()  # what an act comes to that wants to be run again, in another tick
-
-
-class Act(NamedTuple):
-    """Something to do in a tick. Of one that may write, a refusal leaves nothing behind; one
-    that only reads may be UNFINISHED."""
-
-    run: Callable[[int], Any]  # given the tick's time in Unix ms; its result is what it comes to
-    writes: bool = True
-    durable: bool = True
-    origin: Origin = NOWHERE
-
-
-class Standing(NamedTuple):
-    """What a credential is judged by, beside its host: most of a fleet have the same."""
+class CredentialRef(NamedTuple):
+    """What a credential is judged by, beside its host. Most of a fleet have an equal one."""
 
     serial: int
     organization: str
     kid: str
 
 
-PlainBeat = Tuple[int, Standing]  # of a host, with nothing to tell and nothing to renew
+class Heartbeat(NamedTuple):
+    """A plain heartbeat, without facts or a renewal: the call that has a batch form."""
+
+    host: int
+    credential: CredentialRef
+    origin: Origin = LOCAL
 
 
-def plain_beat(claims: Claims) -> PlainBeat:
-    """The plain heartbeat of who has a credential."""
-    return claims.host, Standing(claims.serial, claims.organization, claims.kid)
+def heartbeat_of(claims: Claims, origin: Origin = LOCAL) -> Heartbeat:
+    """The plain heartbeat of a host that presents a credential with these claims."""
+    credential = CredentialRef(claims.serial, claims.organization, claims.kid)
+    return Heartbeat(claims.host, credential, origin)
 
 
-Work = Union[PlainBeat, Act]  # what a tick runs
+class Rule(Protocol):
+    """What a call runs, given the tick's time in Unix ms. What a refused call has written is
+    rolled back; the commit of a durable one waits for the disk."""
+
+    @property
+    def run(self) -> Callable[[Registry, Call, int], Any]: ...
+    @property
+    def writes(self) -> bool: ...
+    @property
+    def durable(self) -> bool: ...
 
 
-class TokenOrder(NamedTuple):
-    """What a token is to be."""
+class InternalRule(NamedTuple):
+    """A rule for calls of the program's own."""
 
-    organization: Optional[str] = None
-    ttl: int = TOKEN_TTL
-    max_uses: int = 1
-    description: str = ""
-    hostname: Optional[str] = None
-    labels: Mapping[str, str] = {}
+    run: Callable[[Registry, Call, int], Any]
+    writes: bool = True
+    durable: bool = False
 
 
-class Applicant(NamedTuple):
-    """What a machine says when it enrolls, and where it says it from."""
+class Call(NamedTuple):
+    """An operation with its caller and its values, which have been checked."""
 
-    token: str
-    hostname: str
-    name: Optional[str] = None
-    os: str = ""
-    architecture: str = ""
-    docker_version: str = ""
-    idempotency_key: Optional[str] = None
-    address: str = ""
+    operation: Rule
+    by: Principal = SYSTEM
+    id: int = -1  # of the object that the operation is about
+    values: Mapping[str, Any] = {}  # by the names of the wire
+    origin: Origin = LOCAL
 
 
-class Grant(NamedTuple):
-    """A credential, fresh from the press; its expiry in Unix seconds."""
+Work = Union[Heartbeat, Call]  # what a tick runs
+UNFINISHED = object()  # the outcome of a read that must be run again, in a later tick
+
+
+class IssuedCredential(NamedTuple):
+    """A new credential; its expiry in Unix ms, 0: never."""
 
     credential: str
-    expires_at: Optional[int]
+    expires_at: int
 
 
 class Enrollment(NamedTuple):
-    """A host and the credential that it now holds."""
+    """A host, the credential issued to it, and its heartbeat interval in seconds."""
 
     host: Host
-    grant: Grant
+    issued: IssuedCredential
+    interval: int
 
 
-class Beaten(NamedTuple):
-    """A heartbeat that counted: lastSeen in Unix ms, and a renewal where one is due."""
+class HeartbeatResult(NamedTuple):
+    """An accepted heartbeat: lastSeen in Unix ms, a renewal where due, seconds until the next."""
 
+    host: int
     last_seen: int
-    grant: Optional[Grant]
+    issued: Optional[IssuedCredential]
+    next_interval: int
 
 
 class TokenView(NamedTuple):
-    """A token and what is computed of it."""
+    """A token with its state and the hosts that it let in; its text only when it is minted."""
 
     token: Token
     state: str
-    hosts: List[int]
+    hosts: Sequence[int]
+    text: Optional[str] = None
+
+
+class ApiKeyView(NamedTuple):
+    """An API key; its text only when it is minted."""
+
+    key: ApiKey
+    text: Optional[str] = None
 
 
 class HostView(NamedTuple):
-    """A host and what is computed of it."""
+    """A host with its status, the sentence that gives the reason, and warnings for people."""
 
-    host: ListedHost
+    host: Host
     status: str
     reason: str
     warnings: Sequence[str] = ()
 
 
 class SigningKeyView(NamedTuple):
-    """A signing key, what it does, and how many hosts hold a credential that it has signed."""
+    """A signing key, its state, and how many hosts hold a credential that it signed."""
 
     key: SigningKeyRow
-    state: str
+    state: str  # signs, verifies or retired
     hosts: int
 
 
 class Page(NamedTuple):
     """A part of a list. It may be empty and not the last: only next None ends a list."""
 
-    items: List[Any]
-    next: Optional[int]  # the id to go on below
-
-
-def compact(labels: str) -> str:
-    """Labels of a row as they are sent: in JSON without white space. So they are kept, but in an
-    older database with it, and then it is behind each name."""
-    return json_text(json.loads(labels)) if '": "' in labels else labels
-
-
-class HostQuery(NamedTuple):
-    """Which hosts to list."""
-
-    organization: Optional[str] = None
-    status: Optional[str] = None
-    labels: Sequence[Tuple[str, str]] = ()
-    text: str = ""
-    before: int = LAST_ID
-    limit: int = PAGE_DEFAULT
-
-    def filter(self) -> Optional[Callable[[ListedHost, str], bool]]:
-        """What says whether a host with a status is one of those asked for; None: all are."""
-        asked, text = self.status, self.text.casefold()
-        if asked is None and not text and not self.labels:
-            return None
-        # Nothing else in compact() looks like this: a name has no quotes, and those of values are
-        # escaped.
-        labels = [f'"{name}":{json_text(value)}' for name, value in self.labels]
-
-        def matches(host: ListedHost, status: str) -> bool:
-            if asked is not None and asked != status:
-                return False
-            if text and text not in f"{host.name}\n{host.hostname}\n{host.id:016x}".casefold():
-                return False
-            if not labels:
-                return True
-            its = compact(host.labels)
-            return all(label in its for label in labels)
-
-        return matches
-
-
-class TokenQuery(NamedTuple):
-    """Which tokens to list."""
-
-    organization: Optional[str] = None
-    state: Optional[str] = None
-    before: int = LAST_ID
-    limit: int = PAGE_DEFAULT
-
-
-class EventQuery(NamedTuple):
-    """Which events to list."""
-
-    organization: Optional[str] = None
-    action: Optional[str] = None
-    subject: Optional[str] = None
-    code: Optional[str] = None
-    before: int = LAST_ID
-    limit: int = PAGE_DEFAULT
-
-    def matches(self, event: Event) -> bool:
-        """Whether an event is one of those asked for."""
-        return (
-            self.action in (None, event.action)
-            and self.subject in (None, event.subject)
-            and self.code in (None, event.code)
-        )
+    items: list[Any]
+    next: Optional[int] = None  # the cursor: the list goes on below this id
 
 
 STATUSES = ("pending", "online", "offline", "missing", "revoked")
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
-    "mint",
-    "enroll",
-    "re-enroll",
-    "replay",
-    "renew",
-    "supersede",
-    "refuse",
-    "edit",
-    "revoke",
-    "restore",
-    "delete",
-    "add",
-    "rotate",
-    "retire",
-    "init",
-)
+    "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
+    "restore", "delete", "add", "rotate", "retire", "init",
+)  # fmt: skip
 
 
 class Histogram:
-    """How often a measure was at most so much: cumulative only when it is shown."""
+    """Counts of measured values by upper bound; cumulative only when they are exposed."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
@@ -3145,60 +2854,687 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value, once or for as many as it is true of."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    def quantile(self, per_mille: int) -> float:
-        """The bound that so many of a thousand values do not exceed: never less than is true.
-        Infinite where there is no such bound; of no values at all, the first bound."""
-        rank = -(-per_mille * sum(self.counts) // 1000)
-        reached = accumulate(self.counts)
-        return next(
-            bound for bound, so_far in zip((*self.bounds, math.inf), reached) if so_far >= rank
-        )
-
 
 class Metrics:
-    """What a process has counted since it started. It may be forgotten."""
+    """What a process has counted since its start. Nothing is decided by it."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()  # of what was accepted, or is committed
-        self.open_connections = 0
+        self.counts: Counter[str] = Counter()  # of what is committed, and of connections
+        self.tick: Counter[str] = Counter()  # of the tick that runs: joins counts at its commit
         self.refusals: Counter[str] = Counter()  # by code
+        self.open_connections = 0
         self.requests = Histogram(SECONDS_BUCKETS)
         self.commits = Histogram(SECONDS_BUCKETS)
         self.lock_waits = Histogram(SECONDS_BUCKETS)
         self.ticks = Histogram(SIZE_BUCKETS)
 
 
-class Census:
-    """The fleet counted by organization and status, in slices: it may be a million hosts."""
+Row = Union[ApiKey, Host, Token]
+AnyRow = TypeVar("AnyRow", ApiKey, Host, Token)
+KINDS: Mapping[type[Any], str] = {ApiKey: "api-key", Host: "host", Token: "token"}
 
-    def __init__(self, organization: Optional[str], now: int) -> None:
-        self.organization = organization
-        self.counts: Counter[Tuple[str, str]] = Counter()
-        self.is_finished = False
-        self._at = now  # of the last slice
-        self._after: Optional[int] = -1
-        self._slices = 0
 
-    def go_on(self, store: Store, bounds: StatusBounds, now: int) -> None:
-        """Count one slice more."""
-        if self._after is not None:
-            rows, self._after = store.census(
-                self.organization, self._after, COUNTED_AT_ONCE, bounds
+class Rules:
+    """What the rules of a noun have in common. They are methods (call, now) -> record, which raise
+    the Problem that refuses the call; other nouns are reached through the registry.
+
+    An API key of one organization gets the same refusal, word for word, for objects of others as
+    for objects that do not exist.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._queries = registry.queries
+
+    def _record(self, action: str, actor: str, row: Row, **detail: Any) -> None:
+        subject = tagged_id(KINDS[type(row)], row.id)
+        self._registry.audit.record(action, actor, subject, row.organization_id, **detail)
+
+    def _scope(self, call: Call, problem: type[Problem], field: str) -> Owner:
+        """The organization that a call is about: the one in a field of its values, or the
+        caller's own. Raises NotFound, or the problem for one that does not exist."""
+        asked: Owner = call.values.get(field)
+        if asked is None:
+            return call.by.organization
+        if call.by.organization not in (ALL_ORGANIZATIONS, asked):
+            raise NotFound("There is no such organization.")
+        if not self._queries.has_organization(asked):
+            detail = "there is no such organization: add-org makes one"
+            raise problem(errors=[FieldError(field, detail)])
+        return asked
+
+    @staticmethod
+    def _own(call: Call, row: Optional[AnyRow], noun: str) -> AnyRow:
+        """The row that a call is about. Raises NotFound, also if another organization has it."""
+        if row is None or call.by.organization not in (ALL_ORGANIZATIONS, row.organization_id):
+            raise NotFound(f"There is no {noun} with this id.")
+        return row
+
+    def _host(self, call: Call) -> Host:
+        return self._own(call, self._queries.host(call.id), "host")
+
+    def _page(
+        self, call: Call, read: Callable[[Owner, int, int], Sequence[Any]],
+        view: Callable[[Any], Any], text: str = "labels",
+    ) -> Page:  # fmt: skip
+        """One page of a list, the newest first. values: organization, limit, cursor.
+
+        read(owner, before, limit) gives rows, which begin with their id, with ids below before;
+        view(row) the item, or None for a row that does not match; text is the column that can be
+        long. The page ends at its limit, or when ROWS_EXAMINED rows have been counted: a row with
+        a long text, and a token with many hosts, count as several. Raises InvalidQuery, NotFound.
+        """
+        owner = self._scope(call, InvalidQuery, "organization")
+        limit, cursor = call.values.get("limit", PAGE_DEFAULT), call.values.get("cursor")
+        before = LAST_ID if cursor is None else int(cursor, 16)
+        items: list[Any] = []
+        examined = 0
+        while True:
+            rows = read(owner, before, ROWS_READ + 1)
+            for row in rows[:ROWS_READ]:
+                before = row[0]
+                examined += 1
+                item = view(row)
+                if item is not None:
+                    items.append(item)
+                    examined += len(getattr(row, text)) // ROW_BYTES
+                    examined += len(getattr(item, "hosts", ()))
+                if len(items) == limit or examined >= ROWS_EXAMINED:
+                    return Page(items, None if row is rows[-1] else before)
+            if len(rows) <= ROWS_READ:
+                return Page(items)
+
+
+class AuditLog(Rules):
+    """What happened, event after event.
+
+    Rules record events while a tick runs; just before the commit they are chained to the last
+    one (each MAC covers its event and the MAC before it) and written, after it they are logged.
+    A refused call's events are undone with it, then its refusal is recorded. Refusals outside of
+    a tick that writes are pending until the next one.
+
+    Any peer can cause refusals. In each minute the first REFUSALS_AUDITED of a code and an
+    organization become events; the others are counted, and become one event when the minute is
+    over. The organization matters so that one's noise does not hide another's refusals.
+    """
+
+    def __init__(self, registry: Registry, keep: Optional[int]) -> None:
+        """keep: for how many seconds events are kept; None: for ever."""
+        super().__init__(registry)
+        self.origin = LOCAL  # of the call that runs
+        self._now = 0  # the time of the tick
+        self._keep = keep
+        self.events: list[tuple[Event, str]] = []  # of the tick, with the ids of the requests
+        self._taken = 0  # how many of them, the first, were pending before it
+        self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
+        self._minute = 0  # when it began
+        self._listed: Counter[tuple[str, Owner]] = Counter()  # refusals in it, as events
+        self.excess: Counter[tuple[str, Owner]] = Counter()  # refusals in it, only counted
+        self._trouble = ""  # why the log cannot be pruned
+
+    def begin(self, now: int) -> None:
+        self._now = now
+        self.events, self.pending = self.pending, []
+        is_over = not 0 <= now - self._minute < MINUTE * SECOND_MS
+        if is_over and len(self.events) < PENDING_REFUSALS_MAXIMUM:
+            self.flush_refusals(now)
+        self._taken = len(self.events)
+
+    def forget(self) -> None:
+        """The tick is rolled back. Refusals that were pending before it have been answered: they
+        are kept."""
+        self.events, self.pending = [], self.events[: self._taken] + self.pending
+
+    def record(
+        self, action: str, actor: str, subject: str, owner: Owner, code: str = "", **detail: Any
+    ) -> None:
+        """An event of the call that runs. Details that are None or '' are left out."""
+        text = redact(json_text({k: v for k, v in detail.items() if v not in (None, "")}))
+        about = action, actor, self.origin.address, owner, subject, code or None, text
+        self.events.append((Event(0, self._now, *about, b""), self.origin.request))
+
+    def refuse(self, problem: Problem, origin: Origin, now: int, in_tick: bool = False) -> None:
+        """A call or a request was refused; in_tick: in the tick that runs, and writes."""
+        if not problem.is_audited:
+            return
+        kind = problem.code, problem.organization
+        is_full = len(self.pending) >= PENDING_REFUSALS_MAXIMUM
+        if is_full or self._listed[kind] >= REFUSALS_AUDITED:
+            self.excess[kind] += 1
+            return
+        self._listed[kind] += 1
+        self.origin, self._now = origin, now
+        about = problem.actor, problem.subject, problem.organization, problem.code
+        self.record("refuse", *about, **problem.audit_detail)
+        if not in_tick:
+            self.pending.append(self.events.pop())
+
+    def flush_refusals(self, now: int) -> None:
+        """In a tick: end the minute. Refusals that were only counted become one event each kind."""
+        origin, self.origin = self.origin, LOCAL
+        since = rfc3339(self._minute)
+        for (code, owner), more in self.excess.items():
+            self.record("refuse", "anonymous", "", owner, code, more=more, since=since)
+        self.origin, self._minute = origin, now
+        self._listed.clear()
+        self.excess.clear()
+
+    def write(self, keyring: Keyring) -> None:
+        """Chain the tick's events to the last one, and append them."""
+        if not self.events:
+            return
+        number, mac = self._queries.last_event()
+        for place, (event, request) in enumerate(self.events):
+            number += 1
+            numbered = event._replace(number=number)
+            mac = keyring.chain(mac, numbered.record())
+            self.events[place] = numbered._replace(mac=mac), request
+        self._queries.add_events([event for event, _ in self.events])
+
+    def emit(self) -> None:
+        events, self.events = self.events, []
+        for event, request in events:
+            text = f"{event.action} {event.subject or '-'} by {event.actor}"
+            text += f" from {event.address}" if event.address else ""
+            text += f": {event.code}" if event.code else ""
+            log.info("%s", text, extra={"event": event, "request": request})
+
+    # The start of the log.
+
+    def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
+        """Chain what follows an event to its number and MAC alone, proved by the audit key."""
+        anchor = Anchor(number, mac, b"")
+        self._queries.put(anchor._replace(proof=keyring.chain(b"", anchor.record())))
+
+    def prune(self, keyring: Keyring, now: int) -> bool:
+        """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
+        if self._keep is None:
+            return False
+        old = self._queries.oldest_events(now - self._keep * SECOND_MS, now, PRUNED_AT_ONCE)
+        if not old:
+            return False
+        # Only what is as it was written: a thief of the database alone could else make events old,
+        # and have us prune the log and prove the anchor.
+        try:
+            number, mac = chain_start(self._queries, keyring)
+            verify_events([event for event in old if event.number > number], number, mac, keyring)
+        except OperatorError as error:
+            if str(error) != self._trouble:
+                log.error("%s: nothing of it is pruned", error)
+            self._trouble = str(error)
+            return False
+        self._trouble = ""
+        if number < old[-1].number:
+            self.put_anchor(keyring, old[-1].number, old[-1].mac)
+        self._queries.prune_events(old[-1].number)
+        return len(old) == PRUNED_AT_ONCE
+
+    def list(self, call: Call, now: int) -> Page:
+        """values: organization, action, subject, code. Raises InvalidQuery, NotFound."""
+        asked = [call.values.get(name) for name in ("action", "subject", "code")]
+
+        def view(event: Event) -> Optional[Event]:
+            pairs = zip(asked, (event.action, event.subject, event.code))
+            return event if all(wanted in (None, own) for wanted, own in pairs) else None
+
+        return self._page(call, self._queries.events, view, "detail")
+
+
+def chain_start(queries: Queries, keyring: Keyring) -> tuple[int, bytes]:
+    """Number and MAC that the first event is chained to. Raises OperatorError if forged."""
+    anchor = queries.anchor()
+    if anchor is None:
+        return 0, b""
+    if anchor.proof != keyring.chain(b"", anchor.record()):  # a forged one may be a text
+        raise OperatorError("the anchor of the audit log is not as it was written")
+    return anchor.number, anchor.mac
+
+
+def verify_events(events: Iterable[Event], number: int, mac: bytes, keyring: Keyring) -> bytes:
+    """The MAC of the last of events that must follow a number and its MAC. Raises OperatorError,
+    which names the first event that does not."""
+    for event in events:
+        number += 1
+        if event.number != number:
+            raise OperatorError(f"event {number} of the audit log is missing")
+        mac = keyring.chain(mac, event.record())
+        if event.mac != mac:
+            raise OperatorError(f"event {number} of the audit log is not as it was written")
+    return mac
+
+
+class Verified(NamedTuple):
+    """What verify_audit() found to be as it was written."""
+
+    first: int  # numbers of events
+    last: int
+    head: bytes  # the MAC of the last
+    has_head: bool  # an event has the MAC that the caller named
+    unverified: int  # older events, chained with a key that is gone
+
+    def summary(self) -> str:
+        text = f"events {self.first} to {self.last} are as they were written"
+        text = text if self.last >= self.first else "no events"
+        older = f"; of {self.unverified} older ones the key is gone" if self.unverified else ""
+        return f"{text}{older}"
+
+
+def verify_audit(
+    engine: Engine, keyring: Keyring, head: Optional[bytes], progress: Progress = no_progress
+) -> Verified:
+    """Verify the whole audit log, and look for an event with the MAC head. Raises OperatorError,
+    which names the first event that is not as it was written; StoreError.
+
+    In slices, each in a read transaction of its own: one for all would keep the WAL of a busy
+    server from restarting. That server may prune events meanwhile, which it has verified: then
+    the next slice begins at the new anchor.
+    """
+    queries = Queries(engine)
+    start, number, mac, has_head = -1, 0, b"", False
+    while True:
+        engine.begin(writes=False, durable=False)
+        try:
+            anchored, anchor_mac = chain_start(queries, keyring)
+            if start < 0 or anchored > number:
+                number, mac, has_head = anchored, anchor_mac, has_head or anchor_mac == head
+            if start < 0:
+                start, oldest = number, queries.oldest_event()
+            last, _ = queries.last_event()
+            events = queries.events_after(number, VERIFIED_AT_ONCE)
+        finally:
+            engine.rollback()
+        if oldest is not None and oldest < 1:
+            raise OperatorError(f"event {oldest} of the audit log was never written")
+        if not events:
+            unverified = 0 if oldest is None or oldest > start else start + 1 - oldest
+            return Verified(start + 1, number, mac, has_head, unverified)
+        mac = verify_events(events, number, mac, keyring)
+        number = events[-1].number
+        has_head = has_head or any(event.mac == head for event in events)
+        progress(number - start, max(number, last) - start)
+
+
+class SigningKeys(Rules):
+    """The keys that sign and verify credentials, and their names in the database.
+
+    The key file decides. It may be replaced while we run, by a command or from a backup: reload()
+    goes by what is in it, and learn() has the database know it.
+    """
+
+    def __init__(
+        self, registry: Registry, key_file: KeyFile, keyring: Keyring, ttl: Optional[int]
+    ) -> None:
+        """ttl: of credentials, in seconds; None: they do not expire."""
+        super().__init__(registry)
+        self.keyring = keyring
+        self.file = key_file
+        self._ttl = ttl
+
+    def reload(self) -> None:
+        self.keyring = self.file.reload(self.keyring) or self.keyring
+
+    def authenticate(self, credential: str, now: int) -> Claims:
+        """The claims of a credential, by its signature and expiry alone. Raises CredentialInvalid,
+        CredentialExpired. The time of issue is never judged: with a clock an hour back we would
+        refuse everyone."""
+        claims = self.keyring.verify(credential.encode("ascii", "replace"))
+        if claims is None:
+            raise CredentialInvalid()
+        expires_at = claims.expires_at
+        if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
+            name = tagged_id("host", claims.host)
+            raise CredentialExpired().with_audit(name, name, claims.organization)
+        return claims
+
+    def is_due(self, claims: Claims, now: int) -> bool:
+        """Whether a credential is to be renewed: it is in the last third of its life, or signed by
+        a key that no longer signs, or lives longer than credentials may now."""
+        if claims.kid != self.keyring.first.kid:
+            return True
+        if claims.expires_at is None:
+            return self._ttl is not None
+        life = claims.expires_at - claims.issued_at
+        if self._ttl is not None and life > self._ttl:
+            return True
+        return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
+
+    def issue(self, host: int, organization: str, serial: int, now: int) -> IssuedCredential:
+        """Sign a credential with a serial that has been issued to a host."""
+        issued_at = now // SECOND_MS
+        expires_at = None if self._ttl is None else issued_at + self._ttl
+        first = self.keyring.first
+        claims = Claims(host, organization, issued_at, serial, expires_at, first.kid)
+        return IssuedCredential(first.sign(claims), (expires_at or 0) * SECOND_MS)
+
+    def number(self, kid: str, now: int) -> int:
+        """The number of a key in the database, which learns of it if the key has come into the key
+        file a moment ago."""
+        number = self._queries.signing_key_number(kid)
+        if number is None:
+            self.learn("key-file", now)
+            number = self._queries.signing_key_number(kid)
+            assert number is not None, "it is a key of the keyring"
+        return number
+
+    def known_kids(self) -> set[str]:
+        """The names of the keys that the database takes for those of the key file."""
+        return {row.kid for row in self._queries.signing_keys() if row.retired_at is None}
+
+    def learn(self, actor: str, now: int, restarts_audit: bool = False) -> None:
+        """Have the database know the keys of the key file, and no others. The call that runs is not
+        the cause, so its origin is not recorded."""
+        audit, known = self._registry.audit, self.known_kids()
+        if restarts_audit:  # the audit key is a new one: only what follows can be verified with it
+            audit.put_anchor(self.keyring, *self._queries.last_event())
+            audit.record("init", "key-file", "audit", None)
+        origin, audit.origin = audit.origin, LOCAL
+        for kid in reversed(self.keyring.kids):
+            if kid not in known:
+                self._queries.add_signing_key(kid, now)
+                audit.record("rotate", actor, f"signing-key:{kid}", None)
+        for kid in sorted(known.difference(self.keyring.kids)):
+            self._queries.retire_signing_key(kid, now)
+            audit.record("retire", actor, f"signing-key:{kid}", None)
+        audit.origin = origin
+
+    def rotate(self, call: Call, now: int) -> SigningKeyView:
+        """A new key signs from now on, and the others verify."""
+        return self._replace(self.keyring.rotated(), call, now)[0]
+
+    def retire(self, call: Call, now: int) -> SigningKeyView:
+        """Stop verifying by a key; values: kid, force. hosts of the view: how many that locks out
+        at most. Raises NotFound; Conflict for the key that signs, and without force for one whose
+        credentials hosts may hold."""
+        kid = call.values["kid"]
+        if kid not in self.keyring.kids:
+            raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
+        if kid == self.keyring.first.kid:
+            raise Conflict("This key signs. Make another first: rotate-signing-key.")
+        hosts = self._queries.hosts_not_past(self.number(kid, now))
+        if hosts and not call.values.get("force"):
+            raise Conflict(
+                f"Hosts that use this key, or may hold a credential of it: {hosts}. They move to "
+                "the newest key when they beat; delete hosts that never will, or retire it with "
+                "--force, and they must re-enroll."
             )
-            self._slices += 1
-            for organization, status, count in rows:
-                self.counts[organization, status] += count
-        self._at = now
-        self.is_finished = self._after is None
+        views = self._replace(self.keyring.without(kid), call, now)
+        return next(view._replace(hosts=hosts) for view in views if view.key.kid == kid)
 
-    def is_good(self, now: int) -> bool:
-        """Whether it need not be made anew: it goes on, or was long, and is not old."""
-        is_worth_it = self._slices > 1 or not self.is_finished
-        return is_worth_it and 0 <= now - self._at <= CENSUS_KEPT * SECOND_MS
+    def _replace(self, keyring: Keyring, call: Call, now: int) -> list[SigningKeyView]:
+        """The key file is replaced before the commit: if that fails, or we are killed, the
+        database learns of it later."""
+        self.file.replace(keyring)
+        self.keyring = keyring
+        self.learn(call.by.name, now)
+        return self.list(call, now).items
+
+    def list(self, call: Call, now: int) -> Page:
+        """All that ever were, the newest first."""
+        states = {**dict.fromkeys(self.keyring.kids, "verifies"), self.keyring.first.kid: "signs"}
+        page = Page([])
+        for row in self._queries.signing_keys():
+            hosts = self._queries.hosts_by_signing_key(row.number)
+            page.items.append(SigningKeyView(row, states.get(row.kid, "retired"), hosts))
+        return page
+
+
+# The service period, and the status of hosts.
+#
+# Theory of operation. A host's status follows from its silence: how long a server could have
+# heard it, and did not. Time without a server must not count, or a restart after an hour would
+# show the whole fleet offline. Nor must time in which nothing could be written (a full disk), nor
+# time that never was (the clock was set).
+#
+# So the servers on one database keep a row, service, with three times. alive: a server writes it
+# every ALIVE_EVERY seconds; older than ALIVE_GRACE, no server lives. started: the current service
+# period began. previous_alive: the one before it ended. Between the last two lies the gap.
+#
+# A server that starts, or finds that alive is not close to its clock, begins a new period: started
+# and alive become now, previous_alive what alive was. If the period that ends was too short for
+# every host to be heard, as in a crash loop, previous_alive stays: the gap before it goes on.
+#
+#     silence = now - last_seen            seen in this period
+#             = now - last_seen - gap      seen before the gap
+#             = now - started              seen in a short period that is part of the gap
+#
+# Where no server lives, alive takes the place of now: the fleet looks as the server left it. A
+# last_seen far ahead of now was written before the clock was set back. It is moved back by as much
+# as the clock was (the gap is negative then), and not past the start of this period.
+
+
+def is_served(service: Optional[Service], now: int) -> bool:
+    """Whether a server lives, and goes by the clock as it is now (Unix ms)."""
+    return service is not None and abs(now - service.alive) <= ALIVE_GRACE * SECOND_MS
+
+
+def allowed_silence_ms(interval: int) -> int:
+    """How long a host may be silent and still be online, by the interval in seconds."""
+    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
+
+
+def next_period(old: Service, now: int) -> Service:
+    """The service row when a new service period begins, in Unix ms."""
+    is_short = old.alive - old.started <= allowed_silence_ms(old.interval)
+    is_in_gap = is_short and old.previous_alive <= old.started  # later: the clock was set back
+    before = old.previous_alive if is_in_gap else old.alive
+    return old._replace(started=now, alive=now, previous_alive=before)
+
+
+class ServicePeriod:
+    """The service row as seen at one time: what the status of all hosts depends on."""
+
+    def __init__(self, service: Optional[Service], now: int) -> None:
+        """now: in Unix ms. Without a row, as before the first server, every time counts."""
+        row = service or Service(0, now, 0, HEARTBEAT_INTERVAL, "")
+        self._now, self._started, self._previous_alive = now, row.started, row.previous_alive
+        self._gap = row.started - row.previous_alive
+        self._until = now if is_served(row, now) else row.alive
+        self._ahead = max(now, row.alive) + CLOCK_SLACK * SECOND_MS if service else LAST_ID
+        self._allowed = allowed_silence_ms(row.interval)
+        self._limit = f"{MISSED_BEATS} x {row.interval} s + {ONLINE_SLACK} s"
+        self._ago = "ago" if is_served(row, now) else "before the server stopped"
+
+    def silence_ms(self, last_seen: int) -> int:
+        """How long a host has been silent while a server could hear it."""
+        if last_seen > self._ahead:
+            last_seen = min(self._started, last_seen + min(self._gap, 0))
+        if last_seen >= self._started:
+            silence = self._until - last_seen
+        elif last_seen <= self._previous_alive:
+            silence = self._until - last_seen - max(self._gap, 0)
+        else:
+            silence = self._until - self._started
+        return silence if silence > 0 else 0
+
+    def status(self, last_seen: int, revoked_at: Optional[int]) -> str:
+        """One of STATUSES: the one function that computes it."""
+        if revoked_at is not None:
+            return "revoked"
+        if last_seen == 0:
+            return "pending"
+        silence = self.silence_ms(last_seen)
+        if silence <= self._allowed:
+            return "online"
+        return "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
+
+    def reason(self, last_seen: int, revoked_at: Optional[int]) -> str:
+        if revoked_at is not None:
+            return f"revoked at {rfc3339(revoked_at)}"
+        if last_seen == 0:
+            return "has enrolled and not yet beaten"
+        silence = self.silence_ms(last_seen)
+        duration = format_duration(silence / SECOND_MS)
+        text = f"last seen {duration} {self._ago}"
+        if last_seen > self._now:
+            text = f"last seen at {rfc3339(last_seen)}: the clock has gone back"
+            if silence <= self._allowed:
+                return text
+            text += f" {duration} ago or more"
+        return f"{text}, {'within' if silence <= self._allowed else 'more than'} {self._limit}"
+
+
+class ServiceRecord(Rules):
+    """The row that the servers on a database keep: their service period, interval and address."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self.pin = ""  # of the certificate in use; '' without TLS
+        self._has_new_pin = False  # which is not in the row yet
+
+    def get(self) -> Optional[Service]:
+        """None before the first server ran."""
+        return self._queries.service()
+
+    def period(self, now: int) -> ServicePeriod:
+        return ServicePeriod(self.get(), now)
+
+    def start(self, url: str, pin: str, now: int) -> None:
+        """A server starts at a URL, with the pin of its certificate. Beside a live server, or right
+        after one, the period goes on."""
+        old, interval = self.get(), self._registry.interval
+        if old is None:
+            old = Service(now, now, now, interval, url, pin)
+        elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:
+            old = old._replace(alive=max(now, old.alive))
+        else:
+            old = next_period(old, now)
+        self._queries.put(old._replace(interval=interval, public_url=url, pin=pin))
+
+    def keep_alive(self, now: int) -> None:
+        """A server lives, and can write."""
+        service = self.get()
+        if service is None or is_served(service, now):
+            self._queries.keep_alive(now)
+            return
+        self._queries.put(next_period(service, now))
+        times = rfc3339(service.alive), rfc3339(now)
+        log.warning("the clock was set, or nothing could be written: after %s comes %s", *times)
+
+    def ready(self, call: Call, now: int) -> None:
+        """A server that can write is ready: so it writes. Raises StorageUnavailable for bad keys:
+        they refuse no host yet, but a restart would fail."""
+        self.keep_alive(now)
+        if self._registry.keys.file.trouble:
+            raise StorageUnavailable(
+                "The key file is missing or bad. The keys that were loaded before are in use; the "
+                "log says what is wrong."
+            )
+
+    def announce_pin(self, pin: str) -> None:
+        """The server has another certificate. Housekeeping writes its pin."""
+        self.pin, self._has_new_pin = pin, True
+
+    def write_pin(self) -> None:
+        """Write a new pin. It counts as written when a later turn reads it: a tick may fail."""
+        if self._has_new_pin:
+            service = self.get()
+            self._has_new_pin = service is not None and service.pin != self.pin
+            self._queries.put_pin(self.pin)
+
+
+class Organizations(Rules):
+    """Whose the hosts, tokens and API keys are."""
+
+    def add(self, call: Call, now: int) -> Organization:
+        """values: name. Raises Conflict."""
+        name = call.values["name"]
+        organization = Organization(name, now)
+        if not self._queries.add(organization):
+            raise Conflict(f"There is an organization {name} already.")
+        self._registry.audit.record("add", call.by.name, f"organization:{name}", name)
+        return organization
+
+    def list(self, call: Call, now: int) -> Page:
+        """All, in the order of their slugs."""
+        return Page(self._queries.organizations())
+
+
+class FailedAuthLimiter:
+    """Wrong secrets by network, in the minute after the first of them.
+
+    A flood of guesses gets 429 and a time to wait. Only wrong secrets are counted and refused: a
+    good one from the same address is let in. An attacker with more networks than are remembered
+    gets 401 for longer, and that is all.
+    """
+
+    def __init__(self) -> None:
+        self._windows: OrderedDict[str, tuple[int, int]] = OrderedDict()  # begin in ms, and count
+
+    def judge(self, problem: Problem, address: str, now: int) -> Problem:
+        """Count one more wrong secret: the problem, or TooManyRequests in its place."""
+        network = address  # of an IPv6 one, the network that one party controls
+        if ":" in address:
+            network = ipaddress.ip_address(address).packed[: NETWORK_BITS // 8].hex()
+        since, count = self._windows.get(network, (now, 0))
+        if not 0 <= now - since < MINUTE * SECOND_MS:
+            del self._windows[network]  # so that the order stays by beginning
+            since, count = now, 0
+        self._windows[network] = since, count + 1
+        if len(self._windows) > FAILING_REMEMBERED:
+            self._windows.popitem(last=False)
+        if count < FAILURES_ALLOWED:
+            return problem
+        limited = TooManyRequests()
+        limited.retry_after = MINUTE - (now - since) // SECOND_MS
+        return limited
+
+
+class ApiKeys(Rules):
+    """What lets a person or a script use the user API."""
+
+    def mint(self, call: Call, now: int) -> ApiKeyView:
+        """A key and its text, shown this once; values: organizationId (None: all), role,
+        description. Raises InvalidBody for an unknown organization."""
+        values, owner = call.values, self._scope(call, InvalidBody, "organizationId")
+        secret = mint_secret(API_KEY_PREFIX, new_id(now))
+        about = owner, values.get("role", "admin"), values.get("description", "")
+        key = ApiKey(secret.id, secret.digest(), *about, now, call.by.name, None)
+        if not self._queries.add(key):
+            return self.mint(call, now)  # two ids of one millisecond may be the same
+        self._record("mint", call.by.name, key, role=key.role)
+        return ApiKeyView(key, secret.text)
+
+    def revoke(self, call: Call, now: int) -> ApiKeyView:
+        """Idempotent. Raises NotFound."""
+        key = self._own(call, self._queries.api_key(call.id), "API key")
+        if self._queries.revoke_api_key(key.id, now):
+            self._record("revoke", call.by.name, key)
+            key = key._replace(revoked_at=now)
+        return ApiKeyView(key)
+
+    def identify(self, text: str, request: str, origin: Origin, now: int) -> Principal:
+        """The caller that presents an API key with a request. Before the tick: ticks that write
+        may wait for the disk, and a flood of wrong keys must not get into one. Raises
+        ApiKeyInvalid, TooManyRequests, StorageUnavailable."""
+        secret = parse_secret(API_KEY_PREFIX, text)
+        with self._registry.reading():
+            key = self._queries.api_key(secret.id) if secret else None
+        name = tagged_id("api-key", secret.id) if secret else ""
+        if secret is None or key is None or not equal_secrets(secret.digest(), key.secret_hash):
+            problem = self._registry.failures.judge(ApiKeyInvalid(), origin.address, now)
+            raise problem.with_audit("anonymous", name, None, request=request)
+        by = Principal(name, key.organization_id, key.role, key.id)
+        if key.revoked_at is not None:
+            raise self._revoked(by, request)
+        return by
+
+    def require_live(self, by: Principal) -> None:
+        """In the tick: the key may have been revoked since it was identified. Raises
+        ApiKeyInvalid."""
+        if not self._queries.is_live_api_key(by.id):
+            raise self._revoked(by, "")
+
+    @staticmethod
+    def _revoked(by: Principal, request: str) -> Problem:
+        problem = ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
+        return problem.with_audit(by.name, by.name, by.organization, request=request)
+
+    def list(self, call: Call, now: int) -> Page:
+        """All, the newest first."""
+        return Page([ApiKeyView(key) for key in self._queries.api_keys()])
 
 
 def token_state(token: Token, now: int) -> str:
@@ -3210,1807 +3546,998 @@ def token_state(token: Token, now: int) -> str:
     return "valid" if now < token.expires_at else "expired"
 
 
-def is_served(service: Optional[Service], now: int) -> bool:
-    """Whether a server lives, and goes by the clock as it is now."""
-    return service is not None and abs(now - service.alive) <= ALIVE_GRACE * SECOND_MS
-
-
-def new_life(old: Service, now: int) -> Service:
-    """Servers begin to hear the hosts after a time when none did: none lived, none could write, or
-    the clock was set, and that time never was. It is nobody's silence; it goes on through lives
-    that are too brief to hear the hosts, as in a crash loop."""
-    is_brief = old.alive - old.started <= allowed_silence_ms(old.interval)
-    goes_on = is_brief and old.previous_alive <= old.started  # not if the clock was set back
-    before = old.previous_alive if goes_on else old.alive
-    return old._replace(started=now, alive=now, previous_alive=before)
-
-
-def allowed_silence_ms(interval: int) -> int:
-    """How long a host may be silent and still be online, by the interval in seconds."""
-    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
-
-
-class Watch(NamedTuple):
-    """How servers have listened to the hosts, as it looks at a time: what is the same for all that
-    are judged then. Times in Unix ms."""
-
-    now: int
-    until: int  # when one last listened: now, where one lives
-    started: int
-    previous_alive: int
-    pause: int  # between these two; below 0: the clock was set back
-    ahead: int  # a last_seen after this is of a clock that has been set back since
-    interval: int  # in seconds
-    ago: str  # how long before what
-    allowed: str  # the silence of a host that is online
-
-
-def watched(service: Optional[Service], now: int) -> Watch:
-    """The watch of a service; of none, one without a pause and of any clock."""
-    if service is None:
-        always = Service(0, now, 0, HEARTBEAT_INTERVAL, "")
-        return watched(always, now)._replace(ahead=LAST_ID)
-    is_live = is_served(service, now)
-    return Watch(
-        now=now,
-        until=now if is_live else service.alive,
-        started=service.started,
-        previous_alive=service.previous_alive,
-        pause=service.started - service.previous_alive,
-        ahead=max(now, service.alive) + CLOCK_SLACK * SECOND_MS,
-        interval=service.interval,
-        ago="ago" if is_live else "before the server stopped",
-        allowed=f"{MISSED_BEATS} x {service.interval} s + {ONLINE_SLACK} s",
-    )
-
-
-def silence_ms(last_seen: int, watch: Watch) -> int:
-    """How long a host has been silent while there was a server to hear it."""
-    if last_seen > watch.ahead:
-        last_seen = min(watch.started, last_seen + min(watch.pause, 0))
-    silence = watch.until - last_seen
-    if last_seen < watch.started:
-        if last_seen <= watch.previous_alive:
-            silence -= max(watch.pause, 0)
-        else:  # heard in a life too brief to end the pause
-            silence = watch.until - watch.started
-    return silence if silence > 0 else 0
-
-
-def seen_since(watch: Watch, silence: int) -> int:
-    """The earliest last_seen of hosts that have not been silent for longer: silence_ms() turned
-    round, because a census compares a million of them."""
-    since = watch.until - silence
-    return since if since > watch.started else since - max(0, watch.pause)
-
-
-def status_bounds(watch: Watch) -> StatusBounds:
-    """What last_seen says of a status."""
-    online = seen_since(watch, allowed_silence_ms(watch.interval))
-    offline = seen_since(watch, MISSING_AFTER * SECOND_MS)
-    return StatusBounds(online, offline, watch.ahead, watch.started, max(0, -watch.pause))
-
-
-def status_of(host: AnyHost, bounds: StatusBounds) -> str:
-    """One of STATUSES, by what last_seen says at a time."""
-    if host.revoked_at is not None:
-        return "revoked"
-    if host.last_seen == 0:
-        return "pending"
-    seen = host.last_seen
-    if seen > bounds.ahead:
-        seen = min(bounds.started, seen - bounds.set_back)
-    if seen >= bounds.online:
-        return "online"
-    return "offline" if seen >= bounds.offline else "missing"
-
-
-def status_reason(host: AnyHost, status: str, watch: Watch) -> str:
-    """The sentence that says why a host has its status."""
-    last_seen = host.last_seen
-    if host.revoked_at is not None:
-        return f"revoked at {rfc3339(host.revoked_at)}"
-    if last_seen == 0:
-        return "has enrolled and not yet beaten"
-    silence = span(silence_ms(last_seen, watch) / SECOND_MS)
-    seen = f"last seen {silence} {watch.ago}"
-    if last_seen > watch.now:
-        seen = f"last seen at {rfc3339(last_seen)}: the clock has gone back"
-        if status == "online":
-            return seen
-        seen += f" {silence} ago or more"
-    which = "within" if status == "online" else "more than"
-    return f"{seen}, {which} {watch.allowed}"
-
-
-def host_status(host: AnyHost, watch: Watch) -> Tuple[str, str]:
-    """One of STATUSES and the sentence that says why."""
-    status = status_of(host, status_bounds(watch))
-    return status, status_reason(host, status, watch)
-
-
-def is_same_hostname(one: str, other: str) -> bool:
-    """DNS names are compared without case, with or without the final dot: RFC 4343."""
-    return one.lower().rstrip(".") == other.lower().rstrip(".")
-
-
-class Verified(NamedTuple):
-    """What verify_chain() has found to be as it was written."""
-
-    first: int
-    last: int
-    head: bytes  # the mac of the last
-    has_head: bool  # an event has the head that was asked for
-    unverified: int  # older events, chained with a key that is gone
-
-
-def verify_chain(
-    store: Store, keyring: Keyring, head: Optional[bytes], report: Report = unheard
-) -> Verified:
-    """Go through the whole audit log. Raises OperatorError, which names the first event that is
-    not as it was written."""
-    start, mac = chain_start(store, keyring)
-    oldest = store.oldest_event()
-    if oldest is not None and oldest < 1:
-        raise OperatorError(f"event {oldest} of the audit log was never written")
-    number, found = start, mac == head
-    last, _ = store.last_event()
-    for event in verified(store.events_after(start), start, mac, keyring):
-        number, mac = event.number, event.mac
-        found = found or mac == head
-        report(number - start, last - start)
-    older = 0 if oldest is None or oldest > start else start + 1 - oldest
-    return Verified(start + 1, number, mac, found, older)
-
-
-def said_of(verified: Verified) -> str:
-    """The same in words."""
-    first, last, _, _, older = verified
-    said = f"events {first} to {last} are as they were written" if last >= first else "no events"
-    return f"{said}; of {older} older ones the key is gone" if older else said
-
-
-def chain_start(store: Store, keyring: Keyring) -> Tuple[int, bytes]:
-    """What the first event is chained to. Raises OperatorError for a forged anchor."""
-    anchor = store.anchor()
-    if anchor is None:
-        return 0, b""
-    if anchor.proof != keyring.chain(b"", anchor.record()):
-        raise OperatorError("the anchor of the audit log is not as it was written")
-    return anchor.number, anchor.mac
-
-
-def verified(events: Iterable[Event], number: int, mac: bytes, keyring: Keyring) -> Iterator[Event]:
-    """Events as long as they are those that follow a number and its mac. Raises OperatorError."""
-    for event in events:
-        number += 1
-        if event.number != number:
-            raise OperatorError(f"event {number} of the audit log is missing")
-        mac = keyring.chain(mac, event.record())
-        if event.mac != mac:
-            raise OperatorError(f"event {number} of the audit log is not as it was written")
-        yield event
-
-
-class RefusalWindow:
-    """The refusals of one kind in a minute: so many are audited, the others summed up."""
-
-    def __init__(self, now: int) -> None:
-        self.since = now
-        self.listed = 0  # one by one
-        self.summed_up = 0
-
-    def is_over(self, now: int) -> bool:
-        """Whether its minute is."""
-        return not 0 <= now - self.since < MINUTE * SECOND_MS
-
-
-class AuditLog:
-    """What happens, event after event. Acts record what they do while a tick goes on; its events
-    are chained and written just before its commit, and logged after it."""
-
-    def __init__(self, store: Store, keep: Optional[int]) -> None:
-        self._store = store
-        self._keep = keep  # seconds; None: for ever
-        self.origin = NOWHERE  # of the act at hand
-        self._events: List[Noted] = []  # of the tick at hand
-        self._taken: List[Noted] = []  # by the tick at hand, of the notes
-        self._notes: List[Noted] = []  # of refusals outside of one, for the next that writes
-        # By code, and by the organization to whom it matters: nobody's noise hides another's.
-        self._windows: Dict[Tuple[str, Optional[str]], RefusalWindow] = {}
-        self._trouble = ""  # why it cannot be pruned
-
-    # In a tick.
-
-    def begin(self, now: int) -> None:
-        """A tick that writes begins: it writes the notes too."""
-        self._sum_up_minutes(now)
-        self._taken, self._notes = self._notes, []
-        self._events = list(self._taken)
-
-    @property
-    def mark(self) -> int:
-        """The place that undo() returns to."""
-        return len(self._events)
-
-    def undo(self, mark: int) -> None:
-        """What was recorded since has not happened."""
-        del self._events[mark:]
-
-    def forget(self) -> None:
-        """The tick has died. What was noted before it, and has been answered, is kept."""
-        self._events, self._taken, self._notes = [], [], self._taken + self._notes
-
-    def record(
-        self,
-        now: int,
-        action: str,
-        actor: str,
-        subject: str,
-        organization: Optional[str],
-        **detail: Any,
-    ) -> None:
-        """The act at hand does this. It stands in the log if the act does."""
-        self._events.append(self._event(now, action, actor, subject, organization, None, detail))
-
-    def _event(
-        self,
-        now: int,
-        action: str,
-        actor: str,
-        subject: str,
-        organization: Optional[str],
-        code: Optional[str],
-        detail: Mapping[str, Any],
-    ) -> Noted:
-        said = {name: value for name, value in detail.items() if value not in (None, "")}
-        address, request = self.origin
-        text = concealed(json.dumps(said))
-        event = Event(0, now, action, actor, address, organization, subject, code, text, b"")
-        return Noted(event, request)
-
-    def write(self, keyring: Keyring) -> None:
-        """Chain the tick's events to the last one, and append them."""
-        if self._events:
-            number, mac = self._store.last_event()
-            for place, (event, request) in enumerate(self._events):
-                number += 1
-                numbered = event._replace(number=number)
-                mac = keyring.chain(mac, numbered.record())
-                self._events[place] = Noted(numbered._replace(mac=mac), request)
-            self._store.add_events([noted.event for noted in self._events])
-
-    def tell(self) -> None:
-        """The tick is committed: its events go to the log for people too."""
-        events, self._events, self._taken = self._events, [], []
-        for event, request in events:
-            log.info(
-                "%s %s by %s%s%s",
-                event.action,
-                event.subject or "-",
-                event.actor,
-                f" from {event.address}" if event.address else "",
-                f": {event.code}" if event.code else "",
-                extra={"event": event, "request": request},
-            )
-
-    # Refusals: anybody can cause them, so they are bounded.
-
-    def refuse(self, problem: Problem, now: int, in_tick: bool) -> None:
-        """The act or the request at hand is refused."""
-        if not problem.is_audited:
-            return
-        events = self._events if in_tick else self._notes
-        which = problem.code, problem.organization
-        window = self._windows.get(which)
-        is_full = len(self._notes) >= NOTES_MAXIMUM
-        if window is None or (window.is_over(now) and not is_full):
-            self._sum_up(self._notes, which, now)
-            window = self._windows[which] = RefusalWindow(now)
-        if window.listed == REFUSALS_AUDITED or is_full or not problem.is_listed:
-            window.summed_up += 1
-        else:
-            window.listed += 1
-            about = (problem.actor, problem.subject, problem.organization, problem.code)
-            events.append(self._event(now, "refuse", *about, problem.particulars))
-
-    def _sum_up(self, events: List[Noted], which: Tuple[str, Optional[str]], now: int) -> None:
-        window = self._windows.pop(which, None)
-        if window is not None and window.summed_up:
-            code, organization = which
-            detail = {"more": window.summed_up, "since": rfc3339(window.since)}
-            event = self._event(now, "refuse", "anonymous", "", organization, code, detail).event
-            events.append(Noted(event._replace(address=""), ""))
-
-    def sum_up_all(self, now: int) -> None:
-        """In a tick: one event of each kind for the rest, though its minute is not over."""
-        for which in list(self._windows):
-            self._sum_up(self._events, which, now)
-
-    def _sum_up_minutes(self, now: int) -> None:
-        for which, window in list(self._windows.items()):
-            if window.is_over(now) and len(self._notes) < NOTES_MAXIMUM:
-                self._sum_up(self._notes, which, now)
-
-    @property
-    def owes_notes(self) -> bool:
-        """Whether there are refusals for the next tick that writes."""
-        return bool(self._notes)
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether there are refusals that are not written, one by one or summed up."""
-        return self.owes_notes or any(window.summed_up for window in self._windows.values())
-
-    # The start of the log.
-
-    def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
-        """Chain what comes after a number to its mac alone."""
-        anchor = Anchor(number, mac, b"")
-        self._store.put_anchor(anchor._replace(proof=keyring.chain(b"", anchor.record())))
-
-    def prune(self, keyring: Keyring, now: int) -> None:
-        """Delete some of what is too old."""
-        if self._keep is None:
-            return
-        old = self._store.oldest_events(now - self._keep * SECOND_MS, now, PRUNED_AT_ONCE)
-        if old and self._are_genuine(old, keyring):
-            last = old[-1]
-            anchor = self._store.anchor()
-            if anchor is None or anchor.number < last.number:
-                self.put_anchor(keyring, last.number, last.mac)
-            self._store.prune_events(last.number)
-
-    def _are_genuine(self, old: Sequence[Event], keyring: Keyring) -> bool:
-        """Whether the first events are as they were written. Else who has only the database could
-        have us prune the log, and prove the anchor, by making events old."""
-        trouble = ""
-        try:
-            number, mac = chain_start(self._store, keyring)
-            for _ in verified([it for it in old if it.number > number], number, mac, keyring):
-                pass
-        except OperatorError as error:
-            trouble = str(error)
-        if trouble and trouble != self._trouble:
-            log.error("%s: nothing of it is pruned", trouble)
-        self._trouble = trouble
-        return not trouble
-
-
-def network_of(address: str) -> str:
-    """What of an address is one party's: all of an IPv4 one, and the network of an IPv6 one."""
-    if ":" not in address:
-        return address
-    return ipaddress.ip_address(address).packed[: NETWORK_BITS // 8].hex()
-
-
-class Failures:
-    """Wrong secrets by the network that they came from, in a minute that the first begins.
-
-    A flood of them learns nothing, and is told to wait. Only wrong secrets are counted and only
-    they are told so: whoever is behind the same address and has a good one is let in. An attacker
-    with more networks than are remembered hears 401 for longer, and that is all.
-    """
-
-    def __init__(self) -> None:
-        self._windows: OrderedDict[str, Tuple[int, int]] = OrderedDict()  # begin in ms, and count
-
-    def judge(self, problem: Problem, address: str, now: int) -> Problem:
-        """Count one more: the problem, or TooManyRequests in its place."""
-        network = network_of(address)
-        since, count = self._windows.get(network, (now, 0))
-        if not 0 <= now - since < MINUTE * SECOND_MS:
-            del self._windows[network]  # the order is that of the beginnings
-            since, count = now, 0
-        self._windows[network] = since, count + 1
-        if len(self._windows) > FAILING_REMEMBERED:
-            self._windows.popitem(last=False)
-        if count < FAILURES_ALLOWED:
-            return problem
-        instead = TooManyRequests()
-        instead.retry_after = MINUTE - (now - since) // SECOND_MS
-        instead.is_listed = count == FAILURES_ALLOWED
-        return instead
-
-
-class Registry:
-    """The fleet: what is remembered of it and what may be done to it."""
-
-    def __init__(
-        self,
-        store: Store,
-        key_file: KeyFile,
-        keyring: Keyring,
-        *,
-        interval: int = HEARTBEAT_INTERVAL,
-        credential_ttl: Optional[int] = None,
-        audit_keep: Optional[int] = None,
-    ) -> None:
-        self._store = store
-        self._key_file = key_file
-        self.keyring = keyring
-        self._beaten_by = keyring  # by which the last heartbeats that counted were judged
-        self.interval = interval
-        self._interval_bounds = (
-            -(-interval * (100 - HEARTBEAT_SPREAD) // 100),
-            interval * (100 + HEARTBEAT_SPREAD) // 100,
-        )
-        self._credential_ttl = credential_ttl
-        self._trouble = ""  # why nothing can be written now
-        self._told: Set[str] = set()  # what the log was told of it
-        self._failed_at = 0.0
-        self._reopen_after = 0.0
-        self._url = ""  # of the server
-        self._is_to_announce = False  # it, in a database that knows of another
-        self._pin = ""  # of the server's certificate
-        self._has_new_pin = False  # and it is not written yet
-        self._tokens_looked_at = -1
-        self._counted: Counter[str] = Counter()  # by the tick at hand, for the metrics
-        self._censuses: Dict[Optional[str], Census] = {}
-        self._failures = Failures()
-        self.audit = AuditLog(store, audit_keep)
-        self.metrics = Metrics()
-
-    # Ticks.
-
-    def screen(self, proof: Callable[[], Any]) -> None:
-        """Have somebody prove a secret ahead of the tick that heeds it. A wrong one gets no
-        further: else whoever sends many would have the others' heartbeats wait for the disk, with
-        which a tick that enrolls ends. Raises what the proof raises.
-
-        Where the database cannot be read, the tick will say so.
-        """
-        with suppress(StoreError):
-            self._store.require_same_file()
-            proof()
-
-    def tick(
-        self,
-        work: Sequence[Work],
-        now: int,
-        origin_at: Callable[[int], Origin] = lambda place: NOWHERE,
-    ) -> Optional[List[Any]]:
-        """Heartbeats and acts in one transaction. What each comes to, a value or a Problem, when
-        all of it is committed; None when another writer is at work: ask again, or give_up().
-        origin_at says where the heartbeat at a place of work came from.
-
-        If the transaction dies, so does every answer, also those of reads: they may have seen
-        rows that are gone now.
-        """
-        acts = [act for act in work if isinstance(act, Act)]
-        beats = (
-            [it for it in work if not isinstance(it, Act)]
-            if acts
-            else cast(Sequence[PlainBeat], work)
-        )
-        keyring = self.keyring  # an act may change it
-        writes = bool(beats) or any(act.writes for act in acts)
-        durable = any(act.writes and act.durable for act in acts)
-        try:
-            if not self._store.begin(writes, durable):
-                return None
-            if writes:
-                self.audit.begin(now)
-            outcomes = self._beat_all(work, beats, now, origin_at) if beats else []
-            if acts:
-                outcomes = self._perform_all(work, iter(outcomes), now)
-            self._commit(writes)
-        except (StoreError, MemoryError) as error:
-            self._abandon()
-            return [self._unavailable(error, writes)] * len(work)
-        except BaseException as error:
-            self._abandon()
-            self._take_note_of(f"a defect: {type(error).__name__}", writes)
-            raise
-        if self._told:
-            self._recover(writes)
-        if beats:
-            self._beaten_by = keyring
-        return outcomes
-
-    def _abandon(self) -> None:
-        self._store.abandon()
-        self.audit.forget()
-        self._counted.clear()
-
-    def _commit(self, writes: bool) -> None:
-        if not writes:
-            self._store.commit()
-            return
-        self.audit.write(self.keyring)
-        started = time.perf_counter()
-        self._store.commit()
-        with suppress(MemoryError):  # it is committed, so it must be answered
-            self.metrics.commits.observe(time.perf_counter() - started)
-            self.metrics.counts.update(self._counted)
-            self._counted.clear()
-            self.audit.tell()
-
-    def _perform_all(self, work: Sequence[Work], beaten: Iterator[Any], now: int) -> List[Any]:
-        self.notice_keys()
-        return [self._perform(it, now) if isinstance(it, Act) else next(beaten) for it in work]
-
-    def _perform(self, act: Act, now: int) -> Any:
-        self.audit.origin = act.origin
-        mark = self.audit.mark
-        if act.writes:
-            self._store.savepoint()
-        try:
-            result = act.run(now)
-        except (StoreError, OperatorError, MemoryError):  # of the tick, and not of this act
-            raise
-        except Problem as problem:
-            result = problem
-        except Exception:
-            log.exception("an act failed", extra={"request": act.origin.request})
-            result = Internal()
-        if isinstance(result, Problem):
-            if act.writes:
-                self._store.undo()
-                self.audit.undo(mark)
-            self.audit.refuse(result, now, in_tick=act.writes)
-        elif act.writes:
-            self._store.keep()
-        return result
-
-    def _unavailable(self, error: Exception, writes: bool) -> StorageUnavailable:
-        self._take_note_of(str(error) or told(self._store.path, error), writes)
-        problem = StorageUnavailable()
-        problem.__cause__ = error
-        return problem
-
-    def _take_note_of(self, trouble: str, writes: bool) -> None:
-        if trouble not in self._told:  # once for each, not once for each tick
-            log.error("storage: %s", trouble)
-            self._told.add(trouble)
-        self._failed_at = time.monotonic()
-        if writes:
-            self._trouble = trouble
-
-    def _recover(self, writes: bool) -> None:
-        """A tick has succeeded. On a disk that is nearly full some do, and others do not."""
-        if writes:
-            self._trouble = ""
-            if time.monotonic() - self._failed_at > TROUBLE_OVER:
-                self._told.clear()
-                with suppress(MemoryError):  # as with events: it is committed
-                    log.info("storage: the database can be used again")
-
-    def perform(self, act: Act, now: int) -> Any:
-        """A tick of one act, or as many as it takes, waiting for other writers. Raises the
-        Problem that it comes to."""
-        deadline = time.monotonic() + LOCK_PATIENCE
-        result = UNFINISHED
-        while result is UNFINISHED:
-            outcomes = self.tick([act], now)
-            if outcomes is not None:
-                result = outcomes[0]
-            elif time.monotonic() > deadline:
-                raise self.give_up()
-            else:
-                time.sleep(LOCK_POLL)
-        if isinstance(result, Problem):
-            raise result
-        return result
-
-    def give_up(self) -> StorageUnavailable:
-        """Stop waiting for the other writer."""
-        return self._unavailable(self._store.give_up(), writes=True)
-
-    def tidy(self) -> None:
-        """Between ticks: what no answer waits for."""
-        if not self._trouble:
-            self._store.checkpoint()
-        elif time.monotonic() >= self._reopen_after:
-            self._reopen_after = time.monotonic() + REOPEN_PAUSE
-            if self._store.is_replaced():
-                self._reopen()
-            elif self._store.is_open:
-                self._store.checkpoint(is_due=True)
-
-    def _reopen(self) -> None:
-        """Another file has taken the place of the database, such as a backup. Nothing is kept in
-        memory that is not in it: if it and our keys are a pair, we go on with it."""
-        store = self._store
-        try:
-            if not store.reopen():
-                return
-            if not _is_pair(store, self.keyring):
-                raise StoreError(_not_a_pair(store.path))
-            store.migrate()
-        except (StoreBusy, StoreReplaced) as error:  # the old one is still open
-            self._unavailable(error, writes=True)
-        except StoreError as error:
-            store.disown(str(error))  # under the lock
-            store.abandon()
-            self._unavailable(error, writes=True)
-        else:
-            self._is_to_announce = True
-            self._censuses.clear()
-            log.warning("opened %s anew", store.path)
-        finally:
-            store.lock.release()
-
-    def back_up(self, folder: str, report: Report = unheard) -> Tuple[str, str]:
-        """Copy database, then keys, into a folder, whole or not at all; where they are. The keys
-        come last: then they are all that the copy of the database knows. Raises StoreError,
-        OSError."""
-        folder = os.path.realpath(folder)
-        files = self._store.path, os.path.realpath(self._key_file.path)
-        paths = [os.path.join(folder, os.path.basename(path)) for path in files]
-        for path in (*paths, f"{paths[0]}-wal"):
-            if path in files or (path.endswith("-wal") and os.path.exists(path)):
-                raise OperatorError(f"{folder} has a database in use: name another folder")
-        if paths[0] == paths[1]:
-            raise OperatorError("database and key file have one name: rename one to copy both")
-        with self._store.alone_in(folder):
-            if any(map(os.path.exists, paths)) and not self._is_ours(paths[1]):
-                raise OperatorError(
-                    f"{folder} has other files of these names, such as another fleet's backup: "
-                    "name another folder"
-                )
-            self._copy_to(paths[0], paths[1], report)
-        return paths[0], paths[1]
-
-    def _is_ours(self, key_file: str) -> bool:
-        try:
-            return is_same(load_keyring(key_file).audit_key, self.keyring.audit_key)
-        except OperatorError:
-            return False
-
-    def _copy_to(self, database: str, key_file: str, report: Report) -> None:
-        fresh = f"{database}.tmp"
-        with suppress(FileNotFoundError):
-            os.remove(fresh)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE)
-
-        def pause(done: int, total: int) -> None:
-            report(done, total)
-            os.fdatasync(descriptor)  # all at the end would hold up every other fsync
-            time.sleep(BACKUP_PAUSE)
-
-        try:
-            known = self._store.copy_to(fresh, pause)
-            os.fsync(descriptor)
-            keyring = self._key_file.load()
-            if not known.intersection(keyring.kids):
-                raise OperatorError("all keys were retired meanwhile: back up again")
-            write_key_file(key_file, keyring)
-            os.replace(fresh, database)
-            sync_folder(fresh)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.remove(fresh)
-            raise
-        finally:
-            os.close(descriptor)
-
-    def close(self) -> None:
-        """Close the database."""
-        self._store.close()
-
-    # The audit log.
-
-    def refused(self, problem: Problem, origin: Origin, now: int) -> None:
-        """A refusal that no act came to: the next tick that writes audits it."""
-        self.audit.origin = origin
-        self.audit.refuse(problem, now, in_tick=False)
-
-    def events(self, by: Principal, query: EventQuery, now: int) -> Page:
-        """The newest first. Raises InvalidQuery."""
-        organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        rows = self._store.events(organization, query.before, SLICE + 1)
-        found = [row for row in rows[:SLICE] if query.matches(row)]
-        if len(found) > query.limit:
-            found = found[: query.limit]
-            return Page(found, found[-1].number)
-        return Page(found, rows[SLICE - 1].number if len(rows) > SLICE else None)
-
-    def verify_audit(self, head: Optional[bytes], report: Report = unheard) -> Verified:
-        """verify_chain() of this log."""
-        return verify_chain(self._store, self.keyring, head, report)
-
-    def start_audit_anew(self, now: int) -> None:
-        """The audit key is another: only what follows can be verified with it."""
-        self.audit.put_anchor(self.keyring, *self._store.last_event())
-        self.audit.record(now, "init", "key-file", "audit", None)
-
-    # Signing keys.
-
-    def notice_keys(self) -> None:
-        """Go by the key file as it is now: somebody may have rotated it."""
-        keyring = self._key_file.reload(self.keyring)
-        if keyring is not None:
-            self.keyring = keyring
-
-    @property
-    def storage_trouble(self) -> str:
-        """Why the last tick that was to write failed; '' when it did not."""
-        return self._trouble
-
-    @property
-    def key_trouble(self) -> str:
-        """Why the keys in use are not those in the key file; '' when they are."""
-        return self._key_file.trouble
-
-    def _key_number(self, kid: str, now: int) -> int:
-        number = self._store.signing_key_number(kid)
-        if number is None:  # the one whose request brings it up has not done it
-            origin, self.audit.origin = self.audit.origin, NOWHERE
-            self.audit.record(now, "rotate", "key-file", f"signing-key:{kid}", None)
-            self.audit.origin = origin
-            self._store.add_signing_key(kid, now)
-            number = self._store.signing_key_number(kid)
-            assert number is not None
-        return number
-
-    def _known_kids(self) -> Set[str]:
-        return {row.kid for row in self._store.signing_keys() if row.retired_at is None}
-
-    def learn_keys(self, actor: str, now: int) -> None:
-        """Have the database know the keys of the key file, and no others."""
-        known = self._known_kids()
-        for kid in reversed(self.keyring.kids):
-            if kid not in known:
-                self._store.add_signing_key(kid, now)
-                self.audit.record(now, "rotate", actor, f"signing-key:{kid}", None)
-        for kid in sorted(known.difference(self.keyring.kids)):
-            self._store.retire_signing_key(kid, now)
-            self.audit.record(now, "retire", actor, f"signing-key:{kid}", None)
-
-    def knows_keys(self) -> bool:
-        """Whether the database knows the keys of the key file, and no others."""
-        return self._known_kids() == set(self.keyring.kids)
-
-    def signing_keys(self) -> List[SigningKeyView]:
-        """All that ever were, the newest first."""
-        states = dict.fromkeys(self.keyring.kids, "verifies")
-        states[self.keyring.first.kid] = "signs"
-        return [
-            SigningKeyView(
-                row,
-                states.get(row.kid, "retired"),
-                self._store.hosts_by_signing_key(row.number),
-            )
-            for row in self._store.signing_keys()
-        ]
-
-    def rotate_signing_key(self, by: Principal, now: int) -> str:
-        """A new key signs from now on, and the others verify; its kid. The key file is replaced
-        before the commit: if that fails, or we are killed, the database learns of it later."""
-        self._replace_keys(self.keyring.rotated())
-        self.learn_keys(by.name, now)
-        return self.keyring.first.kid
-
-    def retire_signing_key(self, by: Principal, kid: str, force: bool, now: int) -> int:
-        """Verify by a key no longer; how many hosts that locks out at most. Raises NotFound,
-        Conflict."""
-        if kid not in self.keyring.kids:
-            raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
-        if kid == self.keyring.first.kid:
-            raise Conflict("This key signs. Make another first: rotate-signing-key.")
-        hosts = self._store.hosts_not_past(self._key_number(kid, now))
-        if hosts and not force:
-            raise Conflict(
-                f"Hosts that use this key, or may hold a credential of it: {hosts}. They move to "
-                "the newest key when they beat; delete those that never will, or retire it with "
-                "--force, and they must re-enroll."
-            )
-        self._replace_keys(self.keyring.without(kid))
-        self.learn_keys(by.name, now)
-        return hosts
-
-    def _replace_keys(self, keyring: Keyring) -> None:
-        try:
-            self._key_file.replace(keyring)
-        except OSError as error:
-            raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
-        self.keyring = keyring
-
-    # Service.
-
-    def start_service(self, url: str, now: int, pin: str = "") -> None:
-        """A server starts, to be found at a URL, its certificate by a pin."""
-        self._url = url
-        old = self._store.service()
-        if old is None:
-            service = Service(now, now, now, self.interval, url, pin)
-        elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:
-            service = old._replace(alive=max(now, old.alive))
-        else:
-            service = new_life(old, now)
-        self._store.put_service(service._replace(interval=self.interval, public_url=url, pin=pin))
-
-    def keep_alive(self, now: int) -> None:
-        """A server lives, and can write. Where none could for a while, or the clock has been set,
-        that is no host's silence."""
-        self._store.require_companions()
-        service = self._store.service()
-        if service is None or is_served(service, now):
-            self._store.keep_alive(now)
-            return
-        self._store.put_service(new_life(service, now))
-        log.warning(
-            "the clock was set, or nothing could be written: after %s comes %s; no host is the "
-            "more silent for it",
-            rfc3339(service.alive),
-            rfc3339(now),
-        )
-
-    def keep_house(self, now: int) -> None:
-        """What a server does every ALIVE_EVERY seconds, a little of it at a time."""
-        if self._is_to_announce and self._url:
-            self._announce(now)
-        self.keep_alive(now)
-        if self._has_new_pin:
-            self._announce_pin()
-        if not self.key_trouble and not self.knows_keys():
-            self.learn_keys("key-file", now)
-        self._prune_tokens(now)
-        self.audit.prune(self.keyring, now)
-
-    # What has been written counts when it is found there: the tick that wrote it may have died.
-
-    def _announce(self, now: int) -> None:
-        old = self._store.service()
-        said = None if old is None else (old.interval, old.public_url, old.pin)
-        self._is_to_announce = said != (self.interval, self._url, self._pin)
-        if self._is_to_announce:
-            self.start_service(self._url, now, self._pin)
-
-    def _announce_pin(self) -> None:
-        service = self._store.service()
-        self._has_new_pin = service is not None and service.pin != self._pin
-        if self._has_new_pin:
-            self._store.put_pin(self._pin)
-
-    def announce_pin(self, pin: str) -> None:
-        """The server has another certificate: keep_house() writes its pin."""
-        self._pin, self._has_new_pin = pin, True
-
-    @property
-    def announced_pin(self) -> str:
-        """The pin of the server's certificate; '' where it speaks no TLS."""
-        return self._pin
-
-    def _prune_tokens(self, now: int) -> None:
-        """Ids are in the order of time: what was minted since cannot have ended so long ago."""
-        ended = now - TOKEN_KEPT * SECOND_MS
-        looked_at = self._store.prune_tokens(
-            self._tokens_looked_at, first_id(ended), ended, PRUNED_AT_ONCE
-        )
-        self._tokens_looked_at = -1 if looked_at is None else looked_at
-
-    def service(self) -> Optional[Service]:
-        """What the servers say of themselves; None before one ran."""
-        return self._store.service()
-
-    def census(self, by: Principal, now: int) -> Optional[Census]:
-        """The fleet counted, or None: one slice more is, ask again in another tick."""
-        census = self._censuses.get(by.organization)
-        if census is None or not census.is_good(now):
-            census = self._censuses[by.organization] = Census(by.organization, now)
-        if not census.is_finished:
-            census.go_on(self._store, status_bounds(watched(self._store.service(), now)), now)
-        return census if census.is_finished else None
-
-    def storage_bytes(self) -> Tuple[int, int]:
-        """Of the database, and of its WAL."""
-        return self._store.file_sizes()
-
-    @property
-    def sqlite_version(self) -> str:
-        """Of the library that runs."""
-        return SQLITE_VERSION
-
-    def visible_organizations(self, by: Principal) -> List[str]:
-        """Those that somebody sees."""
-        if by.organization is not None:
-            return [by.organization]
-        return [organization.id for organization in self._store.organizations()]
-
-    # Organizations and API keys.
-
-    def add_organization(self, by: Principal, name: str, now: int) -> Organization:
-        """Raises Conflict."""
-        organization = Organization(name, now)
-        if not self._store.add_organization(organization):
-            raise Conflict(f"There is an organization {name} already.")
-        self.audit.record(now, "add", by.name, f"organization:{name}", name)
-        return organization
-
-    def organizations(self) -> List[Organization]:
-        """All of them."""
-        return self._store.organizations()
-
-    def mint_api_key(
-        self, by: Principal, organization: Optional[str], role: str, description: str, now: int
-    ) -> Tuple[ApiKey, str]:
-        """A key and its text, shown this once. Raises InvalidBody for an unknown organization."""
-        if organization is not None:
-            self._require_organization(organization, InvalidBody, "organizationId")
-        secret = mint_secret(API_KEY_PREFIX, new_id(now))
-        key = ApiKey(
-            secret.id, secret.digest(), organization, role, description, now, by.name, None
-        )
-        if not self._store.add_api_key(key):
-            return self.mint_api_key(by, organization, role, description, now)
-        subject = named("api-key", key.id)
-        self.audit.record(now, "mint", by.name, subject, organization, role=role)
-        return key, secret.text
-
-    def api_keys(self) -> List[ApiKey]:
-        """All of them."""
-        return self._store.api_keys()
-
-    def revoke_api_key(self, by: Principal, number: int, now: int) -> ApiKey:
-        """Idempotent. Raises NotFound."""
-        key = self._store.api_key(number)
-        if key is None:
-            raise NotFound("There is no API key with this id.")
-        if self._store.revoke_api_key(number, now):
-            subject = named("api-key", number)
-            self.audit.record(now, "revoke", by.name, subject, key.organization_id)
-            key = key._replace(revoked_at=now)
-        return key
-
-    def identify(self, text: str, what: str, address: str, now: int) -> Principal:
-        """Whose an API key is, with which somebody asks for what. Raises ApiKeyInvalid,
-        TooManyRequests."""
-        secret = read_secret(API_KEY_PREFIX, text)
-        key = self._store.api_key(secret.id) if secret else None
-        name = named("api-key", secret.id) if secret else ""
-        if secret is None or key is None or not is_same(secret.digest(), key.secret_hash):
-            problem = self._failures.judge(ApiKeyInvalid(), address, now)
-            raise problem.concerning("anonymous", name, None, request=what)
-        if key.revoked_at is not None:
-            problem = ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
-            raise problem.concerning(name, name, key.organization_id, request=what)
-        return Principal(name, key.organization_id, key.role, id_text(key.id))
-
-    def _require_organization(self, name: str, problem: Type[Problem], field: str) -> None:
-        if not self._store.has_organization(name):
-            raise problem(
-                errors=[FieldError(field, "there is no such organization: add-org makes one")]
-            )
-
-    def _scope(
-        self, by: Principal, asked: Optional[str], problem: Type[Problem], field: str
-    ) -> Optional[str]:
-        """The organization that a request is about. To a key of one organization there is no
-        other, whether it exists or not."""
-        if asked is None:
-            return by.organization
-        if by.organization not in (ALL_ORGANIZATIONS, asked):
-            raise NotFound("There is no such organization.")
-        self._require_organization(asked, problem, field)
-        return asked
-
-    @staticmethod
-    def _require_own(by: Principal, organization: str, what: str) -> None:
-        if by.organization not in (ALL_ORGANIZATIONS, organization):
-            raise NotFound(f"There is no {what} with this id.")
-
-    # Tokens.
-
-    def mint(self, by: Principal, order: TokenOrder, now: int) -> Tuple[TokenView, str]:
-        """A token and its text, shown this once. Raises InvalidBody."""
-        organization = self._scope(by, order.organization, InvalidBody, "organizationId")
-        return self._mint(by, order, organization or DEFAULT_ORGANIZATION, None, now)
-
-    def reenroll(
-        self, by: Principal, number: int, order: TokenOrder, now: int
-    ) -> Tuple[TokenView, str]:
+class Tokens(Rules):
+    """What lets hosts in: minted, shown, revoked, proved and pruned. Enrollments uses them."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self._examined = -1  # by the pass of prune() that goes on: tokens up to this id
+        self._passed_at = -DAY * SECOND_MS  # when the last pass ended
+
+    def mint(self, call: Call, now: int) -> TokenView:
+        """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
+        hostname, labels, organizationId. Raises InvalidBody, NotFound."""
+        owner = self._scope(call, InvalidBody, "organizationId") or DEFAULT_ORGANIZATION
+        return self._mint(call, owner, None, now)
+
+    def reenroll(self, call: Call, now: int) -> TokenView:
         """A token that gives an existing host a new credential. Raises NotFound."""
-        host = self._host(by, number)
-        return self._mint(by, order._replace(max_uses=1), host.organization_id, host.id, now)
+        host = self._host(call)
+        return self._mint(call, host.organization_id, host.id, now)
 
-    def _mint(
-        self, by: Principal, order: TokenOrder, organization: str, host: Optional[int], now: int
-    ) -> Tuple[TokenView, str]:
-        secret = mint_secret(TOKEN_PREFIX, new_id(now))
+    def _mint(self, call: Call, owner: str, host: Optional[int], now: int) -> TokenView:
+        secret, values = mint_secret(TOKEN_PREFIX, new_id(now)), call.values
+        labels, max_uses = values.get("labels", {}), values.get("maxUses", 1)
         token = Token(
-            id=secret.id,
-            secret_hash=secret.digest(),
-            organization_id=organization,
-            description=order.description,
-            hostname=order.hostname,
-            host_id=host,
-            labels=json_text(dict(order.labels)),
-            max_uses=order.max_uses,
-            uses=0,
-            created_at=now,
-            created_by=by.name,
-            expires_at=now + order.ttl * SECOND_MS,
-            used_at=None,
-            used_from=None,
-            revoked_at=None,
-        )
-        if not self._store.add_token(token):
-            return self._mint(by, order, organization, host, now)
-        self.audit.record(
-            now,
-            "mint",
-            by.name,
-            named("token", token.id),
-            organization,
-            host=None if host is None else id_text(host),
-            maxUses=order.max_uses,
-            expiresAt=rfc3339(token.expires_at),
-            description=order.description,
-            hostname=order.hostname,
-            labels=dict(order.labels) or None,
-        )
-        return TokenView(token, "valid", []), secret.text
+            id=secret.id, secret_hash=secret.digest(), organization_id=owner,
+            description=values.get("description", ""), hostname=values.get("hostname"),
+            host_id=host, labels=json_text(labels), max_uses=max_uses, uses=0,
+            created_at=now, created_by=call.by.name,
+            expires_at=now + values.get("ttlSeconds", TOKEN_TTL) * SECOND_MS,
+            used_at=None, used_from=None, revoked_at=None,
+        )  # fmt: skip
+        if not self._queries.add(token):
+            return self._mint(call, owner, host, now)  # the id is taken
+        self._record(
+            "mint", call.by.name, token, host=None if host is None else id_text(host),
+            maxUses=max_uses, expiresAt=rfc3339(token.expires_at), labels=labels or None,
+            description=token.description, hostname=token.hostname,
+        )  # fmt: skip
+        return TokenView(token, "valid", (), secret.text)
 
-    def token(self, by: Principal, number: int, now: int) -> TokenView:
+    def get(self, call: Call, now: int) -> TokenView:
         """Raises NotFound."""
-        return self._token_view(self._token(by, number), now)
+        return self._view(self._own(call, self._queries.token(call.id), "token"), now)
 
-    def _token(self, by: Principal, number: int) -> Token:
-        token = self._store.token(number)
-        if token is None:
-            raise NotFound("There is no token with this id.")
-        self._require_own(by, token.organization_id, "token")
-        return token
-
-    def _token_view(self, token: Token, now: int) -> TokenView:
+    def _view(self, token: Token, now: int) -> TokenView:
         if token.host_id is None:
-            hosts = self._store.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
+            hosts = self._queries.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
         else:
             hosts = [token.host_id] if token.uses else []
         return TokenView(token, token_state(token, now), hosts)
 
-    def tokens(self, by: Principal, query: TokenQuery, now: int) -> Page:
-        """The newest first. Raises InvalidQuery."""
-        organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        rows = self._store.tokens(organization, query.before, SLICE + 1)
-        found: List[TokenView] = []
-        looked = 0
-        for row in rows[:SLICE]:
-            looked += 1
-            if query.state in (None, token_state(row, now)):
-                view = self._token_view(row, now)
-                found.append(view)
-                looked += len(view.hosts)
-            if len(found) == query.limit or looked >= SLICE:
-                return Page(found, row.id if row is not rows[-1] else None)
-        return Page(found, rows[SLICE - 1].id if len(rows) > SLICE else None)
-
-    def revoke_token(self, by: Principal, number: int, now: int) -> None:
+    def revoke(self, call: Call, now: int) -> TokenView:
         """Idempotent. Raises NotFound."""
-        token = self._token(by, number)
+        token = self._own(call, self._queries.token(call.id), "token")
         if token.revoked_at is None:
-            self._store.revoke_token(token.id, now)
-            subject = named("token", number)
-            self.audit.record(now, "revoke", by.name, subject, token.organization_id)
+            self._queries.revoke_token(token.id, now)
+            self._record("revoke", call.by.name, token)
+        return self.get(call, now)
 
-    # Enrollment.
-
-    def enroll(self, applicant: Applicant, now: int) -> Enrollment:
-        """Exchange a token for a host and its credential. Raises TokenUnknown, TooManyRequests,
-        TokenRevoked, TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
-
-        Why a token is refused is told only to a caller who has proved its secret.
-        """
-        token = self.prove_token(applicant, now)
-        try:
-            return self._enroll(token, applicant, now)
-        except Problem as problem:
-            name = named("token", token.id)
-            raise problem.concerning(
-                name, name, token.organization_id, hostname=applicant.hostname
-            ) from problem.__cause__
-
-    def prove_token(self, applicant: Applicant, now: int) -> Token:
-        """The token whose secret an applicant has. Raises TokenUnknown, TooManyRequests."""
-        secret = read_secret(TOKEN_PREFIX, applicant.token)
-        token = self._store.token(secret.id) if secret else None
-        if secret is None or token is None or not is_same(secret.digest(), token.secret_hash):
-            name = named("token", secret.id) if secret else ""
-            problem = self._failures.judge(TokenUnknown(), applicant.address, now)
-            raise problem.concerning("anonymous", name, None, hostname=applicant.hostname)
+    def prove(self, text: str, hostname: str, origin: Origin, now: int) -> Token:
+        """The token whose secret a caller has, in whatever state. Before the tick, as with API
+        keys. Raises TokenUnknown, TooManyRequests, StorageUnavailable."""
+        secret = parse_secret(TOKEN_PREFIX, text)
+        with self._registry.reading():
+            token = self._queries.token(secret.id) if secret else None
+        if secret is None or token is None or not equal_secrets(secret.digest(), token.secret_hash):
+            name = tagged_id("token", secret.id) if secret else ""
+            problem = self._registry.failures.judge(TokenUnknown(), origin.address, now)
+            raise problem.with_audit("anonymous", name, None, hostname=hostname)
         return token
 
-    def _enroll(self, token: Token, applicant: Applicant, now: int) -> Enrollment:
-        idempotency = fingerprint(applicant.idempotency_key) if applicant.idempotency_key else None
-        known = self._store.replayed_host(token.id, idempotency) if idempotency else None
-        if known is not None and self._may_replay(token, known, now):
-            return self._admit_again(token, known, applicant, now)
+    def prune(self, now: int) -> bool:
+        """Look at up to PRUNED_AT_ONCE tokens and delete what ended TOKEN_KEPT ago. True:
+        the pass over all of them goes on.
+
+        Ids are in the order of time: a token minted since cannot have ended so long ago. A pass
+        looks again at tokens that the last one kept, so it begins an hour after that. What a tick
+        that fails has looked at waits for the next pass.
+        """
+        if self._examined < 0 and 0 <= now - self._passed_at < HOUR * SECOND_MS:
+            return False
+        ended = now - TOKEN_KEPT * SECOND_MS
+        examined = self._queries.prune_tokens(
+            self._examined, first_id(ended), ended, PRUNED_AT_ONCE
+        )
+        self._examined = -1 if examined is None else examined
+        self._passed_at = now
+        return examined is not None
+
+    def list(self, call: Call, now: int) -> Page:
+        """values: organization, state. Raises InvalidQuery, NotFound."""
+        state = call.values.get("state")
+
+        def view(token: Token) -> Optional[TokenView]:
+            return self._view(token, now) if state in (None, token_state(token, now)) else None
+
+        return self._page(call, self._queries.tokens, view)
+
+
+def changed_facts(host: Host, facts: Mapping[str, str]) -> dict[str, Any]:
+    """The facts, by column, that differ from a host's. A bound hostname stays as the token named
+    it."""
+    current = host._asdict()
+    changes = {name: value for name, value in facts.items() if current[name] != value}
+    if host.bound:
+        changes.pop("hostname", None)
+    return changes
+
+
+class Enrollments(Rules):
+    """Exchange a token for a host and its credential.
+
+    Serials: a new host gets 1. A replay (a reply was lost, and the same token comes again with the
+    same Idempotency-Key) gets one more than the highest issued. A re-enrollment gets a serial
+    beyond all that can be good: no older credential can be renewed past it, and none counts that
+    was issued after the backup from which this database may have been restored.
+    """
+
+    def enroll(self, call: Call, now: int) -> Enrollment:
+        """values: token (the row, of a caller who proved its secret), hostname, name, facts (by
+        column, '' where not given), idempotencyKey.
+
+        Raises TokenRevoked, TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
+        """
+        token: Token = call.values["token"]
+        try:
+            return self._enroll(token, call, now)
+        except Problem as problem:
+            name, hostname = tagged_id("token", token.id), call.values["hostname"]
+            problem.with_audit(name, name, token.organization_id, hostname=hostname)
+            raise
+
+    def _enroll(self, token: Token, call: Call, now: int) -> Enrollment:
+        """The token row was read before the tick. What never changes of it is good; of its state
+        the guarded use_token() decides, and for a replay it is read again."""
+        text, address = call.values.get("idempotencyKey"), call.origin.address
+        key = sha256(text) if text else None
+        known = self._queries.replayed_host(token.id, key) if key else None
+        if known is not None:
+            token = self._queries.token(token.id) or token
+            if self._may_replay(token, known, now):
+                serial = self._queries.issue(known.id, known.issued, address)
+                assert serial is not None, "issued is not below admitted_serial"
+                return self._issue("replay", token, known._replace(issued=serial), call, now)
         self._require_valid(token, now)
         if known is not None:
             raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
-        if token.hostname and not is_same_hostname(token.hostname, applicant.hostname):
+        names = token.hostname or call.values["hostname"], call.values["hostname"]
+        if len({name.lower().rstrip(".") for name in names}) > 1:  # compared as in RFC 4343
             raise TokenHostMismatch()
-        if not self._store.use_token(token.id, now, applicant.address):
+        if not self._queries.use_token(token.id, now, address):
+            self._require_valid(self._queries.token(token.id), now)
             raise TokenUsed()
-        if token.host_id is not None:
-            return self._readmit(token, token.host_id, applicant, idempotency, now)
-        return self._admit(token, applicant, idempotency, now)
+        if token.host_id is None:
+            return self._admit(token, key, call, now)
+        return self._readmit(token, key, call, now)
 
     @staticmethod
-    def _require_valid(token: Token, now: int) -> None:
+    def _require_valid(token: Optional[Token], now: int) -> None:
         refusals = {"revoked": TokenRevoked, "used": TokenUsed, "expired": TokenExpired}
-        state = token_state(token, now)
+        state = "used" if token is None else token_state(token, now)
         if state in refusals:
             raise refusals[state]()
 
     @staticmethod
     def _may_replay(token: Token, host: Host, now: int) -> bool:
-        """Whether a reply that was lost may be given again: until it is used, for a day."""
+        """Whether a lost reply may be given again: until its credential is used, for a day."""
         if token.revoked_at is not None or host.revoked_at is not None:
             return False
         is_used = host.last_seen > 0 and host.serial >= host.admitted_serial
         return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS
 
-    def _admit_again(self, token: Token, host: Host, applicant: Applicant, now: int) -> Enrollment:
-        serial = self._store.issue(host.id, host.issued, applicant.address)
-        assert serial is not None, "what has been issued is not below what was admitted"
-        self._record_admission(now, "replay", token, host, applicant, serial=serial)
-        return Enrollment(host, self._grant(host.id, host.organization_id, serial, now))
-
-    def _record_admission(
-        self, now: int, action: str, token: Token, host: Host, applicant: Applicant, **more: Any
-    ) -> None:
-        actor, subject = named("token", token.id), named("host", host.id)
-        hostname = applicant.hostname
-        self.audit.record(
-            now, action, actor, subject, host.organization_id, hostname=hostname, **more
-        )
-
-    def _twin(self, organization: str, hostname: str, own: int, now: int) -> Optional[int]:
-        """A live host of an organization that has a hostname, and is another than own."""
-        others = self._store.hosts_by_hostname(organization, hostname, TWINS_EXAMINED)
-        if not others:
-            return None
-        watch = watched(self._store.service(), now)
-        for host in others:
-            live = host_status(host, watch)[0] in ("pending", "online")
-            if live and host.id != own:
-                return host.id
-        return None
-
-    def _admit(
-        self, token: Token, applicant: Applicant, idempotency: Optional[bytes], now: int
-    ) -> Enrollment:
+    def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
+        hostname, keys = call.values["hostname"], self._registry.keys
         host = Host(
-            id=new_id(now),
-            organization_id=token.organization_id,
-            name=applicant.name if applicant.name is not None else applicant.hostname,
-            hostname=applicant.hostname,
-            bound=int(token.hostname is not None),
-            os=applicant.os,
-            architecture=applicant.architecture,
-            docker_version=applicant.docker_version,
-            labels=token.labels,
-            issued=1,
-            enrolled_at=now,
-            revoked_at=None,
-            token_id=token.id,
-            admitted_by=token.id,
-            admitted_at=now,
-            admitted_serial=1,
-            idempotency=idempotency,
-            issued_to=applicant.address,
-            twin_id=self._twin(token.organization_id, applicant.hostname, -1, now),
-            last_seen=0,
-            serial=1,
-            key_number=self._key_number(self.keyring.first.kid, now),
-            active=1,
-        )
-        while not self._store.add_host(host):
+            id=new_id(now), organization_id=token.organization_id, token_id=token.id,
+            name=call.values.get("name", hostname), hostname=hostname,
+            bound=int(token.hostname is not None), labels=token.labels, **call.values["facts"],
+            enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
+            admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
+            twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
+            last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
+        )  # fmt: skip
+        while not self._queries.add_host(host):  # the id is taken
             host = host._replace(id=new_id(now))
-        twin = None if host.twin_id is None else id_text(host.twin_id)
-        self._record_admission(now, "enroll", token, host, applicant, sameHostnameAs=twin)
-        self._counted["enrollments"] += 1
-        return Enrollment(host, self._grant(host.id, host.organization_id, 1, now))
+        return self._issue("enroll", token, host, call, now)
 
-    def _readmit(
-        self,
-        token: Token,
-        number: int,
-        applicant: Applicant,
-        idempotency: Optional[bytes],
-        now: int,
-    ) -> Enrollment:
-        """Re-enroll, by a serial beyond all that could be good: neither can an older credential
-        be renewed past it, nor one count more that was issued after the backup that we may be."""
-        host = self._store.host(number)
+    def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
+        host = self._queries.host(token.host_id) if token.host_id is not None else None
         if host is None:
             raise HostUnknown()
         if host.revoked_at is not None:
             raise HostRevoked()
-        serial = max(host.issued, host.serial) + SERIALS_LOST + 1
-        changes: Dict[str, Any] = {
-            "issued": serial,
-            "admitted_by": token.id,
-            "admitted_at": now,
-            "admitted_serial": serial,
-            "idempotency": idempotency,
-            "issued_to": applicant.address,
-        }
-        facts = {
-            "hostname": applicant.hostname,
-            "os": applicant.os,
-            "architecture": applicant.architecture,
-            "docker_version": applicant.docker_version,
-        }
-        changes.update(self._changes(host, {k: v for k, v in facts.items() if v}))
+        facts = {"hostname": call.values["hostname"], **call.values["facts"]}
+        changes = changed_facts(host, {name: text for name, text in facts.items() if text})
         hostname = changes.get("hostname", host.hostname)
-        changes["twin_id"] = self._twin(host.organization_id, hostname, host.id, now)
-        self._store.edit_host(host.id, changes)
-        twin = None if changes["twin_id"] is None else id_text(changes["twin_id"])
-        self._record_admission(
-            now, "re-enroll", token, host, applicant, serial=serial, sameHostnameAs=twin
-        )
-        self._counted["enrollments"] += 1
-        grant = self._grant(host.id, host.organization_id, serial, now)
-        return Enrollment(host._replace(**changes), grant)
+        serial = max(host.issued, host.serial) + SERIALS_LOST + 1
+        changes.update(
+            issued=serial, issued_to=call.origin.address,
+            admitted_by=token.id, admitted_at=now, admitted_serial=serial, idempotency=key,
+            twin_id=self._duplicate_of(host.organization_id, hostname, host.id, now),
+        )  # fmt: skip
+        self._queries.edit_host(host.id, changes)
+        return self._issue("re-enroll", token, host._replace(**changes), call, now)
 
-    def _grant(self, host: int, organization: str, serial: int, now: int) -> Grant:
-        issued_at = now // SECOND_MS
-        expires_at = None if self._credential_ttl is None else issued_at + self._credential_ttl
-        first = self.keyring.first
-        claims = Claims(host, organization, issued_at, serial, expires_at, first.kid)
-        return Grant(first.sign(claims), expires_at)
-
-    # Heartbeats.
-
-    def authenticate(self, credential: str, now: int) -> Claims:
-        """What a credential says, by its signature alone. Raises CredentialInvalid,
-        CredentialExpired. When it was issued is never judged: with a clock an hour back we would
-        refuse everyone."""
-        claims = self.keyring.verify(credential)
-        expires_at = claims.expires_at
-        if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
-            name = named("host", claims.host)
-            raise CredentialExpired().concerning(name, name, claims.organization)
-        return claims
-
-    def is_due(self, claims: Claims, now: int) -> bool:
-        """Whether a credential should be renewed: it is in the last third of its life, or signed
-        by a key that no longer signs, or lives longer than credentials may now."""
-        if claims.kid != self.keyring.first.kid:
-            return True
-        if claims.expires_at is None:
-            return self._credential_ttl is not None
-        life = claims.expires_at - claims.issued_at
-        if self._credential_ttl is not None and life > self._credential_ttl:
-            return True
-        return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
-
-    def beat(self, claims: Claims, read_facts: Callable[[], Mapping[str, Any]], now: int) -> Beaten:
-        """A heartbeat that brings facts, or gets a renewal. The facts are read when the credential
-        has been accepted, and not before. Raises what _beat_one() and read_facts() raise."""
-        last_seen = self._beat_one(plain_beat(claims), now)
-        facts = read_facts()
-        host = self._store.host(claims.host) if facts else None
-        changes = self._changes(host, facts) if host else {}
-        if changes:
-            self._store.edit_host(claims.host, changes)
-        self._counted["heartbeats"] += 1
-        return Beaten(last_seen, self._renew(claims, now))
-
-    @staticmethod
-    def _changes(host: Host, facts: Mapping[str, Any]) -> Dict[str, Any]:
-        """What facts change of a host. A bound hostname stays as the token named it."""
-        current = host._asdict()
-        changes = {name: value for name, value in facts.items() if current[name] != value}
-        if host.bound:
-            changes.pop("hostname", None)
-        return changes
-
-    def _renew(self, claims: Claims, now: int) -> Optional[Grant]:
-        """A serial that nobody else has: of two that renew copies of one credential, the first to
-        use the new one shuts the other out, and that is seen. Whoever holds an old copy cannot
-        renew past a re-enrollment. The credential in hand stays good until a new one is first
-        used, so a lost reply locks nobody out."""
-        if not self.is_due(claims, now):
+    def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
+        """A live host of an organization that has a hostname, and is another than own."""
+        others = self._queries.hosts_by_hostname(owner, hostname, DUPLICATES_EXAMINED)
+        if not others:
             return None
-        serial = self._store.issue(claims.host, claims.serial, self.audit.origin.address)
-        if serial is None:
-            return None
-        name = named("host", claims.host)
-        self.audit.record(now, "renew", name, name, claims.organization, serial=serial)
-        self._counted["renewals"] += 1
-        return self._grant(claims.host, claims.organization, serial, now)
+        period = self._registry.service.period(now)
+        for host in others:
+            status = period.status(host.last_seen, host.revoked_at)
+            if status in ("pending", "online") and host.id != own:
+                return host.id
+        return None
 
-    def _beat_all(
-        self,
-        work: Sequence[Work],
-        beats: Sequence[PlainBeat],
-        now: int,
-        origin_at: Callable[[int], Origin],
-    ) -> List[Any]:
-        """lastSeen of each plain heartbeat, or the Problem that it comes to."""
-        rows = [(now, host, standing.serial, now) for host, standing in beats]
-        if self._beaten_by is self.keyring and self._store.beat(rows) == len(rows):
-            self._counted["heartbeats"] += len(rows)
-            return [now] * len(rows)
-        self._store.start_over()  # else one beat would be judged by what others have written
-        outcomes = [
-            self._judge_beat(beat, now, origin_at(place))
-            for place, beat in enumerate(work)
-            if not isinstance(beat, Act)
-        ]
-        counted = sum(not isinstance(outcome, Problem) for outcome in outcomes)
-        self._counted["heartbeats"] += counted
+    def _issue(self, action: str, token: Token, host: Host, call: Call, now: int) -> Enrollment:
+        is_new, twin = action != "replay", host.twin_id
+        self._registry.metrics.tick["enrollments"] += is_new
+        self._record(
+            action, tagged_id("token", token.id), host, hostname=call.values["hostname"],
+            serial=host.issued if host.issued > 1 else None,
+            sameHostnameAs=id_text(twin) if is_new and twin is not None else None,
+        )  # fmt: skip
+        issued = self._registry.keys.issue(host.id, host.organization_id, host.issued, now)
+        return Enrollment(host, issued, self._registry.interval)
+
+
+class Heartbeats(Rules):
+    """A host presents its credential, and its lastSeen advances.
+
+    Plain heartbeats of a tick go in one statement, whose WHERE clause is their whole
+    authorization: host active, this serial the one that counts, time not behind. What it does not
+    match is judged by accept(), one by one: the first use of a newer credential, a clock that went
+    back, or a refusal. Heartbeats with facts or with a renewal due are calls: beat().
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        interval = registry.interval
+        self._shortest = -(-interval * (100 - HEARTBEAT_SPREAD) // 100)
+        self._choices = interval * (100 + HEARTBEAT_SPREAD) // 100 - self._shortest + 1
+
+    def next_interval(self) -> int:
+        """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
+        return self._shortest + int(random.random() * self._choices)
+
+    def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
+        """lastSeen of each plain heartbeat, or its refusal."""
+        kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
+        rows = [(now, host, ref.serial, now) for host, ref, _ in beats if ref.kid in kids]
+        counts = self._registry.metrics.tick
+        if self._queries.beat(rows) == len(beats):
+            counts["heartbeats"] += len(beats)
+            return [now] * len(beats)
+        # A query finds what the statement did match: active, with this serial and lastSeen now.
+        # Of a host with another heartbeat that it did not match, later ones are judged after it.
+        written = self._queries.beaten(now, [beat.host for beat in beats])
+        strays: set[int] = set()
+        outcomes: list[Union[int, Problem]] = []
+        for host, credential, origin in beats:
+            outcome: Union[int, Problem] = now
+            is_written = (host, credential.serial) in written and credential.kid in kids
+            if not is_written or host in strays:
+                strays.add(host)
+                self._registry.audit.origin = origin
+                try:
+                    outcome = self.accept(host, credential, now)
+                except Problem as problem:
+                    self._registry.audit.refuse(problem, origin, now, in_tick=True)
+                    outcome = problem
+            outcomes.append(outcome)
+        counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def _judge_beat(self, beat: PlainBeat, now: int, origin: Origin) -> Union[int, Problem]:
-        self.audit.origin = origin
-        try:
-            return self._beat_one(beat, now)
-        except Problem as problem:
-            self.audit.refuse(problem, now, in_tick=True)
-            return problem
+    def accept(self, number: int, credential: CredentialRef, now: int) -> int:
+        """Judge and write one heartbeat; its lastSeen. Raises, in this order:
 
-    def _beat_one(self, beat: PlainBeat, now: int) -> int:
-        """lastSeen. Raises CredentialInvalid, HostUnknown, CredentialSuperseded, HostRevoked."""
-        number, standing = beat
-        if standing.kid not in self.keyring.kids:  # it was, when the request came
+        CredentialInvalid     its key was retired since the credential was verified
+        HostUnknown           the host has been deleted
+        CredentialSuperseded  its serial is below the one that counts: a newer credential of the
+                              host has been used. One of the two is a copy: the audit log has both
+                              addresses, this one's and the one that the newest was issued to
+        HostRevoked           the host is shut out until it is restored
+        CredentialInvalid     its serial is beyond all that a restored backup can have lost: it was
+                              forged with a stolen key, and no re-enrollment could exceed it
+        """
+        serial, owner, kid = credential
+        name = tagged_id("host", number)
+        if kid not in self._registry.keys.keyring.kids:
             raise CredentialInvalid()
-        if self._store.beat([(now, number, standing.serial, now)]) == 1:
+        if self._queries.beat([(now, number, serial, now)]) == 1:
             return now
-        host = self._store.host(number)
-        name = named("host", number)
+        host = self._queries.host(number)
         if host is None:
-            raise HostUnknown().concerning(name, name, standing.organization)
-        if standing.serial < host.serial:
-            raise CredentialSuperseded().concerning(
-                name,
-                name,
-                standing.organization,
-                serial=standing.serial,
-                newest=host.serial,
-                newestIssuedTo=host.issued_to,
-            )
+            raise HostUnknown().with_audit(name, name, owner)
+        if serial < host.serial:
+            detail = {"serial": serial, "newest": host.serial, "newestIssuedTo": host.issued_to}
+            raise CredentialSuperseded().with_audit(name, name, owner, **detail)
         if not host.active:
-            raise HostRevoked().concerning(name, name, standing.organization)
-        if standing.serial > host.issued + SERIALS_LOST:
-            raise CredentialInvalid().concerning(name, name, standing.organization)
-        if standing.serial > host.serial:
-            key_number = self._key_number(standing.kid, now)
-            self._store.supersede(host.id, standing.serial, key_number)
-            serials = {"serial": standing.serial, "superseded": host.serial}
-            self.audit.record(now, "supersede", name, name, standing.organization, **serials)
-        seen = self._seen(host, now)
-        self._store.beat_late(host.id, seen)
-        return seen
-
-    @staticmethod
-    def _seen(host: Host, now: int) -> int:
-        """What lastSeen becomes. It does not go back, unless it is of a clock that was far ahead:
-        else a host that falls silent would be online until the clock is there again."""
+            raise HostRevoked().with_audit(name, name, owner)
+        if serial > host.issued + SERIALS_LOST:
+            raise CredentialInvalid().with_audit(name, name, owner)
+        if serial > host.serial:  # the first use of a newer credential: older ones end here
+            self._queries.supersede(host.id, serial, self._registry.keys.number(kid, now))
+            self._record("supersede", name, host, serial=serial, superseded=host.serial)
+        # lastSeen does not go back, unless it was written by a clock that was far ahead: a host
+        # that falls silent would else be online until the clock is there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
-        return now if is_ahead else max(now, host.last_seen)
+        last_seen = now if is_ahead else max(now, host.last_seen)
+        self._queries.beat_late(host.id, last_seen)
+        return last_seen
 
-    def next_heartbeat(self) -> int:
-        """Seconds until the next one: the interval, HEARTBEAT_SPREAD per cent more or less."""
-        shortest, longest = self._interval_bounds
-        return shortest + int(random.random() * (longest - shortest + 1))
+    def beat(self, call: Call, now: int) -> HeartbeatResult:
+        """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
+        facts (by column), problem (of the body). Raises what accept() raises, then the problem."""
+        claims, facts = call.values["claims"], call.values.get("facts")
+        last_seen = self.accept(claims.host, heartbeat_of(claims).credential, now)
+        if call.values.get("problem"):
+            raise call.values["problem"]
+        host = self._queries.host(claims.host) if facts else None
+        changes = changed_facts(host, facts) if host and facts else {}
+        if changes:
+            self._queries.edit_host(claims.host, changes)
+        self._registry.metrics.tick["heartbeats"] += 1
+        issued = self._renew(claims, call.origin, now)
+        return HeartbeatResult(claims.host, last_seen, issued, self.next_interval())
 
-    # Hosts.
+    def _renew(self, claims: Claims, origin: Origin, now: int) -> Optional[IssuedCredential]:
+        """A credential with a serial that was never issued before, where one is due. Of two
+        machines that renew copies of one credential, the first to use its new one supersedes the
+        other, and the audit log shows it. A copy from before a re-enrollment is not renewed. The
+        old credential is good until a new one is first used, so a lost reply locks no host out."""
+        keys, (host, owner, *_) = self._registry.keys, claims
+        if not keys.is_due(claims, now):
+            return None
+        serial = self._queries.issue(host, claims.serial, origin.address)
+        if serial is None:
+            return None
+        name = tagged_id("host", host)
+        self._registry.audit.record("renew", name, name, owner, serial=serial)
+        self._registry.metrics.tick["renewals"] += 1
+        return keys.issue(host, owner, serial, now)
 
-    def host(self, by: Principal, number: int, now: int) -> HostView:
+    def changes(self, number: int, facts: Mapping[str, str]) -> Mapping[str, str]:
+        """The facts, by column, that would change a host; none for a host that does not exist.
+        Before the tick: what changes nothing goes as a plain heartbeat, which need not wait for
+        the disk. Raises StorageUnavailable."""
+        with self._registry.reading():
+            host = self._queries.host(number)
+        return changed_facts(host, facts) if host else {}
+
+
+class Census:
+    """The hosts counted by organization and status, in slices: there may be a million."""
+
+    def __init__(self, now: int) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.is_finished = False
+        self.at = now  # of the last slice
+        self.after = -1  # the id of its last host
+
+
+class Hosts(Rules):
+    """The machines that have enrolled, as operators see and change them."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self._censuses: dict[Owner, Census] = {}
+
+    def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
-        host = self._host(by, number)
-        status = host_status(host, watched(self._store.service(), now))
-        return HostView(host.listed(), *status, self._warnings(host.twin_id))
+        return self._view(self._host(call), self._registry.service.period(now))
 
-    def _warnings(self, twin_id: Optional[int]) -> Sequence[str]:
-        """What an operator should look at. It goes away when the other host is shut out."""
-        twin = None if twin_id is None else self._store.host(twin_id)
-        if twin is None or twin.revoked_at is not None:
-            return ()
-        return [
-            f"when it came in, host {id_text(twin.id)} with the same hostname was live: one of "
+    def _view(self, host: Host, period: ServicePeriod) -> HostView:
+        status = period.status(host.last_seen, host.revoked_at)
+        reason = period.reason(host.last_seen, host.revoked_at)
+        other = None if host.twin_id is None else self._queries.host(host.twin_id)
+        if other is None or other.revoked_at is not None:
+            return HostView(host, status, reason)
+        warning = (
+            f"when it enrolled, host {id_text(other.id)} with the same hostname was live: one of "
             "them may be a clone, or an old record to delete"
-        ]
+        )
+        return HostView(host, status, reason, [warning])
 
-    def _host(self, by: Principal, number: int) -> Host:
-        host = self._store.host(number)
-        if host is None:
-            raise NotFound("There is no host with this id.")
-        self._require_own(by, host.organization_id, "host")
-        return host
-
-    def hosts(self, by: Principal, query: HostQuery, now: int) -> Page:
-        """The newest first. Raises InvalidQuery."""
-        organization = self._scope(by, query.organization, InvalidQuery, "organization")
-        rows = self._store.hosts(organization, query.before, SLICE + 1)
-        watch = watched(self._store.service(), now)
-        bounds = status_bounds(watch)
-        matches = query.filter()
-        found: List[HostView] = []
-        for row in rows[:SLICE]:
-            status = status_of(row, bounds)
-            if matches is None or matches(row, status):
-                warnings = () if row.twin_id is None else self._warnings(row.twin_id)
-                found.append(HostView(row, status, status_reason(row, status, watch), warnings))
-                if len(found) == query.limit:
-                    return Page(found, row.id if row is not rows[-1] else None)
-        return Page(found, rows[SLICE - 1].id if len(rows) > SLICE else None)
-
-    def edit_host(
-        self, by: Principal, number: int, changes: Mapping[str, Any], now: int
-    ) -> HostView:
-        """Change name or labels. Raises NotFound."""
-        host = self._host(by, number)
-        columns = dict(changes)
+    def edit(self, call: Call, now: int) -> HostView:
+        """values: name, labels, or one of them. Raises NotFound."""
+        host, columns = self._host(call), dict(call.values)
         if "labels" in columns:
             columns["labels"] = json_text(columns["labels"])
-        if columns:
-            self._store.edit_host(host.id, columns)
-            self._record_act(now, "edit", by, host, **changes)
-        return self.host(by, number, now)
+        changes = {name: text for name, text in columns.items() if text != getattr(host, name)}
+        if changes:
+            self._queries.edit_host(host.id, changes)
+            self._record("edit", call.by.name, host, **{n: call.values[n] for n in changes})
+        return self.get(call, now)
 
-    def _record_act(self, now: int, action: str, by: Principal, host: Host, **more: Any) -> None:
-        self.audit.record(
-            now, action, by.name, named("host", host.id), host.organization_id, **more
+    def revoke(self, call: Call, now: int) -> HostView:
+        """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
+        host = self._host(call)
+        if host.revoked_at is None:
+            self._queries.activate(host.id, now)
+            self._record("revoke", call.by.name, host)
+        return self.get(call, now)
+
+    def restore(self, call: Call, now: int) -> HostView:
+        """Let a revoked host in again, with the credential that it has. Idempotent. Raises
+        NotFound."""
+        host = self._host(call)
+        if host.revoked_at is not None:
+            self._queries.activate(host.id, None)
+            self._record("restore", call.by.name, host)
+        return self.get(call, now)
+
+    def delete(self, call: Call, now: int) -> Host:
+        """Delete a host, and revoke the tokens that are bound to it. Raises NotFound, also the
+        second time."""
+        host = self._host(call)
+        self._queries.delete_host(host.id, now)
+        self._record("delete", call.by.name, host, hostname=host.hostname)
+        return host
+
+    def census(self, by: Principal, now: int) -> Optional[Census]:
+        """The hosts that a caller sees, counted; None: a slice was counted, ask again in a later
+        tick. One that took more than a slice is the answer for CENSUS_KEPT s."""
+        census = self._censuses.pop(by.organization, None)
+        if census is None or not 0 <= now - census.at <= CENSUS_KEPT * SECOND_MS:
+            census = Census(now)
+        is_first = census.after < 0
+        if not census.is_finished:
+            period = self._registry.service.period(now)
+            rows = self._queries.census_slice(by.organization, census.after, COUNTED_AT_ONCE)
+            for number, organization, last_seen, revoked_at in rows:
+                census.counts[organization, period.status(last_seen, revoked_at)] += 1
+                census.after = number
+            census.at, census.is_finished = now, len(rows) < COUNTED_AT_ONCE
+        if not (is_first and census.is_finished):
+            self._censuses[by.organization] = census
+        return census if census.is_finished else None
+
+    def list(self, call: Call, now: int) -> Page:
+        """values: organization, status, q, label (pairs of name and value). Raises InvalidQuery,
+        NotFound."""
+        period = self._registry.service.period(now)
+        wanted, text = call.values.get("status"), call.values.get("q", "").casefold()
+        # No other text in labels can match: names have no quotes, in values they are escaped.
+        labels = [f'"{key}":{json_text(value)}' for key, value in call.values.get("label", ())]
+
+        def view(host: Host) -> Optional[HostView]:
+            if wanted and wanted != period.status(host.last_seen, host.revoked_at):
+                return None
+            if text and text not in f"{host.name}\n{host.hostname}\n{id_text(host.id)}".casefold():
+                return None
+            own = host.labels if labels else ""
+            if '": "' in own:  # a row from schema 1 has a space after each colon
+                own = json_text(json.loads(own))
+            return self._view(host, period) if all(label in own for label in labels) else None
+
+        return self._page(call, self._queries.hosts, view)
+
+
+# The registry.
+#
+# Theory of operation: the tick. run() takes what has arrived and runs all of it in one
+# transaction, which waits for the disk once if anything in it is durable. Heartbeats go first,
+# in one statement; then each call by itself, in a savepoint if it may write. A refused call is
+# rolled back to its savepoint, its events too, and its refusal is recorded; the others stand.
+# Before the commit the events are chained and written, after it they are logged and counted.
+#
+# If the database fails, the whole transaction is dead: SQLite may have rolled it back, and one
+# more statement would be committed by itself. So every answer of the tick becomes 503, also that
+# of a read: it may have seen rows that are gone. If another process holds the write lock, run()
+# returns None: the server goes on with what only reads, and asks again.
+#
+# A defect in a rule is that call's 500. What cannot pass by itself (Unrecoverable, no memory)
+# passes through: nothing is rolled back or closed, the process ends.
+
+
+class Registry:
+    """The nouns of a database and its key file, and the transactions in which their rules run."""
+
+    sqlite_version = SQLITE_VERSION
+
+    def __init__(
+        self, engine: Engine, key_file: KeyFile, keyring: Keyring, *,
+        interval: int = HEARTBEAT_INTERVAL, credential_ttl: Optional[int] = None,
+        audit_keep: Optional[int] = None,
+    ) -> None:  # fmt: skip
+        """interval, credential_ttl and audit_keep in seconds; None: credentials do not expire,
+        events are kept for ever."""
+        self.engine = engine
+        self.interval = interval
+        self.queries = Queries(engine)
+        self.metrics = Metrics()
+        self.failures = FailedAuthLimiter()
+        self.audit = AuditLog(self, audit_keep)
+        self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
+        self.service = ServiceRecord(self)
+        self.organizations = Organizations(self)
+        self.api_keys = ApiKeys(self)
+        self.tokens = Tokens(self)
+        self.enrollments = Enrollments(self)
+        self.heartbeats = Heartbeats(self)
+        self.hosts = Hosts(self)
+        self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
+        self._logged: set[str] = set()  # troubles: each once, not once for each tick
+        self._failed_at = 0.0
+        self._next_checkpoint = 0.0  # while there is trouble
+
+    def run(self, calls: Sequence[Work], now: int) -> Optional[list[Any]]:
+        """One transaction. The outcome of each call, in order, all of it committed: the value of
+        its rule, or the Problem (of a command's call also the OperatorError) that refuses it.
+        None: another writer is at work. Ask again with the same calls, or stop_waiting()."""
+        requests = [call for call in calls if isinstance(call, Call)]
+        beats = [call for call in calls if isinstance(call, Heartbeat)] if requests else calls
+        writes = bool(beats) or any(call.operation.writes for call in requests)
+        durable = any(call.operation.writes and call.operation.durable for call in requests)
+        try:
+            if not self.engine.begin(writes, durable):
+                return None
+            if writes:
+                self.audit.begin(now)
+            outcomes: list[Any] = []
+            if beats:
+                outcomes += self.heartbeats.batch(cast("Sequence[Heartbeat]", beats), now)
+            if requests:
+                self.keys.reload()
+                beat_outcomes = iter(outcomes)
+                outcomes = [
+                    self._run_one(call, now) if isinstance(call, Call) else next(beat_outcomes)
+                    for call in calls
+                ]
+            self._commit(writes)
+        except StoreError as error:
+            self._roll_back()
+            return [self.unavailable(error, writes)] * len(calls)
+        except (Unrecoverable, MemoryError):
+            raise
+        except BaseException as error:
+            self._roll_back()
+            if isinstance(error, Exception):
+                self._note_failure(f"a defect: {type(error).__name__}", writes)
+            raise
+        return outcomes
+
+    def _run_one(self, call: Call, now: int) -> Any:
+        """The outcome of one call of the tick."""
+        self.audit.origin = call.origin
+        mark, writes = len(self.audit.events), call.operation.writes
+        if writes:
+            self.engine.savepoint()
+        try:
+            if call.by.id >= 0:
+                self.api_keys.require_live(call.by)
+            outcome = call.operation.run(self, call, now)
+        except (StoreError, MemoryError):  # of the tick, not of this call
+            raise
+        except (Problem, OperatorError) as error:
+            outcome = error
+            if isinstance(error, OperatorError) and call.by is SYSTEM:
+                log.error("%s", error, extra={"request": call.origin.request})
+        except Exception:
+            log.exception("a call failed", extra={"request": call.origin.request})
+            outcome = Internal()
+        if writes:
+            self.engine.end_savepoint(keeps=not isinstance(outcome, Exception))
+        if isinstance(outcome, Exception):
+            del self.audit.events[mark:]
+        if isinstance(outcome, Problem):
+            self.audit.refuse(outcome, call.origin, now, in_tick=writes)
+        return outcome
+
+    def _commit(self, writes: bool) -> None:
+        if not writes:
+            self.engine.commit()
+            return
+        self.audit.write(self.keys.keyring)
+        started = time.perf_counter()
+        self.engine.commit()
+        self.metrics.commits.observe(time.perf_counter() - started)
+        self.metrics.counts.update(self.metrics.tick)
+        self.metrics.tick.clear()
+        self.audit.emit()
+        self.storage_trouble = ""
+        # On a disk that is nearly full some ticks succeed, and others do not.
+        if self._logged and time.monotonic() - self._failed_at > TROUBLE_OVER:
+            self._logged.clear()
+            log.info("storage: the database can be used again")
+
+    def _roll_back(self) -> None:
+        self.engine.rollback()
+        self.audit.forget()
+        self.metrics.tick.clear()
+
+    def _note_failure(self, trouble: str, writes: bool) -> None:
+        if trouble not in self._logged:
+            log.error("storage: %s", trouble)
+            self._logged.add(trouble)
+        self._failed_at = time.monotonic()
+        if writes:
+            self.storage_trouble = trouble
+
+    def unavailable(self, error: StoreError, writes: bool) -> Problem:
+        """The refusal of calls that the database failed. Raises Unrecoverable where the reason is
+        that a newer program has migrated the database."""
+        with suppress(StoreError):
+            self.engine.require_our_schema()
+        self._note_failure(str(error), writes)
+        problem = StorageUnavailable()
+        problem.__cause__ = error
+        return problem
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around a look-up outside of a tick. Raises StorageUnavailable."""
+        try:
+            self.engine.require_unchanged(durable=False)
+            yield
+        except StoreError as error:
+            raise self.unavailable(error, writes=False) from error
+
+    def perform(self, call: Call, now: int) -> Any:
+        """The value of one call: a tick of its own, or as many as it takes, waiting up to
+        LOCK_PATIENCE seconds for other writers. Raises the Problem or OperatorError."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        outcome = UNFINISHED
+        while outcome is UNFINISHED:
+            outcomes = self.run([call], now)
+            if outcomes is not None:
+                outcome = outcomes[0]
+            elif time.monotonic() > deadline:
+                raise self.stop_waiting()
+            else:
+                time.sleep(LOCK_POLL)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def stop_waiting(self) -> Problem:
+        """Stop waiting for another writer: what refuses the calls that waited."""
+        return self.unavailable(self.engine.stop_waiting(), writes=True)
+
+    def after_tick(self) -> None:
+        """Between ticks: what no answer waits for. A checkpoint may also end a trouble, by making
+        room on a full disk."""
+        if not self.storage_trouble:
+            self.engine.checkpoint()
+        elif time.monotonic() >= self._next_checkpoint:
+            self._next_checkpoint = time.monotonic() + TROUBLE_PAUSE
+            self.engine.checkpoint(is_forced=True)
+
+    def housekeeping(self, now: int) -> bool:
+        """What a server does every ALIVE_EVERY seconds, as a call. True: there is more to prune,
+        do it again in the next turn; so pruning keeps pace with any load. Raises Unrecoverable."""
+        self.engine.require_unchanged(durable=True)
+        self.engine.require_our_schema()
+        self.service.keep_alive(now)
+        self.service.write_pin()
+        if not self.keys.file.trouble:
+            self.keys.learn("key-file", now)
+        has_more_tokens = self.tokens.prune(now)
+        return self.audit.prune(self.keys.keyring, now) or has_more_tokens
+
+    def verify_audit(self, head: Optional[bytes], progress: Progress = no_progress) -> Verified:
+        """verify_audit() of this log, outside of ticks. Raises StorageUnavailable too."""
+        with self.reading():
+            return verify_audit(self.engine, self.keys.keyring, head, progress)
+
+    def backup(self, folder: str, progress: Progress = no_progress) -> tuple[str, str]:
+        """Copy database and key file into a folder, whole or not at all; their paths there. The
+        folder must not have a database in use, or files of another fleet. Raises OperatorError,
+        StoreError."""
+        folder = os.path.realpath(folder)
+        sources = self.engine.path, os.path.realpath(self.keys.file.path)
+        copies = (os.path.join(folder, os.path.basename(path)) for path in sources)
+        database, key_file = map(resolve_file, copies)
+        if {database, key_file}.intersection(sources) or os.path.exists(f"{database}-wal"):
+            raise OperatorError(f"{folder} has a database in use: name another folder")
+        if database == key_file:
+            raise OperatorError("database and key file have one name: rename one to copy both")
+        with self.engine.exclusive_folder(folder):
+            if os.path.exists(database) or os.path.exists(key_file):
+                self._require_own_backup(folder, key_file)
+            self._copy_pair(database, key_file, progress)
+        return database, key_file
+
+    def _require_own_backup(self, folder: str, key_file: str) -> None:
+        with suppress(OperatorError):
+            if equal_secrets(load_keyring(key_file).audit_key, self.keys.keyring.audit_key):
+                return
+        raise OperatorError(
+            f"{folder} has other files of these names, such as another fleet's backup: name "
+            "another folder"
         )
 
-    def revoke_host(self, by: Principal, number: int, now: int) -> HostView:
-        """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
-        host = self._host(by, number)
-        if host.revoked_at is None:
-            self._store.activate(number, now)
-            self._record_act(now, "revoke", by, host)
-        return self.host(by, number, now)
+    def _copy_pair(self, database: str, key_file: str, progress: Progress) -> None:
+        """The key file is read last: then it has the keys that the copy of the database knows. Both
+        take their places when they are on the disk."""
+        with replacing(database, keeps_owner=False) as copy:
 
-    def restore_host(self, by: Principal, number: int, now: int) -> HostView:
-        """Let a revoked host in again, with the credential that it has. Raises NotFound."""
-        host = self._host(by, number)
-        if host.revoked_at is not None:
-            self._store.activate(number, None)
-            self._record_act(now, "restore", by, host)
-        return self.host(by, number, now)
+            def pause(done: int, total: int) -> None:
+                progress(done, total)
+                os.fdatasync(copy.fileno())  # all of it at the end would hold up every other sync
+                time.sleep(BACKUP_PAUSE)
 
-    def delete_host(self, by: Principal, number: int, now: int) -> None:
-        """Raises NotFound, also the second time."""
-        host = self._host(by, number)
-        self._store.delete_host(host.id, now)
-        self._record_act(now, "delete", by, host, hostname=host.hostname)
+            self.engine.begin(writes=False, durable=False)
+            try:
+                kids = {row.kid for row in self.queries.signing_keys()}
+                self.engine.copy_to(f"{database}.tmp", pause)
+            finally:
+                self.engine.rollback()
+            os.fsync(copy.fileno())
+            keyring = self.keys.file.load()
+            if not kids.intersection(keyring.kids):
+                raise OperatorError("all keys were retired meanwhile: back up again")
+            write_key_file(key_file, keyring, keeps_owner=False)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+# Calls of the program itself. START_SERVICE: values url, pin. LEARN_KEYS: restarts_audit.
+# fmt: off
+HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
+WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
+FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.flush_refusals(now))
+START_SERVICE = InternalRule(
+    lambda registry, call, now: registry.service.start(**call.values, now=now), durable=True)
+KNOWN_KIDS = InternalRule(lambda registry, call, now: registry.keys.known_kids(), writes=False)
+LEARN_KEYS = InternalRule(
+    lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
+# fmt: on
+
+
+# Opening a database and its key file.
 
 
 def open_registry(
     database: str, key_file: str, now: int, *, init: bool = False, **options: Any
 ) -> Registry:
-    """The registry of a database and its key file; where there is neither, makes both. Options
-    are those of Registry.
-
-    One without the other is refused, unless init says to make what is missing: a database
-    without its keys would refuse its whole fleet, keys without their database would let every
-    credential they ever signed knock again. Raises OperatorError.
-    """
-    try:
-        store = Store(database)
-        try:
-            store.lock.wait(LOCK_PATIENCE)
-            keys = KeyFile(key_file)
-            keyring, is_adopted = _open_pair(store, keys, init, now)
-            store.lock.release()
-            registry = Registry(store, keys, keyring, **options)
-            _settle_in(registry, is_adopted, now)
-            return registry
-        except BaseException:
-            store.abandon()
-            store.close()
-            raise
-    except StoreError as error:
-        raise OperatorError(f"{error}") from error
-    except StorageUnavailable as problem:
-        raise OperatorError(f"{problem.__cause__}") from problem
-
-
-def _settle_in(registry: Registry, is_adopted: bool, now: int) -> None:
-    """Have the database know the keys of its key file. Keys that are not its own cannot verify
-    its audit log so far: what follows is chained to an anchor."""
-
-    def act(now: int) -> None:
-        if is_adopted:
-            registry.start_audit_anew(now)
-        registry.learn_keys("key-file", now)
-
-    if is_adopted or not registry.perform(Act(lambda now: registry.knows_keys(), False), now):
-        registry.perform(Act(act), now)
-
-
-def _open_pair(store: Store, keys: KeyFile, init: bool, now: int) -> Tuple[Keyring, bool]:
-    """Open database and key file, or make them, with the lock held. The keyring, and whether it
-    was not that of the database.
+    """The registry of a database and its key file. Options are those of Registry.
 
     database  key file
-    there     there      they must know each other
-    there     missing    refused; with init, new keys are made for it
-    missing   there      refused; with init, a database is made for them
-    missing   missing    both are made
+    there     there     they must know each other, or init adopts the keys
+    there     missing   refused: it would refuse its whole fleet; init makes new keys
+    missing   there     refused: a database that vanished must not come back empty and tell its
+                        fleet that it is unknown; init makes a new database
+    missing   missing   both are made
+
+    An empty database file counts as missing. Raises OperatorError, StoreError, StorageUnavailable.
     """
-    key_file = keys.path
-    is_file = store.exists()
-    is_made = is_file and store.open()
-    has_keys = os.path.exists(key_file) or (is_made and _recover_keys(store, key_file))
-    if is_made != has_keys and not init:
-        raise OperatorError(_half_a_pair(store.path, key_file, is_made))
-    keyring = keys.load() if has_keys else _prepare_keys(key_file)
-    is_adopted = is_made and not _is_pair(store, keyring)
-    if not is_made:
-        if not is_file:
-            store.open()
-        store.create(Organization(DEFAULT_ORGANIZATION, now), keyring.kids)
-    else:
-        if is_adopted and not init:
-            raise OperatorError(_not_a_pair(store.path))
-        store.migrate()
-        if is_adopted:
-            _require_no_server(store, has_keys, now)
-    if not has_keys:
-        _install_keys(key_file)
-        keyring = keys.load()
-    return keyring, is_adopted
+    engine = Engine(database)
+    try:
+        engine.lock.acquire(LOCK_PATIENCE)
+        keys = KeyFile(key_file)
+        keyring, is_adopted = _open_pair(engine, keys, init, now)
+        engine.lock.release()
+        registry = Registry(engine, keys, keyring, **options)
+        if is_adopted or registry.perform(Call(KNOWN_KIDS), now) != set(registry.keys.keyring.kids):
+            registry.perform(Call(LEARN_KEYS, values={"restarts_audit": is_adopted}), now)
+        return registry
+    except (Unrecoverable, MemoryError):
+        raise
+    except BaseException:
+        engine.rollback()
+        engine.close()
+        raise
 
 
-def _half_a_pair(database: str, key_file: str, is_made: bool) -> str:
-    if is_made:
-        return (
+def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Keyring, bool]:
+    """Open or make both files, with the lock held. The keyring, and whether the database has to
+    adopt it."""
+    database, key_file = engine.path, keys.path
+    has_database = engine.file_sizes()[0] > 0 and engine.open()
+    has_keys = os.path.exists(key_file)
+    if has_database and not has_keys and not init:
+        raise OperatorError(
             f"there is a database {database} but no key file {key_file}: restore the key file "
             "from a backup, or make new keys with serve --init (every host must re-enroll)"
         )
-    return (
-        f"there is a key file {key_file} but no database {database}: restore the database from a "
-        "backup, name other files with --db and --key-file, or start anew with these keys with "
-        "serve --init"
-    )
+    if has_keys and not has_database and not init:
+        raise OperatorError(
+            f"there is a key file {key_file} but no database {database}: restore the database "
+            "from a backup, name other files with --db and --key-file, or make a new database for "
+            "these keys with serve --init"
+        )
+    keyring = keys.load() if has_keys else new_keyring()
+    if not has_database:
+        _make_database(engine, keys, keyring, has_keys, now)
+        return keyring, False
+    is_adopted = not is_pair(engine, keyring)
+    if is_adopted and not init:
+        raise OperatorError(
+            f"{key_file} is not the key file of the database {database}: restore the pair from one "
+            "backup, or go on with these keys with serve --init (every host must re-enroll)"
+        )
+    engine.migrate()
+    if is_adopted and is_served(Queries(engine).service(), now):
+        # It would go on with the keys that it has, until it reads the new ones.
+        raise OperatorError(f"a server is running on {database}: stop it, and wait 30 s")
+    if not has_keys:
+        keys.replace(keyring)
+        log.warning("made new keys for %s: every host must re-enroll", database)
+    return keyring, is_adopted
 
 
-def _prepare_keys(key_file: str) -> Keyring:
-    """New keys, in a file beside their place: they come there when the database knows them. A
-    first start that is killed in between is made good by the next."""
-    keyring = new_keyring()
-    write_key_file(f"{key_file}.new", keyring)
-    return keyring
-
-
-def _install_keys(key_file: str) -> None:
-    os.replace(f"{key_file}.new", key_file)
-    sync_folder(key_file)
-
-
-def _recover_keys(store: Store, key_file: str) -> bool:
-    """Put prepared keys that the database knows where they belong, if there are any."""
+def _make_database(
+    engine: Engine, keys: KeyFile, keyring: Keyring, has_keys: bool, now: int
+) -> None:
+    """The key file comes first, so that no database is ever without its keys. If the database
+    then cannot be made, new keys are removed again: nothing knows them."""
+    if not has_keys:
+        keys.replace(keyring)
     try:
-        prepared = load_keyring(f"{key_file}.new")
-    except OperatorError:  # none, or torn: killed before the database knew of them
-        return False
-    is_known = _is_pair(store, prepared)
-    if is_known:
-        _install_keys(key_file)
-    return is_known
+        engine.open()
+        if not engine.begin(writes=True, durable=True):
+            raise engine.stop_waiting()
+        engine.create_schema()
+        queries = Queries(engine)
+        queries.add(Organization(DEFAULT_ORGANIZATION, now))
+        for kid in keyring.kids:
+            queries.add_signing_key(kid, now)
+        engine.commit()
+    except (Unrecoverable, MemoryError):
+        raise
+    except BaseException:
+        if not has_keys:
+            with suppress(OSError):
+                os.remove(os.path.realpath(keys.path))
+        raise
 
 
-def _is_pair(store: Store, keyring: Keyring) -> bool:
-    """Whether they know each other: by a key, or, where all of those have been retired since a
-    backup that is put back, by the audit log."""
-    if any(store.signing_key_number(kid) is not None for kid in keyring.kids):
+AUDITED_SINCE = 2  # the schema that brought the audit log
+
+
+def is_pair(engine: Engine, keyring: Keyring) -> bool:
+    """Whether a database and a keyring know each other: they share a key, or, where all of those
+    were retired since the backup from which the database comes, the audit key verifies its last
+    event. Raises StoreError."""
+    queries = Queries(engine)
+    if any(queries.signing_key_number(kid) is not None for kid in keyring.kids):
         return True
-    return store.version() == SCHEMA_VERSION and _has_chained(store, keyring)
-
-
-def _has_chained(store: Store, keyring: Keyring) -> bool:
-    """Whether the last event is chained with the audit key."""
-    events = store.events(None, LAST_ID, 2)
+    events = queries.events(None, LAST_ID, 2) if engine.version() >= AUDITED_SINCE else []
     if not events:
         return False
-    anchor = store.anchor()
-    oldest = anchor.mac if anchor else b""
-    previous = events[1].mac if len(events) == 2 else oldest
-    return is_same(keyring.chain(previous, events[0].record()), events[0].mac)
-
-
-def _not_a_pair(database: str) -> str:
-    return (
-        f"the key file is not that of the database {database}: restore the pair from one "
-        "backup, or go on with these keys with serve --init (every host must re-enroll)"
-    )
-
-
-def _require_no_server(store: Store, has_keys: bool, now: int) -> None:
-    if is_served(store.service(), now):  # it would go on with the keys that it has
-        raise OperatorError(f"a server has lived on {store.path} until now: stop it, wait 30 s")
-    if not has_keys:
-        log.warning("made new keys for %s: every host must re-enroll", store.path)
+    anchor = queries.anchor()
+    previous = events[1].mac if len(events) == 2 else anchor.mac if anchor else b""
+    if not isinstance(previous, bytes):  # a forger wrote it
+        return False
+    return bool(keyring.chain(previous, events[0].record()) == events[0].mac)
 
 
 class Finding(NamedTuple):
-    """What examine() has looked at."""
+    """One thing that examine() has looked at."""
 
     name: str
     is_good: bool
     detail: str
 
 
-def examine(database: str, key_file: str, report: Report = unheard) -> List[Finding]:
-    """Look at a database and its key file, and change nothing in them. Raises OperatorError when
-    the database cannot be looked at."""
+def examine(database: str, key_file: str, progress: Progress = no_progress) -> Iterator[Finding]:
+    """Look at a database and its key file, and change nothing: not even lock files are made.
+    Raises OperatorError, StoreError when the database cannot be looked at."""
     if not os.path.exists(database):
         raise OperatorError(f"there is no database {database}: name it with --db")
-    try:
-        store = Store(database)
+    with closing(Engine(database)) as engine:
+        if not engine.open(as_it_is=True):
+            raise OperatorError(f"the database {database} is empty: serve makes one")
+        version, faults = engine.version(), engine.faults()
+        is_ours = version == SCHEMA_VERSION
+        then = "that of this program" if is_ours else f"the next start makes it {SCHEMA_VERSION}"
+        yield Finding("schema", is_ours, f"{version}: {then}")
+        yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
+        bug = "has no WAL-reset bug"
+        if has_wal_reset_bug():
+            bug = "has the WAL-reset bug, which does no harm: one lock is around every checkpoint"
+        yield Finding("sqlite", True, f"{SQLITE_VERSION} {bug}")
+        name = "keys"
         try:
-            store.lock.wait(LOCK_PATIENCE)
-            is_made = store.open(as_it_is=True)
-            store.lock.release()
-            store.begin(writes=False, durable=False)  # one moment for all that is looked at
-            if not is_made:
-                raise OperatorError(
-                    f"the database {database} is empty: a first start was cut short"
-                )
-            return [
-                *_examine_store(store),
-                *_examine_keys(store, key_file, report),
-                *_examine_modes(store),
-            ]
-        finally:
-            store.abandon()
-            store.close()
-    except StoreError as error:
-        raise OperatorError(f"{error}") from error
-
-
-def _examine_store(store: Store) -> Iterator[Finding]:
-    version, faults = store.version(), store.faults()
-    is_ours = version == SCHEMA_VERSION
-    then = "that of this program" if is_ours else f"the next start brings it to {SCHEMA_VERSION}"
-    yield Finding("schema", is_ours, f"{version}: {then}")
-    yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
-    said = "has no WAL-reset bug"
-    if has_wal_reset_bug():
-        said = "has the WAL-reset bug, which cannot strike: one lock is round every checkpoint"
-    yield Finding("sqlite", True, f"{SQLITE_VERSION} {said}")
-
-
-def _examine_keys(store: Store, key_file: str, report: Report) -> Iterator[Finding]:
-    try:
-        keyring = load_keyring(key_file)
-    except OperatorError as error:
-        yield Finding("keys", False, str(error))
-        return
-    if not _is_pair(store, keyring):
-        yield Finding("keys", False, f"{key_file} is not the key file of this database")
-        return
-    yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
-    if store.version() == SCHEMA_VERSION:
-        try:
-            yield Finding("audit", True, said_of(verify_chain(store, keyring, None, report)))
+            keyring = load_keyring(key_file)
+            if not is_pair(engine, keyring):
+                raise OperatorError(f"{key_file} is not the key file of this database")
+            yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
+            name = "audit"
+            if version >= AUDITED_SINCE:
+                yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
         except OperatorError as error:
-            yield Finding("audit", False, str(error))
-
-
-def _examine_modes(store: Store) -> Iterator[Finding]:
-    names = [f"{store.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
-    modes = {name: file_mode(name) for name in names}
-    wrong = [
-        f"chmod 600 {name}" for name, mode in modes.items() if mode is not None and mode & 0o077
-    ]
-    yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
+            yield Finding(name, False, str(error))
+        paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
+        existing = filter(os.path.exists, paths)
+        wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
+        yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
 
 # 7. Messages
 #
-# HTTP/1.1 as bytes: RFC 9112, read strictly. Whatever two readers could frame differently is
-# refused, because that is how requests are smuggled past whoever stands in front. Parsing never
-# touches a socket: the reader is given bytes and gives back requests.
+# HTTP/1.1 as bytes: RFC 9112, read strictly. What two readers could frame differently is refused,
+# because that is how requests are smuggled past a proxy. Parsing never touches a socket: a reader
+# takes bytes and returns requests, a writer takes a response and returns bytes.
 #
-# http.server's own parser is not used: from 3.9 to 3.13 it takes two Content-Length fields that
-# differ, ignores Transfer-Encoding, reads "+4" and "0_4" as lengths, and drops every field after
-# a line without a colon.
+# http.server's own parser is not used: from Python 3.9 to 3.13 it accepts two Content-Length fields
+# that differ, ignores Transfer-Encoding, reads "+4" and "0_4" as lengths, and drops every field
+# after a line without a colon.
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 
+# token = 1*tchar                                                       RFC 9110 section 5.6.2
+# request-line = method SP request-target SP HTTP-version               RFC 9112 section 3
+# field-line = field-name ":" OWS field-value OWS                       RFC 9112 section 5
+# field-value holds HTAB, SP, VCHAR and obs-text                        RFC 9110 section 5.5
 _TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
-FIELD_NAME = re.compile(_TCHARS)
-FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
+_FIELD_NAME = re.compile(_TCHARS)
+_VALUE_BYTES = rb"[\t\x20-\x7e\x80-\xff]*"
+_FIELD_VALUE = re.compile(_VALUE_BYTES)
 
 
 def _encoded(characters: str) -> str:
-    """A pattern of characters and of percent-encoded ones. In runs: one by one, a head full of
-    them would be as much work as ten requests."""
+    """A pattern for *( characters / pct-encoded ). It matches in runs: one alternative for each
+    character would make a head full of them as much work as ten requests."""
     return f"[{characters}]*(?:%[0-9A-Fa-f]{{2}}[{characters}]*)*"
 
 
+# origin-form = absolute-path [ "?" query ]                             RFC 9112 section 3.2.1
+# absolute-form = absolute-URI                                          RFC 9112 section 3.2.2
+# absolute-path = 1*( "/" segment ), segment = *pchar                   RFC 9110 section 4.1
+# pchar = unreserved / pct-encoded / sub-delims / ":" / "@"             RFC 3986 section 3.3
+# query = *( pchar / "/" / "?" )                                        RFC 3986 section 3.4
+# Host = uri-host [ ":" port ], uri-host = IP-literal / reg-name        RFC 9110 section 7.2
 _NAME = "A-Za-z0-9._~!$&'()*+,;=-"  # unreserved and sub-delims, RFC 3986 section 2
-TARGET = re.compile(
+_TARGET = re.compile(
     r"(?:[Hh][Tt][Tt][Pp][Ss]?://(?P<authority>[^/?#]*))?"
     rf"(?P<path>(?:/{_encoded(f':@{_NAME}')})*)"
     rf"(?:\?(?P<query>{_encoded(f'/?:@{_NAME}')}))?"
 )
-HOST = re.compile(rf"(?:(?!:|$){_encoded(_NAME)}|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_HOST_FIELD = re.compile(rf"(?:(?!:|$){_encoded(_NAME)}|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
+# chunk = chunk-size [ chunk-ext ] CRLF chunk-data CRLF                 RFC 9112 section 7.1
+# chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )
+# chunk-ext-val = token / quoted-string                                 RFC 9112 section 7.1.1
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-CHUNK_LINE = re.compile(
+_CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*"
     % (_TCHARS, _TCHARS, _QUOTED)
 )
-TOKEN68 = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
-CHUNKED = -1  # as a length
-SINGLE = (
-    "host",
-    "content-length",
-    "transfer-encoding",
-    "authorization",
-    "idempotency-key",
-    "expect",
-)
+
+# token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="    RFC 9110 section 11.2
+_TOKEN68_BYTES = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
+
+CHUNKED = -1  # as the length of a body
+# One server would take the first of two, another the last: a second one is refused.
+_SINGLE_FIELDS = (
+    "host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect",
+)  # fmt: skip
 
 
 class Head(NamedTuple):
-    """The request line and the fields that matter to us."""
+    """The request line and the header fields that matter here."""
 
     method: str
     path: str
     query: str
     length: int  # of the body in bytes, or CHUNKED
     keep_alive: bool
-    expects: bool  # 100-continue, and has a body
-    authorization: Optional[str]
+    expects: bool  # "Expect: 100-continue" was sent, and a body follows
+    authorization: Optional[str]  # None also where parse_head() returns the credential apart
     idempotency_key: Optional[str]
 
 
-class Request:
-    """One whole request, and the address that it came from."""
-
-    __slots__ = ("_connection", "_number", "address", "authorization", "body", "head")
-
-    def __init__(
-        self,
-        head: Head,
-        authorization: Optional[str],
-        body: bytes,
-        address: str = "",
-        connection: int = 0,
-        number: int = 0,
-    ) -> None:
-        self.head = head
-        self.authorization = authorization
-        self.body = body
-        self.address = address
-        self._connection = connection
-        self._number = number
-
-    @property
-    def id(self) -> str:
-        """What the log calls it, and the X-Request-Id of its refusal."""
-        return request_id(self._connection, self._number)
+class Request(NamedTuple):
+    head: Head
+    authorization: Optional[str]  # the token68 of a Bearer authorization
+    body: bytes
+    origin: Origin
 
 
-def request_id(connection: int, number: int) -> str:
-    """The number of a connection, and of a request among those on it."""
-    return f"{connection:x}-{number}"
-
-
-def _read_fields(lines: Sequence[bytes]) -> Dict[str, List[bytes]]:
-    """Field lines by lower-case name (RFC 9112 section 5). No folding, no space at the colon."""
+def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
+    """Field lines by lower-case name. No line folding and no white space before the colon: RFC 9112
+    section 5 tells servers to refuse both."""
     if len(lines) > FIELDS_MAXIMUM:
         raise HeadTooLarge()
-    fields: Dict[str, List[bytes]] = {}
+    fields: dict[str, list[bytes]] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not FIELD_NAME.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+        if not colon or not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise MalformedRequest("A header field line is malformed.")
         fields.setdefault(name.decode("ascii").lower(), []).append(value.strip(b" \t"))
     return fields
 
 
-def _single_fields(fields: Mapping[str, List[bytes]]) -> Dict[str, str]:
-    """The fields that may come only once, whoever else might take the first or the last."""
-    for name in SINGLE:
-        if len(fields.get(name, ())) > 1:
-            raise MalformedRequest(f"The header field {name} comes more than once.")
-    return {name: fields[name][0].decode("latin-1") for name in SINGLE if name in fields}
-
-
-def _read_length(single: Mapping[str, str], minor: int) -> int:
-    """The body's framing: RFC 9112 sections 6.1 to 6.3, without the leniencies."""
+def _body_length(single: Mapping[str, str], minor: int) -> int:
+    """Bytes of the body, or CHUNKED: RFC 9112 sections 6.1 to 6.3, without the leniencies."""
     length, coding = single.get("content-length"), single.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor == 0:
@@ -5028,57 +4555,53 @@ def _read_length(single: Mapping[str, str], minor: int) -> int:
     return int(digits)
 
 
-def _read_target(method: str, text: str) -> Tuple[str, str]:
-    """Path and query of the target, RFC 9112 section 3.2: origin-form, absolute-form, or *."""
+def _split_target(method: str, text: str) -> tuple[str, str]:
+    """Path and query of a target in origin-form, absolute-form, or asterisk-form."""
     if text == "*" and method == "OPTIONS":
         return "*", ""
-    match = TARGET.fullmatch(text)
+    match = _TARGET.fullmatch(text)
     if match is None or (not match["path"] and match["authority"] is None):
         raise MalformedRequest("The request target is malformed.")
-    if match["authority"] is not None and not HOST.fullmatch(match["authority"]):
+    if match["authority"] is not None and not _HOST_FIELD.fullmatch(match["authority"]):
         raise MalformedRequest("The authority of the request target is malformed.")
     return match["path"] or "/", match["query"] or ""
 
 
-def _judge_beginning(data: bytes) -> None:
-    if not FIELD_NAME.match(data):
+def _require_method(data: bytes) -> None:
+    if not _FIELD_NAME.match(data):  # a method is a token, as a field's name is
         raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
 
 
 def _parse_head(data: bytes) -> Head:
-    """A head without its empty line. Raises a kind of Unframed."""
     if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
         raise MalformedRequest("Lines must end with CR LF.")
     first, *lines = data.split(b"\r\n")
-    _judge_beginning(first)
-    match = REQUEST_LINE.fullmatch(first)
+    _require_method(first)
+    match = _REQUEST_LINE.fullmatch(first)
     if match is None:
         raise MalformedRequest("The request line is malformed.")
     if match[3] != b"1":
         raise HttpVersion()
     method, minor = match[1].decode("ascii"), int(match[4])
-    fields = _read_fields(lines)
-    single = _single_fields(fields)
-    if ("host" not in single and minor > 0) or not HOST.fullmatch(single.get("host", "-")):
+    fields = _parse_fields(lines)
+    for name in _SINGLE_FIELDS:
+        if len(fields.get(name, ())) > 1:
+            raise MalformedRequest(f"The header field {name} comes more than once.")
+    single = {n: fields[n][0].decode("latin-1") for n in _SINGLE_FIELDS if n in fields}
+    if ("host" not in single and minor > 0) or not _HOST_FIELD.fullmatch(single.get("host", "-")):
         raise MalformedRequest("There must be one Host header field, and it must name a host.")
-    length = _read_length(single, minor)
-    if method == "CONNECT":
+    length = _body_length(single, minor)
+    if method == "CONNECT":  # after its head no HTTP would follow
         raise UnknownTransferCoding()
-    path, query = _read_target(method, match[2].decode("ascii"))
-    options = b",".join(fields.get("connection", ())).lower()
+    path, query = _split_target(method, match[2].decode("ascii"))
+    options = b",".join(fields.get("connection", ())).lower().split(b",")
+    keep_alive = minor > 0 and b"close" not in [option.strip(b" \t") for option in options]
     expectation = single.get("expect", "").lower() if minor > 0 else ""
     if expectation not in ("", "100-continue"):
         raise ExpectationFailed()
-    return Head(
-        method=method,
-        path=path,
-        query=query,
-        length=length,
-        keep_alive=minor > 0 and b"close" not in [o.strip(b" \t") for o in options.split(b",")],
-        expects=bool(expectation) and length != 0,
-        authorization=single.get("authorization"),
-        idempotency_key=single.get("idempotency-key"),
-    )
+    expects = bool(expectation) and length != 0
+    last_two = single.get("authorization"), single.get("idempotency-key")
+    return Head(method, path, query, length, keep_alive, expects, *last_two)
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
@@ -5086,113 +4609,118 @@ AUTHORIZATION = b"\r\nAuthorization:"
 BEARER = AUTHORIZATION + b" Bearer "
 
 
-def parse_head(data: bytes) -> Tuple[Head, Optional[str]]:
-    """A head, without its empty line, and its Authorization. Raises a kind of Unframed.
+def parse_head(data: bytes) -> tuple[Head, Optional[str]]:
+    """A head, without the empty line that ends it, and its bearer credential. Raises a kind of
+    Unframed.
 
-    Agents' heads differ only in the credential. Where it is spelled as usual, it is cut out of
-    its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
-    line stays, so a second Authorization is seen, and changes nothing of how others are read.
+    The heads of agents differ only in the credential. Where it is written as usual, it is cut out
+    of its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
+    line itself stays: a second Authorization is noticed, and all other lines are read as before.
     """
     start = data.find(BEARER)
     if start > 0:
         end = data.find(b"\r\n", start + len(BEARER))
         end = len(data) if end < 0 else end
         value = data[start + len(BEARER) : end]
-        if value and not value.translate(None, TOKEN68):
+        if value and not value.translate(None, _TOKEN68_BYTES):
             rest = data[: start + len(AUTHORIZATION)] + data[end:]
             parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
             return parse(rest), value.decode("ascii")
     head = _parse_head(data)
-    return head, bearer(head.authorization)
+    scheme, _, credential = (head.authorization or "").partition(" ")  # RFC 6750 section 2.1
+    return head, credential.strip(" ") if scheme.lower() == "bearer" else None
 
 
-def bearer(authorization: Optional[str]) -> Optional[str]:
-    """The token68 of a Bearer authorization (RFC 6750 section 2.1); None where there is none."""
-    scheme, _, value = (authorization or "").partition(" ")
-    return value.strip(" ") if scheme.lower() == "bearer" else None
-
+# Trusted proxies.
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
-Networks = Tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
+Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
-# An address as proxies write it: some add a port. No zone, which could be any text.
-HOP = re.compile(
+# An address as proxies write it; some add a port. No zone: it could be any text.
+_HOP = re.compile(
     r"([0-9.]{7,15})(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})"
     r"|\[([0-9A-Fa-f:.]{2,45})\](?::[0-9]{1,5})?"
 )
-_FORWARDED_FOR = re.compile(rb"\r\nX-Forwarded-For:([\t\x20-\x7e\x80-\xff]*)", re.IGNORECASE)
+# Groups: the name and colon; X-Forwarded-For where it is that; the value.
 _ADDED_BY_PROXIES = re.compile(
-    rb"(\r\n(?:X-Forwarded-For|X-Real-IP|X-Request-ID|Forwarded):)[\t\x20-\x7e\x80-\xff]*",
+    rb"(\r\n(?:(X-Forwarded-For)|X-Real-IP|X-Request-ID|Forwarded):)(%b)" % _VALUE_BYTES,
     re.IGNORECASE,
 )
 
 
 def plain_address(address: str) -> str:
-    """An IPv4 address that has come over an IPv6 socket as itself, and any other as it is."""
+    """An IPv4 address without the prefix of an IPv6 socket; any other unchanged."""
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
-def read_hop(text: str) -> Optional[Address]:
-    """An address in X-Forwarded-For; None for what is none."""
-    match = HOP.fullmatch(text)
+@lru_cache(maxsize=HOPS_CACHED)
+def _parse_hop(text: str) -> Optional[tuple[Address, str]]:
+    """An address and its usual spelling; None for what is no address."""
+    match = _HOP.fullmatch(text)
     if match is None:
         return None
     try:
         address = ipaddress.ip_address(match[match.lastindex or 0])
     except ValueError:
         return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def is_within(address: Address, networks: Networks) -> bool:
-    """Whether an address is in one of some networks."""
-    return any(address in network for network in networks)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address, str(address)
 
 
 def forwarded_address(values: Sequence[bytes], proxies: Networks, peer: str) -> str:
-    """Whom a trusted proxy speaks for: the last address in X-Forwarded-For that is not a trusted
-    proxy's. Each proxy adds whom it has heard, so what stands before that one is what somebody
-    says of himself. The proxy's own address where none can be read."""
+    """The client that a trusted proxy speaks for: the last address in X-Forwarded-For that is not
+    one of the trusted proxies. Each proxy appends the address of its peer, so everything before
+    that one is only what the client claims. The peer's own address where none can be read."""
     hops = b",".join(values).decode("latin-1").rsplit(",", HOPS_MAXIMUM)
-    address: Optional[Address] = None
+    client: Optional[tuple[Address, str]] = None
     for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:
-        address = read_hop(hop.strip(" \t"))
-        if address is None or not is_within(address, proxies):
+        text = hop.strip(" \t")
+        client = _parse_hop(text) if len(text) <= HOP_LENGTH else None
+        if client is None or not any(client[0] in network for network in proxies):
             break
-    return peer if address is None else str(address)
+    return peer if client is None else client[1]
+
+
+def split_forwarded(head: bytes, proxies: Networks, peer: str) -> tuple[bytes, str]:
+    """The head of a request that a trusted proxy sent on, without the values that proxies add, and
+    the client's address.
+
+    Those values differ from client to client and from request to request, and would keep the head
+    out of every cache. Their lines stay, with an empty value, so the head parses as before. The
+    argument must end at the head's end: a body may contain lines that look like these.
+    """
+    parts = _ADDED_BY_PROXIES.split(head)  # text, then (name, group 2, value, text) for each field
+    if len(parts) == 1:
+        return head, peer
+    values = [value for name, value in zip(parts[2::4], parts[3::4]) if name]
+    rest = b"".join([text + name for text, name in zip(parts[0::4], (*parts[1::4], b""))])
+    return rest, forwarded_address(values, proxies, peer)
 
 
 class ChunkedBody:
-    """A body in chunks, RFC 9112 section 7.1, read as it arrives and never twice. Chunks are not
-    kept one by one: of two bytes each they would take twenty times as much memory."""
+    """A body in chunks (RFC 9112 section 7.1), read as it arrives, no byte twice. The chunks are
+    joined at once: kept one by one, chunks of two bytes would take twenty times the memory."""
 
     def __init__(self) -> None:
-        self._body = bytearray()
+        self.body = bytearray()  # of all chunks so far
         self._announced = self._overhead = 0
-        self._left = 0  # of the chunk at hand, with the CRLF behind it
-        self._trailers = -1  # so many were read; none before the last chunk
-        self.is_behind = False  # there is more to be read of what has been fed
+        self._left = 0  # of the current chunk, with the CR LF behind it
+        self._trailers = -1  # lines of the trailer section so far; -1: before the last chunk
+        self.has_more = False  # feed() stopped early: what it returned can be read further
 
-    @property
-    def body(self) -> bytes:
-        """What has been read."""
-        return bytes(self._body)
-
-    @property
-    def received(self) -> int:
-        """How much has been read."""
-        return len(self._body)
-
-    def feed(self, data: bytes) -> Tuple[bytes, bool]:
-        """Take from data what can be read, but no more than some lines. Gives back the rest, and
-        whether the body has ended. Raises MalformedRequest, BodyTooLarge."""
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """Read at most CHUNK_LINES_AT_ONCE lines of data. Returns the rest, and whether the body
+        has ended. Raises MalformedRequest, BodyTooLarge, HeadTooLarge."""
         at = 0
-        self.is_behind = False
+        self.has_more = False
         for _ in range(CHUNK_LINES_AT_ONCE):
             if self._left:
                 if len(data) - at < self._left:
                     return data[at:], False
-                self._take_chunk(data[at : at + self._left])
+                chunk = data[at : at + self._left]
+                if not chunk.endswith(b"\r\n"):
+                    raise MalformedRequest("A chunk is longer than its size.")
+                self.body += chunk[:-2]
                 at += self._left
                 self._left = 0
             end = data.find(b"\r\n", at)
@@ -5204,25 +4732,25 @@ class ChunkedBody:
             if end < 0:
                 return data[at:], False
             at = end + 2
-            if self._take_line(line):
+            if self._read_line(line):
                 return data[at:], True
-        self.is_behind = True
+        self.has_more = True
         return data[at:], False
 
-    def _take_chunk(self, chunk: bytes) -> None:
-        if not chunk.endswith(b"\r\n"):
-            raise MalformedRequest("A chunk is longer than its size.")
-        self._body += chunk[:-2]
-
-    def _take_line(self, line: bytes) -> bool:
+    def _read_line(self, line: bytes) -> bool:
         """A size line, or a line of the trailer section. True at the end of the body."""
         self._overhead += len(line) + 4
         if self._overhead > CHUNK_OVERHEAD_MAXIMUM:
             raise BodyTooLarge("Send the body in fewer and larger chunks.")
-        if self._trailers >= 0:
+        if self._trailers >= 0:  # RFC 9110 section 6.5.1: checked and dropped, they change nothing
+            if not line:
+                return True
+            _parse_fields([line])
             self._trailers += 1
-            return not line or self._pass_trailer(line)
-        match = CHUNK_LINE.fullmatch(line)
+            if self._trailers > FIELDS_MAXIMUM:
+                raise HeadTooLarge()
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise MalformedRequest("A chunk's size line is malformed.")
         size = int(match[1], 16)
@@ -5235,43 +4763,34 @@ class ChunkedBody:
             self._trailers = 0
         return False
 
-    def _pass_trailer(self, line: bytes) -> bool:
-        """Judge a line that changes nothing. Always False: it is not the end."""
-        _read_fields([line])
-        if self._trailers > FIELDS_MAXIMUM:
-            raise HeadTooLarge()
-        return False
-
 
 class RequestReader:
-    """The requests in a stream of bytes, one by one. After a Problem there are no more: where
-    the next would start is not known."""
+    """The requests in a stream of bytes, one by one. After a Problem there are no more: where the
+    next one would start is not known."""
 
-    __slots__ = (
-        "_authorization",
-        "_chunked",
-        "_head",
-        "_peer",
-        "address",
-        "buffer",
-        "connection",
-        "number",
-        "proxies",
-    )
+    # fmt: off
+    __slots__ = ("_authorization", "_chunked", "_head", "address", "buffer", "connection", "number",
+                 "peer", "proxies")
+    # fmt: on
 
-    def __init__(self, address: str = "", connection: int = 0, proxies: Networks = ()) -> None:
-        """proxies are for a peer who is one of them: then its requests say whose they are."""
-        self.address = self._peer = address
+    def __init__(self, peer: str = "", connection: int = 0, proxies: Networks = ()) -> None:
+        """proxies: the trusted ones, if the peer is one of them. Then X-Forwarded-For names the
+        client of each request."""
+        self.peer = self.address = peer  # address: of the client of the latest head
         self.proxies = proxies
         self.connection = connection
-        self.number = 1  # of the request that comes next
+        self.number = 1  # of the next request
         self.buffer = b""
         self._head: Optional[Head] = None
         self._authorization: Optional[str] = None
         self._chunked: Optional[ChunkedBody] = None
 
     def next(self, data: bytes = b"") -> Optional[Request]:
-        """Take more bytes; the next request if it has arrived whole. Raises Unframed's kinds."""
+        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed.
+
+        An unfinished head is searched again with each piece. That is quadratic, but bounded: a head
+        has at most 16 KiB and ten seconds.
+        """
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
@@ -5279,51 +4798,35 @@ class RequestReader:
             end = buffer.find(b"\r\n\r\n", start)
             self.buffer = buffer
             if end < 0 or end + 4 - start > HEAD_MAXIMUM:
-                self._judge_unfinished(buffer[start : start + HEAD_MAXIMUM])
+                self._check_unfinished_head(buffer[start : start + HEAD_MAXIMUM])
                 return None
-            data = buffer[start:end]
+            text = buffer[start:end]
             if self.proxies:
-                data = self._unwrapped(data)
-            head, self._authorization = parse_head(data)
+                text, self.address = split_forwarded(text, self.proxies, self.peer)
+            head, self._authorization = parse_head(text)
             buffer = buffer[end + 4 :]
         length = head.length
         if length == CHUNKED:
-            return self._next_chunked(head, buffer)
-        if len(buffer) < length:
-            self._head, self.buffer = head, buffer
+            self._chunked = self._chunked or ChunkedBody()
+            self.buffer, has_ended = self._chunked.feed(buffer)
+            body = bytes(self._chunked.body) if has_ended else b""
+        else:
+            has_ended = len(buffer) >= length
+            body, self.buffer = buffer[:length], buffer[length:] if has_ended else buffer
+        if not has_ended:
+            self._head = head
             return None
-        self._head, self.buffer = None, buffer[length:]
-        return self._request(head, buffer[:length])
-
-    def _unwrapped(self, data: bytes) -> bytes:
-        """A head that a proxy has sent on: its client is who asks. What proxies write differs with
-        each client or request, and would keep heads from being found in the cache: it is cut out,
-        and its lines stay, so nothing changes of how others are read."""
-        values = _FORWARDED_FOR.findall(data)
-        self.address = forwarded_address(values, self.proxies, self._peer)
-        return _ADDED_BY_PROXIES.sub(rb"\1", data)
-
-    def _request(self, head: Head, body: bytes) -> Request:
-        number = self.number
-        self.number = number + 1
-        return Request(head, self._authorization, body, self.address, self.connection, number)
-
-    def _next_chunked(self, head: Head, buffer: bytes) -> Optional[Request]:
-        self._head = head
-        if self._chunked is None:
-            self._chunked = ChunkedBody()
-        self.buffer, ended = self._chunked.feed(buffer)
-        if not ended:
-            return None
-        body, self._head, self._chunked = self._chunked.body, None, None
-        return self._request(head, body)
+        self._head = self._chunked = None
+        origin = Origin(self.address, self.connection, self.number)
+        self.number += 1
+        return Request(head, self._authorization, body, origin)
 
     @staticmethod
-    def _judge_unfinished(buffer: bytes) -> None:
+    def _check_unfinished_head(buffer: bytes) -> None:
         """Refuse at once what can never become a head: another protocol, a bare CR or LF, or too
         many bytes."""
         if buffer.strip(b"\r"):
-            _judge_beginning(buffer)
+            _require_method(buffer)
         pairs = buffer.count(b"\r\n")
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
         if bare or buffer.count(b"\n") != pairs:
@@ -5332,46 +4835,43 @@ class RequestReader:
             raise HeadTooLarge()
 
     @property
-    def is_behind(self) -> bool:
-        """Whether there is more to be read of what has arrived: call next() again."""
-        return self._chunked is not None and self._chunked.is_behind
-
-    def unread(self) -> Request:
-        """What stands for a request that cannot be read, in its refusal and in the log."""
-        method = "HEAD" if self.is_head else "-"
-        head = Head(method, "-", "", 0, False, False, None, None)
-        address = self.address if self.is_in_body else self._peer  # else it is the last client's
-        return Request(head, None, b"", address, self.connection, self.number)
+    def has_more(self) -> bool:
+        """Whether what has arrived can be read further: call next() again."""
+        return self._chunked is not None and self._chunked.has_more
 
     @property
-    def held(self) -> int:
-        """Bytes that are kept of an unfinished request."""
-        return len(self.buffer) + (self._chunked.received if self._chunked else 0)
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the unfinished request is a HEAD, whose answer has no content."""
-        if self._head is not None:
-            return self._head.method == "HEAD"
-        return self.buffer.lstrip(b"\r\n").startswith(b"HEAD ")
+    def buffered(self) -> int:
+        return len(self.buffer) + (len(self._chunked.body) if self._chunked else 0)
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything of a request but the empty line that may come before it."""
+        """Whether anything of a request has arrived, except the empty line that may precede it."""
         return self._head is not None or self.buffer not in (b"", b"\r", b"\r\n")
 
     @property
     def is_in_body(self) -> bool:
-        """Whether a head has arrived and its body has not."""
         return self._head is not None
 
     @property
     def awaits_continue(self) -> bool:
-        """Whether the peer waits for 100 Continue before it sends the body it has announced."""
+        """Whether the peer waits for 100 Continue before it sends the body."""
         return self._head is not None and self._head.expects and not self.buffer
 
+    def unfinished(self) -> Request:
+        """A stand-in for a request that cannot be read: for its refusal and for the log. Of its
+        head it knows only whether it is a HEAD, because then the answer has no content."""
+        if self._head is not None:
+            is_head, address = self._head.method == "HEAD", self.address
+        else:  # self.address is still the previous request's
+            is_head, address = self.buffer.lstrip(b"\r\n").startswith(b"HEAD "), self.peer
+        head = Head("HEAD" if is_head else "-", "-", "", 0, False, False, None, None)
+        return Request(head, None, b"", Origin(address, self.connection, self.number))
 
-NOBODYS = RequestReader().unread()  # stands for the request where the server acts by itself
+
+INTERNAL_REQUEST = RequestReader().unfinished()  # for the server's own calls
+
+
+# Responses.
 
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
@@ -5379,51 +4879,36 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Response(NamedTuple):
-    """One answer."""
-
     status: int
     body: bytes = b""
     content_type: str = JSON
-    headers: Tuple[Tuple[str, str], ...] = ()
+    headers: Headers = ()
     closes: bool = False
 
 
-def write_json(document: Any) -> bytes:
-    """A JSON text in ASCII, without white space: sed in a shell script may have to read it."""
-    return json_text(document).encode("ascii")
-
-
 def json_response(status: int, document: Any) -> Response:
-    """An answer with a JSON document."""
-    return Response(status, write_json(document))
+    """An answer with a JSON document, written so that sed in a shell script can read it."""
+    return Response(status, json_text(document).encode("ascii"))
 
 
 def refusal(problem: Problem) -> Response:
-    """A Problem as its problem document: the one place where peers get to see one."""
-    kind: Callable[[str], Problem] = type(problem)
-    body = write_json(problem.document()) if problem.errors else _said_plainly(kind, problem.detail)
+    """A Problem as an answer: the one place that shows a Problem to a peer."""
+    body = json_text(problem.document()).encode("ascii")
     return Response(problem.status, body, PROBLEM_JSON, problem.headers(), problem.closes)
-
-
-@lru_cache(maxsize=128)
-def _said_plainly(kind: Callable[[str], Problem], detail: str) -> bytes:
-    """The document of a Problem without errors: in a flood of refusals most say the same."""
-    return write_json(kind(detail).document())
 
 
 @lru_cache(maxsize=4)
 def http_date(seconds: int) -> bytes:
-    """Unix time as an HTTP-date, RFC 9110 section 5.6.7."""
+    """Unix time as an HTTP-date: RFC 9110 section 5.6.7."""
     return formatdate(seconds, usegmt=True).encode("ascii")
 
 
 @lru_cache(maxsize=256)
-def _fields(
-    status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], closes: bool
-) -> bytes:
+def _field_lines(status: int, content_type: str, headers: Headers, closes: bool) -> bytes:
+    """The status line and all fields up to the value of Date."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers]
-    if UNPRINTABLE.search("".join(lines)):
+    if UNPRINTABLE.search("".join(lines)):  # response splitting: a value would begin a line
         raise ValueError("a header field with a control character")
     if status != HTTPStatus.NO_CONTENT:
         lines.append(f"Content-Type: {content_type}")
@@ -5433,48 +4918,41 @@ def _fields(
     return "\r\n".join(lines).encode("latin-1")
 
 
-def write_head(
-    response: Response, seconds: int, closes: bool, length: int, request: str = ""
-) -> bytes:
-    """The head of an answer given at a Unix time; a refusal names the request. A 204 has no
-    Content-Length (RFC 9112 section 6.2)."""
-    status, _, content_type, headers, _ = response
-    fields = _fields(status, content_type, headers, closes)
-    named = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
-    framing = b"" if status == 204 else b"\r\nContent-Length: %d" % length
-    return b"%b%b%b%b\r\n\r\n" % (fields, http_date(seconds), named, framing)
-
-
 def write_response(
     response: Response, seconds: int, closes: bool, head_only: bool, request: str = ""
 ) -> bytes:
-    """The bytes of an answer. Content-Length is what a GET would have: RFC 9110 section 9.3.2."""
-    head = write_head(response, seconds, closes, len(response.body), request)
-    return head if head_only else head + response.body
+    """The bytes of an answer at a Unix time; a refusal names the request. A 204 has no
+    Content-Length (RFC 9110 section 8.6), a HEAD has the GET's (section 9.3.2)."""
+    status, body, content_type, headers, _ = response
+    fields = _field_lines(status, content_type, headers, closes)
+    request_id = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
+    framing = b"" if status == 204 else b"\r\nContent-Length: %d" % len(body)
+    head = b"%b%b%b%b\r\n\r\n" % (fields, http_date(seconds), request_id, framing)
+    return head if head_only else head + body
 
 
 # 8. Assets
 #
-# Texts for people to copy; the agent and the page. The agent is a program of its own, in the shell
-# of whatever host it comes to: shellcheck reads it, and the tests run it in four shells. The page
-# is another, in the browser of whoever opens it: the tests drive it in a Chromium.
+# Texts that other programs run: the agent, the systemd units and the page. The agent is a program
+# of its own for a POSIX shell: shellcheck checks it, and the tests run it in four shells. The page
+# is a program for a browser: the tests drive it in Chromium.
 
 AGENT_SCRIPT = r"""#!/bin/sh
-# hostenroll-agent: enrolls this machine at a hostenroll server, once, and from then on says that
-# it lives. Needs a POSIX shell with its usual tools, and curl from 7.58 on.
+# hostenroll-agent: enrolls this machine at a hostenroll server, once, and then sends heartbeats.
+# It needs a POSIX shell with its usual tools, and curl 7.58 or newer.
 #
-# Functions, and one call in the last line: of a download that was cut short, nothing runs.
+# It is all functions, with one call in the last line: a download that was cut short runs nothing.
 
 VERSION=@VERSION@
-PROGRAM=/usr/local/sbin/hostenroll-agent # where --install puts what it needs, for root
+PROGRAM=/usr/local/sbin/hostenroll-agent # where --install copies this script, for root
 SERVICE=hostenroll-agent.service
 UNIT=/etc/systemd/system/$SERVICE
 AUTHORITIES=/etc/hostenroll-agent.pem
 
 # Seconds.
-FIRST_WAIT=1      # after a failure a wait is drawn from 1 to this, doubled with each in a row
-LONGEST_WAIT=300  # and no more than this
-FACTS_EVERY=3600  # so often it is looked whether there is a new Docker, kernel or hostname
+FIRST_WAIT=1      # after a failure: a random wait from 1 to this, doubled with each more in a row
+LONGEST_WAIT=300  # but never more than this
+FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname
 CONNECT_TIMEOUT=10
 ANSWER_TIMEOUT=30
 LONGEST_ANSWER=65536 # bytes
@@ -5484,21 +4962,20 @@ LINE='
 usage() {
     cat <<'END'
 usage: hostenroll-agent --server URL [--pin PIN | --cacert FILE] [options]
-Enrolls this machine with a token, where one is given, and then says that it lives, for as long as
-it runs.
+Enrolls this machine if a token is given, and then sends heartbeats for as long as it runs.
 
   --server URL        the server: https://HOST:PORT
-  --pin PIN           trust the server with this public key, sha256//..., and no other
-  --cacert FILE       trust the servers that these authorities, in PEM, have signed
-  --insecure-http     allow http:// to other machines: whoever is between hears every secret
+  --pin PIN           trust only the server with this public key, sha256//...
+  --cacert FILE       trust servers whose certificate these authorities (PEM) have signed
+  --insecure-http     allow http:// to other machines: the network between can read every secret
   --token-file FILE   enroll with the token in FILE; - is stdin
   --hostname NAME     the name of this machine (uname -n)
-  --name TEXT         what to call the host, when it enrolls (the hostname)
+  --name TEXT         the name of the host, when it enrolls (the hostname)
   --state DIR         where to keep the credential (root: /var/lib/hostenroll-agent, others:
                       ~/.local/state/hostenroll-agent)
   --ask-again SECONDS how long to wait after a refusal (3600)
-  --once              one heartbeat, for cron
-  --install           as a systemd service; where there is none, print a line for cron
+  --once              send one heartbeat and end, for cron
+  --install           install a systemd service; without systemd, print a line for cron
   --uninstall         undo --install; the credential stays
   --help, --version
 
@@ -5510,10 +4987,10 @@ say() {
     printf 'hostenroll-agent: %s\n' "$*" >&2
 }
 
-# What goes wrong is said when it begins or changes, not with every beat.
+# A failure is reported when it begins or changes, not with every heartbeat.
 say_once() {
-    [ "$*" = "$said" ] || say "$@"
-    said=$*
+    [ "$*" = "$reported" ] || say "$@"
+    reported=$*
 }
 
 end() { # STATUS [TEXT]
@@ -5524,24 +5001,22 @@ end() { # STATUS [TEXT]
     exit "$ended"
 }
 
-# A number from 1 to $1. The 1 before it is there for an od that prints zeros first: 08 is no number
-# in arithmetic but a syntax error, which ends the shell.
+# A random number from 1 to $1. It gets a 1 in front because some od print leading zeros: 08 is a
+# syntax error in shell arithmetic, and ends the shell.
 draw() {
     drawn=$(od -An -N2 -tu2 /dev/urandom 2>/dev/null | tr -dc 0-9)
     drawn=$((1${drawn:-$$} % $1 + 1))
 }
 
-# For a string in JSON, and for one in a curl config: both escape alike.
+# For a string in JSON and for one in a curl config: both have the same escapes.
 escape() {
     printf '%s' "$1" | sed 's/[\\"]/\\&/g'
 }
 
-# Of a command's output what may be sent as a fact: one line of printable ASCII, 128 characters.
+# A command's output as a fact: one line of at most 128 printable ASCII characters.
 fact() {
     tr '\n' ' ' | tr -dc ' -~' | sed 's/^ *//; s/ *$//' | cut -c 1-128
 }
-
-# Arguments.
 
 read_arguments() {
     while [ $# -gt 0 ]; do
@@ -5556,7 +5031,7 @@ read_arguments() {
             take "$1" "$2"
             shift
             ;;
-        *) end 2 "$1 is no option; see --help" ;;
+        *) end 2 "unknown option $1; see --help" ;;
         esac
         shift
     done
@@ -5577,12 +5052,12 @@ take() {
 
 check_arguments() {
     check_server
-    case $pin in # what is no hash, curl takes for a file
+    case $pin in # curl takes anything but a hash for the name of a file
     *[!A-Za-z0-9+/=\;]*) pin=none ;;
     esac
     case $pin in
     '' | sha256//?*) ;;
-    *) end 2 "--pin is not like sha256//..., which mint-token prints" ;;
+    *) end 2 "--pin must look like sha256//..., as mint-token prints it" ;;
     esac
     case $hostname in
     *[!A-Za-z0-9._-]*) end 2 "--hostname takes letters, digits, dots, - and _" ;;
@@ -5605,11 +5080,11 @@ check_server() {
     https://?*) return 0 ;;
     http://?*) check_plain_http && return 0 ;;
     esac
-    end 2 "--server is not like https://enroll.lan:8443"
+    end 2 "--server must look like https://enroll.lan:8443"
 }
 
 check_plain_http() {
-    [ -z "$pin$cacert" ] || end 2 "--pin and --cacert say nothing over http: give --server https://"
+    [ -z "$pin$cacert" ] || end 2 "--pin and --cacert have no effect over http: use https://"
     case $host in
     '[::1]' | '[::1]':*) loopback=yes ;;
     *) case ${host%%:*} in
@@ -5619,12 +5094,12 @@ check_plain_http() {
         esac ;;
     esac
     [ -n "$loopback$insecure" ] ||
-        end 2 "over http everybody between hears the secrets: use https, or --insecure-http"
+        end 2 "over http the network can read the secrets: use https, or --insecure-http"
 }
 
-# What is kept. Every file is written beside its place and then moved there, so that a full disk or
-# a crash leaves the old one whole. Where root writes for the service, links that its user may have
-# put there are not followed: set -C opens only what is new.
+# Files. Each is written under another name and then moved into place, so that a full disk or a
+# crash leaves the old one whole. When root writes in the folder of the service, it must not follow
+# links that the service's user made there: set -C opens only files that do not exist yet.
 
 open_state() {
     if [ -z "$state" ] && [ "$(id -u)" = 0 ]; then
@@ -5638,8 +5113,8 @@ open_state() {
     *) state=$PWD/$state ;;
     esac
     mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
-    # So that the service, which is not root, can read what root writes.
-    # shellcheck disable=SC2012 # find -printf and stat are not on all systems
+    # The service is not root, and must be able to read what root writes.
+    # shellcheck disable=SC2012 # not all systems have stat or find -printf
     [ "$(id -u)" != 0 ] ||
         owner=$(ls -nd "$state/." | sed 's/^[^ ]* *[0-9]* *\([0-9]*\) *\([0-9]*\) .*/\1:\2/')
 }
@@ -5655,11 +5130,11 @@ store() { # FILE TEXT
     return 1
 }
 
-# The credential, and the ids of the host and of the token that brought it; fails without one.
+# The credential, the host's id and the id of the token that it enrolled with. Fails without one.
 load_credential() {
-    credential='' host_id='' came_by=''
+    credential='' host_id='' enrolled_with=''
     [ -r "$state/credential" ] || return 1
-    { read -r credential && read -r host_id && read -r came_by; } <"$state/credential"
+    { read -r credential && read -r host_id && read -r enrolled_with; } <"$state/credential"
     case $credential in
     *[!A-Za-z0-9._-]*) ;;
     *.*.*) return 0 ;;
@@ -5667,32 +5142,32 @@ load_credential() {
     return 1
 }
 
-# One agent for a folder. The lock names its holder by process id and time of birth: the id alone
-# may be another's by now.
-birth() {
+# One agent for each folder. The lock names its holder by process id and start time: the system may
+# have given the id to another process since.
+start_time() {
     sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
 }
 
-is_alive() { # PROCESS-BIRTH
+is_alive() { # PROCESS-STARTTIME
     if [ -n "${1#*-}" ]; then
-        [ "$(birth "${1%%-*}")" = "${1#*-}" ]
+        [ "$(start_time "${1%%-*}")" = "${1#*-}" ]
     else
         kill -0 "${1%%-*}" 2>/dev/null # a system without /proc
     fi
 }
 
 holder_of() { # LOCK
-    # shellcheck disable=SC2012 # there is no other way to read a link that all systems have
+    # shellcheck disable=SC2012 # not all systems have readlink
     ls -ld "$1" 2>/dev/null | sed -n 's/.* -> //p'
 }
 
-# Of two that find a lock without its holder, one may have taken it by the time that the other
-# takes it away: so it is moved, looked at, and given back.
+# Two agents may find the same stale lock. When one removes it, the other may have taken it already:
+# so it is moved aside, looked at, and put back if it is a new one.
 take_lock() {
-    mine=$$-$(birth $$)
+    mine=$$-$(start_time $$)
     until ln -s "$mine" "$state/lock" 2>/dev/null; do
         holder=$(holder_of "$state/lock")
-        [ -n "$holder" ] || return 0 # a disk that is full or read-only must not stop the heart
+        [ -n "$holder" ] || return 0 # a full or read-only disk must not stop the heartbeats
         ! is_alive "$holder" || return 1
         mv -f "$state/lock" "$state/lock.$$" 2>/dev/null || [ ! -L "$state/lock" ] || return 0
         taken=$(holder_of "$state/lock.$$")
@@ -5709,12 +5184,12 @@ drop_lock() {
 
 # The server.
 
-# Sets reply, the JSON text of the answer; status, that of HTTP, or 000 without an answer; code,
-# the name of a refusal; and failure, what curl says. All that is secret is in the config, which
-# goes through a pipe: it is in no argument, no environment and no file.
+# Sets reply (the JSON text of the answer), status (of HTTP; 000 without an answer), code (of a
+# refusal) and failure (the message of curl). All secrets are in the config, which goes through a
+# pipe: they are in no argument, no environment and no file.
 ask() { # PATH CONFIG
     config=$2
-    # -q is heard in the first place only: a .curlrc could say that anybody is to be trusted.
+    # -q works only as the first option. Without it a .curlrc could turn verification off.
     set -- -q "$server$1" -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
     set -- "$@" --connect-timeout "$CONNECT_TIMEOUT" --max-time "$ANSWER_TIMEOUT"
     set -- "$@" --max-filesize "$LONGEST_ANSWER" --proto "=${server%%:*}"
@@ -5735,7 +5210,7 @@ ask() { # PATH CONFIG
     code=$(member code '"\([a-z-]*\)"')
 }
 
-# A member of the reply. Quotes in JSON strings are escaped, so none of them looks like a member.
+# A member of the reply. Quotes inside JSON strings are escaped, so no string looks like a member.
 member() { # NAME PATTERN
     printf '%s\n' "$reply" | sed -n "s/.*\"$1\":$2.*/\\1/p"
 }
@@ -5745,11 +5220,11 @@ detail() {
     member detail '"\([^"]*\)"' | fact
 }
 
-# What this machine says of itself, as members of a JSON object.
+# The facts about this machine, as members of a JSON object.
 gather_facts() {
     own=${hostname:-$(uname -n)}
     own=$(printf '%s' "$own" | tr -dc 'A-Za-z0-9._-' | cut -c 1-253 | sed 's/^[.-]*//; s/-*$//')
-    [ -n "$own" ] || end 1 "this machine has no hostname that will do: give --hostname"
+    [ -n "$own" ] || end 1 "this machine has no usable hostname: give --hostname"
     os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
     os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
     docker=''
@@ -5758,19 +5233,19 @@ gather_facts() {
     docker=$(printf '%s' "$docker" | fact)
     facts="\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
-    facts="$facts,\"dockerVersion\":\"$(escape "$docker")\""
+    facts="$facts,\"dockerVersion\":\"$(escape "$docker")\",\"agentVersion\":\"$VERSION\""
     age=0
 }
 
-# Enrollment. The Idempotency-Key is kept before it is used: when the answer is lost, with the
-# connection or with this process, the same token with the same key brings the same host.
+# Enrollment. The Idempotency-Key is stored before it is used: if the answer is lost, because the
+# connection or this process ends, the same token with the same key returns the same host.
 
 enroll() {
     read_token
     token_id=${token#het_}
     token_id=${token_id%%_*}
-    if load_credential && [ "$came_by" = "$token_id" ]; then
-        token='' # as when this command runs a second time
+    if load_credential && [ "$enrolled_with" = "$token_id" ]; then
+        token='' # this command has run before
         return
     fi
     keep_key
@@ -5779,7 +5254,7 @@ enroll() {
         [ -z "$once$act" ] || end 1
         back_off
     done
-    token='' said='' bound=$FIRST_WAIT enrolled=yes
+    token='' reported='' bound=$FIRST_WAIT enrolled=yes
     rm -f "$state/enrolling"
     say "enrolled as host $host_id"
 }
@@ -5794,7 +5269,7 @@ read_token() {
     *[!A-Za-z0-9_-]*) ;;
     het_*_*) return 0 ;;
     esac
-    end 2 "there is no token in $token_file: it begins with het_"
+    end 2 "there is no token in $token_file: a token begins with het_"
 }
 
 keep_key() {
@@ -5807,7 +5282,7 @@ keep_key() {
     key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
     [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
     store enrolling "$token_id $key" ||
-        end 1 "cannot write in $state: make room there and run this again; the token is not used"
+        end 1 "cannot write in $state: make room and run this again; the token has not been used"
 }
 
 ask_for_credential() {
@@ -5816,51 +5291,47 @@ ask_for_credential() {
     ask /api/agent/enroll "header = \"Idempotency-Key: $key\"
 data-binary = \"$(escape "$body}")\""
     body=''
-    case $status in
-    201) keep_enrollment && return ;;
-    000) trust_or_end && say_once "no answer from $server: $failure" ;;
-    408 | 429 | 503) say_once "$server cannot answer now ($status${code:+ $code})" ;;
-    4??) end 3 "refused (${code:-$status}): $(detail)" ;;
-    *) say_once "$server does not answer as it should ($status${code:+ $code})" ;;
+    case $status:$exit_status in
+    201:*) keep_enrollment && return ;;
+    000:51 | 000:60 | 000:77 | 000:83 | 000:90 | 000:91) # curl does not trust it, and never will
+        end 1 "not trusted, nothing was sent: $server: $failure"
+        ;;
+    000:*) say_once "no answer from $server: $failure" ;;
+    408:* | 429:* | 503:*) say_once "$server cannot answer now ($status${code:+ $code})" ;;
+    4??:*) end 3 "refused (${code:-$status}): $(detail)" ;;
+    *) say_once "unexpected answer from $server ($status${code:+ $code})" ;;
     esac
     return 1
-}
-
-# What curl says of a server that is not the one to be trusted: to wait will not mend it.
-trust_or_end() {
-    case $exit_status in
-    51 | 60 | 77 | 83 | 90 | 91) end 1 "not trusted, and told nothing: $server: $failure" ;;
-    esac
 }
 
 keep_enrollment() {
     credential=$(member credential '"\([A-Za-z0-9_.-]*\)"')
     host_id=$(member hostId '"\([0-9a-f]*\)"')
-    came_by=$token_id
+    enrolled_with=$token_id
     if [ -z "$credential" ] || [ -z "$host_id" ]; then
-        say_once "$server answers, but not as a hostenroll server"
+        say_once "$server does not answer like a hostenroll server"
     elif store credential "$credential
 $host_id
-$came_by"; then
+$enrolled_with"; then
         store facts "$facts" || rm -f "$state/facts"
-        told=$facts
+        sent_facts=$facts
         return 0
     else
-        say_once "cannot write in $state: make room there; the same token gets another credential"
+        say_once "cannot write in $state: make room; the same token then gets another credential"
     fi
     return 1
 }
 
-# Heartbeats. 0 heard, 1 failed, 3 refused.
+# Heartbeats. Returns 0 accepted, 1 failed, 3 refused.
 
 beat() {
     load_credential || end 1 "no credential in $state: enroll with --token-file"
     body=''
-    [ "$facts" = "$told" ] || body=$facts
+    [ "$facts" = "$sent_facts" ] || body=$facts
     ask /api/agent/heartbeat "header = \"Authorization: Bearer $credential\"
 data-binary = \"$(escape "{$body}")\""
     case $status:$code in
-    200:*) heard ;;
+    200:*) accepted ;;
     000:*) fail "no answer from $server: $failure" ;;
     4??:host-revoked | 4??:host-unknown | 4??:credential-*)
         say_once "refused ($code): $(detail)"
@@ -5868,12 +5339,12 @@ data-binary = \"$(escape "{$body}")\""
         ;;
     400:invalid-body)
         [ -n "$body" ] || fail "refused ($code): $(detail)" || return
-        say "the server does not take what this machine says of itself: $(detail)"
-        told=$facts
+        say "the server does not accept the facts about this machine: $(detail)"
+        sent_facts=$facts
         beat
         ;;
     408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
-    *) fail "$server does not answer as it should ($status${code:+ $code})" ;;
+    *) fail "unexpected answer from $server ($status${code:+ $code})" ;;
     esac
 }
 
@@ -5882,35 +5353,35 @@ fail() {
     return 1
 }
 
-heard() {
+accepted() {
     next=$(member nextHeartbeatSeconds '0*\([0-9]\{1,5\}\)[,}]')
-    [ -n "$next" ] || fail "$server answers, but not as a hostenroll server" || return
+    [ -n "$next" ] || fail "$server does not answer like a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
     [ -z "$body" ] || store facts "$facts" || :
-    told=$facts
+    sent_facts=$facts
     renewed=$(member credential '"\([A-Za-z0-9_.-]*\)"')
     if [ -n "$renewed" ] && ! keep_renewal; then
-        say_once "cannot write in $state: make room there; the old credential goes on for now"
+        say_once "cannot write in $state: make room; the old credential still works for now"
     else
-        [ -z "$said" ] || say "the server hears this machine again"
-        said=''
+        [ -z "$reported" ] || say "the server accepts heartbeats again"
+        reported=''
     fi
     return 0
 }
 
-# The renewed credential is stored before it is used: a beat goes by what is in the file. Another
-# enrollment that came between is newer, and stays.
+# The renewed credential is stored before it is used: a heartbeat sends the one in the file. If
+# another run has enrolled in the meantime, its credential is newer and stays.
 keep_renewal() {
     used=$credential
     load_credential && [ "$credential" = "$used" ] || return 0
     store credential "$renewed
 $host_id
-$came_by"
+$enrolled_with"
 }
 
-# Waits after a failure, in a row of them longer and longer, and each host another time: a fleet
-# must not come back as one. Of two Retry-After lines, as a proxy may add one, the last counts, and
-# one with something other than seconds, such as a date, counts as none.
+# Wait after a failure: longer with each in a row, and random, because a fleet must not return all
+# at once. If a proxy has added a second Retry-After, the last one counts. One that is not a number
+# of seconds, such as a date, is ignored.
 back_off() {
     asked=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/^[Rr]etry-[Aa]fter: *//p' |
         sed -n '$s/^0*\([0-9]\{1,4\}\) *$/\1/p')
@@ -5920,8 +5391,8 @@ back_off() {
     [ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT
 }
 
-# A signal ends the wait at once, and the sleep with it: TERM, INT and HUP the agent too. USR1 comes
-# from another run, which has enrolled anew.
+# A signal ends the wait and the sleep at once; TERM, INT and HUP also end the agent. USR1 comes
+# from another run that has just enrolled.
 pause() {
     trap 'leave' TERM INT HUP
     sleep "$1" &
@@ -5932,8 +5403,8 @@ pause() {
     age=$((age + $1))
 }
 
-# Until the fork has become a sleep, a shell may have it take note of TERM, and forget it: so KILL
-# too, of which alone bash would tell.
+# Before the forked shell has become sleep, it may catch TERM and forget it. So send KILL too; not
+# KILL alone, because bash would report that.
 end_sleep() {
     [ "${!:-}" = "$slept" ] || kill "$!" 2>/dev/null
     [ "${!:-}" = "$slept" ] || kill -9 "$!" 2>/dev/null
@@ -5967,24 +5438,27 @@ beat_on() {
 
 # Installation.
 
-# As a service the agent is nobody: systemd gives it a user of its own and the folder with its
-# state. Its program and its unit are root's.
+# As a service the agent has no privileges: systemd gives it a user of its own, and the folder for
+# its state. Its program and its unit belong to root.
 install() {
     [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
-    if [ -n "$as_service" ]; then
-        install_service
-    else
-        install_for_cron
-    fi
+    [ -z "$as_service" ] || install_service
+    mkdir -p "${PROGRAM%/*}" || end 1
+    put "$PROGRAM" 755 <"$0"
+    draw 50 # each host gets its own second of the minute
+    say "there is no systemd here that this can use: run crontab -e and add this line"
+    printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
+        "$drawn" "$PROGRAM" "$(service_arguments)"
+    end 0
 }
 
-# Before a token is used.
+# This runs before a token is used.
 check_install() {
     [ "$(tail -n 1 "$0" 2>/dev/null)" = 'main "$@"' ] || end 1 "save this script in a file first"
     if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
         [ "$state" = /var/lib/hostenroll-agent ] ||
-            end 2 "--state does not go with --install: a service has /var/lib/hostenroll-agent"
+            end 2 "--state cannot be used with --install: a service has /var/lib/hostenroll-agent"
         return
     fi
     [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
@@ -5993,7 +5467,7 @@ check_install() {
     *) cacert=$PWD/$cacert ;;
     esac
     case $PROGRAM$state$cacert in
-    *[!A-Za-z0-9/._@+-]*) end 1 "no line for cron can be made with $PROGRAM, $state and $cacert" ;;
+    *[!A-Za-z0-9/._@+-]*) end 1 "cannot write a line for cron with $PROGRAM, $state and $cacert" ;;
     esac
 }
 
@@ -6005,7 +5479,7 @@ put() { # FILE MODE, from stdin
     fi
 }
 
-# Quoted for a shell, and for systemd.
+# Quoted for a shell and for systemd.
 service_arguments() {
     printf %s "--server '$server' --state '$state' --ask-again $ask_again"
     [ -z "$pin" ] || printf %s " --pin '$pin'"
@@ -6022,16 +5496,16 @@ install_service() {
     fi
     unit | put "$UNIT" 644 || end 1
     if systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; then
-        end 0 "installed $SERVICE: it runs, and starts with the machine"
+        end 0 "installed $SERVICE: it is running, and starts with the machine"
     fi
-    end 1 "systemd does not start $SERVICE: systemctl status $SERVICE says why"
+    end 1 "systemd does not start $SERVICE: systemctl status $SERVICE shows why"
 }
 
-# No ProtectHostname: a changed hostname would not be seen. No ProtectProc: nor the lock's holder.
+# No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
 unit() {
     cat <<END
 [Unit]
-Description=says to hostenroll that this machine lives
+Description=hostenroll agent: heartbeats of this machine
 Wants=network-online.target
 After=network-online.target
 
@@ -6071,17 +5545,6 @@ WantedBy=multi-user.target
 END
 }
 
-# Each host has its own second of the minute.
-install_for_cron() {
-    mkdir -p "${PROGRAM%/*}" || end 1
-    put "$PROGRAM" 755 <"$0"
-    draw 50
-    say "there is no systemd for this: let cron do it; crontab -e, and add this line"
-    printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
-        "$drawn" "$PROGRAM" "$(service_arguments)"
-    end 0
-}
-
 uninstall() {
     [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
     if [ -f "$UNIT" ] && [ "$(id -u)" = 0 ]; then
@@ -6089,18 +5552,19 @@ uninstall() {
         rm -f "$UNIT" "$AUTHORITIES"
         systemctl daemon-reload
     else
-        say "if cron has a line for it, remove that: crontab -e"
+        say "if there is a line for it in cron, remove that: crontab -e"
     fi
     rm -f "$PROGRAM"
-    end 0 "uninstalled; the credential stays in $state, and rm -r removes it"
+    end 0 "uninstalled; the credential stays in $state: rm -r removes it"
 }
 
 main() {
-    # What the environment has under these names would be handed on to children as it changes.
+    # If the environment has one of these names, children would get its new value too.
     unset token credential answer reply config body key renewed used
-    token='' credential='' answer='' said='' bound=$FIRST_WAIT locked='' slept='' woken=''
+    token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
-    insecure='' loopback='' once='' act='' owner='' facts='' told='' enrolled='' as_service=''
+    insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
+    as_service=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -6110,9 +5574,9 @@ main() {
     [ "$act" = uninstall ] || check_arguments
     case $(type printf) in
     *builtin*) ;;
-    *) end 1 "the printf of this shell would show secrets to others: run this with dash or bash" ;;
+    *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
-    command -v curl >/dev/null 2>&1 || end 1 "there is no curl: install it"
+    command -v curl >/dev/null 2>&1 || end 1 "curl is missing: install it"
     open_state
     [ "$act" != uninstall ] || uninstall
     [ "$act" != install ] || check_install
@@ -6120,16 +5584,17 @@ main() {
     [ "$act" != install ] || install
     take_lock || leave_to_holder
     [ -n "$facts" ] || gather_facts
-    [ -z "$enrolled" ] || [ -n "$once" ] || say "beats until stopped; --install makes a service"
-    told=$(cat "$state/facts" 2>/dev/null)
+    [ -z "$enrolled" ] || [ -n "$once" ] ||
+        say "sends heartbeats until stopped; --install makes a service"
+    sent_facts=$(cat "$state/facts" 2>/dev/null)
     beat_on
 }
 
 leave_to_holder() {
     [ -n "$enrolled" ] ||
-        end 1 "another agent, process ${holder%%-*}, runs with $state: end it, or give --state DIR"
+        end 1 "another agent, process ${holder%%-*}, uses $state: end it, or give --state DIR"
     kill -USR1 "${holder%%-*}"
-    end 0 "another agent, process ${holder%%-*}, runs with $state and goes on with that"
+    end 0 "another agent, process ${holder%%-*}, uses $state: it goes on with the new credential"
 }
 
 main "$@"
@@ -6137,13 +5602,14 @@ main "$@"
 
 
 def join_command(url: str, pin: str, token: str) -> str:
-    """What to type on a machine that is to be a host. The script comes from the server by the trust
-    that it is then given for itself, and printf is part of the shell: the token is in no process's
-    arguments, where ps would show it.
+    """The shell command that makes a machine a host.
 
-    With a certificate that no authority has signed, curl needs -k beside the pin, and the pin alone
-    decides; without a pin -k would trust anybody. Over plain http a pin would be ignored without a
-    word: hence --proto. Its argument is quoted for zsh, which would look for a command https.
+    The script is fetched with the same trust in the server as it then gets as options. printf is
+    part of the shell, so the token is in no process's arguments, where ps would show it.
+
+    With a self-signed certificate curl needs -k beside the pin, and the pin alone decides; without
+    a pin -k would trust any server. Over plain http curl would ignore the pin silently: hence
+    --proto. Its argument is quoted for zsh, where =https means the path of a command https.
     """
     scheme = urlsplit(url).scheme
     trust = ["--server", url]
@@ -6153,13 +5619,13 @@ def join_command(url: str, pin: str, token: str) -> str:
         trust += ["--pin", pin]
     elif scheme == "http" and not _is_loopback(urlsplit(url).hostname or ""):
         trust += ["--insecure-http"]
-    fetched = " ".join(map(_quote, [*fetch, "-o", "hostenroll-agent", f"{url}/agent.sh"]))
-    joins = " ".join(map(_quote, ["hostenroll-agent", *trust, "--token-file", "-"]))
-    return f"curl {fetched} &&\n  printf %s {_quote(token)} | sh {joins}"
 
+    def quoted(*words: str) -> str:
+        return " ".join(f"'{w}'" if w.startswith("=") else shlex.quote(w) for w in words)
 
-def _quote(text: str) -> str:
-    return f"'{text}'" if text.startswith("=") else shlex.quote(text)
+    fetch_words = quoted(*fetch, "-o", "hostenroll-agent", f"{url}/agent.sh")
+    join_words = quoted("hostenroll-agent", *trust, "--token-file", "-")
+    return f"curl {fetch_words} &&\n  printf %s {quoted(token)} | sh {join_words}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -6171,7 +5637,7 @@ def _is_loopback(host: str) -> bool:
 UNIT = string.Template(
     """\
 [Unit]
-Description=hostenroll, which decides who may join the fleet and knows who is alive
+Description=hostenroll: decides who may join the fleet and knows who is alive
 After=network.target
 
 [Service]
@@ -6183,8 +5649,8 @@ RestartSec=1
 TimeoutStopSec=10
 LimitNOFILE=8192
 
-# Options: HOSTENROLL_PORT=8443 and so on, one a line. Commands beside the server need the same
-# --db: sudo $typed mint-token --db /var/lib/hostenroll/hostenroll.db
+# Options go into /etc/default/hostenroll, one on each line: HOSTENROLL_PORT=8443 and so on.
+# Commands need the server's --db: sudo $typed mint-token --db /var/lib/hostenroll/hostenroll.db
 Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db
 EnvironmentFile=-/etc/default/hostenroll
 StateDirectory=hostenroll
@@ -6223,7 +5689,7 @@ WantedBy=multi-user.target
 
 SOCKET_UNIT = """\
 [Unit]
-Description=the socket of hostenroll
+Description=socket of hostenroll
 
 [Socket]
 ListenStream=443
@@ -6235,12 +5701,12 @@ WantedBy=sockets.target
 """
 
 
-# The page: one document that fetches nothing but the API. Style and script stand in it as they are
-# here, because its content security policy names them by their hashes. It works in browsers of the
-# last years, and is handed out to anybody: what it shows, it has by the API key of who signs in.
+# The page: one document that fetches nothing but the API. Style and script are inside it, and its
+# content security policy names them by their hashes. It needs a browser from recent years. It is
+# public: everything that it shows comes from the API, with the API key that a person signs in with.
 
 PAGE_STYLE = """
-/* Colours have names by what they mean; each pair that text is read on has a contrast of 4.5. */
+/* Colours are named by meaning. Text has a contrast of at least 4.5 on every background. */
 :root {
   color-scheme: light dark;
   --ground: #f5f6f8; --card: #ffffff; --sunk: #eef0f3; --line: #d5dae1; --text: #1a1f26;
@@ -6282,7 +5748,7 @@ code { overflow-wrap: anywhere; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 main:focus { outline: none; }
 
-/* What is pressed and filled in: as large as a thumb. */
+/* Controls are as large as a thumb. */
 button, input, select, textarea {
   font: inherit; color: inherit; min-height: 44px; padding: .5rem .875rem; max-width: 100%;
   background: var(--card); border: 1px solid var(--line); border-radius: 8px;
@@ -6332,7 +5798,7 @@ main > section { display: grid; gap: 1rem; min-width: 0; }
 }
 #sign-in form { display: grid; gap: 1rem; }
 
-/* The fleet at a glance: what is wrong first, in colour only where it is not zero. */
+/* The fleet at a glance: a count in colour only where it is not zero. */
 #fleet { display: grid; grid-template-columns: repeat(6, 1fr); gap: .75rem; }
 #fleet button {
   display: grid; justify-items: start; padding: .75rem 1rem; border-radius: 12px;
@@ -6347,7 +5813,7 @@ main > section { display: grid; gap: 1rem; min-width: 0; }
   background: var(--sunk); }
 #share i { background: currentColor; }
 
-/* A status is a word, a shape and a colour, in this order of importance. */
+/* A status is a word, a shape and a colour: nothing depends on the colour alone. */
 .status { display: inline-flex; align-items: center; gap: .5em; font-weight: 600;
   white-space: nowrap; }
 .status::before {
@@ -6417,12 +5883,12 @@ pre { padding: .875rem 1rem; background: var(--sunk); border-radius: 8px; white-
 .fields label > * { width: 100%; }
 summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
 
-@media (min-width: 40.01rem) { /* a host with many labels leaves the others their room */
+@media (min-width: 40.01rem) { /* many labels on one host must not squeeze the other columns */
   tbody th { min-width: 12rem; max-width: 20rem; }
   [data-title=Labels], [data-title=For] { min-width: 8rem; max-width: 20rem; }
   #audit tbody th { white-space: nowrap; }
 }
-@media (min-width: 40.01rem) and (max-width: 64rem) { /* the host itself still tells */
+@media (min-width: 40.01rem) and (max-width: 64rem) { /* the host's own panel shows it */
   #hosts [data-title=System] { display: none; }
 }
 @media (max-width: 64rem) { #fleet { grid-template-columns: repeat(3, 1fr); } }
@@ -6470,9 +5936,9 @@ summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
 PAGE_MARKUP = """
 <a class="skip" href="#main">Skip to the content</a>
 <div class="banner" id="trouble" role="alert" hidden></div>
-<p class="unseen" id="said" role="status"></p>
-<noscript><p class="banner">This page needs JavaScript. Without it, everything is on the command
-line: <code>hostenroll.py --help</code>.</p></noscript>
+<p class="unseen" id="announcer" role="status"></p>
+<noscript><p class="banner">This page needs JavaScript. The command line can do everything that it
+does: <code>hostenroll.py --help</code>.</p></noscript>
 
 <main id="sign-in" hidden>
   <form autocomplete="off">
@@ -6484,8 +5950,8 @@ line: <code>hostenroll.py --help</code>.</p></noscript>
       <input id="key" type="password" required autocomplete="off" spellcheck="false"
              autocapitalize="off" placeholder="hak_..." aria-describedby="key-help sign-in-problem">
     </label>
-    <p class="small quiet" id="key-help">It stays in this tab, and is forgotten with it. To make
-      one, on the server:<br><code>python3 hostenroll.py mint-api-key</code></p>
+    <p class="small quiet" id="key-help">It is kept in this tab only, until the tab is closed. To
+      make one, on the server:<br><code>python3 hostenroll.py mint-api-key</code></p>
     <p class="problem" id="sign-in-problem" role="alert"></p>
     <button class="main">Sign in</button>
   </form>
@@ -6559,9 +6025,9 @@ line: <code>hostenroll.py --help</code>.</p></noscript>
       <button class="danger" id="delete">Delete</button>
     </div>
     <dl id="host-facts"></dl>
-    <h3>What happened</h3>
+    <h3>Events</h3>
     <ul class="events" id="host-events"></ul>
-    <a class="small" id="host-log">All of it in the audit log</a>
+    <a class="small" id="host-log">All events in the audit log</a>
   </div>
 </dialog>
 
@@ -6583,7 +6049,7 @@ line: <code>hostenroll.py --help</code>.</p></noscript>
     <pre id="join" tabindex="0" role="group" aria-label="The join command"></pre>
     <div class="row"><button class="main" data-copy="join">Copy the command</button>
       <button data-close>Done</button><span role="status" id="copied"></span></div>
-    <p class="notice small">This is shown once. When it is closed, nobody can show it again.</p>
+    <p class="notice small">This is shown once. It cannot be shown again after you close it.</p>
     <p class="problem" id="secret-warning"></p>
     <details><summary>The token alone</summary>
       <div class="row"><code class="grow" id="token"></code>
@@ -6594,14 +6060,14 @@ line: <code>hostenroll.py --help</code>.</p></noscript>
 """
 
 PAGE_SCRIPT = r"""
-// What peers say goes into text nodes and attributes that are text, never into markup. What the
-// page shows stands in the URL's fragment, so that links, reload and the back button work; the API
-// key stands in sessionStorage, and a token nowhere but in the dialog that shows it.
+// Texts of hosts and people go into text nodes and text attributes, never into markup. The URL's
+// fragment names what is shown, so that links, reload and the back button work. The API key is in
+// sessionStorage; a token is nowhere but in the dialog that shows it.
 
 const KEY = "hostenroll.key";
 const STATUSES = ["online", "offline", "missing", "pending", "revoked"];
 const ROWS = 100; // shown at once
-const ROWS_EXAMINED = 1000; // by the server for one request, about
+const ROWS_EXAMINED = 1000; // about as many as the server examines for one request
 const ANSWER_MS = 15000; // longer than the server waits for another writer
 const LABEL = /(\S+?)=(?:"((?:[^"]|"")*)"|(\S+))/g; // in quotes "" is a quote
 const COUNT = /^hostenroll_hosts\{organization="([^"]*)",status="(\w+)"\} (\d+)/gm;
@@ -6622,7 +6088,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Give an element other children, but only if they are others: focus and selection stay. */
+/** Replace an element's children, but only if they differ: focus and selection stay. */
 function show(element, ...children) {
   const fresh = make("div", {}, ...children);
   const now = element.childNodes;
@@ -6631,17 +6097,17 @@ function show(element, ...children) {
   if (!same) element.replaceChildren(...fresh.childNodes);
 }
 
-/** Say something to who listens instead of looking. */
+/** Tell a screen reader. */
 function announce(text) {
-  $("said").textContent = text;
+  $("announcer").textContent = text;
 }
 
-// Time: by the server's clock, because the one here may be wrong.
+// Time: by the server's clock, because the browser's may be wrong.
 
 let skew = 0;
 const now = () => Date.now() + skew;
 
-function span(ms) {
+function duration(ms) {
   const seconds = Math.round(ms / 1000);
   for (const [unit, size, least] of [["d", 86400, 2], ["h", 3600, 2], ["min", 60, 2]]) {
     if (seconds >= least * size) return `${Math.floor(seconds / size)} ${unit}`;
@@ -6651,7 +6117,7 @@ function span(ms) {
 
 function ago(time) {
   const ms = now() - Date.parse(time);
-  return ms < -1500 ? `in ${span(-ms)}` : `${span(Math.max(ms, 0))} ago`;
+  return ms < -1500 ? `in ${duration(-ms)}` : `${duration(Math.max(ms, 0))} ago`;
 }
 
 const exactly = (time) => EXACT.format(Date.parse(time));
@@ -6667,7 +6133,7 @@ function moment(time) {
 
 // The server.
 
-/** The server has answered, and not with what was asked for. */
+/** The server has refused the request. */
 class Refusal extends Error {
   constructor(problem) {
     const fields = (problem.errors ?? []).map((error) => ` ${error.field} ${error.detail}.`);
@@ -6677,10 +6143,10 @@ class Refusal extends Error {
   }
 }
 
-/** Nothing has been heard of it, or nothing that it would say. */
-class Silence extends Error {}
+/** There was no answer, or one that this server would not send. */
+class NoAnswer extends Error {}
 
-/** Somebody has asked for something else meanwhile. */
+/** The answer is not wanted any more: a newer request has replaced this one. */
 class Stale extends Error {}
 
 async function ask(method, path, {query = "", body, run = new AbortController()} = {}) {
@@ -6700,13 +6166,13 @@ async function ask(method, path, {query = "", body, run = new AbortController()}
     return read(response, text);
   } catch (error) {
     if (error instanceof Refusal) throw error;
-    throw isStale() ? new Stale() : new Silence(error.message);
+    throw isStale() ? new Stale() : new NoAnswer(error.message);
   } finally {
     clearTimeout(timer);
   }
 }
 
-/** What an answer says. Throws a Refusal; one of the key signs out. */
+/** The document of an answer. Throws a Refusal; if the API key was refused, the page signs out. */
 function read(response, text) {
   const type = response.headers.get("Content-Type") ?? "";
   if (!response.ok && !type.startsWith("application/problem+json")) {
@@ -6720,23 +6186,23 @@ function read(response, text) {
   throw refusal;
 }
 
-/** Show what has gone wrong with what nobody has pressed a button for. */
+/** Show a failure of a request that the page made by itself. */
 function report(error) {
   if (error instanceof Stale || error.status === 401) return;
   const time = EXACT.format(Date.now());
-  if (!(error instanceof Silence || error instanceof Refusal)) console.error(error);
+  if (!(error instanceof NoAnswer || error instanceof Refusal)) console.error(error);
   if ($("trouble").hidden) {
-    $("trouble").textContent = error instanceof Silence
-      ? `No answer from the server since ${time}. What is shown may be old; the server goes on ` +
-        "being asked."
+    $("trouble").textContent = error instanceof NoAnswer
+      ? `No answer from the server since ${time}. What is shown may be old; this page keeps ` +
+        "trying."
       : `${error.message} (${time})`;
     $("trouble").hidden = false;
   }
 }
 
-/** Something done again and again while somebody looks. After what took long the pause is long
-    too, whatever came of it: nothing that a page asks for while it is left open costs the server
-    more than a tenth of its time, least of all a server in trouble. */
+/** A request that is repeated while the page is visible. The pause is at least ten times as long as
+    the request took, also after a failure: a page that is left open costs the server at most a
+    tenth of its time, also when the server is in trouble. */
 class Poll {
   constructor(pause, run) {
     Object.assign(this, {pause, run, due: 0, turn: null});
@@ -6760,10 +6226,10 @@ class Poll {
   }
 }
 
-// Lists: hosts, tokens and events are had and shown in one way.
+// Lists: one class for hosts, tokens and events.
 
-/** A list of the API, a page of it at a time. The server looks at some rows for each request, so
-    that a page may come in parts; it can be stopped, and newer questions stop older ones. */
+/** A list of the API, one page at a time. The server examines a limited number of rows for each
+    request, so a page may need several; the user can stop it, and a new filter stops it too. */
 class List {
   constructor(view, {path, name, one, columns, query, empty, total = () => 0}) {
     Object.assign(this, {view, path, name, one, columns, query, empty, total});
@@ -6776,7 +6242,7 @@ class List {
     const heads = this.columns.map(([title]) =>
       make("th", {scope: "col", role: "columnheader", "data-title": title}, title));
     this.body = make("tbody", {role: "rowgroup"});
-    this.said = make("span", {class: "quiet small"});
+    this.summary = make("span", {class: "quiet small"});
     this.progress = make("progress");
     const button = (text, act) => {
       const made = make("button", {type: "button"}, text);
@@ -6787,7 +6253,7 @@ class List {
     this.previous = button("Previous", () => this.turn(this.cursors.slice(0, -1)));
     this.following = button("Next", () => this.go());
     this.nothing = make("p", {class: "empty quiet"});
-    this.pager = make("div", {class: "pager"}, this.previous, this.following, this.said,
+    this.pager = make("div", {class: "pager"}, this.previous, this.following, this.summary,
       this.progress, this.stop);
     this.table = make("table", {role: "table", "aria-labelledby": `${this.view}-title`},
       make("thead", {role: "rowgroup"}, make("tr", {role: "row"}, ...heads)), this.body);
@@ -6795,7 +6261,7 @@ class List {
     this.body.addEventListener("keydown", (event) => this.walk(event));
   }
 
-  /** Another question, from its first page; the same one is asked again when it is time. */
+  /** Show other filters from their first page; the same ones are refreshed by the poll. */
   ask(filters) {
     if (filters === this.filters) return;
     this.begin(filters);
@@ -6807,14 +6273,14 @@ class List {
       isLoaded: false, isHalted: false});
   }
 
-  /** Another page. */
+  /** Show another page: the last of these cursors. */
   turn(cursors) {
     this.begin(this.filters, cursors);
     this.poll.go();
     if (this.table.getBoundingClientRect().top < 0) this.table.scrollIntoView();
   }
 
-  /** Onwards, from where this page or what was stopped has ended. */
+  /** The next page, or the rest of one that was stopped. */
   go() {
     if (this.isLoaded) return this.turn([...this.cursors, this.next]);
     if (!this.isHalted) return undefined;
@@ -6829,8 +6295,8 @@ class List {
     this.following.focus();
   }
 
-  /** Ask until the page is full or the list has ended. A page that is shown stays as it is until
-      all of it has been had anew. */
+  /** Ask until the page is full or the list has ended. A page that is already shown is replaced
+      only when all of it has been loaded again. */
   async look() {
     if (this.isHalted) return;
     const isQuiet = this.isLoaded;
@@ -6852,7 +6318,7 @@ class List {
       } while (cursor && rows.length < ROWS);
       Object.assign(this, {isLoaded: true, at: now()});
       this.take(rows, cursor, looked);
-      if (!isQuiet) announce(this.said.textContent);
+      if (!isQuiet) announce(this.summary.textContent);
     } catch (error) {
       if (!(error instanceof Refusal) || error.status >= 500) throw error;
       this.isHalted = true;
@@ -6863,7 +6329,7 @@ class List {
   take(rows, next, looked) {
     Object.assign(this, {rows, next, looked});
     const changed = reconcile(this.body, rows, (item) => this.row(item));
-    if (changed.length > 3) announce(`${changed.length} hosts have another status now.`);
+    if (changed.length > 3) announce(`${changed.length} hosts have changed status.`);
     else if (changed.length) announce(changed.map((h) => `${h.name} is ${h.status}.`).join(" "));
     this.state();
   }
@@ -6879,20 +6345,20 @@ class List {
       "data-status": item.status ?? ""}, ...cells);
   }
 
-  /** Say where in the list this is, and offer what can be done. */
+  /** Update the pager: the position in the list and its buttons. */
   state(refused = "") {
     const isLooking = !this.isLoaded && !this.isHalted;
     const total = this.total(new URLSearchParams(this.filters));
     const focused = document.activeElement;
     this.table.setAttribute("aria-busy", isLooking);
-    this.said.textContent = refused || this.sentence(isLooking, total);
-    this.said.classList.toggle("problem", Boolean(refused));
+    this.summary.textContent = refused || this.sentence(isLooking, total);
+    this.summary.classList.toggle("problem", Boolean(refused));
     this.stop.hidden = this.progress.hidden = !isLooking || !this.looked;
     if (total) Object.assign(this.progress, {max: total, value: Math.min(this.looked, total)});
     else this.progress.removeAttribute("value");
     this.previous.disabled = this.cursors.length < 2;
     this.following.disabled = Boolean(refused) || (this.isLoaded && !this.next);
-    this.following.textContent = this.isHalted ? "Go on" : "Next";
+    this.following.textContent = this.isHalted ? "Continue" : "Next";
     if (focused.disabled) (focused === this.previous ? this.following : this.previous).focus();
     this.nothing.hidden = !this.isLoaded || this.rows.length > 0;
     this.nothing.textContent = this.filters ? `No ${this.one} matches.` : this.empty;
@@ -6914,7 +6380,7 @@ class List {
     return `${this.name} ${NUMBER.format(first)} to ${NUMBER.format(last)}${end}`;
   }
 
-  /** Up and down lead from row to row. */
+  /** The arrow keys move the focus from row to row. */
   walk(event) {
     const step = {ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling"}[event.key];
     const link = step && event.target.closest("tr")[step]?.querySelector("a, button");
@@ -6924,8 +6390,8 @@ class List {
   }
 }
 
-/** Make a table's body show items: cells that are as they were are not touched, so that focus,
-    selection and scroll stay. The hosts whose status is another one are returned. */
+/** Make a table's body show the items. Cells that did not change are not touched, so that focus,
+    selection and scroll stay. Returns the items whose status changed. */
 function reconcile(body, items, row) {
   const old = new Map([...body.rows].map((tr) => [tr.dataset.key, tr]));
   const focused = body.contains(document.activeElement)
@@ -6954,32 +6420,32 @@ function reconcile(body, items, row) {
   return changed;
 }
 
-// What is shown of hosts, tokens and events.
+// Cells for hosts, tokens and events.
 
 const status = (word) => make("span", {class: `status ${word}`}, word);
 const under = (text) => make("div", {class: "quiet small"}, text);
 const mono = (text) => make("span", {class: "mono"}, text);
-/** What there is of something to show: it, or nothing. */
-const some = (value, shown = (it) => it) => value ? [shown(value)] : [];
+/** A list of one child, or of none for an empty value. */
+const some = (value, shown = (item) => item) => value ? [shown(value)] : [];
 const pairs = (labels) => Object.entries(labels).map(([name, value]) => `${name}=${value}`);
 
-/** Where the fragment leads: a view, and what it is asked for. */
+/** The view that the fragment names, and its parameters. */
 function here() {
   const [view, asked] = location.hash.slice(1).split("?", 2);
   return {view: Object.hasOwn(lists, view) ? view : "hosts", asked: new URLSearchParams(asked)};
 }
 
-/** The fragment that leads somewhere. */
-function there(view, asked) {
+/** The fragment for a view and its parameters. */
+function fragment(view, asked) {
   const query = new URLSearchParams(asked).toString();
   return query ? `#${view}?${query}` : `#${view}`;
 }
 
-/** A host's name, that opens it beside what is shown now. */
+/** A link that opens a host over the current view. */
 function hostLink(id, text) {
   const {view, asked} = here();
   asked.set("host", id);
-  return make("a", {href: there(view, asked)}, text);
+  return make("a", {href: fragment(view, asked)}, text);
 }
 
 /** An actor or a subject of the audit log. */
@@ -6993,7 +6459,7 @@ function labelLinks(labels) {
     const [name, value] = pair.split(/=(.*)/s);
     const quoted = `${name}="${value.replaceAll('"', '""')}"`;
     const q = /[\s"]/.test(value) || !value ? quoted : pair;
-    return make("a", {class: "label", href: there("hosts", {q})}, pair);
+    return make("a", {class: "label", href: fragment("hosts", {q})}, pair);
   });
 }
 
@@ -7006,7 +6472,7 @@ function hostName(host) {
 
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
-function told(detail) {
+function detailText(detail) {
   return Object.entries(detail).map(([name, value]) =>
     `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
 }
@@ -7016,7 +6482,7 @@ function system(host) {
     .filter(Boolean).join(", ");
 }
 
-/** The query of a list of hosts: words of the form label=value are labels, the rest is text. */
+/** The query for a list of hosts: words like label=value are labels, the rest is text. */
 function hostQuery(asked) {
   const query = new URLSearchParams();
   for (const name of ["status", "organization"]) {
@@ -7062,13 +6528,13 @@ const lists = {
   }),
   audit: new List("audit", {
     path: "api/audit", name: "events", one: "event", query: (asked) => asked,
-    empty: "Nothing has happened yet.",
+    empty: "No events yet.",
     columns: [
       ["Time", (event) => moment(event.time)],
       ["Action", (event) => [make("b", {}, event.action), ...some(event.code, under)]],
       ["About", (event) => some(event.subject, party)],
       ["By", (event) => [party(event.actor), ...some(event.address, under)]],
-      ["Detail", (event) => some(told(event.detail))],
+      ["Detail", (event) => some(detailText(event.detail))],
       ORGANIZATION,
     ],
   }),
@@ -7094,7 +6560,7 @@ function tokenActs(token) {
     "aria-label": `Revoke token ${token.id}`}, "Revoke")];
 }
 
-// The fleet at a glance, as the server counts it for /metrics.
+// The fleet at a glance, with the counts of /metrics.
 
 const fleet = {
   counts: new Map(), // organization -> status -> number
@@ -7143,7 +6609,7 @@ const fleet = {
     });
   },
 
-  /** Let the organizations be chosen, where there are several. */
+  /** Offer the choice of an organization, where there are several. */
   offer() {
     const names = [...this.counts.keys()];
     document.body.classList.toggle("one-organization", names.length < 2);
@@ -7159,11 +6625,11 @@ const fleet = {
 
 // Dialogs.
 
-let question = null; // what the form asks for; each has an object of its own
+let question = null; // identifies the use of the form that is open now
 const isAsked = (one) => one === question && $("form").open;
 
-/** Ask for something; what comes of it is shown in the dialog when it is refused. An answer that
-    comes when that is closed, or asks for something else, leaves it alone. */
+/** Open the form. It shows a refusal. An answer that arrives after it was closed, or opened for
+    something else, does not touch it. */
 function fill({title, text = "", go, danger = false, fields = [], act}) {
   const own = question = {};
   $("form-title").textContent = title;
@@ -7181,7 +6647,7 @@ function fill({title, text = "", go, danger = false, fields = [], act}) {
     const refusal = await act(values).then(() => null, (error) => error);
     if (!isAsked(own)) return;
     $("form-go").disabled = false;
-    $("form-problem").textContent = refusal ? said(refusal) : "";
+    $("form-problem").textContent = refusal ? messageOf(refusal) : "";
     for (const made of inputs) {
       made.setAttribute("aria-invalid", Boolean(refusal?.fields?.includes(made.name)));
     }
@@ -7200,19 +6666,19 @@ function input({name, label, help, tag = "input", options = [], value = "", wide
   return made;
 }
 
-function said(error) {
-  if (error instanceof Silence) return "No answer from the server. Nothing may have happened, or " +
-    "all of it: look before you try again.";
+function messageOf(error) {
+  if (error instanceof NoAnswer) return "No answer from the server. It may or may not have been " +
+    "done: look before you try again.";
   return error.message;
 }
 
-/** The labels of a text, one a line. Spaces about a name and a value are left out, but not of a
-    line that was there before: it stays as it is. */
+/** The labels of a text, one on each line. Spaces around a name and a value are dropped, except in
+    a line that was there before the edit. */
 function readLabels(text, before = []) {
   const lines = text.split("\n").filter((line) => line.trim());
   return Object.fromEntries(lines.map((line) => {
     const [name, value] = line.split(/=(.*)/s, 2);
-    if (value === undefined) throw new Error(`A label is written name=value, and not ${name}`);
+    if (value === undefined) throw new Error(`A label is written name=value, not ${name}`);
     return before.includes(line) ? [name, value] : [name.trim(), value.trim()];
   }));
 }
@@ -7220,7 +6686,7 @@ function readLabels(text, before = []) {
 const TTLS = [["10 minutes", 600], ["1 hour", 3600], ["8 hours", 28800], ["1 day", 86400],
   ["7 days", 604800], ["30 days", 2592000]];
 const LABELS_FIELD = {name: "labels", label: "Labels", tag: "textarea", wide: true,
-  spellcheck: "false", placeholder: "rack=b4", help: "One a line."};
+  spellcheck: "false", placeholder: "rack=b4", help: "One on each line."};
 
 function mint() {
   const names = [...fleet.counts.keys()];
@@ -7229,15 +6695,15 @@ function mint() {
     value: here().asked.get("organization") || names.find((name) => name === "default")};
   fill({
     title: "Mint a token",
-    text: "A token lets machines join. What you get is the whole command to run on them.",
+    text: "A token lets machines join. You get the whole command to run on them.",
     go: "Mint",
     fields: [
       {name: "description", label: "What for", maxlength: 1000, wide: true},
-      {name: "ttlSeconds", label: "Good for", tag: "select", options: TTLS, value: 3600},
+      {name: "ttlSeconds", label: "Valid for", tag: "select", options: TTLS, value: 3600},
       {name: "maxUses", label: "Machines", type: "number", min: 1, max: 1000000, value: 1,
         required: ""},
       {name: "hostname", label: "Only for the hostname", maxlength: 253, spellcheck: "false",
-        autocapitalize: "off", help: "Any, when empty.", wide: names.length < 2},
+        autocapitalize: "off", help: "Empty: any hostname.", wide: names.length < 2},
       ...(names.length > 1 ? [organization] : []),
       LABELS_FIELD,
     ],
@@ -7252,9 +6718,9 @@ function mint() {
   });
 }
 
-/** Mint a token, and show the command with it. The command is had first: a token that could not
-    be shown would be lost. Who has closed the form wants neither; a token that is minted by then
-    stands in the list, where it can be revoked. */
+/** Mint a token and show the command with it. The command is fetched first: a token that could not
+    be shown would be lost. If the form was closed in the meantime, neither is shown; a token that
+    was minted by then is in the list, where it can be revoked. */
 async function mintAt(path, body, title, text) {
   const own = question;
   const service = await ask("GET", "api/service");
@@ -7268,14 +6734,14 @@ async function mintAt(path, body, title, text) {
   $("join").textContent = service.joinCommand.replace("%s TOKEN", () => `%s ${minted.token}`);
   $("token").textContent = minted.token;
   $("secret-warning").textContent = isNear ? `Other machines cannot reach ${service.publicUrl}: ` +
-    "serve --public-url says where they find this server." : "";
+    "serve --public-url sets the URL for them." : "";
   $("secret").dataset.token = minted.id;
   $("form").close();
   $("secret").showModal();
   $("secret").querySelector("[data-copy]").focus();
 }
 
-/** Whether somebody has come in by the token that is shown. */
+/** Show whether the token in the dialog has been used. */
 async function watch() {
   const asked = $("secret").dataset.token;
   const token = await ask("GET", `api/hosts/tokens/${asked}`);
@@ -7283,10 +6749,10 @@ async function watch() {
   const from = token.usedFrom ? `, last from ${token.usedFrom}` : "";
   const uses = `Used ${token.uses} of ${token.maxUses} times${from}. `;
   show($("arrivals"), ...(token.uses ? [uses, ...token.hosts.slice(0, 5).flatMap((id) =>
-    [hostLink(id, id), " "])] : ["Nobody has used it yet."]));
+    [hostLink(id, id), " "])] : ["It has not been used yet."]));
 }
 
-/** Copy a text. Away from https and loopback a page has no clipboard: then it is selected. */
+/** Copy a text. Without https or loopback a page has no clipboard: then the text is selected. */
 async function copy(source) {
   try {
     await navigator.clipboard.writeText(source.textContent);
@@ -7310,9 +6776,9 @@ function openHost(id) {
   for (const name of ["why", "warnings", "facts", "events"]) $(`host-${name}`).replaceChildren();
   $("host-acts").hidden = true;
   if (!$("host").open) $("host").showModal();
-  $("host-log").href = there("audit", {subject: `host:${id}`});
+  $("host-log").href = fragment("audit", {subject: `host:${id}`});
   polls.host.go();
-  polls.happened.go();
+  polls.events.go();
 }
 
 async function loadHost() {
@@ -7324,7 +6790,7 @@ async function loadHost() {
     if (error.status !== 404) throw error;
     if (id !== $("host").dataset.id) return;
     $("host-name").textContent = "No such host";
-    show($("host-why"), make("p", {}, `No host has the id ${id}: it was deleted, or never was.`));
+    show($("host-why"), make("p", {}, `No host has the id ${id}. It may have been deleted.`));
     $("host-acts").hidden = true;
   }
 }
@@ -7342,17 +6808,17 @@ function showHost(found) {
     ...fact("Last seen", ...moment(host.lastSeen)),
     ...fact("Enrolled", ...moment(host.enrolledAt)),
     ...(host.revokedAt ? fact("Revoked", ...moment(host.revokedAt)) : []),
-    ...fact("System", system(host) || "not said"),
+    ...fact("System", system(host) || "unknown"),
     ...fact("Labels", ...(pairs(host.labels).length ? labelLinks(host.labels) : ["none"])),
     ...fact("Id", mono(host.id)),
-    ...fact("Came in by", make("a", {href: there("audit", {subject: `token:${host.tokenId}`})},
-      `token ${host.tokenId}`)));
+    ...fact("Enrolled with", make("a",
+      {href: fragment("audit", {subject: `token:${host.tokenId}`})}, `token ${host.tokenId}`)));
   $("host-acts").hidden = !isAdmin();
   $("revoke").hidden = host.status === "revoked";
   $("restore").hidden = host.status !== "revoked";
 }
 
-/** The last events about the host; of a long log only the newest part is looked through. */
+/** The last events about the host. Only the newest part of a long log is searched. */
 async function loadEvents() {
   const {id} = $("host").dataset;
   const query = new URLSearchParams({subject: `host:${id}`, limit: 8});
@@ -7369,37 +6835,38 @@ async function loadEvents() {
       when(event.time)),
     make("span", {class: "quiet small"}, `by ${event.actor}`,
       event.address ? ` from ${event.address}` : "",
-      told(event.detail) ? `: ${told(event.detail)}` : ""))),
-  ...(events.length ? [] : [make("li", {class: "quiet"}, "Nothing of late.")]));
+      detailText(event.detail) ? `: ${detailText(event.detail)}` : ""))),
+  ...(events.length ? [] : [make("li", {class: "quiet"}, "No recent events.")]));
 }
 
-/** Do something to the host that is shown, after asking. By the time of the answer another may be
-    shown, or none: Back leads there behind the form. */
+/** Change the host that is shown, after a question. When the answer arrives, another host or none
+    may be shown: the back button works behind the form. */
 function act(order) {
   const was = host;
   fill({...order, act: async (values) => {
     const changed = await order.act(`api/hosts/${was.id}`, values, was);
     if (changed?.id === $("host").dataset.id) showHost(changed);
     announce(`${order.go}: ${was.name}.`);
-    for (const poll of [polls.happened, polls.fleet, lists[here().view].poll]) poll.go();
+    for (const poll of [polls.events, polls.fleet, lists[here().view].poll]) poll.go();
   }});
 }
 
 const ACTS = {
   revoke: () => act({
     title: `Revoke ${host.name}?`, go: "Revoke", danger: true,
-    text: "It is shut out with its next heartbeat, until it is restored. Its record stays.",
+    text: "Its heartbeats are refused until it is restored. Its record stays.",
     act: (path) => ask("POST", `${path}/revoke`),
   }),
   restore: () => act({
     title: `Restore ${host.name}?`, go: "Restore",
-    text: "It is let in again, with the credential that it has. Its agent asks once an hour.",
+    text: "Its heartbeats are accepted again, with the credential that it has. Its agent tries " +
+      "once an hour.",
     act: (path) => ask("POST", `${path}/restore`),
   }),
   reenroll: () => act({
     title: `Re-enroll ${host.name}?`, go: "Make the command",
-    text: "You get a command for this host. It brings a new credential, and keeps the host's id, " +
-      "name, labels and history. The old credential is good until the new one is first used.",
+    text: "You get a command for this host. It gets a new credential, and keeps the host's id, " +
+      "name, labels and history. The old credential works until the new one is first used.",
     act: (path, _, was) => mintAt(`${path}/reenroll`, {}, `Re-enroll ${was.name}`,
       "Run this on that host, and on no other:"),
   }),
@@ -7411,7 +6878,7 @@ const ACTS = {
     ],
     act: async (path, {name, labels}, was) => {
       const before = pairs(was.labels);
-      const body = {}; // what has been changed here; somebody else may have changed the rest
+      const body = {}; // only the fields changed here; the others may have changed elsewhere
       if (name !== was.name) body.name = name;
       if (labels !== before.join("\n")) body.labels = readLabels(labels, before);
       return ask("PATCH", path, {body});
@@ -7419,9 +6886,9 @@ const ACTS = {
   }),
   delete: () => act({
     title: `Delete ${host.name}?`, go: "Delete for good", danger: true,
-    text: "Its record goes, and its id never returns: to come back it must enroll anew. To shut " +
-      "it out for a while, revoke it.",
-    fields: [{name: "name", label: `To go on, type its name: ${host.name}`, required: "",
+    text: "Its record is removed, and its id is never used again: to return it needs a new " +
+      "token. To shut it out for a while, revoke it.",
+    fields: [{name: "name", label: `To confirm, type its name: ${host.name}`, required: "",
       spellcheck: "false", autocapitalize: "off", wide: true}],
     act: async (path, typed, was) => {
       if (typed.name !== was.name) throw new Error("That is not its name. Nothing was deleted.");
@@ -7434,7 +6901,7 @@ const ACTS = {
 function revokeToken(id) {
   fill({
     title: "Revoke this token?", go: "Revoke", danger: true,
-    text: `Nobody can use ${id} any longer. Hosts that came in by it stay.`,
+    text: `No host can enroll with ${id} any more. Hosts that enrolled with it stay.`,
     act: async () => {
       await ask("DELETE", `api/hosts/tokens/${id}`);
       lists.tokens.poll.go();
@@ -7443,7 +6910,7 @@ function revokeToken(id) {
   });
 }
 
-// Who is signed in.
+// Signing in.
 
 let me = null;
 const isAdmin = () => me?.role === "admin";
@@ -7462,7 +6929,7 @@ async function signIn(event) {
   const key = $("key").value.trim();
   $("sign-in-problem").textContent = "";
   if (!/^hak_[!-~]+$/.test(key)) {
-    $("sign-in-problem").textContent = "That is no API key: they begin with hak_.";
+    $("sign-in-problem").textContent = "This is not an API key: they begin with hak_.";
     return;
   }
   sessionStorage.setItem(KEY, key);
@@ -7471,13 +6938,13 @@ async function signIn(event) {
     $("key").value = "";
   } catch (error) {
     sessionStorage.removeItem(KEY);
-    $("sign-in-problem").textContent = error instanceof Silence ? "No answer from the server."
-      : error.status === 401 ? "The server does not take this API key: mistyped, or revoked."
+    $("sign-in-problem").textContent = error instanceof NoAnswer ? "No answer from the server."
+      : error.status === 401 ? "The server does not accept this API key: mistyped, or revoked."
         : error.message;
   }
 }
 
-/** Forget the key and, by a new start, all that has been shown by it. */
+/** Forget the key and, by reloading, everything that was shown with it. */
 function signOut(problem = "") {
   sessionStorage.removeItem(KEY);
   history.replaceState({problem}, "");
@@ -7494,7 +6961,7 @@ function start() {
   return $("key").focus();
 }
 
-// Where one is, and what comes next.
+// Navigation.
 
 function route() {
   if (!me) return;
@@ -7515,25 +6982,25 @@ function route() {
   else if ($("host").open) $("host").close();
 }
 
-/** Go somewhere; in place of where one is, if it is but a letter more of a search. */
+/** Go to a view; without a step in the history if it is only one more letter of a search. */
 function go(view, asked, isSame = false) {
   for (const [name, value] of [...asked]) if (!value) asked.delete(name);
   if (!isSame) {
-    location.hash = there(view, asked);
+    location.hash = fragment(view, asked);
     return;
   }
-  history.replaceState(null, "", there(view, asked));
+  history.replaceState(null, "", fragment(view, asked));
   route();
 }
 
-/** Ask for what the filters of a view say, and for more, unless somebody has gone to another view
-    meanwhile. A secret in the wrong place is not sent anywhere. */
+/** Apply the filters of a view, and more, unless another view is shown by now. A secret that was
+    typed into a filter is not sent. */
 function filter(form, more) {
   const {view, asked} = here();
   if (!$(view).contains(form)) return undefined;
   for (const field of all("[name]", form)) {
     const isSecret = /(het|hak)_\w/.test(field.value);
-    field.setCustomValidity(isSecret ? "That is a secret. It is not searched for." : "");
+    field.setCustomValidity(isSecret ? "This is a secret. It was not sent." : "");
     if (isSecret) return field.reportValidity();
     asked.set(field.name, field.value);
   }
@@ -7544,7 +7011,7 @@ function filter(form, more) {
 const polls = {
   fleet: new Poll(10000, () => fleet.count()),
   host: new Poll(5000, loadHost),
-  happened: new Poll(30000, loadEvents),
+  events: new Poll(30000, loadEvents),
   watch: new Poll(3000, watch),
   me: new Poll(3000, identify),
 };
@@ -7555,16 +7022,16 @@ function tick() {
   const list = lists[here().view];
   polls.fleet.tick();
   list.poll.tick();
-  if ($("host").open) for (const poll of [polls.host, polls.happened]) poll.tick();
+  if ($("host").open) for (const poll of [polls.host, polls.events]) poll.tick();
   if ($("secret").open) polls.watch.tick();
   for (const time of all("time")) {
     const text = ago(time.dateTime);
     if (time.textContent !== text) time.textContent = text;
   }
-  $("age").textContent = list.at ? `updated ${span(Math.max(0, now() - list.at))} ago` : "";
+  $("age").textContent = list.at ? `updated ${duration(Math.max(0, now() - list.at))} ago` : "";
 }
 
-/** Somebody looks again: everything may be old. */
+/** The page is visible again: everything may be old. */
 function wake() {
   for (const poll of [...Object.values(polls), ...Object.values(lists).map((l) => l.poll)]) {
     poll.due = 0;
@@ -7572,7 +7039,7 @@ function wake() {
   tick();
 }
 
-/** Leave what is typed alone for a moment. */
+/** Wait until the typing pauses. */
 function debounced(run) {
   let timer = 0;
   return (argument) => {
@@ -7645,7 +7112,7 @@ start();
 
 
 def page() -> str:
-    """The document at /."""
+    """The HTML document at /."""
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
@@ -7663,17 +7130,18 @@ def page() -> str:
 """
 
 
-# 9. Api
+# 9. Operations
 #
-# Routes, and the documents that they answer with. One table says what there is, who may call it
-# and what it takes. A request is admitted first, which writes nothing; what comes of that is an
-# answer, or a heartbeat or an act for the next tick.
+# Law: what can be asked for is one row of OPERATIONS, and a document is declared once. Dispatch,
+# the OpenAPI document, the README's table and the commands of the same name come from these rows.
+#
+# Contents: what bodies and queries may hold; documents; the rows; OpenAPI; the Api, which turns a
+# request into a Call before the tick, and the outcome of the Call into an answer after it.
 
 HOSTNAME = Text(
     253, 1, r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", "letters, digits, dots, - and _"
 )
 NAME = Text(255, 1)
-FACT = Text(128)
 SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
@@ -7681,716 +7149,360 @@ SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
 DESCRIPTION = Text(1000)
 IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
+ROLE = Choice("admin", "viewer")
 
-# What only answers have.
-TIME = Moment()
+# These stand in answers only.
+TIME = Timestamp()
 MAYBE_TIME = Nullable(TIME)
-ACTOR = Text(255, 1)  # somebody or something by name, as in host:<id>
+ACTOR = Text(255, 1)  # host:<id>, cli:<user> and so on
 ADDRESS = Text(255, 1)
 SENTENCE = Text(1000, 1)
 CREDENTIAL = Text(CREDENTIAL_MAXIMUM, 1, r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", "a JWT")
-BEAT_RANGE = (1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100)
-ANYTHING = Shape(open=True)
-
-FACTS = (
-    Field("os", FACT),
-    Field("architecture", FACT),
-    Field("dockerVersion", FACT),
-)
-ENROLL_BODY = Shape(
-    Field("token", SECRET_TEXT, required=True),
-    Field("hostname", HOSTNAME, required=True),
-    Field("name", NAME),
-    *FACTS,
-    open=True,
-)
-ENROLL_HEADERS = Shape(Field("Idempotency-Key", IDEMPOTENCY_KEY))
-HEARTBEAT_BODY = Shape(Field("hostname", HOSTNAME), *FACTS, open=True)
-MINT_BODY = Shape(
-    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE, "seconds")),
-    Field("maxUses", Whole(TOKEN_USES_RANGE)),
-    Field("description", DESCRIPTION),
-    Field("hostname", HOSTNAME),
-    Field("labels", LABELS),
-    Field("organizationId", SLUG),
-)
-REENROLL_BODY = Shape(
-    Field("ttlSeconds", Whole(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION)
-)
-EDIT_BODY = Shape(Field("name", NAME), Field("labels", LABELS))
-PAGE_FIELDS = (Field("limit", Whole((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
-TOKENS_QUERY = Shape(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
-HOSTS_QUERY = Shape(
-    Field("status", Choice(*STATUSES)),
-    Field("organization", SLUG),
-    Field("label", LABELS, repeats=True),
-    Field("q", Text(255)),
-    *PAGE_FIELDS,
-)
-AUDIT_QUERY = Shape(
-    Field("organization", SLUG),
-    Field("action", Choice(*ACTIONS)),
-    Field("subject", Text(128)),
-    Field("code", Text(64)),
-    *PAGE_FIELDS,
-)
-API_KEY_BODY = Shape(Field("description", DESCRIPTION))
-ORGANIZATION_BODY = Shape(Field("name", SLUG, required=True))
-NOTHING = Shape()
-ID_PATH = Shape(*members(id=ID_TEXT))
-
-Document = Dict[str, Any]
+INTERVAL = Integer(HEARTBEAT_INTERVAL_RANGE, "seconds")
+NEXT_INTERVAL = Integer((1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100))
 
 
-def _when(milliseconds: Optional[int]) -> Optional[str]:
-    return rfc3339(milliseconds) if milliseconds else None
-
-
-def _labels(text: str) -> Document:
-    return {} if text == "{}" else cast(Document, json.loads(text))  # most have none
-
-
-TOKEN_MEMBERS = members(
-    id=ID_TEXT,
-    organizationId=SLUG,
-    state=Choice(*TOKEN_STATES),
-    description=DESCRIPTION,
-    hostname=Nullable(HOSTNAME),
-    hostId=Nullable(ID_TEXT),
-    labels=LABELS,
-    maxUses=Whole(TOKEN_USES_RANGE),
-    uses=Whole((0, TOKEN_USES_RANGE[1])),
-    createdAt=TIME,
-    createdBy=ACTOR,
-    expiresAt=TIME,
-    usedAt=MAYBE_TIME,
-    usedFrom=Nullable(ADDRESS),
-    revokedAt=MAYBE_TIME,
-    hosts=ListOf(ID_TEXT, TOKEN_HOSTS_SHOWN),
-)
-TOKEN_DOCUMENT = Shape(*TOKEN_MEMBERS, name="Token")
-MINTED_TOKEN_DOCUMENT = Shape(*TOKEN_MEMBERS, *members(token=SECRET_TEXT), name="MintedToken")
-
-
-def token_document(view: TokenView, text: Optional[str] = None) -> Document:
-    """Token; with its text only in the answer that mints it."""
-    token = view.token
-    document = {
-        "id": id_text(token.id),
-        "organizationId": token.organization_id,
-        "state": view.state,
-        "description": token.description,
-        "hostname": token.hostname,
-        "hostId": None if token.host_id is None else id_text(token.host_id),
-        "labels": _labels(token.labels),
-        "maxUses": token.max_uses,
-        "uses": token.uses,
-        "createdAt": rfc3339(token.created_at),
-        "createdBy": token.created_by,
-        "expiresAt": rfc3339(token.expires_at),
-        "usedAt": _when(token.used_at),
-        "usedFrom": token.used_from,
-        "revokedAt": _when(token.revoked_at),
-        "hosts": [id_text(host) for host in view.hosts],
-    }
-    return document if text is None else {**document, "token": text}
-
-
-HOST_DOCUMENT = Shape(
-    *members(
-        id=ID_TEXT,
-        organizationId=SLUG,
-        name=NAME,
-        hostname=HOSTNAME,
-        os=FACT,
-        architecture=FACT,
-        dockerVersion=FACT,
-        labels=LABELS,
-        status=Choice(*STATUSES),
-        statusReason=SENTENCE,
-        enrolledAt=TIME,
-        lastSeen=MAYBE_TIME,
-        tokenId=ID_TEXT,
-        revokedAt=MAYBE_TIME,
-        warnings=ListOf(SENTENCE, 10),
-    ),
-    name="Host",
-)
-
-
-def _time(milliseconds: Optional[int]) -> str:
-    return f'"{rfc3339(milliseconds)}"' if milliseconds else "null"
-
-
-def host_json(view: HostView) -> str:
-    """Host, in JSON. A list has a thousand, and to make a document first takes twice as long."""
-    host, status, reason, warnings = view
-    text = encode_basestring_ascii
-    # Twelve names of a NamedTuple take as long as a third of what is done with them.
-    (number, organization, name, hostname, os_name, architecture, docker_version, labels,
-     enrolled_at, revoked_at, token, _, last_seen) = host  # fmt: skip
-    return (
-        f'{{"id":"{number:016x}","organizationId":{text(organization)},'
-        f'"name":{text(name)},"hostname":{text(hostname)},"os":{text(os_name)},'
-        f'"architecture":{text(architecture)},"dockerVersion":{text(docker_version)},'
-        f'"labels":{compact(labels)},"status":"{status}","statusReason":"{reason}",'
-        f'"enrolledAt":"{rfc3339(enrolled_at)}","lastSeen":{_time(last_seen)},'
-        f'"tokenId":"{token:016x}","revokedAt":{_time(revoked_at)},'
-        f'"warnings":{json_text(warnings) if warnings else "[]"}}}'
-    )
-
-
-def host_document(view: HostView) -> Document:
-    """Host."""
-    return cast(Document, json.loads(host_json(view)))
-
-
-EVENT_DOCUMENT = Shape(
-    *members(
-        number=Whole((1, LAST_ID)),
-        time=TIME,
-        action=Choice(*ACTIONS),
-        actor=ACTOR,
-        address=Nullable(ADDRESS),
-        organizationId=Nullable(SLUG),
-        subject=Nullable(ACTOR),
-        code=Nullable(Choice(*(problem.code for problem in problems()))),
-        detail=ObjectOf(ANYTHING),
-    ),
-    name="Event",
-)
-
-
-def event_document(event: Event) -> Document:
-    """Event."""
-    return {
-        "number": event.number,
-        "time": rfc3339(event.at),
-        "action": event.action,
-        "actor": event.actor,
-        "address": event.address or None,
-        "organizationId": event.organization_id,
-        "subject": event.subject or None,
-        "code": event.code,
-        "detail": json.loads(event.detail),
-    }
-
-
-def token_order(values: Mapping[str, Any]) -> TokenOrder:
-    """The order that MINT_BODY or REENROLL_BODY describes."""
-    return TokenOrder(
-        organization=values.get("organizationId"),
-        ttl=values.get("ttlSeconds", TOKEN_TTL),
-        max_uses=values.get("maxUses", 1),
-        description=values.get("description", ""),
-        hostname=values.get("hostname"),
-        labels=values.get("labels", {}),
-    )
-
-
-def _paging(values: Mapping[str, Any]) -> Dict[str, Any]:
-    paging = {"limit": values.get("limit", PAGE_DEFAULT)}
-    if "cursor" in values:
-        paging["before"] = int(values["cursor"], 16)
-    return paging
-
-
-def host_query(values: Mapping[str, Any]) -> HostQuery:
-    """The query that HOSTS_QUERY describes."""
-    return HostQuery(
-        organization=values.get("organization"),
-        status=values.get("status"),
-        labels=values.get("label", ()),
-        text=values.get("q", ""),
-        **_paging(values),
-    )
-
-
-def token_query(values: Mapping[str, Any]) -> TokenQuery:
-    """The query that TOKENS_QUERY describes."""
-    return TokenQuery(state=values.get("state"), **_paging(values))
-
-
-def event_query(values: Mapping[str, Any]) -> EventQuery:
-    """The query that AUDIT_QUERY describes."""
-    return EventQuery(
-        organization=values.get("organization"),
-        action=values.get("action"),
-        subject=values.get("subject"),
-        code=values.get("code"),
-        **_paging(values),
-    )
-
-
-class Part:
-    """What there is of a page of a list: it comes together in slices, one in a tick."""
-
-    def __init__(self) -> None:
-        self.text: List[bytes] = []  # the items in JSON, those of a slice in one
-        self.items = self.slices = self.size = 0
-        self.next: Optional[int] = None
-
-
-class Listing(NamedTuple):
-    """A list: what it is called, how a slice of it is had, and how that is written."""
+class Fact(NamedTuple):
+    """What an agent reports about its machine: in JSON, and as a column of the host."""
 
     name: str
-    query: Callable[[Mapping[str, Any]], Any]
-    turn: Callable[[Registry, Principal, Any, int], Page]
-    write: Callable[[Sequence[Any]], bytes]
-
-    def go_on(self, registry: Registry, call: Call) -> Any:
-        """One slice more: the whole page, or UNFINISHED."""
-        query, part = self.query(call.values), call.part
-        left = query.limit - part.items
-        before = query.before if part.next is None else part.next
-        page = self.turn(registry, call.by, query._replace(before=before, limit=left), call.now)
-        if page.items:
-            part.text.append(self.write(page.items))
-            part.size += len(part.text[-1])
-        part.items += len(page.items)
-        part.slices += 1
-        part.next = page.next
-        is_full = (
-            part.items == query.limit
-            or part.slices * SLICE >= ROWS_EXAMINED
-            or part.size >= PAGE_BYTES
-        )
-        if page.next is not None and not is_full:
-            return UNFINISHED
-        cursor = write_json(None if page.next is None else id_text(page.next))
-        text = part.text or [b""]
-        text[0] = b'{"%b":[%b' % (self.name.encode("ascii"), text[0])
-        text[-1] += b'],"nextCursor":%b}' % cursor
-        return Response(200, b",".join(text))
+    type: FieldType
+    column: str
 
 
-def _documents(document: Callable[[Any], Document], items: Sequence[Any]) -> bytes:
-    return write_json([document(item) for item in items])[1:-1]
-
-
-def _hosts(views: Sequence[HostView]) -> bytes:
-    return ",".join(map(host_json, views)).encode("ascii")
-
-
-def _list_document(name: str, of: Shape) -> Shape:
-    """What Listing answers with."""
-    items = ListOf(ObjectOf(of), PAGE_MAXIMUM)
-    return Shape(*members(**{name: items}, nextCursor=Nullable(CURSOR)), name=f"{of.name}List")
-
-
-TOKENS_DOCUMENT = _list_document("tokens", TOKEN_DOCUMENT)
-HOSTS_DOCUMENT = _list_document("hosts", HOST_DOCUMENT)
-EVENTS_DOCUMENT = _list_document("events", EVENT_DOCUMENT)
-
-
-class Call(NamedTuple):
-    """A request to the user API, after everything about it has been checked but its object."""
-
-    by: Principal
-    id: int  # of the path
-    values: Mapping[str, Any]  # of the body, or of the query of a GET
-    now: int
-    part: Part
-
-
-def _post_token(registry: Registry, call: Call) -> Response:
-    view, text = registry.mint(call.by, token_order(call.values), call.now)
-    return json_response(201, token_document(view, text))
-
-
-def _get_token(registry: Registry, call: Call) -> Response:
-    return json_response(200, token_document(registry.token(call.by, call.id, call.now)))
-
-
-def _delete_token(registry: Registry, call: Call) -> Response:
-    registry.revoke_token(call.by, call.id, call.now)
-    return Response(204)
-
-
-def _host_response(view: HostView) -> Response:
-    return Response(200, _hosts([view]))
-
-
-def _get_host(registry: Registry, call: Call) -> Response:
-    return _host_response(registry.host(call.by, call.id, call.now))
-
-
-def _patch_host(registry: Registry, call: Call) -> Response:
-    return _host_response(registry.edit_host(call.by, call.id, call.values, call.now))
-
-
-def _delete_host(registry: Registry, call: Call) -> Response:
-    registry.delete_host(call.by, call.id, call.now)
-    return Response(204)
-
-
-def _post_revoke(registry: Registry, call: Call) -> Response:
-    return _host_response(registry.revoke_host(call.by, call.id, call.now))
-
-
-def _post_restore(registry: Registry, call: Call) -> Response:
-    return _host_response(registry.restore_host(call.by, call.id, call.now))
-
-
-def _post_reenroll(registry: Registry, call: Call) -> Response:
-    view, text = registry.reenroll(call.by, call.id, token_order(call.values), call.now)
-    return json_response(201, token_document(view, text))
-
-
-ME_DOCUMENT = Shape(
-    *members(id=ID_TEXT, role=Choice("admin", "viewer"), organizationId=Nullable(SLUG)), name="Me"
+# fmt: off
+FACTS = (
+    Fact("os",            Text(128), "os"),
+    Fact("architecture",  Text(128), "architecture"),
+    Fact("dockerVersion", Text(128), "docker_version"),
+    Fact("agentVersion",  Text(64),  "agent_version"),
 )
+FACT_FIELDS = [Field(fact.name, fact.type) for fact in FACTS]
+COLUMNS = {"hostname": "hostname", **{fact.name: fact.column for fact in FACTS}}
+
+# What bodies, queries and headers may hold.
+NO_MEMBERS = Schema()
+ENROLL_BODY = Schema(
+    *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NAME), *FACT_FIELDS, open=True)
+ENROLL_HEADERS = Schema(Field("Idempotency-Key", IDEMPOTENCY_KEY))
+HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACT_FIELDS, open=True)
+REENROLL_FIELDS = (
+    Field("ttlSeconds", Integer(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION))
+REENROLL_BODY = Schema(*REENROLL_FIELDS)
+MINT_BODY = Schema(
+    *REENROLL_FIELDS, Field("maxUses", Integer(TOKEN_USES_RANGE)), Field("hostname", HOSTNAME),
+    Field("labels", LABELS), Field("organizationId", SLUG))
+EDIT_BODY = Schema(Field("name", NAME), Field("labels", LABELS))
+PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
+TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
+HOSTS_QUERY = Schema(
+    Field("status", Choice(*STATUSES)), Field("organization", SLUG),
+    Field("label", LABELS, repeats=True), Field("q", Text(255)), *PAGE_FIELDS)
+AUDIT_QUERY = Schema(
+    Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
+    Field("code", Text(64)), *PAGE_FIELDS)
+ORGANIZATION_BODY = Schema(*required(name=SLUG))
+API_KEY_BODY = Schema(
+    Field("organizationId", Nullable(SLUG)), Field("role", ROLE), Field("description", DESCRIPTION))
+RETIRE_BODY = Schema(*required(kid=Text(64, 1)), Field("force", Choice("yes")))
+# fmt: on
 
 
-def _get_me(registry: Registry, call: Call) -> Response:
-    by = call.by
-    return json_response(200, {"id": by.id, "role": by.role, "organizationId": by.organization})
+# Documents.
+
+CONSTANT = "__class__"  # an attribute that every record has: of members that do not depend on it
 
 
-TOKENS = Listing("tokens", token_query, Registry.tokens, partial(_documents, token_document))
-HOSTS = Listing("hosts", host_query, Registry.hosts, _hosts)
-EVENTS = Listing("events", event_query, Registry.events, partial(_documents, event_document))
+class Member(NamedTuple):
+    """A member of a document: its name, what it may be, the attribute of the record that holds it
+    (dotted where it is one of a part), and what makes JSON of that. One that is not required is
+    left out where the attribute is None."""
+
+    name: str
+    type: FieldType
+    attribute: str
+    convert: Optional[Callable[[Any], Any]] = None
+    required: bool = True
 
 
-def service_place(service: Optional[Service]) -> Tuple[str, str]:
-    """The URL at which hosts find the servers, and the pin: before one ran, those of the first."""
+class Document:
+    """A record as a JSON object: of() makes it, schema describes it."""
+
+    def __init__(self, name: str, *members: Member, open: bool = False) -> None:
+        fields = [Field(member.name, member.type, member.required) for member in members]
+        self.schema = Schema(*fields, open=open, name=name)
+        self._names = [member.name for member in members]
+        # All attributes in one call: a page has a thousand records with sixteen of them. One more
+        # makes it a tuple also where there is one member.
+        self._attributes = attrgetter(*(member.attribute for member in members), CONSTANT)
+        self._converted = [(member.name, member.convert) for member in members if member.convert]
+        self._optional = [member.name for member in members if not member.required]
+
+    def of(self, record: Any) -> dict[str, Any]:
+        """The document of a record, ready for JSON."""
+        document = dict(zip(self._names, self._attributes(record)))
+        for name in self._optional:
+            if document[name] is None:
+                del document[name]
+        for name, convert in self._converted:
+            if name in document:
+                document[name] = convert(document[name])
+        return document
+
+
+class ServicePlace(NamedTuple):
+    """Where hosts find the servers, and how often they send a heartbeat."""
+
+    url: str = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"  # until a server has run
+    pin: str = ""  # of the certificate; "" without TLS
+    interval: int = HEARTBEAT_INTERVAL
+
+    @property
+    def join_line(self) -> str:
+        """The command that makes a machine a host in one line, with TOKEN in place of a token."""
+        return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin, "TOKEN"))
+
+
+def service_place(service: Any) -> ServicePlace:
+    """Of a Service; None: before the first server ran."""
     if service is None:
-        return f"http://{DEFAULT_HOST}:{DEFAULT_PORT}", ""
-    return service.public_url, service.pin
+        return ServicePlace()
+    return ServicePlace(service.public_url, service.pin, service.interval)
 
 
-SERVICE_DOCUMENT = Shape(
-    *members(
-        version=Text(64, 1),
-        publicUrl=Text(2048, 1),
-        pin=Nullable(Text(64, 1)),
-        heartbeatIntervalSeconds=Whole(HEARTBEAT_INTERVAL_RANGE, "seconds"),
-        joinCommand=Text(8192, 1),  # with TOKEN in the place of the token
-    ),
-    name="Service",
+def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A conversion for what may be missing: None, an empty text, the time 0."""
+    return lambda value: convert(value) if value else None
+
+
+def _labels(text: str) -> Any:
+    return {} if text == "{}" else json.loads(text)  # most hosts have none
+
+
+# fmt: off
+TOKEN_MEMBERS = (  # of a TokenView
+    Member("id",             ID_TEXT,                    "token.id", id_text),
+    Member("organizationId", SLUG,                       "token.organization_id"),
+    Member("state",          Choice(*TOKEN_STATES),      "state"),
+    Member("description",    DESCRIPTION,                "token.description"),
+    Member("hostname",       Nullable(HOSTNAME),         "token.hostname"),
+    Member("hostId",         Nullable(ID_TEXT),          "token.host_id", _or_null(id_text)),
+    Member("labels",         LABELS,                     "token.labels", _labels),
+    Member("maxUses",        Integer(TOKEN_USES_RANGE),  "token.max_uses"),
+    Member("uses",           Integer((0, TOKEN_USES_RANGE[1])), "token.uses"),
+    Member("createdAt",      TIME,                       "token.created_at", rfc3339),
+    Member("createdBy",      ACTOR,                      "token.created_by"),
+    Member("expiresAt",      TIME,                       "token.expires_at", rfc3339),
+    Member("usedAt",         MAYBE_TIME,                 "token.used_at", _or_null(rfc3339)),
+    Member("usedFrom",       Nullable(ADDRESS),          "token.used_from"),
+    Member("revokedAt",      MAYBE_TIME,                 "token.revoked_at", _or_null(rfc3339)),
+    Member("hosts",          ListOf(ID_TEXT, TOKEN_HOSTS_SHOWN),
+           "hosts", lambda numbers: list(map(id_text, numbers))),
 )
+TOKEN = Document("Token", *TOKEN_MEMBERS)
+MINTED_TOKEN = Document("MintedToken", *TOKEN_MEMBERS, Member("token", SECRET_TEXT, "text"))
+HOST = Document(  # of a HostView
+    "Host",
+    Member("id",             ID_TEXT,              "host.id", id_text),
+    Member("organizationId", SLUG,                 "host.organization_id"),
+    Member("name",           NAME,                 "host.name"),
+    Member("hostname",       HOSTNAME,             "host.hostname"),
+    *(Member(fact.name, fact.type, f"host.{fact.column}") for fact in FACTS),
+    Member("labels",         LABELS,               "host.labels", _labels),
+    Member("status",         Choice(*STATUSES),    "status"),
+    Member("statusReason",   SENTENCE,             "reason"),
+    Member("enrolledAt",     TIME,                 "host.enrolled_at", rfc3339),
+    Member("lastSeen",       MAYBE_TIME,           "host.last_seen", _or_null(rfc3339)),
+    Member("tokenId",        ID_TEXT,              "host.token_id", id_text),
+    Member("revokedAt",      MAYBE_TIME,           "host.revoked_at", _or_null(rfc3339)),
+    Member("warnings",       ListOf(SENTENCE, 10), "warnings"),
+)
+DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "id", id_text))  # of a Host
+EVENT = Document(  # of an Event
+    "Event",
+    Member("number",         Integer((1, LAST_ID)), "number"),
+    Member("time",           TIME,                  "at", rfc3339),
+    Member("action",         Choice(*ACTIONS),      "action"),
+    Member("actor",          ACTOR,                 "actor"),
+    Member("address",        Nullable(ADDRESS),     "address", _or_null(str)),
+    Member("organizationId", Nullable(SLUG),        "organization_id"),
+    Member("subject",        Nullable(ACTOR),       "subject", _or_null(str)),
+    Member("code",           Nullable(Choice(*(problem.code for problem in problems()))), "code"),
+    Member("detail",         ObjectOf(Schema(open=True)), "detail", json.loads),
+)
+ORGANIZATION = Document(  # of an Organization
+    "Organization",
+    Member("id",             SLUG,                 "id"),
+    Member("createdAt",      TIME,                 "created_at", rfc3339),
+)
+API_KEY_MEMBERS = (  # of an ApiKeyView
+    Member("id",             ID_TEXT,              "key.id", id_text),
+    Member("organizationId", Nullable(SLUG),       "key.organization_id"),
+    Member("role",           ROLE,                 "key.role"),
+    Member("description",    DESCRIPTION,          "key.description"),
+    Member("createdAt",      TIME,                 "key.created_at", rfc3339),
+    Member("createdBy",      ACTOR,                "key.created_by"),
+    Member("revokedAt",      MAYBE_TIME,           "key.revoked_at", _or_null(rfc3339)),
+)
+API_KEY = Document("ApiKey", *API_KEY_MEMBERS)
+MINTED_API_KEY = Document("MintedApiKey", *API_KEY_MEMBERS, Member("apiKey", SECRET_TEXT, "text"))
+SIGNING_KEY = Document(  # of a SigningKeyView
+    "SigningKey",
+    Member("kid",            Text(64, 1),          "key.kid"),
+    Member("state",          Choice("signs", "verifies", "retired"), "state"),
+    Member("hosts",          Integer((0, LAST_ID)), "hosts"),
+    Member("createdAt",      TIME,                 "key.created_at", rfc3339),
+    Member("retiredAt",      MAYBE_TIME,           "key.retired_at", _or_null(rfc3339)),
+)
+ME = Document(  # of a Principal
+    "Me",
+    Member("id",             ID_TEXT,              "id", id_text),
+    Member("role",           ROLE,                 "role"),
+    Member("organizationId", Nullable(SLUG),       "organization"),
+)
+ENROLLMENT = Document(  # of an Enrollment
+    "Enrollment",
+    Member("hostId",                   ID_TEXT,    "host.id", id_text),
+    Member("organizationId",           SLUG,       "host.organization_id"),
+    Member("name",                     NAME,       "host.name"),
+    Member("credential",               CREDENTIAL, "issued.credential"),
+    Member("credentialExpiresAt",      MAYBE_TIME, "issued.expires_at", _or_null(rfc3339)),
+    Member("heartbeatIntervalSeconds", INTERVAL,   "interval"),
+)
+HEARTBEAT = Document(  # of a HeartbeatResult
+    "Heartbeat",
+    Member("hostId",               ID_TEXT,       "host", id_text),
+    Member("lastSeen",             TIME,          "last_seen", rfc3339),
+    Member("nextHeartbeatSeconds", NEXT_INTERVAL, "next_interval"),
+    Member("credential",           CREDENTIAL,    "issued", attrgetter("credential"), False),
+    Member("credentialExpiresAt",  MAYBE_TIME,    "issued", required=False,
+           convert=lambda issued: _or_null(rfc3339)(issued.expires_at)),
+)
+HEALTH = Document("", Member("status", Choice("ok"), CONSTANT, lambda _: "ok"))
+READINESS = Document("", Member("status", Choice("ready"), CONSTANT, lambda _: "ready"))
+SERVICE = Document(  # of a ServicePlace
+    "Service",
+    Member("version",                  Text(64, 1),           CONSTANT, lambda _: __version__),
+    Member("publicUrl",                Text(2048, 1),         "url"),
+    Member("pin",                      Nullable(Text(64, 1)), "pin", _or_null(str)),
+    Member("heartbeatIntervalSeconds", INTERVAL,              "interval"),
+    Member("joinCommand",              Text(8192, 1),         "join_line"),
+)
+# fmt: on
 
 
-def _get_service(registry: Registry, call: Call) -> Response:
-    service = registry.service()
-    url, pin = service_place(service)
-    document = {
-        "version": __version__,
-        "publicUrl": url,
-        "pin": pin or None,
-        "heartbeatIntervalSeconds": service.interval if service else HEARTBEAT_INTERVAL,
-        "joinCommand": re.sub(r"\s*\n\s*", " ", join_command(url, pin, "TOKEN")),
+# Metrics.
+
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
+
+
+def metric_labels(**pairs: str) -> str:
+    """Labels as the end of a sample's name."""
+    escaped = {
+        name: text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for name, text in pairs.items()
     }
-    return json_response(200, document)
+    return "{" + ",".join(f'{name}="{text}"' for name, text in escaped.items()) + "}"
 
 
-class Exposition:
-    """Metrics in Prometheus' text format, version 0.0.4."""
-
-    CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-    def __init__(self) -> None:
-        self._lines: List[str] = []
-
-    def head(self, name: str, kind: str, help: str) -> None:
-        """Begin a family."""
-        self._lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
-
-    def sample(self, name: str, value: float, **labels: str) -> None:
-        """One sample of the family that was begun last."""
-        said = ",".join(f'{label}="{self._escape(text)}"' for label, text in labels.items())
-        shown = f"{name}{{{said}}}" if said else name
-        self._lines.append(f"{shown} {value!r}")
-
-    def family(self, name: str, kind: str, help: str, value: float, **labels: str) -> None:
-        """A family of one sample."""
-        self.head(name, kind, help)
-        self.sample(name, value, **labels)
-
-    def histogram(self, name: str, help: str, histogram: Histogram) -> None:
-        """A histogram: its buckets are cumulative, and the last has everything."""
-        self.head(name, "histogram", help)
-        below = 0
-        for bound, count in zip((*histogram.bounds, math.inf), histogram.counts):
-            below += count
-            self.sample(f"{name}_bucket", below, le="+Inf" if bound == math.inf else f"{bound:g}")
-        self.sample(f"{name}_sum", histogram.sum)
-        self.sample(f"{name}_count", below)
-
-    @staticmethod
-    def _escape(text: str) -> str:
-        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-    def response(self) -> Response:
-        """All of it."""
-        body = "".join(f"{line}\n" for line in self._lines).encode("utf-8")
-        return Response(200, body, self.CONTENT_TYPE)
+def metric_family(
+    name: str, kind: str, help: str, samples: Iterable[tuple[str, float]]
+) -> Iterator[str]:
+    """The lines of a metric. samples: the ends of their names, and their values."""
+    yield f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+    yield from (f"{name}{end} {value!r}\n" for end, value in samples)
 
 
-def _get_metrics(registry: Registry, call: Call) -> Any:
-    """The fleet, to whoever may see it; what the process has counted, to keys for all."""
-    census = registry.census(call.by, call.now)
+def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
+    """Buckets are cumulative, and the last one counts everything."""
+    below = 0
+    for bound, count in zip((*histogram.bounds, math.inf), histogram.counts):
+        below += count
+        yield "_bucket" + metric_labels(le="+Inf" if bound == math.inf else f"{bound:g}"), below
+    yield from (("_sum", histogram.sum), ("_count", below))
+
+
+# fmt: off
+COUNTERS = (  # of Metrics.counts
+    ("heartbeats",  "Heartbeats that counted."),
+    ("enrollments", "Hosts enrolled or re-enrolled."),
+    ("renewals",    "Credentials renewed."),
+    ("connections", "Connections accepted."),
+)
+HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what they measure
+    ("requests",   "request_duration_seconds", "From the turn that takes a request to its answer."),
+    ("commits",    "commit_duration_seconds",  "To commit a tick that writes."),
+    ("lock_waits", "lock_wait_seconds",        "For another writer, where there was one."),
+    ("ticks",      "tick_requests",            "Requests in a tick that writes."),
+)
+# fmt: on
+
+
+def _metrics(registry: Registry, call: Call, now: int) -> Any:
+    """The caller's hosts by organization and status; for an API key of all organizations also what
+    the process has counted. UNFINISHED while the census goes on."""
+    census = registry.hosts.census(call.by, now)
     if census is None:
         return UNFINISHED
-    text = Exposition()
-    text.head("hostenroll_hosts", "gauge", "Hosts by organization and status.")
-    organizations = registry.visible_organizations(call.by)
-    for organization, status in product(organizations, STATUSES):
-        count = census.counts[organization, status]
-        text.sample("hostenroll_hosts", count, organization=organization, status=status)
-    if call.by.organization is None:
-        _expose_process(text, registry)
-    return text.response()
+    owner = call.by.organization
+    slugs = [owner] if owner else [row.id for row in registry.organizations.list(call, now).items]
+    hosts = [
+        (metric_labels(organization=slug, status=status), census.counts[slug, status])
+        for slug, status in product(slugs, STATUSES)
+    ]
+    help = "Hosts by organization and status."
+    families = [metric_family("hostenroll_hosts", "gauge", help, hosts)]
+    if owner is ALL_ORGANIZATIONS:
+        families += _process_families(registry)
+    return "".join(chain.from_iterable(families))
 
 
-COUNTERS = {  # counts of Metrics
-    "heartbeats": "Heartbeats that counted.",
-    "enrollments": "Hosts enrolled or re-enrolled.",
-    "renewals": "Credentials renewed.",
-    "connections": "Connections accepted.",
-}
-HISTOGRAMS = {  # of Metrics: what each is called, and what it measures
-    "requests": ("request_duration_seconds", "From the turn that takes a request to its answer."),
-    "commits": ("commit_duration_seconds", "To commit a tick that writes."),
-    "lock_waits": ("lock_wait_seconds", "For another writer, where there was one."),
-    "ticks": ("tick_requests", "Requests in a tick that writes."),
-}
-
-
-def _expose_process(text: Exposition, registry: Registry) -> None:
-    metrics = registry.metrics
-    for name, help in COUNTERS.items():
-        text.family(f"hostenroll_{name}_total", "counter", help, metrics.counts[name])
-    text.head("hostenroll_refusals_total", "counter", "Refusals by code.")
-    for problem in problems():
-        refused = metrics.refusals[problem.code]
-        text.sample("hostenroll_refusals_total", refused, code=problem.code)
-    for name, (shown, help) in HISTOGRAMS.items():
-        text.histogram(f"hostenroll_{shown}", help, getattr(metrics, name))
-    open_now = metrics.open_connections
-    text.family("hostenroll_open_connections", "gauge", "Connections now.", open_now)
-    _expose_state(text, registry)
-
-
-def _expose_state(text: Exposition, registry: Registry) -> None:
-    text.head("hostenroll_database_bytes", "gauge", "Size of the database's files.")
-    for file, size in zip(("database", "wal"), registry.storage_bytes()):
-        text.sample("hostenroll_database_bytes", size, file=file)
-    is_good = int(not registry.key_trouble)
-    text.family("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", is_good)
+def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
+    metrics, family = registry.metrics, metric_family
+    for name, help in COUNTERS:
+        yield family(f"hostenroll_{name}_total", "counter", help, [("", metrics.counts[name])])
+    refusals = [(metric_labels(code=kind.code), metrics.refusals[kind.code]) for kind in problems()]
+    yield family("hostenroll_refusals_total", "counter", "Refusals by code.", refusals)
+    for name, shown, help in HISTOGRAMS:
+        samples = histogram_samples(getattr(metrics, name))
+        yield family(f"hostenroll_{shown}", "histogram", help, samples)
+    files = [metric_labels(file=file) for file in ("database", "wal")]
+    sizes = zip(files, registry.engine.file_sizes())
+    yield family("hostenroll_database_bytes", "gauge", "Size of the database's files.", sizes)
     python = ".".join(map(str, sys.version_info[:3]))
-    versions = {"version": __version__, "python": python, "sqlite": registry.sqlite_version}
-    text.family("hostenroll_build_info", "gauge", "What runs.", 1, **versions)
+    build = metric_labels(version=__version__, python=python, sqlite=registry.sqlite_version)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = used.ru_utime + used.ru_stime
-    text.family("process_cpu_seconds_total", "counter", "CPU time of the process.", cpu)
+    # fmt: off
+    for name, kind, help, end, value in (
+        ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
+        ("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", "",
+         int(not registry.keys.file.trouble)),
+        ("hostenroll_build_info", "gauge", "What runs.", build, 1),
+        ("process_cpu_seconds_total", "counter", "CPU time of the process.", "",
+         used.ru_utime + used.ru_stime),
+    ):
+        yield family(name, kind, help, [(end, value)])
+    # fmt: on
 
 
-Pending = Work  # a request that waits for the tick
-Admitted = Union[Response, Pending]
-
-
-def origin_of(request: Request) -> Origin:
-    """Where a request came from."""
-    return Origin(request.address, request.id)
-
-
-def _admit_user(
-    registry: Registry, request: Request, route: Route, identifier: str, now: int
-) -> Admitted:
-    """The order of refusals: 401, the role, query and body; then the handler, 404 and the rest."""
-    api_key, query = request.authorization, request.head.query
-    body = b"" if route.body is None else request.body  # what is not read is not kept
-    what = f"{route.method} {printable_path(request.head.path)}"
-    if not api_key:
-        raise ApiKeyMissing().concerning("anonymous", "", None, request=what)
-    registry.screen(lambda: registry.identify(api_key, what, request.address, now))
-    part = Part()
-
-    def run(now: int) -> Any:
-        by = registry.identify(api_key, what, request.address, now)
-        if route.caller == "admin" and by.role != "admin":
-            raise Forbidden().concerning(by.name, by.name, by.organization, request=what)
-        values = route.query.read(read_query(query))
-        if route.body is not None:
-            values = route.body.check(read_json(body or b"{}"))
-        return route.handle(registry, Call(by, read_id(identifier), values, now, part))
-
-    return Act(run, writes=route.method != "GET", origin=origin_of(request))
-
-
-def _read_idempotency_key(key: Optional[str]) -> Optional[str]:
-    try:
-        return None if key is None else IDEMPOTENCY_KEY.check(key)
-    except ValueError as error:
-        raise MalformedRequest(f"Idempotency-Key {error}.") from None
-
-
-def _admit_enrollment(
-    registry: Registry, request: Request, route: Route, identifier: str, now: int
-) -> Admitted:
-    key = _read_idempotency_key(request.head.idempotency_key)
-    facts = ENROLL_BODY.check(read_json(request.body))
-    applicant = Applicant(
-        token=facts["token"],
-        hostname=facts["hostname"],
-        name=facts.get("name"),
-        os=facts.get("os", ""),
-        architecture=facts.get("architecture", ""),
-        docker_version=facts.get("dockerVersion", ""),
-        idempotency_key=key,
-        address=request.address,
-    )
-    registry.screen(lambda: registry.prove_token(applicant, now))
-    return Act(
-        lambda now: _enrollment_response(registry, registry.enroll(applicant, now)),
-        origin=origin_of(request),
-    )
-
-
-GRANT_KINDS: Mapping[str, Kind] = {
-    "credential": CREDENTIAL,
-    "credentialExpiresAt": MAYBE_TIME,
-}
-ENROLLMENT_DOCUMENT = Shape(
-    *members(
-        hostId=ID_TEXT,
-        organizationId=SLUG,
-        name=NAME,
-        **GRANT_KINDS,
-        heartbeatIntervalSeconds=Whole(HEARTBEAT_INTERVAL_RANGE),
-    ),
-    name="Enrollment",
-)
-
-
-def _enrollment_response(registry: Registry, enrollment: Enrollment) -> Response:
-    host, grant = enrollment
-    document = {
-        "hostId": id_text(host.id),
-        "organizationId": host.organization_id,
-        "name": host.name,
-        **_grant_document(grant),
-        "heartbeatIntervalSeconds": registry.interval,
-    }
-    return json_response(201, document)
-
-
-def _grant_document(grant: Grant) -> Document:
-    expires_at = None if grant.expires_at is None else rfc3339(grant.expires_at * SECOND_MS)
-    return {"credential": grant.credential, "credentialExpiresAt": expires_at}
-
-
-def _admit_heartbeat(
-    registry: Registry, request: Request, route: Route, identifier: str, now: int
-) -> Admitted:
-    """A plain heartbeat, with nothing to tell and nothing to renew, goes with the others of its
-    tick in one statement; any other is an act."""
-    if not request.authorization:
-        raise CredentialMissing()
-    claims = registry.authenticate(request.authorization, now)
-    body = request.body
-    if (not body or body == b"{}") and not registry.is_due(claims, now):
-        return plain_beat(claims)
-
-    def run(now: int) -> Response:
-        beaten = registry.beat(claims, lambda: _read_facts(body or b"{}"), now)
-        return _beaten_response(registry, claims.host, beaten)
-
-    return Act(run, origin=origin_of(request))
-
-
-def _read_facts(body: bytes) -> Dict[str, Any]:
-    facts = HEARTBEAT_BODY.check(read_json(body))
-    if "dockerVersion" in facts:
-        facts["docker_version"] = facts.pop("dockerVersion")
-    return facts
-
-
-BEATEN_DOCUMENT = Shape(
-    *members(hostId=ID_TEXT, lastSeen=TIME, nextHeartbeatSeconds=Whole(BEAT_RANGE)),
-    *(Field(name, kind) for name, kind in GRANT_KINDS.items()),
-    name="Heartbeat",
-)
-
-
-def _plain_response(registry: Registry, host: int, last_seen: int) -> Response:
-    return _beaten_response(registry, host, Beaten(last_seen, None))
-
-
-@lru_cache(maxsize=16)
-def _plain_answer(last_seen: int, digits: int, seconds: int, closes: bool) -> bytes:
-    """The bytes of an answer to a plain heartbeat, but for the host and the digits of the interval:
-    _plain_response(), once for all that are answered together."""
-    body = b'{"hostId":"%%016x","lastSeen":"%b","nextHeartbeatSeconds":%%b}' % (
-        rfc3339(last_seen).encode("ascii")
-    )
-    length = len(body % (0, b"0" * digits))
-    return write_head(Response(200), seconds, closes, length) + body
-
-
-def _beaten_response(registry: Registry, host: int, beaten: Beaten) -> Response:
-    document = {
-        "hostId": id_text(host),
-        "lastSeen": rfc3339(beaten.last_seen),
-        "nextHeartbeatSeconds": registry.next_heartbeat(),
-    }
-    if beaten.grant is not None:
-        document.update(_grant_document(beaten.grant))
-    return json_response(200, document)
-
-
-HEALTH_DOCUMENT = Shape(*members(status=Choice("ok")))
-READINESS_DOCUMENT = Shape(*members(status=Choice("ready")))
-
-
-def _admit_health(*_: object) -> Admitted:
-    return json_response(200, {"status": "ok"})
-
-
-def _admit_readiness(registry: Registry, *_: object) -> Admitted:
-    """Ready is who can write: so it writes. Bad keys refuse nobody yet, and a restart would."""
-
-    def run(now: int) -> Response:
-        registry.keep_alive(now)
-        if registry.key_trouble:
-            raise StorageUnavailable(
-                "The key file is missing or bad. The keys that were loaded before are in use; the "
-                "log says what is wrong."
-            )
-        return json_response(200, {"status": "ready"})
-
-    return Act(run, durable=False)
-
-
-def _admit_openapi(*_: object) -> Admitted:
-    return Response(200, _openapi_json())
-
+# Answers that are the same for every request.
 
 SHELL_SCRIPT = "text/x-shellscript; charset=utf-8"
-
-
-def _admit_agent_script(*_: object) -> Admitted:
-    return Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)
-
-
 HTML = "text/html; charset=utf-8"
 
 
-def _source(text: str) -> str:
-    """What a content security policy calls a text that stands in the document."""
-    return f"'sha256-{base64.b64encode(fingerprint(text)).decode('ascii')}'"
-
-
 @lru_cache(maxsize=1)
-def _page() -> Response:
-    """The page. Whatever a name could put into it, a browser would run, load and send nothing of
-    it; and no other site can show it in a frame."""
+def _page_response() -> Response:
+    """The page. Its policy lets a browser run, load and send nothing but the page's own texts,
+    whatever a host's name might put into it, and no other site can show it in a frame."""
+
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(sha256(text)).decode('ascii')}'"
+
     policy = {
         "default-src": "'none'",
-        "script-src": _source(PAGE_SCRIPT),
-        "style-src": _source(PAGE_STYLE),
+        "script-src": source(PAGE_SCRIPT),
+        "style-src": source(PAGE_STYLE),
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",
@@ -8404,68 +7516,64 @@ def _page() -> Response:
     return Response(200, page().encode("utf-8"), HTML, headers)
 
 
-def _admit_page(*_: object) -> Admitted:
-    return _page()
-
-
-def _unhandled(registry: Registry, call: Call) -> Response:
-    raise NotImplementedError  # a route that is not the user API's has no handler
+# The rows.
 
 
 class Caller(NamedTuple):
-    """Who may call a route: how that is shown, and what it is refused for."""
+    """Who may call an operation: its tag in OpenAPI, and what it is refused for."""
 
     tag: str
     scheme: Optional[str]  # of SECURITY_SCHEMES
-    problems: Tuple[Type[Problem], ...]
+    problems: tuple[type[Problem], ...]
 
 
+# fmt: off
+TOKEN_PROBLEMS = (TokenUnknown, TokenExpired, TokenRevoked, TokenUsed, TokenHostMismatch,
+                  TooManyRequests)
+CREDENTIAL_PROBLEMS = (CredentialMissing, CredentialInvalid, CredentialExpired,
+                       CredentialSuperseded)
 AGENT_PROBLEMS = (HostRevoked, HostUnknown, StorageUnavailable)
-TOKEN_PROBLEMS = (
-    TokenUnknown,
-    TokenExpired,
-    TokenRevoked,
-    TokenUsed,
-    TokenHostMismatch,
-    TooManyRequests,
-)
-CREDENTIAL_PROBLEMS = (
-    CredentialMissing,
-    CredentialInvalid,
-    CredentialExpired,
-    CredentialSuperseded,
-)
 USER_PROBLEMS = (ApiKeyInvalid, InvalidQuery, TooManyRequests, StorageUnavailable)
 CALLERS = {
-    "open": Caller("open", None, ()),
-    "token": Caller("agent", None, (*TOKEN_PROBLEMS, *AGENT_PROBLEMS)),
+    "open":       Caller("open", None, ()),
+    "token":      Caller("agent", None, (*TOKEN_PROBLEMS, *AGENT_PROBLEMS)),
     "credential": Caller("agent", "credential", (*CREDENTIAL_PROBLEMS, *AGENT_PROBLEMS)),
-    "viewer": Caller("user", "apiKey", USER_PROBLEMS),
-    "admin": Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
+    "viewer":     Caller("user", "apiKey", USER_PROBLEMS),  # any API key
+    "admin":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
 }
+# fmt: on
 
 
-class Route(NamedTuple):
-    """One method of one path: who may call it, what it takes, what is done, and what comes of
-    it."""
+class Operation(NamedTuple):
+    """Something that can be asked for: by HTTP, by the command of the same name, or by both."""
 
-    name: str  # as a command's, where one does the same
-    method: str
+    name: str
+    method: str  # "": it is a command only
     path: str
-    caller: str  # of CALLERS: viewer is any API key
+    caller: str  # of CALLERS
+    rule: Union[str, Callable[[Registry, Call, int], Any]]  # by name: a noun's method
     summary: str
-    admit: Callable[[Registry, Request, Route, str, int], Admitted] = _admit_user
-    handle: Callable[[Registry, Call], Any] = _unhandled  # a Response, or UNFINISHED
-    body: Optional[Shape] = None
-    query: Shape = NOTHING
-    headers: Shape = NOTHING
+    body: Optional[Schema] = None
+    query: Schema = NO_MEMBERS
+    headers: Schema = NO_MEMBERS
     status: int = 200
-    answer: Optional[Shape] = None  # None: text, or nothing where the status says so
+    answer: Optional[Document] = None  # of what the rule returns, or of each item of a list
+    list_of: str = ""  # the rule returns a Page: the member that holds its items
+    columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 11 knows
     content_type: str = JSON
-    raises: Tuple[Type[Problem], ...] = ()  # beside what problems() knows
+    raises: tuple[type[Problem], ...] = ()  # beside what problems() adds
+    writes: bool = True
+    durable: bool = True  # what it writes is on the disk before the answer
+    static: Optional[Callable[[], Response]] = None  # the answer, where the rule is ""
 
-    def problems(self) -> List[Type[Problem]]:
-        """What it can be refused for, in the order of status and code."""
+    def run(self, registry: Registry, call: Call, now: int) -> Any:
+        """Run the rule, such as registry.tokens.mint(call, now); its record."""
+        if isinstance(self.rule, str):
+            return attrgetter(self.rule)(registry)(call, now)
+        return self.rule(registry, call, now)
+
+    def problems(self) -> list[type[Problem]]:
+        """What HTTP may refuse it for, by status and code."""
         raised = {Problem, *CALLERS[self.caller].problems, *self.raises}
         if "{id}" in self.path:
             raised.add(NotFound)
@@ -8473,278 +7581,168 @@ class Route(NamedTuple):
             raised.add(InvalidBody)
         return [kind for kind in problems() if kind in raised or issubclass(kind, Unframed)]
 
+    def document(self, record: Any) -> dict[str, Any]:
+        """The answer, of what the rule returned."""
+        assert self.answer is not None
+        if not self.list_of:
+            return self.answer.of(record)
+        items = list(map(self.answer.of, record.items))
+        return {self.list_of: items, "nextCursor": _or_null(id_text)(record.next)}
 
-ROUTES = (
-    Route(
-        "enroll",
-        "POST",
-        "/api/agent/enroll",
-        "token",
-        "Exchange a token for a host",
-        _admit_enrollment,
-        body=ENROLL_BODY,
-        headers=ENROLL_HEADERS,
-        status=201,
-        answer=ENROLLMENT_DOCUMENT,
-    ),
-    Route(
-        "beat",
-        "POST",
-        "/api/agent/heartbeat",
-        "credential",
-        "Say that a host lives",
-        _admit_heartbeat,
-        body=HEARTBEAT_BODY,
-        answer=BEATEN_DOCUMENT,
-    ),
-    Route(
-        "mint-token",
-        "POST",
-        "/api/hosts/tokens",
-        "admin",
-        "Mint a token",
-        handle=_post_token,
-        body=MINT_BODY,
-        status=201,
-        answer=MINTED_TOKEN_DOCUMENT,
-        raises=(NotFound,),
-    ),
-    Route(
-        "list-tokens",
-        "GET",
-        "/api/hosts/tokens",
-        "viewer",
-        "List tokens",
-        handle=TOKENS.go_on,
-        query=TOKENS_QUERY,
-        answer=TOKENS_DOCUMENT,
-    ),
-    Route(
-        "show-token",
-        "GET",
-        "/api/hosts/tokens/{id}",
-        "viewer",
-        "Show a token",
-        handle=_get_token,
-        answer=TOKEN_DOCUMENT,
-    ),
-    Route(
-        "revoke-token",
-        "DELETE",
-        "/api/hosts/tokens/{id}",
-        "admin",
-        "Revoke a token",
-        handle=_delete_token,
-        status=204,
-    ),
-    Route(
-        "list-hosts",
-        "GET",
-        "/api/hosts",
-        "viewer",
-        "List hosts",
-        handle=HOSTS.go_on,
-        query=HOSTS_QUERY,
-        answer=HOSTS_DOCUMENT,
-        raises=(NotFound,),
-    ),
-    Route(
-        "show-host",
-        "GET",
-        "/api/hosts/{id}",
-        "viewer",
-        "Show a host",
-        handle=_get_host,
-        answer=HOST_DOCUMENT,
-    ),
-    Route(
-        "edit-host",
-        "PATCH",
-        "/api/hosts/{id}",
-        "admin",
-        "Name or label a host",
-        handle=_patch_host,
-        body=EDIT_BODY,
-        answer=HOST_DOCUMENT,
-    ),
-    Route(
-        "delete-host",
-        "DELETE",
-        "/api/hosts/{id}",
-        "admin",
-        "Delete a host",
-        handle=_delete_host,
-        status=204,
-    ),
-    Route(
-        "revoke-host",
-        "POST",
-        "/api/hosts/{id}/revoke",
-        "admin",
-        "Shut a host out",
-        handle=_post_revoke,
-        body=NOTHING,
-        answer=HOST_DOCUMENT,
-    ),
-    Route(
-        "restore-host",
-        "POST",
-        "/api/hosts/{id}/restore",
-        "admin",
-        "Let it in again",
-        handle=_post_restore,
-        body=NOTHING,
-        answer=HOST_DOCUMENT,
-    ),
-    Route(
-        "reenroll-host",
-        "POST",
-        "/api/hosts/{id}/reenroll",
-        "admin",
-        "Mint a token for a host that exists",
-        handle=_post_reenroll,
-        body=REENROLL_BODY,
-        status=201,
-        answer=MINTED_TOKEN_DOCUMENT,
-    ),
-    Route(
-        "show-audit",
-        "GET",
-        "/api/audit",
-        "viewer",
-        "List what happened",
-        handle=EVENTS.go_on,
-        query=AUDIT_QUERY,
-        answer=EVENTS_DOCUMENT,
-        raises=(NotFound,),
-    ),
-    Route(
-        "show-me",
-        "GET",
-        "/api/me",
-        "viewer",
-        "Show whose the API key is",
-        handle=_get_me,
-        answer=ME_DOCUMENT,
-    ),
-    Route(
-        "show-service",
-        "GET",
-        "/api/service",
-        "viewer",
-        "Show how hosts find the server",
-        handle=_get_service,
-        answer=SERVICE_DOCUMENT,
-    ),
-    Route(
-        "metrics",
-        "GET",
-        "/metrics",
-        "viewer",
-        "Count, for Prometheus",
-        handle=_get_metrics,
-        content_type=Exposition.CONTENT_TYPE,
-    ),
-    Route(
-        "health",
-        "GET",
-        "/healthz",
-        "open",
-        "Whether the server answers",
-        _admit_health,
-        answer=HEALTH_DOCUMENT,
-    ),
-    Route(
-        "readiness",
-        "GET",
-        "/readyz",
-        "open",
-        "Whether it can do its work",
-        _admit_readiness,
-        answer=READINESS_DOCUMENT,
-        raises=(StorageUnavailable,),
-    ),
-    Route(
-        "openapi",
-        "GET",
-        "/openapi.json",
-        "open",
-        "Describe this API in OpenAPI 3.1",
-        _admit_openapi,
-        answer=ANYTHING,
-    ),
-    Route(
-        "agent-script",
-        "GET",
-        "/agent.sh",
-        "open",
-        "The agent, for a host with sh and curl",
-        _admit_agent_script,
-        content_type=SHELL_SCRIPT,
-    ),
-    Route("page", "GET", "/", "open", "Show all of this to people", _admit_page, content_type=HTML),
+    def response(self, record: Any) -> Response:
+        """The same as the answer of HTTP."""
+        if self.status == HTTPStatus.NO_CONTENT:
+            return Response(self.status)
+        if self.answer is None:
+            return Response(self.status, record.encode("utf-8"), self.content_type)
+        return json_response(self.status, self.document(record))
+
+    def schema(self) -> Optional[Schema]:
+        """The schema of document(); None for an answer that is text, or empty."""
+        if self.answer is None or self.status == HTTPStatus.NO_CONTENT:
+            return None
+        item = self.answer.schema
+        if not self.list_of:
+            return item
+        items = ListOf(ObjectOf(item), PAGE_MAXIMUM)
+        members = {self.list_of: items, "nextCursor": Nullable(CURSOR)}
+        return Schema(*required(**members), name=f"{item.name}List")
+
+
+# fmt: off
+OPERATIONS = (
+    Operation("enroll", "POST", "/api/agent/enroll", "token", "enrollments.enroll",
+              "exchange a token for a host",
+              body=ENROLL_BODY, headers=ENROLL_HEADERS, status=201, answer=ENROLLMENT),
+    Operation("beat", "POST", "/api/agent/heartbeat", "credential", "heartbeats.beat",
+              "report that a host is alive", body=HEARTBEAT_BODY, answer=HEARTBEAT),
+    Operation("mint-token", "POST", "/api/hosts/tokens", "admin", "tokens.mint",
+              "make an enrollment token",
+              body=MINT_BODY, status=201, answer=MINTED_TOKEN, raises=(NotFound,)),
+    Operation("list-tokens", "GET", "/api/hosts/tokens", "viewer", "tokens.list",
+              "list tokens, the newest first",
+              writes=False, query=TOKENS_QUERY, answer=TOKEN, list_of="tokens",
+              columns=("id", "state", "uses", "expiresAt", "description", "organizationId")),
+    Operation("show-token", "GET", "/api/hosts/tokens/{id}", "viewer", "tokens.get",
+              "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
+    Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
+              "make a token useless", status=204, answer=TOKEN),
+    Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
+              "list hosts, the newest first",
+              writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts", raises=(NotFound,),
+              columns=("id", "name", "status", "lastSeen", "labels", "hostname", "organizationId")),
+    Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
+              "show a host and why it has its status", writes=False, answer=HOST),
+    Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
+              "name or label a host", body=EDIT_BODY, answer=HOST),
+    Operation("delete-host", "DELETE", "/api/hosts/{id}", "admin", "hosts.delete",
+              "remove a host; it must enroll again", status=204, answer=DELETED_HOST),
+    Operation("revoke-host", "POST", "/api/hosts/{id}/revoke", "admin", "hosts.revoke",
+              "shut a host out until restored", body=NO_MEMBERS, answer=HOST),
+    Operation("restore-host", "POST", "/api/hosts/{id}/restore", "admin", "hosts.restore",
+              "let a revoked host in again", body=NO_MEMBERS, answer=HOST),
+    Operation("reenroll-host", "POST", "/api/hosts/{id}/reenroll", "admin", "tokens.reenroll",
+              "make a token that gives a host a new credential",
+              body=REENROLL_BODY, status=201, answer=MINTED_TOKEN),
+    Operation("show-audit", "GET", "/api/audit", "viewer", "audit.list",
+              "list what happened, the newest first",
+              writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events", raises=(NotFound,),
+              columns=("number", "when", "action", "code", "subject", "actor", "address", "detail",
+                       "time")),
+    Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
+              "show the role and organization of the API key", writes=False, answer=ME),
+    Operation("show-service", "GET", "/api/service", "viewer",
+              lambda registry, call, now: service_place(registry.service.get()),
+              "show how hosts find the server", writes=False, answer=SERVICE),
+    Operation("metrics", "GET", "/metrics", "viewer", _metrics,
+              "count, for Prometheus", writes=False, content_type=EXPOSITION),
+    Operation("health", "GET", "/healthz", "open", "", "whether the server answers",
+              static=lambda: json_response(200, HEALTH.of(None)), answer=HEALTH),
+    Operation("readiness", "GET", "/readyz", "open", "service.ready", "whether it can do its work",
+              durable=False, answer=READINESS, raises=(StorageUnavailable,)),
+    Operation("openapi", "GET", "/openapi.json", "open", "", "print the API in OpenAPI 3.1",
+              static=lru_cache(lambda: json_response(200, openapi_document())),
+              answer=Document("", open=True)),
+    Operation("agent-script", "GET", "/agent.sh", "open", "",
+              "print the agent, for a host with sh and curl", content_type=SHELL_SCRIPT,
+              static=lambda: Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)),
+    Operation("page", "GET", "/", "open", "", "show all of this to people",
+              static=_page_response, content_type=HTML),
+    # Commands only: who may run them has the key file, or could read the database anyway.
+    Operation("add-org", "", "", "admin", "organizations.add",
+              "add an organization", body=ORGANIZATION_BODY, answer=ORGANIZATION),
+    Operation("list-orgs", "", "", "admin", "organizations.list", "list organizations",
+              writes=False, answer=ORGANIZATION, list_of="organizations",
+              columns=("id", "createdAt")),
+    Operation("mint-api-key", "", "", "admin", "api_keys.mint",
+              "make a key for the user API", body=API_KEY_BODY, answer=MINTED_API_KEY),
+    Operation("list-api-keys", "", "", "admin", "api_keys.list", "list API keys",
+              writes=False, answer=API_KEY, list_of="apiKeys",
+              columns=("id", "role", "organizationId", "state", "createdAt", "description")),
+    Operation("revoke-api-key", "", "", "admin", "api_keys.revoke",
+              "make an API key useless", answer=API_KEY),
+    Operation("list-signing-keys", "", "", "admin", "keys.list",
+              "list the keys that sign credentials",
+              writes=False, answer=SIGNING_KEY, list_of="signingKeys",
+              columns=("kid", "state", "hosts", "createdAt", "retiredAt")),
+    Operation("rotate-signing-key", "", "", "admin", "keys.rotate",
+              "sign with a new key from now on", answer=SIGNING_KEY),
+    Operation("retire-signing-key", "", "", "admin", "keys.retire",
+              "accept no credential of a key any longer", body=RETIRE_BODY, answer=SIGNING_KEY),
 )
+# fmt: on
+OPERATION = {operation.name: operation for operation in OPERATIONS}
+HTTP_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.path)
+BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
+REFUSED_BEAT = BEAT._replace(durable=False)  # with a bad body: there is nothing to keep of it
 
-# The OpenAPI document says what ROUTES, the shapes and the problems say, and nothing else.
+
+# The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
 
 TAGS = {
     "agent": "What a machine calls, with a token and then with its credential.",
     "user": "What operators and their programs call, with an API key.",
-    "open": "What anybody may call.",
+    "open": "What needs no secret.",
 }
 SECURITY_SCHEMES = {
     "apiKey": {"type": "http", "scheme": "bearer", "bearerFormat": "hak_..."},
     "credential": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
 }
-NAMED_SHAPES = (
-    TOKEN_DOCUMENT,
-    MINTED_TOKEN_DOCUMENT,
-    TOKENS_DOCUMENT,
-    HOST_DOCUMENT,
-    HOSTS_DOCUMENT,
-    EVENT_DOCUMENT,
-    EVENTS_DOCUMENT,
-    ME_DOCUMENT,
-    SERVICE_DOCUMENT,
-    ENROLLMENT_DOCUMENT,
-    BEATEN_DOCUMENT,
-)
-HEADERS: Mapping[str, Kind] = {
-    "Retry-After": Whole((0, DAY), "seconds"),
+HEADER_TYPES: Mapping[str, FieldType] = {
+    "Retry-After": Integer((0, DAY), "seconds"),
     "WWW-Authenticate": Text(255, 1),
 }
-FIELD_ERROR = Shape(*members(field=Text(64), detail=SENTENCE), name="FieldError")
+ID_PATH = Schema(*required(id=ID_TEXT))
+FIELD_ERROR = Schema(*required(field=Text(64), detail=SENTENCE), name="FieldError")
 
 
-def problem_shape(kind: Type[Problem]) -> Shape:
-    """What Problem.document() gives."""
+def problem_schema(kind: type[Problem]) -> Schema:
+    """The schema of Problem.document()."""
     errors = ListOf(ObjectOf(FIELD_ERROR), ERRORS_NAMED)
-    return Shape(
-        *members(
+    return Schema(
+        *required(
             type=Choice(f"urn:hostenroll:problem:{kind.code}"),
             title=Choice(kind.title),
-            status=Whole((kind.status, kind.status)),
+            status=Integer((kind.status, kind.status)),
             detail=SENTENCE,
             code=Choice(kind.code),
         ),
-        *(members(errors=errors) if kind.names_errors else ()),
+        *(required(errors=errors) if kind.names_errors else ()),
         name=kind.code,
     )
 
 
-def _refusals(route: Route) -> Iterator[Tuple[int, str, List[Type[Problem]]]]:
-    """For each status: what its response is called, and the problems that have it."""
-    by_status: Dict[int, List[Type[Problem]]] = {}
-    for kind in route.problems():
-        by_status.setdefault(kind.status, []).append(kind)
-    for status, kinds in by_status.items():
-        yield status, "-or-".join(kind.code for kind in kinds), kinds
+def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Problem]]]]:
+    """For each status: the name of its response, and the problems that have it."""
+    for status, kinds in groupby(operation.problems(), attrgetter("status")):
+        group = list(kinds)
+        yield status, "-or-".join(kind.code for kind in group), group
 
 
-def _refusal_response(kinds: Sequence[Type[Problem]]) -> Document:
-    named = {name for kind in kinds for name, _ in kind().headers()}
-    headers = {n: {"required": True, "schema": HEADERS[n].schema()} for n in sorted(named)}
-    schemas = [problem_shape(kind).reference() for kind in kinds]
+def _refusal_response(kinds: Sequence[type[Problem]]) -> dict[str, Any]:
+    names = sorted({name for kind in kinds for name, _ in kind().headers()})
+    headers = {n: {"required": True, "schema": HEADER_TYPES[n].json_schema()} for n in names}
+    schemas = [problem_schema(kind).reference() for kind in kinds]
     schema = schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
     return {
         "description": "\n\n".join(f"{kind.code}: {kind.remedy}" for kind in kinds),
@@ -8753,87 +7751,77 @@ def _refusal_response(kinds: Sequence[Type[Problem]]) -> Document:
     }
 
 
-def _success_response(route: Route) -> Document:
-    response: Document = {"description": HTTPStatus(route.status).phrase}
-    if route.status != HTTPStatus.NO_CONTENT:
-        schema = {"type": "string"} if route.answer is None else route.answer.reference()
-        response["content"] = {route.content_type: {"schema": schema}}
-    return response
-
-
-def _operation(route: Route) -> Document:
-    tag, scheme, _ = CALLERS[route.caller]
-    operation: Document = {
-        "operationId": route.name,
-        "summary": route.summary,
+def _openapi_operation(operation: Operation) -> dict[str, Any]:
+    tag, scheme, _ = CALLERS[operation.caller]
+    document: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
         "tags": [tag],
         "security": [{scheme: []}] if scheme else [],
         "parameters": [
-            *(ID_PATH.parameters("path") if "{id}" in route.path else ()),
-            *route.query.parameters("query"),
-            *route.headers.parameters("header"),
+            *(ID_PATH.parameters("path") if "{id}" in operation.path else ()),
+            *operation.query.parameters("query"),
+            *operation.headers.parameters("header"),
         ],
     }
-    if route.body is not None:
-        schema = route.body.schema()
-        required, content = bool(schema["required"]), {JSON: {"schema": schema}}
-        operation["requestBody"] = {"required": required, "content": content}
-    refusals = {
-        str(status): {"$ref": f"#/components/responses/{name}"}
-        for status, name, _ in _refusals(route)
-    }
-    operation["responses"] = {str(route.status): _success_response(route), **refusals}
-    return operation
+    if operation.body is not None:
+        schema = operation.body.json_schema()
+        content = {JSON: {"schema": schema}}
+        document["requestBody"] = {"required": bool(schema["required"]), "content": content}
+    success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
+    if operation.status != HTTPStatus.NO_CONTENT:
+        answer = operation.schema()
+        reference = {"type": "string"} if answer is None else answer.reference()
+        success["content"] = {operation.content_type: {"schema": reference}}
+    document["responses"] = {str(operation.status): success}
+    for status, name, _ in _refusals(operation):
+        document["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
+    return document
 
 
-def openapi_document() -> Document:
-    """The API in OpenAPI 3.1."""
-    paths: Dict[str, Document] = {}
-    responses: Document = {}
-    raised = set()
-    for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-        for _, name, kinds in _refusals(route):
+def openapi_document() -> dict[str, Any]:
+    """The HTTP API in OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    responses: dict[str, Any] = {}
+    schemas: dict[str, Schema] = {}
+    for operation in HTTP_OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _openapi_operation(
+            operation
+        )
+        schema = operation.schema()
+        if operation.answer is not None and schema is not None:
+            schemas.update({one.name: one for one in (operation.answer.schema, schema) if one.name})
+        for _, name, kinds in _refusals(operation):
             responses[name] = _refusal_response(kinds)
-            raised.update(kinds)
-    refused = [problem_shape(kind) for kind in problems() if kind in raised]
-    shapes = (*NAMED_SHAPES, *refused, FIELD_ERROR)
+            schemas.update({kind.code: problem_schema(kind) for kind in kinds})
+    schemas[FIELD_ERROR.name] = FIELD_ERROR
     return {
         "openapi": "3.1.0",
         "info": {"title": "hostenroll", "version": __version__},
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": {shape.name: shape.schema() for shape in shapes},
+            "schemas": {name: schema.json_schema() for name, schema in schemas.items()},
             "responses": responses,
             "securitySchemes": SECURITY_SCHEMES,
         },
     }
 
 
-@lru_cache(maxsize=1)
-def _openapi_json() -> bytes:
-    return write_json(openapi_document())
+# From a method and a path to an operation.
+
+Methods = dict[str, Operation]
+PATHS: dict[str, Methods] = {}
+for _operation in HTTP_OPERATIONS:
+    PATHS.setdefault(_operation.path, {})[_operation.method] = _operation
+for _methods in PATHS.values():
+    if "GET" in _methods:
+        _methods["HEAD"] = _methods["GET"]
+ALL_METHODS = list(dict.fromkeys(chain.from_iterable(PATHS.values())))
+SEGMENTS_MAXIMUM = max(path.count("/") for path in PATHS) + 1  # a longer path matches nothing
 
 
-Methods = Dict[str, Route]
-
-
-def _table(routes: Sequence[Route]) -> Dict[str, Methods]:
-    paths: Dict[str, Methods] = {}
-    for route in routes:
-        paths.setdefault(route.path, {})[route.method] = route
-    for methods in paths.values():
-        if "GET" in methods:
-            methods["HEAD"] = methods["GET"]
-    return paths
-
-
-PATHS = _table(ROUTES)
-SEGMENTS_MAXIMUM = max(path.count("/") for path in PATHS) + 1  # more of them match nothing
-
-
-def _find_path(path: str) -> Tuple[Methods, str]:
+def _find_path(path: str) -> tuple[Methods, str]:
     if path in PATHS:
         return PATHS[path], ""
     segments = path.split("/", SEGMENTS_MAXIMUM)
@@ -8844,49 +7832,30 @@ def _find_path(path: str) -> Tuple[Methods, str]:
     raise NotFound("There is nothing at this path.")
 
 
-def allow(methods: Methods) -> Tuple[Tuple[str, str], ...]:
-    """The Allow header field of a path."""
+def _allow(methods: Iterable[str]) -> Headers:
     return (("Allow", ", ".join([*methods, "OPTIONS"])),)
 
 
 @lru_cache(maxsize=256)  # a path may be 16 KiB long
-def find_route(method: str, path: str) -> Tuple[Route, str]:
-    """The route of a request, and the id in its path. Raises NotFound, MethodNotAllowed,
+def find_operation(method: str, path: str) -> tuple[Operation, str]:
+    """The operation of a request, and the id in its path. Raises NotFound, MethodNotAllowed,
     UnknownMethod."""
     if method not in METHODS:
         raise UnknownMethod()
     methods, identifier = _find_path(path)
     if method not in methods:
-        raise MethodNotAllowed(headers=allow(methods))
+        raise MethodNotAllowed(headers=_allow(methods))
     return methods[method], identifier
 
 
-def _answer_options(path: str) -> Response:
-    everything = {method: route for methods in PATHS.values() for method, route in methods.items()}
-    return Response(204, headers=allow(everything if path == "*" else _find_path(path)[0]))
-
-
-def read_query(query: str) -> List[Tuple[str, str]]:
-    """The parameters of a query. Raises InvalidQuery."""
-    try:
-        return parse_qsl(
-            query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAXIMUM
-        )
-    except ValueError:
-        raise InvalidQuery(
-            f"A query is at most {PARAMETERS_MAXIMUM} parameters, percent-encoded in UTF-8."
-        ) from None
-
-
-END_OF_LINE = b"\r\n"
-Heard = Tuple[PlainBeat, Head]
+# The fast path of heartbeats.
 
 
 @lru_cache(maxsize=HEADS_CACHED)
-def _plain_head(before: bytes, after: bytes) -> Optional[Head]:
-    """The head of a plain heartbeat, of which the credential has been cut out between the two;
-    None if they are anything else. It must have stood in the head's one Authorization: a body or
-    a trailer may have a line that looks like it."""
+def _heartbeat_head(before: bytes, after: bytes) -> Optional[Head]:
+    """Parse a heartbeat whose credential was cut out between before and after. None unless that gap
+    is the head's one Authorization (a body or a trailer may hold a line that looks like one) and
+    the rest is a whole plain heartbeat."""
     if b"\r\n\r\n" in before:
         return None
     reader = RequestReader()
@@ -8894,481 +7863,1008 @@ def _plain_head(before: bytes, after: bytes) -> Optional[Head]:
         request = reader.next(before + AUTHORIZATION + b"\r\n" + after)
         if request is None or reader.buffer or request.body not in (b"", b"{}"):
             return None
-        route, _ = find_route(request.head.method, request.head.path)
+        operation, _ = find_operation(request.head.method, request.head.path)
     except Problem:
         return None
-    return request.head if route.admit is _admit_heartbeat else None
+    return request.head if operation is BEAT else None
 
 
-class ShortWay:
-    """How plain heartbeats are heard. Agents send the same bytes with every beat, and a fleet's
-    differ in the credential alone, and there only after the opening. So what stands around it is
-    read once, and each credential is verified once.
+_tuple_of = tuple.__new__  # a NamedTuple's own constructor takes twice as long
 
-    A newcomer takes nobody's place: a fleet beats in turn, so of one that is larger than the cache
-    whoever was heard longest ago is the next. Now and then all is forgotten: nothing stays that
-    nobody sends any more.
+
+class HeartbeatFastPath:
+    """Recognizes plain heartbeats without parsing them.
+
+    An agent sends the same bytes with every heartbeat, and a fleet's heads differ only in the
+    credential, of which the header and the first claim are the same for all: the opening. So the
+    bytes around the credential are compared with those of the heartbeat before, and parsed only
+    when they are others; and a credential is verified once an hour, then found in a dict.
+
+    The dict is by what follows the opening. It evicts nothing: hosts beat in rotation, so in an LRU
+    smaller than the fleet each entry would be evicted just before its next use. It is cleared once
+    an hour, with every change of the keys, and when the clock is set.
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self.forget(0)
+    def __init__(self, keys: SigningKeys) -> None:
+        self._keys = keys
+        self.clear(0)
 
-    def forget(self, now: int) -> None:
-        """Begin anew, with the keys as they are. They come last: where there is no memory for the
-        rest, it is to be done again."""
-        self._known: Dict[bytes, Standing] = {}  # by what follows the opening
-        self._standings: Dict[Standing, Standing] = {}  # each of them once
-        # Of the last that was heard: the next one looks the same, most often.
-        self._before, self._after, self._head = b"\0", b"", NOBODYS.head  # like none at first
+    def clear(self, now: int) -> None:
+        """Forget everything, and go by the keys as they are now. now: Unix ms."""
+        self._verified: dict[bytes, CredentialRef] = {}
+        self._refs: dict[CredentialRef, CredentialRef] = {}  # one object for all that are equal
+        # Around the credential of the heartbeat before; at first, no request begins like this.
+        self._before, self._after, self._head = b"\0", b"", INTERNAL_REQUEST.head
+        self._gap = slice(1, 0)  # the place of what follows the opening
         self._since, self._until = now, now + CREDENTIALS_KEPT_MS
-        keyring = self._registry.keyring
-        self._opening = BEARER + keyring.first.opening
-        self._keyring = keyring
+        self._keyring = self._keys.keyring
+        self._opening = BEARER + self._keyring.first.opening
 
-    def hear(self, data: bytes, now: int) -> Optional[Heard]:
-        """What is heard, if data is a whole plain heartbeat and nothing else. None for all that
-        goes the long way: to be read, admitted, perhaps refused."""
-        if self._registry.keyring is not self._keyring or not self._since <= now < self._until:
-            self.forget(now)
-        rest = END_OF_LINE
+    def match(
+        self, data: bytes, reader: RequestReader, now: int
+    ) -> Optional[tuple[Heartbeat, Head]]:
+        """The heartbeat, if data is one whole plain heartbeat with a good credential that is not
+        due for renewal; None for everything else, which is then parsed and admitted. data: what
+        arrived on the connection of the reader, which is between two requests. now: Unix ms."""
+        if self._keys.keyring is not self._keyring or not self._since <= now < self._until:
+            self.clear(now)
+        address = reader.peer
+        if reader.proxies:
+            end = data.find(b"\r\n\r\n")
+            head, address = split_forwarded(data[:end], reader.proxies, address)
+            data = head + data[end:]
+        rest = b"\r\n"
         if data.startswith(self._before) and data.endswith(self._after):
-            rest = data[len(self._before) : -len(self._after)]
-        standing = self._known.get(rest)
-        if standing is None:
-            if END_OF_LINE in rest:  # it does not look the same, or has more lines
+            rest = data[self._gap]
+        ref = self._verified.get(rest)
+        if ref is None:
+            if b"\r\n" in rest:  # other bytes around it, or more lines
                 rest = self._cut(data)
-            if not rest:
+            ref = self._verified.get(rest) or self._verify(rest, now)
+            if ref is None:
                 return None
-            standing = self._known.get(rest) or self._learn(rest, now)
-            if standing is None:
-                return None
-        return (host_of(rest), standing), self._head
+        origin = _tuple_of(Origin, (address, reader.connection, reader.number))
+        return _tuple_of(Heartbeat, (host_of(rest), ref, origin)), self._head
 
     def _cut(self, data: bytes) -> bytes:
-        """The rest of the credential, of a plain heartbeat; nothing of anything else."""
+        """What follows the opening of the credential in a plain heartbeat; empty for all else."""
         before, opening, behind = data.partition(self._opening)
-        rest, end, after = behind.partition(END_OF_LINE)
+        rest, end, after = behind.partition(b"\r\n")
         if not after or len(before) + len(after) > HEAD_CACHED_MAXIMUM:
             return b""
-        head = _plain_head(before, after)
+        head = _heartbeat_head(before, after)
         if head is None:
             return b""
         self._before, self._after, self._head = before + opening, end + after, head
+        self._gap = slice(len(self._before), -len(self._after))
         return rest
 
-    def _learn(self, rest: bytes, now: int) -> Optional[Standing]:
-        """Verify a credential, and keep it if it needs no renewal for as long: only what was
-        signed is kept, so junk cannot push out the fleet."""
-        keyring, is_due = self._registry.keyring, self._registry.is_due
-        claims = keyring.read(keyring.first.opening + rest)
-        if claims is None or is_due(claims, now):
+    def _verify(self, rest: bytes, now: int) -> Optional[CredentialRef]:
+        """Verify a credential, and keep it unless it becomes due for renewal before the next
+        clear(). Only what we signed is kept, so junk cannot fill the dict."""
+        if not rest:
             return None
-        _, standing = plain_beat(claims)
-        if len(self._known) < CREDENTIALS_CACHED and not is_due(claims, self._until):
-            self._known[rest] = self._standings.setdefault(standing, standing)
-        return standing
+        keys = self._keys
+        claims = keys.keyring.verify(keys.keyring.first.opening + rest)
+        if claims is None or keys.is_due(claims, now):
+            return None
+        ref = heartbeat_of(claims, LOCAL).credential
+        if len(self._verified) < CREDENTIALS_CACHED and not keys.is_due(claims, self._until):
+            ref = self._verified[rest] = self._refs.setdefault(ref, ref)
+        return ref
+
+
+@lru_cache(maxsize=16)  # of one tick, and of intervals with more digits
+def _heartbeat_template(last_seen: int, digits: int, seconds: int, closes: bool) -> bytes:
+    """The whole answer to a plain heartbeat, written as any other, with places for the host and for
+    an interval of so many digits."""
+    interval = 10 ** (digits - 1)
+    document = HEARTBEAT.of(HeartbeatResult(0, last_seen, None, interval))
+    answer = write_response(json_response(BEAT.status, document), seconds, closes, False)
+    answer = answer.replace(id_text(0).encode("ascii"), b"%016x")
+    return answer.replace(b'Seconds":%d' % interval, b'Seconds":%b')
 
 
 class Api:
-    """What requests come to."""
+    """HTTP's door to the registry: admit() makes a Call of a request, which the server has the
+    registry run in a tick; answer() makes a Response of its outcome."""
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._short_way = ShortWay(registry)
-        self.hear = self._short_way.hear
+        self.registry = registry
         self.metrics = registry.metrics
+        self.match = HeartbeatFastPath(registry.keys).match
+        self._next_interval = registry.heartbeats.next_interval
+        self._readiness_at, self._readiness = 0, UNFINISHED  # the time and outcome of READY
 
-    def admit(self, request: Request, now: int) -> Admitted:
-        """What a request asks for, judged before the tick. Of the database only a secret is looked
-        up, so that a wrong one gets no further."""
+    # Before the tick.
+
+    def admit(self, request: Request, now: int) -> Union[Response, Work]:
+        """Judge a request: its refusal, or the work for the next tick. Of the database only a
+        secret is looked up, and the facts of a host. Ticks that enroll wait for the disk, so a
+        flood of wrong secrets must not get into one."""
         head = request.head
         try:
             if head.method == "OPTIONS":
-                return _answer_options(head.path)
-            route, identifier = find_route(head.method, head.path)
-            return route.admit(self._registry, request, route, identifier, now)
+                methods = ALL_METHODS if head.path == "*" else _find_path(head.path)[0]
+                return Response(204, headers=_allow(methods))
+            operation, identifier = find_operation(head.method, head.path)
+            if operation.static is not None:
+                return operation.static()
+            if operation.caller == "credential":
+                return self._admit_heartbeat(request, now)
+            if operation.caller == "token":
+                return self._admit_enrollment(operation, request, now)
+            if operation is READY:
+                return self._admit_readiness(request, now)
+            return self._admit_user(operation, request, identifier, now)
         except Problem as problem:
-            return self.refuse(problem, request.address, request.id, now)
+            return self.refuse(problem, request.origin, now)
 
-    def answer_plainly(self, host: int, last_seen: int, seconds: int, closes: bool) -> bytes:
-        """The bytes of the answer to a plain heartbeat that counts, at a quarter of the cost."""
-        interval = b"%d" % self._registry.next_heartbeat()
-        return _plain_answer(last_seen, len(interval), seconds, closes) % (host, interval)
+    def _admit_readiness(self, request: Request, now: int) -> Union[Response, Call]:
+        """Anybody may ask, and to find out takes a write: so an outcome is good for READY_EVERY,
+        whatever it was."""
+        call = Call(READY, origin=request.origin)
+        if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
+            self._readiness_at, self._readiness = now, UNFINISHED
+        return self.answer(call, self._readiness) or call
 
-    def refuse(self, problem: Problem, address: str, request: str, now: int) -> Response:
-        """The answer to what no act has come of."""
-        self._registry.refused(problem, Origin(address, request), now)
+    def _admit_user(
+        self, operation: Operation, request: Request, identifier: str, now: int
+    ) -> Call:
+        """Refusals in order: 401, 403 for the role, 400; the tick adds 404 and the rest."""
+        asked = f"{operation.method} {sanitize_path(request.head.path)}"
+        if not request.authorization:
+            raise ApiKeyMissing().with_audit("anonymous", "", None, request=asked)
+        by = self.registry.api_keys.identify(request.authorization, asked, request.origin, now)
+        if operation.caller == "admin" and by.role != "admin":
+            raise Forbidden().with_audit(by.name, by.name, by.organization, request=asked)
+        options: dict[str, Any] = {"errors": "strict", "max_num_fields": PARAMETERS_MAXIMUM}
+        try:
+            pairs = parse_qsl(request.head.query, keep_blank_values=True, **options)
+        except ValueError:
+            raise InvalidQuery(
+                f"A query is at most {PARAMETERS_MAXIMUM} parameters, percent-encoded in UTF-8."
+            ) from None
+        values = operation.query.parse(pairs)
+        if operation.body is not None:
+            values = operation.body.check(parse_json(request.body or b"{}"))
+        return Call(operation, by, parse_id(identifier), values, request.origin)
+
+    def _admit_enrollment(self, operation: Operation, request: Request, now: int) -> Call:
+        key = request.head.idempotency_key
+        try:
+            key = None if key is None else IDEMPOTENCY_KEY.check(key)
+        except ValueError as error:
+            raise MalformedRequest(f"Idempotency-Key {error}.") from None
+        body = ENROLL_BODY.check(parse_json(request.body))
+        token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
+        facts = {fact.column: body.get(fact.name, "") for fact in FACTS}
+        values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
+        return Call(operation, values=values, origin=request.origin)
+
+    def _admit_heartbeat(self, request: Request, now: int) -> Work:
+        """A heartbeat that brings nothing new and needs no renewal is a plain one, which the tick
+        runs in one statement with all others. No host can make every tick wait for the disk by
+        what it sends: neither unchanged facts nor a bad body do."""
+        if not request.authorization:
+            raise CredentialMissing()
+        claims = self.registry.keys.authenticate(request.authorization, now)
+        facts: dict[str, str] = {}
+        problem: Optional[Problem] = None
+        if request.body not in (b"", b"{}"):
+            try:
+                values = HEARTBEAT_BODY.check(parse_json(request.body))
+                facts = {COLUMNS[name]: value for name, value in values.items()}
+            except InvalidBody as error:  # raised in the tick, once the credential is accepted
+                problem = error
+        changes = self.registry.heartbeats.changes(claims.host, facts) if facts else {}
+        if changes or problem or self.registry.keys.is_due(claims, now):
+            values = {"claims": claims, "facts": facts, "problem": problem}
+            operation = REFUSED_BEAT if problem else BEAT
+            return Call(operation, values=values, origin=request.origin)
+        return heartbeat_of(claims, request.origin)
+
+    # After the tick.
+
+    def answer(self, work: Work, outcome: Any) -> Optional[Response]:
+        """The answer by its outcome in a tick; None: run it again in another."""
+        if isinstance(work, Call) and work.operation is READY:
+            self._readiness = outcome
+        if isinstance(outcome, OperatorError):  # of this machine: the caller cannot mend it
+            log.error("%s", outcome)
+            outcome = Internal()
+        if isinstance(outcome, Problem):
+            return self.refusal(outcome)
+        if outcome is UNFINISHED:
+            return None
+        if isinstance(work, Heartbeat):
+            result = HeartbeatResult(work.host, outcome, None, self._next_interval())
+            return BEAT.response(result)
+        operation = work.operation
+        assert isinstance(operation, Operation), "the server's own calls have no answer"
+        return operation.response(outcome)
+
+    def heartbeat_answer(self, host: int, last_seen: int, seconds: int, closes: bool) -> bytes:
+        """The bytes of the answer to a plain heartbeat, at a quarter of the cost of answer() and
+        write_response(). last_seen: Unix ms; seconds: Unix time of the answer."""
+        interval = b"%d" % self._next_interval()
+        return _heartbeat_template(last_seen, len(interval), seconds, closes) % (host, interval)
+
+    def refuse(self, problem: Problem, origin: Origin, now: int) -> Response:
+        """The answer to a request that got into no tick. It is audited with the next tick."""
+        self.registry.audit.refuse(problem, origin, now)
         return self.refusal(problem)
 
     def refusal(self, problem: Problem) -> Response:
-        """A Problem as its answer, which counts."""
+        """A Problem as an answer, counted."""
         self.metrics.refusals[problem.code] += 1
         return refusal(problem)
-
-    def run(
-        self,
-        pending: Sequence[Pending],
-        now: int,
-        request_at: Callable[[int], Request] = lambda place: NOBODYS,
-    ) -> Optional[List[Any]]:
-        """One tick: what each comes to, all of it committed, for answer(). None when another
-        writer is at work: ask again with the same requests, or give_up(). request_at gives the
-        request at a place."""
-        return self._registry.tick(pending, now, lambda place: origin_of(request_at(place)))
-
-    def answer(self, work: Pending, outcome: Any) -> Optional[Response]:
-        """The answer to what has come to an outcome in a tick; None if it is an act that wants to
-        be run again in another."""
-        if isinstance(outcome, Problem):
-            return self.refusal(outcome)
-        if isinstance(work, Act):
-            response: Optional[Response] = None if outcome is UNFINISHED else outcome
-            return response
-        return _plain_response(self._registry, work[0], outcome)
-
-    @staticmethod
-    def may_write(work: Pending) -> bool:
-        """Whether it has to wait for other writers."""
-        return not isinstance(work, Act) or work.writes
-
-    def give_up(self) -> Problem:
-        """Stop waiting for the other writer: what every call of the tick comes to."""
-        return self._registry.give_up()
-
-    def notice_keys(self) -> None:
-        """Before a turn: go by the key file as it is now."""
-        self._registry.notice_keys()
-
-    def relieve(self) -> None:
-        """Give back what memory can be had again."""
-        self._short_way.forget(0)
-
-    @property
-    def owes_notes(self) -> bool:
-        """Whether the next tick should come soon: there are refusals to be audited."""
-        return self._registry.audit.owes_notes and not self._registry.storage_trouble
-
-    def housekeeping(self) -> Act:
-        """What a server does every ALIVE_EVERY seconds."""
-
-        def run(now: int) -> Response:
-            self._registry.keep_house(now)
-            return Response(204)
-
-        return Act(run, durable=False)
-
-    def last_will(self) -> Optional[Act]:
-        """What a server does before it ends, where there is something to do."""
-        if not self._registry.audit.is_behind:
-            return None
-
-        def run(now: int) -> Response:
-            self._registry.audit.sum_up_all(now)
-            return Response(204)
-
-        return Act(run, durable=False)
-
-    def tidy(self) -> None:
-        """Between ticks: what no answer waits for."""
-        self._registry.tidy()
 
 
 # 10. Server
 #
-# The loop: one thread, non-blocking sockets, no waiting but in one place. A turn takes whatever
-# has arrived, at most one request of each connection, runs what may write as one tick, and answers
-# when that is committed. http.server is the frame; its threads, its parser and its name look-ups
-# at start are not used. At its end stands the other end: clients that load a server.
+# Law: the loop waits for the selector, the write lock and the disk (a commit, a checkpoint), and
+# for nothing else. One thread and non-blocking sockets; http.server is the frame, but neither its
+# threads, nor its parser, nor the name look-up with which it starts are used.
+#
+# Contents: connection states; TLS; Connections, which keeps them, receives and sends; Listener;
+# Exchanges, from requests to answers; Server, whose _turn() is the loop; service managers; the
+# client of bench.
 
-PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+# Connection states: theory of operation
+#
+# A connection is in one state, which says what the server waits for: for bytes of the peer
+# (HANDSHAKE, HEAD, BODY, IDLE, LINGER), for the peer to take bytes of ours (WRITING), or for
+# nothing of the peer's (BUSY: its request is run, or waits for its turn; CLOSED). It begins in
+# HEAD, or in HANDSHAKE if the server speaks TLS. STATES has a row for each state, TRANSITIONS the
+# states that may follow; only Connections.move() changes one for another.
+#
+# All connections in a state have the same time for it. So each state keeps them in a queue, the
+# longest waiting first, and a turn looks at the heads of eight queues, not at thousands of
+# connections. To enter a state again does not move the deadline: a peer that sends or takes a byte
+# now and then buys no time with it. Only IDLE starts again, with each answer. When a deadline has
+# passed, Server._expire() answers 408 if a request may have begun, and closes.
+#
+# BUSY has no deadline and is not evicted: what runs there ends by itself, and may already be
+# committed. Its socket is not read, so a peer cannot pile up requests; but the selector goes on
+# watching it until the peer sends more, because most requests are answered before that. So, too, a
+# plain heartbeat on an idle connection stays IDLE: it is answered in the turn in which it arrived.
+# Only if that turn does not get the write lock does it become BUSY.
+#
+# Output that the socket does not take at once makes the connection WRITING. When all of it is
+# taken, Connection.next_state follows: the state that was interrupted (by a part of the handshake,
+# or 100 Continue), or after an answer IDLE or CLOSED. A connection that is to be closed passes
+# through LINGER if the peer may still be sending: to close a socket with unread bytes resets it,
+# and the peer may lose the answer (RFC 9112 section 9.6).
 
 
-class Phase:
-    """What the server waits for from some connections, and for how long.
+class State(NamedTuple):
+    """What the server waits for from a connection."""
 
-    All in a phase have the same time, so the queue is in order by itself, the longest waiting
-    first, and each event costs O(1).
-    """
+    name: str
+    deadline: float  # seconds
+    events: int  # that the selector watches for
+    answers_late: bool  # after the deadline: 408, or else the connection is closed
+    restarts: bool  # the deadline, when the state is entered again
+    eviction: int  # when a new connection needs the place: 1 goes first, 0 never
 
-    def __init__(self, seconds: float, events: int) -> None:
-        self._seconds = seconds
-        self.events = events  # that the selector watches for
-        self._since: OrderedDict[Connection, float] = OrderedDict()
 
-    def start(self, connection: Connection, moment: float) -> None:
-        """Begin to wait, at the end of the queue."""
-        self._since[connection] = moment
-        self._since.move_to_end(connection)
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-    def stop(self, connection: Connection) -> None:
-        """Wait no longer."""
-        self._since.pop(connection, None)  # it is not there if there was no memory to begin
+# fmt: off
+#                 name         deadline            events  answers_late  restarts  eviction
+HANDSHAKE = State("handshake", HANDSHAKE_DEADLINE, READ,   False,        False,    1)
+HEAD      = State("head",      HEAD_DEADLINE,      READ,   True,         False,    1)
+IDLE      = State("idle",      IDLE_DEADLINE,      READ,   False,        True,     1)
+BODY      = State("body",      BODY_DEADLINE,      READ,   True,         False,    2)
+LINGER    = State("linger",    LINGER_DEADLINE,    READ,   False,        False,    3)
+WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  False,        False,    0)
+BUSY      = State("busy",      math.inf,           0,      False,        False,    0)
+CLOSED    = State("closed",    math.inf,           0,      False,        False,    0)
 
-    def everyone(self) -> List[Connection]:
-        """All who wait."""
-        return list(self._since)
+STATES = (HANDSHAKE, HEAD, IDLE, BODY, LINGER, WRITING, BUSY, CLOSED)
 
-    def first(self) -> Optional[Connection]:
-        """Who has waited longest."""
-        return next(iter(self._since), None)
-
-    @property
-    def since(self) -> float:
-        """When the first began to wait; later than ever, if nobody does."""
-        return next(iter(self._since.values()), math.inf)
-
-    def overdue(self, moment: float) -> Optional[Connection]:
-        """Who has waited longest, if that is too long."""
-        return self.first() if moment - self.since >= self._seconds else None
-
-    def left(self, moment: float) -> float:
-        """Seconds until somebody has waited too long."""
-        return max(0.0, self.since + self._seconds - moment)
+TRANSITIONS = {
+    HANDSHAKE: (HEAD, WRITING, LINGER, CLOSED),
+    HEAD:      (BODY, BUSY, WRITING, IDLE, LINGER, CLOSED),
+    IDLE:      (HEAD, BODY, BUSY, WRITING, LINGER, CLOSED),
+    BODY:      (BUSY, WRITING, IDLE, LINGER, CLOSED),
+    BUSY:      (HEAD, BODY, WRITING, IDLE, LINGER, CLOSED),
+    WRITING:   (HANDSHAKE, HEAD, BODY, BUSY, IDLE, LINGER, CLOSED),
+    LINGER:    (CLOSED,),
+    CLOSED:    (),
+}
+# fmt: on
 
 
 class Tls:
-    """The TLS of one connection: bytes to bytes, it never touches the socket. A server's, or a
-    client's where it is given the server's name."""
+    """The TLS of one connection, from bytes to bytes: it never touches the socket."""
 
-    def __init__(self, context: ssl.SSLContext, server: Optional[str] = None) -> None:
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._session = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server is None, server_hostname=server
-        )
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()  # parts of the handshake, alerts, records
+        self.session = context.wrap_bio(self._incoming, self.outgoing, server_side=True)
         self.has_begun = False
-        self.is_shaken = False  # hands are: the handshake is over
-        self.has_ended = False  # the peer has said that it sends no more
-        self.held = 0  # bytes of a handshake or a record that is not whole, at most
+        self.handshake_done = False
+        self.has_ended = False  # the peer sends no more
+        self.buffered = 0  # bytes of an unfinished handshake or record, at most
 
     def receive(self, data: bytes) -> bytes:
-        """The plain text in what has arrived. Raises ssl.SSLError."""
+        """The plain text of what has arrived. Raises ssl.SSLError."""
         self._incoming.write(data)
         self.has_begun = True
-        self.held += len(data)
-        parts: List[bytes] = []
+        self.buffered += len(data)
+        parts: list[bytes] = []
         with suppress(ssl.SSLWantReadError):
-            if not self.is_shaken:
-                self._session.do_handshake()
-                self.is_shaken, self.held = True, 0
-            part = self._session.read(TLS_RECORD)
-            while part:
+            if not self.handshake_done:
+                self.session.do_handshake()
+                self.handshake_done, self.buffered = True, 0
+            while part := self.session.read(TLS_RECORD):
                 parts.append(part)
-                part = self._session.read(TLS_RECORD)
             self.has_ended = True
         if parts:
-            self.held = 0
-        if not self.is_shaken and self.held > HANDSHAKE_MAXIMUM:
-            raise ssl.SSLError("a handshake that is too long")
+            self.buffered = 0
+        if not self.handshake_done and self.buffered > HANDSHAKE_MAXIMUM:
+            raise ssl.SSLError("the handshake is too long")
         return b"".join(parts)
 
-    def send(self, data: Union[bytes, memoryview]) -> bytes:
-        """What to send for a plain text, after what is to be sent anyway."""
-        self._session.write(data)
-        return self._outgoing.read()
-
-    def output(self) -> bytes:
-        """What is to be sent anyway: a part of the handshake, an alert."""
-        return self._outgoing.read()
-
-    def farewell(self) -> bytes:
-        """What to send last: without a close_notify an end may be an attack that cuts short."""
-        with suppress(ssl.SSLError):
-            self._session.unwrap()
-        return self._outgoing.read()
+    def send(self, data: bytes) -> bytes:
+        """What to send for a plain text, behind what was to be sent. Raises ssl.SSLError."""
+        self.session.write(data)
+        return self.outgoing.read()
 
 
-TlsLoader = Callable[[], ssl.SSLContext]
+_PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
-def load_tls(certificate: str, key: str) -> Tuple[ssl.SSLContext, bytes]:
-    """The TLS of a server with a certificate chain and its key, both PEM files; and the first
+def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
+    """The TLS of a server from a certificate chain and its key, both PEM files; and the first
     certificate in DER. Raises OperatorError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
+    # curl, a process for each heartbeat, never resumes a session. Two tickets in each handshake
+    # cost 40 of its 283 us of CPU.
+    context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
-    for path in (certificate, key):
-        if os.path.exists(path) and not (
-            os.path.isfile(path) and os.path.getsize(path) <= KEY_FILE_MAXIMUM
-        ):
-            raise OperatorError(f"{path} is not a file, or far too large")
     try:
+        for path in (certificate, key):
+            is_usable = os.path.isfile(path) and os.path.getsize(path) <= KEY_FILE_MAXIMUM
+            if os.path.exists(path) and not is_usable:
+                raise OperatorError(f"{path} is not a file, or far too large")
         with open(certificate, encoding="latin-1") as file, open(key, "rb"):
-            chain = PEM_CERTIFICATE.search(file.read())
+            chain = _PEM_CERTIFICATE.search(file.read())
         if chain is None:
             raise OperatorError(f"there is no PEM certificate in {certificate}")
         context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
         return context, ssl.PEM_cert_to_DER_cert(chain[0])
-    except ssl.SSLError as error:
-        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-            raise OperatorError(f"{key} is not the key of the certificate {certificate}") from error
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+            reason = "the key is another's"
         raise OperatorError(
             f"{certificate} and {key} are not a certificate and its key without a password, in "
-            f"PEM: {error.reason or error}"
+            f"PEM: {reason}"
         ) from error
     except OSError as error:
         raise OperatorError(f"cannot read {error.filename}: {error.strerror}") from error
-    except ValueError as error:
-        raise OperatorError(f"there is no PEM certificate in {certificate}") from error
 
 
 class Connection:
-    """A peer: its socket, what has come of its next request, what it has not yet taken."""
+    """A peer: its socket and state, its next request as far as it has arrived, and the output that
+    it has not taken yet."""
 
-    __slots__ = (
-        "closing",
-        "held",
-        "interest",
-        "is_gone",
-        "lingers",
-        "output",
-        "phase",
-        "reader",
-        "socket",
-        "tls",
-    )
+    # fmt: off
+    __slots__ = ("buffered", "interest", "lingers", "next_state", "output", "reader", "socket",
+                 "state", "tls")
+    # fmt: on
 
-    def __init__(
-        self, peer: socket.socket, address: str, number: int, proxies: Networks = ()
-    ) -> None:
+    def __init__(self, peer: socket.socket, reader: RequestReader, state: State) -> None:
         self.socket = peer
+        self.reader = reader
         self.tls: Optional[Tls] = None
-        self.reader = RequestReader(address, number, proxies)
+        self.state = state
+        self.interest = 0  # events that the selector watches for
+        self.buffered = 0  # bytes of an unfinished request, or of a large one that is run
         self.output: Union[bytes, memoryview] = b""
-        self.phase: Optional[Phase] = None  # None: the peer is not waited for
-        self.interest = 0  # the events that the selector watches for
-        self.held = 0  # bytes of an unfinished request, or of a large one in the tick
-        self.closing = False  # when the output is taken
-        # Before it closes: the peer may still be sending, or has so much of an answer to take that
-        # whatever it sends meanwhile would cost it the rest.
-        self.lingers = False
-        self.is_gone = False
+        self.next_state = IDLE  # the state that follows when the output is taken
+        self.lingers = False  # before it closes: the peer may still be sending
 
 
-Beating = Tuple[Connection, Heard]  # a plain heartbeat, and who waits for its answer
+class Connections:
+    """All connections, by state; and their sockets, to receive and to send."""
 
-
-class Owed(NamedTuple):
-    """An answer that somebody waits for."""
-
-    connection: Optional[Connection]  # None: nobody, it is the server's own business
-    request: Request
-    work: Pending
-    since: float
-
-
-DEADLINES = (HEAD_DEADLINE, BODY_DEADLINE, IDLE_DEADLINE, ANSWER_DEADLINE)
-
-
-class Server(HTTPServer):
-    """An HTTP server for one Api. serve_forever() returns after stop()."""
-
-    request_queue_size = BACKLOG
-
-    def __init__(
-        self,
-        api: Api,
-        host: str,
-        port: int,
-        *,
-        clock: Callable[[], float],
-        connections: int = CONNECTIONS_MAXIMUM,
-        deadlines: Tuple[float, float, float, float] = DEADLINES,
-        load_tls: Optional[TlsLoader] = None,
-        listener: Optional[socket.socket] = None,
-        proxies: Networks = (),
-        access_log: bool = False,
-        notify: Callable[[str], None] = lambda state: None,
-    ) -> None:
-        """load_tls gives a fresh context when it starts and at each SIGHUP; a listener is one
-        that somebody else has bound; proxies are believed whom they speak for; notify tells a
-        service manager about our state."""
-        self._api = api
-        self._metrics = api.metrics
-        self._clock = clock
-        self._load_tls = load_tls
-        self._tls = load_tls() if load_tls else None
-        self._listener = listener
-        self._proxies = proxies
-        self._access_log = access_log
-        self._notify = notify
-        self._moment = time.monotonic()  # of this turn, for deadlines
-        self._now = int(clock() * SECOND_MS)  # of this turn, for everything that is told
-        self._connections: set[Connection] = set()
-        self._connections_maximum = connections
-        self._held = 0  # of all connections together
-        head, body, idle, answer = deadlines
-        shaking = min(head, HANDSHAKE_DEADLINE)
-        reading = [
-            Phase(seconds, selectors.EVENT_READ)
-            for seconds in (shaking, head, body, idle, LINGER_DEADLINE)
+    def __init__(self, deadlines: Mapping[State, float], metrics: Metrics) -> None:
+        """deadlines: seconds, where they differ from the table."""
+        self._metrics = metrics
+        # By state, when each of its connections entered it; the longest waiting first.
+        self._queues: dict[State, OrderedDict[Connection, float]] = {
+            state: OrderedDict() for state in STATES
+        }
+        self._idle = self._queues[IDLE]
+        self._deadlines = [
+            (self._queues[state], deadlines.get(state, state.deadline)) for state in STATES
         ]
-        self._shaking, self._in_head, self._in_body, self._idle, self._lingering = reading
-        self._taking = Phase(answer, selectors.EVENT_WRITE)
-        self._phases = (*reading, self._taking)
-        # Where a request begins if nothing is held of it; of who is in the tick nothing is read.
-        self._between = (self._idle, self._in_head, None)
-        # For the next turn; None: there is more to be read of what has arrived.
-        self._ready: List[Tuple[Connection, Optional[Request]]] = []
-        # What may write, of this turn, or of more when there is another writer.
-        self._beats: List[Beating] = []
-        self._tick: List[Owed] = []
-        self._own_work = 0  # of that, what nobody has asked for
-        self._reads: deque[Owed] = deque()
-        self._waiting_since = 0.0  # for another writer; 0: not
-        self._crowded = False  # somebody waits for a connection to give way
-        self._short_at = -math.inf  # when there were no descriptors to be had
-        self._starved_at = -math.inf  # when there was no memory to be had
-        self._has_broken_off = False  # a turn, for want of it
-        self._accept_after = 0.0  # 0: now
-        self._alive_after = 0.0
-        self._stop_before: Optional[float] = None
-        self._has_willed = False
-        self._is_to_reload = False
-        self._accepted = self._now << 20  # numbers for connections, and not those of a life before
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._wakened = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        self.moment = time.monotonic()  # of this turn
+        self.buffered = 0  # bytes, with the output, of all connections together
+        self.count = 0
+
+    def add(self, connection: Connection) -> None:
+        """Begin with a connection that was accepted; the first move() watches it."""
+        self._queues[connection.state][connection] = self.moment
+        self.count += 1
+        self._metrics.counts["connections"] += 1
+        self._metrics.open_connections = self.count
+
+    def move(self, connection: Connection, state: State) -> None:
+        """Put a connection into a state, under its deadline, and watch for its events."""
+        before = connection.state
+        if state is before:
+            if state.restarts:
+                self.restart(connection)
+        else:
+            if state not in TRANSITIONS[before]:
+                raise RuntimeError(f"a connection cannot go from {before.name} to {state.name}")
+            del self._queues[before][connection]
+            connection.state = state
+            if state is not CLOSED:
+                self._queues[state][connection] = self.moment
+        events = state.events
+        if state is BODY and connection.reader.has_more:
+            events = 0  # until it is read: no more may arrive meanwhile
+        if events != connection.interest and state is not BUSY:
+            self.watch(connection, events)
+
+    def restart(self, connection: Connection) -> None:
+        """Move the deadline of an idle connection."""
+        self._idle[connection] = self.moment
+        self._idle.move_to_end(connection)
+
+    def watch(self, connection: Connection, events: int) -> None:
+        if connection.interest == 0:
+            self.selector.register(connection.socket, events, connection)
+        elif events == 0:
+            self.selector.unregister(connection.socket)
+        else:
+            self.selector.modify(connection.socket, events, connection)
+        connection.interest = events
+
+    def next_deadline(self) -> float:
+        """When the next deadline passes, by the monotonic clock."""
+        return min(
+            next(iter(queue.values()), math.inf) + seconds for queue, seconds in self._deadlines
+        )
+
+    def overdue(self) -> list[Connection]:
+        late: list[Connection] = []
+        for queue, seconds in self._deadlines:
+            for connection, since in queue.items():
+                if self.moment - since < seconds:
+                    break
+                late.append(connection)
+        return late
+
+    def evictable(self) -> Optional[Connection]:
+        """The one to close for a new one: the longest waiting of the lowest rank, so that idle
+        connections do not push out busy ones."""
+        candidates = [
+            (state.eviction, next(iter(self._queues[state].values())), state)
+            for state in STATES
+            if state.eviction and self._queues[state]
+        ]
+        return next(iter(self._queues[min(candidates)[2]])) if candidates else None
+
+    def within(self, states: Iterable[State]) -> list[Connection]:
+        return [connection for state in states for connection in self._queues[state]]
+
+    def account(self, connection: Connection, size: int) -> None:
+        """Note how many bytes a connection buffers of its input."""
+        self.buffered += size - connection.buffered
+        connection.buffered = size
+
+    def receive(self, connection: Connection) -> bytes:
+        """The plain text of what has arrived; b"" if there is none. Closes a connection that has
+        ended. Raises MalformedRequest for plain HTTP where TLS is spoken."""
+        try:
+            data = connection.socket.recv(RECEIVE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return b""
+        except OSError:
+            data = b""
+        if not data:
+            self.close(connection)
+        elif len(data) == RECEIVE_SIZE:
+            connection.lingers = True
+        if data and connection.tls is not None:
+            return self._decrypt(connection, connection.tls, data)
+        return data
+
+    def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
+        if not tls.has_begun and data[:1].isalpha():  # a TLS record begins with 22
+            connection.tls, connection.reader.buffer = None, data
+            raise MalformedRequest("This port speaks TLS: use https.")
+        try:
+            plain = tls.receive(data)
+        except ssl.SSLError:
+            connection.tls = None
+            connection.lingers = True  # the peer is to read the alert
+            if self.push(connection, tls.outgoing.read(), CLOSED):
+                self.linger(connection)
+            return b""
+        if tls.handshake_done and connection.state is HANDSHAKE:
+            self.move(connection, HEAD)
+        if plain:
+            if connection.buffered:
+                self.account(connection, connection.reader.buffered)
+            return plain  # the output of TLS goes in front of the answer
+        self.account(connection, connection.reader.buffered + tls.buffered)
+        if tls.outgoing.pending:
+            self.push(connection, tls.outgoing.read(), connection.state)
+        if tls.has_ended:
+            self.close(connection)
+        return b""
+
+    def send(self, connection: Connection, data: bytes, next_state: State) -> bool:
+        """Send what the peer takes at once, and the rest later. True if all of it was taken."""
+        if connection.tls is not None:
+            try:
+                data = connection.tls.send(data)
+            except ssl.SSLError:
+                self.close(connection)
+                return False
+        return self.push(connection, data, next_state)
+
+    def push(
+        self, connection: Connection, data: Union[bytes, memoryview], next_state: State
+    ) -> bool:
+        """send() without TLS, or behind it."""
+        connection.next_state = next_state
+        try:
+            sent = connection.socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close(connection)
+            return False
+        if sent == len(data):
+            return True
+        connection.output = memoryview(data)[sent:]
+        self.buffered += len(connection.output)
+        self.move(connection, WRITING)
+        return False
+
+    def flush(self, connection: Connection) -> bool:
+        """Send more of the output. True if that was the end of an answer."""
+        data, connection.output = connection.output, b""
+        self.buffered -= len(data)
+        if not self.push(connection, data, connection.next_state):
+            return False
+        if connection.next_state in (IDLE, CLOSED):
+            return True
+        self.move(connection, connection.next_state)
+        return False
+
+    def linger(self, connection: Connection) -> None:
+        """Close our side, and go on to receive until the peer closes its own."""
+        self._close_notify(connection)
+        try:
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close(connection)
+            return
+        self.move(connection, LINGER)
+
+    def _close_notify(self, connection: Connection) -> None:
+        """Else the end may be a truncation attack: RFC 8446 section 6.1."""
+        tls, connection.tls = connection.tls, None
+        if tls is not None and tls.handshake_done and not connection.output:
+            with suppress(ssl.SSLError):
+                tls.session.unwrap()
+            with suppress(OSError):
+                connection.socket.send(tls.outgoing.read())
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection, if it is not closed already."""
+        if connection.state is CLOSED:
+            return
+        if connection.tls is not None:
+            self._close_notify(connection)
+        self.move(connection, CLOSED)
+        self.buffered -= connection.buffered + len(connection.output)
+        connection.buffered, connection.output = 0, b""
+        connection.socket.close()
+        self.count -= 1
+        self._metrics.open_connections = self.count
+
+
+class Listener(HTTPServer):
+    """A socket that listens. Raises OSError."""
+
+    def __init__(self, host: str, port: int, inherited: Optional[socket.socket] = None) -> None:
+        """inherited: a socket that a service manager has bound."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
-        try:
-            self.server_bind()
-            self.server_activate()
+        try:  # without the look-up of our own name in server_bind(): there may be no DNS
+            if inherited is not None:
+                self.socket.close()
+                self.socket = inherited
+            else:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.socket.bind((host, port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
+            self.socket.setblocking(False)
+            self.socket.listen(BACKLOG)
         except BaseException:
-            self.server_close()
-            raise
-
-    # Starting and stopping.
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of our own name that HTTPServer does: there may be no DNS. Or
-        take what somebody else has bound."""
-        if self._listener is not None:
             self.socket.close()
-            self.socket = self._listener
-            self._learn_address()
-            return
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self._learn_address()
-
-    def _learn_address(self) -> None:
+            raise
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def server_activate(self) -> None:
-        """Listen. Accepted sockets inherit TCP_NODELAY."""
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
-        self.socket.listen(self.request_queue_size)
+
+# A turn of the loop: theory of operation
+#
+# serve_forever() repeats Server._turn(). A turn reads whatever has arrived, at most one request of
+# each connection, and turns it into calls: Api.match() or Api.admit() gives a Heartbeat or a Call,
+# or an answer at once. What may write becomes pending, and all of that is run as one transaction, a
+# tick, with one time; the answers are sent when it is committed. So the more there is to do, the
+# more each commit carries. Calls that only read wait in another queue and are run one in a turn:
+# no heartbeat waits for more than one page of a list.
+#
+# Where another process holds the write lock, the tick is not run and the turn goes on without it:
+# reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
+# most. After LOCK_PATIENCE all that is pending is answered 503.
+#
+# A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
+# happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
+# survived: the process ends, and whatever supervises it starts it again. If a tick or a read meets
+# Unrecoverable, its requests are still answered, 503.
+
+# What waits to be run: the connection (None: the server's own call), its call, the head of its
+# request, and when that arrived, by the monotonic clock.
+Pending = tuple[Optional[Connection], Work, Head, float]
+
+
+class Exchanges:
+    """The requests of all connections, from their bytes to their answers."""
+
+    def __init__(self, api: Api, connections: Connections, access_log: bool) -> None:
+        self._api = api
+        self._registry = api.registry
+        self._connections = connections
+        self._access_log = access_log
+        self.pending: list[Pending] = []  # what may write
+        self.reads: deque[Pending] = deque()
+        self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
+        self.now = 0  # of this turn, Unix time in milliseconds
+        self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
+        self.is_stopping = False  # each answer is then the last of its connection
+
+    # Requests.
+
+    def on_ready(self, connection: Connection) -> None:
+        """Go on with a connection that the selector reports: readable, or writable."""
+        if not connection.interest:  # this turn has closed it, or has more of it to read first
+            return
+        state = connection.state
+        if state is IDLE or state is HEAD or state is BODY or state is HANDSHAKE:
+            self.read(connection)
+        elif state is WRITING:
+            if self._connections.flush(connection):
+                self._answered(connection)
+        elif state is LINGER:
+            self._connections.receive(connection)  # and drop it
+        else:  # BUSY: what it sends now waits in its socket
+            self._connections.watch(connection, 0)
+
+    def read(self, connection: Connection) -> None:
+        """Take what has arrived. A plain heartbeat that arrives whole between two requests becomes
+        pending by the fast path."""
+        try:
+            data = self._connections.receive(connection)
+        except Problem as problem:
+            self.refuse(connection, problem)
+            return
+        reader = connection.reader
+        if data and not reader.buffer and connection.state is not BODY:
+            match = self._api.match(data, reader, self.now)
+            if match is not None:
+                reader.number += 1
+                self.pending.append((connection, match[0], match[1], self._connections.moment))
+                if connection.state is not IDLE:
+                    self._connections.move(connection, BUSY)
+                return
+        if data:
+            self.parse(connection, data)
+        elif self._connections.buffered > BUFFERED_MAXIMUM:
+            self._shed_load(connection)
+
+    def parse(self, connection: Connection, data: bytes = b"") -> None:
+        """Read on in the request of a connection, and admit it if that was the end of it."""
+        reader = connection.reader
+        try:
+            request = reader.next(data)
+        except Problem as problem:
+            self.refuse(connection, problem)
+            return
+        if request is None or reader.buffer or connection.buffered:
+            size = reader.buffered + (len(request.body) if request else 0)
+            self._connections.account(connection, size)
+            if self._connections.buffered > BUFFERED_MAXIMUM and self._shed_load(connection):
+                return
+        if request is None:
+            self._await_rest(connection)
+        else:
+            self._admit(connection, request)
+
+    def _await_rest(self, connection: Connection) -> None:
+        reader, tls = connection.reader, connection.tls
+        if tls is not None and tls.has_ended and not reader.has_more:
+            self._connections.close(connection)
+        elif reader.is_in_body:
+            is_new = connection.state is not BODY
+            self._connections.move(connection, BODY)
+            if reader.has_more:
+                self.ready.append(connection)
+            elif is_new and reader.awaits_continue:
+                self._send(connection, CONTINUE, BODY)
+        elif reader.has_begun:
+            self._connections.move(connection, HEAD)
+        elif connection.state is BUSY:  # an empty line behind the request before
+            self._connections.move(connection, IDLE)
+
+    def _admit(self, connection: Connection, request: Request) -> None:
+        moment, origin = self._connections.moment, request.origin
+        try:
+            admitted = self._api.admit(request, self.now)
+        except Exception as error:
+            problem = self._log_defect("a request could not be admitted", error, origin.request)
+            admitted = self._api.refusal(problem)
+        if isinstance(admitted, Response):
+            self._answer(connection, admitted, request.head, origin, moment)
+            self._api.metrics.requests.observe(time.monotonic() - moment)
+            return
+        self._connections.move(connection, BUSY)
+        writes = isinstance(admitted, Heartbeat) or admitted.operation.writes
+        queue = self.pending if writes else self.reads
+        queue.append((connection, admitted, request.head, moment))
+
+    def refuse(self, connection: Connection, problem: Problem) -> None:
+        """Answer a request that is not whole, and read no further."""
+        reader = connection.reader
+        request = reader.unfinished()
+        connection.reader = RequestReader(reader.peer, reader.connection)  # frees what it has read
+        self._connections.account(connection, 0)
+        response = self._api.refuse(problem, request.origin, self.now)
+        self._answer(connection, response, request.head, request.origin, self._connections.moment)
+
+    def _shed_load(self, connection: Connection) -> bool:
+        """More than BUFFERED_MAXIMUM is buffered, and a connection wants to add to it: refuse or
+        close the one that buffers most, but none whose call is run. So a crowd that buffers all it
+        can keeps out only itself. True if it was that connection."""
+        waiting = self._connections.within(state for state in STATES if state is not BUSY)
+        largest = max((*waiting, connection), key=lambda each: each.buffered + len(each.output))
+        if largest.output or largest.state is HANDSHAKE:
+            self._connections.close(largest)
+        elif largest.buffered:
+            self.refuse(largest, Overloaded())
+        else:
+            return False
+        return largest is connection
+
+    # Ticks.
+
+    def add_internal(self, rule: InternalRule) -> None:
+        """Have a call of the server's own run in the next tick."""
+        self.pending.append((None, Call(rule), INTERNAL_REQUEST.head, self._connections.moment))
+
+    def run_tick(self) -> bool:
+        """Run what may write. While another process writes, more gathers, and we try again. True
+        if housekeeping has more to do."""
+        moment = self._connections.moment
+        outcomes: Optional[Iterable[Any]] = self._run(self.pending)
+        if outcomes is None:
+            self.waiting_since = self.waiting_since or moment
+            if moment - self.waiting_since <= LOCK_PATIENCE:
+                for connection, _, _, _ in self.pending:
+                    if connection is not None and connection.state is IDLE:
+                        self._connections.move(connection, BUSY)
+                return False
+            outcomes = repeat(self._registry.stop_waiting())
+        has_more = self._answer_pending(outcomes)
+        self._registry.after_tick()
+        return has_more
+
+    def stop_waiting(self) -> None:
+        self._answer_pending(repeat(self._registry.stop_waiting()))
+
+    def run_read(self) -> None:
+        """Run one call that only reads, or a slice of it: it needs no lock."""
+        if not self.reads:
+            return
+        pending = self.reads.popleft()
+        outcomes = self._run([pending])
+        assert outcomes is not None, "only writers wait for other writers"
+        if self._answer_one(pending, outcomes[0]):
+            self._api.metrics.requests.observe(time.monotonic() - pending[3])
+        else:
+            self.reads.append(pending)
+
+    def _run(self, pending: Sequence[Pending]) -> Optional[list[Any]]:
+        try:
+            return self._registry.run([each[1] for each in pending], self.now)
+        except Unrecoverable:
+            self.is_stopping = True
+            for each in pending:
+                self._answer_one(each, StorageUnavailable())
+            raise
+        except Exception as error:
+            return [self._log_defect("a tick failed", error)] * len(pending)
+
+    def _answer_pending(self, outcomes: Iterable[Any]) -> bool:
+        began = self._connections.moment
+        if self.waiting_since:
+            self._api.metrics.lock_waits.observe(began - self.waiting_since)
+            began, self.waiting_since = self.waiting_since, 0.0
+        answered, self.pending = self.pending, []
+        requests, has_more = len(answered), False
+        beat_answer, seconds = self._api.heartbeat_answer, self.now // SECOND_MS
+        for pending, outcome in zip(answered, outcomes):
+            connection, work, head, since = pending
+            if connection is None:
+                requests -= 1
+                has_more |= outcome is True
+            elif isinstance(work, Heartbeat) and isinstance(outcome, int):
+                closes = self.is_stopping or not head.keep_alive
+                data = beat_answer(work.host, outcome, seconds, closes)
+                if self._access_log:
+                    length = len(data) - data.index(b"\r\n\r\n") - 4
+                    log_access(head, work.origin, 200, length, since)
+                is_plain = connection.state is IDLE and connection.tls is None and not closes
+                try:  # most take the shorter way to what _send() does: 13 us are 0.7 less
+                    if not is_plain:
+                        self._send(connection, data, CLOSED if closes else IDLE)
+                    elif self._connections.push(connection, data, IDLE):
+                        self._connections.restart(connection)
+                except Exception as error:
+                    self.fail(connection, error)
+            else:
+                self._answer_one(pending, outcome)
+        if requests:
+            self._api.metrics.ticks.observe(requests)
+            self._api.metrics.requests.observe(time.monotonic() - began, requests)
+        return has_more
+
+    def _answer_one(self, pending: Pending, outcome: Any) -> bool:
+        """Answer a call; False if it is to be run again."""
+        connection, call, head, since = pending
+        if connection is not None:
+            try:
+                response = self._api.answer(call, outcome)
+                if response is None:
+                    return False
+                self._answer(connection, response, head, call.origin, since)
+            except Exception as error:
+                self.fail(connection, error)
+        return True
+
+    # Answers.
+
+    def _answer(
+        self, connection: Connection, response: Response, head: Head, origin: Origin, since: float
+    ) -> None:
+        closes = not head.keep_alive or response.closes or self.is_stopping
+        request = origin.request if response.content_type is PROBLEM_JSON else ""
+        seconds = self.now // SECOND_MS
+        data = write_response(response, seconds, closes, head.method == "HEAD", request)
+        if response.closes or len(data) > RECEIVE_SIZE:  # it may be sending until it has all of it
+            connection.lingers = True
+        if self._access_log:
+            log_access(head, origin, response.status, len(response.body), since)
+        self._send(connection, data, CLOSED if closes else IDLE)
+
+    def _send(self, connection: Connection, data: bytes, next_state: State) -> None:
+        if self._connections.send(connection, data, next_state):
+            self._answered(connection)
+        elif self._connections.buffered > BUFFERED_MAXIMUM:
+            self._shed_load(connection)
+
+    def _answered(self, connection: Connection) -> None:
+        """All of an answer is taken: go on to the next request, or close."""
+        reader = connection.reader
+        if connection.next_state is CLOSED:
+            if connection.lingers or reader.buffer:
+                self._connections.linger(connection)
+            else:
+                self._connections.close(connection)
+            return
+        if connection.buffered:
+            self._connections.account(connection, reader.buffered)
+        if reader.buffer:
+            self._connections.move(connection, BUSY)
+            self.ready.append(connection)
+        elif connection.tls is not None and connection.tls.has_ended:
+            self._connections.close(connection)
+        else:
+            self._connections.move(connection, IDLE)
+
+    # Defects.
+
+    def fail(self, connection: Connection, error: Exception) -> None:
+        """A connection had a defect: it ends here, and the loop goes on."""
+        self._log_defect("a connection failed", error)
+        self._connections.close(connection)
+
+    @staticmethod
+    def _log_defect(message: str, error: Exception, request: str = "") -> Problem:
+        """Log a defect; the answer to whatever it ended."""
+        if isinstance(error, MemoryError):
+            raise error
+        log.error(message, exc_info=error, extra={"request": request})
+        return Internal()
+
+
+def log_access(head: Head, origin: Origin, status: int, length: int, since: float) -> None:
+    """Write a line of the access log. length: of the content, in bytes; since: when the request
+    arrived, by the monotonic clock."""
+    access = {
+        "address": origin.address,
+        "method": sanitize_path(head.method),
+        "path": sanitize_path(head.path),
+        "status": status,
+        "bytes": length,
+        "seconds": round(time.monotonic() - since, 6),
+    }
+    log.info(
+        "%(address)s %(method)s %(path)s %(status)d %(bytes)d B %(seconds)f s",
+        access,
+        extra={"access": access, "request": origin.request},
+    )
+
+
+class Server(Listener):
+    """An HTTP server for one Api. serve_forever() returns after stop()."""
+
+    def __init__(
+        self, api: Api, host: str, port: int, *, clock: Callable[[], float],
+        connections: int = CONNECTIONS_MAXIMUM, deadlines: Optional[Mapping[State, float]] = None,
+        load_tls: Optional[Callable[[], ssl.SSLContext]] = None,
+        listener: Optional[socket.socket] = None, proxies: Networks = (), access_log: bool = False,
+        notify: Callable[[str], None] = lambda state: None,
+    ) -> None:  # fmt: skip
+        """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
+        is called at once and at each reload. listener: a socket that a service manager has bound.
+        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3)."""
+        self._load_tls = load_tls
+        self._tls = load_tls() if load_tls else None
+        super().__init__(host, port, listener)
+        self._registry = api.registry
+        self._clock = clock
+        self._proxies = proxies
+        self._notify = notify
+        self._connections = Connections(deadlines or {}, api.metrics)
+        self._connections_maximum = connections
+        self._exchanges = Exchanges(api, self._connections, access_log)
+        self._is_crowded = False  # a new connection waits for a place or a descriptor
+        self._short_at = -math.inf  # when no descriptor was free
+        self._accept_at = math.inf  # when to accept again; inf: all the time
+        self._housekeeping_at = 0.0
+        self._stop_before: Optional[float] = None
+        self._is_audit_flushed = False
+        self._reload_requested = False
+        self._accepted = int(clock() * SECOND_MS) << 20  # numbers that no earlier start has used
+        self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ)
-        self._selector.register(self.socket, selectors.EVENT_READ)
+        self._connections.selector.register(self._wakened, READ)
+        self._watch_listener(True)
+
+    # Starting and stopping.
 
     @property
     def url(self) -> str:
-        """Where it listens; by the name of this machine when it listens on every address."""
+        """Where it listens; with the name of this machine if it listens on every address."""
         host = self.server_name
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
@@ -9377,34 +8873,29 @@ class Server(HTTPServer):
 
     @property
     def is_in_the_clear(self) -> bool:
-        """Whether secrets are sent to other machines for all on the way to read."""
-        return self.is_exposed and self._tls is None
-
-    @property
-    def is_exposed(self) -> bool:
-        """Whether other machines can connect."""
-        return not ipaddress.ip_address(self.server_name).is_loopback
+        """Whether other machines can connect, without TLS."""
+        return self._tls is None and not ipaddress.ip_address(self.server_name).is_loopback
 
     def stop(self, *_: object) -> None:
         """Stop accepting, answer what has arrived, return from serve_forever(). A signal handler
         may call it, or another thread."""
         if self._stop_before is None:
             self._stop_before = time.monotonic() + SHUTDOWN_DEADLINE
-        with suppress(OSError):  # it is awake already, or has ended
-            self._waker.send(b"\0")
-
-    shutdown = stop
+        self._wake()
 
     def reload(self, *_: object) -> None:
-        """Load the certificate anew. A signal handler may call it, or another thread."""
-        self._is_to_reload = True
-        with suppress(OSError):
+        """Load the certificate again. A signal handler may call it, or another thread."""
+        self._reload_requested = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # it is awake already, or has ended
             self._waker.send(b"\0")
 
     @contextmanager
     def woken_by_signals(self) -> Iterator[None]:
-        """In the main thread: its handlers run when Python has control again, and after a signal
-        that comes just before the selector waits, that would be when something else happens."""
+        """For the main thread. A signal that arrives just before select() must still wake it:
+        Python runs the handler only afterwards."""
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -9412,742 +8903,238 @@ class Server(HTTPServer):
             signal.set_wakeup_fd(-1)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Turn until stop() has been called and nobody is owed an answer."""
-        listening = True
+        """Turn until stop() has been called and all that arrived is answered."""
         self._notify("READY=1")
-        while listening or (self._is_owing() and time.monotonic() < (self._stop_before or 0)):
-            try:
-                if self._has_broken_off:
-                    self._pick_up()
-                self._turn(self._patience())
-            except MemoryError:
-                self._has_broken_off = True
-                time.sleep(MEMORY_PAUSE)
-            if self._stop_before is not None and listening:
-                listening = False
-                self._notify("STOPPING=1")
-                self._stop_listening()
-        if self._waiting_since:
-            self._settle_tick(repeat(self._api.give_up()))
-
-    def _is_owing(self) -> bool:
-        """Whether somebody is owed an answer, or the audit log what nobody waits for: the last
-        will, which waits for other writers as everything does."""
-        if not self._connections and not self._tick and not self._has_willed:
-            last_will = self._api.last_will()
-            if last_will is not None:
-                self._owe(last_will)
-            self._has_willed = True
-        return bool(self._connections or self._tick)
+        while self._stop_before is None:
+            self._turn(self._timeout())
+        self._notify("STOPPING=1")
+        self._stop_listening()
+        while self._has_work_left() and time.monotonic() < self._stop_before:
+            self._turn(self._timeout())
+        if self._exchanges.waiting_since:
+            self._exchanges.stop_waiting()
 
     def _stop_listening(self) -> None:
-        """Take those who have connected already; part with those who have sent nothing."""
-        self._welcome_all(self._accept(BACKLOG))
+        """Accept the connections that wait, and close the ones that have sent nothing."""
+        self._exchanges.is_stopping = True
+        for connection in self._accept(BACKLOG):
+            self._guard(self._on_accept, connection)
         self._watch_listener(False)
-        self._accept_after = 0.0
+        self._is_crowded, self._accept_at = False, math.inf
         self.socket.close()
         self._turn(0)  # reads what has arrived
-        for phase in (self._idle, self._shaking, self._in_head):
-            for connection in phase.everyone():
-                if phase is self._shaking or not connection.held:
-                    self._drop(connection)
+        for connection in self._connections.within((IDLE, HANDSHAKE, HEAD)):
+            if connection.state is HANDSHAKE or not connection.buffered:
+                self._connections.close(connection)
+
+    def _has_work_left(self) -> bool:
+        """Whether answers are owed. When none are, the refusals that the audit log has not written
+        yet are the last tick, which waits for other writers like any other."""
+        exchanges = self._exchanges
+        if not (self._connections.count or exchanges.pending or self._is_audit_flushed):
+            if self._registry.audit.pending or self._registry.audit.excess:
+                exchanges.add_internal(FINAL_AUDIT_FLUSH)
+            self._is_audit_flushed = True
+        return bool(self._connections.count or exchanges.pending)
 
     def server_close(self) -> None:
-        """Close every socket."""
-        for connection in list(self._connections):
-            self._drop(connection)
+        for connection in self._connections.within(STATES):
+            self._connections.close(connection)
         super().server_close()
-        self._selector.close()
+        self._connections.selector.close()
         self._waker.close()
         self._wakened.close()
 
-    # One turn.
+    # The loop.
 
-    def _turn(self, patience: float) -> None:
-        events = self._selector.select(patience)
-        self._moment = time.monotonic()
-        self._now = int(self._clock() * SECOND_MS)
-        self._api.notice_keys()
-        if self._is_to_reload:
+    def _turn(self, timeout: float) -> None:
+        connections, exchanges = self._connections, self._exchanges
+        # 1. Wait until something happens. This is the turn's time.
+        events = connections.selector.select(timeout)
+        moment = connections.moment = time.monotonic()
+        exchanges.now = int(self._clock() * SECOND_MS)
+        # 2. Use the key file as it is now, and the certificate if we were asked to.
+        self._registry.keys.reload()
+        if self._reload_requested:
             self._reload()
-        ready, self._ready = self._ready, []
-        for connection, request in ready:
-            try:
-                if request is None and connection.phase is self._in_body:
-                    request = self._parse(connection, b"")
-                if request is not None:
-                    self._admit(connection, request)
-            except Exception:
-                self._fail(connection)
-        fresh = self._accept(ACCEPTS_PER_TURN) if self._attend_all(events) else []
-        self._keep_house()
-        self._write()
-        self._read_one()
-        self._welcome_all(fresh)
-        if self._crowded:
-            self._make_room()
-        self._expire()
-
-    def _patience(self) -> float:
-        """How long the selector may wait for something to happen."""
-        if self._ready or self._reads:
-            return 0
-        if self._waiting_since:
-            return LOCK_POLL
-        if self._beats or self._tick or self._api.owes_notes:
-            return 0
-        moment = time.monotonic()
-        waits = [phase.left(moment) for phase in self._phases]
-        waits.append(max(0.0, self._alive_after - moment))
-        if self._accept_after:
-            waits.append(max(0.0, self._accept_after - moment))
-        if self._stop_before is not None:
-            waits.append(max(0.0, self._stop_before - moment))
-        return min(waits)
-
-    def _fail(self, connection: Connection) -> None:
-        """Whatever goes wrong with a connection ends there, and not the loop: others of the same
-        tick are owed an answer."""
-        with suppress(MemoryError):
-            self._own_up("a connection failed")
-        self._drop(connection)
-
-    def _own_up(self, what: str, request: str = "") -> Problem:
-        """What we answer to an exception that nothing should raise: it is a defect, or there was
-        no memory. Of that the log is told once, not at every place where it may happen."""
-        if not isinstance(sys.exc_info()[1], MemoryError):
-            log.exception(what, extra={"request": request})
-            return Internal()
-        with suppress(MemoryError):
-            self._tell_of_memory()
-        return Overloaded()
-
-    def _tell_of_memory(self) -> None:
-        self._api.relieve()
-        moment = time.monotonic()
-        if moment - self._starved_at > TROUBLE_OVER:  # if not even this can be said, then later
-            log.error("out of memory: requests are refused until there is more; raise its limit")
-        self._starved_at = moment
-
-    def _pick_up(self) -> None:
-        """A turn has broken off: part with those who hold memory, and then, for which some is
-        needed, with those whom nobody waits for now."""
-        for phase in (self._in_body, self._taking, self._in_head):
-            holder = phase.first()
-            while holder is not None:
-                self._drop(holder)
-                holder = phase.first()
-        self._tell_of_memory()
-        waiting = {owed.connection for owed in (*self._tick, *self._reads)}
-        waiting.update(connection for connection, _ in (*self._ready, *self._beats))
-        for connection in self._connections.difference(waiting):
-            if connection.phase is None:
-                self._drop(connection)
-        self._has_broken_off = False
-
-    def _attend_all(self, events: Iterable[Tuple[selectors.SelectorKey, int]]) -> bool:
-        """Take what has arrived. Whether somebody wants to connect."""
-        is_called = False
+        # 3. Read on in what arrived in an earlier turn: pipelined requests, bodies in tiny chunks.
+        ready, exchanges.ready = exchanges.ready, []
+        for connection in ready:
+            if connection.state in (BUSY, BODY):  # it was not refused meanwhile
+                self._guard(exchanges.parse, connection)
+        # 4. Read what has arrived; accept new connections.
+        accepted: list[Connection] = []
         for key, _ in events:
-            connection = key.data
-            if connection is not None:
+            if key.data is not None:
                 try:
-                    self._attend(connection)
-                except Exception:
-                    self._fail(connection)
+                    exchanges.on_ready(key.data)
+                except Exception as error:
+                    exchanges.fail(key.data, error)
             elif key.fileobj is self.socket:
-                is_called = True
+                accepted = self._accept(ACCEPTS_PER_TURN)
             else:
                 self._wakened.recv(RECEIVE_SIZE)
-        return is_called
+        # 5. Add the server's own calls: housekeeping every ALIVE_EVERY seconds; if nothing else is
+        #    to be run, a tick that writes the refusals which wait to be audited.
+        if moment >= self._housekeeping_at:
+            self._housekeeping_at = moment + ALIVE_EVERY
+            exchanges.add_internal(HOUSEKEEPING)
+        elif self._has_refusals and not exchanges.pending:
+            exchanges.add_internal(WRITE_REFUSALS)
+        # 6. Run what may write as one tick, and answer.
+        if exchanges.pending and exchanges.run_tick():
+            self._housekeeping_at = 0.0
+        # 7. Run one call that only reads.
+        exchanges.run_read()
+        # 8. Read the new connections. They had the time of the tick to send their requests, so the
+        #    selector never hears of most connections that bring one request.
+        for connection in accepted:
+            self._guard(self._on_accept, connection)
+        # 9. Make room for a new connection; close those whose deadline has passed.
+        if self._is_crowded:
+            self._make_room()
+        for connection in connections.overdue():
+            self._guard(self._expire, connection)
+        if moment >= self._accept_at:
+            self._accept_at = math.inf
+            self._watch_listener(True)
 
-    def _attend(self, connection: Connection) -> None:
-        if connection.phase is self._taking:
-            self._flush(connection)
-        elif connection.phase is self._lingering:
-            self._linger(connection)
-        elif connection.phase is not None:
-            request = self._receive(connection)
-            if request is not None:
-                self._admit(connection, request)
+    @property
+    def _has_refusals(self) -> bool:
+        """Whether refusals wait to be audited, and can be."""
+        return bool(self._registry.audit.pending) and not self._registry.storage_trouble
 
-    def _receive(self, connection: Connection) -> Optional[Request]:
-        """Take what has arrived; the request that is whole with it. A plain heartbeat, between two
-        requests, comes into the tick by the short way; but what is to be logged one by one, or
-        came by a proxy, goes the long one."""
+    def _timeout(self) -> float:
+        """Seconds that the selector may wait for something to happen."""
+        exchanges = self._exchanges
+        if exchanges.ready or exchanges.reads:
+            return 0
+        if exchanges.waiting_since:
+            return LOCK_POLL
+        if exchanges.pending or self._has_refusals:
+            return 0
+        nearest = min(
+            self._connections.next_deadline(),
+            self._housekeeping_at,
+            self._accept_at,
+            math.inf if self._stop_before is None else self._stop_before,
+        )
+        return max(0.0, nearest - time.monotonic())
+
+    def _guard(self, handle: Callable[[Connection], None], connection: Connection) -> None:
         try:
-            data = connection.socket.recv(RECEIVE_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return None
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(connection)
-        elif len(data) == RECEIVE_SIZE:
-            connection.lingers = True
-        if data and connection.tls is not None:
-            data = self._decrypt(connection, connection.tls, data)
-        if not data:
-            return None
-        reader = connection.reader
-        is_between = connection.phase in self._between and not reader.buffer
-        if is_between and not self._access_log and not reader.proxies:
-            heard = self._api.hear(data, self._now)
-            if heard is not None:
-                reader.number += 1
-                self._beats.append((connection, heard))
-                return None
-        return self._parse(connection, data)
-
-    def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
-        """The plain text in what has arrived; what TLS has to say goes out before an answer does,
-        or at once where there will be none yet."""
-        if not tls.has_begun and data[:1].isalpha():  # a record begins with 22
-            connection.tls, connection.reader.buffer = None, data
-            self._refuse(connection, MalformedRequest("This port speaks TLS: use https."))
-            return b""
-        try:
-            plain = tls.receive(data)
-        except ssl.SSLError:
-            self._part_from_tls(connection, tls)
-            return b""
-        if tls.is_shaken and connection.phase in (None, self._shaking):
-            self._move(connection, self._in_head)
-        if plain:
-            if connection.held:
-                self._account(connection, connection.reader.held)
-            return plain
-        self._account(connection, connection.reader.held + tls.held)
-        output = tls.output()
-        if output:
-            self._push(connection, output)
-        if tls.has_ended:
-            self._drop(connection)
-        elif self._held > HELD_MAXIMUM:
-            self._relieve(connection)
-        return b""
-
-    def _relieve(self, connection: Connection) -> bool:
-        """Too much is held, with what has come of a connection or goes to it: whoever holds the
-        most gives way, but none who is in the tick. So a crowd that holds what it can keeps nobody
-        else out. True when that is the connection itself."""
-        holders = [it for phase in self._phases for it in phase.everyone()]
-        greatest = max((*holders, connection), key=lambda it: it.held + len(it.output))
-        if not greatest.held and not greatest.output:
-            return False
-        if greatest.output or greatest.phase is self._shaking:
-            self._drop(greatest)
-        else:
-            self._refuse(greatest, Overloaded())
-        return greatest is connection
-
-    def _part_from_tls(self, connection: Connection, tls: Tls) -> None:
-        output = tls.output()
-        connection.tls = None
-        connection.closing = connection.lingers = True
-        if not output or self._push(connection, output):
-            self._start_lingering(connection)
-
-    def _parse(self, connection: Connection, data: bytes) -> Optional[Request]:
-        """The next request of what a connection has sent, if it is whole."""
-        reader = connection.reader
-        try:
-            request = reader.next(data)
-        except Problem as problem:
-            self._refuse(connection, problem)
-            return None
-        except MemoryError:
-            self._refuse(connection, self._own_up("a request could not be read"))
-            return None
-        if request is None or reader.buffer or connection.held:
-            self._account(connection, reader.held + (len(request.body) if request else 0))
-            if self._held > HELD_MAXIMUM and self._relieve(connection):
-                return None
-        if request is None:
-            self._hold(connection)
-        return request
-
-    def _account(self, connection: Connection, held: int) -> None:
-        self._held += held - connection.held
-        connection.held = held
-
-    def _hold(self, connection: Connection) -> None:
-        """Give an unfinished request its time: no part of it buys more."""
-        reader = connection.reader
-        if connection.tls is not None and connection.tls.has_ended and not reader.is_behind:
-            self._drop(connection)
-        elif not reader.is_in_body:
-            if connection.phase is not self._in_head and reader.has_begun:
-                self._move(connection, self._in_head)
-        elif connection.phase is not self._in_body:
-            self._move(connection, self._in_body)
-            if reader.awaits_continue:
-                self._send(connection, CONTINUE)
-        if reader.is_behind:
-            self._ready.append((connection, None))
-        events = 0 if reader.is_behind else selectors.EVENT_READ
-        if connection.phase is self._in_body and connection.interest != events:
-            self._watch(connection, events)
-
-    def _admit(self, connection: Connection, request: Request) -> None:
-        try:
-            admitted = self._api.admit(request, self._now)
-        except Exception:
-            problem = self._own_up("a request could not be admitted", request.id)
-            admitted = self._api.refusal(problem)
-        if isinstance(admitted, Response):
-            self._answer(connection, admitted, request)
-            self._metrics.requests.observe(time.monotonic() - self._moment)
-            return
-        owed = Owed(connection, request, admitted, self._moment)
-        if self._api.may_write(admitted):
-            self._tick.append(owed)
-            if connection.held:  # or else _relieve() might refuse what is done all the same
-                self._move(connection, None)
-        else:
-            self._reads.append(owed)
-            self._move(connection, None)
-
-    # Ticks.
-
-    def _keep_house(self) -> None:
-        is_due = self._moment >= self._alive_after
-        if is_due or (self._api.owes_notes and not self._waiting_since):
-            self._alive_after = self._moment + ALIVE_EVERY
-            self._owe(self._api.housekeeping())
-
-    def _owe(self, work: Pending) -> None:
-        """Put business of our own into the tick."""
-        self._tick.append(Owed(None, NOBODYS, work, self._moment))
-        self._own_work += 1
+            handle(connection)
+        except Exception as error:
+            self._exchanges.fail(connection, error)
 
     def _reload(self) -> None:
-        """Another certificate, for the connections to come; a bad one changes nothing."""
-        self._is_to_reload = False
-        self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._moment * 1_000_000)}")
+        """Load the certificate for the connections to come; a bad one changes nothing."""
+        self._reload_requested = False
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._connections.moment * 1e6)}")
         if self._load_tls is not None:
             try:
                 self._tls = self._load_tls()
-                log.info("loaded the certificate anew")
+                log.info("loaded the certificate again")
             except OperatorError as error:
                 log.error("%s; the certificate in use stays", error)
-        self._alive_after = 0.0
+        self._housekeeping_at = 0.0  # writes the new pin
         self._notify("READY=1")
 
-    def _write(self) -> None:
-        """Run what may write as one tick. While another process writes, gather and try again."""
-        if not self._tick and not self._beats:
-            return
-        outcomes: Optional[Iterable[Any]] = self._run_tick()
-        if outcomes is None:
-            self._waiting_since = self._waiting_since or self._moment
-            if self._moment - self._waiting_since <= LOCK_PATIENCE:
-                self._wait()
-                return
-            outcomes = repeat(self._api.give_up())
-        self._settle_tick(outcomes)
-        self._api.tidy()
+    # Accepting and expiring.
 
-    def _run_tick(self) -> Optional[List[Any]]:
-        beats, tick = self._beats, self._tick
-        work: List[Pending] = [beat for _, (beat, _) in beats]
-        if tick:
-            work += [owed.work for owed in tick]
-
-        def request_at(place: int) -> Request:
-            if place < len(beats):
-                return self._request_of(beats[place])
-            return tick[place - len(beats)].request
-
-        return self._run(work, request_at)
-
-    @staticmethod
-    def _request_of(beating: Beating) -> Request:
-        connection, (_, head) = beating
-        reader = connection.reader
-        return Request(head, None, b"", reader.address, reader.connection, reader.number - 1)
-
-    def _wait(self) -> None:
-        """Who is in the tick is not read meanwhile, and not hurried."""
-        connections = [beating[0] for beating in self._beats]
-        connections += [owed.connection for owed in self._tick if owed.connection is not None]
-        for connection in connections:
-            if connection.phase is not None:
-                self._move(connection, None)
-
-    def _settle_tick(self, outcomes: Iterable[Any]) -> None:
-        began = self._moment
-        if self._waiting_since:
-            began, self._waiting_since = self._waiting_since, 0.0
-            self._metrics.lock_waits.observe(self._moment - began)
-        beats, self._beats = self._beats, []
-        tick, self._tick = self._tick, []
-        came = iter(outcomes)
-        self._settle_beats(beats, came)
-        for owed, outcome in zip(tick, came):
-            self._settle(owed, outcome)
-        requests = len(beats) + len(tick) - self._own_work
-        self._own_work = 0
-        if requests:
-            self._metrics.ticks.observe(requests)
-            self._metrics.requests.observe(time.monotonic() - began, requests)
-
-    def _settle_beats(self, beats: Sequence[Beating], outcomes: Iterable[Any]) -> None:
-        answer, seconds = self._api.answer_plainly, self._now // SECOND_MS
-        idle, moment, is_stopping = self._idle, self._moment, self._stop_before is not None
-        for beating, outcome in zip(beats, outcomes):
-            connection, (beat, head) = beating
-            try:
-                if not isinstance(outcome, int):
-                    refused = cast(Response, self._api.answer(beat, outcome))
-                    self._answer(connection, refused, self._request_of(beating))
-                    continue
-                closes = is_stopping or not head.keep_alive
-                data = answer(beat[0], outcome, seconds, closes)
-                if connection.phase is idle and connection.tls is None and not closes:
-                    if self._push(connection, data):
-                        idle.start(connection, moment)
-                    continue
-                connection.closing = closes
-                if self._send(connection, data):
-                    self._answered(connection)
-            except Exception:
-                self._fail(connection)
-
-    def _settle(self, owed: Owed, outcome: Any) -> bool:
-        """Answer; False for what wants to be run again."""
-        connection = owed.connection
-        if connection is not None:
-            try:
-                response = self._api.answer(owed.work, outcome)
-                if response is None:
-                    return False
-                self._answer(connection, response, owed.request, owed.since)
-            except Exception:
-                self._fail(connection)
-        return True
-
-    def _read_one(self) -> None:
-        """Run one act that only reads, or a slice of it, in a tick of its own: no beat waits for
-        more, and it needs no lock that others wait for."""
-        while self._reads:
-            owed = self._reads.popleft()
-            if owed.connection is None or owed.connection.is_gone:
-                continue
-            outcomes = self._run([owed.work], lambda place: NOBODYS)
-            assert outcomes is not None, "what only reads waits for nobody"
-            if self._settle(owed, outcomes[0]):
-                self._metrics.requests.observe(time.monotonic() - owed.since)
-            else:
-                self._reads.insert(READS_AT_ONCE, owed)
-            return
-
-    def _run(
-        self, work: Sequence[Pending], request_at: Callable[[int], Request]
-    ) -> Optional[List[Any]]:
-        try:
-            return self._api.run(work, self._now, request_at)
-        except Exception:
-            return [self._own_up("a tick failed")] * len(work)
-
-    # Answers.
-
-    def _answer(
-        self, connection: Connection, response: Response, request: Request, since: float = 0.0
-    ) -> None:
-        """Send an answer, and get on with what the connection sends next, or close it."""
-        head = request.head
-        closes = not head.keep_alive or response.closes or self._stop_before is not None
-        connection.closing = closes
-        name = request.id if response.content_type is PROBLEM_JSON else ""
-        data = write_response(response, self._now // SECOND_MS, closes, head.method == "HEAD", name)
-        if response.closes or len(data) > RECEIVE_SIZE:
-            connection.lingers = True
-        if self._access_log:
-            self._log_access(request, response, since or self._moment)
-        if self._send(connection, data):
-            self._answered(connection)
-
-    def _log_access(self, request: Request, response: Response, since: float) -> None:
-        head = request.head
-        access = {
-            "address": request.address,
-            "method": printable_path(head.method),
-            "path": printable_path(head.path),
-            "status": response.status,
-            "bytes": len(response.body),
-            "seconds": round(time.monotonic() - since, 6),
-        }
-        log.info(
-            "%(address)s %(method)s %(path)s %(status)d %(bytes)d B %(seconds)f s",
-            access,
-            extra={"access": access, "request": request.id},
-        )
-
-    def _refuse(self, connection: Connection, problem: Problem) -> None:
-        """Answer what is no whole request, and read no further."""
-        reader = connection.reader
-        request = reader.unread()
-        connection.reader = RequestReader(
-            reader.address, reader.connection
-        )  # what it held is let go
-        self._account(connection, 0)
-        response = self._api.refuse(problem, request.address, request.id, self._now)
-        self._answer(connection, response, request)
-
-    def _send(self, connection: Connection, data: bytes) -> bool:
-        """Send what the peer takes at once. True when that is all of it."""
-        if connection.tls is not None:
-            try:
-                data = connection.tls.send(data)
-            except ssl.SSLError:
-                self._drop(connection)
-                return False
-        return self._push(connection, data)
-
-    def _push(self, connection: Connection, data: Union[bytes, memoryview]) -> bool:
-        try:
-            sent = connection.socket.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
-            self._drop(connection)
-            return False
-        if sent == len(data):
-            return True
-        connection.output = memoryview(data)[sent:]
-        self._held += len(connection.output)
-        if self._held > HELD_MAXIMUM and self._relieve(connection):
-            return False
-        if connection.phase is not self._taking:  # a trickle taken does not buy more time
-            self._move(connection, self._taking)
-        return False
-
-    def _flush(self, connection: Connection) -> None:
-        data, connection.output = connection.output, b""
-        self._held -= len(data)
-        if not self._push(connection, data):
-            return
-        if connection.tls is not None and not connection.tls.is_shaken:
-            self._move(connection, self._shaking)
-        elif connection.reader.is_in_body and not connection.closing:  # it was 100 Continue
-            self._move(connection, self._in_body)
-        else:
-            self._answered(connection)
-
-    def _answered(self, connection: Connection) -> None:
-        """The peer has its answer: go on to its next request, or part."""
-        if connection.closing:
-            if connection.lingers or connection.reader.buffer:
-                self._start_lingering(connection)
-            else:
-                self._drop(connection)
-            return
-        self._move(connection, self._idle)
-        if connection.held:
-            self._account(connection, connection.reader.held)
-        if connection.reader.buffer:
-            request = self._parse(connection, b"")
-            if request is not None:
-                self._make_ready(connection, request)
-        elif connection.tls is not None and connection.tls.has_ended:
-            self._drop(connection)
-
-    def _make_ready(self, connection: Connection, request: Optional[Request]) -> None:
-        """Put a request, or what there is to be read, into the next turn."""
-        self._move(connection, None)
-        self._ready.append((connection, request))
-
-    # Connections.
-
-    def _accept(self, most: int) -> List[Connection]:
-        """Take new connections, while there is room."""
-        fresh: List[Connection] = []
-        while len(fresh) < most:
-            if len(self._connections) >= self._connections_maximum:
-                self._crowded = not fresh  # else it is the next turn that knows
-                break
+    def _accept(self, most: int) -> list[Connection]:
+        """Take new connections while there is room. They are read after the tick."""
+        accepted: list[Connection] = []
+        most = min(most, self._connections_maximum - self._connections.count)
+        while len(accepted) < most:
             try:
                 peer, address = self.socket.accept()
             except (BlockingIOError, InterruptedError):
-                break
-            except ConnectionError:  # gone before we came
+                return accepted
+            except ConnectionError:  # it was gone before we came
                 continue
-            except OSError as error:  # out of descriptors or memory: EMFILE, ENFILE, ENOBUFS
-                if fresh:  # it is said before anybody is looked for: perhaps nobody waits
-                    break
-                if self._moment - self._short_at > TROUBLE_OVER:
-                    log.warning(
-                        "cannot accept connections: %s: raise the limit, ulimit -Hn or LimitNOFILE",
-                        error.strerror,
-                    )
-                self._short_at = self._moment
-                self._crowded = True
-                break
+            except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
+                if not accepted:  # else perhaps no further connection waits: accept() looks later
+                    self._run_short(error)
+                return accepted
             peer.setblocking(False)
             self._accepted += 1
-            self._metrics.counts["connections"] += 1
-            fresh.append(self._meet(peer, plain_address(address[0])))
-            self._connections.add(fresh[-1])
-        self._metrics.open_connections = len(self._connections)
-        return fresh
+            reader = RequestReader(plain_address(address[0]), self._accepted)
+            accepted.append(Connection(peer, reader, HANDSHAKE if self._tls else HEAD))
+            self._connections.add(accepted[-1])
+        self._is_crowded = not accepted
+        return accepted
 
-    def _meet(self, peer: socket.socket, address: str) -> Connection:
-        """X-Forwarded-For is heard from trusted proxies alone: anybody can write it."""
-        if self._proxies and is_within(ipaddress.ip_address(address), self._proxies):
-            return Connection(peer, address, self._accepted, self._proxies)
-        return Connection(peer, address, self._accepted)
+    def _run_short(self, error: OSError) -> None:
+        moment, self._is_crowded = self._connections.moment, True
+        if moment - self._short_at > TROUBLE_OVER:
+            advice = "raise the limit, ulimit -Hn or LimitNOFILE"
+            log.warning("cannot accept connections: %s: %s", error.strerror, advice)
+        self._short_at = moment
 
-    def _welcome_all(self, fresh: Sequence[Connection]) -> None:
-        for connection in fresh:
-            try:
-                self._welcome(connection)
-            except Exception:
-                self._fail(connection)
-
-    def _welcome(self, connection: Connection) -> None:
-        """Read a new connection. It was taken before the tick and is read after it: most often
-        the request is there by now, and the selector never hears of the connection."""
+    def _on_accept(self, connection: Connection) -> None:
         if self._tls is not None:
             connection.tls = Tls(self._tls)
-        heard = len(self._beats)
-        request = self._receive(connection)
-        if request is not None:
-            self._make_ready(connection, request)
-        elif len(self._beats) > heard:
-            return
-        elif connection.phase is None and not connection.reader.is_behind:
-            self._move(connection, self._shaking if connection.tls else self._in_head)
-
-    def _make_room(self) -> None:
-        """Who has been waited for longest gives way, between two requests or before the first: a
-        crowd that says nothing must not push out those who do. Then the slowest body. When nobody
-        can, new connections wait: the listener would stay readable, and the loop would spin."""
-        self._crowded = False
-        silent = min(self._idle, self._shaking, self._in_head, key=lambda phase: phase.since)
-        for phase in (silent, self._in_body, self._lingering):
-            connection = phase.first()
-            if connection is not None:
-                self._drop(connection)
-                return
-        self._accept_after = self._moment + ACCEPT_PAUSE
-        self._watch_listener(False)
+        if self._proxies:
+            address = ipaddress.ip_address(connection.reader.peer)
+            if any(address in network for network in self._proxies):
+                connection.reader.proxies = self._proxies
+        self._exchanges.read(connection)
+        if connection.state in (HANDSHAKE, HEAD):
+            self._connections.move(connection, connection.state)  # and watch it
 
     def _watch_listener(self, watched: bool) -> None:
-        if self.socket.fileno() < 0:  # we are stopping
-            return
-        is_watched = self.socket in self._selector.get_map()
-        if watched and not is_watched:
-            self._selector.register(self.socket, selectors.EVENT_READ)
-        elif is_watched and not watched:
-            self._selector.unregister(self.socket)
+        with suppress(KeyError, ValueError):  # it is so already, or the listener is closed
+            if watched:
+                self._connections.selector.register(self.socket, READ)
+            else:
+                self._connections.selector.unregister(self.socket)
 
-    def _move(self, connection: Connection, phase: Optional[Phase]) -> None:
-        """Put a connection into a phase: under its deadline, and watched for its events."""
-        if connection.is_gone:
+    def _make_room(self) -> None:
+        """Close a connection for the new one that waits. If none can be closed, new ones wait: the
+        listener would stay readable, and the loop would spin."""
+        self._is_crowded = False
+        connection = self._connections.evictable()
+        if connection is not None:
+            self._connections.close(connection)
             return
-        if connection.phase is not None and connection.phase is not phase:
-            connection.phase.stop(connection)
-        connection.phase = phase
-        if phase is not None:
-            phase.start(connection, self._moment)
-        events = 0 if phase is None else phase.events
-        if events != connection.interest:
-            self._watch(connection, events)
+        self._accept_at = self._connections.moment + ACCEPT_PAUSE
+        self._watch_listener(False)
 
-    def _watch(self, connection: Connection, events: int) -> None:
-        if connection.interest == 0:
-            self._selector.register(connection.socket, events, connection)
-        elif events == 0:
-            self._selector.unregister(connection.socket)
+    def _expire(self, connection: Connection) -> None:
+        """The deadline of a connection's state has passed."""
+        if connection.state.answers_late:
+            self._exchanges.refuse(connection, RequestTimeout())
         else:
-            self._selector.modify(connection.socket, events, connection)
-        connection.interest = events
-
-    def _expire(self) -> None:
-        """Part with those whose time is over."""
-        for phase in self._phases:
-            connection = phase.overdue(self._moment)
-            while connection is not None:
-                try:
-                    self._end(connection)
-                except Exception:
-                    self._fail(connection)
-                connection = phase.overdue(self._moment)
-        if self._accept_after and self._moment >= self._accept_after:
-            self._accept_after = 0.0
-            self._watch_listener(True)
-
-    def _end(self, connection: Connection) -> None:
-        """Whoever is in the middle of a request is told; the others have nothing to hear."""
-        if connection.phase is self._in_head or connection.phase is self._in_body:
-            self._refuse(connection, RequestTimeout())
-        else:
-            self._drop(connection)
-
-    def _start_lingering(self, connection: Connection) -> None:
-        """Close our side, and take what the peer still sends: to close on unread bytes would
-        reset the connection, and the peer would lose the answer (RFC 9112 section 9.6)."""
-        self._bid_farewell(connection)
-        try:
-            connection.socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._drop(connection)
-            return
-        self._move(connection, self._lingering)
-
-    def _linger(self, connection: Connection) -> None:
-        try:
-            if connection.socket.recv(RECEIVE_SIZE):
-                return
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            pass
-        self._drop(connection)
-
-    def _bid_farewell(self, connection: Connection) -> None:
-        tls, connection.tls = connection.tls, None
-        if tls is not None and tls.is_shaken and not connection.output:
-            with suppress(OSError):
-                connection.socket.send(tls.farewell())
-
-    def _drop(self, connection: Connection) -> None:
-        if connection.tls is not None:
-            self._bid_farewell(connection)
-        self._move(connection, None)
-        connection.is_gone = True
-        self._connections.discard(connection)
-        self._held -= connection.held + len(connection.output)
-        connection.held, connection.output = 0, b""
-        connection.socket.close()
-        self._metrics.open_connections = len(self._connections)
+            self._connections.close(connection)
 
 
-def tell_service_manager(address: str, state: str) -> None:
-    """Say how we are, as sd_notify(3) does."""
-    where = f"\0{address[1:]}" if address.startswith("@") else address
+def notify_service_manager(address: str, state: str) -> None:
+    """Send our state to a service manager, as sd_notify(3) does."""
+    path = f"\0{address[1:]}" if address.startswith("@") else address
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as it:
-            it.setblocking(False)  # nobody may stop us by not listening
-            it.sendto(state.encode("utf-8"), where)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.setblocking(False)  # a manager that does not read must not stop us
+            sender.sendto(state.encode("utf-8"), path)
     except OSError as error:
-        said = state.partition("\n")[0]  # a line of the log, of what may be lines
-        log.warning("cannot tell the service manager that %s: %s", said, error.strerror)
+        first_line = state.partition("\n")[0]
+        log.warning("cannot notify the service manager of %s: %s", first_line, error.strerror)
 
 
 def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
-    """The socket that a service manager has bound for us, as sd_listen_fds(3) has it; None where
-    there is none. Raises OperatorError."""
+    """The socket that a service manager has bound for us, from LISTEN_PID and LISTEN_FDS as in
+    sd_listen_fds(3); None if there is none. Raises OperatorError."""
     if process != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        raise OperatorError(f"the service manager hands over {count} sockets: we take one")
+        raise OperatorError(f"the service manager passes {count} sockets: we take one")
     try:
         listener = socket.socket(fileno=FIRST_INHERITED)
         accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise OperatorError(f"the service manager's socket is none: {error.strerror}") from error
+        raise OperatorError(
+            f"what the service manager passes is not a socket: {error.strerror}"
+        ) from error
     if not accepts or listener.family not in (socket.AF_INET, socket.AF_INET6):
         listener.close()
         raise OperatorError("the service manager's socket does not listen for TCP connections")
@@ -10166,315 +9153,115 @@ def fit_connections(wanted: int) -> int:
     return max(1, min(wanted, needed - DESCRIPTORS_SPARE))
 
 
-# The other end: what loads a server, for the benchmark.
+# The other end of a connection, for bench.
 
 
-class LoadClient:
-    """One connection of a load."""
+def closed_loop(
+    port: int, requests: Iterator[bytes], connections: int, seconds: float, certificate: str = ""
+) -> int:
+    """Load a server on this machine, in rounds: a request on each connection, then all answers.
+    With the file of a certificate to trust, each request has a TLS connection of its own; their
+    handshakes come one at a time, which costs the server a little more than a crowd's. Returns how
+    many were answered. Raises OperatorError for an answer other than 200, OSError."""
+    context = ssl.create_default_context(cafile=certificate) if certificate else None
 
-    __slots__ = ("answer", "due", "request", "socket", "tls", "unsent")
+    def connect() -> socket.socket:
+        peer = socket.create_connection((DEFAULT_HOST, port))
+        return context.wrap_socket(peer, server_hostname=DEFAULT_HOST) if context else peer
 
-    def __init__(self) -> None:
-        self.socket: Optional[socket.socket] = None
-        self.tls: Optional[Tls] = None
-        self.due: Optional[float] = None  # when what is outstanding was; None: nothing is
-        self.request = b""  # that waits for the end of the handshake
-        self.unsent: Union[bytes, memoryview] = b""
-        self.answer = b""
-
-
-class Loaded(NamedTuple):
-    """What has come of a load."""
-
-    answered: int
-    seconds: float
-    unanswered: int  # due, and given up: the server was too far behind
-
-
-ANSWER_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)\r\n", re.IGNORECASE)
-
-
-def answer_body(answer: bytes) -> Optional[bytes]:
-    """The body of a whole answer; None while it is not whole. Raises OperatorError for anything
-    but success."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    if not end:
-        return None
-    length = ANSWER_LENGTH.search(head + b"\r\n")
-    if length is None or len(body) < int(length[1]):
-        return None
-    if not head.startswith(b"HTTP/1.1 2"):
-        said = (head.partition(b"\r\n")[0] + b": " + body).decode("utf-8", "replace")
-        raise OperatorError(f"the server under load answered {UNPRINTABLE.sub('?', said)[:300]}")
-    return body
-
-
-def trusting(certificate: str) -> ssl.SSLContext:
-    """The TLS of a client that trusts the certificate in a PEM file, and no other."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(certificate)
-    return context
-
-
-def _ignore(*_: object) -> None:
-    pass
-
-
-class Load:
-    """Clients of one server on this machine, in one thread, each with one request outstanding at
-    most. Raises OperatorError for a server that refuses, hangs up or falls silent."""
-
-    def __init__(
-        self, port: int, clients: int, *, close: bool = False, tls: Optional[ssl.SSLContext] = None
-    ) -> None:
-        """With close, the requests ask the server to end the connection after its answer."""
-        self._address = (DEFAULT_HOST, port)
-        self._closes = close
-        self._context = tls
-        self._clients = [LoadClient() for _ in range(clients)]
-        self._idle = deque(self._clients)  # who has rested longest goes first
-        self._selector = selectors.DefaultSelector()
-        self._observe: Callable[[float], object] = _ignore
-        self._take: Callable[[bytes], object] = _ignore
-        self._answered = 0
-        self._moved_at = 0.0  # when something was last sent or answered
-
-    def close(self) -> None:
-        """Close every connection."""
-        for client in self._clients:
-            self._drop(client)
-        self._selector.close()
-
-    def run(
-        self,
-        requests: Iterator[bytes],
-        seconds: float,
-        observe: Callable[[float], object],
-        *,
-        gaps: Optional[Iterator[float]] = None,
-        take: Callable[[bytes], object] = _ignore,
-        tell: Callable[[int], object] = _ignore,
-    ) -> Loaded:
-        """Send requests for so many seconds, or until there are no more, and wait for what is
-        owed. observe is given the seconds that each answer took, take its body; tell, now and
-        then, how many answers there were.
-
-        Without gaps a client sends its next request when the last one is answered. That shows how
-        much a server can do, but not how long anybody waits for it: one that stalls is asked
-        less, and those who would have come meanwhile are never heard. With gaps, in seconds, a
-        request is due that long after the one before it, whatever has been answered, and the
-        time of its answer counts from when it was due.
-        """
-        self._observe, self._take, self._answered = observe, take, 0
-        began = now = due = told_at = self._moved_at = time.monotonic()
-        ends = began + seconds
-        while True:
-            gives_up = now >= ends + LOAD_PATIENCE
-            while due <= now and due < ends and self._idle and not gives_up:
-                request = next(requests, None)
-                if request is None:
-                    ends = began
-                    break
-                self._begin(self._idle.popleft(), request, due)
-                due = now if gaps is None else due + next(gaps)
-            is_over = gives_up or due >= ends
-            if is_over and len(self._idle) == len(self._clients):
-                break
-            self._wait(due - now if self._idle and not is_over else BENCH_TELL)
-            now = time.monotonic()
-            if gaps is None:
-                due = now
-            if now - told_at >= BENCH_TELL:
-                tell(self._answered)
-                told_at = now
-        unanswered = 0 if gaps is None else self._give_up(due, ends, gaps, now)
-        return Loaded(self._answered, now - began, unanswered)
-
-    def _give_up(self, due: float, ends: float, gaps: Iterator[float], now: float) -> int:
-        """Count those who were due and wait still: they have waited at least so long."""
-        given_up = 0
-        while due < ends:
-            self._observe(now - due)
-            given_up += 1
-            due += next(gaps)
-        return given_up
-
-    def _wait(self, seconds: float) -> None:
-        """Attend to what comes within so many seconds at most. Selectors wait for whole
-        milliseconds, rounded up, so the last one is spent awake."""
-        ready = self._selector.select(max(0.0, min(seconds, BENCH_TELL) - 0.001))
-        for key, _ in ready:
-            self._attend(key.data)
-        if not ready:
-            if len(self._idle) < len(self._clients) and (
-                time.monotonic() - self._moved_at > LOAD_PATIENCE
-            ):
-                raise OperatorError(f"the server has answered nothing for {LOAD_PATIENCE} s")
-            os.sched_yield()  # where there is one core, it is the server's
-
-    def _begin(self, client: LoadClient, request: bytes, due: float) -> None:
-        client.due = due
-        self._moved_at = time.monotonic()
-        if client.socket is None:
-            self._connect(client)
-        tls = client.tls
-        if tls is None:
-            self._push(client, request)
-        elif tls.is_shaken:
-            self._push(client, tls.send(request))
-        else:
-            client.request = request
-            tls.receive(b"")
-            self._push(client, tls.output())
-
-    def _connect(self, client: LoadClient) -> None:
-        client.socket = peer = socket.socket()
-        peer.setblocking(False)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with suppress(BlockingIOError):
-            peer.connect(self._address)
-        self._selector.register(peer, selectors.EVENT_READ, client)
-        if self._context is not None:
-            client.tls = Tls(self._context, DEFAULT_HOST)
-
-    def _push(self, client: LoadClient, data: Union[bytes, memoryview]) -> None:
-        peer = client.socket
-        assert peer is not None
-        try:
-            sent = peer.send(data)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ENOTCONN):  # the latter: still connecting
-                raise
-            sent = 0
-        was_unsent = bool(client.unsent)
-        client.unsent = data[sent:]
-        if bool(client.unsent) != was_unsent:
-            events = selectors.EVENT_READ if was_unsent else selectors.EVENT_WRITE
-            self._selector.modify(peer, events, client)
-
-    def _attend(self, client: LoadClient) -> None:
-        if client.unsent:
-            self._push(client, client.unsent)
-            return
-        assert client.socket is not None
-        data = client.socket.recv(RECEIVE_SIZE)
-        if not data:
-            if client.due is not None:
-                raise OperatorError("the server hung up on a request")
-            self._drop(client)  # it had nothing to do for long
-            return
-        if client.tls is not None:
-            data = self._decrypt(client, client.tls, data)
-        client.answer += data
-        body = answer_body(client.answer) if client.due is not None else None
-        if body is not None:
-            self._finish(client, body)
-
-    def _decrypt(self, client: LoadClient, tls: Tls, data: bytes) -> bytes:
-        plain = tls.receive(data)
-        output = tls.output()
-        if tls.is_shaken and client.request:
-            output += tls.send(client.request)
-            client.request = b""
-        if output:
-            self._push(client, output)
-        return plain
-
-    def _finish(self, client: LoadClient, body: bytes) -> None:
-        assert client.due is not None
-        self._moved_at = time.monotonic()
-        self._observe(self._moved_at - client.due)
-        self._take(body)
-        self._answered += 1
-        client.due, client.answer = None, b""
-        if self._closes:
-            self._drop(client)
-        self._idle.append(client)
-
-    def _drop(self, client: LoadClient) -> None:
-        if client.socket is not None:
-            self._selector.unregister(client.socket)
-            client.socket.close()
-        client.socket = client.tls = None
-        client.answer = client.unsent = b""
+    answered, end = 0, time.monotonic() + seconds
+    peers: list[socket.socket] = []
+    while time.monotonic() < end:
+        peers = peers or [connect() for _ in range(connections)]
+        for peer in peers:
+            peer.sendall(next(requests))
+        for peer in peers:
+            answer = peer.recv(RECEIVE_SIZE)
+            if not answer.startswith(b"HTTP/1.1 200 "):
+                raise OperatorError(f"the server answered {answer[:99]!r}")
+            if context:
+                peer.close()
+        answered += len(peers)
+        peers = [] if context else peers
+    for peer in peers:
+        peer.close()
+    return answered
 
 
 # 11. Command line
 #
-# What an operator types. A secret or a requested value stands alone on stdout, facts for people
-# go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. The only section that prints,
-# reads the environment, and knows the wall clock.
+# What people type and see around OPERATIONS. A secret or a requested value stands alone on stdout;
+# facts for people go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. This section
+# alone prints, starts other programs, and reads the environment and the wall clock. A command that
+# is an operation turns words into its Call and performs it; main() ends the process when something
+# cannot pass by itself.
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
-PROGRAM = "hostenroll.py"
 EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
-
-DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
-DURATION_UNITS = {"": 1, "s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
-
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+UNITS = {"m": MINUTE, "h": HOUR, "d": DAY}  # of durations
+PEM = re.compile(r"(-----BEGIN (PRIVATE KEY|CERTIFICATE)-----\n.*?\n-----END \2-----)", re.DOTALL)
+NONE_YET = {  # what to type where a list is empty
+    "hosts": "no host yet: mint-token prints the command that enrolls one",
+    "tokens": "no token yet: mint-token makes one",
+}
 
 
 class UsageError(Exception):
     """Options that do not go together."""
 
 
-def duration(text: str) -> int:
-    """Seconds, written 90s, 30m, 24h or 7d. Raises ArgumentTypeError."""
-    match = DURATION.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write 90s, 30m, 24h or 7d")
-    return int(match[1]) * DURATION_UNITS[match[2]]
+# Types of arguments. argparse calls them, and shows what an ArgumentTypeError says.
 
 
-def count(text: str) -> int:
-    """A number of things, in digits alone. Raises ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return int(text)
+def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) -> Any:
+    """A type of texts that a pattern matches."""
 
-
-def within(
-    bounds: Tuple[int, int], read: Callable[[str], int] = count, said: Callable[[int], str] = str
-) -> Callable[[str], int]:
-    """What is read, and within bounds."""
-
-    def check(text: str) -> int:
-        number, (least, most) = read(text), bounds
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of bounds: {said(least)} to {said(most)}"
-            )
-        return number
+    def check(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} {complaint}")
+        return convert(text)
 
     return check
 
 
-def port_number(text: str) -> int:
-    """A TCP port; 0 takes a free one. Raises ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
-    return int(text)
+def one_of(*words: str) -> Any:
+    """A type of a few words."""
+    return matching("|".join(words), f"is not one of {', '.join(words)}")
 
 
-def address_text(text: str) -> str:
-    """An address to listen on, or a name of one. Raises ArgumentTypeError."""
-    if not text or UNPRINTABLE.search(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an address or a name")
-    return text
+number = matching("[0-9]{1,9}", "is not a number", int)
+listen_address = matching("[!-~]+", "is not an address or a name")
+# An empty name is a shell variable that was not set: to go on without TLS or with other keys would
+# be worse than to stop. An empty head would be found in any log.
+file_name = matching("(?s).+", "is no file: name one, or leave the option out")
+duration = matching(
+    "[0-9]{1,9}[smhd]?",
+    "is not a duration: write 90s, 30m, 24h or 7d",
+    lambda text: int(text.rstrip("smhd")) * UNITS.get(text[-1], 1),
+)
+audit_head = matching("[0-9a-f]{64}", "is not what verify-audit prints", bytes.fromhex)
 
 
-def file_name(text: str) -> str:
-    """A path. Raises ArgumentTypeError for none: a variable that is not set may have been meant,
-    and to go on without TLS or with other keys would be worse than to stop."""
-    if not text:
-        raise argparse.ArgumentTypeError("name a file, or leave it out")
-    return text
+def within(
+    bounds: tuple[int, int], parse: Callable[[str], int] = number, show: Callable[[int], str] = str
+) -> Callable[[str], int]:
+    """A type of numbers within bounds, both included."""
+
+    def check(text: str) -> int:
+        parsed, (least, most) = parse(text), bounds
+        if least <= parsed <= most:
+            return parsed
+        raise argparse.ArgumentTypeError(f"{text} is out of bounds: {show(least)} to {show(most)}")
+
+    return check
 
 
 def web_address(text: str) -> str:
-    """Where agents find the server. Raises ArgumentTypeError."""
+    """The URL at which agents find the server."""
     name = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]"
     match = re.fullmatch(rf"https?://({name})(:([0-9]{{1,5}}))?(/[A-Za-z0-9._~/-]*)?", text)
     if match is None or int(match[4] or 0) > 65535:
@@ -10483,330 +9270,181 @@ def web_address(text: str) -> str:
 
 
 def networks(text: str) -> Networks:
-    """Networks and addresses, with commas or spaces between them. Raises ArgumentTypeError."""
-    found = []
-    for word in text.replace(",", " ").split():
-        try:
-            found.append(ipaddress.ip_network(word))
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{word!r} is not an address or a network like 10.0.0.0/8"
-            ) from None
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} names no network")
-    return tuple(found)
+    """Networks and addresses, with commas or blanks between them."""
+    with suppress(ValueError):
+        parsed = tuple(map(ipaddress.ip_network, text.replace(",", " ").split()))
+        if parsed:
+            return parsed
+    raise argparse.ArgumentTypeError(f"{text!r} is not a network like 10.0.0.0/8, or several")
 
 
-class Gathered(argparse.Action):
-    """An option that may come again, with more of the same; the first takes the place of what the
-    environment says."""
+class Gather(argparse.Action):
+    """A repeatable option of several values; on the command line it replaces the environment's."""
 
-    def __call__(
-        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, values if before is self.default else (*before, *values))
 
 
-class GatheredLabels(argparse.Action):
-    """--label key=value, which may come again with another key: of two values of one key there is
-    no telling which is meant."""
-
-    def __call__(
-        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
-    ) -> None:
-        (key, value), before = values, getattr(namespace, self.dest)
-        if key in before:
-            raise argparse.ArgumentError(self, f"{key} comes twice")
-        setattr(namespace, self.dest, {**before, key: value})
+# What a terminal shows.
 
 
-def one_of(*known: str) -> Callable[[str], str]:
-    """One of a few words."""
-
-    def check(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return text
-
-    return check
-
-
-def guess(word: str, known: Sequence[str], prefix: str = "") -> str:
-    """A question about what may have been meant; '' when nothing is like it."""
-    alike = [name for name in known if word and word in name]
-    if not alike:
-        from difflib import get_close_matches  # only a mistake is worth its hundredth of a second
-
-        alike = get_close_matches(word, known, n=1)
-    meant = " or ".join(prefix + name for name in alike)
-    return f"; did you mean {meant}?" if 0 < len(alike) <= 4 else ""
-
-
-def switch(text: str) -> bool:
-    """Whether something is on: yes or no. Raises ArgumentTypeError."""
-    if text not in FLAGS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FLAGS)}")
-    return FLAGS[text]
-
-
-def positive(text: str) -> int:
-    """A number of things, at least one. Raises ArgumentTypeError."""
-    if count(text) == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
-
-
-def label(text: str) -> Tuple[str, str]:
-    """key=value. Raises ArgumentTypeError."""
-    try:
-        return LABELS.read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def columns_of(text: str) -> int:
-    """How many columns of a terminal a text takes: letters of East Asia two, marks that go onto
-    the letter before them none (Unicode TR 11)."""
+def text_width(text: str) -> int:
+    """How many columns of a terminal a text takes: wide letters of East Asia two, marks that go
+    onto the letter before them none (Unicode TR 11)."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
-    return len(text) + wide - sum(map(_is_mark, text))
+    marks = sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in text)
+    return len(text) + wide - marks
 
 
-def _is_mark(letter: str) -> bool:
-    if letter == "\u00ad":  # a soft hyphen, which terminals show
-        return False
-    is_jamo = "\u1160" <= letter <= "\u11ff"  # the middle or the end of a Korean syllable
-    return is_jamo or unicodedata.category(letter) in ("Mn", "Me", "Cf")
-
-
-def shortened(text: str, columns: int) -> str:
-    """A text in at most so many columns, with ... in one of them for what is left out."""
-    if columns_of(text) <= columns:
+def shorten(text: str, width: int) -> str:
+    """A text in at most so many columns, with an ellipsis in the place of what is left out."""
+    if text_width(text) <= width:
         return text
-    room, kept = columns - 1, ""
-    for letter in text:
-        room -= columns_of(letter)
-        if room < 0:
-            break
-        kept += letter
-    return f"{kept}\u2026"
+    text = text[:width]
+    while text_width(text) >= width:
+        text = text[:-1]
+    return f"{text}\u2026"
 
 
-def screen_columns(stream: Any, environment: Mapping[str, str]) -> Optional[int]:
-    """How wide the terminal is that a stream goes to; None when it goes to none. COLUMNS says
-    otherwise (POSIX, Environment Variables)."""
-    try:
-        if not stream.isatty():
-            return None
-        told = environment.get("COLUMNS", "")
-        if re.fullmatch("[1-9][0-9]{0,3}", told):
-            return int(told)
-        return os.get_terminal_size(stream.fileno()).columns or COLUMNS_DEFAULT
-    except (AttributeError, ValueError, OSError):  # it is None, closed, or no file
-        return None
-
-
-def knows_escapes(environment: Mapping[str, str]) -> bool:
-    """Whether a terminal takes escape sequences (ECMA-48)."""
-    return environment.get("TERM", "") not in ("", "dumb")
-
-
-class Progress:
-    """A word about an act that lasts: one line on the terminal of stderr, from PROGRESS_AFTER on,
-    rewritten in place, and gone at the end. Where stderr is no terminal, nothing.
-
-        with Progress("copying the database", environment) as progress:
-            progress(done, total)
-            progress.what = "what comes next"
-    """
-
-    def __init__(self, what: str, environment: Mapping[str, str]) -> None:
-        self.what = what
-        self._environment = environment
-        self._done: Tuple[int, Optional[int]] = 0, None
-        self._ended = threading.Event()
-        self._writer = threading.Thread(target=self._write, daemon=True)
-
-    def __call__(self, done: int, total: Optional[int] = None) -> None:
-        """So much is done, of so much if that is known. As often as is convenient: this only
-        takes note."""
-        self._done = done, total
-
-    def __enter__(self) -> Progress:
-        columns = screen_columns(sys.stderr, self._environment)
-        if columns is not None and knows_escapes(self._environment):
-            self._writer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._writer.ident is not None:
-            self._writer.join()
-
-    def _write(self) -> None:
-        began, pause, has_written = time.monotonic(), PROGRESS_AFTER, False
-        with suppress(OSError, ValueError):  # the terminal has gone
-            while not self._ended.wait(pause):
-                line = self._line(time.monotonic() - began)
-                columns = screen_columns(sys.stderr, self._environment) or COLUMNS_DEFAULT
-                sys.stderr.write(f"\r{shortened(line, columns - 1)}\x1b[K")
-                sys.stderr.flush()
-                pause, has_written = PROGRESS_EVERY, True
-            if has_written:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-
-    def _line(self, seconds: float) -> str:
-        done, total = self._done
-        counted = [f"{done:,} of {total:,} ({100 * done // total} %)" if total else f"{done:,}"]
-        return f"{self.what}: {', '.join([*(counted if done else []), span(seconds)])}"
-
-
-# How states look on a terminal (ECMA-48, SGR). Nothing else has a colour.
-GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"
-COLOURS = {
-    **dict.fromkeys(("online", "valid", "signs", "ok"), GREEN),
-    **dict.fromkeys(("offline", "BAD"), RED),
-    "missing": YELLOW,
-    **dict.fromkeys(("revoked", "used", "expired", "retired"), DIM),
+COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else has a colour.
+    **dict.fromkeys(("online", "valid", "signs", "ok"), "32"),
+    **dict.fromkeys(("offline", "BAD"), "31"),
+    **dict.fromkeys(("revoked", "used", "expired", "retired"), "2"),
+    "missing": "33",
 }
+STATE_COLUMNS = ("state", "status", "ok")
+TIME_NAME = re.compile("At$|^lastSeen$")  # of members that people see from now
+HEADINGS = {
+    "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
+    "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s",
+}  # fmt: skip
+NO_ESCAPES = ("", "dumb")  # of TERM
 
 
 class Screen(NamedTuple):
-    """What can be shown where a stream ends: so many columns, or any number; colours or none."""
+    """What a stream's terminal can show; columns is None where it is no terminal."""
 
     columns: Optional[int] = None
     has_colours: bool = False
 
     def paint(self, text: str, state: str) -> str:
-        """A text in the colour of a state."""
         colour = COLOURS.get(state) if self.has_colours else None
         return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
 def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
-    """Colours only on a terminal that knows them, and never with NO_COLOR (no-color.org)."""
-    columns = screen_columns(stream, environment)
-    knows = columns is not None and knows_escapes(environment)
-    return Screen(columns, knows and not environment.get("NO_COLOR"))
+    """COLUMNS overrides the terminal's own width (POSIX, Environment Variables); NO_COLOR
+    (no-color.org) and a dumb terminal have no colours."""
+    try:
+        if not stream.isatty():
+            return Screen()
+        columns = os.get_terminal_size(stream.fileno()).columns or COLUMNS_DEFAULT
+    except (AttributeError, ValueError, OSError):  # the stream is None, closed, or has no file
+        return Screen()
+    if re.fullmatch("[1-9][0-9]{0,3}", environment.get("COLUMNS", "")):
+        columns = int(environment["COLUMNS"])
+    is_dumb = environment.get("TERM", "") in NO_ESCAPES
+    return Screen(columns, not is_dumb and not environment.get("NO_COLOR"))
 
 
-PLAIN = Screen()
+@contextmanager
+def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progress]:
+    """How far a long act is: one line on the terminal of stderr, shown from PROGRESS_AFTER on,
+    rewritten in place, and removed at the end. The act calls what this yields from time to time."""
+    columns, start = screen_of(sys.stderr, environment).columns, time.monotonic()
+    first = due = start + PROGRESS_AFTER
+
+    def show(done: int, total: int) -> None:
+        nonlocal due
+        moment = time.monotonic()
+        if columns and moment >= due and environment.get("TERM", "") not in NO_ESCAPES:
+            amount = f"{done:,} of {total:,} ({100 * done // total} %)" if total else f"{done:,}"
+            write(shorten(f"{title}: {amount}, {format_duration(moment - start)}", columns - 1))
+            due = moment + PROGRESS_EVERY
+
+    def write(line: str) -> None:
+        with suppress(OSError, ValueError):  # the terminal is gone
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if due != first:
+            write("")
 
 
-class Column(NamedTuple):
-    """A column of a table of documents, and how it gives way to a narrow terminal: it is cut to
-    its least width, then left out, those whose turn comes first before the others."""
+class Table:
+    """Documents as rows of aligned columns, cut where the screen ends. A table may come in parts,
+    so that no more than one is in memory; columns get wider where a later part needs it."""
 
-    heading: str
-    cell: Callable[[Document, int], str]
-    least: int = 0  # 0: it is never cut
-    goes: int = 0  # 0: it is never left out
-    is_name: bool = False  # names that differ are cut no further than they do
-    is_state: bool = False
+    def __init__(self, columns: Sequence[str], screen: Screen, has_headings: bool = True) -> None:
+        self._columns, self._screen = columns, screen
+        self._widths = [0] * len(columns)
+        headings = [HEADINGS.get(name, words_of(name)).upper() for name in columns]
+        self._rows = [headings] if has_headings else []
 
+    def add(self, documents: Sequence[dict[str, Any]], now: int) -> str:
+        """The lines of one part; the first part begins with the headings."""
+        self._rows += [[cell(each, name, now) for name in self._columns] for each in documents]
+        for at, texts in enumerate(zip(*self._rows)):
+            self._widths[at] = max(self._widths[at], *map(text_width, texts))
+        lines, self._rows = list(map(self._line, self._rows)), []
+        return "\n".join(lines)
 
-def natural_widths(cells: Sequence[Sequence[str]]) -> List[int]:
-    """How wide columns have to be that have these cells."""
-    return [max(map(columns_of, texts)) for texts in cells]
-
-
-def fitted(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> List[int]:
-    """How wide columns are to be that have these cells, with two spaces between them; 0 for those
-    that are left out. What room there is goes first to those that stay longest."""
-    natural = natural_widths(cells)
-    least = list(map(min, natural, map(_least, columns, cells)))
-    order = sorted(range(len(columns)), key=lambda at: columns[at].goes or len(columns))
-    spare = room + 2 - sum(width + 2 for width in least)
-    while spare < 0 and order and columns[order[0]].goes:
-        spare += least[order.pop(0)] + 2
-    widths = [0] * len(columns)
-    for at in reversed(order):
-        widths[at] = least[at] + max(0, min(spare, natural[at] - least[at]))
-        spare -= widths[at] - least[at]
-    return widths
-
-
-def _least(column: Column, texts: Sequence[str]) -> int:
-    if not column.is_name:
-        return column.least or max(map(columns_of, texts))
-    names = sorted(set(texts))
-    shared = max(map(columns_of, map(_shared, names, names[1:])), default=0)
-    return max(column.least, shared + 3)  # and a letter that differs, of two columns, and ...
+    def _line(self, row: Sequence[str]) -> str:
+        line, room = "", self._screen.columns or sys.maxsize
+        widest = max(16, room // 3)  # so that one long name does not push the rest off the screen
+        for name, text, width in zip(self._columns, row, self._widths):
+            width = min(width, widest)
+            short = shorten(text, min(width, room))
+            padding = " " * (width + 2 - text_width(short))
+            line += self._screen.paint(short, text if name in STATE_COLUMNS else "") + padding
+            room -= width + 2
+            if room <= 0:
+                break
+        return line.rstrip()
 
 
-def _shared(one: str, other: str) -> str:
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other))
-    return "".join(letter for letter, _ in alike)
+def cell(document: Mapping[str, Any], name: str, now: int) -> str:
+    """What a column shows of a document: its member of that name, or what is made of others."""
+    value = document.get(name)
+    if name in CELLS and (value is None or name in ("uses", "ok")):
+        return CELLS[name](document, now)
+    if TIME_NAME.search(name) and value is not None:
+        return relative_time(value, now)
+    return plain_text(value)
 
 
-def table(
-    rows: Sequence[Sequence[str]], columns: Sequence[Column] = (), screen: Screen = PLAIN
-) -> str:
-    """Rows, the first of them headings, in aligned columns, and within the screen."""
-    columns = columns or [Column("", lambda document, now: "")] * len(rows[0])
-    cells = list(zip(*rows))
-    room = screen.columns
-    widths = natural_widths(cells) if room is None else fitted(columns, cells, room)
-    return "\n".join(_line(row, widths, columns, screen) for row in rows)
+# fmt: off
+CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
+    "uses": lambda token, now: f"{token['uses']} of {token['maxUses']}",
+    "when": lambda event, now: relative_time(event["time"], now),
+    "state": lambda api_key, now: "revoked" if api_key["revokedAt"] else "valid",
+    "organizationId": lambda api_key, now: "all",
+    "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
+}
+# fmt: on
 
 
-def _line(
-    row: Sequence[str], widths: Sequence[int], columns: Sequence[Column], screen: Screen
-) -> str:
-    shown = []
-    for text, width, column in zip(row, widths, columns):
-        if width:
-            short = shortened(text, width)
-            padding = " " * (width - columns_of(short))
-            shown.append(screen.paint(short, text if column.is_state else "") + padding)
-    return "  ".join(shown).rstrip()
-
-
-DIGITS = re.compile("[0-9]+")
-
-
-def unix_ms(timestamp: str) -> int:
-    """What rfc3339() wrote, in milliseconds of Unix time."""
-    year, month, day, hour, minute, second, thousandth = map(int, DIGITS.findall(timestamp))
-    return timegm((year, month, day, hour, minute, second)) * SECOND_MS + thousandth
-
-
-def ago(timestamp: Optional[str], now: int) -> str:
-    """A time for people, from now, in milliseconds: 3 min ago, in 42 min."""
-    if timestamp is None:
-        return "-"
-    seconds = (now - unix_ms(timestamp)) / SECOND_MS
-    if abs(seconds) < 1:
+def relative_time(timestamp: str, now: int) -> str:
+    """What rfc3339() wrote, for people: 3 min ago, in 42 min. now is in milliseconds."""
+    *date_and_time, millisecond = map(int, re.findall("[0-9]+", timestamp))
+    elapsed = now - timegm(tuple(date_and_time)) * SECOND_MS - millisecond
+    if abs(elapsed) < SECOND_MS:
         return "now"
-    shown = span(abs(seconds), minutes_from=2)
-    return f"{shown} ago" if seconds > 0 else f"in {shown}"
+    shown = format_duration(abs(elapsed) / SECOND_MS, minutes_from=2)
+    return f"{shown} ago" if elapsed > 0 else f"in {shown}"
 
 
-def member(name: str) -> Callable[[Document, int], str]:
-    """What a column shows: a member of a document, as it is."""
-    return lambda document, now: _cell(document[name])
-
-
-def since(name: str) -> Callable[[Document, int], str]:
-    """What a column shows: a time, from now."""
-    return lambda document, now: ago(document[name], now)
-
-
-def facts(document: Document, now: int, screen: Screen) -> str:
-    """One thing for people: a line for each member, and for each item of a list."""
-    labels = {name: f"{words_of(name)}:" for name in document}
-    width = max(map(len, labels.values()))
-    lines = []
-    for name, value in document.items():
-        items = value if isinstance(value, list) and value else [value]
-        for label, item in zip(chain([labels[name]], repeat("")), items):
-            text = _fact(name, item, now)
-            state = text if name in ("state", "status") else ""
-            lines.append(f"{label:{width}}  {screen.paint(text, state)}")
-    return "\n".join(lines)
+def plain_text(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, dict):
+        pairs = {key: v if isinstance(v, str) else json_text(v) for key, v in value.items()}
+        return " ".join(f"{key}={text}" for key, text in pairs.items()) or "-"
+    return "-" if value in (None, "", []) else str(value)
 
 
 def words_of(name: str) -> str:
@@ -10815,371 +9453,368 @@ def words_of(name: str) -> str:
     return re.sub("[A-Z]", lambda letter: f" {letter[0].lower()}", bare)
 
 
-def _fact(name: str, value: Any, now: int) -> str:
-    if value and (name.endswith("At") or name == "lastSeen"):
-        return f"{ago(value, now)} ({value})"
-    return _cell(value)
+def describe(document: Mapping[str, Any], now: int, screen: Screen) -> str:
+    """One thing for people: a line for each member, and for each item of a list."""
+    width = max(len(words_of(name)) for name in document) + 1
+    lines = []
+    for name, value in document.items():
+        title = f"{words_of(name)}:"
+        for item in value if isinstance(value, list) and value else [value]:
+            text = plain_text(item)
+            if TIME_NAME.search(name) and item:
+                text = f"{relative_time(item, now)} ({item})"
+            painted = screen.paint(text, text) if name in STATE_COLUMNS else text
+            lines.append(f"{title:{width}}  {painted}")
+            title = ""
+    return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key}={_inner(text)}" for key, text in value.items()) or "-"
-    return "-" if value in (None, "", []) else str(value)
+# Output. The reader of our output may stop at any time; the command still does its work and ends
+# with its own status. Only a secret has to reach its reader.
 
 
-def _inner(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _say(*lines: str) -> None:
-    """On stderr. Nobody may stop a command by not listening, and a full disk neither."""
-    with suppress(OSError):
-        for line in lines:
-            if sys.stderr is not None:  # to print to None is to print to stdout
-                print(line, file=sys.stderr)
-
-
-def _complain(what: str) -> None:
-    """In one line, whatever somebody has typed or pasted: no secret, and no escape sequence."""
-    line = UNPRINTABLE.sub("?", concealed(what))
-    _say(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}")
-
-
-def _print(text: str, end: str = "\n") -> None:
-    """On stdout. Who has read enough does not change what a command does, and comes to."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:  # whoever read us has read enough
-        _abandon(sys.stdout)
-
-
-def _abandon(stream: Any) -> None:
-    """What could not be written, the interpreter would try again at its end, and complain."""
+def discard(stream: Any) -> None:
+    """Drop what could not be written: the interpreter would try again at its end, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _settle(stream: Any) -> None:
-    """Write what is left to write, or abandon it. Raises OSError."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except OSError:
-        _abandon(stream)
-        raise
+def inform(*lines: str) -> None:
+    """Facts on stderr. A closed one or a full disk stops no command."""
+    with suppress(OSError):
+        for line in lines:
+            if sys.stderr is not None:  # print() to None prints to stdout
+                print(line, file=sys.stderr)
 
 
-def _hand_over(text: str, what: str, number: str, revoke: str) -> None:
-    """Print a secret, the only time. Raises OperatorError: then nobody has it, and it is good."""
+def complain(text: str) -> None:
+    """One line on stderr, whatever was typed or pasted: no secret, no escape sequence."""
+    line = UNPRINTABLE.sub("?", redact(text))
+    inform(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}")
+
+
+def output(text: str, end: str = "\n") -> None:
+    """Text on stdout. No failure where its reader has read enough."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        discard(sys.stdout)
+
+
+def output_json(document: Any) -> None:
+    output(json.dumps(document, indent=2))
+
+
+def output_secret(session: Session, document: Mapping[str, Any], member: str, title: str) -> None:
+    """Show a secret, the only time, as JSON or alone. Raises OperatorError where it was lost."""
+    shown = json.dumps(document, indent=2) if session.arguments.json else document[member]
+    try:
+        print(shown, flush=True)
     except OSError as error:
-        _abandon(sys.stdout)
+        discard(sys.stdout)
+        id, kind = document["id"], title.lower().replace(" ", "-")
         raise OperatorError(
-            f"cannot write to stdout ({error.strerror}): {what} {number} is lost, and "
-            f"{revoke} {number} makes it useless"
+            f"cannot write to stdout ({error.strerror}): the {title} {id} is lost, and "
+            f"revoke-{kind} {id} makes it useless"
         ) from error
 
 
-def json_lines(document: Any) -> str:
-    """JSON for programs, which people can read too."""
-    return json.dumps(document, indent=2)
-
-
-def print_json(document: Any) -> None:
-    """For programs."""
-    _print(json_lines(document))
-
-
-def api_key_document(key: ApiKey, text: Optional[str] = None) -> Document:
-    """ApiKey; with its text only in the answer that mints it."""
-    document = {
-        "id": id_text(key.id),
-        "organizationId": key.organization_id,
-        "role": key.role,
-        "description": key.description,
-        "createdAt": rfc3339(key.created_at),
-        "createdBy": key.created_by,
-        "revokedAt": _when(key.revoked_at),
-    }
-    return document if text is None else {**document, "apiKey": text}
-
-
-def organization_document(organization: Organization) -> Document:
-    """Organization."""
-    return {"id": organization.id, "createdAt": rfc3339(organization.created_at)}
-
-
-def signing_key_document(view: SigningKeyView) -> Document:
-    """SigningKey."""
-    return {
-        "kid": view.key.kid,
-        "state": view.state,
-        "hosts": view.hosts,
-        "createdAt": rfc3339(view.key.created_at),
-        "retiredAt": _when(view.key.retired_at),
-    }
-
-
-# The columns of lists. An id is always shown whole, and so is a name, as far as it takes to know it
-# from the others.
-ORG_COLUMN = Column("org", member("organizationId"), least=7, goes=1)
-DESCRIPTION_COLUMN = Column("description", member("description"), least=11, goes=2)
-TOKEN_COLUMNS = (
-    Column("id", member("id")),
-    Column("state", member("state"), is_state=True),
-    Column("uses", lambda token, now: f"{token['uses']} of {token['maxUses']}"),
-    Column("expires", since("expiresAt")),
-    DESCRIPTION_COLUMN,
-    ORG_COLUMN,
-)
-HOST_COLUMNS = (
-    Column("id", member("id")),
-    Column("name", member("name"), least=12, is_name=True),
-    Column("status", member("status"), is_state=True),
-    Column("last seen", since("lastSeen")),
-    Column("labels", member("labels"), least=8, goes=3),
-    Column("hostname", member("hostname"), least=8, goes=2),
-    ORG_COLUMN,
-)
-ORGANIZATION_COLUMNS = (Column("id", member("id")), Column("created", since("createdAt")))
-API_KEY_COLUMNS = (
-    Column("id", member("id")),
-    Column("role", member("role")),
-    Column("org", lambda key, now: key["organizationId"] or "all", least=7, goes=3),
-    Column("state", lambda key, now: "revoked" if key["revokedAt"] else "valid", is_state=True),
-    Column("created", since("createdAt")),
-    DESCRIPTION_COLUMN,
-)
-SIGNING_KEY_COLUMNS = (
-    Column("kid", member("kid")),
-    Column("state", member("state"), is_state=True),
-    Column("hosts", member("hosts")),
-    Column("created", since("createdAt")),
-    Column("retired", since("retiredAt")),
-)
-EVENT_COLUMNS = (
-    Column("number", member("number")),
-    Column("when", since("time")),
-    Column("action", member("action")),
-    Column("code", member("code")),
-    Column("subject", member("subject")),
-    Column("actor", member("actor"), least=8, goes=4),
-    Column("address", member("address"), least=8, goes=3),
-    Column("detail", member("detail"), least=8, goes=5),
-    Column("time", member("time"), goes=1),
-)
-FINDING_COLUMNS = (
-    Column("", lambda finding, now: "ok" if finding["ok"] else "BAD", is_state=True),
-    Column("", member("name")),
-    Column("", member("detail")),
-)
-
-
-class JsonFormatter(logging.Formatter):
-    """A log line as a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, whatever is in it."""
-        line: Dict[str, Any] = {
-            "time": rfc3339(int(record.created * SECOND_MS)),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        request, event, access = (
-            getattr(record, name, None) for name in ("request", "event", "access")
-        )
-        if request:
-            line["request"] = request
-        if event is not None:
-            line["event"] = event_document(event)
-        if access is not None:
-            line["access"] = access
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-class TextFormatter(logging.Formatter):
-    """A log line for people."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The time with its zone, the level, what happened, and in which request."""
-        request = getattr(record, "request", "")
-        said = (
-            f"{rfc3339(int(record.created * SECOND_MS))} {record.levelname} {record.getMessage()}"
-        )
-        lines = [f"{said} [{request}]" if request else said]
-        if record.exc_info:
-            lines.append(self.formatException(record.exc_info))
-        return "\n".join(lines)
-
-
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not before Python 3.11
-    """The log on stderr."""
+    """The log on stderr: a line for people, or a JSON object, for each record."""
+
+    def __init__(self, is_json: bool) -> None:
+        super().__init__(sys.stderr)
+        self._is_json = is_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the traceback of a defect. JSON escapes line ends."""
+        time, message = rfc3339(int(record.created * SECOND_MS)), record.getMessage()
+        request = getattr(record, "request", "")
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        if not self._is_json:
+            request = f" [{request}]" if request else ""
+            return f"{time} {record.levelname} {message}{request}" + (f"\n{trace}" if trace else "")
+        line = {"time": time, "level": record.levelname.lower(), "message": message}
+        event = EVENT.of(record.event) if hasattr(record, "event") else None
+        access = getattr(record, "access", None)
+        more = {"request": request, "event": event, "access": access, "traceback": trace}
+        return json.dumps({**line, **{name: value for name, value in more.items() if value}})
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written is no place to say so; a line that there was no memory for
-        its caller can say later."""
+        """A line that cannot be written is dropped: there is nowhere to report it. But no memory is
+        the end of the process, and not for the log to swallow."""
         if isinstance(sys.exc_info()[1], MemoryError):
             raise
-
-
-def _start_log(format: str) -> None:
-    handler = LogHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-# What to type where a list is empty.
-NONE_YET = {
-    "hosts": "no host yet: mint-token says how one comes in",
-    "tokens": "no token yet: mint-token makes one",
-}
 
 
 class Session(NamedTuple):
     """What a command works with: its arguments and the world around it."""
 
     arguments: argparse.Namespace
+    command: Command
     clock: Callable[[], float]
-    environment: Mapping[str, str] = {}
+    environment: Mapping[str, str]
+    program: str  # how it was started, for commands that people are to type next
+    screen: Screen  # where stdout ends
+
+    @property
+    def operation(self) -> Operation:
+        return OPERATION[self.command.name]
 
     @property
     def key_file(self) -> str:
-        """The key file that the arguments name."""
         beside = os.path.join(os.path.dirname(self.arguments.db), DEFAULT_KEY_FILE)
         return str(self.arguments.key_file or beside)
 
     def now(self) -> int:
-        """Unix time in milliseconds."""
         return int(self.clock() * SECOND_MS)
 
-    def progress(self, what: str = "") -> Progress:
-        """A word about this command, if it lasts."""
-        return Progress(what or self.arguments.command.name, self.environment)
+    def progress(self, title: str = "") -> AbstractContextManager[Progress]:
+        return progress_line(title or self.command.name, self.environment)
 
     @contextmanager
-    def open(self, **options: Any) -> Iterator[Tuple[Registry, Principal]]:
-        """The registry that the arguments name, and the operator of this machine."""
+    def open(self, **options: Any) -> Iterator[Registry]:
+        """The registry that the arguments name. What cannot pass by itself ends the process in
+        main(): then the database is not closed, because that would write to it."""
         registry = open_registry(self.arguments.db, self.key_file, self.now(), **options)
         try:
-            yield registry, Principal(f"cli:{_user_name()}", ALL_ORGANIZATIONS, "admin")
+            yield registry
         finally:
-            registry.close()
+            if not isinstance(sys.exc_info()[1], (Unrecoverable, MemoryError)):
+                registry.close()
 
-    @property
-    def screen(self) -> Screen:
-        """Where stdout ends."""
-        return screen_of(sys.stdout, self.environment)
+    def call(self) -> Call:
+        """The operation with the words typed as its values, checked as its door over HTTP checks
+        them. Raises UsageError, InvalidBody, InvalidQuery."""
+        if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
+            raise OperatorError("stdout is closed: the secret would be lost")
+        values = typed_values(self.operation, self.arguments)
+        number = parse_id(self.arguments.id) if "id" in self.arguments else -1
+        by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
+        return Call(self.operation, by, number, values)
 
-    def print_one(self, document: Document) -> None:
-        """One thing, for people or as JSON."""
+    def perform(self) -> dict[str, Any]:
+        """The document of the operation, performed in a registry of its own."""
+        call = self.call()
+        with self.open() as registry:
+            return self.document(registry.perform(call, self.now()))
+
+    def document(self, record: Any) -> dict[str, Any]:
+        return cast("Document", self.operation.answer).of(record)
+
+    def report(self, document: Mapping[str, Any], shown: Optional[str], *facts: str) -> None:
+        """JSON; or what is shown on stdout, if anything, and facts on stderr."""
         if self.arguments.json:
-            print_json(document)
-        else:
-            _print(facts(document, self.now(), self.screen))
-
-    def print_list(
-        self,
-        name: str,
-        documents: Sequence[Document],
-        columns: Sequence[Column],
-        is_part: bool = False,
-    ) -> None:
-        """A list of things, all or those asked for: a table, or JSON as the API lists them, on one
-        page."""
-        if self.arguments.json:
-            print_json({name: documents, "nextCursor": None})
+            output_json(document)
             return
-        self.print_table(documents, columns)
-        if not documents and name in NONE_YET:
-            _say(f"no such {name[:-1]}" if is_part else NONE_YET[name])
-
-    def print_table(self, documents: Sequence[Document], columns: Sequence[Column]) -> None:
-        """For people."""
-        now = self.now()
-        rows = [[column.cell(document, now) for column in columns] for document in documents]
-        headings = [column.heading.upper() for column in columns]
-        _print(table([headings, *rows] if any(headings) else rows, columns, self.screen))
-
-    def report(self, document: Document, *lines: str) -> None:
-        """What has been done: lines for people, on stderr, or JSON."""
-        if self.arguments.json:
-            print_json(document)
-        else:
-            _say(*lines)
-
-    def ask(self, question: Callable[[Registry, Principal, int], T], writes: bool) -> T:
-        """One act on the registry."""
-        return self.wait_for(lambda r, by, now, report: question(r, by, now), writes)
-
-    def wait_for(
-        self, question: Callable[[Registry, Principal, int, Report], T], writes: bool
-    ) -> T:
-        """One act that can tell how much of it is done."""
-        with self.progress() as progress, self.open() as (registry, by):
-            act = Act(lambda now: question(registry, by, now, progress), writes)
-            answer: T = registry.perform(act, self.now())
-        return answer
+        if shown is not None:
+            output(shown)
+        inform(*facts)
 
 
-def _user_name() -> str:
-    try:
-        return printable(getpass.getuser())
-    except (KeyError, OSError):  # no such user in this container
-        return str(os.getuid())
+# What the command line calls those members of bodies and queries that it names otherwise.
+OPTION_NAMES = {
+    "labels": "label", "maxUses": "max_uses", "organization": "org", "organizationId": "org",
+    "ttlSeconds": "ttl",
+}  # fmt: skip
 
 
-def _trim_memory() -> None:
-    """Give back what it took to compile this file: the C library keeps it otherwise. Where that
-    is not glibc, it stays."""
-    with suppress(ImportError, OSError, AttributeError, MemoryError):
-        import ctypes
+def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of an operation in the arguments of its command. Raises UsageError, InvalidBody,
+    InvalidQuery."""
+    schema = operation.query if operation.body is None else operation.body
+    names = [name for name in schema.fields if name not in ("limit", "cursor")]
+    options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
+    typed: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    if operation.body is None:
+        lists = {name: v if isinstance(v, list) else [v] for name, v in typed.items()}
+        return schema.parse((name, text) for name in lists for text in lists[name])
+    if "labels" in typed:
+        try:
+            typed["labels"] = dict(map(LABELS.parse, arguments.label))
+        except ValueError as error:
+            raise UsageError(f"--label: {error}") from None
+        if len(typed["labels"]) < len(arguments.label):
+            raise UsageError("--label: one key comes twice")
+    return schema.check(typed)
 
-        ctypes.CDLL(None).malloc_trim(0)
+
+def user_name(environment: Mapping[str, str]) -> str:
+    """Who runs this, for the audit log: by the uid, which cannot be chosen as LOGNAME can. Under
+    sudo also who it was before, though root can set that."""
+
+    def name_of(uid: int) -> str:
+        with suppress(KeyError, OverflowError):  # no such user in this container
+            return sanitize(pwd.getpwuid(uid).pw_name)
+        return str(uid)
+
+    name, before = name_of(os.getuid()), environment.get("SUDO_UID", "")
+    if os.getuid() == 0 and re.fullmatch("[0-9]{1,10}", before):
+        return f"{name} (sudo: {name_of(int(before))})"
+    return name
 
 
-def _run_serve(session: Session) -> int:
+# Commands that are an operation.
+
+SERVICE_RULE = InternalRule(lambda registry, call, now: registry.service.get(), writes=False)
+CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
+
+
+def show_one(session: Session) -> None:
+    document = session.perform()
+    session.report(document, describe(document, session.now(), session.screen))
+
+
+def show_outcome(session: Session) -> None:
+    """The id of a new signing key stands alone on stdout."""
+    document = session.perform()
+    is_new = session.command.name == "rotate-signing-key"
+    outcome = session.command.outcome.format(**document)
+    session.report(document, document["kid"] if is_new else None, outcome)
+
+
+def mint_token(session: Session) -> None:
+    """The token on stdout, and on stderr how to use it."""
+    call = session.call()
+    with session.open() as registry:
+        token = session.document(registry.perform(call, session.now()))
+        service = registry.perform(CURRENT_SERVICE, session.now())
+    output_secret(session, token, "token", "token")
+    if not session.arguments.json:
+        warn_of_stop(service, session.now())
+        place = service_place(service)
+        uses = "1 use" if token["maxUses"] == 1 else f"{token['maxUses']} uses"
+        inform(
+            f"token {token['id']} of {token['organizationId']}: {uses}, until {token['expiresAt']}",
+            "enroll with it, on the host:",
+            join_command(place.url, place.pin, token["token"]),
+        )
+
+
+def mint_api_key(session: Session) -> None:
+    """The API key on stdout, and on stderr whose it is."""
+    key = session.perform()
+    output_secret(session, key, "apiKey", "API key")
+    if not session.arguments.json:
+        whose = key["organizationId"] or "all organizations"
+        inform(f"API key {key['id']}: {key['role']} of {whose}; the server's page takes it too")
+
+
+def warn_of_stop(service: Any, now: int) -> None:
+    """While no server runs, no host can enroll, and each status is as it was at the stop. No
+    warning before the first server has run: it may be starting."""
+    if service is not None and not is_served(service, now):
+        last = relative_time(rfc3339(service.alive), now)
+        inform(f"no server is running (the last one was {last}): serve starts one")
+
+
+def list_items(session: Session) -> None:
+    """A list, page by page: a million hosts need no more memory than a thousand."""
+    arguments, name = session.arguments, session.operation.list_of
+    call = session.call()
+    if name == "tokens" and arguments.org is not None:  # a parameter that HTTP does not have
+        asked = OPERATION["list-hosts"].query.parse([("organization", arguments.org)])
+        call = call._replace(values={**call.values, **asked})
+    with session.open() as registry:
+        batches = pages(session, registry, call)
+        first = next(batches, [])
+        batches, table = chain([first], batches), Table(session.operation.columns, session.screen)
+        lines = (f"{table.add(documents, session.now())}\n" for documents in batches)
+        try:
+            for text in json_list(name, batches) if arguments.json else lines:
+                print(text, end="", flush=True)
+        except BrokenPipeError:  # its reader has read enough
+            discard(sys.stdout)
+            return
+        service = registry.perform(CURRENT_SERVICE, session.now())
+    if not arguments.json and not first and name in NONE_YET:
+        inform(f"no such {name[:-1]}" if call.values else NONE_YET[name])
+    if not arguments.json and name == "hosts":
+        warn_of_stop(service, session.now())
+
+
+def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dict[str, Any]]]:
+    """The items that a call asks for, as many as --limit says, some at a time. Where few are found
+    for long the progress line shows it; else what is printed shows it."""
+    left = getattr(session.arguments, "limit", None) or LAST_ID
+    values, is_last = dict(call.values), False
+    while not is_last:
+        documents: list[dict[str, Any]] = []
+        with session.progress() as progress:
+            while not is_last and len(documents) < PAGE_DEFAULT:
+                values["limit"] = min(left, PAGE_MAXIMUM)
+                page = registry.perform(call._replace(values=dict(values)), session.now())
+                documents += map(session.document, page.items)
+                left -= len(page.items)
+                is_last = page.next is None or left <= 0
+                values["cursor"] = id_text(page.next or 0)
+                progress(len(documents), 0)
+        if documents:
+            yield documents
+
+
+def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
+    """A list as the API has it on one page, an item a line."""
+    yield f'{{\n  "{name}": ['
+    is_empty = True
+    for documents in filter(None, batches):
+        yield "" if is_empty else ","
+        yield ",".join(f"\n    {json.dumps(document)}" for document in documents)
+        is_empty = False
+    yield "]" if is_empty else "\n  ]"
+    yield ',\n  "nextCursor": null\n}\n'
+
+
+# Commands of their own.
+
+
+def serve(session: Session) -> None:
+    """Answer until SIGTERM or SIGINT."""
     arguments = session.arguments
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together: make-cert makes a pair")
-    _start_log(arguments.log_format)
-    for said in strange_settings(session.environment):
-        log.warning("%s", said)
+    log.addHandler(LogHandler(is_json=arguments.log_format == "json"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for warning in unknown_settings(session.environment):
+        log.warning("%s", warning)
+    names = ("init", "credential_ttl", "audit_keep")
     options = {
-        "init": arguments.init,
         "interval": arguments.heartbeat_interval,
-        "credential_ttl": arguments.credential_ttl,
-        "audit_keep": arguments.audit_keep,
+        **{n: getattr(arguments, n) for n in names},
     }
-    with session.open(**options) as (registry, _), _listen(session, registry) as server:
-        _on_signals(server.stop)
+    with session.open(**options) as registry, listen(session, registry) as server:
+        for number in STOP_SIGNALS:
+            signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
-        pin = registry.announced_pin
-        url = arguments.public_url or server.url
-        start = Act(lambda now: registry.start_service(url, now, pin))
-        registry.perform(start, session.now())
-        _greet(session, server)
-        _trim_memory()
+        place = {"url": arguments.public_url or server.url, "pin": registry.service.pin}
+        registry.perform(Call(START_SERVICE, values=place), session.now())
+        greet(session, server)
+        with suppress(OSError, AttributeError):
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)  # what compiling this file took: glibc keeps it
         with server.woken_by_signals():
             server.serve_forever()
-        _on_signals(signal.SIG_IGN)  # a second one must not spoil the exit status
-    return 0
+        for number in STOP_SIGNALS:  # a second one must not spoil the exit status
+            signal.signal(number, signal.SIG_IGN)
 
 
-def _on_signals(action: Any) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, action)
-
-
-def _listen(session: Session, registry: Registry) -> Server:
+def listen(session: Session, registry: Registry) -> Server:
+    """The server that the arguments describe. Raises OperatorError."""
     arguments, environment = session.arguments, session.environment
     connections = fit_connections(CONNECTIONS_MAXIMUM)
     if connections < CONNECTIONS_MAXIMUM:
         log.warning("the limit of open files allows %d connections: ulimit -Hn", connections)
     manager = environment.get("NOTIFY_SOCKET")
+
+    def load() -> Any:
+        context, certificate = load_tls(arguments.tls_cert, arguments.tls_key)
+        try:
+            registry.service.announce_pin(public_key_pin(certificate))
+        except ValueError as error:  # OpenSSL reads more than X.509 allows
+            raise OperatorError(f"cannot read {arguments.tls_cert}: {error}") from error
+        return context
+
     try:
         return Server(
             Api(registry),
@@ -11187,13 +9822,13 @@ def _listen(session: Session, registry: Registry) -> Server:
             arguments.port,
             clock=session.clock,
             connections=connections,
-            load_tls=_tls_loader(arguments.tls_cert, arguments.tls_key, registry),
+            load_tls=load if arguments.tls_cert else None,
             listener=inherited_listener(
                 environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
             ),
             proxies=arguments.trusted_proxy,
             access_log=arguments.access_log,
-            notify=partial(tell_service_manager, manager) if manager else lambda state: None,
+            notify=partial(notify_service_manager, manager) if manager else lambda state: None,
         )
     except (OSError, OverflowError) as error:
         raise OperatorError(
@@ -11202,1635 +9837,652 @@ def _listen(session: Session, registry: Registry) -> Server:
         ) from error
 
 
-def _tls_loader(
-    certificate: Optional[str], key: Optional[str], registry: Registry
-) -> Optional[TlsLoader]:
-    """What loads the pair that the arguments name, and announces its pin."""
-    if not certificate or not key:
-        return None
-
-    def load() -> Any:
-        context, leaf = load_tls(str(certificate), str(key))
-        registry.announce_pin(public_key_pin(leaf))
-        return context
-
-    return load
-
-
-def _greet(session: Session, server: Server) -> None:
-    named = {"--db": session.arguments.db, "--key-file": session.arguments.key_file}
-    usual = (DEFAULT_DATABASE, None)
-    options = [word for pair in named.items() if pair[1] not in usual for word in pair]
-    mint = shlex.join(["python3", "hostenroll.py", "mint-token", *options])
+def greet(session: Session, server: Server) -> None:
+    """Where it listens, and what to type next."""
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
     listens = f"hostenroll {__version__} listens on {server.url}"
     if session.arguments.log_format == "json":
         log.info(listens)
-    else:
-        _say(listens)
-        if session.arguments.public_url:
-            _say(f"hosts find it at {session.arguments.public_url}")
-        _say(f"next, in another terminal: {mint}")
-
-
-def _run_mint_token(session: Session) -> int:
-    arguments = session.arguments
-    values: Dict[str, Any] = {"ttlSeconds": arguments.ttl, "maxUses": arguments.max_uses}
-    optional = {
-        "organizationId": arguments.org,
-        "hostname": arguments.hostname,
-        "description": arguments.description,
-        "labels": arguments.label,
-    }
-    values.update({name: value for name, value in optional.items() if value is not None})
-    order = token_order(MINT_BODY.check(values))
-    return _mint(session, lambda registry, by, now: registry.mint(by, order, now))
-
-
-def _require_stdout() -> None:
-    """Nothing is minted that nobody can read."""
-    if sys.stdout is None:
-        raise OperatorError("stdout is closed: the secret would be lost")
-
-
-def _mint(
-    session: Session, mint: Callable[[Registry, Principal, int], Tuple[TokenView, str]]
-) -> int:
-    """Mint a token; show its text on stdout, and on stderr what to do with it."""
-    _require_stdout()
-    (view, text), service = session.ask(
-        lambda registry, by, now: (mint(registry, by, now), registry.service()), writes=True
-    )
-    document = token_document(view, text)
-    is_json = session.arguments.json
-    shown = json_lines(document) if is_json else text
-    _hand_over(shown, "the token", str(document["id"]), "revoke-token")
-    if is_json:
-        return 0
-    _warn_of_stop(service, session.now())
-    uses = "1 use" if view.token.max_uses == 1 else f"{view.token.max_uses} uses"
-    url, pin = service_place(service)
-    _say(
-        f"token {document['id']} of {document['organizationId']}: {uses}, "
-        f"until {document['expiresAt']}",
-        "enroll with it, on the host:",
-        join_command(url, pin, text),
-    )
-    return 0
-
-
-def _warn_of_stop(service: Optional[Service], now: int) -> None:
-    """While no server lives, nobody can come in, and each status is as it was at its end. Before
-    the first one there is nothing to be mistaken about, and it may be starting just now."""
-    if service is not None and not is_served(service, now):
-        last = ago(rfc3339(service.alive), now)
-        _say(f"no server is running, the last was {last}, and no host is heard: serve starts one")
-
-
-def _run_list_tokens(session: Session) -> int:
-    arguments = session.arguments
-    query = TokenQuery(_organization(arguments.org), arguments.state)
-    documents = [
-        token_document(view)
-        for view in _all_pages(session, Registry.tokens, query, arguments.limit)
+        return
+    inform(listens)
+    if session.arguments.public_url:
+        inform(f"hosts find it at {session.arguments.public_url}")
+    named = {"--db": session.arguments.db, "--key-file": session.arguments.key_file}
+    options = [
+        word for pair in named.items() if pair[1] not in (DEFAULT_DATABASE, None) for word in pair
     ]
-    session.print_list("tokens", documents, TOKEN_COLUMNS, is_part=query != TokenQuery())
-    return 0
+    mint = " ".join([session.program, "mint-token", *map(shlex.quote, options)])
+    inform(f"next, in another terminal: {mint}")
 
 
-def _organization(name: Optional[str]) -> Optional[str]:
-    return None if name is None else str(HOSTS_QUERY.read([("organization", name)])["organization"])
-
-
-def _all_pages(
-    session: Session,
-    turn: Callable[[Registry, Principal, Any, int], Page],
-    query: Any,
-    limit: Optional[int] = None,
-) -> List[Any]:
-    """A whole list, or its first part, a slice in each transaction."""
-    items: List[Any] = []
-    with session.progress() as progress, session.open() as (registry, by):
-        before: Optional[int] = query.before
-        while before is not None and (limit is None or len(items) < limit):
-            act = partial(turn, registry, by, query._replace(before=before, limit=PAGE_MAXIMUM))
-            page = registry.perform(Act(act, writes=False), session.now())
-            items += page.items
-            before = page.next
-            progress(len(items))
-    return items[:limit]
-
-
-def typed_id(session: Session) -> int:
-    """The number of the id that was typed. Raises NotFound, which says what to type instead."""
-    text = session.arguments.id
-    if ID.fullmatch(text):
-        return int(text, 16)
-    secret = re.match(r"(het|hak)_([0-7][0-9a-f]{15})_", text)
-    if secret:
-        kind = {"het": "a token", "hak": "an API key"}[secret[1]]
-        raise NotFound(f"This is {kind}, which is secret. Its id is {secret[2]}.")
-    alike = LIKE[session.arguments.command.listed_by](session, text.rpartition(":")[2])
-    if 0 < len(alike) < ALIKE_MAXIMUM:
-        meant = " or ".join(alike)
-        raise NotFound(f"There is no id {printable(text)!r}; perhaps you mean {meant}.")
-    raise NotFound(f"There is no id {printable(text)!r}.")
-
-
-ALIKE_MAXIMUM = 4  # more are no help, and looked for no further
-
-
-def _hosts_like(session: Session, text: str) -> List[str]:
-    views = _all_pages(session, Registry.hosts, HostQuery(text=text), ALIKE_MAXIMUM)
-    return [f"{id_text(view.host.id)} ({view.host.name})" for view in views]
-
-
-def _tokens_like(session: Session, text: str) -> List[str]:
-    ids = [id_text(view.token.id) for view in _all_pages(session, Registry.tokens, TokenQuery())]
-    return [number for number in ids if number.startswith(text.lower())]
-
-
-def _api_keys_like(session: Session, text: str) -> List[str]:
-    keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
-    return [id_text(key.id) for key in keys if id_text(key.id).startswith(text.lower())]
-
-
-LIKE = {
-    "list-hosts": _hosts_like,
-    "list-tokens": _tokens_like,
-    "list-api-keys": _api_keys_like,
-}
-
-
-def _run_show_token(session: Session) -> int:
-    number = typed_id(session)
-    view = session.ask(lambda r, by, now: r.token(by, number, now), writes=False)
-    session.print_one(token_document(view))
-    return 0
-
-
-def _run_list_hosts(session: Session) -> int:
-    arguments = session.arguments
-    asked = {"organization": arguments.org, "status": arguments.status, "q": arguments.q}
-    pairs = [(name, text) for name, text in asked.items() if text is not None]
-    pairs += [("label", text) for text in arguments.label]
-    query = host_query(HOSTS_QUERY.read(pairs))
-    documents = [
-        host_document(view) for view in _all_pages(session, Registry.hosts, query, arguments.limit)
-    ]
-    session.print_list("hosts", documents, HOST_COLUMNS, is_part=bool(pairs))
-    if not arguments.json:
-        service = session.ask(lambda registry, by, now: registry.service(), writes=False)
-        _warn_of_stop(service, session.now())
-    return 0
-
-
-def _run_show_host(session: Session) -> int:
-    number = typed_id(session)
-    view = session.ask(lambda r, by, now: r.host(by, number, now), writes=False)
-    session.print_one(host_document(view))
-    return 0
-
-
-def _run_edit_host(session: Session) -> int:
-    arguments = session.arguments
-    changes: Dict[str, Any] = {}
-    if arguments.name is not None:
-        changes["name"] = arguments.name
-    if arguments.label and arguments.no_labels:
-        raise UsageError("--no-labels does not go with --label")
-    if arguments.label or arguments.no_labels:
-        changes["labels"] = arguments.label
-    EDIT_BODY.check(changes)
-    number = typed_id(session)
-    view = session.ask(lambda r, by, now: r.edit_host(by, number, changes, now), writes=True)
-    session.print_one(host_document(view))
-    return 0
-
-
-def _run_reenroll_host(session: Session) -> int:
-    arguments = session.arguments
-    order = token_order(REENROLL_BODY.check({"ttlSeconds": arguments.ttl}))
-    number = typed_id(session)
-    return _mint(session, lambda registry, by, now: registry.reenroll(by, number, order, now))
-
-
-def _run_add_org(session: Session) -> int:
-    name = str(ORGANIZATION_BODY.check({"name": session.arguments.name})["name"])
-    made = session.ask(lambda r, by, now: r.add_organization(by, name, now), writes=True)
-    session.report(
-        organization_document(made), f"organization {name} is there: mint-token --org {name}"
-    )
-    return 0
-
-
-def _run_list_orgs(session: Session) -> int:
-    organizations = session.ask(lambda r, by, now: r.organizations(), writes=False)
-    documents = [organization_document(organization) for organization in organizations]
-    session.print_list("organizations", documents, ORGANIZATION_COLUMNS)
-    return 0
-
-
-def _run_mint_api_key(session: Session) -> int:
-    arguments = session.arguments
-    if arguments.all_orgs and arguments.org is not None:
-        raise UsageError("--org does not go with --all-orgs")
-    one = DEFAULT_ORGANIZATION if arguments.org is None else arguments.org
-    organization = ALL_ORGANIZATIONS if arguments.all_orgs else one
-    description = API_KEY_BODY.check({"description": arguments.description})["description"]
-
-    _require_stdout()
-
-    def mint(registry: Registry, by: Principal, now: int) -> Tuple[ApiKey, str]:
-        return registry.mint_api_key(by, organization, arguments.role, description, now)
-
-    key, text = session.ask(mint, writes=True)
-    shown = json_lines(api_key_document(key, text)) if arguments.json else text
-    _hand_over(shown, "the API key", id_text(key.id), "revoke-api-key")
-    if not arguments.json:
-        whose = key.organization_id or "all organizations"
-        said = f"API key {id_text(key.id)}: {key.role} of {whose}"
-        _say(f"{said}; it signs in to the server's page too")
-    return 0
-
-
-def _run_list_api_keys(session: Session) -> int:
-    keys = session.ask(lambda r, by, now: r.api_keys(), writes=False)
-    documents = [api_key_document(key) for key in keys]
-    session.print_list("apiKeys", documents, API_KEY_COLUMNS)
-    return 0
-
-
-def _run_list_signing_keys(session: Session) -> int:
-    views = session.ask(lambda r, by, now: r.signing_keys(), writes=False)
-    documents = [signing_key_document(view) for view in views]
-    session.print_list("signingKeys", documents, SIGNING_KEY_COLUMNS)
-    return 0
-
-
-def _run_rotate_signing_key(session: Session) -> int:
-    kid = session.ask(lambda r, by, now: r.rotate_signing_key(by, now), writes=True)
-    if session.arguments.json:
-        print_json(_signing_key(session, kid))
-        return 0
-    _print(kid)
-    _say(
-        "signs from now on; hosts move to it when they beat: list-signing-keys counts them,",
-        "and retire-signing-key ends an old one",
-    )
-    return 0
-
-
-def _run_retire_signing_key(session: Session) -> int:
-    kid, force = session.arguments.kid, session.arguments.force
-    hosts = session.ask(lambda r, by, now: r.retire_signing_key(by, kid, force, now), writes=True)
-    if session.arguments.json:
-        print_json({**_signing_key(session, kid), "hosts": hosts})
-    else:
-        _say(f"signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}")
-    return 0
-
-
-def _signing_key(session: Session, kid: str) -> Document:
-    views = session.ask(lambda r, by, now: r.signing_keys(), writes=False)
-    return next(signing_key_document(view) for view in views if view.key.kid == kid)
-
-
-def _run_show_audit(session: Session) -> int:
-    arguments = session.arguments
-    asked = {
-        "organization": arguments.org,
-        "action": arguments.action,
-        "subject": arguments.subject,
-        "code": arguments.code,
-    }
-    pairs = [(name, text) for name, text in asked.items() if text is not None]
-    query = event_query(AUDIT_QUERY.read(pairs))
-    events = _all_pages(session, Registry.events, query, arguments.limit)
-    documents = [event_document(event) for event in events]
-    session.print_list("events", documents, EVENT_COLUMNS)
-    return 0
-
-
-def _run_verify_audit(session: Session) -> int:
-    asked = session.arguments.head
-    head = None if asked is None else bytes.fromhex(asked)
-    verified = session.wait_for(
-        lambda r, by, now, report: r.verify_audit(head, report), writes=False
-    )
+def check_audit(session: Session) -> None:
+    """The head of the audit log on stdout. Raises OperatorError for one that was changed."""
+    head = session.arguments.head
+    with session.progress() as progress, session.open() as registry:
+        verified = registry.verify_audit(head, progress)
     if head is not None and not verified.has_head:
-        raise OperatorError(
-            "the audit log has no event with this head: its end has been cut off, or all of it "
-            "up to there is pruned"
-        )
-    if session.arguments.json:
-        print_json(
-            {
-                "head": verified.head.hex(),
-                "first": verified.first,
-                "last": verified.last,
-                "unverified": verified.unverified,
-            }
-        )
-        return 0
-    _print(verified.head.hex())
-    _say(
-        f"{said_of(verified)}; the head of the log is on stdout",
-        "whether its end has been cut off shows only with --head, the head of an earlier run"
-        if head is None
-        else "nothing up to the head given has been cut off; "
-        "what came after it only a later head can show",
-    )
-    return 0
+        reason = "its end has been cut off, or all of it up to there is pruned"
+        raise OperatorError(f"the audit log has no event with this head: {reason}")
+    numbers = {name: getattr(verified, name) for name in ("first", "last", "unverified")}
+    scope = "only --head, with the head of an earlier run, shows whether its end has been cut off"
+    if head is not None:
+        scope = "up to the head given nothing has been cut off; for the rest it takes a later head"
+    facts = f"{verified.summary()}; the head of the log is on stdout", scope
+    session.report({"head": verified.head.hex(), **numbers}, verified.head.hex(), *facts)
 
 
-def mac_text(text: str) -> str:
-    """The head of an audit log, in hexadecimal digits. Raises ArgumentTypeError."""
-    if not text:  # of a file that has been lost: any log would satisfy it
-        raise argparse.ArgumentTypeError("it is empty, and so shows nothing: leave it out")
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not what verify-audit prints")
-    return text
-
-
-def _run_backup(session: Session) -> int:
+def run_backup(session: Session) -> None:
+    """Copies with a lower priority than a server's."""
     folder = session.arguments.folder
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
+    os.makedirs(folder, mode=0o700, exist_ok=True)
     os.nice(BACKUP_NICENESS)
-    with session.progress() as progress, session.open() as (registry, _):
-        try:
-            database, key_file = registry.back_up(folder, progress)
-        except StoreError as error:
-            raise OperatorError(f"{error}") from error
-    session.report(
-        {"database": database, "keyFile": key_file},
-        f"copied the database to {database} and its keys to {key_file}: keep both secret",
-    )
-    return 0
+    with session.progress() as progress, session.open() as registry:
+        database, key_file = registry.backup(folder, progress)
+    copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
+    session.report({"database": database, "keyFile": key_file}, None, copied)
 
 
-def _run_check(session: Session) -> int:
+def run_check(session: Session) -> Optional[int]:
+    """Findings; one that is bad is a failure."""
     with session.progress() as progress:
-        findings = examine(session.arguments.db, session.key_file, progress)
+        findings = [*examine(session.arguments.db, session.key_file, progress)]
     is_good = all(finding.is_good for finding in findings)
     documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
-    if session.arguments.json:
-        print_json({"ok": is_good, "findings": documents})
-    else:
-        session.print_table(documents, FINDING_COLUMNS)
-    return 0 if is_good else EXIT_FAILED
+    table = Table(("ok", "name", "detail"), session.screen, has_headings=False)
+    shown = table.add(documents, session.now())
+    session.report({"ok": is_good, "findings": documents}, shown)
+    return None if is_good else EXIT_FAILED
 
 
-def _unit_word(text: str) -> str:
-    """A word as systemd reads it: systemd.syntax(7), and the specifiers of systemd.unit(5)."""
-    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
-    return f'"{escaped}"'
-
-
-def _run_unit(session: Session) -> int:
+def print_unit(session: Session) -> None:
+    """A unit for this program where it lies."""
     if session.arguments.socket:
-        _print(SOCKET_UNIT, end="")
-        return 0
+        output(SOCKET_UNIT, end="")
+        return
+
+    def word(text: str) -> str:  # systemd.syntax(7), and the specifiers of systemd.unit(5)
+        escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+        return f'"{escaped}"'
+
     program = os.path.abspath(__file__)
-    # It looks for variables in arguments, and not in the path of what it runs: systemd.service(5).
-    start = f"{_unit_word(sys.executable)} {_unit_word(program).replace('$', '$$')} serve"
-    _print(UNIT.substitute(start=start, typed=shlex.join([sys.executable, program])), end="")
+    # Variables are replaced in arguments, not in the path of the program: systemd.service(5).
+    start = f"{word(sys.executable)} {word(program).replace('$', '$$')} serve"
+    output(UNIT.substitute(start=start, typed=shlex.join([sys.executable, program])), end="")
     for path in (sys.executable, program):
         if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
-            _say(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
-    return 0
+            inform(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
 
 
-def _run_make_cert(session: Session) -> int:
+def make_cert(session: Session) -> None:
+    """A pair of files that were not there."""
     arguments = session.arguments
-    names = [_subject_alternative_name(name) for name in arguments.name]
-    if os.path.realpath(arguments.tls_cert) == os.path.realpath(arguments.tls_key):
+    names = [subject_alternative_name(name) for name in arguments.name]
+    certificate, key = arguments.tls_cert, arguments.tls_key
+    if os.path.realpath(certificate) == os.path.realpath(key):
         raise OperatorError("--tls-cert and --tls-key name the same file")
-    for path in (arguments.tls_cert, arguments.tls_key):
+    make_pair(certificate, key, arguments.name[0], names, arguments.days)
+    pin = public_key_pin(load_tls(certificate, key)[1])
+    session.report(
+        {"certificate": certificate, "key": key, "pin": pin},
+        None,
+        f"made {certificate} and {key}; its pin is {pin}; now",
+        f"serve --tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}",
+    )
+
+
+def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
+    """Make a self-signed certificate and its key, in new files. Raises OperatorError."""
+    for path in (certificate, key):
         if os.path.lexists(path):
             raise OperatorError(f"{path} is there already: remove it, or name another file")
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise OperatorError(f"there is no folder for {path}")
-    _make_pair(arguments.tls_cert, arguments.tls_key, arguments.name[0], names, arguments.days)
-    pin = public_key_pin(load_tls(arguments.tls_cert, arguments.tls_key)[1])
-    session.report(
-        {"certificate": arguments.tls_cert, "key": arguments.tls_key, "pin": pin},
-        f"made {arguments.tls_cert} and {arguments.tls_key}; its pin is {pin}; now",
-        f"serve --tls-cert {shlex.quote(arguments.tls_cert)} "
-        f"--tls-key {shlex.quote(arguments.tls_key)}",
-    )
-    return 0
-
-
-def _make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
-    import subprocess  # two commands of all need it, and it costs each a hundredth of a second
-
-    os.close(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE))
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
         *("-nodes", "-sha256", "-days", str(days), "-subj", f"/CN={subject}"),
-        *("-addext", f"subjectAltName={','.join(names)}", "-keyout", key, "-out", certificate),
+        *("-addext", f"subjectAltName={','.join(names)}", "-keyout", "/dev/stdout"),
     ]
-    failure: Optional[str] = "interrupted"
     try:
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        failure = _openssl_failure(made.returncode, made.stderr) if made.returncode else None
-    except OSError as error:  # it is not there, or not for us
-        failure = (
-            f"the openssl program cannot be run ({error.strerror}): make a pair on another "
-            "machine, and copy it here"
-        )
-    finally:
-        for path in (key, certificate) if failure else ():  # or the next try finds them there
-            with suppress(FileNotFoundError):
-                os.remove(path)
-    if failure:
-        raise OperatorError(f"cannot make a certificate: {failure}")
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot make a certificate: the openssl program cannot be run ({error.strerror}): "
+            "make a pair on another machine, and copy it here"
+        ) from error
+    pair = {kind: f"{text}\n" for text, kind in PEM.findall(run.stdout)}
+    if run.returncode or len(pair) != 2:
+        # The reason stands last, but for signs of life: dots, and a line of dashes.
+        reasons = [line for line in run.stderr.splitlines() if line.strip("-.+* ")]
+        reason = (reasons or [f"openssl ended with {run.returncode}"])[-1]
+        raise OperatorError(f"cannot make a certificate: {reason}")
+    made: list[str] = []
+    files = (key, "PRIVATE KEY", PRIVATE_MODE), (certificate, "CERTIFICATE", 0o644)
+    try:
+        for path, kind, mode in files:
+            with open(create_file(path, mode), "w", encoding="ascii") as file:
+                made.append(path)
+                file.write(pair[kind])
+    except OSError as error:
+        for path in made:  # or the next try would find them there
+            os.remove(path)
+        raise OperatorError(f"cannot make {path}: {error.strerror}") from error
 
 
-def _openssl_failure(status: int, stderr: str) -> str:
-    """The last that it said but for its signs of life: dots, and a line of dashes."""
-    said = [line for line in stderr.splitlines() if line.strip("-.+* ")]
-    return said[-1] if said else f"openssl ended with {status}"
-
-
-def _subject_alternative_name(name: str) -> str:
-    if "%" not in name:  # a zone is of one machine, and may be any text
+def subject_alternative_name(name: str) -> str:
+    """A server's name or address as openssl wants it. Raises OperatorError."""
+    if "%" not in name:  # a zone belongs to one machine, and may be any text
         with suppress(ValueError):
             return f"IP:{ipaddress.ip_address(name)}"
     label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
     if len(name) > 64 or not re.fullmatch(rf"(\*\.)?{label}(\.{label})*", name):
-        raise OperatorError(
-            f"{printable(name)!r} is no name for a server: letters, digits, . and -"
-        )
+        raise OperatorError(f"{sanitize(name)!r} is no name for a server: letters, digits, . and -")
     return f"DNS:{name}"
 
 
-def _run_schema(session: Session) -> int:
-    _print(SCHEMA, end="")
-    return 0
-
-
-def _run_agent_script(session: Session) -> int:
-    _print(AGENT_SCRIPT, end="")
-    return 0
-
-
-def _run_openapi(session: Session) -> int:
-    print_json(openapi_document())
-    return 0
-
-
-# The benchmark: a scratch fleet in a temporary folder, the real server in a process of its own, and
-# in another one the load.
+# bench: a scratch fleet in a temporary folder, the real server on it in another process, and the
+# load from this one.
 
 HEARTBEAT_REQUEST = (
     b"POST /api/agent/heartbeat HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
-    b"Accept: */*\r\nAuthorization: Bearer %b\r\n%b\r\n"
+    b"Accept: */*\r\nAuthorization: Bearer %b\r\n\r\n"
 )
-ENROLL_REQUEST = (
-    b"POST /api/agent/enroll HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
-    b"Accept: */*\r\nContent-Length: %d\r\n%b\r\n%b"
-)
-PS_USAGE = re.compile(r"\s*(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)\s+(\d+)\s*")
-BENCH_QUANTILES = {"p50": 500, "p99": 990, "p999": 999}
-BENCH_RULE = (
-    f"Can hold: {BENCH_SHARE:.0%} of the heartbeats that one core of the server answers at full "
-    "load, and no more than were answered at all. They were then sent at that rate, whatever had "
-    f"been answered: where p99, from when each was due, was over {BENCH_P99 * SECOND_MS:.0f} ms, "
-    f"at {BENCH_SHARE:.0%} of it, and so on; the last rate counts."
-)
-BENCH_RATE_RULE = (
-    f"Can hold: what --rate says, if p99, from when each heartbeat was due, was at most "
-    f"{BENCH_P99 * SECOND_MS:.0f} ms."
-)
+BENCH_RULE = f"hosts: as many as {BENCH_SHARE:.0%} of a core answers, each every 30 s or every 60 s"
 
 
-class Bench(NamedTuple):
-    """What the process that makes the load knows."""
-
-    arguments: argparse.Namespace
-    now: int
-    fleet: array[int]  # the ids of its hosts
-    key: SigningKey  # that their credentials are signed with
-    token: str
-    newcomers: int  # that are to enroll by it
-    certificate: Optional[str]
-    server: int  # its process id
-    port: int
-
-
-def read_ps(text: str) -> Tuple[float, int]:
-    """CPU seconds and resident bytes, as ps shows them as time and rss."""
-    match = PS_USAGE.fullmatch(text)
-    if match is None:
-        raise OperatorError("the server is gone, or neither /proc nor ps tells what it takes")
-    days, hours, minutes, seconds, kibibytes = match.groups()
-    whole = int(days or 0) * DAY + int(hours or 0) * HOUR + int(minutes) * MINUTE
-    return whole + float(seconds), int(kibibytes) * 1024
-
-
-def process_usage(process: int) -> Tuple[float, int]:
-    """The CPU seconds that a process has taken, and its resident bytes."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except FileNotFoundError:
-        import subprocess
-
-        command = ["ps", "-o", "time=", "-o", "rss=", "-p", str(process)]
-        return read_ps(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
-    ticks = int(fields[11]) + int(fields[12])  # utime and stime of proc(5); rss is the 24th there
-    return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def heartbeats(fleet: Iterable[int], key: SigningKey, end: bytes, now: int) -> Iterator[bytes]:
-    """A heartbeat of one host after the other, for ever: of each before any comes again, as in a
-    fleet, and in an order that has nothing to do with that of the database."""
-    order = array("q", fleet)
-    random.shuffle(order)
-    while True:
-        for host in order:
-            claims = Claims(host, DEFAULT_ORGANIZATION, now // SECOND_MS, 1, None, key.kid)
-            yield HEARTBEAT_REQUEST % (key.sign(claims).encode("ascii"), end)
-
-
-def _bench_facts(number: int) -> Dict[str, str]:
-    return {
-        "hostname": f"host-{number:07d}.example.net",
-        "os": "Debian GNU/Linux 12 (bookworm)",
-        "architecture": "x86_64",
-        "docker_version": "27.3.1",
-    }
-
-
-def enrollments(token: str, numbers: Iterable[int], end: bytes) -> Iterator[bytes]:
-    """An enrollment by one token after the other."""
-    for number in numbers:
-        facts = _bench_facts(number)
-        facts["dockerVersion"] = facts.pop("docker_version")
-        body = json.dumps({"token": token, **facts}).encode("ascii")
-        yield ENROLL_REQUEST % (len(body), end, body)
-
-
-class Driver:
-    """What the process does that makes the load, step by step."""
-
-    def __init__(self, bench: Bench, load: Load, tell: Callable[[str], None]) -> None:
-        self._bench = bench
-        self._load = load
-        self._tell = tell
-        self._end = b"Connection: close\r\n" if bench.arguments.close else b""
-        self._resident = 0
-
-    def run(self) -> Document:
-        """All steps; what came of them."""
-        bench, seconds = self._bench, self._bench.arguments.seconds
-        document: Document = {"enrollments": self._enroll()}
-        beats = heartbeats(bench.fleet, bench.key, self._end, bench.now)
-        # First as in a fleet that beats already: each host once, or as many as time allows.
-        once = (beat for beat, _ in zip(beats, bench.fleet))
-        self._measure("warming up", once, seconds / 2)
-        full = self._measure("full load", beats, seconds)
-        document["fullLoad"] = full
-        document["paced"] = paced = []
-        for rate in paced_rates(bench.arguments.rate, full):
-            tried = self._measure(f"{rate:,} heartbeats a second", beats, seconds, rate)
-            paced.append({"duePerSecond": rate, **tried})
-            if tried["p99Milliseconds"] <= BENCH_P99 * SECOND_MS:
-                break
-        return {**document, "memoryBytes": self._resident}
-
-    def _enroll(self) -> Document:
-        bench = self._bench
-        fleet = bench.fleet
-        numbers = range(len(fleet), len(fleet) + bench.newcomers)
-
-        def take(body: bytes) -> None:
-            fleet.append(read_id(json.loads(body)["hostId"]))
-
-        requests = enrollments(bench.token, numbers, self._end)
-        return self._measure("enrollments", requests, math.inf, take=take)
-
-    def _measure(
-        self,
-        what: str,
-        requests: Iterator[bytes],
-        seconds: float,
-        rate: Optional[int] = None,
-        take: Callable[[bytes], object] = _ignore,
-    ) -> Document:
-        latencies = Histogram(LATENCY_BUCKETS)
-        # Hosts are many and know nothing of each other: the gaps between them are exponential.
-        gaps = None if rate is None else iter(partial(random.expovariate, rate), -1.0)
-        before = process_usage(self._bench.server)[0], time.process_time()
-        done = self._load.run(
-            requests,
-            seconds,
-            latencies.observe,
-            gaps=gaps,
-            take=take,
-            tell=partial(self._watch, what),
-        )
-        self._watch(what, done.answered)
-        after = process_usage(self._bench.server)[0], time.process_time()
-        return load_document(done, latencies, after[0] - before[0], after[1] - before[1])
-
-    def _watch(self, what: str, answered: int) -> None:
-        self._resident = max(self._resident, process_usage(self._bench.server)[1])
-        self._tell(f"{what}: {answered:,} answered")
-
-
-def paced_rates(asked: Optional[int], full: Mapping[str, Any]) -> List[int]:
-    """What to try after a full load, in heartbeats a second, until one is answered in time. It
-    may have been the load that kept the server from more: then CPU per heartbeat says how much a
-    core of it could do."""
-    if asked is not None:
-        return [asked]
-    answered, each = float(full["perSecond"]), float(full["serverCpuMicrosecondsEach"])
-    wanted = min(answered, BENCH_SHARE * 1e6 / each) if each else BENCH_SHARE * answered
-    return [max(1, round(wanted * BENCH_SHARE**tried)) for tried in range(BENCH_TRIES)]
-
-
-def load_document(done: Loaded, latencies: Histogram, server: float, own: float) -> Document:
-    """Load: what has come of one, with the CPU seconds that it has cost the server, and those
-    that it took to make it."""
-    quantiles = {
-        f"{name}Milliseconds": round(latencies.quantile(per_mille) * SECOND_MS, 3)
-        for name, per_mille in BENCH_QUANTILES.items()
-    }
-    return {
-        "answered": done.answered,
-        "unanswered": done.unanswered,
-        "seconds": round(done.seconds, 3),
-        "perSecond": round(done.answered / done.seconds, 1),
-        "serverCpuMicrosecondsEach": round(server * 1e6 / max(1, done.answered), 2),
-        "serverCpuShareOfOneCore": round(server / done.seconds, 3),
-        "loadCpuShareOfOneCore": round(own / done.seconds, 3),
-        **quantiles,
-    }
-
-
-def _drive(bench: Bench, pipe: Any, other_end: Any) -> None:
-    """The process that makes the load: all that it has to say goes into the pipe."""
-    other_end.close()  # it came with the fork, and we are to notice when nobody reads
-    _on_end(signal.SIG_IGN)  # the parent ends it
-
-    def tell(kind: str, said: Any) -> None:
-        try:
-            pipe.send((kind, said))
-        except BrokenPipeError:  # the parent was killed: nobody else will end the server
-            with suppress(ProcessLookupError):
-                os.kill(bench.server, signal.SIGTERM)
-            sys.exit(EXIT_FAILED)
-
-    arguments = bench.arguments
-    try:
-        tls = trusting(bench.certificate) if bench.certificate else None
-        load = Load(bench.port, arguments.connections, close=arguments.close, tls=tls)
-        tell("done", Driver(bench, load, partial(tell, "progress")).run())
-        load.close()
-    except OperatorError as error:
-        tell("failed", str(error))
-    except OSError as error:
-        tell("failed", f"cannot go on with the load: {error}")
-
-
-def _interrupt(*_: object) -> None:
-    _on_end(signal.SIG_IGN)  # a second one must not spoil the cleaning up
-    raise KeyboardInterrupt
-
-
-def _on_end(action: Any) -> None:
-    _on_signals(action)
-    signal.signal(signal.SIGHUP, action)
-
-
-def _hold_signals() -> List[int]:
-    """Let none come between the start of a child and our knowing of it: until _release_signals()
-    they are kept in this list."""
-    held: List[int] = []
-    _on_end(lambda number, _: held.append(number))
-    return held
-
-
-def _release_signals(held: Sequence[int]) -> None:
-    _on_end(_interrupt)
-    if held:
-        _interrupt()
-
-
-def _run_bench(session: Session) -> int:
-    import tempfile
-
+def bench(session: Session) -> None:
+    """Measure the shipped agent's way first, TLS with a connection each, then kept alive."""
     arguments = session.arguments
-    if fit_connections(arguments.connections) < arguments.connections:
-        raise OperatorError("the limit of open files allows fewer --connections: ulimit -Hn")
-    _on_end(_interrupt)
+    fit_connections(arguments.connections)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up as after a Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="hostenroll-bench-") as folder:
-        _require_room(folder, arguments.hosts)
-        document = _bench(session, folder)
-    if arguments.json:
-        print_json(document)
-    else:
-        _print_bench(document)
-    return 0
-
-
-def _require_room(folder: str, hosts: int) -> None:
-    import shutil
-
-    free, needed = shutil.disk_usage(folder).free, hosts * BENCH_BYTES_PER_HOST + 2 * WAL_MAXIMUM
-    if free < needed:
-        raise OperatorError(
-            f"{hosts} hosts need some {needed >> 20} MiB in {os.path.dirname(folder)}, and "
-            f"{free >> 20} are free: name another folder in TMPDIR, or fewer --hosts"
-        )
-
-
-def _bench(session: Session, folder: str) -> Document:
-    import shutil
-
-    arguments = session.arguments
-    files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
-    options = ["--port", "0"]
-    certificate = None
-    if arguments.tls:
-        if shutil.which("openssl") is None:
-            raise OperatorError("--tls needs the program openssl, for a certificate of its own")
-        certificate, tls_key = os.path.join(folder, "tls.crt"), os.path.join(folder, "tls.key")
-        _make_pair(certificate, tls_key, DEFAULT_HOST, [f"IP:{DEFAULT_HOST}"], 1)
-        options += ["--tls-cert", certificate, "--tls-key", tls_key]
-    most = arguments.seconds * BENCH_ENROLLED_A_SECOND
-    newcomers = min(arguments.hosts // 2, most, BENCH_ENROLLED)
-    registry = open_registry(files[0], files[1], session.now())
-    key = load_keyring(files[1]).first
-    try:
-        with session.progress("making the fleet") as progress:
-            wanted = arguments.hosts - newcomers
-            fleet = _make_fleet(registry, wanted, key.kid, session.now, progress)
-        token = _token(registry, newcomers, session.now())
-    finally:
-        registry.close()
-    sync_file(files[0])  # or else the disk is busy with it while the server is measured
-    with _scratch_server(session.environment, folder, options) as (server, port):
-        now = session.now()
-        bench = Bench(arguments, now, fleet, key, token, newcomers, certificate, server, port)
-        document = _drive_elsewhere(bench, session.progress("measuring"))
-    size = os.path.getsize(files[0])
-    return bench_document(arguments, document, size)
-
-
-def _token(registry: Registry, uses: int, now: int) -> str:
-    by = Principal("cli:bench", ALL_ORGANIZATIONS, "admin")
-    order = TokenOrder(max_uses=uses)
-    return str(registry.perform(Act(lambda now: registry.mint(by, order, now)[1]), now))
-
-
-def _make_fleet(
-    registry: Registry, hosts: int, kid: str, clock: Callable[[], int], report: Report
-) -> array[int]:
-    """Enroll hosts by the rules, a whole transaction of them at once and without HTTP, and let
-    each beat once: rows, history and size are those of a real fleet. Their ids."""
-    fleet = array("q")
-    standing = Standing(1, DEFAULT_ORGANIZATION, kid)
-    while len(fleet) < hosts:
-        numbers = range(len(fleet), min(hosts, len(fleet) + BENCH_BATCH))
-        now = clock()
-        admit = partial(_admit, registry, _token(registry, len(numbers), now), numbers)
-        batch = registry.perform(Act(admit, durable=False), now)
-        registry.tick([(it, standing) for it in batch], now)
-        registry.tidy()
-        fleet.extend(batch)
-        report(len(fleet), hosts)
-    return fleet
-
-
-def _admit(registry: Registry, token: str, numbers: Iterable[int], now: int) -> List[int]:
-    hosts = []
-    for number in numbers:
-        applicant = Applicant(
-            token=token,
-            name=None,
-            idempotency_key=None,
-            address=str(ipaddress.IPv4Address((10 << 24) + number)),
-            **_bench_facts(number),
-        )
-        hosts.append(registry.enroll(applicant, now).host.id)
-    return hosts
-
-
-@contextmanager
-def _scratch_server(
-    environment: Mapping[str, str], folder: str, options: Sequence[str]
-) -> Iterator[Tuple[int, int]]:
-    """A server on what is in a folder: its process id, and its port."""
-    import subprocess
-
-    ours = (ENVIRONMENT_PREFIX, "NOTIFY_SOCKET", "LISTEN_")
-    clean = {name: text for name, text in environment.items() if not name.startswith(ours)}
-    said = os.path.join(folder, "log")
-    held = _hold_signals()
-    with open(said, "wb") as file:
-        server = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "serve", *options],
-            cwd=folder,
-            env=clean,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        _release_signals(held)
-        yield server.pid, _await_port(said, lambda: server.poll() is None)
-    except OperatorError as error:
-        raise OperatorError(f"{error}{_complaint(said)}") from error
-    finally:
-        _on_end(signal.SIG_IGN)
-        server.terminate()
-        try:
-            server.wait(2 * SHUTDOWN_DEADLINE)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def _await_port(said: str, lives: Callable[[], bool]) -> int:
-    """The port of a server, by what it says when it listens. Raises OperatorError."""
-    deadline = time.monotonic() + BENCH_START
-    while lives() and time.monotonic() < deadline:
-        with open(said, encoding="utf-8", errors="replace") as file:
-            listens = re.search(r" listens on https?://\S+:([0-9]+)\n", file.read())
-        if listens:
-            return int(listens[1])
-        time.sleep(BENCH_POLL)
-    raise OperatorError("the server does not start")
-
-
-def _complaint(said: str) -> str:
-    """What a server said last, other than its greeting."""
-    with open(said, encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file if not line.startswith(("hostenroll ", "next, "))]
-    return f"; the server said: {lines[-1].strip()}" if lines else ""
-
-
-def _drive_elsewhere(bench: Bench, progress: Progress) -> Document:
-    """Make the load in a process of its own; what came of it. Progress begins after the fork, which
-    is not for a process with several threads. Raises OperatorError."""
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")  # it has the fleet, and needs no file of it
-    ours, theirs = context.Pipe(duplex=False)
-    driver = context.Process(target=_drive, args=(bench, theirs, ours), daemon=True)
-    held = _hold_signals()
-    driver.start()
-    try:
-        _release_signals(held)
-        theirs.close()
-        with progress:
-            return _outcome(ours, progress)
-    finally:
-        _on_end(signal.SIG_IGN)  # what follows is cleaning up
-        driver.kill()
-        driver.join()
-
-
-def _outcome(pipe: Any, progress: Progress) -> Document:
-    while True:
-        try:
-            kind, said = pipe.recv()
-        except EOFError:
-            raise OperatorError("the process that makes the load has ended") from None
-        if kind == "progress":
-            progress.what = said
-        elif kind == "failed":
-            raise OperatorError(said)
+        pair = os.path.join(folder, "tls.crt"), os.path.join(folder, "tls.key")
+        ways = [("TLS, a connection each", pair), ("kept alive", ())][: 1 if arguments.tls else 2]
+        if arguments.tls or shutil.which("openssl", path=session.environment.get("PATH")):
+            make_pair(*pair, DEFAULT_HOST, [f"IP:{DEFAULT_HOST}"], 1)
         else:
-            return cast(Document, said)
+            inform("TLS is not measured: there is no openssl program")
+            del ways[0]
+        requests = make_fleet(session, folder)
+        results = [measure(session, folder, requests, *way) for way in ways]
+    sizes = {name: getattr(arguments, name) for name in ("hosts", "seconds", "connections")}
+    table = Table(tuple(results[0]), session.screen).add(results, session.now())
+    title = f"{arguments.hosts:,} hosts, {arguments.connections} connections; {BENCH_RULE}"
+    document = {"version": __version__, **sizes, "results": results, "rule": BENCH_RULE}
+    session.report(document, f"{title}\n{table}")
 
 
-def bench_document(
-    arguments: argparse.Namespace, measured: Mapping[str, Any], database: int
-) -> Document:
-    """Bench: what was measured and how, and how many hosts the box can hold, by which rule."""
-    last = measured["paced"][-1]
-    holds = last["duePerSecond"] if last["p99Milliseconds"] <= BENCH_P99 * SECOND_MS else 0
+def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
+    """Enroll hosts by the rules, BENCH_BATCH in a transaction: rows and history are those of a real
+    fleet. Returns heartbeats of all in turn, in random order, for ever."""
+    by, hosts = Principal("cli:bench", ALL_ORGANIZATIONS, "admin"), session.arguments.hosts
+    files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
+    facts, fleet, now = {fact.column: fact.name for fact in FACTS}, array("q"), session.now()
+    registry = open_registry(files[0], files[1], now)
+    with session.progress("making the fleet") as progress:
+        while len(fleet) < hosts:
+            names = [f"host-{n:07d}.example.net" for n in range(len(fleet), hosts)[:BENCH_BATCH]]
+            mint = Call(OPERATION["mint-token"], by, values={"maxUses": len(names)})
+            token = registry.tokens.prove(registry.perform(mint, now).text, "", LOCAL, now)
+            values = ({"token": token, "hostname": name, "facts": facts} for name in names)
+            batch = [Call(OPERATION["enroll"], values=each) for each in values]
+            fleet.extend(enrolled.host.id for enrolled in registry.run(batch, now) or ())
+            registry.after_tick()
+            progress(len(fleet), hosts)
+    key = registry.keys.keyring.first
+    registry.close()
+    random.shuffle(fleet)
+    claims = Claims(0, DEFAULT_ORGANIZATION, now // SECOND_MS, 1, None, key.kid)
+    credentials = (key.sign(claims._replace(host=host)) for host in cycle(fleet))
+    return (HEARTBEAT_REQUEST % credential.encode("ascii") for credential in credentials)
+
+
+def measure(
+    session: Session, folder: str, requests: Iterator[bytes], way: str, pair: Sequence[str]
+) -> dict[str, Any]:
+    """Load a server for --seconds, after half as long to fill its caches. Raises OperatorError."""
+    connections, seconds = session.arguments.connections, session.arguments.seconds
+    ours = (ENVIRONMENT_PREFIX, "NOTIFY_SOCKET", "LISTEN_")
+    clean = {n: text for n, text in session.environment.items() if not n.startswith(ours)}
+    tls = [f"{option}={path}" for option, path in zip(("--tls-cert", "--tls-key"), pair)]
+    command = [sys.executable, os.path.abspath(__file__), "serve", "--port=0", *tls]
+
+    def cpu_ticks(process: int) -> int:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return sum(map(int, file.read().rpartition(b")")[2].split()[11:13]))  # proc(5)
+
+    with subprocess.Popen(command, cwd=folder, env=clean, stderr=subprocess.PIPE) as server:
+        try:
+            line, listens, log = b"", None, cast("BinaryIO", server.stderr)
+            while listens is None:
+                last, line = line, log.readline()
+                if not line:
+                    raise OperatorError(f"the server does not start: {last.decode()}")
+                listens = re.search(rb" listens on https?://\S+:([0-9]+)\n", line)
+            threading.Thread(target=log.read, daemon=True).start()  # so that it never waits for us
+            load = partial(closed_loop, int(listens[1]), requests, connections)
+            with session.progress(f"measuring {way}") as progress:
+                progress(load(seconds / 2, *pair[:1]), 0)
+                before = cpu_ticks(server.pid)
+                answered = max(1, load(seconds, *pair[:1]))
+                ticks = max(1, cpu_ticks(server.pid) - before)
+        except OSError as error:
+            raise OperatorError(f"cannot go on with the load: {error}") from error
+        finally:
+            server.terminate()
+    each = ticks / os.sysconf("SC_CLK_TCK") / answered
     return {
-        "version": __version__,
-        "python": sys.version.split()[0],
-        "sqlite": SQLITE_VERSION,
-        "cores": os.cpu_count(),
-        "hosts": arguments.hosts,
-        "seconds": arguments.seconds,
-        "connections": arguments.connections,
-        "close": arguments.close,
-        "tls": arguments.tls,
-        **measured,
-        "databaseBytes": database,
-        "databaseBytesPerHost": round(database / arguments.hosts),
-        "rule": BENCH_RULE if arguments.rate is None else BENCH_RATE_RULE,
-        "heldPerSecond": holds,
-        "hostsAt30Seconds": holds * 30,
-        "hostsAt60Seconds": holds * 60,
+        "way": way,
+        "perSecond": round(answered / seconds),
+        "serverCpuMicroseconds": round(each * 1e6, 1),
+        "hostsAt30Seconds": int(BENCH_SHARE / each * 30),
+        "hostsAt60Seconds": int(BENCH_SHARE / each * 60),
     }
 
 
-def _print_bench(document: Mapping[str, Any]) -> None:
-    import textwrap
+class Argument(NamedTuple):
+    """One argument of a command, as argparse takes it. Of one group only one can be given."""
 
-    how = "a connection for each request" if document["close"] else "kept alive"
-    over = " over TLS" if document["tls"] else ""
-    rows = [
-        ("fleet", f"{document['hosts']:,} hosts"),
-        ("", f"{document['connections']} connections, {how}{over}"),
-        *_load_rows("enrollments", document["enrollments"]),
-        *_load_rows("full load", document["fullLoad"]),
-        *(row for tried in document["paced"] for row in _load_rows("paced", tried)),
-        ("memory", f"{document['memoryBytes'] / 2**20:.0f} MiB"),
-        ("database", f"{document['databaseBytes'] / 2**20:.1f} MiB"),
-        ("", f"{document['databaseBytesPerHost']} bytes a host"),
-        ("can hold", f"{document['hostsAt30Seconds']:,} hosts at 30 s"),
-        ("", f"{document['hostsAt60Seconds']:,} hosts at 60 s"),
-    ]
-    _print(table(rows))
-    rule = document["rule"]
-    if document["hostsAt60Seconds"] > 2 * document["hosts"]:
-        rule += " It is a larger fleet than was measured, and one costs more: try it with --hosts."
-    _print(textwrap.fill(rule, 100))
-    full = document["fullLoad"]
-    if full["serverCpuShareOfOneCore"] + full["loadCpuShareOfOneCore"] < BENCH_BUSY:
-        _print(
-            "At full load processors were idle or elsewhere: other programs run, or disks are slow."
-        )
+    name: str
+    options: dict[str, Any]
+    group: str = ""
+
+    @property
+    def attribute(self) -> str:
+        return self.options.get("dest") or self.name.lstrip("-").replace("-", "_")
+
+    @property
+    def setting(self) -> str:
+        """The variable in the environment that stands in for it."""
+        return ENVIRONMENT_PREFIX + self.attribute.upper()
 
 
-def _load_rows(name: str, load: Mapping[str, Any]) -> Iterator[Tuple[str, str]]:
-    due = f"{load['duePerSecond']:,} due a second, answered " if "duePerSecond" in load else ""
-    given_up = f", given up {load['unanswered']:,}" if load["unanswered"] else ""
-    yield name, f"{due}{load['perSecond']:,.0f} a second{given_up}"
-    each, share = load["serverCpuMicrosecondsEach"], load["serverCpuShareOfOneCore"]
-    own = load["loadCpuShareOfOneCore"]
-    yield "", f"{each:.0f} us of server CPU each, {share:.0%} of a core; the load {own:.0%}"
-    took = (f"{load[f'{name}Milliseconds']:.2f}" for name in BENCH_QUANTILES)
-    yield "", f"answered in {' / '.join(took)} ms (p50 / p99 / p99.9)"
+def option(name: str, metavar: Optional[str], help: str = "", type: Any = str, default: Any = None,
+           group: str = "", **more: Any) -> Argument:  # fmt: skip
+    options = {"metavar": metavar, "help": help, "default": default, **more}
+    return Argument(name, options if "action" in more else {**options, "type": type}, group)
 
 
-# What the command line calls those members of bodies and queries that it has other names for.
-OPTIONS = {
-    "labels": "--label",
-    "maxUses": "--max-uses",
-    "organization": "--org",
-    "organizationId": "--org",
-    "ttlSeconds": "--ttl",
-}
+def choice(name: str, metavar: str, words: Sequence[str], default: str = "") -> Argument:
+    help = ", ".join(words) + (" (%(default)s)" if default else "")
+    return option(name, metavar, help, one_of(*words), default or None)
 
 
-class Argument:
-    """One argument of a command, as argparse takes it."""
-
-    def __init__(self, *names: str, **options: Any) -> None:
-        self.names = names
-        self.options = options
+def flag(name: str, help: str, group: str = "", **more: Any) -> Argument:
+    return Argument(name, {"help": help, **(more or {"action": "store_true"})}, group)
 
 
-JSON_OPTION = Argument("--json", action="store_true", help="print JSON, in the API's shapes")
-LIMIT_OPTION = Argument("--limit", type=positive, metavar="N", help="only the newest")
-ORG_OPTION = Argument("--org", metavar="NAME", help="only this organization")
-
-
-def _file(name: str, default: Optional[str], help: str) -> Argument:
-    return Argument(name, type=file_name, default=default, metavar="FILE", help=help)
-
-
+# fmt: off
+SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "default": "no", "metavar": "no",
+                          "type": lambda text: FLAGS[one_of(*FLAGS)(text)]}
 STORE_OPTIONS = (
-    _file("--db", DEFAULT_DATABASE, "the database (%(default)s)"),
-    _file("--key-file", None, "the keys (hostenroll.key beside the database)"),
+    option("--db", "FILE", "the database (%(default)s)", file_name, DEFAULT_DATABASE),
+    option("--key-file", "FILE", "the keys (hostenroll.key beside the database)", file_name),
 )
-SWITCH = {"nargs": "?", "const": True, "type": switch, "default": "no", "metavar": "no"}
 SERVE_OPTIONS = (
-    Argument(
-        "--host",
-        type=address_text,
-        default=DEFAULT_HOST,
-        help="the address to listen on (%(default)s)",
-    ),
-    Argument(
-        "--port",
-        type=port_number,
-        default=str(DEFAULT_PORT),
-        help="the port to listen on, 0 for a free one (%(default)s)",
-    ),
-    Argument(
-        "--heartbeat-interval",
-        type=within(HEARTBEAT_INTERVAL_RANGE, duration, span),
-        default=f"{HEARTBEAT_INTERVAL}s",
-        metavar="TIME",
-        help="how often hosts are to beat (%(default)s)",
-    ),
-    Argument(
-        "--credential-ttl",
-        type=within(CREDENTIAL_TTL_RANGE, duration, span),
-        metavar="TIME",
-        help="how long credentials live, and are renewed in time (forever)",
-    ),
-    _file("--tls-cert", None, "speak TLS, with this certificate chain in PEM"),
-    _file("--tls-key", None, "its key, in PEM; SIGHUP loads both anew"),
-    Argument(
-        "--public-url",
-        type=web_address,
-        metavar="URL",
-        help="where agents find the server, for mint-token to print",
-    ),
-    Argument(
-        "--trusted-proxy",
-        type=networks,
-        action=Gathered,
-        default=(),
-        metavar="CIDR",
-        help="believe X-Forwarded-For from these addresses; repeatable (from nobody)",
-    ),
-    Argument(
-        "--audit-keep",
-        type=within(AUDIT_KEEP_RANGE, duration, span),
-        metavar="TIME",
-        help="how long the audit log is kept (forever)",
-    ),
-    Argument(
-        "--log-format",
-        type=one_of("text", "json"),
-        default="text",
-        metavar="FORMAT",
-        help="text or json (%(default)s)",
-    ),
-    Argument("--access-log", **SWITCH, help="log every request, heartbeats too"),
-    Argument(
-        "--init",
-        **SWITCH,
-        help="make what is missing of database and key file, though the other is there",
-    ),
+    option("--host", None, "the address to listen on (%(default)s)", listen_address, DEFAULT_HOST),
+    option("--port", None, "the port to listen on, 0 for a free one (%(default)s)",
+           within((0, 65535)), str(DEFAULT_PORT)),
+    option("--heartbeat-interval", "TIME", "how often hosts are to beat (%(default)s)",
+           within(HEARTBEAT_INTERVAL_RANGE, duration, format_duration), f"{HEARTBEAT_INTERVAL}s"),
+    option("--credential-ttl", "TIME", "how long credentials live; renewed in time (forever)",
+           within(CREDENTIAL_TTL_RANGE, duration, format_duration)),
+    option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
+    option("--tls-key", "FILE", "its key, in PEM; SIGHUP reloads both", file_name),
+    option("--public-url", "URL", "where agents find the server, for mint-token", web_address),
+    Argument("--trusted-proxy", {
+        "metavar": "CIDR", "type": networks, "action": Gather, "default": (),
+        "help": "believe X-Forwarded-For from these addresses; repeatable (none)"}),
+    option("--audit-keep", "TIME", "how long the audit log is kept (forever)",
+           within(AUDIT_KEEP_RANGE, duration, format_duration)),
+    choice("--log-format", "FORMAT", ("text", "json"), "text"),
+    flag("--access-log", "log every request, heartbeats too", **SWITCH),
+    flag("--init", "make what is missing of database and key file, though the other is there",
+         **SWITCH),
 )
-
-
 SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS)
 
-
-def choice(metavar: str, known: Sequence[str], default: Optional[str] = None) -> Dict[str, Any]:
-    """What argparse is told of an option that takes one of a few words."""
-    said = ", ".join(known) + (" (%(default)s)" if default else "")
-    return {"type": one_of(*known), "metavar": metavar, "default": default, "help": said}
+ID_OPERAND = Argument("id", {"metavar": "ID"})
+JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
+LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
+ORG_OPTION = option("--org", "NAME", "only this organization")
+TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
+# fmt: on
 
 
 class Command(NamedTuple):
-    """One command: what it does, an example, and what it takes."""
+    """What people type: an example, what it runs, its arguments. An operation of the same name has
+    its summary, and what it takes and does."""
 
     name: str
-    summary: str
     example: str
-    run: Callable[[Session], int]
-    arguments: Sequence[Argument] = ()
-    uses_store: bool = True
-    listed_by: str = ""  # the command that lists what its id names
+    run: Callable[[Session], Optional[int]]
+    own_arguments: Sequence[Argument] = ()
+    outcome: str = ""  # of act(): a sentence, with members of the document in braces
+    own_summary: str = ""
+    shared: Sequence[Argument] = (JSON_OPTION, *STORE_OPTIONS)
 
     @property
-    def operands(self) -> List[str]:
-        """What it takes beside options."""
-        positional = [one for one in self.arguments if not one.names[0].startswith("-")]
-        return [str(one.options["metavar"]) for one in positional]
+    def summary(self) -> str:
+        return self.own_summary or OPERATION[self.name].summary
+
+    @property
+    def arguments(self) -> Sequence[Argument]:
+        return (*self.own_arguments, *self.shared)
+
+    @property
+    def operands(self) -> list[str]:
+        return [str(each.options["metavar"]) for each in self.arguments if each.name[0] != "-"]
+
+    @property
+    def listed_by(self) -> str:
+        """The command that lists what its ID names."""
+        return f"list-{self.name.partition('-')[2]}s" if "ID" in self.operands else ""
 
     def typed(self, member: str) -> str:
-        """What it calls a member of a body or query."""
-        option = OPTIONS.get(member, f"--{member}")
-        metavars = {one.names[0]: one.options.get("metavar", "") for one in self.arguments}
-        return option if option in metavars else str(metavars.get(member, member))
+        """The option or operand of a member of a body or query."""
+        for each in self.arguments:
+            if each.attribute == OPTION_NAMES.get(member, member):
+                return each.name if each.name[0] == "-" else str(each.options["metavar"])
+        return member
 
 
-def _act(
-    act: Callable[[Registry, Principal, int, int], Document], outcome: str
-) -> Callable[[Session], int]:
-    """What a command does that acts on what an id names, and shows what has become of it."""
-
-    def run(session: Session) -> int:
-        number = typed_id(session)
-        document = session.ask(lambda r, by, now: act(r, by, number, now), writes=True)
-        session.report(document, outcome.format(id=session.arguments.id))
-        return 0
-
-    return run
+# fmt: off
+def by_id(name: str, run: Callable[[Session], Optional[int]], outcome: str = "",
+          *more: Argument) -> Command:
+    """A command for what an id names."""
+    return Command(name, f"{name} 0ca4f1b28e3d7a95", run, (ID_OPERAND, *more), outcome)
 
 
-def _token_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
-    registry.revoke_token(by, number, now)
-    return token_document(registry.token(by, number, now))
-
-
-def _host_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
-    return host_document(registry.revoke_host(by, number, now))
-
-
-def _host_restored(registry: Registry, by: Principal, number: int, now: int) -> Document:
-    return host_document(registry.restore_host(by, number, now))
-
-
-def _host_deleted(registry: Registry, by: Principal, number: int, now: int) -> Document:
-    registry.delete_host(by, number, now)
-    return {"id": id_text(number)}
-
-
-def _api_key_revoked(registry: Registry, by: Principal, number: int, now: int) -> Document:
-    return api_key_document(registry.revoke_api_key(by, number, now))
-
-
-def _by_id(
-    name: str, summary: str, run: Callable[[Session], int], *more: Argument, options: str = ""
-) -> Command:
-    return Command(
-        name,
-        summary,
-        f"{name} 0ca4f1b28e3d7a95{options}",
-        run,
-        (Argument("id", metavar="ID"), *more, JSON_OPTION),
-        listed_by=f"list-{name.partition('-')[2]}s",
-    )
-
-
-COMMANDS = (
-    Command(
-        "serve",
-        "answer agents and operators over HTTP",
-        "serve --host 127.0.0.1 --port 8080",
-        _run_serve,
-        SERVE_OPTIONS,
-    ),
-    Command(
-        "mint-token",
-        "make an enrollment token",
-        "mint-token --ttl 30m --label rack=b4",
-        _run_mint_token,
-        (
-            Argument("--org", metavar="NAME", help="whose hosts it lets in (default)"),
-            Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
-            Argument("--max-uses", type=count, default="1", metavar="N", help="(%(default)s)"),
-            Argument("--hostname", metavar="H", help="bind it to the host of this name"),
-            Argument("--description", metavar="TEXT", help="what it is for"),
-            Argument(
-                "--label",
-                type=label,
-                action=GatheredLabels,
-                default={},
-                metavar="K=V",
-                help="given to the hosts that come in by it; repeatable",
-            ),
-            JSON_OPTION,
-        ),
-    ),
-    Command(
-        "list-tokens",
-        "list tokens, the newest first",
-        "list-tokens --state valid",
-        _run_list_tokens,
-        (
-            ORG_OPTION,
-            Argument("--state", **choice("STATE", TOKEN_STATES)),
-            LIMIT_OPTION,
-            JSON_OPTION,
-        ),
-    ),
-    _by_id("show-token", "show a token and who came in by it", _run_show_token),
-    _by_id(
-        "revoke-token",
-        "make a token useless",
-        _act(_token_revoked, "token {id} is revoked; the hosts that it let in stay"),
-    ),
-    Command(
-        "list-hosts",
-        "list hosts, the newest first",
-        "list-hosts --status offline --label rack=b4",
-        _run_list_hosts,
-        (
-            ORG_OPTION,
-            Argument("--status", **choice("STATUS", STATUSES)),
-            Argument("--label", action="append", default=[], metavar="K=V"),
-            Argument("--q", metavar="TEXT", help="a part of name, hostname or id"),
-            LIMIT_OPTION,
-            JSON_OPTION,
-        ),
-    ),
-    _by_id("show-host", "show a host and why it has its status", _run_show_host),
-    _by_id(
-        "edit-host",
-        "name or label a host",
-        _run_edit_host,
-        Argument("--name"),
-        Argument(
-            "--label",
-            type=label,
-            action=GatheredLabels,
-            default={},
-            metavar="K=V",
-            help="the labels it is to have in place of all others; repeatable",
-        ),
-        Argument("--no-labels", action="store_true", help="it is to have none"),
-        options=" --name web-1",
-    ),
-    _by_id(
-        "revoke-host",
-        "shut a host out until restored",
-        _act(_host_revoked, "host {id} is shut out; restore-host lets it in again"),
-    ),
-    _by_id(
-        "restore-host",
-        "let a revoked host in again",
-        _act(_host_restored, "host {id} is let in again; its agent asks once an hour"),
-    ),
-    _by_id(
-        "delete-host",
-        "remove a host; it must enroll anew",
-        _act(_host_deleted, "host {id} is gone; the machine must enroll anew"),
-    ),
-    _by_id(
-        "reenroll-host",
-        "make a token that gives a host a new credential",
-        _run_reenroll_host,
-        Argument("--ttl", type=duration, default="1h", metavar="TIME", help="(%(default)s)"),
-    ),
-    Command(
-        "add-org",
-        "add an organization",
-        "add-org berlin",
-        _run_add_org,
-        (Argument("name", metavar="NAME"), JSON_OPTION),
-    ),
-    Command("list-orgs", "list organizations", "list-orgs", _run_list_orgs, (JSON_OPTION,)),
-    Command(
-        "mint-api-key",
-        "make a key for the user API",
-        "mint-api-key --org berlin --role viewer",
-        _run_mint_api_key,
-        (
-            Argument("--org", metavar="NAME", help=f"({DEFAULT_ORGANIZATION})"),
-            Argument("--all-orgs", action="store_true", help="for all organizations"),
-            Argument("--role", **choice("ROLE", ("admin", "viewer"), "admin")),
-            Argument("--description", default="", metavar="TEXT"),
-            JSON_OPTION,
-        ),
-    ),
-    Command("list-api-keys", "list API keys", "list-api-keys", _run_list_api_keys, (JSON_OPTION,)),
-    _by_id(
-        "revoke-api-key",
-        "make an API key useless",
-        _act(_api_key_revoked, "API key {id} is revoked"),
-    ),
-    Command(
-        "list-signing-keys",
-        "list the keys that sign credentials",
-        "list-signing-keys",
-        _run_list_signing_keys,
-        (JSON_OPTION,),
-    ),
-    Command(
-        "rotate-signing-key",
-        "sign with a new key from now on",
-        "rotate-signing-key",
-        _run_rotate_signing_key,
-        (JSON_OPTION,),
-    ),
-    Command(
-        "retire-signing-key",
-        "accept no credential of a key any longer",
-        "retire-signing-key 5b1c09d2f3a4e687",
-        _run_retire_signing_key,
-        (
-            Argument("kid", metavar="KID"),
-            Argument("--force", action="store_true", help="though hosts still use it"),
-            JSON_OPTION,
-        ),
-    ),
-    Command(
-        "show-audit",
-        "list what happened, the newest first",
-        "show-audit --action refuse --limit 20",
-        _run_show_audit,
-        (
-            ORG_OPTION,
-            Argument("--action", **choice("ACTION", ACTIONS)),
-            Argument("--subject", metavar="KIND:ID", help="as in host:0ca4f1b28e3d7a95"),
-            Argument("--code", metavar="CODE", help="of a refusal"),
-            LIMIT_OPTION,
-            JSON_OPTION,
-        ),
-    ),
-    Command(
-        "verify-audit",
-        "find what has been changed in the audit log",
-        "verify-audit",
-        _run_verify_audit,
-        (
-            Argument(
-                "--head",
-                type=mac_text,
-                metavar="HASH",
-                help="what an earlier run printed: is all still there, up to it?",
-            ),
-            JSON_OPTION,
-        ),
-    ),
-    Command(
-        "backup",
-        "copy database and keys, also while a server runs",
-        "backup /var/backups/hostenroll",
-        _run_backup,
-        (Argument("folder", metavar="DIR"), JSON_OPTION),
-    ),
-    Command(
-        "check",
-        "say whether database, keys and files are sound",
-        "check",
-        _run_check,
-        (JSON_OPTION,),
-    ),
-    Command(
-        "bench",
-        "measure how many hosts this machine can hold",
-        "bench --hosts 1000000",
-        _run_bench,
-        (
-            Argument(
-                "--hosts",
-                type=within(BENCH_HOSTS_RANGE),
-                default=str(BENCH_HOSTS),
-                metavar="N",
-                help="of the scratch fleet (%(default)s)",
-            ),
-            Argument(
-                "--seconds",
-                type=within(BENCH_SECONDS_RANGE),
-                default=str(BENCH_SECONDS),
-                metavar="S",
-                help="that each step takes (%(default)s)",
-            ),
-            Argument(
-                "--connections",
-                type=within(BENCH_CONNECTIONS_RANGE),
-                default=str(BENCH_CONNECTIONS),
-                metavar="C",
-                help="(%(default)s)",
-            ),
-            Argument("--close", action="store_true", help="a connection for each request"),
-            Argument("--tls", action="store_true", help="over TLS"),
-            Argument(
-                "--rate",
-                type=within(BENCH_RATE_RANGE),
-                metavar="R",
-                help="heartbeats a second to pace (70%% of what the machine can do)",
-            ),
-            Argument("--json", action="store_true", help="print JSON"),
-        ),
-        uses_store=False,
-    ),
-    Command(
-        "make-cert",
-        "make a self-signed certificate and its key",
-        "make-cert --name enroll.lan",
-        _run_make_cert,
-        (
-            Argument(
-                "--name",
-                action="append",
-                required=True,
-                metavar="NAME",
-                help="a name or address that agents find the server by; repeatable",
-            ),
-            Argument(
-                "--days",
-                type=within(CERTIFICATE_DAYS_RANGE),
-                default="3650",
-                metavar="N",
-                help="(%(default)s)",
-            ),
-            _file("--tls-cert", "hostenroll-tls.crt", "(%(default)s)"),
-            _file("--tls-key", "hostenroll-tls.key", "(%(default)s)"),
-            JSON_OPTION,
-        ),
-        uses_store=False,
-    ),
-    Command(
-        "unit",
-        "print a systemd unit",
-        "unit",
-        _run_unit,
-        (Argument("--socket", action="store_true", help="that of a socket to go with it"),),
-        uses_store=False,
-    ),
-    Command("schema", "print the database's schema", "schema", _run_schema, uses_store=False),
-    Command(
-        "openapi",
-        "print the API in OpenAPI 3.1",
-        "openapi",
-        _run_openapi,
-        uses_store=False,
-    ),
-    Command(
-        "agent-script",
-        "print the agent, for a host with sh and curl",
-        "agent-script",
-        _run_agent_script,
-        uses_store=False,
-    ),
-)
-
-
-# What an overview shows together; what is not named here stands in the last.
 GROUPS = {
-    "start": ("serve", "mint-token", "list-hosts"),
-    "tokens": ("list-tokens", "show-token", "revoke-token"),
-    "hosts": ("show-host", "edit-host", "revoke-host", "restore-host", "delete-host",
-              "reenroll-host"),
-    "organizations and API keys": ("add-org", "list-orgs", "mint-api-key", "list-api-keys",
-                                   "revoke-api-key"),
-    "signing keys": ("list-signing-keys", "rotate-signing-key", "retire-signing-key"),
-    "operate": (),
-}  # fmt: skip
+    "server and tokens": (
+        Command("serve", "serve --host 127.0.0.1 --port 8080", serve, SERVE_OPTIONS,
+                own_summary="answer agents and operators over HTTP", shared=STORE_OPTIONS),
+        Command("mint-token", "mint-token --ttl 30m --label rack=b4", mint_token, (
+            option("--org", "NAME", "the organization of its hosts (default)"), TTL_OPTION,
+            option("--max-uses", "N", "(%(default)s)", number, "1"),
+            option("--hostname", "H", "bind it to the host of this name"),
+            option("--description", "TEXT", "what it is for"),
+            option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"))),
+        Command("list-tokens", "list-tokens --state valid", list_items, (
+            ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
+        by_id("show-token", show_one),
+        by_id("revoke-token", show_outcome,
+              "token {id} is revoked; the hosts that enrolled with it stay"),
+    ),
+    "hosts": (
+        Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
+            ORG_OPTION, choice("--status", "STATUS", STATUSES),
+            option("--label", "K=V", action="append"),
+            option("--q", "TEXT", "a part of name, hostname or id"), LIMIT_OPTION)),
+        by_id("show-host", show_one),
+        Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", show_one, (
+            ID_OPERAND, option("--name", "NAME"),
+            option("--label", "K=V", "labels that replace all others; repeatable", group="labels",
+                   action="append"),
+            flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
+                 dest="label"))),
+        by_id("revoke-host", show_outcome, "host {id} is shut out; restore-host lets it in again"),
+        by_id("restore-host", show_outcome,
+              "host {id} is let in again; its agent asks once an hour"),
+        by_id("delete-host", show_outcome, "host {id} is deleted; the machine must enroll again"),
+        by_id("reenroll-host", mint_token, "", TTL_OPTION),
+    ),
+    "organizations and API keys": (
+        Command("add-org", "add-org berlin", show_outcome, (Argument("name", {"metavar": "NAME"}),),
+                "organization {id} is there: mint-token --org {id}"),
+        Command("list-orgs", "list-orgs", list_items),
+        Command("mint-api-key", "mint-api-key --org berlin --role viewer", mint_api_key, (
+            option("--org", "NAME", "(%(default)s)", default=DEFAULT_ORGANIZATION, group="org"),
+            flag("--all-orgs", "for all organizations", "org", action="store_const", const=None,
+                 dest="org"),
+            choice("--role", "ROLE", ("admin", "viewer"), "admin"),
+            option("--description", "TEXT", default=""))),
+        Command("list-api-keys", "list-api-keys", list_items),
+        by_id("revoke-api-key", show_outcome, "API key {id} is revoked"),
+    ),
+    "signing keys": (
+        Command("list-signing-keys", "list-signing-keys", list_items),
+        Command("rotate-signing-key", "rotate-signing-key", show_outcome, (),
+                "it signs from now on, and hosts get a credential of it when they beat;\n"
+                "list-signing-keys counts them, and retire-signing-key ends an old key"),
+        Command("retire-signing-key", "retire-signing-key 5b1c09d2f3a4e687", show_outcome, (
+            Argument("kid", {"metavar": "KID"}),
+            flag("--force", "though hosts still use it", action="store_const", const="yes")),
+            "signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}"),
+    ),
+    "operate": (
+        Command("show-audit", "show-audit --action refuse --limit 20", list_items, (
+            ORG_OPTION, choice("--action", "ACTION", ACTIONS),
+            option("--subject", "KIND:ID", "as in host:0ca4f1b28e3d7a95"),
+            option("--code", "CODE", "of a refusal"), LIMIT_OPTION)),
+        Command("verify-audit", "verify-audit", check_audit, (
+            option("--head", "HASH", "what an earlier run printed: is all up to it still there?",
+                   audit_head),),
+            own_summary="find what has been changed in the audit log"),
+        Command("backup", "backup /var/backups/hostenroll", run_backup,
+                (Argument("folder", {"metavar": "DIR"}),),
+                own_summary="copy database and keys, also while a server runs"),
+        Command("check", "check", run_check,
+                own_summary="say whether database, keys and files are sound"),
+        Command("bench", "bench --hosts 1000000", bench, (
+            option("--hosts", "N", "of the scratch fleet (%(default)s)",
+                   within(BENCH_HOSTS_RANGE), str(BENCH_HOSTS)),
+            option("--seconds", "S", "of each measurement (%(default)s)",
+                   within(BENCH_SECONDS_RANGE), str(BENCH_SECONDS)),
+            option("--connections", "C", "(%(default)s)",
+                   within(BENCH_CONNECTIONS_RANGE), str(BENCH_CONNECTIONS)),
+            flag("--tls", "only over TLS, a connection each")),
+            own_summary="measure how many hosts this machine can hold", shared=(JSON_OPTION,)),
+        Command("make-cert", "make-cert --name enroll.lan", make_cert, (
+            option("--name", "NAME", "a name or address that agents find the server by; repeatable",
+                   action="append", required=True),
+            option("--days", "N", "(%(default)s)", within(CERTIFICATE_DAYS_RANGE), "3650"),
+            option("--tls-cert", "FILE", "(%(default)s)", file_name, "hostenroll-tls.crt"),
+            option("--tls-key", "FILE", "(%(default)s)", file_name, "hostenroll-tls.key")),
+            own_summary="make a self-signed certificate and its key", shared=(JSON_OPTION,)),
+        Command("unit", "unit", print_unit, (flag("--socket", "the unit of its socket"),),
+                own_summary="print a systemd unit", shared=()),
+        Command("schema", "schema", lambda session: output(SCHEMA, end=""),
+                own_summary="print the database's schema", shared=()),
+        Command("openapi", "openapi", lambda session: output_json(openapi_document()), shared=()),
+        Command("agent-script", "agent-script",
+                lambda session: output(AGENT_SCRIPT, end=""), shared=()),
+    ),
+}
+# fmt: on
+COMMANDS = tuple(chain.from_iterable(GROUPS.values()))
 
 
-def overview() -> str:
-    """Every command in a line, in groups."""
-    commands = {command.name: command for command in COMMANDS}
-    named = {name for names in GROUPS.values() for name in names}
-    lines = ["Decides who may join a fleet of machines, and knows which are alive."]
-    for group, names in GROUPS.items():
-        lines += ["", f"{group}:"]
-        for name in names or [name for name in commands if name not in named]:
-            lines.append(f"  {name:20} {commands[name].summary}")
-    return "\n".join(lines)
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A question about which option or command was meant; "" when nothing is like it."""
+    alike = [name for name in known if word and word in name]
+    if not alike:
+        from difflib import get_close_matches  # only a mistake is worth its hundredth of a second
+
+        alike = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {' or '.join(alike)}?" if 0 < len(alike) <= 4 else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose complaint is one line that says what to type next."""
+    """argparse's, with complaints of one line that says what to type next."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, words: Sequence[str], **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
-        self.color = False  # which Python 3.14 has, and states alone have a colour here
-        self.variables: Dict[str, str] = {}  # in the environment, that stand in for options
-        self._words: Sequence[str] = ()
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's; of an option that is not among the words it is a variable that is wrong."""
-        self._words = args or ()
-        for word in self._words:
-            if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing
-                self.error(f"{word[:-3]}: -- is no value")
-        return super().parse_known_args(args, namespace)
+        self.color = False  # Python 3.14 has it; here only states have a colour
+        self.variables: dict[str, str] = {}  # by option: the environment's variable that set it
+        self._typed = [word.partition("=")[0] for word in words]
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's, which lets a broken pipe through before Python 3.12: help, or the version."""
+        """argparse's, which raises for a broken pipe before Python 3.12."""
         if message:
-            _print(message, end="")
+            output(message, end="")
 
     def error(self, message: str) -> NoReturn:
-        """Raises SystemExit."""
-        option, colon, said = re.sub("^argument ", "", message).partition(": ")
-        if option not in [word.partition("=")[0] for word in self._words]:
-            option = self.variables.get(option, option)
-        said = option + colon + said
-        said = said.replace("the following arguments are required:", "this needs")
-        _complain(f"{said} (see: {self.prog} --help)")
+        """Raises SystemExit. A value that was not typed came from the environment."""
+        name, colon, rest = re.sub("argument (?=--)", "", message).partition(": ")
+        name = name if name in self._typed else self.variables.get(name, name)
+        text = f"{name}{colon}{rest}"
+        text = text.replace("the following arguments are required:", "this needs")
+        complain(f"{text} (see: {self.prog} --help)")
         self.exit(EXIT_USAGE)
 
 
-def _parser(environment: Mapping[str, str]) -> Tuple[Parser, Dict[str, Parser]]:
-    """The parser of a command line, and those of the commands."""
+def make_parser(
+    words: Sequence[str], program: str, environment: Mapping[str, str]
+) -> tuple[Parser, dict[str, Parser]]:
+    overview = ["Decides who may join a fleet of machines, and knows which are alive."]
+    for group, rows in GROUPS.items():
+        overview += ["", f"{group}:", *(f"  {row.name:20} {row.summary}" for row in rows)]
     parser = Parser(
-        prog=PROGRAM,
+        words,
+        prog=program,
         usage="%(prog)s COMMAND ...",
-        description=overview(),
+        description="\n".join(overview),
         epilog="COMMAND --help says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
         f"sets --db, --key-file and the options of serve.\n\n{EXIT_STATUSES}",
     )
-    parser.add_argument("--version", action="version", version=f"hostenroll {__version__}")
+    version = "the version, and the SHA-256 of this file"
+    parser.add_argument("--version", action="store_true", help=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     parsers = {}
     for command in COMMANDS:
         parsers[command.name] = sub = commands.add_parser(
             command.name,
-            prog=f"{parser.prog} {command.name}",
+            words=words,
+            prog=f"{program} {command.name}",
             usage=" ".join(["%(prog)s [options]", *command.operands]),
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"example: {parser.prog} {command.example}\n\n{EXIT_STATUSES}",
+            epilog=f"example: {program} {command.example}\n\n{EXIT_STATUSES}",
         )
         sub.set_defaults(command=command)
-        for argument in (*command.arguments, *(STORE_OPTIONS if command.uses_store else ())):
-            sub.add_argument(*argument.names, **argument.options)
-            if argument in SETTINGS:
-                _take_default(sub, argument, environment)
+        groups = {each.group: sub.add_mutually_exclusive_group() for each in command.arguments}
+        for argument in command.arguments:
+            into = groups[argument.group] if argument.group else sub
+            into.add_argument(argument.name, **argument.options)
+            if argument in SETTINGS and environment.get(argument.setting):
+                sub.set_defaults(**{argument.attribute: environment[argument.setting]})
+                sub.variables[argument.name] = argument.setting
     return parser, parsers
 
 
-def setting_of(argument: Argument) -> str:
-    """The variable in the environment that stands in for an option."""
-    return ENVIRONMENT_PREFIX + argument.names[0].lstrip("-").replace("-", "_").upper()
+def unknown_settings(environment: Mapping[str, str]) -> list[str]:
+    """Complaints about what looks like a setting, and is none."""
+    names = {name for name in environment if name.startswith(ENVIRONMENT_PREFIX)}
+    unknown = sorted(names - {argument.setting for argument in SETTINGS})
+    return [f"{sanitize(name)} in the environment sets nothing" for name in unknown]
 
 
-def _take_default(parser: Parser, argument: Argument, environment: Mapping[str, str]) -> None:
-    text = environment.get(setting_of(argument))
-    if text:
-        parser.set_defaults(**{argument.names[0].lstrip("-").replace("-", "_"): text})
-        parser.variables[argument.names[0]] = setting_of(argument)
-
-
-def strange_settings(environment: Mapping[str, str]) -> List[str]:
-    """What looks like a setting, and is none."""
-    prefix = ENVIRONMENT_PREFIX
-    names = [name[len(prefix) :] for name in sorted(environment) if name.startswith(prefix)]
-    known = [setting_of(argument)[len(prefix) :] for argument in SETTINGS]
-    return [
-        f"{printable(prefix + name)} in the environment sets nothing{guess(name, known, prefix)}"
-        for name in names
-        if name not in known
-    ]
-
-
-def read_arguments(words: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
-    """Raises SystemExit, after a line that says what is wrong, or help."""
-    parser, parsers = _parser(environment)
+def parse_arguments(
+    words: Sequence[str], environment: Mapping[str, str], program: str = "hostenroll"
+) -> argparse.Namespace:
+    """Raises SystemExit, after help, or a line about what is wrong."""
+    parser, parsers = make_parser(words, program, environment)
     if not words:
-        _say(parser.format_help().rstrip("\n"))
+        inform(parser.format_help().rstrip("\n"))
         parser.exit(EXIT_USAGE)
-    option = words[0].partition("=")[0]
-    if option.startswith("-") and words[0] not in ("-h", "--help", "--version", "--"):
+    if words[0] == "--version":
+        with open(__file__, "rb") as file:
+            output(f"hostenroll {__version__}\nsha256 {sha256(file.read()).hex()}")
+        parser.exit(0)
+    if words[0].startswith("-") and words[0] not in ("-h", "--help", "--"):
         command_name = next((word for word in words if word in parsers), "COMMAND")
-        typed = f"{parser.prog} {command_name} {printable(option)}"
-        parser.error(f"options come after the command: {typed}")
+        first = sanitize(words[0].partition("=")[0])
+        parser.error(f"options come after the command: {program} {command_name} {first}")
     if not words[0].startswith("-") and words[0] not in parsers:
-        name = printable(words[0])
-        parser.error(f"there is no command {name}{guess(words[0], list(parsers))}")
+        parser.error(f"there is no command {sanitize(words[0])}{suggestion(words[0], parsers)}")
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing of it
+            parser.error(f"{word[:-3]}: -- is no value")
     arguments: argparse.Namespace
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        kind = "option" if word.startswith("-") else "argument"
         command: Command = arguments.command
-        options = [name for argument in command.arguments for name in argument.names]
-        what = "option" if word.startswith("-") else "argument"
-        parsers[command.name].error(
-            f"{command.name} takes no {what} {printable(word)}{guess(word, options)}"
-        )
+        hint = suggestion(word, [argument.name for argument in command.arguments])
+        parsers[command.name].error(f"{command.name} takes no {kind} {sanitize(word)}{hint}")
     return arguments
 
 
-def main(
-    argv: Optional[Sequence[str]] = None,
-    *,
-    environment: Mapping[str, str] = os.environ,
-    clock: Callable[[], float] = time.time,
-) -> int:
+def how_started(environment: Mapping[str, str]) -> str:
+    """What to type to start this program again, in the words of a shell."""
+
+    def typed(path: str) -> str:  # the bare name, where a shell finds this file by it
+        name = os.path.basename(path)
+        return name if shutil.which(name, path=environment.get("PATH")) == path else path
+
+    script = sys.argv[0]
+    if __name__ == "hostenroll":  # imported: by the command that pip makes, or by a test
+        return shlex.quote(typed(script)) if script.endswith("/hostenroll") else "hostenroll"
+    module = ["-m", "hostenroll"] if __spec__ is not None else [script]
+    return shlex.join([typed(sys.executable), *module])
+
+
+def main(argv: Optional[Sequence[str]] = None, *, environment: Mapping[str, str] = os.environ,
+         clock: Callable[[], float] = time.time) -> int:  # fmt: skip
     """Run one command; its exit status."""
+    status = EXIT_FAILED
     try:
-        try:
-            return _run(sys.argv[1:] if argv is None else argv, environment, clock)
-        finally:
-            with suppress(BrokenPipeError):
-                _settle(sys.stdout)
+        status = run_command(sys.argv[1:] if argv is None else argv, environment, clock)
+    except (Unrecoverable, MemoryError) as error:
+        end_process(error)
     except OSError as error:
-        _complain(str(error))
-        return EXIT_FAILED
-    except MemoryError:
-        _say("hostenroll: out of memory: give it more")
-        return EXIT_FAILED
+        complain(str(error))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        status = EXIT_INTERRUPTED
     finally:
-        with suppress(OSError):
-            _settle(sys.stderr)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                discard(stream)
+    return status
 
 
-def _run(argv: Sequence[str], environment: Mapping[str, str], clock: Callable[[], float]) -> int:
+def end_process(error: BaseException) -> NoReturn:
+    """Crash only: one line, and the end of the process, with nothing closed. To close a database
+    that was replaced, or that the disk did not take, would write to it; all that was acknowledged
+    is in its files, and the next start recovers it."""
+    try:
+        text = str(error)
+        if isinstance(error, MemoryError):
+            text = "out of memory: raise its limit, and start again"
+        is_serving = any(isinstance(handler, LogHandler) for handler in log.handlers)
+        (log.error if is_serving else complain)(text)
+    finally:  # even where there is no memory for the line
+        os._exit(EXIT_FAILED)
+
+
+def run_command(argv: Sequence[str], environment: Mapping[str, str],
+                clock: Callable[[], float]) -> int:  # fmt: skip
+    """Run one command; what it refuses or fails at is one line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
             stream.reconfigure(errors="backslashreplace")
-    arguments = read_arguments(argv, environment)
+    program = how_started(environment)
+    arguments = parse_arguments(argv, environment, program)
     command: Command = arguments.command
-    if command.run is not _run_serve:  # which has a log for this
-        _say(*(f"hostenroll: {said}" for said in strange_settings(environment)))
+    if command.run is not serve:  # serve logs them
+        inform(*(f"hostenroll: {warning}" for warning in unknown_settings(environment)))
     try:
-        return command.run(Session(arguments, clock, environment))
+        screen = screen_of(sys.stdout, environment)
+        session = Session(arguments, command, clock, environment, program, screen)
+        return command.run(session) or 0
     except StorageUnavailable as problem:
-        _complain(str(problem.__cause__ or problem.detail))
+        complain(str(problem.__cause__ or problem.detail))
         return EXIT_FAILED
     except Problem as problem:
-        said = "; ".join(f"{command.typed(name)}: {what}" for name, what in problem.errors)
+        errors = "; ".join(f"{command.typed(name)}: {detail}" for name, detail in problem.errors)
         is_lost = isinstance(problem, NotFound) and command.listed_by
         hint = f" See: {command.listed_by}" if is_lost else ""
-        _complain(f"refused ({problem.code}): {said or problem.detail}{hint}")
+        complain(f"refused ({problem.code}): {errors or problem.detail}{hint}")
         return EXIT_REFUSED
     except UsageError as error:
-        _complain(f"{error} (see: {PROGRAM} {command.name} --help)")
+        complain(f"{error} (see: {program} {command.name} --help)")
         return EXIT_USAGE
-    except OperatorError as error:
-        _complain(str(error))
+    except (OperatorError, StoreError) as error:
+        complain(str(error))
         return EXIT_FAILED
 
 

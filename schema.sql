@@ -2,16 +2,16 @@
 -- Ids are integers here and 16 hexadecimal digits everywhere else.
 
 PRAGMA application_id = 0x686F7374;
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
 
 CREATE TABLE organization (
-    -- Whose a host, a token or an API key is.
+    -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
-    -- What lets a person or a script use the user API.
+    -- Lets a person or a script use the user API.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the key's text
     organization_id  TEXT    REFERENCES organization (id),  -- NULL: all of them
@@ -23,7 +23,7 @@ CREATE TABLE api_key (
 );
 
 CREATE TABLE token (
-    -- What lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
+    -- Lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
     id               INTEGER PRIMARY KEY,
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
@@ -44,7 +44,7 @@ CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
 
 CREATE TABLE host (
-    -- A machine that has enrolled. What changes with each beat stands in heartbeat.
+    -- A machine that has enrolled. Heartbeat has what changes with each beat.
     id               INTEGER PRIMARY KEY,
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     name             TEXT    NOT NULL,
@@ -57,13 +57,14 @@ CREATE TABLE host (
     issued           INTEGER NOT NULL,  -- the highest serial issued
     enrolled_at      INTEGER NOT NULL,
     revoked_at       INTEGER,
-    token_id         INTEGER NOT NULL,  -- the token that it first came in by
-    admitted_by      INTEGER NOT NULL,  -- the token that it last came in by, to re-enroll
+    token_id         INTEGER NOT NULL,  -- the token that it enrolled with
+    admitted_by      INTEGER NOT NULL,  -- the token of its last enrollment or re-enrollment
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
     idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
-    twin_id          INTEGER            -- a live host that had this hostname when it came in
+    twin_id          INTEGER,           -- a live host that had this hostname at that time
+    agent_version    TEXT    NOT NULL DEFAULT ''  -- as the agent reports it
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -83,17 +84,17 @@ CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- that counts: the highest seen, at first the one expected
+    serial      INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active      INTEGER NOT NULL   -- 0: revoked
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
 CREATE TABLE service (
-    -- One row: what the servers on this database say of themselves, for whoever reads status.
+    -- One row: what the servers on this database write about themselves, to compute status.
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
-    alive           INTEGER NOT NULL,  -- when a server last said that it lives
+    alive           INTEGER NOT NULL,  -- when a server last wrote that it lives
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
@@ -102,14 +103,14 @@ CREATE TABLE service (
 
 CREATE TABLE audit (
     -- What happened, event after event. Each mac covers its row and the mac before it, by the
-    -- audit key of the key file: who has only the database can neither change a row nor add one.
+    -- audit key of the key file: with the database alone no row can be changed or added unseen.
     number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
     at               INTEGER NOT NULL,
     action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
     actor            TEXT    NOT NULL,  -- api-key:<id>, cli:<user>, token:<id>, host:<id> ...
     address          TEXT    NOT NULL,  -- '': this machine's command line, or the server itself
-    organization_id  TEXT,              -- whose it is; NULL: nobody's
-    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': nothing that we know
+    organization_id  TEXT,              -- the owner; NULL: none
+    subject          TEXT    NOT NULL,  -- host:<id>, token:<id> ...; '': none
     code             TEXT,              -- of a refusal
     detail           TEXT    NOT NULL,  -- a JSON object
     mac              BLOB    NOT NULL   -- HMAC-SHA256
