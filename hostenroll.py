@@ -1181,18 +1181,25 @@ def create_file(path: str, mode: int = PRIVATE_MODE) -> int:
 
 def require_own_file(path: str, database: str, descriptor: Optional[int] = None) -> None:
     """Raises OperatorError unless a file beside the database, open or by its name, is a regular one
-    of the database's owner (of the folder's, where there is no database), of root's or ours. A file
-    of root's or ours must have one name: another may be a hard link to any file of root's."""
+    of the database's owner (of the folder's, where there is no database); a lock may be root's or
+    ours. What may not be the owner's must have one name, or it may be a hard link to any file of
+    root's; so must what SQLite opens. As root, SQLite gives that to the owner, so it must be that
+    owner's already; and it deletes any file that a -journal names, so a -journal must be ours."""
     status = os.lstat(path) if descriptor is None else os.fstat(descriptor)
     try:
         owner = os.lstat(database).st_uid
     except FileNotFoundError:
         owner = os.stat(os.path.dirname(database) or ".").st_uid
-    is_single = status.st_nlink == 1 and status.st_uid in (0, os.geteuid())
-    if not stat.S_ISREG(status.st_mode) or not (status.st_uid == owner or is_single):
+    is_single, we = status.st_nlink == 1, os.geteuid()
+    if path.endswith((".gate", ".lock")):
+        is_own = status.st_uid == owner or (is_single and status.st_uid in (0, we))
+    else:
+        trusted = {owner, we or owner} & ({we} if path.endswith("-journal") else {owner, we})
+        is_own = is_single and status.st_uid in trusted
+    if not stat.S_ISREG(status.st_mode) or not is_own:
         raise OperatorError(
             f"{path} is a link, a second name, or another user's file: if it belongs to this "
-            "database, chown it to the database's owner, else remove it"
+            "database, chown it to the database's owner and begin as that user, else remove it"
         )
 
 
@@ -1244,12 +1251,7 @@ def replacing(path: str, keeps_owner: bool = True) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(fresh)
         raise
-    sync_folder(path)
-
-
-def sync_folder(path: str) -> None:
-    """Make a rename last: the folder of path is what changed."""
-    sync_file(os.path.dirname(os.path.abspath(path)))
+    sync_file(os.path.dirname(path))  # or the rename may be lost with the power
 
 
 def sync_file(path: str) -> None:
@@ -1340,7 +1342,7 @@ class KeyFile:
         try:
             write_key_file(self.path, keyring)
         except OSError as error:
-            raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
+            raise OperatorError(f"cannot write {self.path}: {error.strerror}") from error
         self._seen = self._look()
 
     def reload(self, current: Keyring) -> Optional[Keyring]:
@@ -1577,8 +1579,7 @@ SQLITE_VERSION = sqlite3.sqlite_version
 
 
 def has_wal_reset_bug(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
-    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write. Fixed in
-    3.51.3, 3.50.7 and 3.44.6."""
+    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write."""
     is_fixed = (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
     return (3, 7, 0) <= version < (3, 51, 3) and not is_fixed
 
@@ -1707,8 +1708,7 @@ class StoreBusy(StoreError):
 
 SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # of its result codes
 
-# What to do about an error of SQLite or of the system, by the start of its text: before Python 3.11
-# an error of SQLite has no code. Nothing is decided by these texts.
+# What to do about an error of SQLite or of the system, by the start of its text.
 ROOM = "make room on its disk"
 WRITABLE = "mount its disk read-write, and give folder and file to our user"
 DAMAGED = "see what check says, and restore it from a backup"
@@ -1782,10 +1782,7 @@ class WriteLock:
     process overtakes it; with the lock alone a busy server starves all others. A process that
     stops asking has to release the gate. The files are never unlinked: a lock on an unlinked file
     excludes no process. They are opened at the first try, which may raise OperatorError for files
-    that another user put there.
-
-    Checkpoints take it too. SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when a checkpoint
-    meets another connection's write, and the boxes that we run on keep their old SQLite.
+    that another user put there. Checkpoints take it too: see has_wal_reset_bug().
     """
 
     def __init__(self, database: str) -> None:
@@ -1828,13 +1825,10 @@ class WriteLock:
 
     def release_gate(self) -> None:
         """Stop waiting."""
-        self._release(0)
+        self.release(0)
 
-    def release(self) -> None:
+    def release(self, number: int = 1) -> None:
         """Give the lock back, where it is held; a place at the gate is kept."""
-        self._release(1)
-
-    def _release(self, number: int) -> None:
         if self._holds[number]:
             self._holds[number] = False
             with suppress(OSError):  # what is committed stays so; the next attempt reports it
@@ -1853,8 +1847,7 @@ class Database:
 
     After a StoreError the transaction is dead: SQLITE_FULL, IOERR and NOMEM have rolled it back
     already, and a further statement would commit on its own. After Unrecoverable nothing is
-    closed: to close SQLite's connection would checkpoint, and unlink whatever WAL is at the path
-    by then; the process has to end without that.
+    closed: SQLite would checkpoint, and unlink whatever WAL is at the path by then.
     """
 
     def __init__(self, path: str) -> None:
@@ -1891,7 +1884,7 @@ class Database:
             raise self._failure(error, statement) from error
 
     def many(self, statement: str, rows: Iterable[Sequence[Any]]) -> int:
-        """How many rows a statement has changed, run for each row of parameters."""
+        """The same, run for each row of parameters."""
         try:
             return self.db.executemany(statement, rows).rowcount
         except sqlite3.Error as error:
@@ -2019,13 +2012,18 @@ class Engine(Database):
         """Connect, under the lock that the caller holds; make an empty file of mode 0600 where
         there is none. True when the database has our schema, False when it is empty.
 
-        as_it_is: to examine it. No file is made or changed, read-only media will do, and no lock
-        is needed: a connection that only reads never checkpoints.
-
-        Raises StoreError, and OperatorError for files that another user put there.
+        as_it_is: to examine it. No file is made or changed, read-only media will do, and no lock is
+        needed. Raises StoreError, and OperatorError for files that another user put there.
         """
+        if self._connection is not None:  # to a file without a schema, which is to get one now
+            return self._recognize()
         self._is_examined = as_it_is
         try:
+            # Who exchanges a file between this look and SQLite's open can still misuse root: only
+            # to run as the database's owner would end that.
+            for suffix in ("-wal", "-shm", "-journal"):
+                with suppress(FileNotFoundError):
+                    require_own_file(f"{self.path}{suffix}", self.path)
             return self._open_to_examine() if as_it_is else self._open_to_write()
         except OSError as error:
             raise StoreError(f"cannot open {describe_error(self.path, error)}") from error
@@ -2033,11 +2031,6 @@ class Engine(Database):
     def _open_to_write(self) -> bool:
         if resolve_file(self._given_path) != self.path:
             raise StoreError(f"{self.path} has been replaced while it was opened")
-        if not os.path.exists(self.path):
-            os.close(create_file(self.path))
-        for path in (self._wal_path, self._shm_path, f"{self.path}-journal"):
-            with suppress(FileNotFoundError):
-                require_own_file(path, self.path)
         # SQLite makes the WAL first and removes it last, also when it is killed.
         if os.path.exists(self._shm_path) and not os.path.exists(self._wal_path):
             raise StoreError(
@@ -2045,6 +2038,8 @@ class Engine(Database):
                 "server, which saves what it still has, or put the file back; to do without it, "
                 f"remove {self._shm_path} too"
             )
+        if not os.path.exists(self.path):
+            os.close(create_file(self.path))
         self._checkpoints.has_old_wal = self.file_sizes()[1] > 0
         opened = file_id(self.path)
         self._connection = self.connect(self.path, "mode=rw")
@@ -2065,9 +2060,9 @@ class Engine(Database):
         return is_ours
 
     def _open_to_examine(self) -> bool:
-        """SQLite would make a WAL and its -shm where there are none. Without a WAL there is no
-        writer: then SQLite takes the file for one that does not change, and _identify_files() sees
-        whether it does. With one, a -shm that is missing has to be made; close() removes it."""
+        """Without a WAL, which SQLite would make, there is no writer: SQLite takes the file for one
+        that does not change, and _identify_files() sees whether it does. With one, a -shm that is
+        missing has to be made; close() removes it."""
         companions = (self._wal_path, f"{self.path}-journal")
         self._is_immutable = not any(map(os.path.exists, companions))
         self._makes_shm = not self._is_immutable and not os.path.exists(self._shm_path)
@@ -2077,11 +2072,9 @@ class Engine(Database):
         return self._recognize()
 
     def close(self) -> None:
-        """Close, under the lock: the last connection to close checkpoints. If we cannot get the
-        lock in that time, another process is at work in the database, and ours is not the last.
-
-        Raises Unrecoverable when it must not be closed, since the files are not ours any more.
-        """
+        """Close, under the lock: the last connection to close checkpoints. If we cannot get it,
+        another process is at work, and ours is not the last. Raises Unrecoverable when it must not
+        be closed, since the files are not ours any more."""
         try:
             if self._connection is None or self._is_lost:
                 return
@@ -2109,13 +2102,13 @@ class Engine(Database):
     #   or replaced      name is now, and the WAL is removed: SQLite would take it for one of the
     #                    file that is at the path, and ruin that.
     #   WAL removed      All of it is moved: a new process would begin another WAL.
-    #   WAL replaced     Nothing is moved. Another process is at work, and the index of the WAL in
-    #                    shared memory may be of its WAL already.
+    #   WAL replaced     All of ours is moved, and the new file renamed, or the next start would mix
+    #                    it in. But where the index in shared memory is not that of our WAL, another
+    #                    process is at work with the new one, and nothing is moved.
     #   lock removed     Nothing is moved, since another process may hold a new lock. The WAL is in
     #   or replaced      its place, and the next start goes on with it.
     #
-    # What cannot be moved for now (the disk is full, others read what would be overwritten) is a
-    # StoreError: nothing is acknowledged, and the next transaction tries again.
+    # What cannot be moved for now (a full disk, readers) is a StoreError, and is tried again.
 
     def _identify_files(self) -> tuple[Any, ...]:
         """Which files there are: the database and its WAL. Of a file that is taken for one that
@@ -2127,7 +2120,7 @@ class Engine(Database):
 
     def require_unchanged(self, durable: bool) -> None:
         """Raises Unrecoverable when database or WAL, or the lock before a durable transaction, are
-        not the files that we have open; StoreError when they cannot be seen, or not left yet."""
+        not what we have open; StoreError when they cannot be seen, or not left yet."""
         if self._identify_files() == self._files and (not durable or self.lock.exists_unchanged()):
             return
         if self._is_examined:
@@ -2140,20 +2133,38 @@ class Engine(Database):
             raise StoreError(f"{self.path} was gone for a moment")
         name = self._wal_path if database == self._files[0] else self.path
         reason = f"{name} has been {'replaced' if file_id(name) else 'removed'}"
-        if wal in (None, self._files[1]):
-            try:
+        try:
+            if wal in (None, self._files[1]):
                 self._save_wal()
-            except StoreError as error:
-                text = f"{reason}, and its last changes cannot be saved: {error}"
-                raise StoreError(text) from error
+            elif name != self.path and self._has_index_of_our_wal():
+                self._save_wal()
+                reason += f", its changes are saved, and the new one is {name}.replaced now"
+            elif name != self.path:
+                reason += ", and what was written last may be lost with it"
+        except (StoreError, OSError) as error:
+            text = f"{reason}, and its last changes cannot be saved: {error}"
+            raise StoreError(text) from error
         raise self.unrecoverable(reason)
 
+    def _has_index_of_our_wal(self) -> bool:
+        """Whether the -shm at its path is the one that we have open, and the last frame that it
+        knows is in our WAL, with the checksum of all before it (sqlite.org/walformat.html)."""
+        wal, shm = descriptors_of(self._files[1]), descriptors_of(file_id(self._shm_path))
+        if not wal or not shm:
+            return False
+        index, page = os.pread(shm[0], 40, 0), int.from_bytes(os.pread(wal[0], 4, 8), "big")
+        last, *sums = (int.from_bytes(index[n : n + 4], sys.byteorder) for n in (16, 24, 28))
+        frame = os.pread(wal[0], 24, 32 + (last - 1) * (24 + page)) if last else b""
+        return not last or frame[8:] == index[32:] + b"".join(n.to_bytes(4, "big") for n in sums)
+
     def _save_wal(self) -> None:
-        """Move all of the WAL into the database that we have open, and remove it."""
+        """Move all of our WAL into the database that we have open; no WAL stays at the path."""
         self._checkpoints.finish_part()
         if self.value("PRAGMA wal_checkpoint(TRUNCATE)"):
             raise StoreError("other processes still read the database: end them")
         try:
+            if file_id(self._wal_path) not in (None, self._files[1]):
+                os.replace(self._wal_path, f"{self._wal_path}.replaced")
             for path in (self._shm_path, self._wal_path):
                 with suppress(FileNotFoundError):
                     os.unlink(path)
@@ -2211,8 +2222,7 @@ class Engine(Database):
             self.lock.release_gate()
 
     def faults(self) -> list[str]:
-        """What is wrong with the database, by SQLite's own checks and by our schema. Each check is
-        one statement: at a million hosts its snapshot holds up the WAL for 3 s."""
+        """What is wrong with the database, by SQLite's own checks and by our schema."""
         try:
             faults = [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
             orphans = self.rows("PRAGMA foreign_key_check")
@@ -2249,11 +2259,8 @@ class Engine(Database):
                 raise StoreError(f"{path} has been replaced")
             target.execute("PRAGMA journal_mode = OFF")
             target.execute("PRAGMA synchronous = OFF")  # the caller syncs
-            self.db.backup(
-                target,
-                pages=BACKUP_PAGES,
-                progress=lambda status, left, total: pause(total - left, total),
-            )
+            show = lambda _, left, total: pause(total - left, total)  # noqa: E731
+            self.db.backup(target, pages=BACKUP_PAGES, progress=show)
         except sqlite3.Error as error:
             raise StoreError(f"cannot copy {describe_error(self.path, error)}") from error
         finally:
@@ -2263,26 +2270,22 @@ class Engine(Database):
 class Checkpoints:
     """When the WAL is moved into the database, and how.
 
-    A commit appends the changed pages to the WAL. A checkpoint moves them into the database; when
-    all are moved, the next commit writes over the WAL from its start. SQLite syncs the database
-    after it has moved the last page. At a million hosts that sync waits for pages all over the
-    disk: some 30 ms in which no request is answered.
+    A checkpoint moves the pages in the WAL into the database; when all are moved, SQLite syncs, and
+    the next commit writes over the WAL from its start. At a million hosts that sync waits for pages
+    all over the disk: some 30 ms in which no request is answered.
 
     So the WAL is moved in parts. Before a transaction, a second connection begins to read; after
     it, a checkpoint moves what is older than the reader's snapshot. Since not all is moved, SQLite
-    does not sync, and a thread syncs while we go on. What was written meanwhile is less, and is
-    moved as the next part. When little is left, the rest is moved without a reader, with SQLite's
-    own short sync, and the WAL begins again.
+    does not sync, and a thread syncs while we go on. When little is left, the rest is moved without
+    a reader, with SQLite's own short sync, and the WAL begins again.
 
     Safety depends on neither thread nor reader: SQLite syncs all of the database before it writes
     over the WAL. But for a sync that fails: a system may drop the pages, and SQLite would not move
-    those of earlier parts again. Then the process ends, and closes nothing; the first checkpoint of
-    the next one moves all of the WAL that it finds.
+    those of earlier parts again. Then the process ends, and the next one moves all of the WAL.
 
     Only a checkpoint tells how much is in the WAL, and the file keeps its size: to truncate it and
-    let it grow again costs a heartbeat a tenth of its time. So changed rows are counted: that of a
-    heartbeat is a page, one of an enrollment up to three. While another process reads an old
-    snapshot, such as a backup, nothing newer can be moved, and the WAL grows.
+    let it grow again costs a heartbeat a tenth of its time. So changed rows are counted. While
+    another process reads an old snapshot, such as a backup, nothing newer can be moved.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -2362,8 +2365,7 @@ class Checkpoints:
             reader.close()
 
     def _start_flush(self) -> None:
-        """Sync the database in a thread. By SQLite's own descriptor: to open another and close it
-        would drop SQLite's POSIX locks."""
+        """Sync the database in a thread, by SQLite's own descriptor: see file_id()."""
 
         def flush() -> None:
             try:
@@ -2420,9 +2422,8 @@ def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
 UNLESS_TAKEN = "ON CONFLICT (id) DO NOTHING"
 SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in TABLES.items()}
 
-# The whole authorization of a heartbeat, beside its signature: one matched row means that the
-# host is active, that this is its valid credential, and that the time is written. The first use
-# of a newer credential, and a clock that was set back, match nothing: the general path judges them.
+# The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
+# and a clock that was set back, match nothing: the general path judges them.
 _BEAT = """UPDATE heartbeat SET last_seen = ?
             WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active = 1"""
 
@@ -2443,8 +2444,7 @@ class Queries:
         return [record(*row) for row in self._rows(f"{SELECT[record]} {rest}", *values)]
 
     def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
-        records = self._all(record, rest, *values)
-        return records[0] if records else None
+        return next(iter(self._all(record, rest, *values)), None)
 
     def _newest(
         self, record: Callable[..., T], organization: Optional[str], before: int, limit: int,
@@ -2499,8 +2499,8 @@ class Queries:
         self._run("UPDATE signing_key SET retired_at = ? WHERE kid = ?", now, kid)
 
     def signing_key_number(self, kid: str) -> Optional[int]:
-        number: Optional[int] = self._value("SELECT number FROM signing_key WHERE kid = ?", kid)
-        return number
+        statement = "SELECT number FROM signing_key WHERE kid = ?"
+        return cast(Optional[int], self._value(statement, kid))
 
     def hosts_by_signing_key(self, number: int) -> int:
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
@@ -2601,8 +2601,7 @@ class Queries:
         self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
 
     def issue(self, number: int, held: int, address: str) -> Optional[int]:
-        """Issue a serial that is above all others, to the holder of another; None when the host has
-        been admitted again since that one."""
+        """Issue a serial above all others to the holder of one; None after a later admission."""
         statement = """UPDATE host SET issued = CASE WHEN issued < ? THEN ? ELSE issued END + 1,
              issued_to = ? WHERE id = ? AND admitted_serial <= ?"""
         if self._run(statement, held, held, address, number, held) == 0:
@@ -2612,8 +2611,8 @@ class Queries:
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
         """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
         self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
-        active = int(revoked_at is None)
-        self._run("UPDATE heartbeat SET active = ? WHERE host_id = ?", active, number)
+        statement = "UPDATE heartbeat SET active = ? WHERE host_id = ?"
+        self._run(statement, int(revoked_at is None), number)
 
     def delete_host(self, number: int, now: int) -> None:
         """Remove a host and its heartbeat, and revoke the tokens that are bound to it."""
@@ -2629,8 +2628,7 @@ class Queries:
         return self._many(_BEAT, rows)
 
     def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int]]:
-        """Of these hosts, id and serial of the active ones that were last seen now. Heartbeats
-        of the batch that are not among them did not match."""
+        """Of these hosts, id and serial of the active ones that were last seen now: the matches."""
         pairs: set[tuple[int, int]] = set()
         for start in range(0, len(hosts), VARIABLES_MAXIMUM):
             chunk = hosts[start : start + VARIABLES_MAXIMUM]
@@ -2669,8 +2667,7 @@ class Queries:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
 
     def oldest_event(self) -> Optional[int]:
-        number: Optional[int] = self._value("SELECT min(number) FROM audit")
-        return number
+        return cast(Optional[int], self._value("SELECT min(number) FROM audit"))
 
     def anchor(self) -> Optional[Anchor]:
         """What the first event is chained to, where older ones have been pruned."""
@@ -2715,6 +2712,7 @@ class Principal(NamedTuple):
 
 SYSTEM = Principal("server", ALL_ORGANIZATIONS, "admin")
 LOCAL = Origin()
+AUDITED_SINCE = 2  # the schema that brought the audit log
 
 
 class CredentialRef(NamedTuple):
@@ -2984,8 +2982,7 @@ class AuditLog(Rules):
         self._taken = len(self.events)
 
     def forget(self) -> None:
-        """The tick is rolled back. Refusals that were pending before it have been answered: they
-        are kept."""
+        """The tick is rolled back. Refusals that were pending before it are answered: they stay."""
         self.events, self.pending = [], self.events[: self._taken] + self.pending
 
     def record(
@@ -3023,7 +3020,6 @@ class AuditLog(Rules):
         self.excess.clear()
 
     def write(self, keyring: Keyring) -> None:
-        """Chain the tick's events to the last one, and append them."""
         if not self.events:
             return
         number, mac = self._queries.last_event()
@@ -3404,7 +3400,6 @@ class ServiceRecord(Rules):
         self._queries.put(old._replace(interval=interval, public_url=url, pin=pin))
 
     def keep_alive(self, now: int) -> None:
-        """A server lives, and can write."""
         service = self.get()
         if service is None or is_served(service, now):
             self._queries.keep_alive(now)
@@ -3448,7 +3443,6 @@ class Organizations(Rules):
         return organization
 
     def list(self, call: Call, now: int) -> Page:
-        """All, in the order of their slugs."""
         return Page(self._queries.organizations())
 
 
@@ -3522,8 +3516,7 @@ class ApiKeys(Rules):
         return by
 
     def require_live(self, by: Principal) -> None:
-        """In the tick: the key may have been revoked since it was identified. Raises
-        ApiKeyInvalid."""
+        """In the tick: the key may have been revoked since identify(). Raises ApiKeyInvalid."""
         if not self._queries.is_live_api_key(by.id):
             raise self._revoked(by, "")
 
@@ -3533,7 +3526,6 @@ class ApiKeys(Rules):
         return problem.with_audit(by.name, by.name, by.organization, request=request)
 
     def list(self, call: Call, now: int) -> Page:
-        """All, the newest first."""
         return Page([ApiKeyView(key) for key in self._queries.api_keys()])
 
 
@@ -3580,8 +3572,8 @@ class Tokens(Rules):
             return self._mint(call, owner, host, now)  # the id is taken
         self._record(
             "mint", call.by.name, token, host=None if host is None else id_text(host),
-            maxUses=max_uses, expiresAt=rfc3339(token.expires_at), labels=labels or None,
-            description=token.description, hostname=token.hostname,
+            maxUses=max_uses, expiresAt=rfc3339(token.expires_at),
+            description=token.description, hostname=token.hostname, labels=labels or None,
         )  # fmt: skip
         return TokenView(token, "valid", (), secret.text)
 
@@ -3645,8 +3637,7 @@ class Tokens(Rules):
 
 
 def changed_facts(host: Host, facts: Mapping[str, str]) -> dict[str, Any]:
-    """The facts, by column, that differ from a host's. A bound hostname stays as the token named
-    it."""
+    """The facts, by column, that differ from a host's. A hostname that a token bound stays."""
     current = host._asdict()
     changes = {name: value for name, value in facts.items() if current[name] != value}
     if host.bound:
@@ -3952,8 +3943,7 @@ class Hosts(Rules):
         return self.get(call, now)
 
     def restore(self, call: Call, now: int) -> HostView:
-        """Let a revoked host in again, with the credential that it has. Idempotent. Raises
-        NotFound."""
+        """Let a host in again with the credential that it has. Idempotent. Raises NotFound."""
         host = self._host(call)
         if host.revoked_at is not None:
             self._queries.activate(host.id, None)
@@ -3961,8 +3951,7 @@ class Hosts(Rules):
         return self.get(call, now)
 
     def delete(self, call: Call, now: int) -> Host:
-        """Delete a host, and revoke the tokens that are bound to it. Raises NotFound, also the
-        second time."""
+        """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
         host = self._host(call)
         self._queries.delete_host(host.id, now)
         self._record("delete", call.by.name, host, hostname=host.hostname)
@@ -3987,8 +3976,7 @@ class Hosts(Rules):
         return census if census.is_finished else None
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, status, q, label (pairs of name and value). Raises InvalidQuery,
-        NotFound."""
+        """values: organization, status, q, label (pairs). Raises InvalidQuery, NotFound."""
         period = self._registry.service.period(now)
         wanted, text = call.values.get("status"), call.values.get("q", "").casefold()
         # No other text in labels can match: names have no quotes, in values they are escaped.
@@ -4209,11 +4197,6 @@ class Registry:
         has_more_tokens = self.tokens.prune(now)
         return self.audit.prune(self.keys.keyring, now) or has_more_tokens
 
-    def verify_audit(self, head: Optional[bytes], progress: Progress = no_progress) -> Verified:
-        """verify_audit() of this log, outside of ticks. Raises StorageUnavailable too."""
-        with self.reading():
-            return verify_audit(self.engine, self.keys.keyring, head, progress)
-
     def backup(self, folder: str, progress: Progress = no_progress) -> tuple[str, str]:
         """Copy database and key file into a folder, whole or not at all; their paths there. The
         folder must not have a database in use, or files of another fleet. Raises OperatorError,
@@ -4316,8 +4299,7 @@ def open_registry(
 
 
 def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Keyring, bool]:
-    """Open or make both files, with the lock held. The keyring, and whether the database has to
-    adopt it."""
+    """Open or make both, with the lock held: the keyring, and whether it has to be adopted."""
     database, key_file = engine.path, keys.path
     has_database = engine.file_sizes()[0] > 0 and engine.open()
     has_keys = os.path.exists(key_file)
@@ -4334,7 +4316,7 @@ def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Key
         )
     keyring = keys.load() if has_keys else new_keyring()
     if not has_database:
-        _make_database(engine, keys, keyring, has_keys, now)
+        _make_database(engine, keys, keyring, not has_keys, now)
         return keyring, False
     is_adopted = not is_pair(engine, keyring)
     if is_adopted and not init:
@@ -4352,12 +4334,10 @@ def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Key
     return keyring, is_adopted
 
 
-def _make_database(
-    engine: Engine, keys: KeyFile, keyring: Keyring, has_keys: bool, now: int
-) -> None:
+def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool, now: int) -> None:
     """The key file comes first, so that no database is ever without its keys. If the database
     then cannot be made, new keys are removed again: nothing knows them."""
-    if not has_keys:
+    if is_new:
         keys.replace(keyring)
     try:
         engine.open()
@@ -4372,13 +4352,10 @@ def _make_database(
     except (Unrecoverable, MemoryError):
         raise
     except BaseException:
-        if not has_keys:
+        if is_new:
             with suppress(OSError):
                 os.remove(os.path.realpath(keys.path))
         raise
-
-
-AUDITED_SINCE = 2  # the schema that brought the audit log
 
 
 def is_pair(engine: Engine, keyring: Keyring) -> bool:
@@ -7398,11 +7375,8 @@ EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text form
 
 def metric_labels(**pairs: str) -> str:
     """Labels as the end of a sample's name."""
-    escaped = {
-        name: text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for name, text in pairs.items()
-    }
-    return "{" + ",".join(f'{name}="{text}"' for name, text in escaped.items()) + "}"
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    return "{" + ",".join(f'{n}="{text.translate(escapes)}"' for n, text in pairs.items()) + "}"
 
 
 def metric_family(
@@ -7499,20 +7473,12 @@ def _page_response() -> Response:
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(sha256(text)).decode('ascii')}'"
 
-    policy = {
-        "default-src": "'none'",
-        "script-src": source(PAGE_SCRIPT),
-        "style-src": source(PAGE_STYLE),
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'",
-    }
-    headers = (
-        ("Content-Security-Policy", "; ".join(map(" ".join, policy.items()))),
-        ("Referrer-Policy", "no-referrer"),
+    policy = (
+        f"default-src 'none'; script-src {source(PAGE_SCRIPT)}; style-src {source(PAGE_STYLE)}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
     )
+    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
     return Response(200, page().encode("utf-8"), HTML, headers)
 
 
@@ -7719,17 +7685,11 @@ FIELD_ERROR = Schema(*required(field=Text(64), detail=SENTENCE), name="FieldErro
 def problem_schema(kind: type[Problem]) -> Schema:
     """The schema of Problem.document()."""
     errors = ListOf(ObjectOf(FIELD_ERROR), ERRORS_NAMED)
-    return Schema(
-        *required(
-            type=Choice(f"urn:hostenroll:problem:{kind.code}"),
-            title=Choice(kind.title),
-            status=Integer((kind.status, kind.status)),
-            detail=SENTENCE,
-            code=Choice(kind.code),
-        ),
-        *(required(errors=errors) if kind.names_errors else ()),
-        name=kind.code,
-    )
+    members = required(
+        type=Choice(f"urn:hostenroll:problem:{kind.code}"), title=Choice(kind.title),
+        status=Integer((kind.status, kind.status)), detail=SENTENCE, code=Choice(kind.code),
+    )  # fmt: skip
+    return Schema(*members, *(required(errors=errors) if kind.names_errors else ()), name=kind.code)
 
 
 def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Problem]]]]:
@@ -7785,9 +7745,8 @@ def openapi_document() -> dict[str, Any]:
     responses: dict[str, Any] = {}
     schemas: dict[str, Schema] = {}
     for operation in HTTP_OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _openapi_operation(
-            operation
-        )
+        methods = paths.setdefault(operation.path, {})
+        methods[operation.method.lower()] = _openapi_operation(operation)
         schema = operation.schema()
         if operation.answer is not None and schema is not None:
             schemas.update({one.name: one for one in (operation.answer.schema, schema) if one.name})
@@ -7995,18 +7954,15 @@ class Api:
             if operation.caller == "token":
                 return self._admit_enrollment(operation, request, now)
             if operation is READY:
-                return self._admit_readiness(request, now)
+                # Anybody may ask, and to find out takes a write: so an outcome is good for
+                # READY_EVERY, whatever it was.
+                if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
+                    self._readiness_at, self._readiness = now, UNFINISHED
+                call = Call(READY, origin=request.origin)
+                return self.answer(call, self._readiness) or call
             return self._admit_user(operation, request, identifier, now)
         except Problem as problem:
             return self.refuse(problem, request.origin, now)
-
-    def _admit_readiness(self, request: Request, now: int) -> Union[Response, Call]:
-        """Anybody may ask, and to find out takes a write: so an outcome is good for READY_EVERY,
-        whatever it was."""
-        call = Call(READY, origin=request.origin)
-        if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
-            self._readiness_at, self._readiness = now, UNFINISHED
-        return self.answer(call, self._readiness) or call
 
     def _admit_user(
         self, operation: Operation, request: Request, identifier: str, now: int
@@ -9054,8 +9010,13 @@ class Server(Listener):
             except ConnectionError:  # it was gone before we came
                 continue
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
-                if not accepted:  # else perhaps no further connection waits: accept() looks later
-                    self._run_short(error)
+                if accepted:  # perhaps no further connection waits: accept() looks later
+                    return accepted
+                self._is_crowded = True
+                if self._connections.moment - self._short_at > TROUBLE_OVER:
+                    advice = "raise the limit, ulimit -Hn or LimitNOFILE"
+                    log.warning("cannot accept connections: %s: %s", error.strerror, advice)
+                self._short_at = self._connections.moment
                 return accepted
             peer.setblocking(False)
             self._accepted += 1
@@ -9064,13 +9025,6 @@ class Server(Listener):
             self._connections.add(accepted[-1])
         self._is_crowded = not accepted
         return accepted
-
-    def _run_short(self, error: OSError) -> None:
-        moment, self._is_crowded = self._connections.moment, True
-        if moment - self._short_at > TROUBLE_OVER:
-            advice = "raise the limit, ulimit -Hn or LimitNOFILE"
-            log.warning("cannot accept connections: %s: %s", error.strerror, advice)
-        self._short_at = moment
 
     def _on_accept(self, connection: Connection) -> None:
         if self._tls is not None:
@@ -9204,10 +9158,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 UNITS = {"m": MINUTE, "h": HOUR, "d": DAY}  # of durations
 PEM = re.compile(r"(-----BEGIN (PRIVATE KEY|CERTIFICATE)-----\n.*?\n-----END \2-----)", re.DOTALL)
-NONE_YET = {  # what to type where a list is empty
-    "hosts": "no host yet: mint-token prints the command that enrolls one",
-    "tokens": "no token yet: mint-token makes one",
-}
 
 
 class UsageError(Exception):
@@ -9218,8 +9168,6 @@ class UsageError(Exception):
 
 
 def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) -> Any:
-    """A type of texts that a pattern matches."""
-
     def check(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise argparse.ArgumentTypeError(f"{text!r} {complaint}")
@@ -9229,7 +9177,6 @@ def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) 
 
 
 def one_of(*words: str) -> Any:
-    """A type of a few words."""
     return matching("|".join(words), f"is not one of {', '.join(words)}")
 
 
@@ -9249,8 +9196,6 @@ audit_head = matching("[0-9a-f]{64}", "is not what verify-audit prints", bytes.f
 def within(
     bounds: tuple[int, int], parse: Callable[[str], int] = number, show: Callable[[int], str] = str
 ) -> Callable[[str], int]:
-    """A type of numbers within bounds, both included."""
-
     def check(text: str) -> int:
         parsed, (least, most) = parse(text), bounds
         if least <= parsed <= most:
@@ -9261,7 +9206,6 @@ def within(
 
 
 def web_address(text: str) -> str:
-    """The URL at which agents find the server."""
     name = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]"
     match = re.fullmatch(rf"https?://({name})(:([0-9]{{1,5}}))?(/[A-Za-z0-9._~/-]*)?", text)
     if match is None or int(match[4] or 0) > 65535:
@@ -9290,13 +9234,10 @@ class Gather(argparse.Action):
 
 
 def text_width(text: str) -> int:
-    """How many columns of a terminal a text takes: wide letters of East Asia two, marks that go
-    onto the letter before them none (Unicode TR 11)."""
+    """The columns of a terminal that a text takes: a wide letter of East Asia two (UAX 11)."""
     if text.isascii():
         return len(text)
-    wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
-    marks = sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in text)
-    return len(text) + wide - marks
+    return len(text) + sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
 
 
 def shorten(text: str, width: int) -> str:
@@ -9352,8 +9293,8 @@ def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
 
 @contextmanager
 def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progress]:
-    """How far a long act is: one line on the terminal of stderr, shown from PROGRESS_AFTER on,
-    rewritten in place, and removed at the end. The act calls what this yields from time to time."""
+    """How far a long act is, which calls what this yields from time to time: one line on the
+    terminal of stderr, from PROGRESS_AFTER on, removed at the end."""
     columns, start = screen_of(sys.stderr, environment).columns, time.monotonic()
     first = due = start + PROGRESS_AFTER
 
@@ -9440,11 +9381,11 @@ def relative_time(timestamp: str, now: int) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A JSON value for people."""
     if isinstance(value, dict):
-        pairs = {key: v if isinstance(v, str) else json_text(v) for key, v in value.items()}
+        shown = partial(json.dumps, ensure_ascii=False)
+        pairs = {key: v if isinstance(v, str) else shown(v) for key, v in value.items()}
         return " ".join(f"{key}={text}" for key, text in pairs.items()) or "-"
-    return "-" if value in (None, "", []) else str(value)
+    return "-" if value in (None, "", [], ()) else str(value)
 
 
 def words_of(name: str) -> str:
@@ -9481,9 +9422,8 @@ def discard(stream: Any) -> None:
 def inform(*lines: str) -> None:
     """Facts on stderr. A closed one or a full disk stops no command."""
     with suppress(OSError):
-        for line in lines:
-            if sys.stderr is not None:  # print() to None prints to stdout
-                print(line, file=sys.stderr)
+        if lines and sys.stderr is not None:  # print() to None prints to stdout
+            print(*lines, sep="\n", file=sys.stderr)
 
 
 def complain(text: str) -> None:
@@ -9493,15 +9433,10 @@ def complain(text: str) -> None:
 
 
 def output(text: str, end: str = "\n") -> None:
-    """Text on stdout. No failure where its reader has read enough."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         discard(sys.stdout)
-
-
-def output_json(document: Any) -> None:
-    output(json.dumps(document, indent=2))
 
 
 def output_secret(session: Session, document: Mapping[str, Any], member: str, title: str) -> None:
@@ -9588,9 +9523,12 @@ class Session(NamedTuple):
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
         values = typed_values(self.operation, self.arguments)
-        number = parse_id(self.arguments.id) if "id" in self.arguments else -1
+        text = getattr(self.arguments, "id", "")
+        secret = re.match("(?:het|hak)_([0-7][0-9a-f]{15})_", text)
+        if secret is not None:
+            raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
         by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
-        return Call(self.operation, by, number, values)
+        return Call(self.operation, by, parse_id(text), values)
 
     def perform(self) -> dict[str, Any]:
         """The document of the operation, performed in a registry of its own."""
@@ -9604,8 +9542,7 @@ class Session(NamedTuple):
     def report(self, document: Mapping[str, Any], shown: Optional[str], *facts: str) -> None:
         """JSON; or what is shown on stdout, if anything, and facts on stderr."""
         if self.arguments.json:
-            output_json(document)
-            return
+            shown, facts = json.dumps(document, indent=2), ()
         if shown is not None:
             output(shown)
         inform(*facts)
@@ -9619,8 +9556,7 @@ OPTION_NAMES = {
 
 
 def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The values of an operation in the arguments of its command. Raises UsageError, InvalidBody,
-    InvalidQuery."""
+    """The values that a command's arguments name. Raises UsageError, InvalidBody, InvalidQuery."""
     schema = operation.query if operation.body is None else operation.body
     names = [name for name in schema.fields if name not in ("limit", "cursor")]
     options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
@@ -9673,7 +9609,6 @@ def show_outcome(session: Session) -> None:
 
 
 def mint_token(session: Session) -> None:
-    """The token on stdout, and on stderr how to use it."""
     call = session.call()
     with session.open() as registry:
         token = session.document(registry.perform(call, session.now()))
@@ -9691,7 +9626,6 @@ def mint_token(session: Session) -> None:
 
 
 def mint_api_key(session: Session) -> None:
-    """The API key on stdout, and on stderr whose it is."""
     key = session.perform()
     output_secret(session, key, "apiKey", "API key")
     if not session.arguments.json:
@@ -9726,8 +9660,9 @@ def list_items(session: Session) -> None:
             discard(sys.stdout)
             return
         service = registry.perform(CURRENT_SERVICE, session.now())
-    if not arguments.json and not first and name in NONE_YET:
-        inform(f"no such {name[:-1]}" if call.values else NONE_YET[name])
+    if not arguments.json and not first and name in ("hosts", "tokens"):
+        hint = "yet: mint-token makes a token, and prints how a host enrolls with it"
+        inform(f"no such {name[:-1]}" if call.values else f"no {name[:-1]} {hint}")
     if not arguments.json and name == "hosts":
         warn_of_stop(service, session.now())
 
@@ -9755,13 +9690,11 @@ def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dic
 def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
     """A list as the API has it on one page, an item a line."""
     yield f'{{\n  "{name}": ['
-    is_empty = True
+    separator = ""
     for documents in filter(None, batches):
-        yield "" if is_empty else ","
-        yield ",".join(f"\n    {json.dumps(document)}" for document in documents)
-        is_empty = False
-    yield "]" if is_empty else "\n  ]"
-    yield ',\n  "nextCursor": null\n}\n'
+        yield separator + ",".join(f"\n    {json.dumps(document)}" for document in documents)
+        separator = ","
+    yield ("\n  ]" if separator else "]") + ',\n  "nextCursor": null\n}\n'
 
 
 # Commands of their own.
@@ -9777,11 +9710,8 @@ def serve(session: Session) -> None:
     log.propagate = False
     for warning in unknown_settings(session.environment):
         log.warning("%s", warning)
-    names = ("init", "credential_ttl", "audit_keep")
-    options = {
-        "interval": arguments.heartbeat_interval,
-        **{n: getattr(arguments, n) for n in names},
-    }
+    options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
+    options["interval"] = arguments.heartbeat_interval
     with session.open(**options) as registry, listen(session, registry) as server:
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
@@ -9817,19 +9747,13 @@ def listen(session: Session, registry: Registry) -> Server:
 
     try:
         return Server(
-            Api(registry),
-            arguments.host,
-            arguments.port,
-            clock=session.clock,
-            connections=connections,
-            load_tls=load if arguments.tls_cert else None,
+            Api(registry), arguments.host, arguments.port, clock=session.clock,
+            connections=connections, load_tls=load if arguments.tls_cert else None,
             listener=inherited_listener(
-                environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
-            ),
-            proxies=arguments.trusted_proxy,
-            access_log=arguments.access_log,
+                environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")),
+            proxies=arguments.trusted_proxy, access_log=arguments.access_log,
             notify=partial(notify_service_manager, manager) if manager else lambda state: None,
-        )
+        )  # fmt: skip
     except (OSError, OverflowError) as error:
         raise OperatorError(
             f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose another "
@@ -9838,7 +9762,6 @@ def listen(session: Session, registry: Registry) -> Server:
 
 
 def greet(session: Session, server: Server) -> None:
-    """Where it listens, and what to type next."""
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
     listens = f"hostenroll {__version__} listens on {server.url}"
@@ -9848,10 +9771,8 @@ def greet(session: Session, server: Server) -> None:
     inform(listens)
     if session.arguments.public_url:
         inform(f"hosts find it at {session.arguments.public_url}")
-    named = {"--db": session.arguments.db, "--key-file": session.arguments.key_file}
-    options = [
-        word for pair in named.items() if pair[1] not in (DEFAULT_DATABASE, None) for word in pair
-    ]
+    named = ("--db", session.arguments.db), ("--key-file", session.arguments.key_file)
+    options = chain(*(pair for pair in named if pair[1] not in (DEFAULT_DATABASE, None)))
     mint = " ".join([session.program, "mint-token", *map(shlex.quote, options)])
     inform(f"next, in another terminal: {mint}")
 
@@ -9860,7 +9781,7 @@ def check_audit(session: Session) -> None:
     """The head of the audit log on stdout. Raises OperatorError for one that was changed."""
     head = session.arguments.head
     with session.progress() as progress, session.open() as registry:
-        verified = registry.verify_audit(head, progress)
+        verified = verify_audit(registry.engine, registry.keys.keyring, head, progress)
     if head is not None and not verified.has_head:
         reason = "its end has been cut off, or all of it up to there is pruned"
         raise OperatorError(f"the audit log has no event with this head: {reason}")
@@ -9873,9 +9794,11 @@ def check_audit(session: Session) -> None:
 
 
 def run_backup(session: Session) -> None:
-    """Copies with a lower priority than a server's."""
     folder = session.arguments.folder
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
     os.nice(BACKUP_NICENESS)
     with session.progress() as progress, session.open() as registry:
         database, key_file = registry.backup(folder, progress)
@@ -9884,7 +9807,6 @@ def run_backup(session: Session) -> None:
 
 
 def run_check(session: Session) -> Optional[int]:
-    """Findings; one that is bad is a failure."""
     with session.progress() as progress:
         findings = [*examine(session.arguments.db, session.key_file, progress)]
     is_good = all(finding.is_good for finding in findings)
@@ -9896,7 +9818,6 @@ def run_check(session: Session) -> Optional[int]:
 
 
 def print_unit(session: Session) -> None:
-    """A unit for this program where it lies."""
     if session.arguments.socket:
         output(SOCKET_UNIT, end="")
         return
@@ -9915,7 +9836,6 @@ def print_unit(session: Session) -> None:
 
 
 def make_cert(session: Session) -> None:
-    """A pair of files that were not there."""
     arguments = session.arguments
     names = [subject_alternative_name(name) for name in arguments.name]
     certificate, key = arguments.tls_cert, arguments.tls_key
@@ -9962,8 +9882,8 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
                 made.append(path)
                 file.write(pair[kind])
     except OSError as error:
-        for path in made:  # or the next try would find them there
-            os.remove(path)
+        for file_made in made:  # or the next try would find them there
+            os.remove(file_made)
         raise OperatorError(f"cannot make {path}: {error.strerror}") from error
 
 
@@ -10098,8 +10018,8 @@ class Argument(NamedTuple):
 
 def option(name: str, metavar: Optional[str], help: str = "", type: Any = str, default: Any = None,
            group: str = "", **more: Any) -> Argument:  # fmt: skip
-    options = {"metavar": metavar, "help": help, "default": default, **more}
-    return Argument(name, options if "action" in more else {**options, "type": type}, group)
+    options = {"metavar": metavar, "help": help, "type": type, "default": default, **more}
+    return Argument(name, options, group)
 
 
 def choice(name: str, metavar: str, words: Sequence[str], default: str = "") -> Argument:
@@ -10157,7 +10077,7 @@ class Command(NamedTuple):
     example: str
     run: Callable[[Session], Optional[int]]
     own_arguments: Sequence[Argument] = ()
-    outcome: str = ""  # of act(): a sentence, with members of the document in braces
+    outcome: str = ""  # of show_outcome(): a sentence, with members of the document in braces
     own_summary: str = ""
     shared: Sequence[Argument] = (JSON_OPTION, *STORE_OPTIONS)
 
@@ -10173,11 +10093,6 @@ class Command(NamedTuple):
     def operands(self) -> list[str]:
         return [str(each.options["metavar"]) for each in self.arguments if each.name[0] != "-"]
 
-    @property
-    def listed_by(self) -> str:
-        """The command that lists what its ID names."""
-        return f"list-{self.name.partition('-')[2]}s" if "ID" in self.operands else ""
-
     def typed(self, member: str) -> str:
         """The option or operand of a member of a body or query."""
         for each in self.arguments:
@@ -10187,10 +10102,9 @@ class Command(NamedTuple):
 
 
 # fmt: off
-def by_id(name: str, run: Callable[[Session], Optional[int]], outcome: str = "",
-          *more: Argument) -> Command:
-    """A command for what an id names."""
-    return Command(name, f"{name} 0ca4f1b28e3d7a95", run, (ID_OPERAND, *more), outcome)
+def by_id(name: str, outcome: str = "") -> Command:
+    run = show_outcome if outcome else show_one
+    return Command(name, f"{name} 0ca4f1b28e3d7a95", run, (ID_OPERAND,), outcome)
 
 
 GROUPS = {
@@ -10205,27 +10119,26 @@ GROUPS = {
             option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"))),
         Command("list-tokens", "list-tokens --state valid", list_items, (
             ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
-        by_id("show-token", show_one),
-        by_id("revoke-token", show_outcome,
-              "token {id} is revoked; the hosts that enrolled with it stay"),
+        by_id("show-token"),
+        by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay"),
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
             ORG_OPTION, choice("--status", "STATUS", STATUSES),
             option("--label", "K=V", action="append"),
             option("--q", "TEXT", "a part of name, hostname or id"), LIMIT_OPTION)),
-        by_id("show-host", show_one),
+        by_id("show-host"),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", show_one, (
             ID_OPERAND, option("--name", "NAME"),
             option("--label", "K=V", "labels that replace all others; repeatable", group="labels",
                    action="append"),
             flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
                  dest="label"))),
-        by_id("revoke-host", show_outcome, "host {id} is shut out; restore-host lets it in again"),
-        by_id("restore-host", show_outcome,
-              "host {id} is let in again; its agent asks once an hour"),
-        by_id("delete-host", show_outcome, "host {id} is deleted; the machine must enroll again"),
-        by_id("reenroll-host", mint_token, "", TTL_OPTION),
+        by_id("revoke-host", "host {id} is shut out; restore-host lets it in again"),
+        by_id("restore-host", "host {id} is let in again; its agent asks once an hour"),
+        by_id("delete-host", "host {id} is deleted; the machine must enroll again"),
+        Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
+                (ID_OPERAND, TTL_OPTION)),
     ),
     "organizations and API keys": (
         Command("add-org", "add-org berlin", show_outcome, (Argument("name", {"metavar": "NAME"}),),
@@ -10238,7 +10151,7 @@ GROUPS = {
             choice("--role", "ROLE", ("admin", "viewer"), "admin"),
             option("--description", "TEXT", default=""))),
         Command("list-api-keys", "list-api-keys", list_items),
-        by_id("revoke-api-key", show_outcome, "API key {id} is revoked"),
+        by_id("revoke-api-key", "API key {id} is revoked"),
     ),
     "signing keys": (
         Command("list-signing-keys", "list-signing-keys", list_items),
@@ -10284,7 +10197,8 @@ GROUPS = {
                 own_summary="print a systemd unit", shared=()),
         Command("schema", "schema", lambda session: output(SCHEMA, end=""),
                 own_summary="print the database's schema", shared=()),
-        Command("openapi", "openapi", lambda session: output_json(openapi_document()), shared=()),
+        Command("openapi", "openapi",
+                lambda session: output(json.dumps(openapi_document(), indent=2)), shared=()),
         Command("agent-script", "agent-script",
                 lambda session: output(AGENT_SCRIPT, end=""), shared=()),
     ),
@@ -10322,8 +10236,7 @@ class Parser(argparse.ArgumentParser):
         """Raises SystemExit. A value that was not typed came from the environment."""
         name, colon, rest = re.sub("argument (?=--)", "", message).partition(": ")
         name = name if name in self._typed else self.variables.get(name, name)
-        text = f"{name}{colon}{rest}"
-        text = text.replace("the following arguments are required:", "this needs")
+        text = f"{name}{colon}{rest}".replace("the following arguments are required:", "this needs")
         complain(f"{text} (see: {self.prog} --help)")
         self.exit(EXIT_USAGE)
 
@@ -10394,7 +10307,6 @@ def parse_arguments(
     for word in words:
         if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing of it
             parser.error(f"{word[:-3]}: -- is no value")
-    arguments: argparse.Namespace
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -10471,11 +10383,10 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
         return command.run(session) or 0
     except StorageUnavailable as problem:
         complain(str(problem.__cause__ or problem.detail))
-        return EXIT_FAILED
     except Problem as problem:
         errors = "; ".join(f"{command.typed(name)}: {detail}" for name, detail in problem.errors)
-        is_lost = isinstance(problem, NotFound) and command.listed_by
-        hint = f" See: {command.listed_by}" if is_lost else ""
+        is_lost = isinstance(problem, NotFound) and "ID" in command.operands
+        hint = f" See: list-{command.name.partition('-')[2]}s" if is_lost else ""
         complain(f"refused ({problem.code}): {errors or problem.detail}{hint}")
         return EXIT_REFUSED
     except UsageError as error:
@@ -10483,7 +10394,7 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
         return EXIT_USAGE
     except (OperatorError, StoreError) as error:
         complain(str(error))
-        return EXIT_FAILED
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":
