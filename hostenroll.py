@@ -9328,7 +9328,6 @@ class Table:
         self._rows = [headings] if has_headings else []
 
     def add(self, documents: Sequence[dict[str, Any]], now: int) -> str:
-        """The lines of one part; the first part begins with the headings."""
         self._rows += [[cell(each, name, now) for name in self._columns] for each in documents]
         for at, texts in enumerate(zip(*self._rows)):
             self._widths[at] = max(self._widths[at], *map(text_width, texts))
@@ -9524,8 +9523,7 @@ class Session(NamedTuple):
             raise OperatorError("stdout is closed: the secret would be lost")
         values = typed_values(self.operation, self.arguments)
         text = getattr(self.arguments, "id", "")
-        secret = re.match("(?:het|hak)_([0-7][0-9a-f]{15})_", text)
-        if secret is not None:
+        if secret := re.match("(?:het|hak)_([0-7][0-9a-f]{15})_", text):
             raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
         by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
         return Call(self.operation, by, parse_id(text), values)
