@@ -8152,13 +8152,16 @@ class Tls:
         self.has_begun = True
         self.buffered += len(data)
         parts: list[bytes] = []
-        with suppress(ssl.SSLWantReadError):
+        try:
             if not self.handshake_done:
                 self.session.do_handshake()
                 self.handshake_done, self.buffered = True, 0
-            while part := self.session.read(TLS_RECORD):
-                parts.append(part)
-            self.has_ended = True
+            # Not until there is nothing: to raise SSLWantReadError takes longer than to decrypt.
+            while self._incoming.pending and not self.has_ended:
+                parts.append(self.session.read(TLS_RECORD))
+                self.has_ended = not parts[-1]
+        except ssl.SSLWantReadError:
+            pass
         if parts:
             self.buffered = 0
         if not self.handshake_done and self.buffered > HANDSHAKE_MAXIMUM:
@@ -8168,6 +8171,13 @@ class Tls:
     def send(self, data: bytes) -> bytes:
         """What to send for a plain text, behind what was to be sent. Raises ssl.SSLError."""
         self.session.write(data)
+        return self.outgoing.read()
+
+    def end(self) -> bytes:
+        """What is still to be sent, and close_notify behind it: without one, the end may be a
+        truncation attack (RFC 8446 section 6.1)."""
+        with suppress(ssl.SSLError):  # it waits for the peer's, which nothing depends on
+            self.session.unwrap()
         return self.outgoing.read()
 
 
@@ -8364,12 +8374,16 @@ class Connections:
 
     def send(self, connection: Connection, data: bytes, next_state: State) -> bool:
         """Send what the peer takes at once, and the rest later. True if all of it was taken."""
-        if connection.tls is not None:
+        tls = connection.tls
+        if tls is not None:
             try:
-                data = connection.tls.send(data)
+                data = tls.send(data)
             except ssl.SSLError:
                 self.close(connection)
                 return False
+            if next_state is CLOSED:  # in one segment: another send() costs 10 us
+                data += tls.end()
+                connection.tls = None
         return self.push(connection, data, next_state)
 
     def push(
@@ -8404,7 +8418,6 @@ class Connections:
 
     def linger(self, connection: Connection) -> None:
         """Close our side, and go on to receive until the peer closes its own."""
-        self._close_notify(connection)
         try:
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -8412,21 +8425,14 @@ class Connections:
             return
         self.move(connection, LINGER)
 
-    def _close_notify(self, connection: Connection) -> None:
-        """Else the end may be a truncation attack: RFC 8446 section 6.1."""
-        tls, connection.tls = connection.tls, None
-        if tls is not None and tls.handshake_done and not connection.output:
-            with suppress(ssl.SSLError):
-                tls.session.unwrap()
-            with suppress(OSError):
-                connection.socket.send(tls.outgoing.read())
-
     def close(self, connection: Connection) -> None:
         """Close a connection, if it is not closed already."""
         if connection.state is CLOSED:
             return
-        if connection.tls is not None:
-            self._close_notify(connection)
+        tls = connection.tls
+        if tls is not None and tls.handshake_done and not connection.output:
+            with suppress(OSError):
+                connection.socket.send(tls.end())
         self.move(connection, CLOSED)
         self.buffered -= connection.buffered + len(connection.output)
         connection.buffered, connection.output = 0, b""
@@ -8920,8 +8926,12 @@ class Server(Listener):
                 self._guard(exchanges.parse, connection)
         # 4. Read what has arrived; accept new connections.
         accepted: list[Connection] = []
+        handshakes: list[Connection] = []
         for key, _ in events:
             if key.data is not None:
+                if key.data.state is HANDSHAKE:
+                    handshakes.append(key.data)
+                    continue
                 try:
                     exchanges.on_ready(key.data)
                 except Exception as error:
@@ -8946,6 +8956,8 @@ class Server(Listener):
         #    selector never hears of most connections that bring one request.
         for connection in accepted:
             self._guard(self._on_accept, connection)
+        for connection in handshakes:
+            self._guard(exchanges.on_ready, connection)
         # 9. Make room for a new connection; close those whose deadline has passed.
         if self._is_crowded:
             self._make_room()
