@@ -7617,7 +7617,9 @@ ADVERSE = {
 def test_no_message_is_slow_to_read(data):
     began = time.process_time()
     *found, _ = read_all([data])
-    for _, authorization, _ in found:
+    for head, authorization, _ in found:
+        with contextlib.suppress(Problem):
+            hostenroll.find_operation(head.method, head.path)
         assert hostenroll.parse_secret("hak", authorization or "") is None
         assert hostenroll.new_keyring().verify((authorization or "").encode("latin-1")) is None
     assert time.process_time() - began < 0.25
@@ -9456,7 +9458,6 @@ def estate(paths, clock):
 
 # The rows.
 
-# fmt: off
 ORDER = {
     "the method before the path": ("none", "FOO", "/api/nothing", b"{", "not-implemented"),
     "a method in small letters": ("none", "get", "/healthz", None, "not-implemented"),
@@ -9477,8 +9478,7 @@ ORDER = {
     "a good one, then the body": ("credential", "POST", BEAT_PATH, b"{", "invalid-body"),
     "at enrollment the body": ("none", "POST", ENROLL_PATH, {"token": "junk"}, "invalid-body"),
     "a token last": ("none", "POST", ENROLL_PATH, {"token": "x", "hostname": "a"}, "token-unknown"),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("caller, method, path, body, code", table(ORDER))
@@ -9891,7 +9891,6 @@ def test_no_host_makes_every_tick_wait_for_the_disk(world):
 # Bodies and queries.
 
 MANY_LABELS = {f"k{n}": "v" for n in range(33)}
-# fmt: off
 BAD_BODIES = {  # where, what is in the body beside what is right, the fields that are named
     "nothing": (ENROLL_PATH, {"token": None, "hostname": None}, "hostname token"),
     "a number, a space": (ENROLL_PATH, {"token": 1, "hostname": "web 1"}, "hostname token"),
@@ -9920,8 +9919,7 @@ BAD_BODIES = {  # where, what is in the body beside what is right, the fields th
     "an edit of a fact": (HOST_PATH, {"name": "no", "os": "x"}, "os"),
     "an edit without a name": (HOST_PATH, {"name": "", "hostname": "x"}, "hostname name"),
     "an edit to no name": (HOST_PATH, {"name": None}, "name"),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path, changes, fields", table(BAD_BODIES))
@@ -10115,17 +10113,17 @@ def test_a_refusal_is_counted_when_it_is_the_answer_and_once(world):
     assert refusals == {"storage-unavailable": 1, "token-unknown": 1, "not-found": 1}
 
 
-def test_an_answer_about_another_writer_or_a_defect_is_counted(paths, clock, monkeypatch):
+def test_what_waits_too_long_or_meets_a_defect_is_refused_and_counted(live, paths, monkeypatch):
     monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.2)
-    with start_server(paths, clock=clock) as live:
-        beats = beat_bytes(live.join()[1]) * 5
-        other = hostenroll.WriteLock(paths[0])
-        other.acquire(5)
-        assert [reply.status for reply in live.send(beats)] == [503] * 5
-        other.close()
-        monkeypatch.setattr(hostenroll, "find_operation", lambda *_: 1 // 0)
-        assert live.call("GET", "/healthz").status == 500
-        assert live.registry.metrics.refusals == {"storage-unavailable": 5, "internal": 1}
+    beats, began = beat_bytes(live.join()[1]) * 5, time.monotonic()
+    with write_lock(paths[0]):
+        refused = [(reply.code, reply.headers["retry-after"]) for reply in live.send(beats)]
+        assert refused == [("storage-unavailable", "5")] * 5
+        assert 0.1 < time.monotonic() - began < 2.2
+    assert [reply.status for reply in live.send(beats)] == [200] * 5
+    monkeypatch.setattr(hostenroll, "find_operation", lambda *_: 1 // 0)
+    assert live.call("GET", "/healthz").status == 500
+    assert live.registry.metrics.refusals == {"storage-unavailable": 5, "internal": 1}
 
 
 def test_an_operators_mistake_is_logged_and_the_peer_gets_500(world, caplog, monkeypatch):
@@ -10596,7 +10594,6 @@ ATTEMPTS = {
     "ask as revoked": lambda e: e.call_as("revoked", "GET", "/api/me"),
     "mint as viewer": lambda e: e.call_as("viewer", "POST", TOKENS_PATH),
 }
-# fmt: off
 AUDITED = {  # what is tried, the code, the actor and subject, the organization
     "no token of ours": ("enroll junk", "token-unknown", "anonymous", None),
     "a guessed token": ("guess", "token-unknown", "anonymous token:{token}", None),
@@ -10615,8 +10612,7 @@ AUDITED = {  # what is tried, the code, the actor and subject, the organization
     "no API key of ours": ("ask as junk", "api-key-invalid", "anonymous", None),
     "a revoked one": ("ask as revoked", "api-key-invalid", "api-key:{revoked}", None),
     "a viewer who acts": ("mint as viewer", "forbidden", "api-key:{viewer}", "default"),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def test_every_refusal_that_is_audited_is_tried_here():
@@ -10955,26 +10951,10 @@ def test_pipelined_requests_are_answered_in_order_and_each_in_full(live):
     chunked = head.replace(b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked")
     chunked += b"\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX: y\r\n\r\n" % (len(body), body)
     turn = [HEALTH, mint, NOTHING_HERE, chunked, request_bytes("GET", "/api/me")]
+    turn.append(request_bytes("POST", ENROLL_PATH, b"{"))
     replies = live.send(b"".join(turn) * 30)
-    assert [reply.status for reply in replies] == [200, 201, 404, 201, 401] * 30
+    assert [reply.status for reply in replies] == [200, 201, 404, 201, 401, 400] * 30
     assert tokens_of(live) == 60
-
-
-# fmt: off
-CLOSING = {  # a request that is sent twice, and how many answers there are
-    "HTTP/1.1 stays": (HEALTH, 2),
-    "close closes": (HEALTH[:-2] + b"Connection: x, Close\r\n\r\n", 1),
-    "close in a second line": (HEALTH[:-2] + b"Connection: x\r\nConnection: close\r\n\r\n", 1),
-    "HTTP/1.0 closes": (b"GET /healthz HTTP/1.0\r\n\r\n", 1),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("data, answers", table(CLOSING))
-def test_when_a_connection_ends(data, answers, twins):
-    replies = twins[0].send(data * 2)
-    assert len(replies) == answers
-    assert (replies[-1].headers.get("connection") == "close") == (answers == 1)
 
 
 POST = b"POST /api/hosts/tokens HTTP/1.1\r\nHost: a\r\n"
@@ -11044,20 +11024,6 @@ def test_a_peer_that_still_sends_can_read_the_refusal(live):
             assert stream.read() == b""
 
 
-@slow
-def test_a_slow_peer_holds_up_only_itself(paths, clock):
-    slow_body = b"POST /api/agent/enroll HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
-    slow_chunks, began = POST + CHUNKED + b"\r\n1\r\n{\r\n", time.monotonic()
-    with start_server(paths, clock=clock, deadlines=all_states(0.5)) as live:
-        for begun in (b"", b"GET /hea", slow_body, slow_chunks, HEALTH):
-            with live.connect() as peer, peer.makefile("rb") as stream:
-                (reply,) = exchange(peer, stream, begun)
-                late = (None, None) if begun is HEALTH else ("request-timeout", "close")
-                assert (reply.code, reply.headers.get("connection")) == late
-                assert stream.read() == b""  # behind HEALTH it is idle: closed without a word
-    assert 2.4 < time.monotonic() - began < 20
-
-
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_an_answer_that_is_not_taken_is_dropped(tls, served):
     live = served(hosts=1000, tls=tls, connections=1, deadlines=in_states(writing=0.3))
@@ -11073,15 +11039,13 @@ def test_an_answer_that_is_not_taken_is_dropped(tls, served):
 
 
 HALF_SENT = POST + b"Content-Length: 9\r\n\r\n{"
-# fmt: off
 EVICTED = {  # places, which connection sends what (None: a heartbeat), and which are closed in turn
     "silent from the beginning": (3, [(1, HEALTH), (2, HEALTH)], [0, 0, 0]),
     "not used again": (2, [(0, HEALTH), (1, HEALTH), (0, HEALTH)], [1, 0]),
     "not used again for a heartbeat": (2, [(0, HEALTH), (1, HEALTH), (0, None)], [1, 0]),
     # Else a peer that stalls in as many bodies as there are places keeps everyone out.
     "stalled in its body": (2, [(0, HALF_SENT), (1, HALF_SENT)], [0]),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("count, uses, gone", table(EVICTED))
@@ -11144,15 +11108,6 @@ def crowd(port, count, at_once, begun):
         assert waiting.poll(0) == [] and not thread.is_alive()
 
 
-def test_hundreds_of_silent_connections_disturb_no_other(live):
-    with crowd(live.port, 300, True, (b"", b"GET /", HALF_SENT)) as stands:
-        until(stands)
-        began = time.monotonic()
-        for _ in range(20):
-            live.join()
-        assert time.monotonic() - began < 10
-
-
 def resident(process):
     """The memory of a process, in bytes."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -11180,7 +11135,6 @@ BEGUN = (
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40
 
 
-@slow
 @needs_proc
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
@@ -11225,33 +11179,6 @@ def test_a_server_that_runs_out_of_descriptors_goes_on(limit, tmp_path):
         assert cli(tmp_path, "mint-token").returncode == 0
         assert server.terminate() == 0
     assert "Traceback" not in "".join(server.log)
-
-
-# What is refused as bytes or as a value in the sections above is refused by a server, too.
-
-
-def test_a_server_accepts_no_forged_credential_either(paths, clock):
-    """Not over what it would mean in a header field."""
-    with opened(paths, clock) as registry:
-        own = registry.keys.keyring
-    hostenroll.write_key_file(paths[1], hostenroll.Keyring([KEY, *own.keys], own.audit_key))
-    special = {"nothing": {"credential-missing"}, "very long": {"head-too-large"}}
-    for name in ("' ' before", r"'\r\n' behind"):  # in a header field: no part of it
-        special[name] = {"host-unknown"}
-    with start_server(paths, clock=clock) as live:
-        assert live.beat(GENUINE).code == "host-unknown"  # the server has the key
-        for name, credential in FORGED.items():
-            text = credential.encode("utf-8", "surrogateescape")
-            (reply,) = live.send(beat_bytes("@").replace(b"@", text))
-            refusals = special.get(name, {"credential-invalid", "malformed-request"})
-            assert reply.code in refusals, name
-
-
-def test_a_body_that_is_refused_does_not_end_the_connection(live):
-    bodies = [body for body in NOT_JSON.values() if len(body) <= hostenroll.BODY_MAXIMUM]
-    stream = [request_bytes("POST", "/api/agent/enroll", body) for body in bodies]
-    replies = live.send(b"".join(stream) + HEALTH)
-    assert [reply.code for reply in replies] == ["invalid-body"] * len(bodies) + [None]
 
 
 STRANGE = [
@@ -11338,13 +11265,11 @@ def test_whatever_is_sent_is_answered_in_well_formed_http_and_never_by_a_failure
 
 HERE = (ipaddress.ip_network("127.0.0.0/8"),)
 ELSEWHERE = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::/0"))
-# fmt: off
 PROXIED = {  # which proxies are trusted, and the addresses of the clients
     "plain": (False, HERE, ["198.51.100.0", "198.51.100.1"]),
     "through TLS": (True, HERE, ["198.51.100.0", "198.51.100.1"]),
     "not a trusted one": (False, ELSEWHERE, ["127.0.0.1"]),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def forwarded(client):
@@ -11430,18 +11355,6 @@ def test_while_another_process_writes_heartbeats_wait_and_other_answers_do_not(l
                     continue
             assert [read_reply(stream).status for _ in range(3)] == [200] * 3
     assert live.send(beat)[0].status == 200
-
-
-def test_a_request_that_waits_too_long_for_another_process_is_refused(live, paths, monkeypatch):
-    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.2)
-    _, credential = live.join()
-    began = time.monotonic()
-    with write_lock(paths[0]):
-        refused = live.beat(credential)
-        assert 0.1 < time.monotonic() - began < 2.2
-        assert (refused.status, refused.code) == (503, "storage-unavailable")
-        assert int(refused.headers["retry-after"]) > 0
-    assert live.beat(credential).status == 200
 
 
 # Stopping.
@@ -11624,18 +11537,16 @@ def goes_on(door, clock, n):
     return client
 
 
-# fmt: off
 ALWAYS = ("recv ECONNRESET", "recv 1", "send ECONNRESET", "send 1", "accept EMFILE")
 FAULTS = {  # the effects on each call, and how many connections each may cost
     "recv": {"ECONNRESET": 1, "EAGAIN": 0, "EINTR": 0, "ETIMEDOUT": 1, "ENOMEM": 1, 1: 0, 0: 1},
     "send": {"ECONNRESET": 1, "EAGAIN": 0, "EINTR": 0, "EPIPE": 1, "ENOBUFS": 1, 1: 0},
     "accept": {"EMFILE": 0, "EAGAIN": 0, "EINTR": 0, "ECONNABORTED": 0, "ENOBUFS": 0, "ENFILE": 0},
-}
+}  # fmt: skip
 THROUGH = {
     f"{call} {effect}{', through TLS' * tls}": (tls, call, effect, cost)
     for tls in (False, True) for call, effects in FAULTS.items() for effect, cost in effects.items()
-}
-# fmt: on
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -11666,23 +11577,6 @@ def test_a_byte_at_a_time_is_as_good_as_all_at_once(call, paths, clock):
         listener.arm(call, 1, 0)
         client = goes_on(live, clock, 1)
         assert (client.lost, client.refused) == (0, 0) and listener.count > 2000
-
-
-@slow
-@pytest.mark.parametrize("how", ["before", "after", "full, and rolled back", "busy"])
-def test_whichever_statement_of_a_server_fails_nothing_acknowledged_is_lost(how, paths, clock):
-    with start_server(paths, clock=clock, credential_ttl=1000) as live:
-        goes_on(live, clock, 0)
-        for n in itertools.count(1):
-            with faulty(live.registry, n=n, **FAILURES[how]) as connection:
-                client = goes_on(live, clock, n)
-            assert client.lost == 0 and client.refused <= 1
-            if not connection.failed:
-                break
-    assert n > 40
-    assert sql(paths[0], "SELECT count(*), sum(os = hostname) FROM host") == [(n + 1, n + 1)]
-    with opened(paths, clock) as registry:
-        verify_audit(registry, None)
 
 
 def fails_once(place, name, error):
@@ -12161,6 +12055,8 @@ def test_while_the_database_is_locked_heartbeats_wait_and_then_are_refused(failu
         assert 4.5 < time.monotonic() - began < 9
         assert subject.door.call("GET", "/healthz").status == 200
         assert subject.door.hosts().status == 200
+        is_logged(failure, *are_refused(subject.folder, "mint-token"))
+        assert time.monotonic() - began < 16
     subject.goes_on()
     is_logged(failure, subject.stop())
 
@@ -12428,13 +12324,6 @@ def test_answers_that_are_taken_slowly_keep_their_order(live):
         sender.join(10)
 
 
-def test_a_path_of_slashes_costs_no_more_than_another(live):
-    began = time.process_time()
-    for _ in range(20):
-        assert live.call("GET", "/" * 15_000).code == "not-found"
-    assert time.process_time() - began < 1
-
-
 def test_a_flood_of_lists_does_not_hold_up_a_heartbeat(served):
     """A turn runs one page; and what a peer sends behind its list waits for it."""
     live = served(hosts=3000)  # some milliseconds for each list
@@ -12625,13 +12514,6 @@ def test_a_peer_that_never_stops_sending_is_cut_off(served):
 # Deadlines, and heartbeats by the fast path.
 
 
-def test_an_empty_line_behind_a_request_does_not_begin_another(served):
-    live = served(deadlines=all_states(0.4))
-    with live.connect() as peer, peer.makefile("rb") as stream:
-        assert exchange(peer, stream, HEALTH + b"\r\n")[0].status == 200
-        assert stream.read() == b""  # idle for too long: closed without a word
-
-
 @pytest.mark.parametrize("tls", [False, True], ids=["head", "handshake"])
 def test_what_begins_byte_by_byte_has_one_deadline(tls, served):
     live = served(tls=tls, deadlines=all_states(0.3))
@@ -12787,25 +12669,19 @@ def test_every_server_uses_changed_keys_at_once(tmp_path):
     start = partial(start_server, tmp_path, how="process")
     with start() as one, start() as two:
         hosts = [door.join()[1] for door in (one, two)]
-        beaten = [door.beat(it).document for door, it in zip((one, two), hosts)]
-        assert not any("credential" in document for document in beaten)
         old = hostenroll.load_keyring(f"{tmp_path}/hostenroll.key").first.kid
-        rotated = cli(tmp_path, "rotate-signing-key")
-        new = rotated.stdout.strip()
-        assert rotated.returncode == 0 and new != old
+        new = cli(tmp_path, "rotate-signing-key").stdout.strip()
         renewed = [door.beat(it).document["credential"] for door, it in zip((one, two), hosts)]
         joined = [door.join()[1] for door in (one, two)]
         heads = [json.loads(unb64(credential.split(".")[0])) for credential in renewed + joined]
         assert [head["kid"] for head in heads] == [new] * 4
         assert two.beat(renewed[0]).status == 200
         refused = cli(tmp_path, "retire-signing-key", old)
-        assert (refused.returncode, refused.stdout) == (3, "")
-        assert "conflict" in refused.stderr and "--force" in refused.stderr
+        assert (refused.returncode, "--force" in refused.stderr) == (3, True)
         assert one.beat(hosts[1]).status == 200
         assert cli(tmp_path, "retire-signing-key", old, "--force").returncode == 0
         for door in (one, two):
-            shut_out = door.beat(hosts[1])
-            assert (shut_out.status, shut_out.code) == (401, "credential-invalid")
+            assert door.beat(hosts[1]).code == "credential-invalid"
             assert door.beat(renewed[0]).status == 200
         assert one.beat(renewed[1]).status == 200  # it had got its renewal
         assert [door.call("GET", "/readyz").status for door in (one, two)] == [200, 200]
@@ -12996,31 +12872,42 @@ def hello_of(version):
     return b"\x16\x03\x01" + struct.pack(">H", len(message)) + message
 
 
-STREAMS = {
-    **{f"malformed: {name}": BAD[name][0] + HEALTH for name in (
+STREAMS = {  # what is sent; the codes of the answers ("": accepted), or that it closes
+    **{f"malformed: {name}": (BAD[name][0] + HEALTH, [BAD[name][1]]) for name in (
         "TE and CL", "two lengths", "a folded value", "bare LF everywhere", "no Host",
         "a chunk longer than its size", "too many trailers", "a length of 30 digits")},
-    **{f"ending: {name}": data * 2 for name, (data, _) in CLOSING.items()},
-    "pipelined": HEALTH * 70,
-    "pipelined and refused": HEALTH * 3 + b"nonsense\r\n\r\n" + HEALTH,
-    "chunked": POST + CHUNKED + b"\r\n2;a=b\r\n{}\r\n0\r\nX: y\r\n\r\n" + HEALTH,
-    "empty lines between": b"\r\n".join([HEALTH] * 3),
-    "a head that is too large": b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
-    "a body of several records": request_bytes("POST", "/api/agent/heartbeat", b"x" * 60_000) * 2,
-    "half of a head": HEALTH + HEALTH[:-1],
-    "half of a body": HEALTH + request_bytes("POST", "/api/agent/heartbeat", b"{}")[:-1],
-    "nothing": b"",
-    "TLS in TLS": b"\x16\x03\x01\x00\xa5\x01\x00\x00",
+    "close": ((HEALTH[:-2] + b"Connection: x, Close\r\n\r\n") * 2, ["close"]),
+    "close in a second line": (
+        (HEALTH[:-2] + b"Connection: x\r\nConnection: close\r\n\r\n") * 2, ["close"]),
+    "HTTP/1.0": (b"GET /healthz HTTP/1.0\r\n\r\n" * 2, ["close"]),
+    "pipelined": (HEALTH * 70, [""] * 70),
+    "pipelined and refused": (HEALTH * 2 + b"nonsense\r\n\r\n" + HEALTH,
+                              ["", "", "malformed-request"]),
+    "chunked": (POST + CHUNKED + b"\r\n2;a=b\r\n{}\r\n0\r\nX: y\r\n\r\n" + HEALTH,
+                ["api-key-invalid", ""]),
+    "empty lines between": (b"\r\n".join([HEALTH] * 3), [""] * 3),
+    "a head that is too large": (b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
+                                 ["head-too-large"]),
+    "a body of several records": (request_bytes("POST", BEAT_PATH, b"x" * 60_000) * 2,
+                                  ["credential-missing"] * 2),
+    "half of a head": (HEALTH + HEALTH[:-1], [""]),
+    "half of a body": (HEALTH + request_bytes("POST", BEAT_PATH, b"{}")[:-1], [""]),
+    "nothing": (b"", []),
+    "TLS in TLS": (b"\x16\x03\x01\x00\xa5\x01\x00\x00", ["malformed-request"]),
 }  # fmt: skip
-ENDINGS = {
-    "too large": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999999\r\n\r\n" + b"x" * 99_999,
-    "idle for too long": HEALTH,
-    "a slow head": b"GET /heal",
-    "a slow body": POST + b"Content-Length: 9\r\n\r\n{",
-    "nothing sent": b"",
-    "a malformed HEAD": b"HEAD /x HTTP/1.1\r\n\r\n",
-    "a HEAD that is too large": b"HEAD /x HTTP/1.1\r\nHost: h\r\nContent-Length: 70000\r\n\r\n",
-}
+ENDINGS = {  # what is sent, and the status of the answer
+    "too large": (
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999999\r\n\r\n" + b"x" * 99_999, 413),
+    "idle for too long": (HEALTH, 200),
+    "idle behind an empty line, which begins no request": (HEALTH + b"\r\n", 200),
+    "a slow head": (b"GET /heal", 408),
+    "a slow body": (HALF_SENT, 408),
+    "a slow body in chunks": (POST + CHUNKED + b"\r\n1\r\n{\r\n", 408),
+    "nothing sent": (b"", 408),
+    "a malformed HEAD": (b"HEAD /x HTTP/1.1\r\n\r\n", 400),
+    "a HEAD that is too large": (
+        b"HEAD /x HTTP/1.1\r\nHost: h\r\nContent-Length: 70000\r\n\r\n", 413),
+}  # fmt: skip
 ASKED = {"nothing": b"", "one": HEALTH, "five": HEALTH * 5, "two and a half": HEALTH * 2 + b"GET /"}
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]
 JUNK = {
@@ -13081,13 +12968,14 @@ def test_older_versions_of_tls_are_refused(twins):
     assert (answers[2][0], answers[2][5]) == (handshake, server_hello)
 
 
-@pytest.mark.parametrize("data", table(STREAMS))
-def test_through_tls_a_stream_is_answered_as_without(data, twins):
+@pytest.mark.parametrize("data, codes", table(STREAMS))
+def test_through_tls_a_stream_is_answered_as_without(data, codes, twins):
     plain, secured = (
         [(*reply[:2], reply.headers.get("connection")) for reply in live.send(data)]
         for live in twins
     )
     assert secured == plain
+    assert [document.get("code", end or "") for _, document, end in plain] == codes
 
 
 @each_version
@@ -13104,13 +12992,16 @@ def test_through_tls_a_request_may_arrive_byte_by_byte(version, secure):
     assert tokens_of(secure) == 1
 
 
-@pytest.mark.parametrize("data", table(ENDINGS))
-def test_every_end_is_a_close_notify(data, served):
-    """Else a client takes it for an attack that truncates the answer."""
-    live = served(tls=True, deadlines=all_states(0.1))
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("data, status", table(ENDINGS))
+def test_every_end_is_behind_a_whole_answer(data, status, tls, served):
+    """Through TLS a close_notify. Else a client takes it for an attack that truncates answers."""
+    live = served(tls=tls, deadlines=all_states(0.1))
     with live.connect() as peer, peer.makefile("rb") as stream:
         peer.sendall(data)
-        assert read_reply(stream, head_only=data.startswith(b"HEAD")).status in (200, 400, 408, 413)
+        reply = read_reply(stream, head_only=data.startswith(b"HEAD"))
+        assert (reply.status, reply.headers.get("connection")) == (
+            status, None if status == 200 else "close")  # fmt: skip
         assert stream.read() == b""
 
 
@@ -13188,14 +13079,6 @@ def test_a_handshake_that_stalls_ends_at_its_deadline_or_for_a_new_connection(n,
         stall(peer, where)
     assert live.call("GET", "/healthz").status == 200
     read_to_end(peers[0].socket)
-
-
-def test_hundreds_that_stall_in_their_handshake_disturb_no_other(served):
-    live = served(tls=True)
-    for n, peer in enumerate(live.peers(120, connect=lambda: Peer(live.port))):
-        stall(peer, STALLED[n % 3])
-    for _ in range(10):
-        live.join()
 
 
 def test_half_a_record_counts_among_what_is_buffered(served):
@@ -13548,7 +13431,6 @@ def test_how_durations_are_written(operator):
         assert operator.json("mint-token", f"--ttl={text}")["expiresAt"] == expires
 
 
-# fmt: off
 STATUSES = [  # the exit status, what the line has, the words typed
     (2, "did you mean list-hosts?", "lst-hosts"),
     (2, "did you mean mint-token or mint-api-key?", "mint"),
@@ -13625,7 +13507,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
         "x" * 300, "1.2.3.4/24", "fe80::1%eth0", "fe80::1%a,DNS:evil", "https://enroll.lan", "a:1",
         "*", "a*b", "a.*")),
     (1, "", "make-cert --name a --tls-cert x --tls-key x"),
-]
+]  # fmt: skip
 PROCESS_ENDS = [  # of commands that are processes; the port is taken
     (3, "--max-uses", "mint-token --max-uses 0"),
     (1, "port {port}: .*choose another with --host and --port", "serve --port {port}"),
@@ -13634,8 +13516,7 @@ PROCESS_ENDS = [  # of commands that are processes; the port is taken
     (1, "nowhere", "serve --port 0 --tls-cert nowhere --tls-key tls.key"),
     # Without a terminal, the question for a password would be asked on stderr.
     (1, "password", "serve --port 0 --tls-cert tls.crt --tls-key sealed.key"),
-]
-# fmt: on
+]  # fmt: skip
 
 
 def by_words(rows):
@@ -13869,7 +13750,6 @@ def test_the_environment_sets_files_and_the_options_of_serve(tmp_path):
     assert (tmp_path / "other.db").exists() and (tmp_path / "hostenroll.key").exists()
 
 
-# fmt: off
 PARSED = [  # settings, an option of serve, what it is then, words
     *((f"ACCESS_LOG={text}", "access_log", is_on, "") for text, is_on in {
         "1": True, "yes": True, "true": True, "0": False, "no": False, "false": False, "": False,
@@ -13892,7 +13772,7 @@ PARSED = [  # settings, an option of serve, what it is then, words
         ("10.0.0.0/8, ::1 1.1.1.1", ["10.0.0.0/8", "::1/128", "1.1.1.1/32"], ""),
         ("10.0.0.0/8", ["::1/128", "1.1.1.1/32"], "--trusted-proxy ::1 --trusted-proxy 1.1.1.1"),
       )),
-]
+]  # fmt: skip
 BAD_SETTINGS = [  # a setting, what the line has: by where it came from, words
     ("PORT=x", "hostenroll: HOSTENROLL_PORT: 'x' is not a number (", ()),
     ("PORT=x", "hostenroll: --port: 'y' is not a number (", ("--port", "y")),
@@ -13910,8 +13790,7 @@ BAD_SETTINGS = [  # a setting, what the line has: by where it came from, words
         "https://:8443", "https://a:1:2", "https://[::1", "https://-")),
     *(("PORT=", "network", (f"--trusted-proxy={text}",)) for text in (
         "", " ", ",", "proxy.lan", "10.0.0.1/8", "10.0.0.0/33", "*", "all")),
-]
-# fmt: on
+]  # fmt: skip
 
 
 def parsed(command, setting, words=()):
@@ -14261,16 +14140,6 @@ def test_an_operator_may_lose_patience(operator):
     assert (waiting.returncode, out, err) == (130, "", "")
 
 
-@slow
-def test_a_command_that_waits_too_long_fails_in_one_line(operator):
-    operator("list-orgs")
-    with open(f"{operator.paths[0]}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        begun = time.monotonic()
-        require_one_line(run_apart(operator.folder, "mint-token"))
-        assert time.monotonic() - begun < 8
-
-
 LOSE_MEMORY = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -14312,15 +14181,13 @@ def unwritable(kind="closed"):
         yield file
 
 
-# fmt: off
 PRINTING = {
     f"{words} {kind}{unbuffered}": (words, kind, unbuffered) for kind, unbuffered, commands in (
         ("full", "", ("mint-token", "list-orgs", "list-orgs --json", "schema", "--help")),
         ("closed", "", ("list-orgs", "--help", "--version", "agent-script")),
         ("closed", "1", ("list-orgs", "--help", "--version", "agent-script")))
     for words in commands
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -14874,7 +14741,6 @@ def test_make_cert_overwrites_nothing_and_makes_both_or_none(there, words, compl
     assert there in ("", "a link") or (operator.folder / there).read_text() == "precious"
 
 
-# fmt: off
 BAD_OPENSSL = {  # a program, and what is made of its end
     "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
                    "another machine"),
@@ -14884,8 +14750,7 @@ BAD_OPENSSL = {  # a program, and what is made of its end
     "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
                                ": no entropy\n"),
     "half a pair": ("#!/bin/sh\nprintf -- '-----BEGIN CERTIFICATE-----\\nx\\n'", "ended with 0\n"),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("program, complaint", table(BAD_OPENSSL))
