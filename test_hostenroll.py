@@ -9527,7 +9527,7 @@ def test_every_path_names_the_methods_that_it_allows(path, world):
     assert sorted(options.headers["allow"].split(", ")) == sorted(allowed)
     for method in () if path == "*" else {*hostenroll.METHODS} - allowed:
         refused = world.call(method, target)
-        assert (refused.status, refused.code) == (405, "method-not-allowed")
+        require_declared(refused, [hostenroll.MethodNotAllowed])
         assert refused.headers["allow"] == options.headers["allow"]
 
 
@@ -9549,29 +9549,9 @@ def require_declared(reply, kinds):
     assert reply.status == kind.status
     assert {name.lower() for name, _ in kind().headers()} <= set(reply.headers)
     assert reply.headers["content-type"] == "application/problem+json"
-
-
-def test_every_refusal_is_a_problem_document(live):
-    # fmt: off
-    requests = [request_bytes(*row) for row in (
-        ("GET", "/nothing"), ("PUT", "/healthz"), ("CONNECT", "enroll.test:443"),
-        ("GET", "/api/hosts"), ("GET", "/api/hosts?x=1", None, live.api_key), ("POST", BEAT_PATH),
-        ("POST", ENROLL_PATH, b"{}"), ("POST", ENROLL_PATH, {"token": "het_", "hostname": "a"}))]
-    requests += [b"POST /nothing HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % line for line in (
-        b"Content-Length: x", b"Content-Length: 65537", b"Expect: 200-ok",
-        b"Transfer-Encoding: gzip", b"X: " + b"x" * 17_000)]  # framing comes first
-    requests += [b"GET / HTTP/3.0\r\n\r\n", b"nonsense\r\n\r\n"]
-    # fmt: on
-    codes = set()
-    for data in requests:
-        (reply,) = live.send(data)
-        codes.add(reply.code)
-        require_common_headers(reply)
-        require_declared(reply, hostenroll.problems())
-        assert reply.document["detail"].endswith(".")
-        assert ("www-authenticate" in reply.headers) == (reply.status == 401)
-        assert ("allow" in reply.headers) == (reply.status == 405)
-    assert len(codes) == 13
+    assert ("www-authenticate" in reply.headers) == (reply.status == 401)
+    assert ("allow" in reply.headers) == (reply.status == 405)
+    assert reply.document["detail"].endswith(".")
 
 
 # Documents: exactly these members, no more and no fewer.
@@ -9806,7 +9786,6 @@ def test_the_fast_path_matches_nothing_that_the_strict_reader_reads_otherwise(wo
     one, other = (world.join(name)[1].encode() for name in ("a", "b"))
     marked = b"\r\nAuthorization: Bearer " + one + b"\r\n"
     spoof = b"\r\nX-Forwarded-For: 6.6.6.6\r\n"
-    # fmt: off
     names = [b"Authorization: Bearer ", b"authorization: Bearer ", b"Authorization:Bearer "]
     values = [one, other, b"junk", b"", one + b" ", b"\xe9", one[:-1], one + b"\r", one + b"\n"]
     values.append(b" " + one)
@@ -9816,20 +9795,19 @@ def test_the_fast_path_matches_nothing_that_the_strict_reader_reads_otherwise(wo
         b"Host: b", b"no colon", b" folded", b"Content-Length: 2", b"X: y", b"X: \0",
         b"X-Forwarded-For: 203.0.113.7", b"x-forwarded-for: 203.0.113.8", b"Forwarded: for=x",
         b"X-Forwarded-For: 203.0.113.9, 10.0.0.9", b"X-Request-ID: 7", b"X-Forwarded-For:",
-    ]
+    ]  # fmt: skip
     bodies = [
         b"", b"{}", b"{}\r\n", b"2\r\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\n0" + marked + b"\r\n",
         b"0" + marked + b"\r\n", marked, b"{}" + marked, b"2;x=y\r\n{}\r\n0\r\n\r\n", b"[]",
         b'{"os":"x"}', BEAT_LINE + b"\r\nHost: h" + marked + b"\r\n", spoof, b"{}" + spoof,
         b"0\r\nX: y" + marked + b"\r\n", b"0" + spoof + b"\r\n", b"", b"", b"", b"{}",
-    ]
+    ]  # fmt: skip
     starts = [BEAT_LINE] * 6 + [
         b"POST /api/agent/enroll HTTP/1.1", b"GET /api/agent/heartbeat HTTP/1.1",
         b"POST http://h/api/agent/heartbeat HTTP/1.1", b"POST /api/agent/heartbeat HTTP/1.0",
         b"POST /api/agent/%68eartbeat HTTP/1.1", b"POST /api/agent/heartbeat HTTP/2.0",
         b"HEAD /api/agent/heartbeat HTTP/1.1", b"POST /api/hosts/tokens HTTP/1.1",
-    ]
-    # fmt: on
+    ]  # fmt: skip
     lines = [name + value for name in names for value in values] + [b"Authorization:", b"X: y"]
     rng = random.Random(11)
     matches = {(): 0, BEHIND: 0}
@@ -9904,14 +9882,8 @@ BAD_BODIES = {  # where, what is in the body beside what is right, the fields th
     "an agent's version of 65": (ENROLL_PATH, {"agentVersion": "x" * 65}, "agentVersion"),
     "below": (TOKENS_PATH, {"ttlSeconds": 59, "maxUses": 0}, "maxUses ttlSeconds"),
     "above": (TOKENS_PATH, {"ttlSeconds": 2_592_001, "maxUses": 1_000_001}, "maxUses ttlSeconds"),
-    "text": (TOKENS_PATH, {"ttlSeconds": "3600", "maxUses": 1.5}, "maxUses ttlSeconds"),
-    "true": (TOKENS_PATH, {"ttlSeconds": True, "maxUses": None}, "maxUses ttlSeconds"),
     "null": (TOKENS_PATH, {"ttlSeconds": None, "hostname": "a b"}, "hostname ttlSeconds"),
-    "a float": (TOKENS_PATH, {"ttlSeconds": 3600.5}, "ttlSeconds"),
     "a long description": (TOKENS_PATH, {"description": "x" * 1001}, "description"),
-    "labels in a list": (TOKENS_PATH, {"labels": ["a=b"]}, "labels"),
-    "a label without a name": (TOKENS_PATH, {"labels": {"": "x"}}, "labels"),
-    "a label that is a number": (TOKENS_PATH, {"labels": {"k": 1}}, "labels"),
     "too many labels": (TOKENS_PATH, {"labels": MANY_LABELS}, "labels"),
     "unknown, or answers": (TOKENS_PATH, {"ttl": 60, "state": "", "uses": 0}, "state ttl uses"),
     "no such organization": (TOKENS_PATH, {"organizationId": "nope"}, "organizationId"),
@@ -10669,23 +10641,15 @@ def test_the_log_is_listed_the_newest_first_page_by_page(estate):
         assert estate.enroll(estate.minted["token"]).code == "token-used"
     everything = estate.audit()[::-1]
     assert [event["number"] for event in everything] == list(range(len(everything), 0, -1))
-    ids = {"host": estate.host_id, "token": estate.token_id}
-    questions = {  # what the events have that a query finds
-        "": {},
-        "&action=enroll": {"action": "enroll"},
-        "&action=refuse": {"action": "refuse"},
-        "&action=delete": {"action": "delete"},
-        "&subject=host:{host}": {"subject": "host:{host}"},
-        "&code=token-used": {"code": "token-used"},
-        "&code=x": {"code": "x"},
-        "&organization=berlin": {"organizationId": "berlin"},
-        "&organization=default&action=refuse&code=token-used&subject=token:{token}": {
-            "code": "token-used"},
-    }  # fmt: skip
-    for query, chosen in questions.items():
-        chosen = {name: text.format(**ids) for name, text in chosen.items()}
+    token = f"subject=token:{estate.token_id}"
+    for query in (
+        "", "action=enroll", "action=refuse", "action=delete", f"subject=host:{estate.host_id}",
+        token, "code=token-used", "code=x", "organization=berlin",
+        f"organization=default&action=refuse&code=token-used&{token}",
+    ):  # fmt: skip
+        chosen = dict(query_pairs(query.replace("organization", "organizationId")))
         wanted = [event for event in everything if {**event, **chosen} == event]
-        path = f"/api/audit?limit={{}}{query.format(**ids)}"
+        path = f"/api/audit?limit={{}}&{query}"
         for limit in (7, 1000) if len(wanted) > 20 else (1, 2, 3, 1000):
             found = walk(estate, estate.api_key, path.format(limit))
             assert found == wanted, (query, limit)
@@ -10968,6 +10932,8 @@ def test_a_message_that_cannot_be_read_is_answered_once_and_nothing_behind_it_is
     for name, (data, code) in BAD.items():
         replies = twins[0].send(HEALTH + data + hidden)
         assert [reply.code for reply in replies] == [None, code], name
+        require_common_headers(replies[-1])
+        require_declared(replies[-1], hostenroll.problems())
         assert replies[-1].headers["connection"] == "close"
         assert replies[-1].headers["x-request-id"].endswith("-2")
     assert tokens_of(twins[0]) == 0
@@ -11303,10 +11269,9 @@ def test_heartbeats_on_one_connection_of_a_proxy_are_those_of_its_clients(paths,
         host, first = live.join()
         second = live.enroll(live.reenroll(host).document["token"]).document["credential"]
         _, third = live.join("web-2")
-        # fmt: off
         rows = [(second, None, 200), (second, "198.51.100.1", 200), (first, "198.51.100.2", 401),
-                (third, "198.51.100.3", 200), (second, None, 200), (first, None, 401)]
-        # fmt: on
+                (third, "198.51.100.3", 200), (second, None, 200),
+                (first, None, 401)]  # fmt: skip
         path, api = "/api/agent/heartbeat", live.server._exchanges._api
         beats = [request_bytes("POST", path, None, row[0], forwarded(row[1])) for row in rows]
         api.admit = None  # of the general path
