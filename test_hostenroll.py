@@ -7054,7 +7054,6 @@ def headed(size):
 
 
 def got(path="/", query="", body=b"", method="GET"):
-    """A request as it is read."""
     return method, path, query, body
 
 
@@ -7830,7 +7829,6 @@ def machine(tmp_path, clock, shell):
 
 @pytest.fixture
 def member(machine):
-    """The machine, enrolled."""
     machine.once(token=machine.door.token())
     return machine
 
@@ -8015,17 +8013,13 @@ def test_a_token_can_come_from_a_file_and_a_text_that_is_no_token_is_not_sent(ma
     assert machine.is_online()
 
 
-def enroll_elsewhere(door, number):
-    """On another machine, which sends a heartbeat."""
-    door.beat(door.enroll(door.reenroll(number).document["token"]).document["credential"])
-
-
 REFUSED_BEATS = {
     "host-revoked": Door.revoke,
     "host-unknown": Door.delete,
-    "credential-superseded": enroll_elsewhere,
+    "credential-superseded": lambda door, number: door.beat(  # on another machine
+        door.enroll(door.reenroll(number).document["token"]).document["credential"]),
     "credential-invalid": lambda door, number: None,
-}
+}  # fmt: skip
 
 
 @slow
@@ -8686,15 +8680,14 @@ def test_the_page_knows_every_status_state_and_action():
         assert re.search(rf"\.{word}[^{{]*{{ color: var\(", hostenroll.PAGE_STYLE), word
 
 
-def luminance(colour):
-    """Of a colour in sRGB: WCAG 2.2."""
-    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    linear = [n / 12.92 if n <= 0.04045 else ((n + 0.055) / 1.055) ** 2.4 for n in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_everything_on_the_page_can_be_read():
     """WCAG 2.2, level AA: a contrast of 4.5 for text."""
+
+    def luminance(colour):
+        parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [n / 12.92 if n <= 0.04045 else ((n + 0.055) / 1.055) ** 2.4 for n in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#\w{6})", block))
         for block in hostenroll.PAGE_STYLE.split("prefers-color-scheme: dark", 1)
@@ -9122,7 +9115,6 @@ def test_a_host_shows_its_reason_and_is_revoked_restored_edited_and_deleted(brow
 
 
 def shown_token(browser):
-    """The token in the join command that the page shows."""
     return browser.text("#join").partition("printf %s ")[2].split()[0]
 
 
@@ -9447,7 +9439,6 @@ class Estate(World):
         return self.call(method, path, body, self.callers[caller])
 
     def read_as(self, caller, path):
-        """The document that a caller gets."""
         return self.call_as(caller, "GET", path).document
 
 
@@ -9684,7 +9675,6 @@ def forget(world):
 
 
 def plain_beats(world, number):
-    """The heartbeats of so many hosts, as curl sends them."""
     return [curl_beat().replace(b"CREDENTIAL", world.join()[1].encode()) for _ in range(number)]
 
 
@@ -9880,7 +9870,6 @@ BAD_BODIES = {  # where, what is in the body beside what is right, the fields th
     "markup": (ENROLL_PATH, {"hostname": "<b>", "name": "\x1b[2J"}, "hostname name"),
     "facts of no text": (ENROLL_PATH, {"os": 1, "dockerVersion": []}, "dockerVersion os"),
     "a fact of 129": (ENROLL_PATH, {"architecture": "x" * 129}, "architecture"),
-    "an agent's version of 65": (ENROLL_PATH, {"agentVersion": "x" * 65}, "agentVersion"),
     "below": (TOKENS_PATH, {"ttlSeconds": 59, "maxUses": 0}, "maxUses ttlSeconds"),
     "above": (TOKENS_PATH, {"ttlSeconds": 2_592_001, "maxUses": 1_000_001}, "maxUses ttlSeconds"),
     "null": (TOKENS_PATH, {"ttlSeconds": None, "hostname": "a b"}, "hostname ttlSeconds"),
@@ -10156,7 +10145,6 @@ class Witness(World):
 
 
 def visit_agent_operations(door):
-    """Every answer and every refusal that machines can get."""
     token = door.token(maxUses=2, labels={"rack": "b4"})
     enrolled = door.enroll(token, key="once", os="Debian").document
     for key in ("once", "a key"):  # again, and with a space
@@ -10190,7 +10178,6 @@ def visit_agent_operations(door):
 
 
 def visit_user_operations(door):
-    """Every answer and every refusal that operators can get."""
     admin, viewer = (make_api_key(door.registry, door.clock, "default", role)
                      for role in ("admin", "viewer"))  # fmt: skip
     token = [door.mint(description=f"cellar {n}").document["id"] for n in range(2)][1]
@@ -10226,27 +10213,6 @@ def test_every_answer_fits_its_schema_and_every_refusal_is_declared(paths, clock
             declared = declared - {"host-unknown"} | {"malformed-request"}
         assert witness.seen[row.name] == {row.status} | declared, row.name
         assert row.writes == (row.method != "GET") or row.caller == "open"
-
-
-def test_the_records_of_commands_fit_their_schemas(estate):
-    """Of operations that HTTP does not have, or answers without content."""
-    kid = estate.act("list-signing-keys").items[0].key.kid
-    for name, number, values in (
-        ("add-org", -1, {"name": "paris"}), ("list-orgs", -1, {}),
-        ("mint-api-key", -1, {"organizationId": "paris", "role": "viewer", "description": "x"}),
-        ("mint-api-key", -1, {"organizationId": None, "role": "admin"}), ("list-api-keys", -1, {}),
-        ("revoke-api-key", estate.key_id("viewer"), {}), ("rotate-signing-key", -1, {}),
-        ("retire-signing-key", -1, {"kid": kid, "force": True}), ("list-signing-keys", -1, {}),
-        ("revoke-token", estate.token_id, {}), ("delete-host", estate.host_id, {}),
-    ):  # fmt: skip
-        row = OPERATION[name]
-        assert row.writes != bool(row.list_of)
-        if row.body is not None and "force" not in values:
-            assert row.body.check(values) == values
-        document = row.document(estate.act(name, number, **values))
-        for item in document[row.list_of] if row.list_of else [document]:
-            row.answer.schema.check(item)
-    assert document == {"id": estate.host_id}
 
 
 def references(document):
@@ -11079,7 +11045,6 @@ def crowd(port, count, at_once, begun):
 
 
 def resident(process):
-    """The memory of a process, in bytes."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
@@ -11513,17 +11478,12 @@ THROUGH = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def spoilt_server(paths, clock, **options):
-    with socket.create_server(("127.0.0.1", 0)) as real:
-        listener = Spoilt(real)
-        with start_server(paths, clock=clock, listener=listener, **options) as live:
-            yield live, listener
-
-
 @pytest.mark.parametrize("tls, call, effect, cost", sample(THROUGH, *ALWAYS))
 def test_whichever_call_on_a_socket_fails_nothing_is_lost(tls, call, effect, cost, paths, clock):
-    with spoilt_server(paths, clock, tls=tls) as (live, listener):
+    with contextlib.ExitStack() as stack:
+        listener = Spoilt(stack.enter_context(socket.create_server(("127.0.0.1", 0))))
+        start = start_server(paths, clock=clock, listener=listener, tls=tls)
+        live = stack.enter_context(start)
         for n in itertools.count(effect != 1):  # 0: every call moves one byte
             listener.arm(call, effect, n)
             client = goes_on(live, clock, n)
@@ -12610,7 +12570,6 @@ class Peer(contextlib.AbstractContextManager):
         self.session = wrap(self._incoming, outgoing, server_hostname="enroll.lan")
 
     def receive(self):
-        """Wait for more from the server."""
         if data := self.socket.recv(65536):
             self._incoming.write(data)
         else:
@@ -13095,7 +13054,6 @@ class Operator:
         return SimpleNamespace(status=status, out=out, err=err)
 
     def json(self, *words):
-        """The document that a command prints."""
         done = self(*words, "--json")
         assert done.status == 0, done.err
         return json.loads(done.out)
@@ -13240,7 +13198,6 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "--tls-cert and --tls-key go together", "serve --tls-cert x"),
     (2, "--tls-cert and --tls-key go together", "serve --tls-key x"),
     (2, "--days: 0 is out of bounds: 1 to 36500", "make-cert --name a --days 0"),
-    (2, "--days: 36501 is out of bounds: 1 to 36500", "make-cert --name a --days 36501"),
     (2, "--port: 65536 is out of bounds", "serve --port 65536"),
     (2, "not one of admin, viewer", "mint-api-key --role root"),
     (2, "out of bounds", "serve --heartbeat-interval 0s"),
@@ -13250,10 +13207,8 @@ STATUSES = [  # the exit status, what the line has, the words typed
         "", "h", "1w", "1.5h", "-1h", "+1h", "1 h", "1H", "1h30m", "1_0m", "\u0661h", "1e2",
         "9" * 30, "60s\n")),
     (3, "--ttl", "mint-token --ttl 59s"),
-    (3, "--ttl", "mint-token --ttl 31d"),
     (3, "--max-uses", "mint-token --max-uses 0"),
     (3, "--hostname", ("mint-token", "--hostname", "a b")),
-    (3, "--hostname", "mint-token --hostname="),
     (3, "--description", "mint-token --description \a"),
     (3, "--description", "mint-api-key --description \a"),
     (3, "--label: ", "list-hosts --label rack"),
@@ -13358,26 +13313,22 @@ def test_the_help_of_every_command_has_an_example_and_fits_80_columns(name, oper
     assert max(map(len, shown.out.splitlines())) <= 80
 
 
-def an_id(operator, lister):
-    """The id of a new thing, of the kind that a command lists."""
-    if lister == "list-api-keys":
-        return operator("mint-api-key").out.split("_")[1]
-    return operator.mint().split("_")[1] if lister == "list-tokens" else operator.enroll()
-
-
 WITHOUT_JSON = ("serve", "unit", "schema", "openapi", "agent-script")  # texts, for files
 RUN_ELSEWHERE = ("serve", "bench", *(() if shutil.which("openssl") else ("make-cert",)))
 
 
 def test_every_example_works_and_every_command_that_prints_data_prints_json_too(operator):
-    documents = {}
+    documents, an_id = {}, {
+        "token": lambda: operator.mint().split("_")[1], "host": operator.enroll,
+        "api-key": lambda: operator("mint-api-key").out.split("_")[1],
+    }  # fmt: skip
     for (name, command), form in itertools.product(COMMAND.items(), ((), ("--json",))):
         words = command.example.split()
         assert hostenroll.parse_arguments(words, {}).command is command
         if name in RUN_ELSEWHERE or (form and name in WITHOUT_JSON):
             continue
         if command.operands == ["ID"]:
-            words[1] = an_id(operator, f"list-{name.split('-', 1)[1]}s")
+            words[1] = an_id[name.partition("-")[2]]()
         elif name == "retire-signing-key":
             keys = operator.json("list-signing-keys")["signingKeys"]
             words[1:] = [[k["kid"] for k in keys if k["state"] == "verifies"][-1], "--force"]
@@ -13387,6 +13338,7 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
             words[1] += "" if form else "-2"
         elif name == "mint-api-key":
             operator("add-org", "berlin")
+            operator("mint-api-key", "--all-orgs")
         elif name == "backup":
             words[1] = "copy"
         elif name == "make-cert" and form:
@@ -13396,6 +13348,7 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
         documents[name] = document = json.loads(done.out) if form else None
         if form and name in OPERATION:
             row = OPERATION[name]
+            assert row.path or row.writes != bool(row.list_of)
             for item in document[row.list_of] if row.list_of else [document]:
                 row.answer.schema.check(item)
     of = documents.__getitem__
@@ -14386,7 +14339,6 @@ def test_an_empty_log_has_a_head_too(operator):
 
 
 def printed_command(folder):
-    """What mint-token prints to type on the host."""
     return cli(folder, "mint-token").stderr.split("enroll with it, on the host:\n")[1]
 
 
@@ -14886,7 +14838,6 @@ def test_without_an_openssl_program_a_benchmark_over_tls_fails_at_once(tmp_path)
 
 
 def session_of(operator, *words):
-    """What a command works with."""
     arguments = hostenroll.parse_arguments(words, {})
     surroundings = (operator.clock, clean_environment(), "hostenroll", hostenroll.Screen())
     return hostenroll.Session(arguments, arguments.command, *surroundings)
