@@ -8424,16 +8424,6 @@ def processes_of(session):
                 yield entry
 
 
-def visible_of(session):
-    """The arguments and environments of the processes of a session."""
-    shown = []
-    for entry in processes_of(session):
-        with contextlib.suppress(OSError):
-            argv = (entry / "cmdline").read_bytes()
-            shown.append(argv + b"\n" + (entry / "environ").read_bytes())
-    return shown
-
-
 @in_every_shell_slowly
 def test_no_secret_is_in_an_argument_or_an_environment(machine, behind):
     token = machine.door.token()
@@ -8445,7 +8435,11 @@ def test_no_secret_is_in_an_argument_or_an_environment(machine, behind):
         middle = behind("hold")
         with machine.agent(token=token if secret == token else "") as agent:
             assert middle.has_held.wait(10)
-            shown = visible_of(agent.pid)
+            shown = []  # the arguments and the environment of each process
+            for entry in processes_of(agent.pid):
+                with contextlib.suppress(OSError):
+                    texts = [(entry / name).read_bytes() for name in ("cmdline", "environ")]
+                    shown.append(b"\n".join(texts))
             assert any(b"curl\0" in text for text in shown) and len(shown) >= 2
             assert [text for text in shown if secret.encode() in text] == []
             assert secret.encode() in middle.requests[0]
@@ -10501,12 +10495,6 @@ def test_every_act_is_in_the_log(paths, clock):
         assert verify_audit(world.registry, None).last == len(actions)
 
 
-def beat_expired(estate):
-    first = estate.registry.keys.keyring.first
-    claims = hostenroll.Claims(int(estate.host_id, 16), "default", 0, 1, 1, first.kid)
-    return estate.beat(first.sign(claims))
-
-
 ATTEMPTS = {
     "mint": lambda e: e.callers.update(fresh=e.token()),
     "mint for db-1": lambda e: e.callers.update(fresh=e.token(hostname="db-1")),
@@ -10520,14 +10508,15 @@ ATTEMPTS = {
     "delete": lambda e: e.delete(e.host_id),
     "beat": lambda e: e.beat(e.credential),
     "beat newer": lambda e: e.beat(e.enroll(e.callers["fresh"]).document["credential"]),
-    "beat expired": beat_expired,
+    "beat expired": lambda e: e.beat(e.registry.keys.keyring.first.sign(hostenroll.Claims(
+        int(e.host_id, 16), "default", 0, 1, 1, e.registry.keys.keyring.first.kid))),
     "beat junk": lambda e: e.beat("junk"),
     "beat without": lambda e: e.call("POST", BEAT_PATH),
     "ask without": lambda e: e.call("GET", "/api/me"),
     "ask as junk": lambda e: e.call_as("junk", "GET", "/api/me"),
     "ask as revoked": lambda e: e.call_as("revoked", "GET", "/api/me"),
     "mint as viewer": lambda e: e.call_as("viewer", "POST", TOKENS_PATH),
-}
+}  # fmt: skip
 AUDITED = {  # what is tried, the code, the actor and subject, the organization
     "no token of ours": ("enroll junk", "token-unknown", "anonymous", None),
     "a guessed token": ("guess", "token-unknown", "anonymous token:{token}", None),
@@ -12373,11 +12362,6 @@ def test_a_body_in_tiny_chunks_has_one_deadline(served):
         assert received.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began < 3
 
 
-def test_an_idle_server_sleeps(live):
-    live.call("GET", "/healthz")
-    assert live.server._timeout() > 5
-
-
 def test_a_heartbeat_in_the_middle_of_a_request_is_a_part_of_it(live):
     """However it is cut: else a peer that can choose a body could have it run as a request."""
     beat = beat_of(live)
@@ -12972,6 +12956,7 @@ def test_a_service_manager_is_notified_of_start_reload_and_stop(tls, served):
     for count in (1, 3, 5):
         until(lambda count=count: len(states) >= count)
         assert live.call("GET", "/healthz").status == 200 and len(states) == count
+        assert live.server._timeout() > 5  # idle, it sleeps
         if count < 5:
             live.server.reload()
     live.terminate()
@@ -14364,11 +14349,7 @@ def test_after_sighup_mint_token_prints_the_new_pin(tmp_path):
         (tmp_path / "tls.key").write_text("nonsense")
         server.process.send_signal(signal.SIGHUP)
         until(lambda: any("ERROR" in line for line in server.log))
-        server.tls = trusting("other")
-        assert server.call("GET", "/healthz").status == 200
         assert pin_of("other") in printed_command(tmp_path)
-        assert server.terminate() == 0
-    assert len([line for line in server.log if "ERROR" in line]) == 1
 
 
 @slow
