@@ -10760,7 +10760,6 @@ def twins(tmp_path_factory):
 
 
 def in_states(**seconds):
-    """Deadlines by the names of states."""
     return {getattr(hostenroll, name.upper()): value for name, value in seconds.items()}
 
 
@@ -11510,8 +11509,9 @@ def test_what_cannot_pass_by_itself_ends_the_server(where, failure, paths, clock
     with start_server(paths, clock=clock) as live:
         _, credential = live.join()
         api = live.server._exchanges._api
-        fails_once(api if hasattr(api, where) else live.registry, where, failure)
         with live.connect() as peer, peer.makefile("rb") as stream:
+            exchange(peer, stream, HEALTH)
+            fails_once(api if hasattr(api, where) else live.registry, where, failure)
             peer.sendall(beat_bytes(credential, os="BSD"))
             until(lambda: not live._thread.is_alive())
             with contextlib.suppress(ConnectionError):
