@@ -10007,7 +10007,7 @@ def test_readiness_takes_one_tick_a_second(trouble, world, clock, paths):
         clock.advance(later / 1000)
         reply = world.call("GET", "/readyz")
         assert (reply.document["status"], len(ticks)) == (status, times), later
-        if trouble:  # and no path, which is nobody's business
+        if trouble:  # it has a reason, and no path
             assert "key file" in reply.document["detail"]
             assert os.path.dirname(paths[1]) not in json.dumps(reply.document)
     assert world.registry.metrics.refusals == ({"storage-unavailable": 55} if trouble else {})
