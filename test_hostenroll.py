@@ -1053,14 +1053,12 @@ def test_a_server_starts_where_there_is_no_proc(tmp_path):
 WITHOUT_MEMFD = "import os\nif hasattr(os, 'memfd_create'):\n    del os.memfd_create\n"
 
 
-WAYS_TO_START = {  # words before and after the interpreter; whether it starts itself again
+@pytest.mark.parametrize("before, after, restarts", table({
+    # words before and after the interpreter; whether it starts itself again
     "as usual": ((), (), True),
     "with options": ((), ("-O", "-X", "utf8", "-W", "error"), True),
     "without memfd_create": (("env", "PYTHONPATH=strange"), (), False),
-}
-
-
-@pytest.mark.parametrize("before, after, restarts", table(WAYS_TO_START))
+}))  # fmt: skip
 def test_a_server_runs_however_it_was_started(before, after, restarts, tmp_path):
     """It starts itself again from compiled code, which saves memory, where the system can."""
     is_utf8 = sys.getfilesystemencoding() == "utf-8"
@@ -1351,7 +1349,6 @@ def test_every_kind_of_slip_is_made_and_nothing_else_changes():
 
 # The function; the part of the suite that has to turn red (for -k); how many of its slips survive,
 # and why they may. A slip that survives and is not in this table is a test that is missing.
-# fmt: off
 MUTATED = {
     "parse_secret": ("typing_error or minted_is_no_secret or secret_has_its_prefix", 0, ""),
     "Keyring.verify": ("text_that_we_signed or no_character_of or plain_jwt or key_of_a_ring", 1,
@@ -1393,8 +1390,7 @@ MUTATED = {
         "message_is_read or frame_differently or waits_for_the_rest or chunk and however_it_is_cut",
         4, "the last byte of a chunk is waited for; a line without its end is judged with it"),
     "Connections.move": ("goes_only_where", 0, ""),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -1541,20 +1537,19 @@ def test_peers_never_see_what_the_audit_log_records():
 WORD = hostenroll.Text(5, 2, "[a-z]+", "small letters")
 COLOUR = hostenroll.Choice("red", "blue")
 LABELS = hostenroll.Labels()
-# fmt: off
 SCHEMA_OF_FOUR = hostenroll.Schema(
     hostenroll.Field("word", WORD, required=True),
     hostenroll.Field("count", hostenroll.Integer((1, 10))),
     hostenroll.Field("colour", COLOUR),
     hostenroll.Field("label", LABELS, repeats=True),
-)
+)  # fmt: skip
 OPEN_SCHEMA = hostenroll.Schema(hostenroll.Field("word", WORD), open=True)
 TYPES = {
     "text": hostenroll.Text(5), "text with a pattern": WORD,
     "integer": hostenroll.Integer((1, 10)), "integer below zero": hostenroll.Integer((-3, 0)),
     "choice": COLOUR, "labels": LABELS, "hostname": hostenroll.HOSTNAME, "slug": hostenroll.SLUG,
     "cursor": hostenroll.CURSOR,
-}
+}  # fmt: skip
 VALUES = [
     "", "a", "ab", "abc", "abcde", "abcdef", "AB", "a b", "é", "😀" * 5, "😀" * 6,
     "a-b", "-a", "a-", "a.b", "a.", ".a", "a" * 64, "a" * 65, "a" * 253, "a" * 254, "0" * 16,
@@ -1562,7 +1557,7 @@ VALUES = [
     [], ["red"], {}, {"a": "b"}, {"a/b.c": ""}, {"": "b"}, {"a b": "c"}, {"a": 1}, {"a": None},
     {"a" * 63: "v" * 255}, {"a" * 64: "v"}, {"a": "v" * 256},
     {str(n): "" for n in range(32)}, {str(n): "" for n in range(33)},
-]
+]  # fmt: skip
 ANSWER_TYPES = {
     "time": hostenroll.Timestamp(), "text or null": hostenroll.Nullable(WORD),
     "choice or null": hostenroll.Nullable(COLOUR), "list of texts": hostenroll.ListOf(WORD, 2),
@@ -1571,7 +1566,7 @@ ANSWER_TYPES = {
     "object": hostenroll.ObjectOf(SCHEMA_OF_FOUR),
     "objects": hostenroll.ListOf(hostenroll.ObjectOf(SCHEMA_OF_FOUR), 2),
     "counts as floats": hostenroll.Integer((1, 10)),
-}
+}  # fmt: skip
 ANSWER_VALUES = [
     "2027-01-15T08:00:00.000Z", "2027-01-15T08:00:00Z", "2027-01-15T08:00:00.000z",
     "2027-01-15 08:00:00.000Z", "2027-01-15T08:00:00.000+00:00", "2027-01-15T08:00:00.000Z\n",
@@ -1580,7 +1575,7 @@ ANSWER_VALUES = [
     [[], []], [1], {}, {"word": "abc"}, {"word": None}, {"word": "abc", "count": 1},
     {"word": "abc", "count": 0}, {"word": "abc", "colour": "red", "label": {"a": "b"}},
     {"word": "abc", "more": 1}, [{"word": "abc"}], [{"word": "abc"}, {}], [{"word": "abc"}] * 3,
-]
+]  # fmt: skip
 CHECKS = {name: (field_type, VALUES) for name, field_type in TYPES.items()}
 CHECKS.update({name: (one, ANSWER_VALUES) for name, one in ANSWER_TYPES.items()})
 UNSHOWABLE = {
@@ -1589,8 +1584,7 @@ UNSHOWABLE = {
     "paragraph separator": "\u2029", "right-to-left override": "\u202e", "embedding": "\u202a",
     "isolate": "\u2066", "pop isolate": "\u2069", "left-to-right mark": "\u200e",
     "Arabic letter mark": "\u061c", "byte order mark": "\ufeff", "lone surrogate": "\udcff",
-}
-# fmt: on
+}  # fmt: skip
 
 
 def accepts(field_type, value):
@@ -1750,17 +1744,6 @@ def test_a_schema_with_a_name_is_described_in_one_place():
     assert hostenroll.ObjectOf(SCHEMA_OF_FOUR).json_schema() == SCHEMA_OF_FOUR.json_schema()
 
 
-# fmt: off
-JSON_TEXTS = {
-    "an object": (b'{"a":1}', {"a": 1}), "no object": (b'"text"', "text"),
-    "white space around": (b' \r\n\t{ "a" : [ ] }\n', {"a": []}),
-    "UTF-8": ('{"é":"😀"}'.encode(), {"é": "😀"}), "NUL": (b'{"a":"\\u0000"}', {"a": "\0"}),
-    "a surrogate pair": (b'{"a":"\\ud83d\\ude00"}', {"a": "😀"}),
-    "a great integer": (b'{"a":9223372036854775807}', {"a": 2**63 - 1}),
-    "one name at two depths": (b'{"a":{"a":{"a":1}}}', {"a": {"a": {"a": 1}}}),
-    "one name in two objects": (b'[{"a":1},{"a":2}]', [{"a": 1}, {"a": 2}]),
-    "some depth": (b"[" * 50 + b"]" * 50, json.loads("[" * 50 + "]" * 50)),
-}
 NOT_JSON = {
     "empty": b"", "white space": b" \n", "cut off": b'{"a":1', "something behind": b"{}x",
     "two texts": b"{}{}", "a form": b"token=het_1&hostname=web-1",
@@ -1782,11 +1765,19 @@ NOT_JSON = {
     "Arabic digits": '{"a":\u0661}'.encode(), "too deep in arrays": b"[" * 65_000,
     "too deep in objects": b'{"a":' * 13_000 + b"1" + b"}" * 13_000,
     "too deep, with an escape": b'["\\u0041",' + b"[" * 30_000 + b"]" * 30_001,
-}
-# fmt: on
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("body, value", table(JSON_TEXTS))
+@pytest.mark.parametrize("body, value", table({
+    "an object": (b'{"a":1}', {"a": 1}), "no object": (b'"text"', "text"),
+    "white space around": (b' \r\n\t{ "a" : [ ] }\n', {"a": []}),
+    "UTF-8": ('{"é":"😀"}'.encode(), {"é": "😀"}), "NUL": (b'{"a":"\\u0000"}', {"a": "\0"}),
+    "a surrogate pair": (b'{"a":"\\ud83d\\ude00"}', {"a": "😀"}),
+    "a great integer": (b'{"a":9223372036854775807}', {"a": 2**63 - 1}),
+    "one name at two depths": (b'{"a":{"a":{"a":1}}}', {"a": {"a": {"a": 1}}}),
+    "one name in two objects": (b'[{"a":1},{"a":2}]', [{"a": 1}, {"a": 2}]),
+    "some depth": (b"[" * 50 + b"]" * 50, json.loads("[" * 50 + "]" * 50)),
+}))  # fmt: skip
 def test_a_json_text_is_read(body, value):
     assert hostenroll.parse_json(body) == value
 
@@ -1893,17 +1884,16 @@ def verify(ring, credential):
 
 KEY_2 = hostenroll.SigningKey("key-2", b"2" * 32)
 RING = hostenroll.Keyring([KEY, KEY_2], b"a" * 32)
-SIGNED = {
+
+
+@pytest.mark.parametrize("claims", table({
     "for good": CLAIMS, "until a day": CLAIMS._replace(expires_at=1_800_086_400),
     "expired for long": CLAIMS._replace(expires_at=0),
     "until the year 9999": CLAIMS._replace(expires_at=253_402_300_799),
     "the greatest": CLAIMS._replace(host=2**63 - 1, organization="Z" * 64, serial=10**12 - 1),
     "the least": CLAIMS._replace(host=0, organization="-", issued_at=0, serial=1, expires_at=0),
     "the longest": hostenroll.Claims(2**63 - 1, "Z" * 64, *[10**12 - 1] * 3, "k" * 64),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("claims", table(SIGNED))
+}))  # fmt: skip
 def test_a_credential_is_a_plain_jwt_that_any_library_verifies(claims):
     """RFC 7515 section 3.1 and RFC 7519, by hand."""
     key = hostenroll.SigningKey(claims.kid, OCTETS)
@@ -1918,7 +1908,6 @@ def test_a_credential_is_a_plain_jwt_that_any_library_verifies(claims):
     assert verify(hostenroll.Keyring([key], b"a" * 32), credential) == claims
 
 
-# fmt: off
 GENUINE = KEY.sign(CLAIMS)
 H, P, S = GENUINE.split(".")
 PUBLIC = {"kty": "oct", "k": b64(b"evil" * 8)}
@@ -1930,18 +1919,18 @@ CHANGED_HEADERS = [
     {"kid": "key-3"}, {"kid": "key-2"}, {"kid": None}, {"kid": ["key-1"]}, {"kid": "key-1|id"},
     {"jwk": PUBLIC}, {"jku": "https://evil.test/jwks"}, {"x5u": "https://evil.test/evil.pem"},
     {"x5t": b64(b"evil"), "x5t#S256": b64(b"evil")},
-]
+]  # fmt: skip
 OTHERWISE_SIGNED = [  # what is changed in the header, and the key and the hash that sign it
     ({"alg": "HS384"}, OCTETS, "sha384"), ({"alg": "HS512"}, OCTETS, "sha512"), ({"kid": ""}, b""),
     ({"kid": "../../../../dev/null"}, b""), ({"kid": "key-1' UNION SELECT 'evil' --"}, b"evil"),
     ({"kid": "audit"}, b"a" * 32), ({"jwk": PUBLIC}, b"evil" * 8),
     ({"x5c": [base64.b64encode(b"evil").decode()]}, b"evil"),
-]
+]  # fmt: skip
 OTHER_HEADERS = [  # members that are missing, in another order, or twice; space; no JSON, no object
     {"typ": "JWT", "kid": "key-1"}, {"alg": "HS256", "typ": "JWT"},
     {"typ": "JWT", "alg": "HS256", "kid": "key-1"}, '{"alg": "HS256","typ":"JWT","kid":"key-1"}',
     '{"alg":"none","alg":"HS256","typ":"JWT","kid":"key-1"}', "x", [HEADER],
-]
+]  # fmt: skip
 OTHER_CLAIMS = [{}, [PAYLOAD], "x", dict(reversed(list(PAYLOAD.items()))), json.dumps(PAYLOAD)]
 CHANGED_CLAIMS = {  # a text of the genuine payload, and what stands in its place, truly signed
     '"iss":"hostenroll",': [""], '"sub":"0d3a5f0012345678",': [""], '"org":"acme",': [""],
@@ -1956,7 +1945,7 @@ CHANGED_CLAIMS = {  # a text of the genuine payload, and what stands in its plac
           ',"exp":1900000000,"exp":1}', ',"exp":Infinity}'],
     "0d3a5f": ["0D3A5F"], '"0d3a': ['"d3a', '"fd3a', '"\\u0030d3a'], '"0d3a5f0012345678"': ["42"],
     "acme": ["", "a" * 65, "../x", "é", "a\0b"],
-}
+}  # fmt: skip
 FORGED = {
     **{json.dumps(members): forge({**HEADER, **members}) for members in CHANGED_HEADERS},
     **{f"{members} by {by}": forge({**HEADER, **members}, WRITTEN, *by)
@@ -1991,8 +1980,7 @@ FORGED = {
     "JSON serialization": json.dumps({"protected": H, "payload": P, "signature": S}),
     "very long": seal(f"{H}.{b64(b'x' * 100_000)}"), "nothing": "", "dots": "..",
     "a token": TEXT, "an API key": hostenroll.mint_secret("hak", 1).text,
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("credential", table(FORGED))
@@ -2060,47 +2048,20 @@ def replace(path):
         file.write(b"new")
 
 
-# fmt: off
 PREPARED = {  # at a name in the folder, by its owner
     "a link to root's file": lambda path: path.symlink_to("../secret"),
     "a link to a file that is not there": lambda path: path.symlink_to("../made"),
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a second name of root's file": lambda path: os.link(path.parent.parent / "secret", path),
     "a pipe": os.mkfifo, "a device": device, "a stranger's file": lambda path: make(path, STRANGER),
-}
-LOCK_FILES = {  # what is there before, the database, owner and mode afterwards
-    "made now": (lambda path: None, "db", SERVICE, 0o640),
-    "made now, without a database": (lambda path: None, "none", 0, 0o600),
-    "made now, where the database is a link": (lambda path: None, "link", 0, 0o600),
-    "the service's": (lambda path: make(path, mode=0o644), "db", SERVICE, 0o644),
-    "the service's, without a database": (make, "none", SERVICE, 0o600),
-    "the service's, with a second name":
-        (lambda path: (make(path), os.link(path, f"{path}.copy")), "db", SERVICE, 0o600),
-    "root's, that was renamed into place": (lambda path: make(path, 0), "db", 0, 0o600),
-}
-LINKS = {  # owner and mode of the folder, owner of the link, and whether it is followed
-    "of root, in a folder of root": (0, 0o755, 0, True),
-    "of the service": (0, 0o755, SERVICE, False),
-    "of root, that the folder's owner may have renamed": (SERVICE, 0o755, 0, False),
-    "of root, that the folder's group may have renamed": (0, 0o775, 0, False),
-    "of root, in a folder of all": (0, 0o1777, 0, False),
-}
-OWNERS = {  # of the file, of its folder, the folder's mode, and whether root takes the keys
-    "root's": (0, SERVICE, 0o755, True),
-    "the service's": (SERVICE, SERVICE, 0o755, True),
-    "a stranger's": (STRANGER, SERVICE, 0o755, False),
-    "a stranger's, in a folder of all": (STRANGER, 0, 0o1777, False),
-    "a stranger's, in a folder of a group": (STRANGER, 0, 0o775, False),
-    "mounted into a folder of root": (SERVICE, 0, 0o755, True),
-}
+}  # fmt: skip
 ROOTS_COMMANDS = sample({  # a name in the folder, the link there, root's command, its exit status
     "the gate": ("hostenroll.db.gate", "../secret", "list-tokens", 1),
     "no database": ("hostenroll.db", "../made", "list-tokens", 1),
     "the key file": ("hostenroll.key", "../secret", "rotate-signing-key", 1),
     "no key file": ("hostenroll.key", "../made", "rotate-signing-key", 1),
     "a new key file": ("hostenroll.key.tmp", "../secret", "rotate-signing-key", 0),
-}, "the gate", "a new key file")
-# fmt: on
+}, "the gate", "a new key file")  # fmt: skip
 
 
 @pytest.fixture
@@ -2135,7 +2096,17 @@ def test_no_file_that_another_user_prepared_is_taken_for_a_lock_or_a_wal(attacke
 
 
 @needs_root
-@pytest.mark.parametrize("prepare, database, owner, mode", table(LOCK_FILES))
+@pytest.mark.parametrize("prepare, database, owner, mode", table({
+    # what is there before, the database, owner and mode afterwards
+    "made now": (lambda path: None, "db", SERVICE, 0o640),
+    "made now, without a database": (lambda path: None, "none", 0, 0o600),
+    "made now, where the database is a link": (lambda path: None, "link", 0, 0o600),
+    "the service's": (lambda path: make(path, mode=0o644), "db", SERVICE, 0o644),
+    "the service's, without a database": (make, "none", SERVICE, 0o600),
+    "the service's, with a second name":
+        (lambda path: (make(path), os.link(path, f"{path}.copy")), "db", SERVICE, 0o600),
+    "root's, that was renamed into place": (lambda path: make(path, 0), "db", 0, 0o600),
+}))  # fmt: skip
 def test_a_new_lock_file_gets_the_owner_of_the_database_and_an_old_one_keeps_its_own(
     attacked, prepare, database, owner, mode
 ):
@@ -2163,7 +2134,14 @@ def test_a_file_is_replaced_without_writing_to_what_another_user_prepared(attack
 
 
 @needs_root
-@pytest.mark.parametrize("user, mode, maker, is_followed", table(LINKS))
+@pytest.mark.parametrize("user, mode, maker, is_followed", table({
+    # owner and mode of the folder, owner of the link, and whether it is followed
+    "of root, in a folder of root": (0, 0o755, 0, True),
+    "of the service": (0, 0o755, SERVICE, False),
+    "of root, that the folder's owner may have renamed": (SERVICE, 0o755, 0, False),
+    "of root, that the folder's group may have renamed": (0, 0o775, 0, False),
+    "of root, in a folder of all": (0, 0o1777, 0, False),
+}))  # fmt: skip
 def test_a_link_is_followed_only_if_root_or_we_put_it_there(
     tmp_path, user, mode, maker, is_followed
 ):
@@ -2315,24 +2293,13 @@ def load(path):
     return hostenroll.load_keyring(str(path))
 
 
-# fmt: off
 AUDIT = jwk(use="audit", alg=..., kid="audit", k=b64(b"a" * 32))
 BAD_KEYS = [
     {"use": "enc"}, {"use": ...}, {"kty": ...}, {"kty": "RSA"}, {"alg": "HS512"}, {"kid": ...},
     {"kid": 1}, {"kid": "k\n1"}, {"kid": "k" * 2000}, {"k": ...}, {"k": None}, {"k": ""},
     {"k": b64(OCTETS[:31])}, {"k": "é" * 43}, {"k": b64(OCTETS) + "!!!!"},
     {"k": b64(OCTETS + b"x") + "A"},
-]
-BAD_KEY_FILES = {
-    **{f"a key with {members}"[:60]: jwks(jwk(**members)) for members in BAD_KEYS},
-    **{repr(content): content for content in (
-        b"", b"\x7fELF\xff\0", b"[]", b'"keys"', b"{}", b'{"keys":null}', b'{"keys":"k"}',
-        b'{"keys":{"k":1}}')},
-    "cut off": jwks(jwk())[:-2], "a key that is null": jwks(None),
-    "nested without end": b'{"keys":' + b"[" * 50_000,
-    "no signing key": jwks(), "no audit key": json.dumps({"keys": [jwk()]}).encode(),
-    "two audit keys": jwks(jwk(), AUDIT), "one kid twice": jwks(jwk(), jwk(k=b64(b"2" * 32))),
-}
+]  # fmt: skip
 KEY_TROUBLES = {
     "another database's": lambda path: write(path, hostenroll.new_keyring()),
     "gone": lambda path: path.unlink(), "empty": lambda path: path.write_bytes(b""),
@@ -2342,8 +2309,7 @@ KEY_TROUBLES = {
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -2393,7 +2359,16 @@ def test_a_mounted_secret_is_read_through_its_links_also_when_they_change(tmp_pa
     assert file.reload(RING).kids == ["key-1"] and file.trouble == ""
 
 
-@pytest.mark.parametrize("content", table(BAD_KEY_FILES))
+@pytest.mark.parametrize("content", table({
+    **{f"a key with {members}"[:60]: jwks(jwk(**members)) for members in BAD_KEYS},
+    **{repr(content): content for content in (
+        b"", b"\x7fELF\xff\0", b"[]", b'"keys"', b"{}", b'{"keys":null}', b'{"keys":"k"}',
+        b'{"keys":{"k":1}}')},
+    "cut off": jwks(jwk())[:-2], "a key that is null": jwks(None),
+    "nested without end": b'{"keys":' + b"[" * 50_000,
+    "no signing key": jwks(), "no audit key": json.dumps({"keys": [jwk()]}).encode(),
+    "two audit keys": jwks(jwk(), AUDIT), "one kid twice": jwks(jwk(), jwk(k=b64(b"2" * 32))),
+}))  # fmt: skip
 def test_a_bad_key_file_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "the.key"
     path.write_bytes(content)
@@ -2418,7 +2393,15 @@ def test_a_key_file_that_is_open_to_others_or_not_there_is_refused(tmp_path, mod
 
 
 @needs_root
-@pytest.mark.parametrize("owner, user, mode, is_taken", table(OWNERS))
+@pytest.mark.parametrize("owner, user, mode, is_taken", table({
+    # of the file, of its folder, the folder's mode, and whether root takes the keys
+    "root's": (0, SERVICE, 0o755, True),
+    "the service's": (SERVICE, SERVICE, 0o755, True),
+    "a stranger's": (STRANGER, SERVICE, 0o755, False),
+    "a stranger's, in a folder of all": (STRANGER, 0, 0o1777, False),
+    "a stranger's, in a folder of a group": (STRANGER, 0, 0o775, False),
+    "mounted into a folder of root": (SERVICE, 0, 0o755, True),
+}))  # fmt: skip
 def test_root_takes_the_keys_of_no_stranger(tmp_path, owner, user, mode, is_taken):
     for place, uid in ((tmp_path / "folder", user), (tmp_path / "elsewhere", owner)):
         place.mkdir()
@@ -2633,16 +2616,14 @@ def hot_journal(database, victim):
     return head.ljust(512, b"\0") + next(ends) + name + b"".join(ends) + magic
 
 
-COMPANIONS = [  # beside a database of the service: a file, its owner, and whether root opens it
+@pytest.mark.parametrize("as_it_is", [False, True], ids=["to write", "to examine"])
+@pytest.mark.parametrize("suffix, owner, opens", [
+    # beside a database of the service: a file, its owner, and whether root opens it
     *(("-journal", owner, False) for owner in (0, SERVICE)),
     *((suffix, owner, owner == SERVICE) for suffix in ("-wal", "-shm") for owner in (0, SERVICE)),
     *((suffix, 54321, False) for suffix in ("-wal", "-shm", "-journal")),
     ("-wal", "a second name", False),
-]
-
-
-@pytest.mark.parametrize("as_it_is", [False, True], ids=["to write", "to examine"])
-@pytest.mark.parametrize("suffix, owner, opens", COMPANIONS)
+])  # fmt: skip
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root works in the folders of others")
 def test_root_has_sqlite_open_no_file_that_it_cannot_have_made(
     suffix, owner, opens, as_it_is, paths, clock, tmp_path
@@ -2706,17 +2687,16 @@ def test_the_database_shows_what_it_is_and_has_the_schema_of_the_module(world):
 
 
 NEWER = {"application_id": hostenroll.APPLICATION_ID, "user_version": hostenroll.SCHEMA_VERSION + 1}
-STRANGE_DATABASES = {
+
+
+@pytest.mark.parametrize("make, word", table({
     "made by a newer hostenroll":
         (lambda path: [sql(path, f"PRAGMA {name} = {n}") for name, n in NEWER.items()], "newer"),
     "of another program": (lambda path: sql(path, "CREATE TABLE bookmarks (url)"), "another"),
     "ten bytes": (lambda path: Path(path).write_bytes(b"0123456789"), "not a database"),
     "a page of text": (lambda path: Path(path).write_bytes(b"text\n" * 2000), "not a database"),
     "a folder": (os.mkdir, "not a file"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("make, word", table(STRANGE_DATABASES))
+}))  # fmt: skip
 def test_a_strange_database_is_refused_in_one_line_and_left_as_it_is(make, word, paths, clock):
     make(paths[0])
     before = Path(paths[0]).read_bytes() if os.path.isfile(paths[0]) else None
@@ -2848,7 +2828,8 @@ def swap(paths, clock, tmp_path):
     return swap
 
 
-REMOVED = {
+@pytest.mark.parametrize("how", ["beat", "mint", "host", "housekeeping"])
+@pytest.mark.parametrize("suffix, by, words", table({
     # which file, what is in its place then, and what the line says
     "database removed": ("", None, "removed"),
     "replaced by a backup": ("", "backup.db", "replaced"),
@@ -2858,11 +2839,7 @@ REMOVED = {
     "lock removed": (".lock", None, "the lock beside"),
     "gate removed": (".gate", None, "the lock beside"),
     "lock replaced": (".lock", "empty", "the lock beside"),
-}
-
-
-@pytest.mark.parametrize("how", ["beat", "mint", "host", "housekeeping"])
-@pytest.mark.parametrize("suffix, by, words", table(REMOVED))
+}))  # fmt: skip
 def test_a_file_that_is_removed_or_replaced_ends_the_process_and_loses_nothing(
     suffix, by, words, how, swap, paths, clock, tmp_path, fork
 ):
@@ -2937,18 +2914,15 @@ def test_two_processes_whose_wal_is_removed_lose_nothing_of_either(paths, clock,
     assert third.beat(one) == third.beat(other) == 200
 
 
-FOREIGN_WALS = {  # what takes the place of a WAL
+@pytest.mark.parametrize("checkpoints", [0, 1, 20])
+@pytest.mark.parametrize("make", table({  # what takes the place of a WAL
     "an empty file": lambda wal, older: Path(wal).touch(),
     "a text": lambda wal, older: Path(wal).write_text("a text" * 9999),
     "a copy of it": lambda wal, older: shutil.copy(f"{wal}.away", wal),
     "an older copy of it": lambda wal, older: shutil.copy(older, wal),
     "a folder": lambda wal, older: os.mkdir(wal),
     "a link": lambda wal, older: os.symlink("elsewhere", wal),
-}
-
-
-@pytest.mark.parametrize("checkpoints", [0, 1, 20])
-@pytest.mark.parametrize("make", table(FOREIGN_WALS))
+}))  # fmt: skip
 @needs_proc
 def test_a_wal_that_was_replaced_is_saved_and_the_other_not_mixed_in(
     make, checkpoints, paths, clock, fork, tmp_path, monkeypatch
@@ -3232,16 +3206,15 @@ def test_an_examination_of_copied_files_leaves_them_as_they_are(kept, paths, tmp
 
 # Checkpoints.
 
-SYNCHRONOUS = {  # whether a heartbeat is in the tick, what else, and the level
+
+@pytest.mark.parametrize("beats, works, level", table({
+    # whether a heartbeat is in the tick, what else, and the level
     "plain heartbeats": (True, [], 1),
     "plain heartbeats and reads": (True, [READ], 1),
     "a sign of life": (False, [QUICK_WRITE], 1),
     "anything else that may write": (False, [WRITE], 2),
     "heartbeats with anything else": (True, [READ, WRITE], 2),
-}
-
-
-@pytest.mark.parametrize("beats, works, level", table(SYNCHRONOUS))
+}))  # fmt: skip
 def test_what_is_acknowledged_is_on_the_disk_but_for_plain_heartbeats(beats, works, level, world):
     beat = world.heartbeat(world.join()[1])
     for before in ("NORMAL", "FULL"):
@@ -3345,16 +3318,14 @@ def test_a_sync_that_fails_ends_the_process(statement, error, world, paths):
     assert os.path.getsize(paths[0] + "-wal") > 0
 
 
-LOST_PAGES = {  # what is done then, and how many statements it may run
+@pytest.mark.parametrize("end, most", table({
+    # what is done then, and how many statements it may run
     "work goes on": (
         lambda world: [checkpoints_of(world)._flush.join(), *(turn(world) for _ in range(40))],
         999),
     "a whole checkpoint": (lambda world: world.registry.engine.checkpoint(is_forced=True), 0),
     "it is closed": (lambda world: world.registry.close(), 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("end, most", table(LOST_PAGES))
+}))  # fmt: skip
 def test_pages_lost_by_a_flush_end_the_process_before_their_wal_goes(end, most, world, monkeypatch):
     """SQLite would not move the pages of a part again: the next process does, all of them. A whole
     checkpoint waits for the flush: a system reports a failure to one of two syncs."""
@@ -3555,7 +3526,17 @@ def housekeeping(world):
     return Call(hostenroll.HOUSEKEEPING)
 
 
-WRITES = {
+FAILURES = {
+    "before": {},
+    "after": {"after": True},
+    "full, and rolled back": {"error": failure(13), "rolls_back": True},
+    "busy": {"error": failure(5)},
+    "corrupt": {"error": failure(11, sqlite3.DatabaseError)},
+}
+
+
+@pytest.mark.parametrize("how", sample({name: name for name in FAILURES}, "before", "after"))
+@pytest.mark.parametrize("prepare, action", table({
     # what it is: how to prepare it, the action that the audit log has of it ("": none)
     "mint": (lambda world: call("mint-token"), "mint"),
     "enroll": (enrolling, "enroll"),
@@ -3580,18 +3561,7 @@ WRITES = {
     "mint an API key": (lambda world: call("mint-api-key", role="admin"), "mint"),
     "revoke an API key":
         (lambda world: call("revoke-api-key", world.act("mint-api-key").key.id), "revoke"),
-}  # fmt: skip
-FAILURES = {
-    "before": {},
-    "after": {"after": True},
-    "full, and rolled back": {"error": failure(13), "rolls_back": True},
-    "busy": {"error": failure(5)},
-    "corrupt": {"error": failure(11, sqlite3.DatabaseError)},
-}
-
-
-@pytest.mark.parametrize("how", sample({name: name for name in FAILURES}, "before", "after"))
-@pytest.mark.parametrize("prepare, action", table(WRITES))
+}))  # fmt: skip
 def test_whichever_statement_fails_it_is_all_or_nothing(prepare, action, how, paths, clock):
     """Of an act and of its event in the audit log, and the answer is 503."""
     with World(paths, clock, credential_ttl=100) as world:
@@ -3717,21 +3687,19 @@ def lose(path):
             os.unlink(path + suffix)
 
 
-LOSSES = {  # what is done, what the line says, whether the old credentials are known afterwards
+def bytes_by_path(paths):
+    return {path: Path(path).read_bytes() for path in paths if os.path.exists(path)}
+
+
+@pytest.mark.parametrize("spoil, sentence, is_known", table({
+    # what is done, what the line says, whether the old credentials are known afterwards
     "no key file": (lambda paths: lose(paths[1]), "restore the key file", False),
     "no database": (lambda paths: lose(paths[0]), "restore the database", True),
     "an empty database": (lambda paths: os.truncate(paths[0], 0), "restore the database", True),
     "another's key file": (
         lambda paths: hostenroll.write_key_file(paths[1], hostenroll.new_keyring()),
         "not the key file of the database", False),
-}  # fmt: skip
-
-
-def bytes_by_path(paths):
-    return {path: Path(path).read_bytes() for path in paths if os.path.exists(path)}
-
-
-@pytest.mark.parametrize("spoil, sentence, is_known", table(LOSSES))
+}))  # fmt: skip
 def test_half_of_a_pair_is_refused_unless_init_allows_it(spoil, sentence, is_known, paths, clock):
     with World(paths, clock) as world:
         _, credential = world.join()
@@ -4070,7 +4038,7 @@ def test_a_migration_that_is_killed_leaves_a_whole_old_database(paths, clock, tm
     assert version == hostenroll.SCHEMA_VERSION and old > 20
 
 
-APPEND_ONLY = [
+@pytest.mark.parametrize("statement", [
     "UPDATE audit SET actor = 'x' WHERE number = 1",
     "UPDATE audit SET at = at",
     "DELETE FROM audit WHERE number = 1",
@@ -4079,10 +4047,7 @@ APPEND_ONLY = [
     "INSERT OR REPLACE INTO audit SELECT number, 0, action, actor, address, organization_id, "
     "subject, code, detail, mac FROM audit WHERE number = 1",
     "INSERT OR IGNORE INTO audit SELECT * FROM audit WHERE number = 1",
-]
-
-
-@pytest.mark.parametrize("statement", APPEND_ONLY)
+])  # fmt: skip
 def test_the_audit_log_is_append_only(statement, paths, clock):
     with World(paths, clock) as world:
         for _ in range(3):
@@ -4203,8 +4168,7 @@ def _other_secret(text):
     return hostenroll.mint_secret("het", int(text[4:20], 16)).text
 
 
-# fmt: off
-REFUSED_ENROLLMENTS = {
+@pytest.mark.parametrize("bound, changed, hostname, code", table({
     # name: what the token is bound to, what is sent, from which host, the refusal
     "a slip": (None, _slip, "web-1", "token-unknown"),
     "a guess": (None, _other_secret, "web-1", "token-unknown"),
@@ -4212,11 +4176,7 @@ REFUSED_ENROLLMENTS = {
     "a space": (None, lambda text: text + " ", "web-1", "token-unknown"),
     "an API key": (None, lambda text: "hak" + text[3:], "web-1", "token-unknown"),
     "another host": ("db-1", lambda text: text, "db-10", "token-host-mismatch"),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("bound, changed, hostname, code", table(REFUSED_ENROLLMENTS))
+}))  # fmt: skip
 def test_a_refused_enrollment_uses_up_nothing(bound, changed, hostname, code, door):
     minted = door.mint(**({"hostname": bound} if bound else {})).document
     before = door.show_token(minted["id"]).document
@@ -4311,8 +4271,7 @@ def test_a_lost_reply_can_be_asked_for_again(door):
     assert [reply.code for reply in replies] == [None, None, "credential-superseded"]
 
 
-# fmt: off
-REPLAYS = {
+@pytest.mark.parametrize("between, code", table({
     "at once": (lambda door, clock, it, host: None, None),
     "after a day": (lambda door, clock, it, host: clock.advance(86_400), None),
     "after a day and 1 ms": (lambda door, clock, it, host: clock.advance(86_400.001), "token-used"),
@@ -4321,11 +4280,7 @@ REPLAYS = {
     "token revoked": (lambda door, clock, it, host: door.revoke_token(it), "token-revoked"),
     "host revoked": (lambda door, clock, it, host: door.revoke(host["hostId"]), "token-used"),
     "host deleted": (lambda door, clock, it, host: door.delete(host["hostId"]), "token-used"),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("between, code", table(REPLAYS))
+}))  # fmt: skip
 def test_a_replay_is_answered_until_the_first_beat_for_a_day(between, code, door, clock):
     minted = door.mint().document
     host = door.enroll(minted["token"], key="k").document
@@ -4489,16 +4444,15 @@ def test_a_serial_that_we_do_not_know_of_shuts_no_host_out_for_good(world):
 
 
 GRACE = 7 * 86400
-AGES = {
+
+
+@pytest.mark.parametrize("age, outcome", table({
     "two thirds": (200, "beats"),
     "1 ms more": (200.001, "renews"),
     "at its end": (300, "renews"),
     "7 days on": (300 + GRACE, "renews"),
     "7 days and 1 ms": (300 + GRACE + 0.001, "expired"),
-}
-
-
-@pytest.mark.parametrize("age, outcome", table(AGES))
+}))  # fmt: skip
 def test_a_credential_is_renewed_in_its_last_third_and_a_week_after(age, outcome, renewing, clock):
     _, credential = renewing.join()
     clock.now = NOON + age
@@ -4515,7 +4469,7 @@ def test_a_credential_is_renewed_in_its_last_third_and_a_week_after(age, outcome
     assert renewing.sql("SELECT last_seen FROM heartbeat") == [(seen,)]
 
 
-TTLS = {
+@pytest.mark.parametrize("old, new, age, renews, ends", table({
     "none to one": (None, 300, 0, True, True),
     "shorter": (600, 300, 0, True, True),
     "the same": (300, 300, 0, False, None),
@@ -4524,10 +4478,7 @@ TTLS = {
     "one to none": (300, None, 0, False, None),
     "one to none, in the last third": (300, None, 201, True, False),
     "none at all": (None, None, 10 * GRACE, False, None),
-}
-
-
-@pytest.mark.parametrize("old, new, age, renews, ends", table(TTLS))
+}))  # fmt: skip
 def test_another_lifetime_reaches_the_fleet_by_renewal(old, new, age, renews, ends, paths, clock):
     with World(paths, clock, credential_ttl=old) as world:
         _, credential = world.join()
@@ -4641,8 +4592,7 @@ def play(world, script):
     return world.act("show-host", hosts[0][0]).reason
 
 
-# fmt: off
-SILENCES = {
+@pytest.mark.parametrize("script, reason", table({
     "the server's own downtime": (  # 60 s of silence, the gap, and 40 s; then it no longer counts
         "start, live 200, beat, live 60, gap 3600, online, start, online, live 40, online, "
         "live 0.0015, offline, beat, live 100, online, live 0.0015, offline", ""),
@@ -4663,11 +4613,7 @@ SILENCES = {
     "a beat while the clock was ahead": (
         "gap 259200, beat, gap -172800, online",
         "last seen at 2027-01-18T08:00:00.000Z: the clock has gone back"),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("script, reason", table(SILENCES))
+}))  # fmt: skip
 def test_only_what_a_server_could_have_heard_is_a_hosts_silence(script, reason, world):
     assert play(world, script) == reason or not reason
 
@@ -4687,18 +4633,15 @@ def test_a_second_server_beside_a_live_one_makes_no_gap(world, paths, clock):
     assert world.sql("SELECT alive FROM service") == [(NOON_MS + 110_000,)]
 
 
-STEPS = {
+@pytest.mark.parametrize("after", [30, 400], ids=["at once", "later"])
+@pytest.mark.parametrize("steps", table({
     "hours ahead": [5 * 3600],
     "hours back": [-5 * 3600],
     "ahead and back": [5 * 3600, -5 * 3600],
     "back and ahead": [-5 * 3600, 5 * 3600],
     "years ahead and back": [9e8, -9e8],
     "before there were ids": [-NOON + 60],
-}
-
-
-@pytest.mark.parametrize("after", [30, 400], ids=["at once", "later"])
-@pytest.mark.parametrize("steps", table(STEPS))
+}))  # fmt: skip
 def test_a_clock_that_is_set_makes_no_host_silent_and_hides_no_silence(steps, after, world, caplog):
     caplog.set_level(logging.WARNING)
     start(world)
@@ -4945,7 +4888,6 @@ def test_no_call_looks_at_the_whole_fleet(world):
     fill(world, 20_000)
     world.sql("UPDATE host SET token_id = ?", int(minted["id"], 16))
     world.api_key  # noqa: B018  minted now, and not in what is counted
-    # fmt: off
     calls = {
         "hosts": (200_000, lambda: world.act("list-hosts", q="-")),
         "a page of hosts": (10_000, lambda: world.act("list-hosts")),
@@ -4955,8 +4897,7 @@ def test_no_call_looks_at_the_whole_fleet(world):
         "enroll": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "replay": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "delete": (5_000, lambda: world.act("delete-host", 1 << 8)),
-    }
-    # fmt: on
+    }  # fmt: skip
     for name, (_, run) in calls.items():
         steps.clear()
         world.registry.engine._connection.set_progress_handler(lambda: steps.append(100), 100)
