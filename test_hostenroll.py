@@ -993,37 +993,30 @@ def test_schema_sql_is_what_the_module_has_and_prints(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_starts_where_there_is_no_proc(tmp_path):
-    hidden = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$0" "$@"')
-    with contextlib.suppress(FileNotFoundError):
-        if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode == 0:
-            program = [*hidden, sys.executable, str(MODULE)]
-            with start_server(tmp_path, how="process", program=program) as server:
-                assert server.call("GET", "/healthz").status == 200
-                assert server.terminate() == 0
-            return
-    pytest.skip("nothing can be mounted here")
-
-
 WITHOUT_MEMFD = "import os\nif hasattr(os, 'memfd_create'):\n    del os.memfd_create\n"
+WITHOUT_PROC = "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$0" "$@"'
 
 
 @pytest.mark.parametrize("before, after, restarts", sample({
     # words before and after the interpreter; whether a server starts itself again
-    "without site-packages": ("", "-I -S {}", True),
-    "without asserts": ("", "-OO {}", True),
-    "with every warning an error": ("", "-X utf8 -W error -X dev {}", True),
-    "as a module": ("", "-m hostenroll", False),
-    "without memfd_create": ("env PYTHONPATH=strange", "{}", False),
-}, "without site-packages", "as a module", "without memfd_create"))  # fmt: skip
+    "without site-packages": ((), "-I -S {}", True),
+    "without asserts": ((), "-OO {}", True),
+    "with every warning an error": ((), "-X utf8 -W error -X dev {}", True),
+    "as a module": ((), "-m hostenroll", False),
+    "without memfd_create": (("env", "PYTHONPATH=strange"), "{}", False),
+    "without /proc": (WITHOUT_PROC, "{}", False),
+}, "without site-packages", "as a module", "without memfd_create", "without /proc"))  # fmt: skip
 def test_one_file_alone_in_a_folder_is_the_whole_program(before, after, restarts, tmp_path):
     """A server starts itself again from compiled code, which saves memory, where the system can."""
+    hides = shutil.which("unshare") and subprocess.call([*WITHOUT_PROC, "true"], stderr=-3) == 0
+    if before is WITHOUT_PROC and not hides:
+        pytest.skip("nothing can be mounted here")
     is_utf8 = sys.getfilesystemencoding() == "utf-8"
     folder = tmp_path / ("a folder, à côté" if is_utf8 else "a folder")
     (folder / "strange").mkdir(parents=True)
     (folder / "strange" / "sitecustomize.py").write_text(WITHOUT_MEMFD)
     path = shutil.copy(MODULE, folder / "hostenroll.py")
-    program = [*before.split(), sys.executable, *(word.format(path) for word in after.split())]
+    program = [*before, sys.executable, *(word.format(path) for word in after.split())]
     minted = cli(folder, "mint-token", program=program)
     with start_server(folder, how="process", program=program, api_key=False) as server:
         if sys.platform == "linux":
@@ -2529,16 +2522,10 @@ def test_every_file_is_for_its_owner_alone_whatever_the_umask(paths, clock, tmp_
 
 def hot_journal(database, victim):
     """A rollback journal that SQLite plays back, and that has it delete another file."""
-    pages, lock_page = (
-        os.path.getsize(database) // hostenroll.PAGE_SIZE,
-        0x40000000 // hostenroll.PAGE_SIZE + 1,
-    )
-    magic, name = bytes.fromhex("d9d505f920a163d7"), os.fsencode(victim)
-    head = magic + b"".join(
-        n.to_bytes(4, "big") for n in (0, 1234, pages, 512, hostenroll.PAGE_SIZE)
-    )
-    ends = (n.to_bytes(4, "big") for n in (lock_page, len(name), sum(name)))
-    return head.ljust(512, b"\0") + next(ends) + name + b"".join(ends) + magic
+    page, magic, name = hostenroll.PAGE_SIZE, bytes.fromhex("d9d505f920a163d7"), os.fsencode(victim)
+    head = magic + struct.pack(">5I", 0, 1234, os.path.getsize(database) // page, 512, page)
+    ends = struct.pack(">I", 0x40000000 // page + 1), struct.pack(">2I", len(name), sum(name))
+    return head.ljust(512, b"\0") + ends[0] + name + ends[1] + magic
 
 
 @pytest.mark.parametrize("as_it_is", [False, True], ids=["to write", "to examine"])
@@ -2595,7 +2582,7 @@ def test_no_database_is_made_beside_a_file_that_is_refused(suffix, paths, clock)
     os.symlink("elsewhere", paths[0] + suffix)
     with pytest.raises(hostenroll.OperatorError, match=rf"{suffix} is a link"):
         open_registry(*paths, clock.ms)
-    assert not os.path.exists(paths[0])
+    assert not any(map(os.path.exists, paths))
 
 
 def test_the_database_shows_what_it_is_and_has_the_schema_of_the_module(world):
@@ -3515,16 +3502,6 @@ def test_a_defect_in_a_tick_is_no_reason_to_try_again_at_once(world, clock, monk
     assert not world.registry.storage_trouble and world.audit("refuse") != []
 
 
-def test_an_audit_log_with_a_mac_of_text_goes_on(world):
-    """A forger must not be able to stop the server with it."""
-    world.token()
-    world.sql("DROP TRIGGER audit_is_never_changed")
-    world.sql("UPDATE audit SET mac = 'text'")
-    world.token()
-    with pytest.raises(hostenroll.OperatorError, match="not as it was written"):
-        verify_audit(world.registry, None)
-
-
 def test_a_trouble_is_logged_once_and_so_is_its_end(world, caplog, monkeypatch):
     """Though reads succeed in between, and now and then a small tick that writes."""
     caplog.set_level(logging.INFO)
@@ -4434,30 +4411,53 @@ def play(world, script):
     return world.act("show-host", hosts[0][0]).reason
 
 
-@pytest.mark.parametrize("script, reason", table({
+@pytest.mark.parametrize("script, logged, reason", table({
+    # what happens, how often the log has a clock that was set, the reason for the last status
     "the server's own downtime": (  # 60 s of silence, the gap, and 40 s; then it no longer counts
         "start, live 200, beat, live 60, gap 3600, online, start, online, live 40, online, "
-        "live 0.0015, offline, beat, live 100, online, live 0.0015, offline", ""),
+        "live 0.0015, offline, beat, live 100, online, live 0.0015, offline", 0, ""),
     "a full disk for an hour": (
-        "start, live 300, beat, live 10, full 3600, online, live 5, online, live 101, offline", ""),
+        "start, live 300, beat, live 10, full 3600, online, live 5, online, live 101, offline", 1,
+        ""),
     "a crash loop": (  # a server that lives for seconds hears no host: the gap goes on
         "start, live 200, beat, gap 3600, start, online, gap 2, join, beat, live 2, "
         "gap 15, start, online, gap 2, join, beat, live 2, "
         "gap 3600, start, online, gap 2, join, beat, live 2, "
         "gap 15, start, online, gap 2, join, beat, live 2, "
-        "gap 15, start, online, live 101, offline", ""),
+        "gap 15, start, online, live 101, offline", 0, ""),
     "a gap soon after the clock was set back": (  # not the gap before it, which lies ahead now
-        "start, live 200, gap -3600, live 0, beat, live 20, gap 7200, start, online", ""),
+        "start, live 200, gap -3600, live 0, beat, live 20, gap 7200, start, online", 1, ""),
+    "a clock that is set ahead": (
+        "start, live 300, beat, live 10, gap 18000, online, live 5, online, live 101, offline", 1,
+        ""),
+    "a clock that is set back": (
+        "start, live 300, beat, live 10, gap -18000, online, live 5, online, live 30, beat, "
+        "online, live 101, offline", 1, ""),
+    "a clock that is set ahead and back": (
+        "start, live 300, beat, live 10, gap 18000, online, live 30, beat, live 10, gap -18000, "
+        "online, live 5, online, beat, live 101, offline", 2, ""),
+    "a clock that is set years ahead and back": (
+        "start, live 300, beat, live 10, gap 9e8, online, live 400, beat, live 10, gap -9e8, "
+        "online, live 5, online, beat, live 101, offline", 2, ""),
+    "a clock that is set back and ahead": (
+        "start, live 300, beat, live 10, gap -18000, online, live 400, beat, live 10, gap 18000, "
+        "online, live 5, online, live 101, offline", 2, ""),
+    "a clock of before there were ids": (
+        "start, live 300, beat, live 10, gap -1799999940, online, live 5, online, beat, live 101, "
+        "offline", 1, ""),
     "a dead host and a clock that is set back": (
-        "start, beat, live 3600, offline, gap -18000, offline, live 5, offline",
+        "start, beat, live 3600, offline, gap -18000, offline, live 5, offline", 1,
         "last seen at 2027-01-15T08:00:00.000Z: the clock has gone back 60 min ago or more, more "
         "than 3 x 30 s + 10 s"),
     "a beat while the clock was ahead": (
-        "gap 259200, beat, gap -172800, online",
+        "gap 259200, beat, gap -172800, online", 0,
         "last seen at 2027-01-18T08:00:00.000Z: the clock has gone back"),
 }))  # fmt: skip
-def test_only_what_a_server_could_have_heard_is_a_hosts_silence(script, reason, world):
+def test_only_what_a_server_could_have_heard_is_a_hosts_silence(
+    script, logged, reason, world, caplog
+):
     assert play(world, script) == reason or not reason
+    assert caplog.text.count("the clock was set") == logged
 
 
 def test_a_second_server_beside_a_live_one_makes_no_gap(world, paths, clock):
@@ -4473,50 +4473,6 @@ def test_a_second_server_beside_a_live_one_makes_no_gap(world, paths, clock):
     clock.advance(-5)
     keep_alive(world)
     assert world.sql("SELECT alive FROM service") == [(NOON_MS + 110_000,)]
-
-
-@pytest.mark.parametrize("after", [30, 400], ids=["at once", "later"])
-@pytest.mark.parametrize("steps", table({
-    "hours ahead": [5 * 3600],
-    "hours back": [-5 * 3600],
-    "ahead and back": [5 * 3600, -5 * 3600],
-    "back and ahead": [-5 * 3600, 5 * 3600],
-    "years ahead and back": [9e8, -9e8],
-    "before there were ids": [-NOON + 60],
-}))  # fmt: skip
-def test_a_clock_that_is_set_makes_no_host_silent_and_hides_no_silence(steps, after, world, caplog):
-    caplog.set_level(logging.WARNING)
-    start(world)
-    hosts = [world.join(name) for name in ("alive", "dies", "dead")]
-    _, credential = hosts[0]
-
-    def statuses():
-        each = [status_of(world, host) for host, _ in hosts]
-        listed = sorted(view.status for view in world.act("list-hosts").items)
-        counted = sorted(status for _, status in census_of(world)[0].counts.elements())
-        assert listed == counted == sorted(each)
-        return each
-
-    world.beat(hosts[2][1])
-    live_on(world, 300)
-    for _, own in hosts[:2]:
-        world.beat(own)
-    for n, step in enumerate(steps):
-        heard = 1 if n and after > 100 else 2  # how many were seen since the last step but one
-        live_on(world, 10)
-        world.advance(step)
-        assert set(statuses()[:heard]) == {"online"}  # before the server has noticed, too
-        live_on(world, 5)
-        assert set(statuses()[:heard]) == {"online"}
-        live_on(world, after)
-        assert world.beat(credential).document["lastSeen"] == hostenroll.rfc3339(world.clock.ms)
-        assert statuses()[0] == "online"
-    for _ in range(12):
-        live_on(world, 10)
-        world.beat(credential)
-    assert statuses() == ["online", "offline", "offline"]
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == len(steps) and all("the clock was set" in line for line in lines)
 
 
 @pytest.mark.parametrize("step", [5 * 3600, -5 * 3600, -NOON + 60], ids=["ahead", "back", "1970"])
@@ -4908,21 +4864,14 @@ def test_opening_writes_nothing_so_a_foreign_writer_does_not_hinder_it(world, pa
         open_registry(*paths, clock.ms).close()
 
 
-@pytest.mark.parametrize("way", ["a link in the way", "Ctrl-C"])
-def test_a_first_start_that_fails_leaves_no_keys_without_a_database(way, paths, clock, monkeypatch):
+def test_a_first_start_that_fails_leaves_no_keys_without_a_database(paths, clock, monkeypatch):
     """Else the next start would refuse them as half a pair."""
-    link = Path(f"{paths[0]}-wal")
-    if way == "Ctrl-C":
-        interrupt = partial(signal.raise_signal, signal.SIGINT)
-        monkeypatch.setattr(hostenroll.Engine, "create_schema", lambda engine: interrupt())
-    else:
-        link.symlink_to("elsewhere")
-    with pytest.raises((hostenroll.OperatorError, KeyboardInterrupt)):
+    interrupt = partial(signal.raise_signal, signal.SIGINT)
+    monkeypatch.setattr(hostenroll.Engine, "create_schema", lambda engine: interrupt())
+    with pytest.raises(KeyboardInterrupt):
         open_registry(*paths, clock.ms)
     assert not os.path.exists(paths[1])
     monkeypatch.undo()
-    if way != "Ctrl-C":
-        link.unlink()
     with opened(paths, clock):  # by one connection: to close another would drop SQLite's locks
         assert len(hostenroll.descriptors_of(hostenroll.file_id(paths[0]))) <= 1
 
@@ -5138,7 +5087,7 @@ class Life(Model):
         (3, "on_host", "delete", "DELETE"), (6, "on_host", "reenroll", "POST", "/reenroll",
                                              {"ttlSeconds": 600, "description": "again"}),
         (1, "rotate"), (2, "retire"), (2, "readyz"), (1, "housekeeping"), (2, "restart"),
-        (2, "forge"), (8, "wait"), (5, "wait_for_a_boundary"),
+        (8, "wait"), (5, "wait_for_a_boundary"),
     )  # fmt: skip
     WAITS = (0.001, 1, 30, 99, 600, 18_000, 86_400, 3 * 86_400, 9 * 86_400, -0.001, -20, -50,
              -3600, -2 * 86_400)  # fmt: skip
@@ -5377,19 +5326,6 @@ class Life(Model):
         self.servers[n].registry.close()
         options = self.chance.choice([1, 30, 30, 300]), self.chance.choice([None, 600, 172_800])
         self.servers[n] = self.start(*options)
-
-    def forge(self):
-        """What was given to no host is refused, and changes nothing."""
-        server, dice = self.server, self.chance.randrange(4)
-        if dice < 2:
-            fresh = hostenroll.mint_secret("het", hostenroll.new_id(self.clock.ms)).text
-            text = _other_secret(self.one_of(self.tokens).text) if dice else fresh
-            assert server.enroll(text).code == "token-unknown"
-        elif dice == 2 and self.credentials:
-            head, _, tail = self.one_of(self.credentials).text.rpartition(".")
-            assert server.beat(f"{head}.{tail[::-1]}").code == "credential-invalid"
-        else:
-            assert server.beat(None).code == "credential-missing"
 
     def wait(self):
         self.turn_clock(self.clock.ms + int(self.chance.choice(self.WAITS) * 1000))
@@ -6609,6 +6545,7 @@ def test_many_old_events_go_in_bounded_turns_that_follow_at_once(world):
 
 @pytest.mark.parametrize("statements", table({
     "all are made old": ["UPDATE audit SET at = 0"],
+    "and have a text for a mac": ["UPDATE audit SET at = 0, mac = 'text'"],
     "the first few are made old": ["UPDATE audit SET at = 0 WHERE number < 4"],
     "all but one that is old":
         ["DELETE FROM audit WHERE number < 7", "UPDATE audit SET at = 0, mac = zeroblob(32)"],
