@@ -1318,7 +1318,7 @@ MUTATED = {
     "Enrollments._enroll": (
         "before_the_tick or api and (uses_up or answered_until or re_enrolled or as_many)",
         1, "use_token() fails only where _require_valid() refuses"),
-    "Enrollments._may_replay": ("api and (answered_until_the_first_beat or as_many)", 1,
+    "Enrollments._may_replay": ("api and (answered_until_the_first_beat or re_enrolled)", 1,
                                 "last_seen is 0 or a time"),
     "Heartbeats.batch": ("strays or judged_by_what or each_call or locked_out or copied_c", 0, ""),
     "Heartbeats.accept": (
