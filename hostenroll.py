@@ -1561,7 +1561,10 @@ BEGIN
 END;
 """
 
-CREATED = re.compile(r"^CREATE (?:UNIQUE )?[A-Z]+ (\w+)", re.MULTILINE)
+# Its tables, indexes and triggers: by name the statement that creates each.
+SCHEMA_OBJECTS = {
+    name: text for text, name in re.findall(r"(?ms)^(CREATE [A-Z ]+ (\w+).*?);$(?!\nEND)", SCHEMA)
+}
 
 # What to alter in a database of an older version; then what is missing of SCHEMA is created.
 MIGRATIONS: Mapping[int, Sequence[str]] = {
@@ -1574,6 +1577,24 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
     ),
     2: ("ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",),
 }
+
+# SQL word by word. White space is what SQLite takes for it: to it, all else is part of a name.
+_SQL_WORDS = re.compile(r"""(?as)--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"[a-z_]+"|\w+|\S""")
+
+
+def canonical(statement: str) -> str:
+    """A CREATE statement without comments and layout, with the columns of a table in alphabetical
+    order, since ALTER TABLE puts a new one last, and the names without the quotation marks of its
+    RENAME. What differs for SQLite from one of SCHEMA differs here, since that has its keywords in
+    capitals, and no comma, bracket or comment between quotation marks."""
+    words = (word for word in _SQL_WORDS.findall(statement) if not word.startswith(("--", "/*")))
+    text = " ".join(word.strip('"') or word for word in words)
+    head, _, rest = text.partition(" ( ")
+    if not head.startswith("CREATE TABLE"):
+        return text
+    body, _, tail = rest.rpartition(" )")
+    return " , ".join([head, *sorted(re.split(r" , (?![^()]* \))", body)), tail])
+
 
 SQLITE_VERSION = sqlite3.sqlite_version
 
@@ -1854,6 +1875,11 @@ class Database:
         self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
         self._connection: Optional[sqlite3.Connection] = None
         self._is_lost = False  # Unrecoverable was raised
+        # Of the schema, as it was compared: the changes that SQLite had counted, what was altered,
+        # the line about that and what is missing, the line about what does no harm.
+        self._schema_cookie = -1
+        self.altered: list[str] = []
+        self.schema_fault = self.schema_remark = ""
 
     def file_sizes(self) -> tuple[int, int]:
         """Bytes of the database and of its WAL, which are not opened."""
@@ -1950,30 +1976,65 @@ class Database:
         return bool(application == APPLICATION_ID)
 
     def require_our_schema(self) -> None:
-        """Raises Unrecoverable when a newer program has migrated the database; StoreError."""
+        """Raises Unrecoverable when a newer program has migrated the database, or its schema was
+        altered since it was opened; StoreError."""
         version = self.version()
         if version != SCHEMA_VERSION:
             raise self.unrecoverable(
                 f"{self.path} has schema {version} now, and this program knows {SCHEMA_VERSION}: "
                 "use the program that migrated it"
             )
+        if self.value("PRAGMA schema_version") != self._schema_cookie:
+            self.compare_schema()
+            if self.schema_fault:
+                raise self.unrecoverable(self.schema_fault)
+
+    def compare_schema(self, refuses: bool = False) -> None:
+        """Compare the schema with SCHEMA. A trigger that swallows events leaves no gap in their
+        chain, so it must not get to act. refuses: raises StoreError for a schema that was altered.
+        What a forger wrote may be of any type and encoding."""
+        self._schema_cookie = self.value("PRAGMA schema_version")
+        self.altered, remarks, missing = [], [], dict(SCHEMA_OBJECTS)
+        columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("type", "name", "tbl_name", "sql"))
+        # What a table has made by itself, as the index of a UNIQUE column, has no text.
+        for row in self.rows(f"SELECT {columns} FROM sqlite_master WHERE sql IS NOT NULL"):
+            texts = (str(value or b"", "utf-8", "replace") for value in row)
+            kind, name, table, text = (text.partition("\0")[0] for text in texts)  # as C reads it
+            what, is_trigger = sanitize(f"{kind} {name}"), kind.lower() == "trigger"
+            is_on_ours = table.lower() in SCHEMA_OBJECTS
+            if is_trigger and not is_on_ours:  # a foreign key may have its rows deleted with ours
+                is_on_ours = bool(self.rows("SELECT 1 FROM pragma_foreign_key_list(?)", table))
+            if name in SCHEMA_OBJECTS:
+                ours = missing.pop(name, SCHEMA_OBJECTS[name])
+                if text != ours and canonical(text) != canonical(ours):
+                    self.altered.append(f"{what} is altered")
+            elif is_on_ours and (is_trigger or canonical(text).startswith("CREATE UNIQUE ")):
+                self.altered.append(f"{what} on {sanitize(table)} is foreign")
+            elif not name.startswith("sqlite_"):  # of ANALYZE and of AUTOINCREMENT
+                remarks.append(f"{what} is foreign")
+        slow = [name for name in missing if missing[name].startswith("CREATE INDEX")]
+        remarks += [f"index {name} is missing, so requests take longer" for name in slow]
+        faults = [*self.altered, *(f"{name} is missing" for name in missing if name not in slow)]
+        first, first_remarks = (", ".join(each[:ERRORS_NAMED]) for each in (faults, remarks))
+        remedy = "stop every server, and DROP what is foreign or restore a backup"
+        self.schema_fault = f"the schema of {self.path}: {first}: {remedy}" if faults else ""
+        self.schema_remark = f"the schema of {self.path}: {first_remarks}" if remarks else ""
+        if faults and refuses:
+            raise StoreError(self.schema_fault)
 
     def create_schema(self) -> None:
-        """Create what is missing of the schema, in the caller's transaction. executescript() would
-        commit first."""
+        """Create what is missing of the schema, in the caller's transaction."""
+        self.run(f"PRAGMA application_id = {APPLICATION_ID}")
+        self.run(f"PRAGMA user_version = {SCHEMA_VERSION}")
         existing = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
-        statement = ""
-        for line in SCHEMA.splitlines(keepends=True):
-            statement += line
-            if sqlite3.complete_statement(statement):
-                created = CREATED.search(statement)
-                if created is None or created[1] not in existing:
-                    self.run(statement)
-                statement = ""
+        for name, statement in SCHEMA_OBJECTS.items():
+            if name not in existing:
+                self.run(statement)
 
-    def migrate(self) -> None:
+    def migrate(self, finish: Callable[[int], object]) -> None:
         """Bring the schema of an older version up to ours, all or nothing, under the lock that the
-        caller holds. Raises StoreError; rollback() then."""
+        caller holds. finish is called with the older version when the schema is ours, before the
+        commit. Raises StoreError; rollback() then."""
         version = self.version()
         if version < SCHEMA_VERSION:
             self.run("BEGIN IMMEDIATE")  # synchronous is FULL until begin() changes it
@@ -1981,6 +2042,8 @@ class Database:
                 for statement in MIGRATIONS[older]:
                     self.run(statement)
             self.create_schema()
+            self.compare_schema(refuses=True)
+            finish(version)
             self.run("COMMIT")
             log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
 
@@ -2222,18 +2285,19 @@ class Engine(Database):
             self.lock.release_gate()
 
     def faults(self) -> list[str]:
-        """What is wrong with the database, by SQLite's own checks and by our schema."""
+        """What is wrong with the database, by our schema and by SQLite's own checks, which a forged
+        schema can make fail."""
+        faults: list[str] = []
         try:
-            faults = [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
+            if self.version() == SCHEMA_VERSION:
+                self.compare_schema()
+                faults += filter(None, [self.schema_fault])
+            faults += [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
             orphans = self.rows("PRAGMA foreign_key_check")
             faults += [f"a row of {row[0]} lacks its {row[2]}" for row in orphans]
-            if self.version() == SCHEMA_VERSION:
-                existing = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
-                names = CREATED.findall(SCHEMA)
-                faults += [f"{name} is missing" for name in names if name not in existing]
             self.require_unchanged(durable=False)
         except StoreError as error:
-            return [str(error)]
+            faults.append(str(error))
         return faults
 
     # Backups.
@@ -2488,6 +2552,9 @@ class Queries:
 
     def signing_keys(self) -> list[SigningKeyRow]:
         return self._all(SigningKeyRow, "ORDER BY number DESC")
+
+    def kids(self) -> set[str]:
+        return {kid for (kid,) in self._rows("SELECT kid FROM signing_key")}
 
     def add_signing_key(self, kid: str, now: int) -> None:
         """Give a kid a number; one that was retired is no longer."""
@@ -4236,7 +4303,7 @@ class Registry:
 
             self.engine.begin(writes=False, durable=False)
             try:
-                kids = {row.kid for row in self.queries.signing_keys()}
+                kids = self.queries.kids()  # the schema may be an older one
                 self.engine.copy_to(f"{database}.tmp", pause)
             finally:
                 self.engine.rollback()
@@ -4267,9 +4334,16 @@ LEARN_KEYS = InternalRule(
 
 
 def open_registry(
-    database: str, key_file: str, now: int, *, init: bool = False, **options: Any
-) -> Registry:
+    database: str, key_file: str, now: int, *, init: bool = False, purpose: str = "serve",
+    **options: Any,
+) -> Registry:  # fmt: skip
     """The registry of a database and its key file. Options are those of Registry.
+
+    purpose  a database of an older schema            one whose schema was altered
+    serve    is brought up to ours, after a copy      is refused
+    act      is refused, and not touched              is refused
+    read     is refused, and not touched              gives a warning
+    copy     is taken as it is                        gives a warning
 
     database  key file
     there     there     they must know each other, or init adopts the keys
@@ -4281,12 +4355,18 @@ def open_registry(
     An empty database file counts as missing. Raises OperatorError, StoreError, StorageUnavailable.
     """
     engine = Engine(database)
+    if purpose not in ("serve", "copy") and not os.path.exists(f"{engine.path}-journal"):
+        with closing(Engine(database)) as seen:  # to open it to write would make and move files
+            if seen.file_sizes()[0] > 0 and seen.open(as_it_is=True):
+                _require_our_version(seen)
     try:
         engine.lock.acquire(LOCK_PATIENCE)
         keys = KeyFile(key_file)
-        keyring, is_adopted = _open_pair(engine, keys, init, now)
+        keyring, is_adopted = _open_pair(engine, keys, init, purpose, now)
         engine.lock.release()
         registry = Registry(engine, keys, keyring, **options)
+        if engine.version() < SCHEMA_VERSION or engine.schema_fault:  # it is only read
+            return registry
         if is_adopted or registry.perform(Call(KNOWN_KIDS), now) != set(registry.keys.keyring.kids):
             registry.perform(Call(LEARN_KEYS, values={"restarts_audit": is_adopted}), now)
         return registry
@@ -4298,10 +4378,22 @@ def open_registry(
         raise
 
 
-def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Keyring, bool]:
+def _require_our_version(engine: Engine) -> None:
+    version = engine.version()
+    if version < SCHEMA_VERSION:
+        raise OperatorError(f"{engine.path}: schema {version}: start serve of this version once")
+
+
+def _open_pair(
+    engine: Engine, keys: KeyFile, init: bool, purpose: str, now: int
+) -> tuple[Keyring, bool]:
     """Open or make both, with the lock held: the keyring, and whether it has to be adopted."""
     database, key_file = engine.path, keys.path
     has_database = engine.file_sizes()[0] > 0 and engine.open()
+    if has_database and purpose not in ("serve", "copy"):
+        _require_our_version(engine)
+    if has_database and engine.version() == SCHEMA_VERSION:
+        engine.compare_schema(refuses=purpose not in ("read", "copy"))
     has_keys = os.path.exists(key_file)
     if has_database and not has_keys and not init:
         raise OperatorError(
@@ -4324,7 +4416,9 @@ def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Key
             f"{key_file} is not the key file of the database {database}: restore the pair from one "
             "backup, or go on with these keys with serve --init (every host must re-enroll)"
         )
-    engine.migrate()
+    if purpose == "serve" and engine.version() < SCHEMA_VERSION:
+        _copy_older(engine)
+        engine.migrate(lambda older: None)
     if is_adopted and is_served(Queries(engine).service(), now):
         # It would go on with the keys that it has, until it reads the new ones.
         raise OperatorError(f"a server is running on {database}: stop it, and wait 30 s")
@@ -4332,6 +4426,27 @@ def _open_pair(engine: Engine, keys: KeyFile, init: bool, now: int) -> tuple[Key
         keys.replace(keyring)
         log.warning("made new keys for %s: every host must re-enroll", database)
     return keyring, is_adopted
+
+
+def _copy_older(engine: Engine) -> None:
+    """Before a migration, copy the database as it is to a file named by its schema, to go back to
+    the older program with; where the disk is short, go on without. Raises OperatorError,
+    StoreError."""
+    path, room = f"{engine.path}.schema{engine.version()}", 2 * sum(engine.file_sizes())
+    try:
+        if shutil.disk_usage(os.path.dirname(path)).free < room:  # for it and for the migration
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with replacing(path, keeps_owner=False) as copy:
+            with suppress(OSError):  # as another user than root we may not, and it is ours
+                owner = os.stat(engine.path)
+                os.fchown(copy.fileno(), owner.st_uid, owner.st_gid)
+            engine.copy_to(f"{path}.tmp", no_progress)
+        log.info("copied the database to %s, to go back to the older version", path)
+    except (OSError, StoreError) as error:
+        text = str(error) if isinstance(error, StoreError) else describe_error(path, error)
+        if not text.endswith(ROOM):
+            raise StoreError(f"no copy before the migration: {text}") from error
+        log.warning("the migration goes on without a copy to go back to: %s", text)
 
 
 def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool, now: int) -> None:
@@ -4393,9 +4508,14 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
             raise OperatorError(f"the database {database} is empty: serve makes one")
         version, faults = engine.version(), engine.faults()
         is_ours = version == SCHEMA_VERSION
-        then = "that of this program" if is_ours else f"the next start makes it {SCHEMA_VERSION}"
+        then = "that of this program" if is_ours else f"serve makes it {SCHEMA_VERSION}"
         yield Finding("schema", is_ours, f"{version}: {then}")
         yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
+        if engine.schema_remark:
+            yield Finding("foreign", True, engine.schema_remark)
+        copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
+        if copies:
+            yield Finding("copy", True, f"{', '.join(copies)}: of a migration, may be removed")
         bug = "has no WAL-reset bug"
         if has_wal_reset_bug():
             bug = "has the WAL-reset bug, which does no harm: one lock is around every checkpoint"
@@ -4409,10 +4529,10 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
             name = "audit"
             if version >= AUDITED_SINCE:
                 yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
-        except OperatorError as error:
+        except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
         paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
-        existing = filter(os.path.exists, paths)
+        existing = filter(os.path.exists, [*paths, *copies])
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
         yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
@@ -5623,6 +5743,7 @@ ExecStart=$start
 ExecReload=/bin/kill -HUP $$MAINPID
 Restart=on-failure
 RestartSec=1
+TimeoutStartSec=infinity
 TimeoutStopSec=10
 LimitNOFILE=8192
 
@@ -9518,10 +9639,13 @@ class Session(NamedTuple):
         return progress_line(title or self.command.name, self.environment)
 
     @contextmanager
-    def open(self, **options: Any) -> Iterator[Registry]:
+    def open(self, purpose: str = "act", **options: Any) -> Iterator[Registry]:
         """The registry that the arguments name. What cannot pass by itself ends the process in
         main(): then the database is not closed, because that would write to it."""
-        registry = open_registry(self.arguments.db, self.key_file, self.now(), **options)
+        files = self.arguments.db, self.key_file
+        registry = open_registry(*files, self.now(), purpose=purpose, **options)
+        if warning := registry.engine.schema_fault or registry.engine.schema_remark:
+            (log.warning if purpose == "serve" else complain)(warning)
         try:
             yield registry
         finally:
@@ -9543,7 +9667,7 @@ class Session(NamedTuple):
     def perform(self) -> dict[str, Any]:
         """The document of the operation, performed in a registry of its own."""
         call = self.call()
-        with self.open() as registry:
+        with self.open(purpose="act" if self.operation.writes else "read") as registry:
             return self.document(registry.perform(call, self.now()))
 
     def document(self, record: Any) -> dict[str, Any]:
@@ -9658,7 +9782,7 @@ def list_items(session: Session) -> None:
     if name == "tokens" and arguments.org is not None:  # a parameter that HTTP does not have
         asked = OPERATION["list-hosts"].query.parse([("organization", arguments.org)])
         call = call._replace(values={**call.values, **asked})
-    with session.open() as registry:
+    with session.open(purpose="read") as registry:
         batches = pages(session, registry, call)
         first = next(batches, [])
         batches, table = chain([first], batches), Table(session.operation.columns, session.screen)
@@ -9722,7 +9846,7 @@ def serve(session: Session) -> None:
         log.warning("%s", warning)
     options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
     options["interval"] = arguments.heartbeat_interval
-    with session.open(**options) as registry, listen(session, registry) as server:
+    with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
@@ -9790,8 +9914,10 @@ def greet(session: Session, server: Server) -> None:
 def check_audit(session: Session) -> None:
     """The head of the audit log on stdout. Raises OperatorError for one that was changed."""
     head = session.arguments.head
-    with session.progress() as progress, session.open() as registry:
+    with session.progress() as progress, session.open(purpose="read") as registry:
         verified = verify_audit(registry.engine, registry.keys.keyring, head, progress)
+    if registry.engine.altered:
+        raise OperatorError("what the log has is as it was written, but the schema was altered")
     if head is not None and not verified.has_head:
         reason = "its end has been cut off, or all of it up to there is pruned"
         raise OperatorError(f"the audit log has no event with this head: {reason}")
@@ -9810,7 +9936,7 @@ def run_backup(session: Session) -> None:
     except OSError as error:
         raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
     os.nice(BACKUP_NICENESS)
-    with session.progress() as progress, session.open() as registry:
+    with session.progress() as progress, session.open(purpose="copy") as registry:
         database, key_file = registry.backup(folder, progress)
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     session.report({"database": database, "keyFile": key_file}, None, copied)

@@ -3862,7 +3862,7 @@ def test_whichever_statement_of_a_migration_fails_it_is_all_or_nothing(paths, cl
             engine = locked_engine(paths[0])
             engine._connection = Faulty(engine._connection, n=n, after=after)
             with contextlib.suppress(hostenroll.StoreError):
-                engine.migrate()
+                engine.migrate(lambda older: None)
             engine.rollback()
             failed = engine._connection.failed
             engine.close()
@@ -3900,7 +3900,9 @@ def test_a_migration_that_is_killed_leaves_a_whole_old_database(paths, clock, tm
     for n in itertools.count(1):
         lose(path)
         shutil.copy(paths[0], path)
-        killed = killed_at(n, lambda: locked_engine(path), lambda engine: engine.migrate())
+        killed = killed_at(
+            n, lambda: locked_engine(path), lambda engine: engine.migrate(lambda older: None)
+        )
         version = sql(path, "PRAGMA user_version")[0][0]
         if version == 1:
             assert contents(path) == before
@@ -3911,6 +3913,243 @@ def test_a_migration_that_is_killed_leaves_a_whole_old_database(paths, clock, tm
         if not killed:
             break
     assert version == hostenroll.SCHEMA_VERSION and old > 20
+
+
+def test_before_a_migration_a_copy_is_made_to_go_back_with(paths, clock):
+    """Moved to the database's place it is what the older program left, with what was in its WAL."""
+    old_fleet(paths, clock)
+    before, copy = contents(paths[0]), Path(f"{paths[0]}.schema1")
+    copy.write_text("an older copy, readable by all")
+    if os.geteuid() == 0:
+        os.chown(paths[0], SERVICE, SERVICE)
+    open_registry(*paths, clock.ms).close()
+    status = copy.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, os.stat(paths[0]).st_uid)
+    (named,) = [found for found in hostenroll.examine(*paths) if found.name == "copy"]
+    assert named.is_good and str(copy) in named.detail
+    copy.chmod(0o644)
+    assert f"chmod 600 {copy}" in [found.detail for found in bad_in(paths)]
+    copy.replace(paths[0])
+    assert contents(paths[0]) == before
+    assert sorted(os.listdir(copy.parent)) == [
+        "hostenroll.db", "hostenroll.db.gate", "hostenroll.db.lock", "hostenroll.key"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lies", [False, True], ids=["as the system says", "as it turns out"])
+def test_where_the_disk_is_short_a_migration_goes_on_without_a_copy(
+    lies, disk, clock, caplog, monkeypatch
+):
+    paths = str(disk / "hostenroll.db"), str(disk / "hostenroll.key")
+    old_fleet(paths, clock)
+    sql(paths[0], "UPDATE service SET public_url = hex(zeroblob(300000))")
+    (disk / "rest").write_bytes(bytes(shutil.disk_usage(disk).free - 400_000))
+    if lies:  # another program fills the disk meanwhile
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    open_registry(*paths, clock.ms).close()
+    (line,) = caplog.messages
+    assert "goes on without a copy" in line and paths[0] in line and hostenroll.ROOM in line
+    assert not [name for name in os.listdir(disk) if "schema1" in name] and bad_in(paths) == []
+
+
+def test_a_link_in_the_place_of_the_copy_is_not_written_through(paths, clock, tmp_path):
+    old_fleet(paths, clock)
+    before, victim = contents(paths[0]), tmp_path / "victim"
+    victim.write_text("of root")
+    for place in (".schema1", ".schema1.tmp"):
+        os.symlink("victim", paths[0] + place)
+    if os.geteuid() == 0:
+        os.chown(paths[0] + ".schema1", SERVICE, SERVICE, follow_symlinks=False)
+        with pytest.raises(hostenroll.OperatorError, match="schema1 is a link"):
+            open_registry(*paths, clock.ms)
+        assert contents(paths[0]) == before
+    os.unlink(paths[0] + ".schema1")
+    open_registry(*paths, clock.ms).close()
+    assert victim.read_text() == "of root" and not os.path.exists(paths[0] + ".schema1.tmp")
+
+
+@pytest.mark.parametrize("make", [old_fleet, make_schema_2], ids=["schema 1", "schema 2"])
+def test_an_older_schema_is_migrated_by_serve_alone_and_can_be_copied(
+    make, paths, clock, tmp_path, operator
+):
+    make(paths, clock)
+    version = sql(paths[0], "PRAGMA user_version")[0][0]
+    with contextlib.closing(sqlite3.connect(paths[0])) as db:  # a WAL is left, as by kill -9
+        db.execute("UPDATE service SET interval = 31")
+        db.commit()
+        lived = {name: Path(paths[0] + name).read_bytes() for name in ("", "-wal")}
+    for name, octets in lived.items():
+        Path(paths[0] + name).write_bytes(octets)
+    before = bytes_by_path(tmp_path.iterdir())
+    for words in (
+        "mint-token", f"revoke-host {UNKNOWN}", f"show-host {UNKNOWN}", "list-hosts", "show-audit",
+        "verify-audit", "rotate-signing-key", "list-signing-keys --json",
+    ):  # fmt: skip
+        refused = f"{paths[0]}: schema {version}: start serve of this version once\n"
+        require_one_line(operator(*words.split()), 1, refused)
+    checked = operator("check")
+    assert checked.status == 1 and re.search(rf"^BAD +schema +{version}: serve", checked.out, re.M)
+    assert bytes_by_path(tmp_path.iterdir()) == before
+    Path(f"{paths[0]}-journal").touch()  # then there is no look before it is opened
+    require_one_line(operator("add-org", "berlin"), 1, refused)
+    done = operator("backup", str(tmp_path / "copy"))
+    assert done.status == 0, done.err
+    copies = [str(tmp_path / "copy" / Path(path).name) for path in paths]
+    assert contents(copies[0]) == contents(paths[0]) and not os.path.exists(paths[0] + ".schema1")
+    assert sql(copies[0], "PRAGMA user_version") == [(version,)]
+    assert Path(copies[1]).read_bytes() == Path(paths[1]).read_bytes()
+    for pair in (copies, paths):
+        open_registry(*pair, clock.ms).close()
+        assert operator("list-hosts", "--db", pair[0], "--key-file", pair[1]).status == 0
+
+
+# Schemas that were altered.
+
+
+def rewritten(name, old, new, column="sql"):
+    """What is in sqlite_master, changed as only PRAGMA writable_schema allows."""
+
+    def rewrite(path):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("PRAGMA writable_schema = ON")
+            of = f"sqlite_master SET {column} = replace({column}, ?, ?) WHERE name = ?"
+            assert db.execute(f"UPDATE {of}", (old, new, name)).rowcount == 1
+            text = db.execute(f"SELECT {column} FROM sqlite_master WHERE name = ?", (name,))
+            assert new in text.fetchone()[0]
+
+    return rewrite
+
+
+def scripted(*statements):
+    return lambda path: [sql(path, statement) for statement in statements]
+
+
+SWALLOW = "CREATE TRIGGER swallow BEFORE INSERT ON {} WHEN 1 BEGIN SELECT RAISE(IGNORE); END"
+AGAIN = "AFTER UPDATE ON token BEGIN UPDATE token SET uses = 0 WHERE id = NEW.id; END"
+ALTERED_SCHEMAS = {  # how the database's schema is altered, and what is named
+    **{f"rows of {name} are swallowed": (scripted(SWALLOW.format(name)), f"swallow on {name} is f")
+       for name in ("audit", "HOST", "token", "heartbeat", "api_key", "audit_anchor")},
+    "a token is let in again": (scripted(f"CREATE TRIGGER again {AGAIN}"), "again on token is for"),
+    "by a name in no encoding":
+        (scripted(f'CREATE TRIGGER "{{}}" {AGAIN}'.format("\x1b[2J\n")), "trigger ?[2J? on token"),
+    "a trigger fires with what is deleted with a host":
+        (scripted("CREATE TABLE x (h UNIQUE REFERENCES HOST (id) ON DELETE CASCADE)",
+                  "CREATE TABLE y (x REFERENCES x (h) ON DELETE CASCADE, y REFERENCES y (x))",
+                  "CREATE TRIGGER after AFTER DELETE ON y BEGIN DELETE FROM audit_anchor; END"),
+         "trigger after on y is foreign"),
+    **{f"a trigger is listed as {new!r}": (
+        lambda path, column=column, new=new: (
+            sql(path, SWALLOW.format("audit")),
+            rewritten("swallow", new.partition("\0")[0].lower(), new, column)(path)),
+        "swallow on")  # SQLite still takes it for a trigger on audit
+       for column, new in (("tbl_name", "Audit"), ("tbl_name", "audit\0"), ("type", "TRIGGER"),
+                           ("type", "trigger\0x"))},
+    **{f"{name} is dropped": (scripted(f"DROP TRIGGER {name}"), f"{name} is missing")
+       for name in hostenroll.SCHEMA_OBJECTS if name.startswith("audit_is")},
+    "a trigger acts on one column":
+        (scripted("DROP TRIGGER audit_is_never_changed",
+                  "CREATE TRIGGER audit_is_never_changed BEFORE UPDATE OF mac ON audit BEGIN "
+                  "SELECT RAISE(ABORT, 'the audit log is append-only'); END"),
+         "trigger audit_is_never_changed is altered"),
+    "a trigger looks at another table":  # to SQLite, no-break space is part of a name
+        (scripted("CREATE TABLE audit_anchor\u00a0 (number)", "DROP TRIGGER audit_is_only_pruned",
+                  hostenroll.SCHEMA_OBJECTS["audit_is_only_pruned"].replace(
+                      "audit_anchor)", "audit_anchor\u00a0)")),
+         "trigger audit_is_only_pruned is altered"),
+    "a view takes the place of a table":
+        (scripted("ALTER TABLE audit RENAME TO x", "CREATE VIEW audit AS SELECT * FROM x"),
+         "view audit is altered"),
+    "a table is gone": (scripted("DROP TABLE service"), "service is missing"),
+    "a column is generated": (scripted("ALTER TABLE audit ADD g AS (1)"), "table audit is altered"),
+    "a column has another name":
+        (scripted("ALTER TABLE host RENAME issued TO x"), "table host is altered"),
+    "a unique index is dropped":
+        (scripted("DROP INDEX host_idempotency"), "host_idempotency is missing"),
+    "a unique index is foreign":
+        (scripted("CREATE UNIQUE INDEX u ON host (hostname)"), "index u on host is foreign"),
+    "a unique index allows more":
+        (rewritten("host_idempotency", "UNIQUE ", ""), "index host_idempotency is altered"),
+    "an index compares with a text":
+        (rewritten("token_host", "NULL", '"NULL"'), "index token_host is altered"),
+    "an index has another condition":
+        (rewritten("token_host", "IS NOT NULL", "> 9"), "index token_host is altered"),
+    "a default is another": (rewritten("host", "''", "'--\n'"), "table host is altered"),
+    "a check is another": (rewritten("token", ">= 1", ">= 0"), "table token is altered"),
+    "a foreign key does less":
+        (rewritten("heartbeat", " ON DELETE CASCADE", ""), "table heartbeat is altered"),
+    "a conflict is passed over":
+        (rewritten("audit", "PRIMARY KEY", "PRIMARY KEY ON CONFLICT IGNORE"), "table audit is al"),
+    "texts are compared otherwise":
+        (rewritten("signing_key", "TEXT ", "TEXT COLLATE NOCASE "), "table signing_key is altered"),
+    "a type is another": (rewritten("audit", "BLOB ", "TEXT "), "table audit is altered"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alter, word", table(ALTERED_SCHEMAS))
+def test_what_writes_refuses_a_schema_that_was_altered_and_what_reads_warns(
+    alter, word, paths, clock
+):
+    """A trigger that swallows an event leaves no gap in the chain: it must not get to act."""
+    with World(paths, clock) as world:
+        world.join()
+    alter(paths[0])
+    before = bytes_of(paths)
+    for purpose in ("serve", "act"):
+        with pytest.raises(hostenroll.StoreError, match=re.escape(word)) as caught:
+            open_registry(*paths, clock.ms, purpose=purpose)
+        assert not hostenroll.UNPRINTABLE.search(str(caught.value))
+    assert "integrity" in {found.name for found in bad_in(paths) if word in found.detail}
+    for purpose in ("read", "copy"):
+        with contextlib.suppress(hostenroll.StoreError):  # of the table that is missing
+            registry = open_registry(*paths, clock.ms, purpose=purpose)
+            assert word in registry.engine.schema_fault
+            registry.close()
+    assert bytes_of(paths) == before
+
+
+HARMLESS = (
+    "CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY AUTOINCREMENT, seq INTEGER)",
+    "CREATE TRIGGER own AFTER INSERT ON _litestream_seq BEGIN DELETE FROM _litestream_seq; END",
+    "CREATE VIEW online AS SELECT * FROM heartbeat WHERE active",
+    "CREATE INDEX by_name ON host (name)",
+    "DROP INDEX host_token",
+)
+
+
+def test_what_is_foreign_and_harmless_gives_one_warning(paths, clock, operator):
+    open_registry(*paths, clock.ms).close()
+    sql(paths[0], "ALTER TABLE audit RENAME TO x")
+    sql(paths[0], "ALTER TABLE x RENAME TO audit")
+    for name in ("audit_is_only_pruned", "token_host"):  # they only look otherwise
+        text = hostenroll.SCHEMA_OBJECTS[name].replace(" ON ", "\n/* where */ ON -- it is\n\t")
+        sql(paths[0], f"DROP {'INDEX' if 'INDEX' in text else 'TRIGGER'} {name}")
+        sql(paths[0], text)
+    sql(paths[0], "ANALYZE")
+    assert operator("add-org", "berlin").err.count("\n") == 1 and verdicts(paths) == SOUND
+    scripted(*HARMLESS)(paths[0])
+    done, lines = operator("list-orgs"), operator("add-org", "bonn").err.split("\n")
+    names = ("table _litestream_seq", "trigger own", "view online", "index by_name", "host_token")
+    assert done.status == 0 and done.err == lines[0] + "\n" and len(lines) == 3
+    assert [name for name in names if name not in done.err] == []
+    assert verdicts(paths) == {**SOUND, "foreign": True}
+
+
+def test_a_schema_that_is_altered_under_a_server_ends_it(world):
+    for statement in (*HARMLESS, "ANALYZE"):
+        world.sql(statement)
+        world.housekeeping()
+    world.sql(SWALLOW.format("audit"))
+    with pytest.raises(hostenroll.Unrecoverable, match="trigger swallow on audit is foreign"):
+        world.housekeeping()
+
+
+def test_an_older_schema_is_not_migrated_with_what_was_put_into_it(paths, clock):
+    old_fleet(paths, clock)
+    sql(paths[0], SWALLOW.format("host"))
+    before = contents(paths[0])
+    with pytest.raises(hostenroll.StoreError, match="trigger swallow on host is foreign"):
+        open_registry(*paths, clock.ms)
+    assert contents(paths[0]) == contents(f"{paths[0]}.schema1") == before
 
 
 @pytest.mark.parametrize("statement", [
@@ -4876,8 +5115,10 @@ def test_a_forged_mac_makes_a_stranger_of_the_key_file_and_no_traceback(events, 
     world.reopen()  # the audit key verifies the last event
     world.registry.close()
     sql(world.paths[0], "UPDATE signing_key SET kid = 'gone' || number")
-    sql(world.paths[0], "DROP TRIGGER audit_is_never_changed")
-    sql(world.paths[0], "UPDATE audit SET mac = 'text'")
+    name = "audit_is_never_changed"
+    forge = (f"DROP TRIGGER {name}", "UPDATE audit SET mac = 'text'")
+    for statement in (*forge, hostenroll.SCHEMA_OBJECTS[name]):
+        sql(world.paths[0], statement)
     with pytest.raises(hostenroll.OperatorError, match="not the key file"):
         open_registry(*world.paths, world.clock.ms)
     findings = {finding.name: finding for finding in hostenroll.examine(*world.paths)}
@@ -6483,7 +6724,8 @@ def test_many_old_events_go_in_bounded_turns_that_follow_at_once(world):
 }))  # fmt: skip
 def test_forged_events_are_not_pruned_away(statements, chronicle, caplog):
     """Else, with the database alone, one could have events pruned and an anchor proved."""
-    falsify(chronicle, *statements)
+    triggers = [text for text in hostenroll.SCHEMA_OBJECTS.values() if " TRIGGER " in text]
+    falsify(chronicle, *statements, *triggers)
     chronicle.reopen(audit_keep=KEEP)
     for _ in range(2):
         prune(chronicle)
@@ -11469,12 +11711,18 @@ def migrate(database, version=99, names=("heartbeat", "heartbeats")):
     return lambda: migrate(database, 3, names[::-1])
 
 
+def swallow(database):
+    sql(database, SWALLOW.format("audit"))
+    return lambda: sql(database, "DROP TRIGGER swallow")
+
+
 ENDED = {  # the failure, how it is made, and how a restart is refused, if it is
     "gone": ("database gone", put(lambda path: None), "restore the database"),
     "another's": ("database replaced", put(lambda it: api_key_of(it.parent)), "not the key file"),
     "its WAL": ("its WAL removed or replaced", lambda path: os.unlink(f"{path}-wal"), ""),
     "its lock": ("its lock removed or replaced", lambda path: os.unlink(f"{path}.lock"), ""),
     "a newer program": ("database migrated by a newer version", migrate, ""),
+    "its schema": ("schema altered", swallow, ""),
 }  # fmt: skip
 KEY_FILES = [
     ("key file missing", lambda path: path.rename(f"{path}.away"),
@@ -13722,9 +13970,10 @@ def test_the_log_on_the_command_line_is_that_of_the_api_whole_and_in_parts(audit
 def unguarded(operator, statement):
     """What someone does who has the database, and not the keys."""
     database = operator.paths[0]
-    for (name,) in sql(database, "SELECT name FROM sqlite_master WHERE type = 'trigger'"):
-        sql(database, f"DROP TRIGGER {name}")
-    sql(database, statement)
+    triggers = sql(database, "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+    drops = [f"DROP TRIGGER {name}" for name, _ in triggers]
+    for each in (*drops, statement, *(text for _, text in triggers)):
+        sql(database, each)
 
 
 def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited):
@@ -13757,6 +14006,22 @@ def test_what_was_tampered_with_is_named_in_one_line(audited):
     unguarded(audited, "UPDATE audit SET actor = 'x' WHERE number = 3")
     require_one_line(audited("verify-audit"), 1, "event 3 ")
     assert re.search(r"^BAD +audit +.*event 3 ", audited("check").out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["rows of audit are swallowed", "audit_is_only_pruned is dropped"])
+def test_a_command_does_what_is_safe_with_an_altered_schema(name, operator, tmp_path):
+    number = operator.enroll()
+    alter, word = ALTERED_SCHEMAS[name]
+    alter(operator.paths[0])
+    require_one_line(run_apart(tmp_path, "serve", "--port", "0"), 1, word)
+    for words in ("mint-token", f"revoke-host {number}", "add-org berlin", "rotate-signing-key"):
+        require_one_line(operator(*words.split()), 1, word)
+    for words in ("list-hosts", f"show-host {number}", "show-audit --json", "backup copy"):
+        done = operator(*words.split())
+        assert (done.status, done.err.count(word)) == (0, 1), done.err
+    assert operator("verify-audit").status == int("missing" not in word)  # that keeps nothing out
+    done = operator("check")
+    assert done.status == 1 and re.search(rf"^BAD +integrity.*{word}", done.out, re.MULTILINE)
 
 
 # TLS.
