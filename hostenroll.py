@@ -142,6 +142,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import typing
 import unicodedata
 import zlib
 from array import array
@@ -168,6 +169,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 __version__ = "0.2.0"
 
 SECOND_MS = 1000
+LAST_SECOND = 253_402_300_799  # of the year 9999: RFC 3339 has no later one
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 # Tokens and credentials.
@@ -217,6 +219,8 @@ VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a stat
 PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
 REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
+STORED_NESTING = 8  # brackets in a column of JSON: to encode deep ones again would fail
+UNREADABLE_MAXIMUM = 200  # characters that are shown of another one
 
 # Wrong secrets. None of them can be guessed: what is limited is the noise that they make.
 FAILURES_ALLOWED = 20  # of one network, in a minute: a third of what the audit log lists
@@ -342,7 +346,7 @@ def rfc3339(milliseconds: int) -> str:
 
 @lru_cache(maxsize=1024)  # a list has many times of few seconds
 def _date_and_time(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(max(seconds, 0), LAST_SECOND)))
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
@@ -947,6 +951,20 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.?)*"?')  # in JSON; it matches whatever follows a quote
+
+
+def stored_object(text: str) -> dict[str, Any]:
+    """The object in a column of JSON; one that shows the text, if we cannot have written it."""
+    if text == "{}":  # the labels of most hosts
+        return {}
+    value: Any = None
+    if len(re.findall(r"[\[{]", _STRING.sub("", text))) <= STORED_NESTING:
+        with suppress(Problem, ValueError):
+            value = _JSON.decode(text)
+    return value if isinstance(value, dict) else {"unreadable": text[:UNREADABLE_MAXIMUM]}
+
+
 # 4. Secrets
 #
 # Law: secret randomness, cryptography and safe files stand here alone. Tokens and API keys are 256
@@ -1079,6 +1097,10 @@ class SigningKey:
         return (b"%b.%b" % (signed, self.signature(signed))).decode("ascii")
 
 
+# The values that a MAC covers, as no others are written: a forger's octets are an array.
+audit_record = json.JSONEncoder(separators=(",", ":"), default=list).encode
+
+
 class Keyring:
     """The keys of one key file: the first signs, all verify. It never changes: a file with other
     keys makes another Keyring."""
@@ -1089,6 +1111,10 @@ class Keyring:
         self.kids = [key.kid for key in keys]
         self.audit_key = audit_key
         self._by_header = {key.header: key for key in keys}
+        # An attacker who can write the database chooses what an event is chained to. If one key did
+        # for all, the MAC of that event would prove an anchor.
+        domains = b"event", b"anchor", b"head"
+        self._audit_keys = {name: hmac.digest(audit_key, name, "sha256") for name in domains}
 
     def rotated(self) -> Keyring:
         """A keyring with a new key before these."""
@@ -1098,9 +1124,15 @@ class Keyring:
         """A keyring without one of these keys."""
         return Keyring([key for key in self.keys if key.kid != kid], self.audit_key)
 
-    def chain(self, previous: bytes, record: bytes) -> bytes:
-        """The HMAC-SHA256 that ties a record of the audit log to all before it."""
-        return hmac.new(self.audit_key, previous + record, "sha256").digest()
+    def audit_mac(self, domain: bytes, values: Sequence[Any], previous: bytes = b"") -> bytes:
+        """The HMAC-SHA256 of values of the audit log; of an event also of the MAC before it, which
+        ties it to all before. A forged MAC, of any length, cannot pass for a part of the values."""
+        framed = b"%d:%b%b" % (len(previous), previous, audit_record(values).encode("ascii"))
+        return hmac.digest(self._audit_keys[domain], framed, "sha256")
+
+    def old_audit_mac(self, record: bytes, previous: bytes = b"") -> bytes:
+        """The same in schema 2, where events and anchors had the audit key itself."""
+        return hmac.digest(self.audit_key, previous + record, "sha256")
 
     def verify(self, credential: bytes) -> Optional[Claims]:
         """The claims of a credential that we signed, however old it is; None of anything else.
@@ -1520,8 +1552,8 @@ CREATE TABLE service (
 );
 
 CREATE TABLE audit (
-    -- What happened, event after event. Each mac covers its row and the mac before it, by the
-    -- audit key of the key file: with the database alone no row can be changed or added unseen.
+    -- What happened, event after event. Each mac covers its row and the mac before it, by a key
+    -- made of the audit key: with the database alone no row can be changed or added unseen.
     number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
     at               INTEGER NOT NULL,
     action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
@@ -1534,6 +1566,7 @@ CREATE TABLE audit (
     mac              BLOB    NOT NULL   -- HMAC-SHA256
 );
 CREATE INDEX audit_organization ON audit (organization_id);
+CREATE INDEX audit_format ON audit (action) WHERE action = 'audit-format';
 
 CREATE TABLE audit_anchor (
     -- One row, where older events have been pruned: what the first of the rest is chained to.
@@ -1655,6 +1688,15 @@ class Host(NamedTuple):
     active: int
 
 
+class HostState(NamedTuple):
+    """What of a host its status follows from."""
+
+    id: int
+    organization_id: str
+    last_seen: int
+    revoked_at: Optional[int]
+
+
 class ApiKey(NamedTuple):
     id: int
     secret_hash: bytes
@@ -1701,22 +1743,17 @@ class Event(NamedTuple):
     detail: str
     mac: bytes
 
-    def record(self) -> bytes:  # what the mac covers, beside the mac before it
-        return json.dumps(self[:-1], separators=(",", ":"), default=repr).encode("ascii")
-
-
-def _octets(value: Any) -> bytes:
-    """The bytes of a BLOB; of another type, which only a forger writes, what equals no mac."""
-    return value if isinstance(value, bytes) else repr(value).encode()
+    def legible(self) -> Event:
+        """Itself, with types that can be shown: a forger may have put any into any column."""
+        at = self.at if isinstance(self.at, int) else 0
+        *texts, detail = (v if isinstance(v, (str, type(None))) else repr(v) for v in self[2:-1])
+        return Event._make((self.number, at, *texts, str(detail), self.mac))
 
 
 class Anchor(NamedTuple):
     number: int
     mac: bytes
     proof: bytes
-
-    def record(self) -> bytes:  # what the proof covers
-        return b"anchor %a %b" % (self.number, _octets(self.mac))
 
 
 class StoreError(Exception):
@@ -1727,12 +1764,33 @@ class StoreBusy(StoreError):
     """Another process has the database."""
 
 
+class BadRow(StoreError):
+    """A row holds what we never write: SQLite takes any type into any column. The transaction is
+    sound, and what does not read the row goes on."""
+
+
+@lru_cache(maxsize=256)
+def _fits(record: type[Any], kinds: tuple[type, ...]) -> bool:
+    """Whether a record can be made of values of these types."""
+    hints = typing.get_type_hints(record, globals()).values()
+    return all(kind in (typing.get_args(hint) or (hint,)) for kind, hint in zip(kinds, hints))
+
+
+def _text(octets: bytes) -> Union[str, bytes]:
+    """A TEXT of a database. What is not UTF-8 stays octets, and so fits no column of text."""
+    try:
+        return octets.decode("utf-8")
+    except UnicodeDecodeError:
+        return octets
+
+
 SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # of its result codes
 
 # What to do about an error of SQLite or of the system, by the start of its text.
 ROOM = "make room on its disk"
 WRITABLE = "mount its disk read-write, and give folder and file to our user"
-DAMAGED = "see what check says, and restore it from a backup"
+RESTORE = "restore it from a backup"
+DAMAGED = f"see what check says, and {RESTORE}"
 REMEDIES = {
     "database or disk is full": ROOM,
     os.strerror(errno.ENOSPC): ROOM,
@@ -1746,6 +1804,7 @@ REMEDIES = {
     "malformed database schema": DAMAGED,
     "file is not a database": DAMAGED,
     "database is locked": "another program writes to it: end that one",
+    "Python int too large": RESTORE,  # what we add to a number of a forger's
     os.strerror(errno.EMFILE): "raise the limit of open files",
 }
 
@@ -1893,7 +1952,9 @@ class Database:
         """A connection to an existing file, with the URI parameters of mode."""
         try:
             uri = f"file:{quote(os.fsencode(path))}?{mode}"
-            return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+            connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+            connection.text_factory = _text
+            return connection
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
@@ -1906,7 +1967,7 @@ class Database:
         """How many rows a statement has changed. Raises StoreError and Unrecoverable, as all do."""
         try:
             return self.db.execute(statement, parameters).rowcount
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise self._failure(error, statement) from error
 
     def many(self, statement: str, rows: Iterable[Sequence[Any]]) -> int:
@@ -1936,7 +1997,7 @@ class Database:
             self.run("ROLLBACK TO act")
         self.run("RELEASE act")
 
-    def _failure(self, error: sqlite3.Error, statement: str = "") -> StoreError:
+    def _failure(self, error: Exception, statement: str = "") -> StoreError:
         """What an error of SQLite is raised as. Raises Unrecoverable for a failed sync: the system
         may report it once and drop the pages, and then the next sync succeeds without them."""
         code = getattr(error, "sqlite_errorcode", None)
@@ -2469,7 +2530,7 @@ T = TypeVar("T")
 TABLES: Mapping[Any, str] = {
     Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
     Service: "service", Event: "audit", Anchor: "audit_anchor",
-    Host: "host JOIN heartbeat ON host_id = id",
+    **dict.fromkeys((Host, HostState), "host JOIN heartbeat ON host_id = id"),
 }  # fmt: skip
 HOST_COLUMNS = Host._fields[: Host._fields.index("last_seen")]  # without those of heartbeat
 
@@ -2481,6 +2542,12 @@ def _insert(table: str, columns: Sequence[str], rest: str = "") -> str:
 
 def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
+
+
+def _require_added(added: int, expected: int = 1) -> None:
+    """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
+    if added < expected:
+        raise StoreError("a row was not added, as by a foreign trigger: see what check says")
 
 
 UNLESS_TAKEN = "ON CONFLICT (id) DO NOTHING"
@@ -2505,7 +2572,13 @@ class Queries:
         self._rows, self._value = engine.rows, engine.value
 
     def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
-        return [record(*row) for row in self._rows(f"{SELECT[record]} {rest}", *values)]
+        rows = self._rows(f"{SELECT[record]} {rest}", *values)
+        for row in rows:
+            if record not in (Event, Anchor) and not _fits(record, tuple(map(type, row))):
+                name = id_text(row[0]) if isinstance(row[0], int) else ascii(row[0])
+                table = TABLES[record].partition(" ")[0]
+                raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
+        return [record(*row) for row in rows]
 
     def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
         return next(iter(self._all(record, rest, *values)), None)
@@ -2520,13 +2593,19 @@ class Queries:
 
     def add(self, row: Union[Organization, ApiKey, Token]) -> bool:
         """False when there is a row of that id."""
-        return self._run(_insert(TABLES[type(row)], row._fields, UNLESS_TAKEN), *row) == 1
+        return self._add(TABLES[type(row)], row._fields, row)
+
+    def _add(self, table: str, columns: Sequence[str], values: Sequence[Any]) -> bool:
+        is_added = self._run(_insert(table, columns, UNLESS_TAKEN), *values) == 1
+        if not is_added:
+            _require_added(len(self._rows(f"SELECT id FROM {table} WHERE id = ?", values[0])))
+        return is_added
 
     def put(self, row: Union[Service, Anchor]) -> None:
         """Replace the only row. What is not after an anchor may be pruned then."""
         table = TABLES[type(row)]
         self._run(f"DELETE FROM {table}")
-        self._run(_insert(table, ("id", *row._fields)), 1, *row)
+        _require_added(self._run(_insert(table, ("id", *row._fields)), 1, *row))
 
     # Organizations, API keys, signing keys, service.
 
@@ -2560,7 +2639,7 @@ class Queries:
         """Give a kid a number; one that was retired is no longer."""
         statement = """INSERT INTO signing_key (kid, created_at) VALUES (?, ?)
              ON CONFLICT (kid) DO UPDATE SET retired_at = NULL"""
-        self._run(statement, kid, now)
+        _require_added(self._run(statement, kid, now))
 
     def retire_signing_key(self, kid: str, now: int) -> None:
         self._run("UPDATE signing_key SET retired_at = ? WHERE kid = ?", now, kid)
@@ -2630,10 +2709,10 @@ class Queries:
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
         columns = len(HOST_COLUMNS)
-        if self._run(_insert("host", HOST_COLUMNS, UNLESS_TAKEN), *host[:columns]) == 0:
+        if not self._add("host", HOST_COLUMNS, host[:columns]):
             return False
         statement = _insert("heartbeat", ("host_id", *Host._fields[columns:]))
-        self._run(statement, host.id, *host[columns:])
+        _require_added(self._run(statement, host.id, *host[columns:]))
         return True
 
     def host(self, number: int) -> Optional[Host]:
@@ -2652,15 +2731,11 @@ class Queries:
              ORDER BY id DESC LIMIT ?"""
         return self._all(Host, rest, organization, hostname, limit)
 
-    def census_slice(
-        self, organization: Optional[str], after: int, limit: int
-    ) -> list[tuple[int, str, int, Optional[int]]]:
-        """So many hosts with an id above after, in order: id, organization_id, last_seen and
-        revoked_at; of one organization, or of all."""
+    def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[HostState]:
+        """So many hosts with an id above after, in order; of one organization, or of all."""
         owned, owner = _owned_by(organization)
-        statement = f"""SELECT id, organization_id, last_seen, revoked_at FROM host
-             JOIN heartbeat ON host_id = id WHERE {owned} id > ? ORDER BY id LIMIT ?"""
-        return self._rows(statement, *owner, after, limit)
+        rest = f"WHERE {owned} id > ? ORDER BY id LIMIT ?"
+        return self._all(HostState, rest, *owner, after, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host. The program names them, never a peer."""
@@ -2718,20 +2793,43 @@ class Queries:
 
     def last_event(self) -> tuple[int, bytes]:
         """Number and mac that the next event is chained to."""
-        rows = self._rows("SELECT number, mac FROM audit ORDER BY number DESC LIMIT 1")
-        if rows:
-            return rows[0][0], _octets(rows[0][1])
-        anchor = self.anchor()
-        return (anchor.number, anchor.mac) if anchor else (0, b"")
+        for table in ("audit", "audit_anchor"):  # a forger's mac may be a text, which bytea is not
+            statement = f"""SELECT CAST(number AS INTEGER), CAST(mac AS BLOB) FROM {table}
+                 ORDER BY number DESC LIMIT 1"""
+            for number, mac in self._rows(statement):
+                return number, mac
+        return 0, b""
 
     def add_events(self, events: Sequence[Event]) -> None:
-        self._many(_insert("audit", Event._fields), events)
+        _require_added(self._many(_insert("audit", Event._fields), events), len(events))
 
     def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
         return self._newest(Event, organization, before, limit, "number")
 
     def events_after(self, number: int, limit: int) -> list[Event]:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
+
+    def format_event(self, after: int) -> Optional[Event]:
+        """The first event after a number with which the format of today begins."""
+        rest = "WHERE action = 'audit-format' AND number > ? ORDER BY number LIMIT 1"
+        return self._one(Event, rest, after)
+
+    def not_minted(self, limit: int) -> list[str]:
+        """The API keys and tokens, as subjects, that are newer than the oldest event that can be
+        verified, and that no event minted for this organization and in this role."""
+        # The engine makes the set of what was minted once. Version 0.1.0 wrote spaces. printf() is
+        # SQLite's.
+        statement = """WITH oldest AS (SELECT at FROM audit WHERE number >
+                 coalesce((SELECT number FROM audit_anchor), 0) ORDER BY number LIMIT 1),
+             secret AS (SELECT printf('token:%016x', id) AS subject, organization_id AS owner,
+                     '' AS role, id, created_at FROM token
+                 UNION ALL SELECT printf('api-key:%016x', id), coalesce(organization_id, ''),
+                     printf('{"role":"%s"}', role), id, created_at FROM api_key)
+             SELECT subject FROM secret, oldest WHERE (created_at > at OR id >> 22 > at - ?)
+             AND (subject, owner, role) NOT IN (SELECT subject, coalesce(organization_id, ''),
+                 CASE WHEN subject LIKE 'token:%' THEN '' ELSE replace(detail, ' ', '') END
+                 FROM audit WHERE action = 'mint') LIMIT ?"""
+        return [row[0] for row in self._rows(statement, ID_EPOCH_MS, limit)]
 
     def oldest_event(self) -> Optional[int]:
         return cast(Optional[int], self._value("SELECT min(number) FROM audit"))
@@ -2744,14 +2842,15 @@ class Queries:
         """The first events of the log, as long as they are older than a time. An event of a clock
         that was ahead counts as old as the events after it."""
         rows = self._all(Event, "ORDER BY number LIMIT ?", limit)
-        events = list(takewhile(lambda event: event.at < before or event.at > now, rows))
+        timed = takewhile(lambda event: isinstance(event.at, int), rows)
+        events = list(takewhile(lambda event: event.at < before or event.at > now, timed))
         while events and events[-1].at >= before:
             events.pop()
         return events
 
-    def prune_events(self, last: int) -> None:
-        """Delete the first events up to a number that is not after the anchor."""
-        self._run("DELETE FROM audit WHERE number <= ?", last)
+    def prune_events(self, last: int) -> int:
+        """Delete the first events up to a number that is not after the anchor; how many."""
+        return self._run("DELETE FROM audit WHERE number <= ?", last)
 
 
 # 6. Registry
@@ -2906,7 +3005,7 @@ STATUSES = ("pending", "online", "offline", "missing", "revoked")
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
-    "restore", "delete", "add", "rotate", "retire", "init",
+    "restore", "delete", "add", "rotate", "retire", "init", "audit-format",
 )  # fmt: skip
 
 
@@ -3090,10 +3189,12 @@ class AuditLog(Rules):
         if not self.events:
             return
         number, mac = self._queries.last_event()
+        if number > LAST_ID - len(self.events):  # what cannot be audited must not happen
+            raise StoreError(f"event {number} of the audit log was never written: {DAMAGED}")
         for place, (event, request) in enumerate(self.events):
             number += 1
             numbered = event._replace(number=number)
-            mac = keyring.chain(mac, numbered.record())
+            mac = keyring.audit_mac(b"event", numbered[:-1], mac)
             self.events[place] = numbered._replace(mac=mac), request
         self._queries.add_events([event for event, _ in self.events])
 
@@ -3109,8 +3210,7 @@ class AuditLog(Rules):
 
     def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
         """Chain what follows an event to its number and MAC alone, proved by the audit key."""
-        anchor = Anchor(number, mac, b"")
-        self._queries.put(anchor._replace(proof=keyring.chain(b"", anchor.record())))
+        self._queries.put(Anchor(number, mac, keyring.audit_mac(b"anchor", (number, mac))))
 
     def prune(self, keyring: Keyring, now: int) -> bool:
         """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
@@ -3122,18 +3222,18 @@ class AuditLog(Rules):
         # Only what is as it was written: a thief of the database alone could else make events old,
         # and have us prune the log and prove the anchor.
         try:
-            number, mac = chain_start(self._queries, keyring)
-            verify_events([event for event in old if event.number > number], number, mac, keyring)
+            start = chain_start(self._queries, keyring)
+            known = range(1, start.number + 1)  # of which the key is gone
+            verify_events([event for event in old if event.number not in known], start, keyring)
         except OperatorError as error:
             if str(error) != self._trouble:
                 log.error("%s: nothing of it is pruned", error)
             self._trouble = str(error)
             return False
         self._trouble = ""
-        if number < old[-1].number:
+        if start.number < old[-1].number:
             self.put_anchor(keyring, old[-1].number, old[-1].mac)
-        self._queries.prune_events(old[-1].number)
-        return len(old) == PRUNED_AT_ONCE
+        return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
     def list(self, call: Call, now: int) -> Page:
         """values: organization, action, subject, code. Raises InvalidQuery, NotFound."""
@@ -3143,30 +3243,90 @@ class AuditLog(Rules):
             pairs = zip(asked, (event.action, event.subject, event.code))
             return event if all(wanted in (None, own) for wanted, own in pairs) else None
 
-        return self._page(call, self._queries.events, view, "detail")
+        def read(owner: Owner, before: int, limit: int) -> list[Event]:
+            return [event.legible() for event in self._queries.events(owner, before, limit)]
+
+        return self._page(call, read, view, "detail")
 
 
-def chain_start(queries: Queries, keyring: Keyring) -> tuple[int, bytes]:
-    """Number and MAC that the first event is chained to. Raises OperatorError if forged."""
+# The formats of the audit log: theory of operation.
+#
+# In schema 2 the MAC of an event was by the audit key itself; now it is by the key for events. The
+# migration writes an event, audit-format, the first of the new format. It is chained to the last
+# old one, and its detail has the number and the MAC of that. Events before it are verified as old
+# ones. To make it or to move it takes the key. Without it all events are new ones, so that no log
+# can be passed off as an old one; where it was pruned, all old ones were pruned before.
+#
+# A head is a MAC by a key of its own, so that none can be read from the database. In schema 2 it
+# was the MAC of the event itself: that of an old event is still taken for a head.
+
+
+class Link(NamedTuple):
+    """Number and MAC of an event, to which the next is chained. Events up to old_until are old."""
+
+    number: int
+    mac: bytes
+    old_until: int = 0
+
+    def head(self, keyring: Keyring) -> bytes:
+        """What verify-audit prints, or printed, when this was the last event."""
+        is_old = self.number <= self.old_until
+        return self.mac if is_old else keyring.audit_mac(b"head", (self.number, self.mac))
+
+
+def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -> Link:
+    """What the first event is chained to. Raises OperatorError if that was forged."""
     anchor = queries.anchor()
-    if anchor is None:
-        return 0, b""
-    if anchor.proof != keyring.chain(b"", anchor.record()):  # a forged one may be a text
+    number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
+    proof: Optional[bytes] = keyring.audit_mac(b"anchor", (number, mac))
+    if is_schema_2:  # of other types and lengths, the MAC of an event could be a proof
+        is_ours = isinstance(number, int) and isinstance(mac, bytes) and len(mac) in (0, 32)
+        proof = keyring.old_audit_mac(b"anchor %d %b" % (number, mac)) if is_ours else None
+    if anchor and anchor.proof != proof:
         raise OperatorError("the anchor of the audit log is not as it was written")
-    return anchor.number, anchor.mac
+    event = None if is_schema_2 else queries.format_event(number)
+    if event is None:
+        return Link(number, mac, LAST_ID if is_schema_2 else 0)
+    named = re.search('"mac":"((?:[0-9a-f]{2})*)"', str(event.detail))
+    before = Link(event.number - 1, bytes.fromhex(named[1]) if named else b"")
+    verify_events([event], before, keyring)
+    return Link(number, mac, before.number)
 
 
-def verify_events(events: Iterable[Event], number: int, mac: bytes, keyring: Keyring) -> bytes:
-    """The MAC of the last of events that must follow a number and its MAC. Raises OperatorError,
-    which names the first event that does not."""
+def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link:
+    """The last of events that must follow a link. Raises OperatorError, which names the first
+    event that does not."""
+    number, mac, old_until = link
     for event in events:
         number += 1
         if event.number != number:
             raise OperatorError(f"event {number} of the audit log is missing")
-        mac = keyring.chain(mac, event.record())
+        if number <= old_until:
+            mac = keyring.old_audit_mac(audit_record(event[:-1]).encode("ascii"), mac)
+        else:
+            mac = keyring.audit_mac(b"event", event[:-1], mac)
         if event.mac != mac:
             raise OperatorError(f"event {number} of the audit log is not as it was written")
-    return mac
+    return Link(number, mac, old_until)
+
+
+def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> None:
+    """End a migration from an older schema: verify the old events, and begin the new format behind
+    them. Of a log that does not verify nothing is mended, so it goes on being reported."""
+    number, mac = queries.last_event()
+    if older < AUDITED_SINCE or (number, mac) == (0, b"") or number == LAST_ID:
+        return
+    try:
+        link = chain_start(queries, keyring, is_schema_2=True)
+        if anchor := queries.anchor():
+            queries.put(anchor._replace(proof=keyring.audit_mac(b"anchor", anchor[:-1])))
+        while events := queries.events_after(link.number, VERIFIED_AT_ONCE):
+            link = verify_events(events, link, keyring)
+    except OperatorError as error:
+        log.error("%s", error)
+    detail = json_text({"number": number, "mac": mac.hex()})
+    event = number + 1, now, "audit-format", "server", "", None, "audit", None, detail
+    queries.add_events([Event(*event, keyring.audit_mac(b"event", event, mac))])
 
 
 class Verified(NamedTuple):
@@ -3174,8 +3334,8 @@ class Verified(NamedTuple):
 
     first: int  # numbers of events
     last: int
-    head: bytes  # the MAC of the last
-    has_head: bool  # an event has the MAC that the caller named
+    head: bytes  # of the last
+    has_head: bool  # it is, or an earlier one was, the head that the caller named
     unverified: int  # older events, chained with a key that is gone
 
     def summary(self) -> str:
@@ -3188,36 +3348,37 @@ class Verified(NamedTuple):
 def verify_audit(
     engine: Engine, keyring: Keyring, head: Optional[bytes], progress: Progress = no_progress
 ) -> Verified:
-    """Verify the whole audit log, and look for an event with the MAC head. Raises OperatorError,
+    """Verify the whole audit log, and look for the event of an earlier head. Raises OperatorError,
     which names the first event that is not as it was written; StoreError.
 
     In slices, each in a read transaction of its own: one for all would keep the WAL of a busy
     server from restarting. That server may prune events meanwhile, which it has verified: then
     the next slice begins at the new anchor.
     """
-    queries = Queries(engine)
-    start, number, mac, has_head = -1, 0, b"", False
+    queries, link, start, has_head = Queries(engine), Link(0, b""), -1, False
     while True:
         engine.begin(writes=False, durable=False)
         try:
-            anchored, anchor_mac = chain_start(queries, keyring)
-            if start < 0 or anchored > number:
-                number, mac, has_head = anchored, anchor_mac, has_head or anchor_mac == head
+            anchored = chain_start(queries, keyring, engine.version() < SCHEMA_VERSION)
+            link = link._replace(old_until=anchored.old_until)
+            if start < 0 or anchored.number > link.number:
+                link, has_head = anchored, has_head or anchored.head(keyring) == head
             if start < 0:
-                start, oldest = number, queries.oldest_event()
+                start, oldest = link.number, queries.oldest_event()
             last, _ = queries.last_event()
-            events = queries.events_after(number, VERIFIED_AT_ONCE)
+            events = queries.events_after(link.number, VERIFIED_AT_ONCE)
         finally:
             engine.rollback()
         if oldest is not None and oldest < 1:
             raise OperatorError(f"event {oldest} of the audit log was never written")
         if not events:
             unverified = 0 if oldest is None or oldest > start else start + 1 - oldest
-            return Verified(start + 1, number, mac, has_head, unverified)
-        mac = verify_events(events, number, mac, keyring)
-        number = events[-1].number
-        has_head = has_head or any(event.mac == head for event in events)
-        progress(number - start, max(number, last) - start)
+            return Verified(start + 1, link.number, link.head(keyring), has_head, unverified)
+        old_until, link = link.old_until, verify_events(events, link, keyring)
+        if head is not None and not has_head:
+            links = (Link(event.number, event.mac, old_until) for event in events)
+            has_head = any(each.head(keyring) == head for each in links)
+        progress(link.number - start, max(link.number, last) - start)
 
 
 class SigningKeys(Rules):
@@ -3875,6 +4036,8 @@ class Heartbeats(Rules):
                 except Problem as problem:
                     self._registry.audit.refuse(problem, origin, now, in_tick=True)
                     outcome = problem
+                except BadRow as error:
+                    outcome = self._registry.unavailable(error, writes=False)
             outcomes.append(outcome)
         counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
@@ -4056,7 +4219,7 @@ class Hosts(Rules):
                 return None
             own = host.labels if labels else ""
             if '": "' in own:  # a row from schema 1 has a space after each colon
-                own = json_text(json.loads(own))
+                own = json_text(stored_object(own))
             return self._view(host, period) if all(label in own for label in labels) else None
 
         return self._page(call, self._queries.hosts, view)
@@ -4156,7 +4319,9 @@ class Registry:
             if call.by.id >= 0:
                 self.api_keys.require_live(call.by)
             outcome = call.operation.run(self, call, now)
-        except (StoreError, MemoryError):  # of the tick, not of this call
+        except BadRow as error:  # of this call, and not of the tick
+            outcome = self.unavailable(error, writes=False)
+        except (StoreError, MemoryError):
             raise
         except (Problem, OperatorError) as error:
             outcome = error
@@ -4418,7 +4583,9 @@ def _open_pair(
         )
     if purpose == "serve" and engine.version() < SCHEMA_VERSION:
         _copy_older(engine)
-        engine.migrate(lambda older: None)
+        # With keys that are adopted the log begins again: nothing of it can be verified by them.
+        finish = partial(begin_format, Queries(engine), keyring, now)
+        engine.migrate((lambda older: None) if is_adopted else finish)
     if is_adopted and is_served(Queries(engine).service(), now):
         # It would go on with the keys that it has, until it reads the new ones.
         raise OperatorError(f"a server is running on {database}: stop it, and wait 30 s")
@@ -4487,7 +4654,9 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
     previous = events[1].mac if len(events) == 2 else anchor.mac if anchor else b""
     if not isinstance(previous, bytes):  # a forger wrote it
         return False
-    return bool(keyring.chain(previous, events[0].record()) == events[0].mac)
+    *values, mac = events[0]
+    old = keyring.old_audit_mac(audit_record(values).encode("ascii"), previous)
+    return mac in (old, keyring.audit_mac(b"event", values, previous))
 
 
 class Finding(NamedTuple):
@@ -4528,6 +4697,11 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
             yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
             name = "audit"
             if version >= AUDITED_SINCE:
+                strangers = Queries(engine).not_minted(ERRORS_NAMED)
+                text = "events minted the API keys and tokens that are newer than the log"
+                if strangers:
+                    text = f"no event minted {', '.join(strangers)} as they are: revoke them"
+                yield Finding("minted", not strangers, text)
                 yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
         except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
@@ -6097,7 +6271,7 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
         <option>renew</option><option>supersede</option><option>refuse</option>
         <option>edit</option><option>revoke</option><option>restore</option>
         <option>delete</option><option>add</option><option>rotate</option>
-        <option>retire</option><option>init</option></select></label>
+        <option>retire</option><option>init</option><option>audit-format</option></select></label>
     <label class="grow">About
       <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
              placeholder="host:<id> or token:<id>"></label>
@@ -7373,10 +7547,6 @@ def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: convert(value) if value else None
 
 
-def _labels(text: str) -> Any:
-    return {} if text == "{}" else json.loads(text)  # most hosts have none
-
-
 # fmt: off
 TOKEN_MEMBERS = (  # of a TokenView
     Member("id",             ID_TEXT,                    "token.id", id_text),
@@ -7385,7 +7555,7 @@ TOKEN_MEMBERS = (  # of a TokenView
     Member("description",    DESCRIPTION,                "token.description"),
     Member("hostname",       Nullable(HOSTNAME),         "token.hostname"),
     Member("hostId",         Nullable(ID_TEXT),          "token.host_id", _or_null(id_text)),
-    Member("labels",         LABELS,                     "token.labels", _labels),
+    Member("labels",         LABELS,                     "token.labels", stored_object),
     Member("maxUses",        Integer(TOKEN_USES_RANGE),  "token.max_uses"),
     Member("uses",           Integer((0, TOKEN_USES_RANGE[1])), "token.uses"),
     Member("createdAt",      TIME,                       "token.created_at", rfc3339),
@@ -7406,7 +7576,7 @@ HOST = Document(  # of a HostView
     Member("name",           NAME,                 "host.name"),
     Member("hostname",       HOSTNAME,             "host.hostname"),
     *(Member(fact.name, fact.type, f"host.{fact.column}") for fact in FACTS),
-    Member("labels",         LABELS,               "host.labels", _labels),
+    Member("labels",         LABELS,               "host.labels", stored_object),
     Member("status",         Choice(*STATUSES),    "status"),
     Member("statusReason",   SENTENCE,             "reason"),
     Member("enrolledAt",     TIME,                 "host.enrolled_at", rfc3339),
@@ -7426,7 +7596,7 @@ EVENT = Document(  # of an Event
     Member("organizationId", Nullable(SLUG),        "organization_id"),
     Member("subject",        Nullable(ACTOR),       "subject", _or_null(str)),
     Member("code",           Nullable(Choice(*(problem.code for problem in problems()))), "code"),
-    Member("detail",         ObjectOf(Schema(open=True)), "detail", json.loads),
+    Member("detail",         ObjectOf(Schema(open=True)), "detail", stored_object),
 )
 ORGANIZATION = Document(  # of an Organization
     "Organization",
@@ -9513,11 +9683,13 @@ def relative_time(timestamp: str, now: int) -> str:
 
 
 def plain_text(value: Any) -> str:
+    """A value for people. A forger can store what no peer can: no escape reaches a terminal."""
+    text = "" if value in (None, [], ()) else str(value)
     if isinstance(value, dict):
         shown = partial(json.dumps, ensure_ascii=False)
         pairs = {key: v if isinstance(v, str) else shown(v) for key, v in value.items()}
-        return " ".join(f"{key}={text}" for key, text in pairs.items()) or "-"
-    return "-" if value in (None, "", [], ()) else str(value)
+        text = " ".join(f"{key}={pair}" for key, pair in pairs.items())
+    return UNPRINTABLE.sub("?", text) or "-"
 
 
 def words_of(name: str) -> str:

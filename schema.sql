@@ -102,8 +102,8 @@ CREATE TABLE service (
 );
 
 CREATE TABLE audit (
-    -- What happened, event after event. Each mac covers its row and the mac before it, by the
-    -- audit key of the key file: with the database alone no row can be changed or added unseen.
+    -- What happened, event after event. Each mac covers its row and the mac before it, by a key
+    -- made of the audit key: with the database alone no row can be changed or added unseen.
     number           INTEGER PRIMARY KEY,  -- 1, 2, 3 ... without a gap
     at               INTEGER NOT NULL,
     action           TEXT    NOT NULL,  -- mint, enroll, refuse, renew ...
@@ -116,6 +116,7 @@ CREATE TABLE audit (
     mac              BLOB    NOT NULL   -- HMAC-SHA256
 );
 CREATE INDEX audit_organization ON audit (organization_id);
+CREATE INDEX audit_format ON audit (action) WHERE action = 'audit-format';
 
 CREATE TABLE audit_anchor (
     -- One row, where older events have been pruned: what the first of the rest is chained to.

@@ -1335,7 +1335,8 @@ MUTATED = {
     "AuditLog.prune": (
         "old or prun", 3,
         "a trouble that comes again is logged again; the same anchor is put again"),
-    "chain_start": ("log_cannot or begin_the_log or no_event_can or old_events_go_and", 0, ""),
+    "chain_start": ("log_cannot or proves_no or named_for_ever or no_old_one or 2_goes_on", 0, ""),
+    "begin_format": ("named_for_ever or schema_2_goes", 0, ""),
     "verify_events": ("no_event_can or verified_in_slices", 1, "the mac of the next finds it, too"),
     "_body_length": ("well_formed_message_is_read or frame_differently", 0, ""),
     "ChunkedBody.feed": (
@@ -6084,7 +6085,7 @@ def test_a_backup_that_is_restored_brings_back_its_day(keys, paths, clock, folde
 
 # What check looks at.
 
-SOUND = dict.fromkeys(("schema", "integrity", "sqlite", "keys", "audit", "modes"), True)
+SOUND = dict.fromkeys(("schema", "integrity", "sqlite", "keys", "minted", "audit", "modes"), True)
 
 
 def verdicts(paths):
@@ -6112,7 +6113,8 @@ def falsified(change):
 
 
 CHANGE, DROP = "UPDATE audit SET actor = 'x' WHERE number = 2", "DELETE FROM audit WHERE number = 1"
-KEYLESS, ALTERED = {"keys": False, "audit": None}, {"audit": False, "integrity": False}
+KEYLESS = {"keys": False, "minted": None, "audit": None}
+ALTERED = {"audit": False, "integrity": False}
 
 
 @pytest.mark.parametrize("spoil, differs, word", table({
@@ -6135,7 +6137,7 @@ KEYLESS, ALTERED = {"keys": False, "audit": None}, {"audit": False, "integrity":
     "an audit log that lacks an event": (falsified(DROP), ALTERED, "event 1 "),
     "a database of the first version":
         (lambda db, key: (lose(db), os.unlink(key), old_fleet((db, key), Clock())),
-         {"schema": False, "audit": None}, f"1.*{hostenroll.SCHEMA_VERSION}"),
+         {"schema": False, "minted": None, "audit": None}, f"1.*{hostenroll.SCHEMA_VERSION}"),
 }))  # fmt: skip
 def test_what_is_unsound_is_found_and_nothing_is_changed(spoil, differs, word, paths, clock):
     with World(paths, clock) as world:
@@ -6516,6 +6518,11 @@ def log_of(world):
     return [hostenroll.Event(*row) for row in world.sql("SELECT * FROM audit ORDER BY number")]
 
 
+def head_of(world, event):
+    """What verify-audit printed when an event was the last."""
+    return hostenroll.Link(event.number, event.mac).head(world.registry.keys.keyring)
+
+
 @pytest.fixture
 def chronicle(world):
     """A world with events of several kinds, seven of them: the first is its API key's."""
@@ -6545,20 +6552,20 @@ def assert_refuted(world, match):
 def test_a_tail_that_was_cut_off_shows_only_against_an_earlier_head(chronicle):
     """And an event of it has no place in the log that went on otherwise, as after a restore of a
     backup: both pasts have the one key."""
-    *_, before, last = log = log_of(chronicle)
-    macs = {event.mac for event in log}
-    assert [event.number for event in log] == [1, 2, 3, 4, 5, 6, 7] and len(macs) == 7
-    for head in (None, b"\0" * 32, *macs):
-        assert verified(chronicle, head)[:4] == (1, 7, last.mac, head in macs)
+    log = log_of(chronicle)
+    *_, before, last = heads = [head_of(chronicle, event) for event in log]
+    assert [event.number for event in log] == [1, 2, 3, 4, 5, 6, 7] and len({*heads}) == 7
+    for head in (None, b"\0" * 32, *heads, *(event.mac for event in log)):
+        assert verified(chronicle, head)[:4] == (1, 7, last, head in heads)
     falsify(chronicle, "DELETE FROM audit WHERE number = 7")
-    for head in (before.mac, last.mac):
-        assert verified(chronicle, head)[:4] == (1, 6, before.mac, head == before.mac)
+    for head in (before, last):
+        assert verified(chronicle, head)[:4] == (1, 6, before, head == before)
     for number in (7, 8):
         chronicle.token()
-        assert verified(chronicle, last.mac)[1::2] == (number, False)
-        assert verified(chronicle, before.mac).has_head is True
+        assert verified(chronicle, last)[1::2] == (number, False)
+        assert verified(chronicle, before).has_head is True
     falsify(chronicle)
-    chronicle.sql(f"REPLACE INTO audit VALUES ({', '.join('?' * len(last))})", *last)
+    chronicle.sql(f"REPLACE INTO audit VALUES ({', '.join('?' * len(log[-1]))})", *log[-1])
     assert_refuted(chronicle, "event 8 ")
 
 
@@ -6573,7 +6580,7 @@ def test_the_log_is_verified_in_slices_between_which_it_may_grow(chronicle, monk
         if len(seen) == 2:
             chronicle.token()
 
-    found = verify_audit(chronicle.registry, log[0].mac, progress)
+    found = verify_audit(chronicle.registry, head_of(chronicle, log[0]), progress)
     assert (found.first, found.has_head) == (1, True)
     assert found.last in (7, 8) and len(seen) > 2 and seen == sorted(seen)
 
@@ -6654,16 +6661,17 @@ def test_old_events_go_and_what_is_left_still_verifies(world):
         world.act("mint-token")
         world.advance(86400)
     log = log_of(world)
+    heads = [head_of(world, event) for event in log]
     for age, left in ((KEEP, 6), (KEEP + 0.001, 5)):
         world.clock.now = NOON + age
         prune(world)
         assert log_of(world) == log[-left:]
-    assert verified(world)[:4] == (2, 6, log[-1].mac, False)
-    assert verified(world, log[0].mac).has_head is True  # the anchor's
+    assert verified(world)[:4] == (2, 6, heads[-1], False)
+    assert verified(world, heads[0]).has_head is True  # the anchor's
     world.clock.now = NOON + KEEP + 3.5 * 86400
     prune(world)
     assert log_of(world) == log[4:]
-    assert [verified(world, log[n].mac)[:4:3] for n in (3, 2)] == [(5, True), (5, False)]
+    assert [verified(world, heads[n])[:4:3] for n in (3, 2)] == [(5, True), (5, False)]
     # An older anchor is no way back, and nothing is put in front of it.
     falsify(world, "DELETE FROM audit WHERE number = 5")
     assert_refuted(world, r"event 5 .* missing")
@@ -6673,10 +6681,10 @@ def test_a_log_that_is_pruned_to_its_end_goes_on(world):
     world.reopen(audit_keep=KEEP)
     for _ in range(3):
         world.act("mint-token")
-    last = log_of(world)[-1]
+    head = head_of(world, log_of(world)[-1])
     world.advance(KEEP + 1)
     prune(world)
-    assert verified(world, last.mac)[:4] == (4, 3, last.mac, True) and log_of(world) == []
+    assert verified(world, head)[:4] == (4, 3, head, True) and log_of(world) == []
     world.act("mint-token")
     world.reopen()  # without --audit-keep all stay
     world.advance(100 * KEEP)
@@ -6732,6 +6740,501 @@ def test_forged_events_are_not_pruned_away(statements, chronicle, caplog):
         assert_refuted(chronicle, "event 1 ")
         chronicle.token()
     assert caplog.text.count("nothing of it is pruned") == 1
+
+
+def test_the_mac_of_an_event_proves_no_anchor(chronicle):
+    """Who can write the database chooses what the next event is chained to: the MAC of an event
+    after this text proved an empty log."""
+    falsify(chronicle, "UPDATE audit SET mac = CAST('anchor 0 P' AS BLOB) WHERE number = 7")
+    assert chronicle.enroll("het_junk").code == "token-unknown"
+    chronicle.run(Call(hostenroll.WRITE_REFUSALS))
+    *_, refusal = log_of(chronicle)
+    assert refusal.code == "token-unknown"
+    falsify(chronicle, "DELETE FROM audit")
+    mac = b"P" + hostenroll.audit_record(refusal[:-1]).encode()
+    chronicle.sql("INSERT INTO audit_anchor VALUES (1, 0, ?, ?)", mac, refusal.mac)
+    assert_refuted(chronicle, "anchor")
+
+
+# Logs that a program of schema 2 began.
+
+
+def old_log(paths, clock, pruned=0):
+    """A pair of schema 2 with events 1 to 5, of which the first were pruned; the MACs of all. The
+    third minted an API key."""
+    make_schema_2(paths, clock)
+    keyring, macs, then = hostenroll.load_keyring(paths[1]), [b""], clock.ms - 60_000
+    key = hostenroll.first_id(then + 3)
+    sql(paths[0], f"INSERT INTO api_key VALUES ({key}, x'', NULL, 'admin', '', {then}, '', NULL)")
+    for number in range(1, 6):
+        about = "add", "cli:x", "", None, f"organization:o{number}", None, "{}"
+        if number == 3:
+            about = "mint", "cli:x", "", None, f"api-key:{key:016x}", None, '{"role": "admin"}'
+        event = (number, then + number, *about)
+        record = json.dumps(event, separators=(",", ":")).encode()
+        macs.append(hmac.new(keyring.audit_key, macs[-1] + record, "sha256").digest())
+        if number > pruned:
+            row = (*event, macs[-1])
+            sql(paths[0], f"INSERT INTO audit VALUES ({', '.join('?' * len(row))})", *row)
+    if pruned:
+        anchor = pruned, macs[pruned]
+        proof = hmac.new(keyring.audit_key, b"anchor %d %b" % anchor, "sha256").digest()
+        sql(paths[0], "INSERT INTO audit_anchor VALUES (1, ?, ?, ?)", *anchor, proof)
+    return macs[1:]
+
+
+@pytest.mark.parametrize("pruned", [0, 2, 5])
+def test_a_log_of_schema_2_goes_on_in_the_new_format(pruned, paths, clock):
+    macs = old_log(paths, clock, pruned)
+    assert {it.name: it.is_good for it in hostenroll.examine(*paths)} == {**SOUND, "schema": False}
+    with World(paths, clock, audit_keep=KEEP, purpose="serve") as world:
+        begun = log_of(world)[-1]
+        assert (begun.number, begun.action) == (6, "audit-format")
+        assert json.loads(begun.detail) == {"number": 5, "mac": macs[-1].hex()}
+        old = [verified(world, mac).has_head for mac in macs]
+        assert old == [number >= pruned for number in range(1, 6)]  # the anchor's is one
+        assert verified(world)[:3] == (pruned + 1, 6, head_of(world, begun))
+        assert not verified(world, begun.mac).has_head
+        for day in range(4):  # what is left is old and new, then new alone
+            world.act("mint-token")
+            assert verified(world, verified(world).head)[1::2] == (7 + day, True)
+            world.advance(KEEP if day == 1 else 86400)
+            prune(world)
+            assert verified(world).last == 7 + day
+        first = log_of(world)[0].number
+        assert first > 6 and verified(world).first == first
+        assert not any(verified(world, mac).has_head for mac in macs)
+    sql(paths[0], "UPDATE signing_key SET kid = 'gone'")  # then the last event shows the pair
+    with World(paths, clock) as world:
+        assert verified(world).last >= 10
+    assert verdicts(paths) == {**SOUND, "copy": True}
+
+
+def spoil(*statements):
+    """What is done to an old log before its migration."""
+
+    def change(paths, macs):
+        for (name,) in sql(paths[0], "SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+            sql(paths[0], f"DROP TRIGGER {name}")
+        for statement in statements:
+            sql(paths[0], statement)
+
+    return change
+
+
+def trick(number=0):
+    """An anchor that the MAC of an event proves, as a server of schema 2 could be made to give."""
+
+    def forge(paths, macs):
+        keyring = hostenroll.load_keyring(paths[1])
+        record = b'[9,1,"refuse","anonymous","",null,"","x","{}"]'
+        proof = keyring.old_audit_mac(record, b"anchor %d P" % number)
+        spoil("DELETE FROM audit")(paths, macs)
+        mac = b"P" + record
+        sql(paths[0], "REPLACE INTO audit_anchor VALUES (1, ?, ?, ?)", number, mac, proof)
+
+    return forge
+
+
+@pytest.mark.parametrize("change, pruned, named", table({
+    # what is done before the migration; how many were pruned; what is named before it and after
+    "an event is changed": (spoil("UPDATE audit SET actor = 'x' WHERE number = 3"), 0, "event 3 "),
+    "the first is missing": (spoil("DELETE FROM audit WHERE number = 1"), 0, "event 1 "),
+    "a mac is text": (spoil("UPDATE audit SET mac = 'text' WHERE number = 5"), 2, "event 5 "),
+    "a mac is no text": (spoil("UPDATE audit SET mac = CAST(x'ff' AS TEXT)"), 2, "event 3 "),
+    "the time is text": (spoil("UPDATE audit SET at = 'noon' WHERE number = 4"), 2, "event 4 "),
+    "an event far away": (spoil(
+        "INSERT INTO audit SELECT 99, at, action, actor, address, NULL, subject, code, detail, mac "
+        "FROM audit WHERE number = 3"), 0, "event 6 "),
+    "an event before": (spoil("UPDATE audit SET number = -7 WHERE number = 3"), 2, "event"),
+    "nothing can follow": (spoil(
+        "UPDATE audit SET number = 9223372036854775807 WHERE number = 5"), 0, "event [51] "),
+    "the anchor is missing": (spoil("DELETE FROM audit_anchor"), 2, "event 1 "),
+    "the anchor is moved": (spoil("UPDATE audit_anchor SET number = 3"), 2, "anchor"),
+    "its number is text": (spoil("UPDATE audit_anchor SET number = 'x'"), 2, "anchor"),
+    "its mac is text": (spoil("UPDATE audit_anchor SET mac = 'x'"), 5, "anchor"),
+    "its proof is no text": (spoil("UPDATE audit_anchor SET proof = CAST(x'ff' AS TEXT)"), 2,
+                             "anchor"),
+    "an anchor proved by an event": (trick(), 0, "anchor"),
+    "an anchor proved by an event of a full log": (trick(5), 2, "anchor"),
+}))  # fmt: skip
+def test_an_old_log_that_does_not_verify_is_migrated_and_named_for_ever(
+    change, pruned, named, paths, clock, caplog
+):
+    change(paths, old_log(paths, clock, pruned))
+    (before,) = (it.detail for it in hostenroll.examine(*paths) if it.name == "audit")
+    assert re.search(named, before) and "as they were" not in before
+    with World(paths, clock, audit_keep=86400, purpose="serve") as world:
+        assert world.act("show-host", 7).host.hostname == "n.lan"
+        for _ in range(2):
+            assert_refuted(world, named)
+            world.advance(2 * 86400)
+            with contextlib.suppress(hostenroll.StorageUnavailable):
+                world.act("mint-token")
+                prune(world)
+        (after,) = (it.detail for it in hostenroll.examine(*paths) if it.name == "audit")
+    assert re.search(named, after) and "Traceback" not in caplog.text
+
+
+def test_a_log_is_no_old_one_without_the_event_that_says_so(paths, clock):
+    """An old log that is put back, and a copy of that event at another place, would need a MAC."""
+    old_log(paths, clock)
+    kept = sql(paths[0], "SELECT * FROM audit")
+    with World(paths, clock, purpose="serve") as world:
+        for _ in range(3):
+            world.act("mint-token")
+        log = log_of(world)
+        put = f"INSERT INTO audit VALUES ({', '.join('?' * len(log[0]))})"
+        format_event = log[5]
+        for rows, named in (
+            (kept, "event 1 "),
+            ([*kept, *log[6:]], "event 1 "),
+            ([*kept, format_event._replace(mac=kept[4][-1])], "event 6 "),
+            ([*kept, format_event._replace(detail="{}")], "event 6 "),
+            ([*kept[:3], format_event._replace(number=4), *log[4:]], "event 4 "),
+            ([*log[:8], format_event._replace(number=9)], "event 9 "),
+            ([kept[0], *log[2:]], "event 2 "),
+        ):  # fmt: skip
+            falsify(world, "DELETE FROM audit")
+            for row in rows:
+                world.sql(put, *row)
+            assert_refuted(world, named)
+
+
+def test_new_keys_for_an_old_log_begin_it_again(paths, clock, caplog):
+    old_log(paths, clock, pruned=2)
+    hostenroll.write_key_file(paths[1], hostenroll.new_keyring())
+    with World(paths, clock, init=True, purpose="serve") as world:
+        world.act("mint-token")
+        found = verified(world)
+        assert (found.first, found.unverified) == (6, 3) and found.last > 6
+        assert log_of(world)[3].action == "init"
+    assert "as it was written" not in caplog.text
+
+
+def test_a_migration_that_is_had_again_makes_no_new_log_an_old_one(chronicle):
+    falsify(chronicle)
+    chronicle.registry.close()
+    columns = [row[1] for row in sql(chronicle.paths[0], "PRAGMA table_info(host)")]
+    for column in columns[columns.index("twin_id") + 1 :]:
+        sql(chronicle.paths[0], f"ALTER TABLE host DROP COLUMN {column}")
+    sql(chronicle.paths[0], "PRAGMA user_version = 2")
+    chronicle.reopen(audit_keep=86400, purpose="serve")
+    assert log_of(chronicle)[-1].action == "audit-format"
+    chronicle.advance(2 * 86400)
+    prune(chronicle)
+    assert_refuted(chronicle, "event 1 ")
+
+
+# Every game that can be played with a log of a dozen events, without its key.
+
+
+class MemoryDatabase(hostenroll.Database):
+    """A copy of a database in memory, where a savepoint undoes what is done to it."""
+
+    def __init__(self, world):
+        super().__init__(":memory:")
+        self._connection = sqlite3.connect(":memory:", isolation_level=None)
+        world.registry.engine._connection.backup(self._connection)
+        self._connection.text_factory = hostenroll._text
+
+    def begin(self, **_):
+        return True
+
+    def rollback(self):
+        pass
+
+
+COPIED = ", ".join(hostenroll.Event._fields[1:])
+RENUMBER = "UPDATE audit SET number = -number * 10; UPDATE audit SET number = "
+ODD = [
+    "NULL", "''", "'x'", "x''", "x'ff'", "CAST(x'ff' AS TEXT)", "0", "1", "-1", "1.5", "1e999",
+    "9223372036854775807", "zeroblob(32)", "zeroblob(33)", "'{}'", "'[[['",
+]  # fmt: skip
+
+
+# fmt: off
+def games(numbers):
+    """Statements by the name of the game."""
+    for n in numbers:
+        other, here = numbers[n == numbers[0]], f"FROM audit WHERE number = {n}"
+        for column in hostenroll.Event._fields[1:]:
+            own = f"CAST({column} AS BLOB)", f"CAST({column} AS TEXT)", f"{column} || ' '"
+            for value in (*ODD, *own, f"(SELECT {column} FROM audit WHERE number = {other})"):
+                change = f"UPDATE OR IGNORE audit SET {column} = {value} WHERE number = {n}"
+                yield f"{column} of {n}: {value}", change
+        yield f"{n} is gone", f"DELETE {here}"
+        yield (f"{n} is gone, the rest moves up",
+               f"DELETE {here}; {RENUMBER}-number / 10 - (number < {-n * 10})")
+        yield f"all up to {n} are gone", f"DELETE FROM audit WHERE number <= {n}"
+        yield f"all from {n} on are gone", f"DELETE FROM audit WHERE number >= {n}"
+        for m in (-1, 0, 99, (1 << 63) - 1):
+            yield f"{n} becomes {m}", f"UPDATE audit SET number = {m} WHERE number = {n}"
+            yield f"{n} also as {m}", f"INSERT INTO audit SELECT {m}, {COPIED} {here}"
+        yield (f"{n} also after it", f"{RENUMBER}-number / 10 + (number < {-n * 10});"
+               f"INSERT INTO audit SELECT {n + 1}, {COPIED} {here}")
+        for m in (m for m in numbers if m > n):
+            yield (f"{n} and {m} swap", f"{RENUMBER}CASE number WHEN {-n * 10} THEN {m} "
+                   f"WHEN {-m * 10} THEN {n} ELSE -number / 10 END")
+        for proof in ("mac", "zeroblob(32)", "''", "(SELECT proof FROM audit_anchor)"):
+            yield (f"an anchor at {n}, proved by {proof}",
+                   f"REPLACE INTO audit_anchor SELECT 1, {n}, mac, {proof} {here};"
+                   f"DELETE FROM audit WHERE number <= {n}")
+        yield (f"a view without {n}", "ALTER TABLE audit RENAME TO a;"
+               f"CREATE VIEW audit AS SELECT * FROM a WHERE number <> {n}")
+    yield "all move", f"{RENUMBER}-number / 10 + 1"
+    yield "all are gone", "DELETE FROM audit"
+    yield "an anchor at 0", "REPLACE INTO audit_anchor VALUES (1, 0, x'', x'')"
+    for column, value in itertools.product(hostenroll.Anchor._fields, ODD):
+        change = f"UPDATE OR IGNORE audit_anchor SET {column} = {value}"
+        yield f"{column} of the anchor: {value}", change
+    yield "no anchor", "DELETE FROM audit_anchor"
+# fmt: on
+
+
+@pytest.mark.parametrize("began, pruned", sample({
+    "schema 2": (6, 0), "schema 2, anchored": (6, 2), "new": (0, 0), "new, anchored": (0, 3),
+}, "schema 2, anchored", "new"))  # fmt: skip
+def test_whatever_is_done_to_a_log_without_its_key_is_found(began, pruned, paths, clock):
+    if began:
+        old_log(paths, clock, pruned)
+    with World(paths, clock, audit_keep=86400, purpose="serve") as world:
+        for number in range(began, 12):
+            world.act("mint-token")
+            if number + 1 == pruned:
+                world.advance(2 * 86400)
+                prune(world)
+        head, keyring, log = verified(world).head, world.registry.keys.keyring, log_of(world)
+        database = MemoryDatabase(world)
+    assert [event.number for event in log] == [*range(pruned + 1, 13)]
+    db, unseen, played = database.db, [], 0
+    for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        db.execute(f"DROP TRIGGER {name}")
+
+    def state():
+        tables = ("audit", "audit_anchor")
+        return [db.execute(f"SELECT * FROM {name}").fetchall() for name in tables]
+
+    before = state()
+    for name, statements in games([event.number for event in log]):
+        db.execute("SAVEPOINT game")
+        for statement in statements.split(";"):
+            with contextlib.suppress(sqlite3.IntegrityError):  # NULL, where the schema has none
+                db.execute(statement)
+        if state() != before:
+            played += 1
+            with contextlib.suppress(hostenroll.OperatorError):
+                if hostenroll.verify_audit(database, keyring, head).has_head:
+                    unseen.append(name)
+        db.execute("ROLLBACK TO game")
+    db.close()
+    assert unseen == [] and played > 1500
+
+
+# Rows that only a forger writes, wherever they are read.
+
+GREATEST = hostenroll.LAST_ID  # of the integers of SQLite
+HOSTILE_EVENTS = {  # what is set in the third event
+    "a number that none can follow": f"number = {GREATEST}",
+    "a number below all": "number = -5",
+    "a time that is text": "at = 'noon'",
+    "a time that is a BLOB": "at = x'ff'",
+    "a time with a fraction": "at = 1.5",
+    "a time beyond all calendars": f"at = {GREATEST}",
+    "a time before all": f"at = -{GREATEST}",
+    "an action with an escape": "action = 'x' || char(27) || '[31m'",
+    "detail with an escape": """detail = '{"a": "\\u001b[31m"}'""",
+    "a NUL in the actor": "actor = 'a' || char(0) || 'b'",
+    "detail that is empty": "detail = ''",
+    "detail that is no JSON": "detail = '{'",
+    "detail that is a list": "detail = '[1]'",
+    "detail with a NaN": """detail = '{"a": NaN}'""",
+    "detail with a lone surrogate": """detail = '{"a": "\\udfff"}'""",
+    "deep detail": f"detail = '{'[' * 500}'",
+    "deep detail that is an object": f"""detail = '{'{"a":' * 500}1{'}' * 500}'""",
+    "huge detail": "detail = hex(zeroblob(1500000))",
+    "a subject that is a BLOB": "subject = x'ff'",
+    **{f"{column} that is not UTF-8": f"{column} = CAST(x'ff' AS TEXT)"
+       for column in hostenroll.Event._fields[1:]},
+}  # fmt: skip
+
+
+def is_quiet(caplog):
+    return "Traceback" not in caplog.text and "a defect" not in caplog.text
+
+
+@pytest.mark.parametrize("change", table(HOSTILE_EVENTS))
+@pytest.mark.parametrize("number", sample({"amid": 3, "at the end": 7}, "at the end"))
+def test_a_hostile_event_is_named_and_hinders_nothing(number, change, chronicle, caplog):
+    (_, credential), change = chronicle.join(), f"UPDATE audit SET {change} WHERE number = {number}"
+    triggers = [text for text in hostenroll.SCHEMA_OBJECTS.values() if " TRIGGER " in text]
+    falsify(chronicle, "DELETE FROM audit WHERE number > 7", change, *triggers)
+    chronicle.reopen(audit_keep=86400)
+    for _ in range(2):
+        chronicle.advance(2 * 86400)
+        prune(chronicle)
+        assert chronicle.beat(credential).status == 200
+        assert number in {event["number"] for event in chronicle.audit()} or "SET number" in change
+        assert chronicle.ask("GET", "/metrics").status == 200
+        assert "audit" in {finding.name for finding in bad_in(chronicle.paths)}
+        assert is_quiet(caplog)
+        if f"number = {GREATEST}" in change:  # what cannot be audited does not happen
+            token = chronicle.sql("SELECT * FROM token")
+            with pytest.raises(hostenroll.StorageUnavailable) as caught:
+                chronicle.act("mint-token")
+            assert f"event {GREATEST} " in str(caught.value.__cause__)
+            assert chronicle.sql("SELECT * FROM token") == token
+        else:
+            assert chronicle.join()[0]
+        assert_refuted(chronicle, "event")
+
+
+def tries(world, token, credential, number):
+    """What reads each table, as requests."""
+    yield beat_bytes(credential)
+    yield beat_bytes(credential, os="new", hostname="new")
+    yield request_bytes("POST", "/api/agent/enroll", {"token": token, "hostname": "web-1"})
+    hosts = f"/api/hosts/{number}"
+    for method, path, body in (
+        ("GET", "/api/hosts", None), ("GET", "/api/hosts?q=web&label=a=1&status=online", None),
+        ("GET", hosts, None), ("PATCH", hosts, {"name": "n"}), ("POST", f"{hosts}/revoke", None),
+        ("POST", f"{hosts}/restore", None), ("POST", f"{hosts}/reenroll", None),
+        ("GET", "/api/hosts/tokens", None), ("GET", f"/api/hosts/tokens/{token[4:20]}", None),
+        ("DELETE", f"/api/hosts/tokens/{token[4:20]}", None), ("GET", "/api/service", None),
+        ("GET", "/metrics", None), ("GET", "/readyz", None),
+    ):  # fmt: skip
+        yield request_bytes(method, path, body, world.api_key)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["host", "heartbeat", "token", "api_key", "organization", "signing_key", "service"],
+)
+def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, world, caplog):
+    """The others of a tick stand."""
+    (_, honest), refused = world.join(), set()
+    world.perform(lambda now: world.registry.service.start("u", "", now))
+    world.sql("PRAGMA foreign_keys = OFF")
+    numbers, texts = ("'text'", f"-{GREATEST}", f"{GREATEST}"), ("CAST(x'ff' AS TEXT)", "'[[['")
+    (_, key, *_), *columns = world.sql(f"PRAGMA table_info({name})")
+    for _, column, kind, *_ in columns:
+        for value in numbers if kind == "INTEGER" else texts:
+            world.advance(0.001)  # the ids of one millisecond have no order
+            host, credential = world.join()
+            world.advance(0.001)
+            text = world.token(labels={"a": "1"}, maxUses=9)
+            world.sql(f"CREATE TEMP TABLE saved AS SELECT * FROM {name}")
+            newest = f"WHERE {key} = (SELECT max({key}) FROM {name})"
+            world.sql(f"UPDATE OR IGNORE {name} SET {column} = {value} {newest}")
+            for data in tries(world, text, credential, host):
+                one, other = world.tick([data, beat_bytes(honest)])
+                assert one.status != 500, (column, value, data)
+                assert other.status == 200 or name == "signing_key", (column, value, data)
+                refused.update([column] if one.status == 503 else [])
+            for act in ("list-orgs", "list-api-keys", "list-signing-keys", "mint-api-key"):
+                with contextlib.suppress(Problem):
+                    world.act(act)
+            with contextlib.suppress(hostenroll.StorageUnavailable):
+                world.housekeeping()
+            world.sql(f"DELETE FROM {name}")
+            world.sql(f"INSERT INTO {name} SELECT * FROM saved")
+            world.sql("DROP TABLE saved")
+    assert is_quiet(caplog) and refused
+    assert re.search(f"row [^ ]+ of ({name}|host) holds what we never write", caplog.text)
+
+
+def test_a_serial_that_none_can_follow_is_a_refusal(world):
+    number, _ = world.join()
+    text = world.reenroll(number).document["token"]
+    for serial in (GREATEST, GREATEST - 5):
+        world.sql(f"UPDATE host SET issued = {serial}")
+        before = world.snapshot()
+        assert world.enroll(text).code == "storage-unavailable" and world.snapshot() == before
+    world.sql("UPDATE host SET issued = 1")
+    assert world.enroll(text).status == 201
+
+
+IGNORED_INSERTS = {  # by table, what inserts a row
+    "audit": lambda world, token: world.act("add-org", name="berlin"),
+    "token": lambda world, token: world.act("mint-token"),
+    "api_key": lambda world, token: world.act("mint-api-key"),
+    "organization": lambda world, token: world.act("add-org", name="berlin"),
+    "signing_key": lambda world, token: world.act("rotate-signing-key"),
+    "service":
+        lambda world, token: world.perform(lambda now: world.registry.service.start("", "", now)),
+    "audit_anchor": lambda world, token: world.housekeeping(),
+    "host": lambda world, token: world.enroll(token),
+    "heartbeat": lambda world, token: world.enroll(token),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IGNORED_INSERTS)
+def test_an_insert_that_a_trigger_ignores_kills_the_tick(name, world, caplog):
+    """It keeps an event out of the log, or a row out of its table, without an error."""
+    world.reopen(audit_keep=86400)
+    world.act("mint-token")
+    world.advance(2 * 86400)
+    token = world.token()
+    # One in the schema ends the process, when the tick has failed.
+    world.sql(f"CREATE TEMP TRIGGER t BEFORE INSERT ON main.{name} BEGIN SELECT RAISE(IGNORE); END")
+    before = world.snapshot()
+    for _ in range(2):
+        try:
+            code = IGNORED_INSERTS[name](world, token).code
+        except hostenroll.StorageUnavailable as problem:
+            code = problem.code
+        assert (code, world.snapshot()) == ("storage-unavailable", before)
+    assert caplog.text.count("a row was not added") == 1 and is_quiet(caplog)
+    world.sql("DROP TRIGGER t")
+    assert world.join() and verified(world)
+
+
+MINTED = """INSERT INTO api_key
+    SELECT {}, secret_hash, NULL, 'admin', '', {}, '', NULL FROM api_key"""
+
+
+@pytest.mark.parametrize("statement, named", table({
+    # what is done to a database with an API key and a token; what is named
+    "nothing": ("SELECT 1", []),
+    "an API key": (MINTED.format("id + 1", "created_at"), ["api-key:{:016x}"]),
+    "an API key that is new by its id": (MINTED.format("id + 1", 0), ["api-key:{:016x}"]),
+    "an API key that is new by its time":
+        (MINTED.format(1, "created_at"), ["api-key:0000000000000001"]),
+    "a token": (
+        "INSERT INTO token SELECT id + 1, secret_hash, organization_id, '', NULL, NULL, '{}', 1, 0,"
+        " created_at, '', expires_at, NULL, NULL, NULL FROM token", ["token:{:016x}"]),
+    "a role": ("UPDATE api_key SET role = 'admin'", ["api-key:{:016x}"]),
+    "an organization": ("UPDATE api_key SET organization_id = NULL", ["api-key:{:016x}"]),
+    "a token's organization": ("UPDATE token SET organization_id = 'berlin'", ["token:{:016x}"]),
+    "another id": ("UPDATE api_key SET id = id + 1", ["api-key:{:016x}"]),
+    "one that is older than the log": (MINTED.format(1, 0), []),
+    "a token that is gone": ("DELETE FROM token", []),
+}))  # fmt: skip
+def test_check_names_what_no_event_minted(statement, named, paths, clock):
+    with World(paths, clock) as world:
+        world.act("add-org", name="berlin")
+        clock.advance(1)
+        world.act("mint-token")
+        world.act("mint-api-key", role="viewer", organizationId="berlin")
+    sql(paths[0], statement)
+    table = named[0].split(":")[0].replace("-", "_") if named else "token"
+    newest = sql(paths[0], f"SELECT max(id) FROM {table}")[0][0]
+    bad = {finding.name: finding.detail for finding in bad_in(paths)}
+    assert [*bad] == ["minted"] * len(named)
+    assert all(text.format(newest) in bad["minted"] for text in named)
+
+
+def test_check_takes_for_minted_what_is_older_than_the_log_and_all_that_a_fleet_does(world):
+    world.reopen(audit_keep=86400)
+    number, _ = world.join()
+    world.reenroll(number)
+    world.advance(2 * 86400)
+    prune(world)
+    assert verdicts(world.paths) == SOUND  # no event is kept
+    world.token()
+    world.act("mint-api-key")
+    world.reenroll(number)
+    assert verdicts(world.paths) == SOUND
 
 
 def test_new_keys_begin_the_log_again(world):
@@ -10213,7 +10716,7 @@ def test_every_act_is_in_the_log(paths, clock):
         happened("rotate", "cli:test", f"signing-key:{new}", None)
         world.act("retire-signing-key", kid=old, force=True)
         happened("retire", "cli:test", f"signing-key:{old}", None)
-        assert set(actions) == set(hostenroll.ACTIONS) - {"refuse", "init"}
+        assert set(actions) == set(hostenroll.ACTIONS) - {"refuse", "init", "audit-format"}
         assert verify_audit(world.registry, None).last == len(actions)
 
 
@@ -13895,11 +14398,11 @@ def test_check_prints_ok_or_what_is_bad(operator):
     assert os.listdir(operator.folder) == []
     operator("mint-token")
     before = sorted(os.listdir(operator.folder))
-    names = ["schema", "integrity", "sqlite", "keys", "audit", "modes"]
+    names = ["schema", "integrity", "sqlite", "keys", "minted", "audit", "modes"]
     for bad in ("", "keys"):
         if bad:  # without them the audit log cannot be judged
             (operator.folder / "hostenroll.key").chmod(0o604)
-            names.remove("audit")
+            names = [name for name in names if name not in ("minted", "audit")]
         shown, printed = operator("check"), operator("check", "--json")
         assert [(done.status, done.err) for done in (shown, printed)] == [(bool(bad), "")] * 2
         rows = [["BAD" if name == bad else "ok", name] for name in names]
@@ -14000,6 +14503,36 @@ def test_an_empty_log_has_a_head_too(operator):
     seen = operator("verify-audit")
     assert (seen.status, seen.out) == (0, "\n") and "no events" in seen.err
     assert operator.json("verify-audit")["head"] == ""
+
+
+@pytest.mark.parametrize("change", sample(
+    HOSTILE_EVENTS, "a number that none can follow", "a time that is text",
+    "an action with an escape", "detail with an escape", "detail that is no JSON",
+    "detail that is not UTF-8", "a time beyond all calendars",
+))  # fmt: skip
+def test_a_hostile_event_can_be_shown_and_is_named(change, audited):
+    unguarded(audited, f"UPDATE audit SET {change} WHERE number = 3")
+    shown = audited("show-audit")
+    assert (shown.status, audited("show-audit", "--limit", "2").status) == (0, 0)
+    assert not hostenroll.UNPRINTABLE.search(shown.out.replace("\n", ""))
+    audited.json("show-audit", "--action", "mint")
+    require_one_line(audited("verify-audit"), 1, "event ")
+    assert re.search(r"^BAD +audit +.*event ", audited("check").out, re.MULTILINE)
+    assert audited("list-hosts").status == 0
+
+
+@pytest.mark.parametrize("failure, change, command", [
+    ("a row that no hostenroll wrote", "host SET issued = 'x'", "list-hosts"),
+    ("an event that none can follow", f"audit SET number = {GREATEST} WHERE number = 6",
+     "mint-token"),
+])  # fmt: skip
+def test_what_a_hostile_row_hinders_is_said_in_the_line_of_the_readme(
+    failure, change, command, audited
+):
+    unguarded(audited, f"UPDATE {change}")
+    done = audited(command)
+    assert (done.status, done.out) == (1, "")
+    is_logged(failure, done.err.splitlines())
 
 
 def test_what_was_tampered_with_is_named_in_one_line(audited):
