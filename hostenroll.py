@@ -1105,8 +1105,11 @@ class Keyring:
     """The keys of one key file: the first signs, all verify. It never changes: a file with other
     keys makes another Keyring."""
 
-    def __init__(self, keys: Sequence[SigningKey], audit_key: bytes) -> None:
-        self.keys = tuple(keys)
+    def __init__(
+        self, keys: Sequence[SigningKey], audit_key: bytes, file: Optional[os.stat_result] = None
+    ) -> None:
+        """file: the one that they were read from; None: they are new."""
+        self.keys, self.file = tuple(keys), file
         self.first = keys[0]
         self.kids = [key.kid for key in keys]
         self.audit_key = audit_key
@@ -1118,11 +1121,18 @@ class Keyring:
 
     def rotated(self) -> Keyring:
         """A keyring with a new key before these."""
-        return Keyring([_new_signing_key(), *self.keys], self.audit_key)
+        return Keyring([_new_signing_key(), *self.keys], self.audit_key, self.file)
 
     def without(self, kid: str) -> Keyring:
         """A keyring without one of these keys."""
-        return Keyring([key for key in self.keys if key.kid != kid], self.audit_key)
+        return Keyring([key for key in self.keys if key.kid != kid], self.audit_key, self.file)
+
+    def jwk_set(self) -> bytes:
+        """The contents of a key file: a JWK Set (RFC 7517 section 5)."""
+        rows = [({"use": "sig", "alg": "HS256", "kid": key.kid}, key.octets) for key in self.keys]
+        rows.append(({"use": "audit", "kid": "audit"}, self.audit_key))
+        keys = [{"kty": "oct", **names, "k": base64url(k).decode("ascii")} for names, k in rows]
+        return json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n"
 
     def audit_mac(self, domain: bytes, values: Sequence[Any], previous: bytes = b"") -> bytes:
         """The HMAC-SHA256 of values of the audit log; of an event also of the MAC before it, which
@@ -1177,8 +1187,10 @@ def new_keyring() -> Keyring:
 # what stands at a name in it, and when: a link to a file of root's, a hard link to one, a file of
 # root's that was renamed, a pipe that never answers. So nothing below writes to, gives away or
 # replaces the file that a name happens to lead to. It makes the file itself (O_EXCL takes no link
-# and no file that is there), or opens it without following a link and judges the open descriptor;
-# and a file that was there keeps its owner and its mode.
+# and no file that is there), or opens it without following a link and judges the open descriptor.
+# A file that replaces another is made, synced and renamed in a folder that is opened once, wherever
+# its path leads by then. It is given to nobody but the owner of what it replaces, and only where
+# that was read and judged before: by now the name may lead to a file of anybody.
 
 
 def resolve_file(path: str) -> str:
@@ -1203,27 +1215,29 @@ def resolve_file(path: str) -> str:
     raise OperatorError(f"{path} is a link that leads to itself: name the file itself")
 
 
-def create_file(path: str, mode: int = PRIVATE_MODE) -> int:
-    """A descriptor of a new file of exactly this mode, for writing. Raises FileExistsError for
-    whatever is there, a link too."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+def create_file(path: str, mode: int = PRIVATE_MODE, dir_fd: Optional[int] = None) -> int:
+    """A descriptor of a new file of exactly this mode, for writing; dir_fd: of the folder that a
+    name is in. Raises FileExistsError for whatever is there, a link too."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, mode, dir_fd=dir_fd)
     os.fchmod(descriptor, mode)  # whatever the umask
     return descriptor
 
 
-def require_own_file(path: str, database: str, descriptor: Optional[int] = None) -> None:
+def require_own_file(path: str, database: str, descriptor: int = -1) -> None:
     """Raises OperatorError unless a file beside the database, open or by its name, is a regular one
-    of the database's owner (of the folder's, where there is no database); a lock may be root's or
-    ours. What may not be the owner's must have one name, or it may be a hard link to any file of
-    root's; so must what SQLite opens. As root, SQLite gives that to the owner, so it must be that
-    owner's already; and it deletes any file that a -journal names, so a -journal must be ours."""
-    status = os.lstat(path) if descriptor is None else os.fstat(descriptor)
-    try:
-        owner = os.lstat(database).st_uid
-    except FileNotFoundError:
-        owner = os.stat(os.path.dirname(database) or ".").st_uid
+    of the database's owner (of the folder's, where there is no database, or the file is to become
+    it); that and a lock may be root's or ours. What may not be the owner's must have one name, or
+    it may be a hard link to any file of root's; so must what SQLite opens. As root, SQLite gives
+    that to the owner, so it must be that owner's already; and it deletes any file that a -journal
+    names, so a -journal must be ours."""
+    status = os.lstat(path) if descriptor < 0 else os.fstat(descriptor)
+    owner = os.stat(os.path.dirname(database) or ".").st_uid
+    if path != database:
+        with suppress(FileNotFoundError):
+            owner = os.lstat(database).st_uid
     is_single, we = status.st_nlink == 1, os.geteuid()
-    if path.endswith((".gate", ".lock")):
+    if path.endswith((".gate", ".lock")) or path == database:
         is_own = status.st_uid == owner or (is_single and status.st_uid in (0, we))
     else:
         trusted = {owner, we or owner} & ({we} if path.endswith("-journal") else {owner, we})
@@ -1259,52 +1273,83 @@ def open_lock_file(path: str, database: str) -> int:
     return descriptor
 
 
-@contextmanager
-def replacing(path: str, keeps_owner: bool = True) -> Iterator[BinaryIO]:
-    """A file of mode 0600 that takes the place of path, and its owner, when all of it is on the
-    disk; else nothing changes. One process at a time. Raises OperatorError for a link that
-    resolve_file() refuses, and OSError."""
-    path = resolve_file(path)
-    fresh = f"{path}.tmp"
-    with suppress(FileNotFoundError):
-        os.unlink(fresh)  # left by a process that was killed, or put there to be written through
-    descriptor = create_file(fresh)
-    try:
-        with open(descriptor, "wb") as file:
-            with suppress(OSError):  # nothing is there, or we may not give files away
-                status = os.lstat(path)
-                if keeps_owner and stat.S_ISREG(status.st_mode):
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(fresh, path)
-    except BaseException:
+class Folder:
+    """An open folder: what is done to a name in it is done in this one, and follows no link."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self.path = os.path.realpath(path)
+        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def status(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def remove(self, name: str) -> None:
+        """Idempotent."""
         with suppress(FileNotFoundError):
-            os.unlink(fresh)
-        raise
-    sync_file(os.path.dirname(path))  # or the rename may be lost with the power
+            os.unlink(name, dir_fd=self.descriptor)
+
+    @contextmanager
+    def replacing(self, name: str, like: Optional[os.stat_result] = None) -> Iterator[BinaryIO]:
+        """A file of mode 0600 that takes the place of a name when all of it is on the disk; else
+        nothing changes. It gets the owner of the file that like is of, and its group may read it if
+        it could read that one. One process at a time. Raises OSError, OperatorError."""
+        fresh, path = f"{name}.tmp", os.path.join(self.path, name)
+        try:
+            self.remove(fresh)  # left by a process that was killed, or put there to be written to
+            descriptor = create_file(fresh, dir_fd=self.descriptor)
+            try:
+                with open(f"{path}.tmp", "wb", opener=lambda *_: descriptor) as file:
+                    if like is not None:
+                        with suppress(OSError):  # we may not give files away
+                            os.fchown(descriptor, like.st_uid, like.st_gid)
+                            os.fchmod(descriptor, PRIVATE_MODE | like.st_mode & 0o040)
+                    yield file
+                    file.flush()
+                    os.fsync(descriptor)
+                    os.replace(fresh, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+                    if not os.path.samestat(self.status(name), os.fstat(descriptor)):
+                        raise OperatorError(f"another user replaced {path} while it was written")
+            except BaseException:
+                with suppress(OSError):  # the first error tells more
+                    self.remove(fresh)
+                raise
+            os.fsync(self.descriptor)  # or the rename may be lost with the power
+        except OSError as error:
+            remedy = f": remove {path}.tmp" if fresh in os.listdir(self.descriptor) else ""
+            raise OSError(error.errno, f"{error.strerror}{remedy}", path) from error
 
 
-def sync_file(path: str) -> None:
-    """Wait until a file or a folder is on the disk. Never a database in use: closing a descriptor
-    of it drops SQLite's locks."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextmanager
+def replacing(path: str, like: Optional[os.stat_result] = None) -> Iterator[BinaryIO]:
+    """Folder.replacing() for the file that a path leads to, as resolve_file() finds it."""
+    folder, name = os.path.split(resolve_file(path))
+    with closing(Folder(folder)) as opened, opened.replacing(name, like) as file:
+        yield file
 
 
-def write_key_file(path: str, keyring: Keyring, keeps_owner: bool = True) -> None:
-    """A JWK Set (RFC 7517 section 5) of mode 0600, on the disk when this returns. A file that is
-    there is replaced whole, or not at all. It keeps its owner, since the server may be another user
-    than the operator; but a copy must not be given to the owner of whatever was in its place."""
-    rows = [({"use": "sig", "alg": "HS256", "kid": key.kid}, key.octets) for key in keyring.keys]
-    rows.append(({"use": "audit", "kid": "audit"}, keyring.audit_key))
-    keys = [{"kty": "oct", **names, "k": base64url(k).decode("ascii")} for names, k in rows]
-    with replacing(path, keeps_owner) as file:
-        file.write(json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n")
+def is_open_to_all(folder: Union[str, int]) -> bool:
+    """Whether anybody may replace the files in a folder: others may write, and no sticky bit keeps
+    them from what is not theirs. A group is not anybody: it was chosen, for servers or one user."""
+    return os.stat(folder).st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH
+
+
+def folders_open_to_all(*files: str) -> list[str]:
+    """Such folders of files that are there, and of what their links lead to."""
+    paths = {path for file in files for path in (os.path.abspath(file), os.path.realpath(file))}
+    folders = sorted(set(map(os.path.dirname, paths)))
+    return [folder for folder in folders if os.path.isdir(folder) and is_open_to_all(folder)]
+
+
+def write_key_file(path: str, keyring: Keyring) -> None:
+    """Write a key file of mode 0600, on the disk when this returns. A file that is there is
+    replaced whole, or not at all. It gets the owner of the file that the keyring was read from,
+    since the server may be another user than the operator."""
+    with replacing(path, keyring.file) as file:
+        file.write(keyring.jwk_set())
 
 
 def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
@@ -1316,15 +1361,24 @@ def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
     return use, kid, octets
 
 
-def load_keyring(path: str) -> Keyring:
-    """The keyring of a key file. Raises OperatorError for a file that is bad, or open to others.
+def _key_owners(database: str) -> set[int]:
+    """Whose key file is taken: root's, ours, and that of the database's owner. In a folder where
+    anybody may have put the database the owner of the folder counts, also where there is none."""
+    if not database:
+        return {0, os.geteuid()}
+    folder = owner = os.stat(os.path.dirname(database) or ".")
+    if not folder.st_mode & 0o002:
+        with suppress(FileNotFoundError):
+            owner = os.lstat(database)
+    return {0, os.geteuid(), owner.st_uid}
 
-    It follows links, since mounted secrets are links; the file that was opened is judged. It must
-    be root's, ours, or of the owner of the folder. In a folder that only root or we may write it
-    may be any user's: such as a mounted file, which keeps its owner.
-    """
+
+def load_keyring(path: str, database: str = "") -> Keyring:
+    """The keyring of the key file of a database. Raises OperatorError for a file that is bad, open
+    to others, or of a user whose it cannot be. Links are followed, since mounted secrets are links:
+    the file that was opened is judged."""
     try:
-        folder = os.stat(os.path.dirname(path) or ".")
+        owners = _key_owners(database)
         # Without O_NONBLOCK a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             status = os.fstat(f.fileno())
@@ -1337,14 +1391,14 @@ def load_keyring(path: str) -> Keyring:
         raise OperatorError(
             f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
         ) from error
-    if status.st_mode & 0o077:
-        raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
-    trusted = {0, os.geteuid()}
-    is_our_folder = folder.st_uid in trusted and not folder.st_mode & 0o022
-    if status.st_uid not in trusted | {folder.st_uid} and not is_our_folder:
+    if status.st_uid not in owners:
         raise OperatorError(
-            f"the key file {path} belongs to another user: put the right one back, or chown it"
+            f"the key file {path} belongs to another user, of id {status.st_uid}: run this as that "
+            "user, or put the right file back and chown it to root or the database's owner"
         )
+    # What is mounted for a service belongs to root, and the service's group may read it.
+    if status.st_mode & (0o077 if status.st_uid else 0o027):
+        raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
     signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
     audit = [octets for use, _, octets in keys if use == "audit"]
     if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
@@ -1352,30 +1406,46 @@ def load_keyring(path: str) -> Keyring:
             f"the key file {path} needs one audit key, and signing keys with a kid each: "
             "restore it from a backup"
         )
-    return Keyring(signing, audit[0])
+    return Keyring(signing, audit[0], status)
 
 
 class KeyFile:
     """A key file that others may replace while we run. Its path is read as it was given: a mounted
     secret is updated by a new target of a link on the way to it."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, database: str = "") -> None:
+        """database: a key file of its owner is taken, too."""
+        self.path, self._database = path, database
         self.trouble = ""  # why the keys in the file now are not used
         self._seen: Optional[tuple[int, ...]] = None
 
     def load(self) -> Keyring:
         """The keyring in it. Raises OperatorError."""
         self._seen = self._look()
-        return load_keyring(self.path)
+        return load_keyring(self.path, self._database)
 
     def replace(self, keyring: Keyring) -> None:
-        """Put a keyring into it, whole or not at all. Raises OperatorError."""
+        """Put a keyring into it, whole or not at all. Raises OperatorError: also where it is the
+        first one, in a folder where anybody may replace it."""
+        folders = folders_open_to_all(self.path)
+        if folders and keyring.file is None:
+            raise OperatorError(
+                f"anybody can replace files in {folders[0]}: name a key file in another folder "
+                f"with --key-file, or chmod o-w {folders[0]}"
+            )
         try:
             write_key_file(self.path, keyring)
         except OSError as error:
-            raise OperatorError(f"cannot write {self.path}: {error.strerror}") from error
+            raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
         self._seen = self._look()
+
+    def remove(self) -> None:
+        """Remove the file that replace() has just made, and no other."""
+        folder, name = os.path.split(os.path.realpath(self.path))
+        with suppress(OSError), closing(Folder(folder)) as opened:
+            status = opened.status(name)
+            if self._seen and (status.st_dev, status.st_ino) == self._seen[:2]:
+                opened.remove(name)
 
     def reload(self, current: Keyring) -> Optional[Keyring]:
         """The keyring in it, if it has changed since the last look, is a good one, and is of the
@@ -1385,7 +1455,7 @@ class KeyFile:
             return None
         self._seen = seen
         try:
-            keyring = load_keyring(self.path)
+            keyring = load_keyring(self.path, self._database)
             if not equal_secrets(keyring.audit_key, current.audit_key):
                 raise OperatorError(f"{self.path} is another database's: put the right one back")
         except OperatorError as error:
@@ -2171,6 +2241,8 @@ class Engine(Database):
         if self.descriptor < 0 and os.path.exists("/proc/self/fd"):
             raise self.unrecoverable(f"{self.path} has been replaced while it was opened")
         is_ours = self._recognize()
+        if not is_ours:
+            require_own_file(self.path, self.path, self.descriptor)
         self.run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
         if self.value("PRAGMA journal_mode = WAL") != "wal":
             raise StoreError(f"{self.path}: its file system cannot do write-ahead logging")
@@ -2363,25 +2435,16 @@ class Engine(Database):
 
     # Backups.
 
-    @contextmanager
-    def exclusive_folder(self, folder: str) -> Iterator[None]:
-        """Be the only process that copies into a folder. Raises StoreBusy."""
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            if not try_flock(descriptor):
-                raise StoreBusy(f"another backup into {folder} is under way")
-            yield
-        finally:
-            os.close(descriptor)
-
-    def copy_to(self, path: str, pause: Progress) -> None:
+    def copy_to(self, copy: BinaryIO, pause: Progress) -> None:
         """Copy the database as the caller's read transaction sees it, while others go on writing,
-        into an empty file that the caller made and has open: SQLite opens it by its name, so it is
-        checked that it has opened that one. pause() is called after each BACKUP_PAGES."""
-        target = self.connect(path, "mode=rw")
+        into the empty file of replacing(). SQLite opens it by its name: nothing is written unless
+        it has opened that one. pause() is called after each BACKUP_PAGES."""
+        file = file_id(copy.fileno())
+        before = descriptors_of(file)
+        target = self.connect(copy.name, "mode=rw")
         try:
-            if self.descriptor >= 0 and len(descriptors_of(file_id(path))) < 2:
-                raise StoreError(f"{path} has been replaced")
+            if before and len(descriptors_of(file)) == len(before):
+                raise StoreError(f"{copy.name} has been replaced")
             target.execute("PRAGMA journal_mode = OFF")
             target.execute("PRAGMA synchronous = OFF")  # the caller syncs
             show = lambda _, left, total: pause(total - left, total)  # noqa: E731
@@ -4433,33 +4496,40 @@ class Registry:
         """Copy database and key file into a folder, whole or not at all; their paths there. The
         folder must not have a database in use, or files of another fleet. Raises OperatorError,
         StoreError."""
-        folder = os.path.realpath(folder)
         sources = self.engine.path, os.path.realpath(self.keys.file.path)
-        copies = (os.path.join(folder, os.path.basename(path)) for path in sources)
-        database, key_file = map(resolve_file, copies)
-        if {database, key_file}.intersection(sources) or os.path.exists(f"{database}-wal"):
-            raise OperatorError(f"{folder} has a database in use: name another folder")
-        if database == key_file:
-            raise OperatorError("database and key file have one name: rename one to copy both")
-        with self.engine.exclusive_folder(folder):
-            if os.path.exists(database) or os.path.exists(key_file):
-                self._require_own_backup(folder, key_file)
-            self._copy_pair(database, key_file, progress)
+        with closing(Folder(folder)) as copies:
+            names = [os.path.basename(path) for path in sources]
+            database, key_file = (os.path.join(copies.path, name) for name in names)
+            if {database, key_file}.intersection(sources) or os.path.exists(f"{database}-wal"):
+                raise OperatorError(f"{copies.path} has a database in use: name another folder")
+            if database == key_file:
+                raise OperatorError("database and key file have one name: rename one to copy both")
+            if is_open_to_all(copies.descriptor):
+                raise OperatorError(
+                    f"anybody can replace files in {copies.path}: name another folder, or chmod "
+                    f"o-w {copies.path}"
+                )
+            if not try_flock(copies.descriptor):
+                raise StoreBusy(f"another backup into {copies.path} is under way")
+            if os.path.lexists(database) or os.path.lexists(key_file):
+                self._require_own_backup(copies.path, key_file)
+            self._copy_pair(copies, names, progress)
         return database, key_file
 
     def _require_own_backup(self, folder: str, key_file: str) -> None:
         with suppress(OperatorError):
-            if equal_secrets(load_keyring(key_file).audit_key, self.keys.keyring.audit_key):
+            keyring = load_keyring(key_file, self.engine.path)
+            if equal_secrets(keyring.audit_key, self.keys.keyring.audit_key):
                 return
         raise OperatorError(
             f"{folder} has other files of these names, such as another fleet's backup: name "
             "another folder"
         )
 
-    def _copy_pair(self, database: str, key_file: str, progress: Progress) -> None:
+    def _copy_pair(self, copies: Folder, names: Sequence[str], progress: Progress) -> None:
         """The key file is read last: then it has the keys that the copy of the database knows. Both
-        take their places when they are on the disk."""
-        with replacing(database, keeps_owner=False) as copy:
+        take their places when they are on the disk. They are ours, whatever they replace."""
+        with copies.replacing(names[0]) as copy:
 
             def pause(done: int, total: int) -> None:
                 progress(done, total)
@@ -4469,14 +4539,15 @@ class Registry:
             self.engine.begin(writes=False, durable=False)
             try:
                 kids = self.queries.kids()  # the schema may be an older one
-                self.engine.copy_to(f"{database}.tmp", pause)
+                self.engine.copy_to(copy, pause)
             finally:
                 self.engine.rollback()
             os.fsync(copy.fileno())
             keyring = self.keys.file.load()
             if not kids.intersection(keyring.kids):
                 raise OperatorError("all keys were retired meanwhile: back up again")
-            write_key_file(key_file, keyring, keeps_owner=False)
+            with copies.replacing(names[1]) as file:
+                file.write(keyring.jwk_set())
 
     def close(self) -> None:
         self.engine.close()
@@ -4526,7 +4597,7 @@ def open_registry(
                 _require_our_version(seen)
     try:
         engine.lock.acquire(LOCK_PATIENCE)
-        keys = KeyFile(key_file)
+        keys = KeyFile(key_file, engine.path)
         keyring, is_adopted = _open_pair(engine, keys, init, purpose, now)
         engine.lock.release()
         registry = Registry(engine, keys, keyring, **options)
@@ -4603,11 +4674,8 @@ def _copy_older(engine: Engine) -> None:
     try:
         if shutil.disk_usage(os.path.dirname(path)).free < room:  # for it and for the migration
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with replacing(path, keeps_owner=False) as copy:
-            with suppress(OSError):  # as another user than root we may not, and it is ours
-                owner = os.stat(engine.path)
-                os.fchown(copy.fileno(), owner.st_uid, owner.st_gid)
-            engine.copy_to(f"{path}.tmp", no_progress)
+        with replacing(path, os.stat(engine.path)) as copy:
+            engine.copy_to(copy, no_progress)
         log.info("copied the database to %s, to go back to the older version", path)
     except (OSError, StoreError) as error:
         text = str(error) if isinstance(error, StoreError) else describe_error(path, error)
@@ -4635,8 +4703,7 @@ def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool
         raise
     except BaseException:
         if is_new:
-            with suppress(OSError):
-                os.remove(os.path.realpath(keys.path))
+            keys.remove()
         raise
 
 
@@ -4691,7 +4758,7 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
         yield Finding("sqlite", True, f"{SQLITE_VERSION} {bug}")
         name = "keys"
         try:
-            keyring = load_keyring(key_file)
+            keyring = load_keyring(key_file, engine.path)
             if not is_pair(engine, keyring):
                 raise OperatorError(f"{key_file} is not the key file of this database")
             yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
@@ -4708,6 +4775,7 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
         paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
         existing = filter(os.path.exists, [*paths, *copies])
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
+        wrong += [f"chmod o-w {folder}" for folder in folders_open_to_all(engine.path, key_file)]
         yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
 
@@ -10019,6 +10087,8 @@ def serve(session: Session) -> None:
     options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
     options["interval"] = arguments.heartbeat_interval
     with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
+        for folder in folders_open_to_all(registry.engine.path, session.key_file):
+            log.warning("anybody can replace files in %s: chmod o-w %s", folder, folder)
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
@@ -10109,7 +10179,10 @@ def run_backup(session: Session) -> None:
         raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
     os.nice(BACKUP_NICENESS)
     with session.progress() as progress, session.open(purpose="copy") as registry:
-        database, key_file = registry.backup(folder, progress)
+        try:
+            database, key_file = registry.backup(folder, progress)
+        except OSError as error:
+            raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     session.report({"database": database, "keyFile": key_file}, None, copied)
 

@@ -1305,7 +1305,7 @@ MUTATED = {
     "parse_secret": ("typing_error or minted_is_no_secret or secret_has_its_prefix", 0, ""),
     "Keyring.verify": ("text_that_we_signed or no_character_of or plain_jwt or key_of_a_ring", 1,
                        "no credential that we sign has the maximum length"),
-    "require_own_file": ("another_user_prepared or of_no_stranger or link_is_followed_only", 1,
+    "require_own_file": ("user_prepared or stranger_prepared or it_cannot_have_made", 1,
                          "these tests run as root, whose id is the one that is changed"),
     "open_lock_file": ("another_user_prepared or lock_file_gets", 4,
                        "the second look is for a name that is swapped meanwhile"),
@@ -1387,7 +1387,7 @@ def test_the_suite_turns_red_with_every_slip_in(name, mutated_copy):
     tests, allowed, _ = MUTATED[name]
     assert not mutated_copy(SOURCE, tests)
     survivors = [what for what, mutant in mutants(name) if not mutated_copy(mutant, tests)]
-    assert len(survivors) <= allowed, survivors
+    assert len(survivors) <= allowed, "\n".join(survivors)
 
 
 # 2. Problems
@@ -1986,8 +1986,19 @@ def device(path):
         pytest.skip("no devices are made here")
 
 
-def replace(path):
-    with hostenroll.replacing(str(path)) as file:
+@contextlib.contextmanager
+def pretending_to_be(user):
+    os.setegid(user)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def replace(path, like=None):
+    with hostenroll.replacing(str(path), like) as file:
         file.write(b"new")
 
 
@@ -1998,6 +2009,16 @@ PREPARED = {  # at a name in the folder, by its owner
     "a second name of root's file": lambda path: os.link(path.parent.parent / "secret", path),
     "a pipe": os.mkfifo, "a device": device, "a stranger's file": lambda path: make(path, STRANGER),
 }  # fmt: skip
+OWNERS = {  # of key file, database and folder, the folder's mode, and who takes the keys
+    "root's": (0, SERVICE, SERVICE, 0o755, (0, SERVICE)),
+    "the service's, in root's folder": (SERVICE, SERVICE, 0, 0o775, (0, SERVICE)),
+    "the service's, without a database": (SERVICE, None, SERVICE, 0o755, (0, SERVICE)),
+    "the service's, in a folder of all": (SERVICE, SERVICE, 0, 0o1777, (SERVICE,)),
+    "a stranger's pair, in a folder of all": (STRANGER, STRANGER, 0, 0o1777, ()),
+    "a stranger's, in a folder of all": (STRANGER, None, 0, 0o1777, ()),
+    "a stranger's, in root's folder": (STRANGER, 0, 0, 0o755, ()),
+    "a stranger's, in his folder": (STRANGER, SERVICE, STRANGER, 0o755, ()),
+}
 ROOTS_COMMANDS = sample({  # a name in the folder, the link there, root's command, its exit status
     "the gate": ("hostenroll.db.gate", "../secret", "list-tokens", 1),
     "no database": ("hostenroll.db", "../made", "list-tokens", 1),
@@ -2068,13 +2089,14 @@ def test_a_file_is_replaced_without_writing_to_what_another_user_prepared(attack
     path = attacked / "key"
     make(path)
     PREPARED[name](attacked / "key.tmp")
-    replace(path)
+    replace(path, path.stat())
     assert owned(path) == (SERVICE, SERVICE, 0o600) and os.lstat(path).st_nlink == 1
     assert path.read_bytes() == b"new" and sorted(os.listdir(attacked)) == ["db", "key"]
     if "a link" not in name:  # which is refused
         path.unlink()
         PREPARED[name](path)
         replace(path)
+        assert owned(path) == (0, 0, 0o600) and os.lstat(path).st_nlink == 1
         assert path.read_bytes() == b"new" and sorted(os.listdir(attacked)) == ["db", "key"]
 
 
@@ -2120,36 +2142,156 @@ def test_a_path_is_made_absolute_and_a_link_to_itself_refused(tmp_path, monkeypa
         hostenroll.resolve_file("loop")
 
 
+# A user who may write in a folder puts files, links and nothing at some names in turn. He keeps his
+# files open, and tells how often he could read something.
+EXCHANGE = """
+import contextlib, itertools, os, random, sys, time
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+os.set_blocking(0, False)
+mine, seen = [], []
+
+def look():
+    seen.extend(os.pread(each, 100, 0) for each in mine)
+    while mine:
+        os.close(mine.pop())
+
+print(flush=True)
+for name in itertools.cycle(sys.argv[2:]):
+    with contextlib.suppress(BlockingIOError):
+        if os.read(0, 1) == b"":
+            break
+    time.sleep(random.random() / 1000)
+    with contextlib.suppress(OSError):
+        how = random.choice(["file", "file", "link", "second name", "nothing"])
+        if how == "file":
+            mine.append(os.open("fresh", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        elif how == "link":
+            os.symlink("../secret", "fresh")
+        elif how == "second name":
+            os.link("../secret", "fresh")
+        os.rename("fresh", name) if how != "nothing" else os.unlink(name)
+    with contextlib.suppress(OSError):
+        os.unlink("fresh")
+    with contextlib.suppress(OSError):
+        with open(name, "rb") as file:
+            seen.append(file.read(100))
+    if len(mine) > 100:
+        look()
+look()
+print(len(list(filter(None, seen))))
+"""
+
+
+@contextlib.contextmanager
+def exchanging(folder, *names):
+    command = [sys.executable, "-I", "-S", "-c", EXCHANGE, str(SERVICE), *names]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": folder}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == b"\n"
+        yield
+        assert process.communicate()[0] == b"0\n"  # none of his files has got anything
+
+
+def outcomes_of(act, wanted):
+    """Of doing it 20 times, and until what is wanted was met: it was done, it was refused."""
+    met, deadline = [], time.monotonic() + 30
+    while len(met) < 20 or (not wanted <= set(met) and time.monotonic() < deadline):
+        try:
+            act()
+            met.append("done")
+        except (hostenroll.OperatorError, hostenroll.StoreError, hostenroll.Unrecoverable, OSError):
+            met.append("refused")
+    return set(met)
+
+
 @needs_root
 def test_a_file_that_is_exchanged_all_the_time_leads_to_no_other(attacked):
     """The owner of the folder exchanges the names while root looks at them."""
-    stops, outcomes, fresh = threading.Event(), set(), attacked / "next"
-    (attacked / "link").symlink_to("../secret")
-    make(attacked / "file")
 
-    def exchange():
-        names = itertools.cycle(itertools.product(("link", "file"), ("db.gate", "key.tmp")))
-        while not stops.is_set():
-            source, name = next(names)
-            with contextlib.suppress(OSError):
-                os.link(attacked / source, fresh, follow_symlinks=False)
-                os.rename(fresh, attacked / name)
-            with contextlib.suppress(OSError):
-                os.unlink(fresh if source == "link" else attacked / name)
+    def work():
+        os.close(hostenroll.open_lock_file(str(attacked / "db.gate"), str(attacked / "db")))
+        replace(attacked / "key")
 
-    thread = threading.Thread(target=exchange, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        try:
-            os.close(hostenroll.open_lock_file(str(attacked / "db.gate"), str(attacked / "db")))
-            replace(attacked / "key")
-            outcomes.add("done")
-        except (hostenroll.OperatorError, OSError) as error:
-            outcomes.add(type(error).__name__)
-    stops.set()
-    thread.join()
-    assert {"done", "OperatorError"} <= outcomes  # both sides of the race were met
+    with exchanging(attacked, "db.gate", "key.tmp", "key"):
+        assert outcomes_of(work, {"done", "refused"}) == {"done", "refused"}
+
+
+@needs_root
+def test_a_key_file_is_given_to_nobody_but_the_owner_of_the_keys_that_were_read(attacked):
+    """In a folder of all anybody can put his own file in its place after that look."""
+    path, database = attacked / "key", attacked / "db"
+    attacked.chmod(0o1777)
+    for owner, group_reads in ((SERVICE, 0), (0, 0o040)):
+        os.chown(write(path), owner, SERVICE)
+        path.chmod(0o600 | group_reads)
+        file = hostenroll.KeyFile(str(path), str(database))
+        rotated = file.load().rotated()
+        path.unlink()
+        make(path, STRANGER)
+        file.replace(rotated)
+        assert owned(path) == (owner, SERVICE, 0o600 | group_reads)
+    make(path, STRANGER)
+    hostenroll.KeyFile(str(path), str(database)).replace(RING)  # a first one
+    assert owned(path) == (0, 0, 0o600) and load(path).kids == RING.kids
+
+
+@needs_root
+def test_what_replaces_a_file_stays_in_its_folder_and_is_the_file_that_was_made(attacked):
+    """Their owner renames the folder, and the file, while it is written."""
+    other, path = attacked.parent / "other", attacked / "key"
+    other.mkdir()
+    for name in ("key", "key.tmp"):
+        make(other / name, 0)
+    with hostenroll.replacing(str(path)) as file:
+        file.write(b"new")
+        attacked.rename(attacked.parent / "moved")
+        attacked.symlink_to("other")
+    assert [(other / name).read_bytes() for name in ("key", "key.tmp")] == [b"", b""]
+    attacked.unlink()
+    attacked.parent.joinpath("moved").rename(attacked)
+    assert path.read_bytes() == b"new"
+    with pytest.raises(hostenroll.OperatorError, match=r"another user replaced .*key while"):
+        with hostenroll.replacing(str(path)) as file:
+            (attacked / "key.tmp").rename(attacked / "taken")
+            make(attacked / "key.tmp", STRANGER)
+    assert owned(attacked / "taken") == (0, 0, 0o600)
+
+
+@needs_root
+def test_a_file_in_the_way_that_only_its_owner_may_remove_is_named(attacked):
+    attacked.chmod(0o1777)
+    os.chown(attacked, 0, 0)
+    make(attacked / "key.tmp", STRANGER)
+    with contextlib.closing(hostenroll.Folder(str(attacked))) as folder, pretending_to_be(SERVICE):
+        with pytest.raises(PermissionError, match=r"not permitted: remove .*/key\.tmp: '.*/key'$"):
+            with folder.replacing("key"):
+                pass
+    assert owned(attacked / "key.tmp")[0] == STRANGER and not (attacked / "key").exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o2770, 0o702])
+def test_a_folder_is_open_to_all_where_others_may_replace_what_is_not_theirs(tmp_path, mode):
+    """A group is chosen: a volume's, or that of one user."""
+    folder, key = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    key.symlink_to("folder/key")
+    folder.chmod(mode)
+    is_open = mode in (0o777, 0o702)
+    for files in ((folder / "db", key), (tmp_path / "db", key)):
+        found = hostenroll.folders_open_to_all(*map(str, files))
+        assert found == [str(folder)] * is_open
+    if not is_open:
+        write(folder / "key")
+        return
+    with pytest.raises(hostenroll.OperatorError, match=rf"{folder}: .*--key-file, or chmod o-w"):
+        hostenroll.KeyFile(str(key)).replace(RING)
+    folder.chmod(0o700)
+    file = hostenroll.KeyFile(str(write(folder / "key")))
+    folder.chmod(mode)
+    file.replace(file.load().rotated())  # a rotation goes on
+    assert len(load(key).kids) == 3 and os.listdir(folder) == ["key"]
 
 
 @needs_root
@@ -2195,7 +2337,7 @@ def test_a_file_is_replaced_whole_or_not_at_all_and_is_on_the_disk_before(tmp_pa
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", syncing)
-    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
+    monkeypatch.setattr(os, "replace", lambda *at, **to: (done.append("rename"), rename(*at, **to)))
     path.write_bytes(b"old")
     path.chmod(0o644)
     with hostenroll.replacing(str(path)) as file:
@@ -2235,8 +2377,8 @@ def write(path, ring=RING):
     return path
 
 
-def load(path):
-    return hostenroll.load_keyring(str(path))
+def load(path, *database):
+    return hostenroll.load_keyring(str(path), *map(str, database))
 
 
 AUDIT = jwk(use="audit", alg=..., kid="audit", k=b64(b"a" * 32))
@@ -2326,41 +2468,53 @@ def test_a_bad_key_file_is_refused_in_one_line(tmp_path, content):
     assert load(path).first.octets == OCTETS
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o610, 0o601, 0o666])
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o610, 0o601, 0o666, 0o440, 0o444])
 def test_a_key_file_that_is_open_to_others_or_not_there_is_refused(tmp_path, mode):
-    path = write(tmp_path / "the.key")
+    """Root's may be read by a group: it is mounted for a service of that group."""
+    path, database = write(tmp_path / "the.key"), tmp_path / "db"
     path.chmod(mode)
     rows = (path, "chmod 600"), *[(tmp_path / x, "cannot read the key file") for x in ("no", "")]
+    if os.geteuid() == 0:
+        if mode in (0o640, 0o440, 0o610):
+            assert load(path).keys
+        else:
+            with pytest.raises(hostenroll.OperatorError, match="chmod 600"):
+                load(path)
+        for file in (path, database):
+            file.touch()
+            os.chown(file, SERVICE, SERVICE)
     for name, reason in rows:
         with pytest.raises(hostenroll.OperatorError, match=reason):
-            load(name)
+            load(name, database)
     path.chmod(0o400)
-    assert load(path).keys
+    assert load(path, database).keys
 
 
 @needs_root
-@pytest.mark.parametrize("owner, user, mode, is_taken", table({
-    # of the file, of its folder, the folder's mode, and whether root takes the keys
-    "root's": (0, SERVICE, 0o755, True),
-    "the service's": (SERVICE, SERVICE, 0o755, True),
-    "a stranger's": (STRANGER, SERVICE, 0o755, False),
-    "a stranger's, in a folder of all": (STRANGER, 0, 0o1777, False),
-    "a stranger's, in a folder of a group": (STRANGER, 0, 0o775, False),
-    "mounted into a folder of root": (SERVICE, 0, 0o755, True),
-}))  # fmt: skip
-def test_root_takes_the_keys_of_no_stranger(tmp_path, owner, user, mode, is_taken):
-    for place, uid in ((tmp_path / "folder", user), (tmp_path / "elsewhere", owner)):
+@pytest.mark.parametrize("owner, of_database, of_folder, mode, takers", table(OWNERS))
+def test_keys_are_taken_from_root_us_and_the_databases_owner_alone(
+    tmp_path, monkeypatch, owner, of_database, of_folder, mode, takers
+):
+    """Also through a link, since mounted secrets are links."""
+    folder, elsewhere = tmp_path / "service", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
         place.mkdir()
-        os.chown(write(place / "key"), owner, owner)
-        os.chown(place, uid, uid)
-    (tmp_path / "folder" / "link").symlink_to("../elsewhere/key")
-    (tmp_path / "folder").chmod(mode)
-    for name in ("folder/key", "folder/link"):
-        if is_taken:
-            assert load(tmp_path / name).kids == RING.kids
-            continue
-        with pytest.raises(hostenroll.OperatorError, match="belongs to another user"):
-            load(tmp_path / name)
+        os.chown(write(place / "key"), owner, SERVICE)
+        os.chmod(place / "key", 0o600 if owner else 0o440)
+    (folder / "link").symlink_to("../elsewhere/key")
+    if of_database is not None:
+        make(folder / "db", of_database)
+    os.chown(folder, of_folder, of_folder)
+    folder.chmod(mode)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(folder)  # what is above it is root's alone
+    for user, name in itertools.product((0, SERVICE), ("key", "link")):
+        with pretending_to_be(user):
+            if user in takers:
+                assert load(name, "db").kids == RING.kids
+                continue
+            with pytest.raises(hostenroll.OperatorError, match=r"another user, of id|cannot read"):
+                load(name, "db")
 
 
 def test_a_key_file_is_read_again_when_it_has_changed_however_soon_and_only_then(key_file):
@@ -2522,6 +2676,31 @@ def test_every_file_is_for_its_owner_alone_whatever_the_umask(paths, clock, tmp_
         os.umask(before)
     ends = ("db", "db-wal", "db-shm", "db.gate", "db.lock", "key")
     assert modes == {f"hostenroll.{end}": 0o600 for end in ends}
+
+
+@pytest.mark.parametrize("prepare, opens", table({
+    "of root": (lambda path, victim: path.touch(0o600), True),
+    "of the folder's owner": (lambda path, victim: make(path), True),
+    "of a stranger": (lambda path, victim: make(path, STRANGER), False),
+    "of another name": (lambda path, victim: os.link(victim, path), False),
+}))  # fmt: skip
+@needs_root
+def test_a_database_is_made_in_no_file_that_a_stranger_prepared(
+    prepare, opens, paths, clock, tmp_path
+):
+    """An empty file is taken for no database: its owner would have had it open before."""
+    victim = tmp_path / "victim"
+    victim.touch(0o600)
+    os.chown(tmp_path, SERVICE, SERVICE)
+    tmp_path.chmod(0o1777)
+    prepare(Path(paths[0]), victim)
+    if opens:
+        open_registry(*paths, clock.ms).close()
+    else:
+        with pytest.raises(hostenroll.OperatorError, match="is a link, a second name, or another"):
+            open_registry(*paths, clock.ms)
+    assert victim.stat().st_size == 0
+    assert [os.path.exists(paths[1]), os.stat(paths[0]).st_size > 0] == [opens] * 2
 
 
 def hot_journal(database, victim):
@@ -3024,19 +3203,33 @@ def test_a_schema_that_a_newer_program_has_made_ends_the_process(knows, world):
         world.housekeeping() if knows else world.run(beat)
 
 
-def test_a_copy_never_goes_into_a_file_that_took_the_place_of_ours(world, tmp_path):
-    path, victim = tmp_path / "copy", tmp_path / "victim"
+@pytest.mark.parametrize("how", [os.symlink, os.link])
+def test_a_copy_never_goes_into_a_file_that_took_the_place_of_ours(how, world, tmp_path):
+    """Nor into the database that is copied."""
+    victim, engine = tmp_path / "victim", world.registry.engine
     victim.touch()
-    descriptor = hostenroll.create_file(str(path))
-    path.unlink()
-    path.symlink_to(victim)
-    engine = world.registry.engine
+    before = contents(world.paths[0])
+    for other in (victim, world.paths[0]):
+        engine.begin(False, False)
+        with pytest.raises(hostenroll.StoreError, match="replaced"):
+            with hostenroll.replacing(str(tmp_path / "copy")) as copy:
+                os.unlink(copy.name)
+                how(other, copy.name)
+                engine.copy_to(copy, lambda done, total: None)
+        engine.rollback()
+    assert victim.read_bytes() == b"" and contents(world.paths[0]) == before
+    assert not list(tmp_path.glob("copy*")) and world.join()
+
+
+def test_no_journal_beside_a_copy_is_played_back(world, tmp_path):
+    victim, engine = tmp_path / "victim", world.registry.engine
+    victim.touch()
     engine.begin(False, False)
-    with pytest.raises(hostenroll.StoreError, match="replaced"):
-        engine.copy_to(str(path), lambda done, total: None)
+    with hostenroll.replacing(str(tmp_path / "copy")) as copy:
+        Path(f"{copy.name}-journal").write_bytes(hot_journal(world.paths[0], victim))
+        engine.copy_to(copy, lambda done, total: None)
     engine.rollback()
-    os.close(descriptor)
-    assert victim.read_bytes() == b""
+    assert victim.exists() and contents(str(tmp_path / "copy")) == contents(world.paths[0])
 
 
 def test_a_link_that_is_swapped_between_two_looks_is_not_followed(tmp_path):
@@ -5979,6 +6172,89 @@ def test_a_backup_goes_over_nothing_but_an_older_one_of_its_own(spoil, world, fo
     assert bad_in(ours) == []
 
 
+@needs_root
+@pytest.mark.parametrize("prepare", table(PREPARED))
+def test_a_backup_goes_through_nothing_that_the_owner_of_its_folder_prepared(
+    prepare, world, folder, tmp_path
+):
+    os.chown(folder, SERVICE, SERVICE)
+    (tmp_path / "secret").write_bytes(b"of root")
+    ours = copies_in(world.paths, folder)
+    for path in ours:
+        prepare(Path(path))
+        with pytest.raises(hostenroll.OperatorError, match="name another folder"):
+            backup(world, folder)
+        os.unlink(path)
+        prepare(Path(f"{path}.tmp"))
+    assert backup(world, folder) == ours and sorted(map(str, folder.iterdir())) == sorted(ours)
+    assert [owned(path) for path in ours] == [(0, 0, 0o600)] * 2
+    assert (tmp_path / "secret").read_bytes() == b"of root" and bad_in(ours) == []
+
+
+@needs_root
+@pytest.mark.parametrize("act, mode, names, wanted", table({
+    "first start": ("start", 0o1777, ["db", "key", "key.tmp"], {"done", "refused"}),
+    "rotation": ("rotate", 0o777, ["key", "key.tmp"], {"done", "refused"}),
+    "backup": ("backup", 0o755, ["db.tmp", "key.tmp"], {"refused"}),  # it takes several turns
+}))  # fmt: skip
+def test_who_exchanges_files_all_the_time_gets_no_key(act, mode, names, wanted, clock, tmp_path):
+    """He may write in the folder of the files, or owns that of the backup."""
+    data, copy, secret = tmp_path / "data", tmp_path / "copy", tmp_path / "secret"
+    for place in (data, copy):
+        place.mkdir(mode=0o755)
+    os.chown(copy, SERVICE, SERVICE)
+    secret.write_bytes(b"of root")
+    secret.chmod(0o600)
+    paths = str(data / "hostenroll.db"), str(data / "hostenroll.key")
+    open_registry(*paths, clock.ms).close()
+    keys = load(paths[1])
+
+    def work():
+        if act == "start":
+            for path in data.iterdir():
+                path.unlink(missing_ok=True)
+        else:
+            Path(paths[1]).unlink(missing_ok=True)
+            write(paths[1], keys)
+        with World(paths, clock) as world:
+            if act == "rotate":
+                rotate(world)
+            elif act == "backup":
+                backup(world, copy)
+
+    data.chmod(mode)
+    place = copy if act == "backup" else data
+    with exchanging(place, *(f"hostenroll.{name}" for name in names)):
+        assert outcomes_of(work, wanted) >= wanted
+    assert secret.read_bytes() == b"of root"
+
+
+def test_a_backup_into_a_folder_where_anybody_may_replace_it_is_refused(world, folder):
+    folder.chmod(0o777)
+    with pytest.raises(
+        hostenroll.OperatorError, match=rf"^anybody .* {folder}: name another folder"
+    ):
+        backup(world, folder)
+    assert os.listdir(folder) == []
+    folder.chmod(0o1777)
+    backup(world, folder)
+
+
+def test_a_first_start_that_fails_removes_its_own_key_file_alone(paths, clock, monkeypatch):
+    """The folder may be another one by then."""
+    for is_ours in (True, False):
+
+        def fail(engine, is_ours=is_ours):
+            if not is_ours:
+                os.rename(write(Path(f"{paths[1]}.other")), paths[1])
+            raise hostenroll.StoreError("no room")
+
+        monkeypatch.setattr(hostenroll.Engine, "create_schema", fail)
+        with pytest.raises(hostenroll.StoreError, match="no room"):
+            open_registry(*paths, clock.ms)
+        assert os.path.exists(paths[1]) is not is_ours
+
+
 def test_a_backup_for_which_there_is_no_room_leaves_the_older_one_whole(world, folder):
     copies = backup(world, folder)
     before, size = contents(copies[0]), os.stat(copies[0]).st_size
@@ -6233,6 +6509,15 @@ def test_a_file_beside_the_database_that_others_can_read_is_named(suffix, world)
     assert [(it.name, it.detail) for it in bad_in(world.paths)] == [("modes", f"chmod 600 {path}")]
     os.chmod(path, 0o600)
     assert verdicts(world.paths) == SOUND
+
+
+def test_a_folder_where_anybody_may_replace_the_files_is_named(paths, clock, tmp_path):
+    open_registry(*paths, clock.ms).close()
+    tmp_path.chmod(0o777)
+    findings = [(it.name, it.detail) for it in bad_in(paths)]
+    assert findings == [("modes", f"chmod o-w {tmp_path}")]
+    tmp_path.chmod(0o1777)
+    assert verdicts(paths) == SOUND
 
 
 # Tokens that have ended.
@@ -12231,6 +12516,8 @@ KEY_FILES = [
     ("key file missing", lambda path: path.rename(f"{path}.away"),
      lambda path: Path(f"{path}.away").rename(path)),
     ("key file open to others", lambda path: path.chmod(0o644), lambda path: path.chmod(0o600)),
+    pytest.param("key file of another user", lambda path: os.chown(path, 54321, -1),
+                 lambda path: os.chown(path, 0, -1), marks=needs_root),
 ]  # fmt: skip
 
 
@@ -12253,7 +12540,7 @@ def test_what_cannot_pass_by_itself_ends_the_server_and_nothing_is_lost(
 
 
 @slow
-@pytest.mark.parametrize("failure, spoil, mend", KEY_FILES, ids=["missing", "too open"])
+@pytest.mark.parametrize("failure, spoil, mend", KEY_FILES, ids=["missing", "too open", "his"])
 def test_without_a_good_key_file_a_server_goes_on_and_none_starts(failure, spoil, mend, subject):
     key_file = subject.folder / "hostenroll.key"
     spoil(key_file)
@@ -14434,6 +14721,33 @@ def test_a_backup_goes_into_a_folder_of_its_owner_alone_or_nowhere(operator):
     assert operator("check", "--db", "copy/hostenroll.db").status == 0
 
 
+def test_where_anybody_may_replace_the_files_only_a_first_key_file_and_a_backup_are_refused(
+    operator,
+):
+    folder, copy = operator.folder, operator.folder / "copy"
+    copy.mkdir()
+    copy.chmod(0o777)
+    folder.chmod(0o777)
+    require_one_line(operator("mint-token"), 1, "--key-file, or chmod o-w")
+    require_one_line(operator("serve", "--init"), 1, "--key-file, or chmod o-w")
+    assert not list(folder.glob("*.db")) + list(folder.glob("*.key*"))
+    folder.chmod(0o700)
+    operator("mint-token")
+    folder.chmod(0o777)
+    require_one_line(operator("backup", "copy"), 1, "name another folder")
+    assert os.listdir(copy) == []
+    operator("rotate-signing-key")
+    assert len(operator("list-signing-keys").out.splitlines()) == 3
+    checked = operator("check")
+    assert (checked.status, f"chmod o-w {folder}" in checked.out) == (1, True)
+    with start_server(folder, how="process", api_key=False) as server:
+        assert server.call("GET", "/readyz").status == 200
+        assert server.terminate() == 0
+    assert [line.count(f"anybody can replace files in {folder}") for line in server.log].count(
+        1
+    ) == 1
+
+
 @pytest.fixture
 def audited(operator):
     """An operator who has done a few things, and has refused one."""
@@ -14657,6 +14971,18 @@ def test_make_cert_overwrites_nothing_and_makes_both_or_none(there, words, compl
     require_one_line(operator("make-cert", "--name", "enroll.lan", *words.split()), 1, complaint)
     assert sorted(os.listdir(operator.folder)) == before
     assert there in ("", "a link") or (operator.folder / there).read_text() == "precious"
+
+
+@needs_openssl
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_what_make_cert_makes_has_its_mode_whatever_the_umask(umask, operator):
+    before = os.umask(umask)
+    try:
+        made = operator("make-cert", "--name", "enroll.lan")
+    finally:
+        os.umask(before)
+    paths = (operator.folder / f"hostenroll-tls.{end}" for end in ("key", "crt"))
+    assert made.status == 0 and [owned(path)[2] for path in paths] == [0o600, 0o644]
 
 
 # fmt: off
