@@ -181,7 +181,9 @@ TOKEN_KEPT = 30 * DAY  # after its end, so that show-token can still tell what b
 CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
 CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
 CREDENTIAL_MAXIMUM = 1024  # the longest that we sign, with a kid and a slug of 64 each, has 413
-REPLAY_WINDOW_MS = DAY * SECOND_MS  # how long a lost enrollment reply can be asked for again
+CREDENTIAL_REPEATED_MS = HOUR * SECOND_MS  # for so long who asks again gets the same bytes
+REPLAY_SHORTEST_MS = 10 * MINUTE * SECOND_MS  # to ask again for an enrollment's lost reply
+REPLAY_LONGEST_MS = DAY * SECOND_MS  # the same, where the token itself lives on
 SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
 DUPLICATES_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
 
@@ -218,6 +220,8 @@ VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a stat
 # The audit log.
 PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
 REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
+SUCCESSES_AUDITED = 12  # in an hour, of each thing that a host can do as often as it likes
+KINDS_COUNTED = 2000  # hosts and what they do, 1 MiB; for more than these the hour ends early
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 STORED_NESTING = 8  # brackets in a column of JSON: to encode deep ones again would fail
 UNREADABLE_MAXIMUM = 200  # characters that are shown of another one
@@ -1584,7 +1588,9 @@ CREATE TABLE host (
     idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
     twin_id          INTEGER,           -- a live host that had this hostname at that time
-    agent_version    TEXT    NOT NULL DEFAULT ''  -- as the agent reports it
+    agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
+    issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
+    issued_hash      BLOB               -- SHA-256 of its credential, and of what that replaces
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -1678,7 +1684,11 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE service ADD COLUMN pin TEXT NOT NULL DEFAULT ''",
         "UPDATE heartbeat SET serial = 1 WHERE serial = 0",
     ),
-    2: ("ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",),
+    2: (
+        "ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE host ADD COLUMN issued_at INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN issued_hash BLOB",
+    ),
 }
 
 # SQL word by word. White space is what SQLite takes for it: to it, all else is part of a name.
@@ -1751,6 +1761,8 @@ class Host(NamedTuple):
     admitted_serial: int
     idempotency: Optional[bytes]
     issued_to: str
+    issued_at: int
+    issued_hash: Optional[bytes]
     twin_id: Optional[int]
     last_seen: int
     serial: int
@@ -1828,6 +1840,10 @@ class Anchor(NamedTuple):
 
 class StoreError(Exception):
     """The database failed. The transaction is dead: roll it back, and run nothing more in it."""
+
+
+class NotDurable(StoreError):
+    """The transaction does not wait for the disk, and what it writes has to be there."""
 
 
 class StoreBusy(StoreError):
@@ -2396,6 +2412,11 @@ class Engine(Database):
             return False
         return True
 
+    def require_durable(self) -> None:
+        """Raises NotDurable unless the transaction that writes is a durable one."""
+        if self._synchronous != "FULL":
+            raise NotDurable("the transaction is not durable")
+
     def stop_waiting(self) -> StoreBusy:
         """Wait no longer for another writer: the reason, to raise."""
         self.lock.release_gate()
@@ -2805,14 +2826,6 @@ class Queries:
         settings = ", ".join(f"{column} = ?" for column in changes)
         self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
 
-    def issue(self, number: int, held: int, address: str) -> Optional[int]:
-        """Issue a serial above all others to the holder of one; None after a later admission."""
-        statement = """UPDATE host SET issued = CASE WHEN issued < ? THEN ? ELSE issued END + 1,
-             issued_to = ? WHERE id = ? AND admitted_serial <= ?"""
-        if self._run(statement, held, held, address, number, held) == 0:
-            return None
-        return int(self._value("SELECT issued FROM host WHERE id = ?", number))
-
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
         """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
         self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
@@ -3006,6 +3019,10 @@ class IssuedCredential(NamedTuple):
     credential: str
     expires_at: int
 
+    def hash(self, held: int) -> bytes:
+        """Of it, and of the serial of the credential that it replaces; 0: it came for a token."""
+        return sha256(f"{held} {self.credential}")
+
 
 class Enrollment(NamedTuple):
     """A host, the credential issued to it, and its heartbeat interval in seconds."""
@@ -3102,6 +3119,7 @@ class Metrics:
 Row = Union[ApiKey, Host, Token]
 AnyRow = TypeVar("AnyRow", ApiKey, Host, Token)
 KINDS: Mapping[type[Any], str] = {ApiKey: "api-key", Host: "host", Token: "token"}
+EventKind = tuple[str, str, str, Owner, str]  # action, actor, subject, organization, code
 
 
 class Rules:
@@ -3116,9 +3134,14 @@ class Rules:
         self._registry = registry
         self._queries = registry.queries
 
-    def _record(self, action: str, actor: str, row: Row, **detail: Any) -> None:
+    @staticmethod
+    def _kind(action: str, row: Row, actor: str = "") -> EventKind:
+        """What events about a row have in common. Without an actor it is the row itself."""
         subject = tagged_id(KINDS[type(row)], row.id)
-        self._registry.audit.record(action, actor, subject, row.organization_id, **detail)
+        return action, actor or subject, subject, row.organization_id, ""
+
+    def _record(self, action: str, actor: str, row: Row, **detail: Any) -> None:
+        self._registry.audit.record(*self._kind(action, row, actor), **detail)
 
     def _scope(self, call: Call, problem: type[Problem], field: str) -> Owner:
         """The organization that a call is about: the one in a field of its values, or the
@@ -3175,6 +3198,30 @@ class Rules:
                 return Page(items)
 
 
+class EventLimit:
+    """Bounds the events of what a peer can do as often as it likes. In each period the first of a
+    kind are listed; the others are counted, and become one event when it is over."""
+
+    def __init__(self, maximum: int, length: int) -> None:
+        """maximum: events of a kind that are listed; length: of a period, in seconds."""
+        self._maximum, self._length = maximum, length * SECOND_MS
+        self.since = 0  # when the period began
+        self.listed: Counter[EventKind] = Counter()
+        self.excess: Counter[EventKind] = Counter()  # only counted
+
+    def allows(self, kind: EventKind) -> bool:
+        return self.listed[kind] < self._maximum
+
+    def takes(self, kind: EventKind, is_full: bool = False) -> bool:
+        """Count one more, which is listed if there is room. False: it is not."""
+        is_listed = self.allows(kind) and not is_full
+        (self.listed if is_listed else self.excess)[kind] += 1
+        return is_listed
+
+    def is_over(self, now: int) -> bool:
+        return not 0 <= now - self.since < self._length or len(self.listed) > KINDS_COUNTED
+
+
 class AuditLog(Rules):
     """What happened, event after event.
 
@@ -3183,9 +3230,9 @@ class AuditLog(Rules):
     A refused call's events are undone with it, then its refusal is recorded. Refusals outside of
     a tick that writes are pending until the next one.
 
-    Any peer can cause refusals. In each minute the first REFUSALS_AUDITED of a code and an
-    organization become events; the others are counted, and become one event when the minute is
-    over. The organization matters so that one's noise does not hide another's refusals.
+    Any peer can cause refusals: of these a code and an organization are a kind, so that the noise
+    of one does not hide the refusals of another. Any host can cause renewals, replays and changed
+    facts: of these each host has kinds of its own.
     """
 
     def __init__(self, registry: Registry, keep: Optional[int]) -> None:
@@ -3197,22 +3244,24 @@ class AuditLog(Rules):
         self.events: list[tuple[Event, str]] = []  # of the tick, with the ids of the requests
         self._taken = 0  # how many of them, the first, were pending before it
         self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
-        self._minute = 0  # when it began
-        self._listed: Counter[tuple[str, Owner]] = Counter()  # refusals in it, as events
-        self.excess: Counter[tuple[str, Owner]] = Counter()  # refusals in it, only counted
+        self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)
+        self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
+        self.limits = self.refusals, self.successes
+        self._excess: dict[EventKind, int] = {}  # of successes, when the tick began
         self._trouble = ""  # why the log cannot be pruned
 
     def begin(self, now: int) -> None:
         self._now = now
         self.events, self.pending = self.pending, []
-        is_over = not 0 <= now - self._minute < MINUTE * SECOND_MS
-        if is_over and len(self.events) < PENDING_REFUSALS_MAXIMUM:
-            self.flush_refusals(now)
+        if len(self.events) < PENDING_REFUSALS_MAXIMUM:
+            self.sum_up(now)
         self._taken = len(self.events)
+        self._excess = dict(self.successes.excess)
 
     def forget(self) -> None:
         """The tick is rolled back. Refusals that were pending before it are answered: they stay."""
         self.events, self.pending = [], self.events[: self._taken] + self.pending
+        self.successes.excess = Counter(self._excess)
 
     def record(
         self, action: str, actor: str, subject: str, owner: Owner, code: str = "", **detail: Any
@@ -3226,27 +3275,27 @@ class AuditLog(Rules):
         """A call or a request was refused; in_tick: in the tick that runs, and writes."""
         if not problem.is_audited:
             return
-        kind = problem.code, problem.organization
-        is_full = len(self.pending) >= PENDING_REFUSALS_MAXIMUM
-        if is_full or self._listed[kind] >= REFUSALS_AUDITED:
-            self.excess[kind] += 1
+        kind = "refuse", "anonymous", "", problem.organization, problem.code
+        if not self.refusals.takes(kind, len(self.pending) >= PENDING_REFUSALS_MAXIMUM):
             return
-        self._listed[kind] += 1
         self.origin, self._now = origin, now
         about = problem.actor, problem.subject, problem.organization, problem.code
         self.record("refuse", *about, **problem.audit_detail)
         if not in_tick:
             self.pending.append(self.events.pop())
 
-    def flush_refusals(self, now: int) -> None:
-        """In a tick: end the minute. Refusals that were only counted become one event each kind."""
+    def sum_up(self, now: int, at_once: bool = False) -> None:
+        """In a tick: end the periods that are over, or all at once. What was only counted in them
+        becomes one event of each kind."""
         origin, self.origin = self.origin, LOCAL
-        since = rfc3339(self._minute)
-        for (code, owner), more in self.excess.items():
-            self.record("refuse", "anonymous", "", owner, code, more=more, since=since)
-        self.origin, self._minute = origin, now
-        self._listed.clear()
-        self.excess.clear()
+        for limit in self.limits:
+            if at_once or limit.is_over(now):
+                for kind, more in limit.excess.items():
+                    self.record(*kind, more=more, since=rfc3339(limit.since))
+                limit.since = now
+                limit.listed.clear()
+                limit.excess.clear()
+        self.origin = origin
 
     def write(self, keyring: Keyring) -> None:
         if not self.events:
@@ -3262,6 +3311,7 @@ class AuditLog(Rules):
         self._queries.add_events([event for event, _ in self.events])
 
     def emit(self) -> None:
+        self._excess = dict(self.successes.excess)
         events, self.events = self.events, []
         for event, request in events:
             text = f"{event.action} {event.subject or '-'} by {event.actor}"
@@ -3488,13 +3538,50 @@ class SigningKeys(Rules):
             return True
         return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
 
-    def issue(self, host: int, organization: str, serial: int, now: int) -> IssuedCredential:
-        """Sign a credential with a serial that has been issued to a host."""
-        issued_at = now // SECOND_MS
+    # Issuing. A reply can be lost, so its request may come again: an enrollment with its
+    # Idempotency-Key, a heartbeat with a credential that is due. It may come a million times, from
+    # a host that wants to fill the disk. So until it is used, or an hour old, the newest credential
+    # is not issued again but signed again, without an event and without a wait for the disk. Its
+    # hash shows that the bytes are the same, for the first key or the lifetime may have changed.
+    #
+    # Another address gets another credential: of two machines with copies of one, the first to use
+    # its new one must supersede the other. When addresses alternate, that ends with the events that
+    # are listed in the hour; then all get the same.
+
+    def sign(self, host: Host) -> IssuedCredential:
+        """The credential with the highest serial of a host."""
+        issued_at, first = host.issued_at // SECOND_MS, self.keyring.first
         expires_at = None if self._ttl is None else issued_at + self._ttl
-        first = self.keyring.first
-        claims = Claims(host, organization, issued_at, serial, expires_at, first.kid)
-        return IssuedCredential(first.sign(claims), (expires_at or 0) * SECOND_MS)
+        about = host.id, host.organization_id, issued_at, host.issued, expires_at, first.kid
+        return IssuedCredential(first.sign(Claims(*about)), (expires_at or 0) * SECOND_MS)
+
+    def issue(
+        self, host: Host, changes: Mapping[str, Any], held: int, address: str, now: int
+    ) -> IssuedCredential:
+        """Issue a credential in place of one with a serial (0: for a token) to an address. changes:
+        columns of the host, with a higher serial."""
+        changes = {**changes, "issued_to": address, "issued_at": now}
+        issued = self.sign(host._replace(**changes))
+        self._queries.edit_host(host.id, {**changes, "issued_hash": issued.hash(held)})
+        return issued
+
+    def issue_again(
+        self, host: Host, held: int, kind: EventKind, address: str, now: int, **detail: Any
+    ) -> IssuedCredential:
+        """A credential in place of one with a serial (0: for a token): the newest of the host, if
+        it was issued for the same; or else a new one, with an event of a kind."""
+        audit, newest = self._registry.audit, self.sign(host)
+        is_known = newest.hash(held) == host.issued_hash
+        is_recent = 0 <= now - host.issued_at < CREDENTIAL_REPEATED_MS
+        is_owner = address == host.issued_to or not audit.successes.allows(kind)
+        if is_known and is_recent and is_owner:
+            return newest
+        self._registry.engine.require_durable()
+        serial = max(host.issued, held) + 1
+        if audit.successes.takes(kind):
+            audit.record(*kind, **detail, serial=serial)
+        self._registry.metrics.tick["renewals"] += kind[0] == "renew"
+        return self.issue(host, {"issued": serial}, held, address, now)
 
     def number(self, kid: str, now: int) -> int:
         """The number of a key in the database, which learns of it if the key has come into the key
@@ -3940,10 +4027,21 @@ class Enrollments(Rules):
     """Exchange a token for a host and its credential.
 
     Serials: a new host gets 1. A replay (a reply was lost, and the same token comes again with the
-    same Idempotency-Key) gets one more than the highest issued. A re-enrollment gets a serial
-    beyond all that can be good: no older credential can be renewed past it, and none counts that
-    was issued after the backup from which this database may have been restored.
+    same Idempotency-Key) gets the same credential, or one more than the highest issued. A
+    re-enrollment gets a serial beyond all that can be good: no older credential can be renewed past
+    it, and none counts that was issued after the backup from which this database may have been
+    restored.
     """
+
+    def needs_disk(self, token: Token, key: Optional[str], now: int) -> bool:
+        """Before the tick: whether it has to wait for the disk. A refusal need not, nor a replay,
+        as a rule. Raises StorageUnavailable."""
+        if token_state(token, now) != "valid":
+            return False
+        if key is None or token.uses == 0:
+            return True
+        with self._registry.reading():
+            return self._queries.replayed_host(token.id, sha256(key)) is None
 
     def enroll(self, call: Call, now: int) -> Enrollment:
         """values: token (the row, of a caller who proved its secret), hostname, name, facts (by
@@ -3967,16 +4065,21 @@ class Enrollments(Rules):
         known = self._queries.replayed_host(token.id, key) if key else None
         if known is not None:
             token = self._queries.token(token.id) or token
-            if self._may_replay(token, known, now):
-                serial = self._queries.issue(known.id, known.issued, address)
-                assert serial is not None, "issued is not below admitted_serial"
-                return self._issue("replay", token, known._replace(issued=serial), call, now)
-        self._require_valid(token, now)
-        if known is not None:
-            raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
+        is_replay = known is not None and self._may_replay(token, known, now)
+        if not is_replay:
+            self._require_valid(token, now)
+            if known is not None:
+                raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
         names = token.hostname or call.values["hostname"], call.values["hostname"]
         if len({name.lower().rstrip(".") for name in names}) > 1:  # compared as in RFC 4343
             raise TokenHostMismatch()
+        if known is not None:
+            kind = self._kind("replay", known, tagged_id("token", token.id))
+            issued = self._registry.keys.issue_again(
+                known, 0, kind, address, now, hostname=call.values["hostname"]
+            )
+            return Enrollment(known, issued, self._registry.interval)
+        self._registry.engine.require_durable()
         if not self._queries.use_token(token.id, now, address):
             self._require_valid(self._queries.token(token.id), now)
             raise TokenUsed()
@@ -3993,11 +4096,13 @@ class Enrollments(Rules):
 
     @staticmethod
     def _may_replay(token: Token, host: Host, now: int) -> bool:
-        """Whether a lost reply may be given again: until its credential is used, for a day."""
+        """Whether a lost reply may be asked for again: until its credential is used, and as long as
+        a token lives that is not used, but for REPLAY_SHORTEST_MS at least."""
         if token.revoked_at is not None or host.revoked_at is not None:
             return False
         is_used = host.last_seen > 0 and host.serial >= host.admitted_serial
-        return not is_used and now - host.admitted_at <= REPLAY_WINDOW_MS
+        end = max(token.expires_at, host.admitted_at + REPLAY_SHORTEST_MS)
+        return not is_used and now <= min(end, host.admitted_at + REPLAY_LONGEST_MS)
 
     def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         hostname, keys = call.values["hostname"], self._registry.keys
@@ -4006,13 +4111,17 @@ class Enrollments(Rules):
             name=call.values.get("name", hostname), hostname=hostname,
             bound=int(token.hostname is not None), labels=token.labels, **call.values["facts"],
             enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
+            issued_at=now, issued_hash=None,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
         )  # fmt: skip
-        while not self._queries.add_host(host):  # the id is taken
-            host = host._replace(id=new_id(now))
-        return self._issue("enroll", token, host, call, now)
+        while True:
+            issued = keys.sign(host)
+            host = host._replace(issued_hash=issued.hash(0))
+            if self._queries.add_host(host):
+                return self._admitted("enroll", token, host, issued, call)
+            host = host._replace(id=new_id(now))  # the id is taken
 
     def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         host = self._queries.host(token.host_id) if token.host_id is not None else None
@@ -4025,12 +4134,12 @@ class Enrollments(Rules):
         hostname = changes.get("hostname", host.hostname)
         serial = max(host.issued, host.serial) + SERIALS_LOST + 1
         changes.update(
-            issued=serial, issued_to=call.origin.address,
+            issued=serial,
             admitted_by=token.id, admitted_at=now, admitted_serial=serial, idempotency=key,
             twin_id=self._duplicate_of(host.organization_id, hostname, host.id, now),
         )  # fmt: skip
-        self._queries.edit_host(host.id, changes)
-        return self._issue("re-enroll", token, host._replace(**changes), call, now)
+        issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
+        return self._admitted("re-enroll", token, host._replace(**changes), issued, call)
 
     def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
@@ -4044,15 +4153,15 @@ class Enrollments(Rules):
                 return host.id
         return None
 
-    def _issue(self, action: str, token: Token, host: Host, call: Call, now: int) -> Enrollment:
-        is_new, twin = action != "replay", host.twin_id
-        self._registry.metrics.tick["enrollments"] += is_new
+    def _admitted(
+        self, action: str, token: Token, host: Host, issued: IssuedCredential, call: Call
+    ) -> Enrollment:
+        self._registry.metrics.tick["enrollments"] += 1
         self._record(
             action, tagged_id("token", token.id), host, hostname=call.values["hostname"],
             serial=host.issued if host.issued > 1 else None,
-            sameHostnameAs=id_text(twin) if is_new and twin is not None else None,
+            sameHostnameAs=None if host.twin_id is None else id_text(host.twin_id),
         )  # fmt: skip
-        issued = self._registry.keys.issue(host.id, host.organization_id, host.issued, now)
         return Enrollment(host, issued, self._registry.interval)
 
 
@@ -4150,37 +4259,43 @@ class Heartbeats(Rules):
         last_seen = self.accept(claims.host, heartbeat_of(claims).credential, now)
         if call.values.get("problem"):
             raise call.values["problem"]
-        host = self._queries.host(claims.host) if facts else None
-        changes = changed_facts(host, facts) if host and facts else {}
+        host = self._queries.host(claims.host)
+        assert host is not None, "its heartbeat was accepted"
+        audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
+        changes, issued = changed_facts(host, facts or {}), None
         if changes:
-            self._queries.edit_host(claims.host, changes)
+            self._queries.edit_host(host.id, changes)
+            kind = self._kind("edit", host)
+            if audit.successes.takes(kind):
+                names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
+                audit.record(*kind, facts=dict(zip(names, changes.values())))
+        # A copy from before a re-enrollment is not renewed. The old credential is good until a new
+        # one is first used, so a lost reply locks no host out.
+        if keys.is_due(claims, now) and claims.serial >= host.admitted_serial:
+            kind = self._kind("renew", host)
+            issued = keys.issue_again(host, claims.serial, kind, address, now)
         self._registry.metrics.tick["heartbeats"] += 1
-        issued = self._renew(claims, call.origin, now)
         return HeartbeatResult(claims.host, last_seen, issued, self.next_interval())
 
-    def _renew(self, claims: Claims, origin: Origin, now: int) -> Optional[IssuedCredential]:
-        """A credential with a serial that was never issued before, where one is due. Of two
-        machines that renew copies of one credential, the first to use its new one supersedes the
-        other, and the audit log shows it. A copy from before a re-enrollment is not renewed. The
-        old credential is good until a new one is first used, so a lost reply locks no host out."""
-        keys, (host, owner, *_) = self._registry.keys, claims
-        if not keys.is_due(claims, now):
-            return None
-        serial = self._queries.issue(host, claims.serial, origin.address)
-        if serial is None:
-            return None
-        name = tagged_id("host", host)
-        self._registry.audit.record("renew", name, name, owner, serial=serial)
-        self._registry.metrics.tick["renewals"] += 1
-        return keys.issue(host, owner, serial, now)
+    def needs_disk(self, claims: Claims, facts: Mapping[str, str], now: int) -> Optional[bool]:
+        """Before the tick: whether it has to wait for the disk. None: it changes nothing, and is a
+        plain one. Raises StorageUnavailable.
 
-    def changes(self, number: int, facts: Mapping[str, str]) -> Mapping[str, str]:
-        """The facts, by column, that would change a host; none for a host that does not exist.
-        Before the tick: what changes nothing goes as a plain heartbeat, which need not wait for
-        the disk. Raises StorageUnavailable."""
+        No host can make every tick wait: a credential that is asked for again does not, nor facts
+        (by column) that are not listed any more, nor what will be refused.
+        """
+        is_due = self._registry.keys.is_due(claims, now)
+        if not is_due and not facts:
+            return None
         with self._registry.reading():
-            host = self._queries.host(number)
-        return changed_facts(host, facts) if host else {}
+            host = self._queries.host(claims.host)
+        if host is None or not host.active or claims.serial < host.serial:
+            return False
+        is_changed = bool(changed_facts(host, facts))
+        if not is_due and not is_changed:
+            return None
+        is_listed = self._registry.audit.successes.allows(self._kind("edit", host))
+        return (is_changed and is_listed) or (is_due and host.issued <= claims.serial)
 
 
 class Census:
@@ -4291,8 +4406,9 @@ class Hosts(Rules):
 # The registry.
 #
 # Theory of operation: the tick. run() takes what has arrived and runs all of it in one
-# transaction, which waits for the disk once if anything in it is durable. Heartbeats go first,
-# in one statement; then each call by itself, in a savepoint if it may write. A refused call is
+# transaction, which waits for the disk once if anything in it is durable. Where a rule finds that
+# it has to be and is not, the transaction is rolled back and begun again. Heartbeats go first, in
+# one statement; then each call by itself, in a savepoint if it may write. A refused call is
 # rolled back to its savepoint, its events too, and its refusal is recorded; the others stand.
 # Before the commit the events are chained and written, after it they are logged and counted.
 #
@@ -4336,14 +4452,14 @@ class Registry:
         self._failed_at = 0.0
         self._next_checkpoint = 0.0  # while there is trouble
 
-    def run(self, calls: Sequence[Work], now: int) -> Optional[list[Any]]:
+    def run(self, calls: Sequence[Work], now: int, durable: bool = False) -> Optional[list[Any]]:
         """One transaction. The outcome of each call, in order, all of it committed: the value of
         its rule, or the Problem (of a command's call also the OperatorError) that refuses it.
         None: another writer is at work. Ask again with the same calls, or stop_waiting()."""
         requests = [call for call in calls if isinstance(call, Call)]
         beats = [call for call in calls if isinstance(call, Heartbeat)] if requests else calls
         writes = bool(beats) or any(call.operation.writes for call in requests)
-        durable = any(call.operation.writes and call.operation.durable for call in requests)
+        durable |= any(call.operation.writes and call.operation.durable for call in requests)
         try:
             if not self.engine.begin(writes, durable):
                 return None
@@ -4360,6 +4476,9 @@ class Registry:
                     for call in calls
                 ]
             self._commit(writes)
+        except NotDurable:
+            self._roll_back()
+            return self.run(calls, now, durable=True)
         except StoreError as error:
             self._roll_back()
             return [self.unavailable(error, writes)] * len(calls)
@@ -4557,7 +4676,7 @@ class Registry:
 # fmt: off
 HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
 WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
-FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.flush_refusals(now))
+FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.sum_up(now, True))
 START_SERVICE = InternalRule(
     lambda registry, call, now: registry.service.start(**call.values, now=now), durable=True)
 KNOWN_KIDS = InternalRule(lambda registry, call, now: registry.keys.known_kids(), writes=False)
@@ -8019,7 +8138,9 @@ OPERATIONS = (
 OPERATION = {operation.name: operation for operation in OPERATIONS}
 HTTP_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.path)
 BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
-REFUSED_BEAT = BEAT._replace(durable=False)  # with a bad body: there is nothing to keep of it
+# Of these there is most likely nothing to keep. If there is, the tick begins again.
+QUICK_BEAT = BEAT._replace(durable=False)
+QUICK_ENROLL = OPERATION["enroll"]._replace(durable=False)
 
 
 # The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
@@ -8355,12 +8476,13 @@ class Api:
         token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
         facts = {fact.column: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
+        if not self.registry.enrollments.needs_disk(token, key, now):
+            operation = QUICK_ENROLL
         return Call(operation, values=values, origin=request.origin)
 
     def _admit_heartbeat(self, request: Request, now: int) -> Work:
         """A heartbeat that brings nothing new and needs no renewal is a plain one, which the tick
-        runs in one statement with all others. No host can make every tick wait for the disk by
-        what it sends: neither unchanged facts nor a bad body do."""
+        runs in one statement with all others."""
         if not request.authorization:
             raise CredentialMissing()
         claims = self.registry.keys.authenticate(request.authorization, now)
@@ -8372,10 +8494,10 @@ class Api:
                 facts = {COLUMNS[name]: value for name, value in values.items()}
             except InvalidBody as error:  # raised in the tick, once the credential is accepted
                 problem = error
-        changes = self.registry.heartbeats.changes(claims.host, facts) if facts else {}
-        if changes or problem or self.registry.keys.is_due(claims, now):
+        needs_disk = self.registry.heartbeats.needs_disk(claims, facts, now)
+        if needs_disk is not None or problem:
             values = {"claims": claims, "facts": facts, "problem": problem}
-            operation = REFUSED_BEAT if problem else BEAT
+            operation = BEAT if needs_disk and not problem else QUICK_BEAT
             return Call(operation, values=values, origin=request.origin)
         return heartbeat_of(claims, request.origin)
 
@@ -9253,7 +9375,8 @@ class Server(Listener):
         yet are the last tick, which waits for other writers like any other."""
         exchanges = self._exchanges
         if not (self._connections.count or exchanges.pending or self._is_audit_flushed):
-            if self._registry.audit.pending or self._registry.audit.excess:
+            audit = self._registry.audit
+            if audit.pending or any(limit.excess for limit in audit.limits):
                 exchanges.add_internal(FINAL_AUDIT_FLUSH)
             self._is_audit_flushed = True
         return bool(self._connections.count or exchanges.pending)

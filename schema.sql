@@ -64,7 +64,9 @@ CREATE TABLE host (
     idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
     twin_id          INTEGER,           -- a live host that had this hostname at that time
-    agent_version    TEXT    NOT NULL DEFAULT ''  -- as the agent reports it
+    agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
+    issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
+    issued_hash      BLOB               -- SHA-256 of its credential, and of what that replaces
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
