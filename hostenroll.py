@@ -245,12 +245,14 @@ HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one such, and 
 FIELDS_MAXIMUM = 100  # as Apache's LimitRequestFields
 PARAMETERS_MAXIMUM = 64  # REPEATS_MAXIMUM labels, and every other parameter there is
 BODY_MAXIMUM = 64 * 1024  # the largest valid one in UTF-8, a host's 32 longest labels, has 35 KiB
+AGENT_BODY_MAXIMUM = 8 * 1024  # anybody can have one read; the largest valid one has 3.5 KiB
+AGENT_BRACKETS_MAXIMUM = 8  # { and [ in it: an agent sends one, and thousands are slow to read
 CHUNK_LINE_MAXIMUM = 256  # a size has up to 16 digits; the rest are extensions, which are ignored
 CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
 CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
-INTEGER_DIGITS = 19  # int() of a 64 KiB number takes tens of milliseconds before Python 3.11
+INTEGER_DIGITS = 19  # in a query; int() of thousands of digits is slow before Python 3.11
 HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
 HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
 HOPS_CACHED = 4096  # 0.3 KiB each; to parse an address takes as long as half a heartbeat's tick
@@ -275,6 +277,7 @@ RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than i
 BUFFERED_MAXIMUM = 32 * 1024 * 1024  # unfinished requests and answers not taken yet, together
 ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not hold up the others
 ACCEPT_PAUSE = 0.1  # when no descriptor is free
+JUDGING_TIME = 0.005  # in a turn: heartbeats wait no longer for other requests to be judged
 SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE less than the 5 s in which a server stops
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
 
@@ -538,7 +541,8 @@ MalformedRequest = _refusal("malformed-request", 400, "The request is not valid 
 RequestTimeout = _refusal("request-timeout", 408, "The request did not arrive in time",
     "Send the whole request without a pause.", Unframed)
 BodyTooLarge = _refusal("body-too-large", 413, "The body is too large",
-    f"Send a body of at most {BODY_MAXIMUM} bytes.", Unframed)
+    f"Send a body of at most {BODY_MAXIMUM} bytes, as an agent of at most {AGENT_BODY_MAXIMUM}.",
+    Unframed)
 HeadTooLarge = _refusal("head-too-large", 431, "The request line and header fields are too large",
     f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head.", Unframed)
 UnknownTransferCoding = _refusal(
@@ -632,6 +636,29 @@ def problems() -> tuple[type[Problem], ...]:
 # JSON that we read has none, and an engine that knows UTF-16 alone sees two of them in an emoji.
 PRINTABLE = "[^" + json.dumps(UNPRINTABLE.pattern)[2:-1].replace(r"\ud800-\udfff", "")
 
+# A name is what people click, and tell hosts apart by. What shows nothing, or nothing by itself, as
+# ranges, because Python's own tables differ by its version (Unicode 16, DerivedCoreProperties):
+# Default_Ignorable_Code_Point, without what UNPRINTABLE has, and without the joiners, which
+# languages and emoji need; white space and the blank of Braille; the blocks of combining marks.
+_IGNORABLE = (
+    "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u2060-\u2065\u206a-\u206f\u3164"
+    "\ufe00-\ufe0e\uffa0\ufff0-\ufff8"
+)
+_JOINERS = "\u200c\u200d\ufe0f"
+_BLANK = " \xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000"
+_MARKS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+# A joiner stands between visible characters, one alone or U+FE0F and U+200D; but U+FE0F may also
+# end a word, after a symbol that it makes an emoji.
+_INVISIBLE = (
+    f"[{_IGNORABLE}]|^[{_BLANK}{_MARKS}{_JOINERS}]|[{_BLANK}]$|[{_BLANK}][{_JOINERS}]"
+    f"|[\u200c\u200d](?:[{_BLANK}{_JOINERS}]|$)|\ufe0f[\u200c\ufe0f]"
+)
+_EMOJI = "\xa9\xae\u203c\u2049\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+INVISIBLE = re.compile(
+    f"{_INVISIBLE}|[^{_EMOJI}]\ufe0f(?:[{_BLANK}]|$)"
+    "|[\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
 
 class FieldType:
     """What one value may be."""
@@ -689,6 +716,23 @@ class Text(FieldType):
             "maxLength": self._maximum,
             "pattern": f"^{self._pattern or PRINTABLE + '*'}$",
         }
+
+
+class Name(Text):
+    """A text that looks like no other: nothing invisible is in it or at an end of it."""
+
+    RULE = "must be visible at both ends, and have nothing invisible within but single joiners"
+
+    def check(self, value: Any) -> str:
+        text = super().check(value)
+        if INVISIBLE.search(text):
+            raise ValueError(self.RULE)
+        return text
+
+    def json_schema(self) -> dict[str, Any]:
+        """Its pattern ends at U+FFFF, for engines that know UTF-16 alone; the words do not."""
+        pattern = json.dumps(_INVISIBLE)[1:-1]
+        return {**super().json_schema(), "not": {"pattern": pattern}, "description": self.RULE}
 
 
 class Timestamp(Text):
@@ -923,27 +967,36 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _short_integer(digits: str) -> Union[int, float]:
-    return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidBody(f"The body has {name}, which JSON does not know.")
 
 
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
-_JSON = json.JSONDecoder(
-    object_pairs_hook=_unique_members, parse_int=_short_integer, parse_constant=_refuse_constant
-)
+# Numbers are floats: an int() takes time by the square of its digits. An agent's are not made at
+# all but read as True, because what we know of its body is texts, and thousands take a while.
+_JSON, _AGENT_JSON = (
+    json.JSONDecoder(
+        object_pairs_hook=_unique_members, parse_constant=_refuse_constant,
+        parse_int=number, parse_float=number,
+    )
+    for number in (float, bool)
+)  # fmt: skip
 
 
-def parse_json(body: bytes) -> Any:
+def parse_agent_json(body: bytes) -> Any:
+    """A JSON text of a caller whose secret is not known yet. Raises InvalidBody."""
+    if body.count(b"{") + body.count(b"[") > AGENT_BRACKETS_MAXIMUM:
+        raise InvalidBody(f"The body has more than {AGENT_BRACKETS_MAXIMUM} characters {{ and [.")
+    return parse_json(body, _AGENT_JSON)
+
+
+def parse_json(body: bytes, decoder: json.JSONDecoder = _JSON) -> Any:
     """A JSON text (RFC 8259, with the strictness of RFC 8785: unique members, no lone surrogates).
 
     Raises InvalidBody.
     """
     try:
-        value = _JSON.decode(body.decode("utf-8"))
+        value = decoder.decode(body.decode("utf-8"))
         if b"\\u" in body:  # only an escape can write a lone surrogate
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
@@ -4954,6 +5007,7 @@ _CHUNK_LINE = re.compile(
 _TOKEN68_BYTES = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
 
 CHUNKED = -1  # as the length of a body
+AGENT_PATHS = "/api/agent/"  # the paths of what agents send begin so
 # One server would take the first of two, another the last: a second one is refused.
 _SINGLE_FIELDS = (
     "host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect",
@@ -4971,6 +5025,11 @@ class Head(NamedTuple):
     expects: bool  # "Expect: 100-continue" was sent, and a body follows
     authorization: Optional[str]  # None also where parse_head() returns the credential apart
     idempotency_key: Optional[str]
+
+    @property
+    def body_maximum(self) -> int:
+        """How many bytes the body may have."""
+        return AGENT_BODY_MAXIMUM if self.path.startswith(AGENT_PATHS) else BODY_MAXIMUM
 
 
 class Request(NamedTuple):
@@ -5059,7 +5118,10 @@ def _parse_head(data: bytes) -> Head:
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
     last_two = single.get("authorization"), single.get("idempotency-key")
-    return Head(method, path, query, length, keep_alive, expects, *last_two)
+    head = Head(method, path, query, length, keep_alive, expects, *last_two)
+    if length > head.body_maximum:
+        raise BodyTooLarge()
+    return head
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
@@ -5159,7 +5221,8 @@ class ChunkedBody:
     """A body in chunks (RFC 9112 section 7.1), read as it arrives, no byte twice. The chunks are
     joined at once: kept one by one, chunks of two bytes would take twenty times the memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum  # bytes of the body
         self.body = bytearray()  # of all chunks so far
         self._announced = self._overhead = 0
         self._left = 0  # of the current chunk, with the CR LF behind it
@@ -5213,7 +5276,7 @@ class ChunkedBody:
             raise MalformedRequest("A chunk's size line is malformed.")
         size = int(match[1], 16)
         self._announced += size
-        if self._announced > BODY_MAXIMUM:
+        if self._announced > self._maximum:
             raise BodyTooLarge()
         if size:
             self._left = size + 2
@@ -5265,7 +5328,7 @@ class RequestReader:
             buffer = buffer[end + 4 :]
         length = head.length
         if length == CHUNKED:
-            self._chunked = self._chunked or ChunkedBody()
+            self._chunked = self._chunked or ChunkedBody(head.body_maximum)
             self.buffer, has_ended = self._chunked.feed(buffer)
             body = bytes(self._chunked.body) if has_ended else b""
         else:
@@ -7600,7 +7663,8 @@ def page() -> str:
 HOSTNAME = Text(
     253, 1, r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", "letters, digits, dots, - and _"
 )
-NAME = Text(255, 1)
+NAME = Text(255, 1)  # of hosts that are there; the rule for names was laxer once
+NEW_NAME = Name(255, 1)
 SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
@@ -7642,7 +7706,8 @@ COLUMNS = {"hostname": "hostname", **{fact.name: fact.column for fact in FACTS}}
 # What bodies, queries and headers may hold.
 NO_MEMBERS = Schema()
 ENROLL_BODY = Schema(
-    *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NAME), *FACT_FIELDS, open=True)
+    *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NEW_NAME), *FACT_FIELDS,
+    open=True)
 ENROLL_HEADERS = Schema(Field("Idempotency-Key", IDEMPOTENCY_KEY))
 HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACT_FIELDS, open=True)
 REENROLL_FIELDS = (
@@ -7651,7 +7716,7 @@ REENROLL_BODY = Schema(*REENROLL_FIELDS)
 MINT_BODY = Schema(
     *REENROLL_FIELDS, Field("maxUses", Integer(TOKEN_USES_RANGE)), Field("hostname", HOSTNAME),
     Field("labels", LABELS), Field("organizationId", SLUG))
-EDIT_BODY = Schema(Field("name", NAME), Field("labels", LABELS))
+EDIT_BODY = Schema(Field("name", NEW_NAME), Field("labels", LABELS))
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
@@ -8472,7 +8537,7 @@ class Api:
             key = None if key is None else IDEMPOTENCY_KEY.check(key)
         except ValueError as error:
             raise MalformedRequest(f"Idempotency-Key {error}.") from None
-        body = ENROLL_BODY.check(parse_json(request.body))
+        body = ENROLL_BODY.check(parse_agent_json(request.body))
         token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
         facts = {fact.column: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
@@ -8490,7 +8555,7 @@ class Api:
         problem: Optional[Problem] = None
         if request.body not in (b"", b"{}"):
             try:
-                values = HEARTBEAT_BODY.check(parse_json(request.body))
+                values = HEARTBEAT_BODY.check(parse_agent_json(request.body))
                 facts = {COLUMNS[name]: value for name, value in values.items()}
             except InvalidBody as error:  # raised in the tick, once the credential is accepted
                 problem = error
@@ -8618,6 +8683,9 @@ TRANSITIONS = {
 class Tls:
     """The TLS of one connection, from bytes to bytes: it never touches the socket."""
 
+    # A fatal alert, illegal_parameter, as OpenSSL sends at its own limit: RFC 8446 section 6.2.
+    TOO_LONG = bytes((21, 3, 3, 0, 2, 2, 47))
+
     def __init__(self, context: ssl.SSLContext) -> None:
         self._incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()  # parts of the handshake, alerts, records
@@ -8646,6 +8714,8 @@ class Tls:
         if parts:
             self.buffered = 0
         if not self.handshake_done and self.buffered > HANDSHAKE_MAXIMUM:
+            self.outgoing.read()  # an answer, where this was the end of the hello
+            self.outgoing.write(self.TOO_LONG)
             raise ssl.SSLError("the handshake is too long")
         return b"".join(parts)
 
@@ -8950,10 +9020,12 @@ class Listener(HTTPServer):
 #
 # serve_forever() repeats Server._turn(). A turn reads whatever has arrived, at most one request of
 # each connection, and turns it into calls: Api.match() or Api.admit() gives a Heartbeat or a Call,
-# or an answer at once. What may write becomes pending, and all of that is run as one transaction, a
-# tick, with one time; the answers are sent when it is committed. So the more there is to do, the
-# more each commit carries. Calls that only read wait in another queue and are run one in a turn:
-# no heartbeat waits for more than one page of a list.
+# or an answer at once. It goes on with admit() for JUDGING_TIME; the other requests wait for the
+# next turn, so a crowd of requests that are slow to judge holds up itself. What may write becomes
+# pending, and all of that is run as one transaction, a tick, with one time; the answers are sent
+# when it is committed. So the more there is to do, the more each commit carries. Calls that only
+# read wait in another queue and are run one in a turn: no heartbeat waits for more than one page of
+# a list.
 #
 # Where another process holds the write lock, the tick is not run and the turn goes on without it:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
@@ -8979,6 +9051,7 @@ class Exchanges:
         self._access_log = access_log
         self.pending: list[Pending] = []  # what may write
         self.reads: deque[Pending] = deque()
+        self.unjudged: deque[tuple[Connection, Request, float]] = deque()  # and when each arrived
         self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
         self.now = 0  # of this turn, Unix time in milliseconds
         self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
@@ -9024,7 +9097,7 @@ class Exchanges:
             self._shed_load(connection)
 
     def parse(self, connection: Connection, data: bytes = b"") -> None:
-        """Read on in the request of a connection, and admit it if that was the end of it."""
+        """Read on in the request of a connection, and have it judged if that was the end of it."""
         reader = connection.reader
         try:
             request = reader.next(data)
@@ -9039,7 +9112,8 @@ class Exchanges:
         if request is None:
             self._await_rest(connection)
         else:
-            self._admit(connection, request)
+            self._connections.move(connection, BUSY)
+            self.unjudged.append((connection, request, self._connections.moment))
 
     def _await_rest(self, connection: Connection) -> None:
         reader, tls = connection.reader, connection.tls
@@ -9057,8 +9131,20 @@ class Exchanges:
         elif connection.state is BUSY:  # an empty line behind the request before
             self._connections.move(connection, IDLE)
 
-    def _admit(self, connection: Connection, request: Request) -> None:
-        moment, origin = self._connections.moment, request.origin
+    def judge(self) -> None:
+        """Judge what has arrived, one by one; what the turn has no time for waits for the next."""
+        end = time.monotonic() + JUDGING_TIME
+        while self.unjudged:
+            connection, request, moment = self.unjudged.popleft()
+            try:
+                self._admit(connection, request, moment)
+            except Exception as error:
+                self.fail(connection, error)
+            if time.monotonic() > end:
+                return
+
+    def _admit(self, connection: Connection, request: Request, moment: float) -> None:
+        origin = request.origin
         try:
             admitted = self._api.admit(request, self.now)
         except Exception as error:
@@ -9068,7 +9154,6 @@ class Exchanges:
             self._answer(connection, admitted, request.head, origin, moment)
             self._api.metrics.requests.observe(time.monotonic() - moment)
             return
-        self._connections.move(connection, BUSY)
         writes = isinstance(admitted, Heartbeat) or admitted.operation.writes
         queue = self.pending if writes else self.reads
         queue.append((connection, admitted, request.head, moment))
@@ -9406,7 +9491,7 @@ class Server(Listener):
         for connection in ready:
             if connection.state in (BUSY, BODY):  # it was not refused meanwhile
                 self._guard(exchanges.parse, connection)
-        # 4. Read what has arrived; accept new connections.
+        # 4. Read what has arrived, and judge it; accept new connections.
         accepted: list[Connection] = []
         handshakes: list[Connection] = []
         for key, _ in events:
@@ -9422,6 +9507,7 @@ class Server(Listener):
                 accepted = self._accept(ACCEPTS_PER_TURN)
             else:
                 self._wakened.recv(RECEIVE_SIZE)
+        exchanges.judge()
         # 5. Add the server's own calls: housekeeping every ALIVE_EVERY seconds; if nothing else is
         #    to be run, a tick that writes the refusals which wait to be audited.
         if moment >= self._housekeeping_at:
@@ -9457,7 +9543,7 @@ class Server(Listener):
     def _timeout(self) -> float:
         """Seconds that the selector may wait for something to happen."""
         exchanges = self._exchanges
-        if exchanges.ready or exchanges.reads:
+        if exchanges.ready or exchanges.reads or exchanges.unjudged:
             return 0
         if exchanges.waiting_since:
             return LOCK_POLL
