@@ -274,6 +274,7 @@ LINGER_DEADLINE = 2  # for the peer to read the answer before a reset drops it: 
 HANDSHAKE_MAXIMUM = 16 * 1024  # from the peer; OpenSSL alone would hold 128 KiB of a hello
 TLS_RECORD = 16384  # the longest plain text of one: RFC 8446 section 5.1
 RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than it saves
+DROP_SIZE = 64 * 1024  # of what arrives behind a refusal: in smaller pieces it would take 16 turns
 BUFFERED_MAXIMUM = 32 * 1024 * 1024  # unfinished requests and answers not taken yet, together
 ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not hold up the others
 ACCEPT_PAUSE = 0.1  # when no descriptor is free
@@ -553,6 +554,9 @@ HttpVersion = _refusal("http-version", 505, "The HTTP version is not supported",
     "Speak HTTP/1.1.", Unframed)
 ExpectationFailed = _refusal("expectation-failed", 417, "The expectation cannot be met",
     "Expect 100-continue or nothing.", Unframed)
+AgentBodyTooLarge = _refusal(  # it is read to its end: peers that connect again cost more
+    BodyTooLarge.code, 413, BodyTooLarge.title, BodyTooLarge.remedy, BodyTooLarge,
+    name="AgentBodyTooLarge", closes=False)
 UnknownMethod = _refusal(
     UnknownTransferCoding.code, 501, UnknownTransferCoding.title,
     UnknownTransferCoding.remedy, UnknownTransferCoding, name="UnknownMethod", closes=False)
@@ -1008,6 +1012,7 @@ def parse_json(body: bytes, decoder: json.JSONDecoder = _JSON) -> Any:
     return value
 
 
+_STORED_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 _STRING = re.compile(r'(?s)"(?:[^"\\]|\\.?)*"?')  # in JSON; it matches whatever follows a quote
 
 
@@ -1018,7 +1023,7 @@ def stored_object(text: str) -> dict[str, Any]:
     value: Any = None
     if len(re.findall(r"[\[{]", _STRING.sub("", text))) <= STORED_NESTING:
         with suppress(Problem, ValueError):
-            value = _JSON.decode(text)
+            value = _STORED_JSON.decode(text)
     return value if isinstance(value, dict) else {"unreadable": text[:UNREADABLE_MAXIMUM]}
 
 
@@ -1154,8 +1159,12 @@ class SigningKey:
         return (b"%b.%b" % (signed, self.signature(signed))).decode("ascii")
 
 
-# The values that a MAC covers, as no others are written: a forger's octets are an array.
-audit_record = json.JSONEncoder(separators=(",", ":"), default=list).encode
+_AUDIT_RECORD = json.JSONEncoder(separators=(",", ":"), default=list).encode
+
+
+def audit_record(values: Sequence[Any]) -> bytes:
+    """The values that a MAC covers, as no others are written: a forger's octets are an array."""
+    return _AUDIT_RECORD(values).encode("ascii")
 
 
 class Keyring:
@@ -1191,10 +1200,10 @@ class Keyring:
         keys = [{"kty": "oct", **names, "k": base64url(k).decode("ascii")} for names, k in rows]
         return json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n"
 
-    def audit_mac(self, domain: bytes, values: Sequence[Any], previous: bytes = b"") -> bytes:
-        """The HMAC-SHA256 of values of the audit log; of an event also of the MAC before it, which
-        ties it to all before. A forged MAC, of any length, cannot pass for a part of the values."""
-        framed = b"%d:%b%b" % (len(previous), previous, audit_record(values).encode("ascii"))
+    def audit_mac(self, domain: bytes, record: bytes, previous: bytes = b"") -> bytes:
+        """The HMAC-SHA256 of a record of the audit log. An event's covers the MAC before it too, to
+        tie it to all before; a forged MAC of any length cannot pass for a part of a record."""
+        framed = b"%d:%b%b" % (len(previous), previous, record)
         return hmac.digest(self._audit_keys[domain], framed, "sha256")
 
     def old_audit_mac(self, record: bytes, previous: bytes = b"") -> bytes:
@@ -1246,8 +1255,8 @@ def new_keyring() -> Keyring:
 # replaces the file that a name happens to lead to. It makes the file itself (O_EXCL takes no link
 # and no file that is there), or opens it without following a link and judges the open descriptor.
 # A file that replaces another is made, synced and renamed in a folder that is opened once, wherever
-# its path leads by then. It is given to nobody but the owner of what it replaces, and only where
-# that was read and judged before: by now the name may lead to a file of anybody.
+# its path leads by then. A key file gets the owner of the one that was read and judged before, not
+# that of what stands there by then.
 
 
 def resolve_file(path: str) -> str:
@@ -1390,7 +1399,8 @@ def replacing(path: str, like: Optional[os.stat_result] = None) -> Iterator[Bina
 
 def is_open_to_all(folder: Union[str, int]) -> bool:
     """Whether anybody may replace the files in a folder: others may write, and no sticky bit keeps
-    them from what is not theirs. A group is not anybody: it was chosen, for servers or one user."""
+    them from what is not theirs. What its group may do was meant: the group of a volume, or of one
+    user, has been chosen."""
     return os.stat(folder).st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH
 
 
@@ -1880,6 +1890,8 @@ class Event(NamedTuple):
 
     def legible(self) -> Event:
         """Itself, with types that can be shown: a forger may have put any into any column."""
+        if _fits(Event, tuple(map(type, self))):
+            return self
         at = self.at if isinstance(self.at, int) else 0
         *texts, detail = (v if isinstance(v, (str, type(None))) else repr(v) for v in self[2:-1])
         return Event._make((self.number, at, *texts, str(detail), self.mac))
@@ -1909,10 +1921,10 @@ class BadRow(StoreError):
 
 
 @lru_cache(maxsize=256)
-def _fits(record: type[Any], kinds: tuple[type, ...]) -> bool:
+def _fits(record: type[Any], types: tuple[type, ...]) -> bool:
     """Whether a record can be made of values of these types."""
     hints = typing.get_type_hints(record, globals()).values()
-    return all(kind in (typing.get_args(hint) or (hint,)) for kind, hint in zip(kinds, hints))
+    return all(each in (typing.get_args(hint) or (hint,)) for each, hint in zip(types, hints))
 
 
 def _text(octets: bytes) -> Union[str, bytes]:
@@ -2091,9 +2103,7 @@ class Database:
         """A connection to an existing file, with the URI parameters of mode."""
         try:
             uri = f"file:{quote(os.fsencode(path))}?{mode}"
-            connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
-            connection.text_factory = _text
-            return connection
+            return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
         except sqlite3.Error as error:
             raise self._failure(error) from error
 
@@ -2120,6 +2130,9 @@ class Database:
         try:
             return self.db.execute(statement, parameters).fetchall()
         except sqlite3.Error as error:
+            if "decode to UTF-8" in str(error) and self.db.text_factory is str:
+                self.db.text_factory = _text  # from now on: it takes longer
+                return self.rows(statement, *parameters)
             raise self._failure(error, statement) from error
 
     def value(self, statement: str, *parameters: Any) -> Any:
@@ -2681,6 +2694,16 @@ def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
 
 
+def _require_fit(record: Any, rows: Sequence[Sequence[Any]]) -> None:
+    """Raises BadRow."""
+    for types in {tuple(map(type, row)) for row in rows}:
+        if not _fits(record, types):
+            key = next(row[0] for row in rows if tuple(map(type, row)) == types)
+            name = id_text(key) if isinstance(key, int) else ascii(key)
+            table = TABLES[record].partition(" ")[0]
+            raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
+
+
 def _require_added(added: int, expected: int = 1) -> None:
     """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
     if added < expected:
@@ -2710,11 +2733,8 @@ class Queries:
 
     def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
         rows = self._rows(f"{SELECT[record]} {rest}", *values)
-        for row in rows:
-            if record not in (Event, Anchor) and not _fits(record, tuple(map(type, row))):
-                name = id_text(row[0]) if isinstance(row[0], int) else ascii(row[0])
-                table = TABLES[record].partition(" ")[0]
-                raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
+        if record not in (Event, Anchor):  # which have MACs
+            _require_fit(record, rows)
         return [record(*row) for row in rows]
 
     def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
@@ -2868,11 +2888,14 @@ class Queries:
              ORDER BY id DESC LIMIT ?"""
         return self._all(Host, rest, organization, hostname, limit)
 
-    def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[HostState]:
-        """So many hosts with an id above after, in order; of one organization, or of all."""
+    def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[Any]:
+        """So many hosts with an id above after, in order, each as the values of a HostState; of one
+        organization, or of all."""
         owned, owner = _owned_by(organization)
-        rest = f"WHERE {owned} id > ? ORDER BY id LIMIT ?"
-        return self._all(HostState, rest, *owner, after, limit)
+        statement = f"{SELECT[HostState]} WHERE {owned} id > ? ORDER BY id LIMIT ?"
+        rows = self._rows(statement, *owner, after, limit)
+        _require_fit(HostState, rows)
+        return rows
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host. The program names them, never a peer."""
@@ -3359,7 +3382,7 @@ class AuditLog(Rules):
         for place, (event, request) in enumerate(self.events):
             number += 1
             numbered = event._replace(number=number)
-            mac = keyring.audit_mac(b"event", numbered[:-1], mac)
+            mac = keyring.audit_mac(b"event", audit_record(numbered[:-1]), mac)
             self.events[place] = numbered._replace(mac=mac), request
         self._queries.add_events([event for event, _ in self.events])
 
@@ -3376,7 +3399,8 @@ class AuditLog(Rules):
 
     def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
         """Chain what follows an event to its number and MAC alone, proved by the audit key."""
-        self._queries.put(Anchor(number, mac, keyring.audit_mac(b"anchor", (number, mac))))
+        proof = keyring.audit_mac(b"anchor", audit_record((number, mac)))
+        self._queries.put(Anchor(number, mac, proof))
 
     def prune(self, keyring: Keyring, now: int) -> bool:
         """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
@@ -3435,16 +3459,19 @@ class Link(NamedTuple):
     old_until: int = 0
 
     def head(self, keyring: Keyring) -> bytes:
-        """What verify-audit prints, or printed, when this was the last event."""
-        is_old = self.number <= self.old_until
-        return self.mac if is_old else keyring.audit_mac(b"head", (self.number, self.mac))
+        """What verify-audit prints when this is the last event: its number in 8 octets, and 24 of
+        the 32 of a MAC. Of an old event, what it printed then."""
+        if self.number <= self.old_until:
+            return self.mac
+        mac = keyring.audit_mac(b"head", b"%d %b" % self[:2])
+        return self.number.to_bytes(8, "big") + mac[:24]
 
 
 def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -> Link:
     """What the first event is chained to. Raises OperatorError if that was forged."""
     anchor = queries.anchor()
     number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
-    proof: Optional[bytes] = keyring.audit_mac(b"anchor", (number, mac))
+    proof: Optional[bytes] = keyring.audit_mac(b"anchor", audit_record((number, mac)))
     if is_schema_2:  # of other types and lengths, the MAC of an event could be a proof
         is_ours = isinstance(number, int) and isinstance(mac, bytes) and len(mac) in (0, 32)
         proof = keyring.old_audit_mac(b"anchor %d %b" % (number, mac)) if is_ours else None
@@ -3467,10 +3494,11 @@ def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link
         number += 1
         if event.number != number:
             raise OperatorError(f"event {number} of the audit log is missing")
+        record = audit_record(event[:-1])
         if number <= old_until:
-            mac = keyring.old_audit_mac(audit_record(event[:-1]).encode("ascii"), mac)
+            mac = keyring.old_audit_mac(record, mac)
         else:
-            mac = keyring.audit_mac(b"event", event[:-1], mac)
+            mac = keyring.audit_mac(b"event", record, mac)
         if event.mac != mac:
             raise OperatorError(f"event {number} of the audit log is not as it was written")
     return Link(number, mac, old_until)
@@ -3485,14 +3513,16 @@ def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> No
     try:
         link = chain_start(queries, keyring, is_schema_2=True)
         if anchor := queries.anchor():
-            queries.put(anchor._replace(proof=keyring.audit_mac(b"anchor", anchor[:-1])))
+            proof = keyring.audit_mac(b"anchor", audit_record(anchor[:-1]))
+            queries.put(anchor._replace(proof=proof))
         while events := queries.events_after(link.number, VERIFIED_AT_ONCE):
             link = verify_events(events, link, keyring)
     except OperatorError as error:
         log.error("%s", error)
     detail = json_text({"number": number, "mac": mac.hex()})
     event = number + 1, now, "audit-format", "server", "", None, "audit", None, detail
-    queries.add_events([Event(*event, keyring.audit_mac(b"event", event, mac))])
+    mac = keyring.audit_mac(b"event", audit_record(event), mac)
+    queries.add_events([Event(*event, mac)])
 
 
 class Verified(NamedTuple):
@@ -3522,6 +3552,7 @@ def verify_audit(
     the next slice begins at the new anchor.
     """
     queries, link, start, has_head = Queries(engine), Link(0, b""), -1, False
+    named = int.from_bytes(head[:8], "big") if head else 0  # the event of a head
     while True:
         engine.begin(writes=False, durable=False)
         try:
@@ -3541,9 +3572,10 @@ def verify_audit(
             unverified = 0 if oldest is None or oldest > start else start + 1 - oldest
             return Verified(start + 1, link.number, link.head(keyring), has_head, unverified)
         old_until, link = link.old_until, verify_events(events, link, keyring)
-        if head is not None and not has_head:
-            links = (Link(event.number, event.mac, old_until) for event in events)
-            has_head = any(each.head(keyring) == head for each in links)
+        for event in events:
+            if event.number == named or event.number <= old_until:
+                each = Link(event.number, event.mac, old_until)
+                has_head = has_head or each.head(keyring) == head
         progress(link.number - start, max(link.number, last) - start)
 
 
@@ -4893,9 +4925,9 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
     previous = events[1].mac if len(events) == 2 else anchor.mac if anchor else b""
     if not isinstance(previous, bytes):  # a forger wrote it
         return False
-    *values, mac = events[0]
-    old = keyring.old_audit_mac(audit_record(values).encode("ascii"), previous)
-    return mac in (old, keyring.audit_mac(b"event", values, previous))
+    record = audit_record(events[0][:-1])
+    macs = keyring.audit_mac(b"event", record, previous), keyring.old_audit_mac(record, previous)
+    return events[0].mac in macs
 
 
 class Finding(NamedTuple):
@@ -5118,10 +5150,7 @@ def _parse_head(data: bytes) -> Head:
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
     last_two = single.get("authorization"), single.get("idempotency-key")
-    head = Head(method, path, query, length, keep_alive, expects, *last_two)
-    if length > head.body_maximum:
-        raise BodyTooLarge()
-    return head
+    return Head(method, path, query, length, keep_alive, expects, *last_two)
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
@@ -5221,8 +5250,7 @@ class ChunkedBody:
     """A body in chunks (RFC 9112 section 7.1), read as it arrives, no byte twice. The chunks are
     joined at once: kept one by one, chunks of two bytes would take twenty times the memory."""
 
-    def __init__(self, maximum: int) -> None:
-        self._maximum = maximum  # bytes of the body
+    def __init__(self) -> None:
         self.body = bytearray()  # of all chunks so far
         self._announced = self._overhead = 0
         self._left = 0  # of the current chunk, with the CR LF behind it
@@ -5276,7 +5304,7 @@ class ChunkedBody:
             raise MalformedRequest("A chunk's size line is malformed.")
         size = int(match[1], 16)
         self._announced += size
-        if self._announced > self._maximum:
+        if self._announced > BODY_MAXIMUM:
             raise BodyTooLarge()
         if size:
             self._left = size + 2
@@ -5326,9 +5354,11 @@ class RequestReader:
                 text, self.address = split_forwarded(text, self.proxies, self.peer)
             head, self._authorization = parse_head(text)
             buffer = buffer[end + 4 :]
+            if head.length > head.body_maximum and not buffer:
+                raise BodyTooLarge()  # before it is sent; if it is on its way, Api.admit() refuses
         length = head.length
         if length == CHUNKED:
-            self._chunked = self._chunked or ChunkedBody(head.body_maximum)
+            self._chunked = self._chunked or ChunkedBody()
             self.buffer, has_ended = self._chunked.feed(buffer)
             body = bytes(self._chunked.body) if has_ended else b""
         else:
@@ -5469,6 +5499,8 @@ PROGRAM=/usr/local/sbin/hostenroll-agent # where --install copies this script, f
 SERVICE=hostenroll-agent.service
 UNIT=/etc/systemd/system/$SERVICE
 AUTHORITIES=/etc/hostenroll-agent.pem
+ACCOUNT=hostenroll-agent # the user of the service
+STATE=/var/lib/hostenroll-agent
 
 # Seconds.
 FIRST_WAIT=1      # after a failure: a random wait from 1 to this, doubled with each more in a row
@@ -5476,7 +5508,8 @@ LONGEST_WAIT=300  # but never more than this
 FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname
 CONNECT_TIMEOUT=10
 ANSWER_TIMEOUT=30
-LONGEST_ANSWER=65536 # bytes
+LONGEST_ANSWER=65536 # bytes, with the head
+LONGEST_CREDENTIAL=1024
 LINE='
 '
 
@@ -5519,6 +5552,7 @@ end() { # STATUS [TEXT]
     shift
     [ $# -eq 0 ] || say "$@"
     drop_lock
+    [ -z "$stopped" ] || systemctl start "$SERVICE"
     exit "$ended"
 }
 
@@ -5618,13 +5652,15 @@ check_plain_http() {
         end 2 "over http the network can read the secrets: use https, or --insecure-http"
 }
 
-# Files. Each is written under another name and then moved into place, so that a full disk or a
-# crash leaves the old one whole. When root writes in the folder of the service, it must not follow
-# links that the service's user made there: set -C opens only files that do not exist yet.
+# Files. The agent works where nobody else can write: links, devices or process ids that another
+# user prepares would be used with its rights. So the service, which is not root, has a folder of
+# its own in root's folder. Root leaves it alone while the service may run: root enrolls in its own
+# folder, and the service takes the credential from there. Each file is written under another name
+# and then moved into place, so that a full disk or a crash leaves the old one whole.
 
-open_state() {
+find_state() {
     if [ -z "$state" ] && [ "$(id -u)" = 0 ]; then
-        state=/var/lib/hostenroll-agent
+        state=$STATE
     elif [ -z "$state" ]; then
         [ -n "${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
         state=${XDG_STATE_HOME:-$HOME/.local/state}/hostenroll-agent
@@ -5633,34 +5669,74 @@ open_state() {
     /*) ;;
     *) state=$PWD/$state ;;
     esac
+    case $(id -u):$state in
+    0:"$STATE" | 0:"$STATE/service")
+        state=$STATE
+        [ ! -f "$UNIT" ] || served=yes owner=$(sed -n 's/^User=//p' "$UNIT")
+        ;;
+    *:"$STATE/service") given=${CREDENTIALS_DIRECTORY:-$STATE}/credential ;;
+    esac
+}
+
+# For root, the folder and all above it must be root's, and writable by others in none but those
+# above it that have the sticky bit.
+open_state() {
     mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
-    # The service is not root, and must be able to read what root writes.
+    [ "$(id -u)" = 0 ] || return 0
+    folder=$state/.
     # shellcheck disable=SC2012 # not all systems have stat or find -printf
-    [ "$(id -u)" != 0 ] ||
-        owner=$(ls -nd "$state/." | sed 's/^[^ ]* *[0-9]* *\([0-9]*\) *\([0-9]*\) .*/\1:\2/')
+    others=$(while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done |
+        sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
+    [ -z "$others" ] ||
+        end 1 "others can write in $state: run this as its owner, or for a service with --install"
 }
 
 store() { # FILE TEXT
     new=$state/$1.new
     rm -f "$new"
     { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
-        { [ -z "$owner" ] || chown -h "$owner" "$new"; } 2>/dev/null &&
+        { [ -z "$owner" ] || [ "$1" != credential ] || chown "$owner" "$new"; } 2>/dev/null &&
         sync "$new" 2>/dev/null &&
         mv -f "$new" "$state/$1" 2>/dev/null && return
     rm -f "$new"
     return 1
 }
 
+store_credential() { # CREDENTIAL
+    store credential "$1
+$host_id
+$enrolled_with"
+}
+
 # The credential, the host's id and the id of the token that it enrolled with. Fails without one.
-load_credential() {
+read_credential() { # FILE
     credential='' host_id='' enrolled_with=''
-    [ -r "$state/credential" ] || return 1
-    { read -r credential && read -r host_id && read -r enrolled_with; } <"$state/credential"
-    case $credential in
+    [ -f "$1" ] || return 1 # a FIFO would never end
+    # shellcheck disable=SC2046 # three words
+    set -- $(head -c 2048 "$1" 2>/dev/null) '' '' ''
+    credential=$1 host_id=$2 enrolled_with=$3
+    is_credential "$credential"
+}
+
+is_credential() {
+    [ "${#1}" -le "$LONGEST_CREDENTIAL" ] || return 1
+    case $1 in
     *[!A-Za-z0-9._-]*) ;;
     *.*.*) return 0 ;;
     esac
     return 1
+}
+
+# The service's own credential is a renewal of the one that root has given it, or older than that.
+choose_credential() { # OWN GIVEN
+    given_with=''
+    ! read_credential "$2" || given_with=$enrolled_with
+    read_credential "$1" && [ "${given_with:-$enrolled_with}" = "$enrolled_with" ] && return
+    read_credential "$2"
+}
+
+load_credential() {
+    choose_credential "$state/credential" "$given"
 }
 
 # One agent for each folder. The lock names its holder by process id and start time: the system may
@@ -5670,6 +5746,9 @@ start_time() {
 }
 
 is_alive() { # PROCESS-STARTTIME
+    case $1 in
+    [!1-9]* | *[!0-9-]*) return 1 ;;
+    esac
     if [ -n "${1#*-}" ]; then
         [ "$(start_time "${1%%-*}")" = "${1#*-}" ]
     else
@@ -5677,7 +5756,7 @@ is_alive() { # PROCESS-STARTTIME
     fi
 }
 
-holder_of() { # LOCK
+target_of() { # LINK
     # shellcheck disable=SC2012 # not all systems have readlink
     ls -ld "$1" 2>/dev/null | sed -n 's/.* -> //p'
 }
@@ -5687,11 +5766,11 @@ holder_of() { # LOCK
 take_lock() {
     mine=$$-$(start_time $$)
     until ln -s "$mine" "$state/lock" 2>/dev/null; do
-        holder=$(holder_of "$state/lock")
+        holder=$(target_of "$state/lock")
         [ -n "$holder" ] || return 0 # a full or read-only disk must not stop the heartbeats
         ! is_alive "$holder" || return 1
         mv -f "$state/lock" "$state/lock.$$" 2>/dev/null || [ ! -L "$state/lock" ] || return 0
-        taken=$(holder_of "$state/lock.$$")
+        taken=$(target_of "$state/lock.$$")
         rm -f "$state/lock.$$"
         [ "${taken:-$holder}" = "$holder" ] || ln -s "$taken" "$state/lock" 2>/dev/null
     done
@@ -5718,17 +5797,30 @@ ask() { # PATH CONFIG
     [ -z "$cacert" ] || set -- "$@" --cacert "$cacert"
     [ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"
     [ -z "$pin" ] || [ -n "$cacert" ] || set -- "$@" -k # the pin decides
-    answer=$(printf '%s\n' "$config" | curl "$@" -K - 2>&1)
-    exit_status=$?
+    answer=$({
+        printf '%s\n' "$config" | curl "$@" -K - 2>&1
+        printf '\n%s' "$?"
+    } 2>/dev/null | limit)
     config='' status=000 reply='' failure=''
-    if [ "$exit_status" -ne 0 ]; then
-        failure=$(printf '%s\n' "$answer" | sed -n 's/ after [0-9]* m[a-z]*//; s/^curl: //p' | fact)
-    else
+    exit_status=$(printf '%s\n' "$answer" | tail -n 1)
+    case $exit_status in
+    0)
+        answer=${answer%"$LINE"*}
         status=${answer##*"$LINE"}
-        reply=${answer%"$LINE"*}
-        reply=${reply##*"$LINE"}
-    fi
+        reply=$(printf '%s\n' "${answer%"$LINE"*}" | tail -n 1)
+        ;;
+    [1-9] | [1-9][0-9] | [1-9][0-9][0-9])
+        failure=$(printf '%s\n' "$answer" | sed -n 's/ after [0-9]* m[a-z]*//; s/^curl: //p' |
+            tail -n 1 | fact)
+        ;;
+    *) exit_status=63 failure="it sends more than $LONGEST_ANSWER bytes" ;;
+    esac
     code=$(member code '"\([a-z-]*\)"')
+}
+
+# Curl limits what a server declares, this what it sends. What was cut off has no exit status.
+limit() {
+    head -c "$LONGEST_ANSWER" | tr '\000' ' '
 }
 
 # A member of the reply. Quotes inside JSON strings are escaped, so no string looks like a member.
@@ -5762,6 +5854,7 @@ gather_facts() {
 # connection or this process ends, the same token with the same key returns the same host.
 
 enroll() {
+    [ -z "$given" ] || end 2 "this folder is the service's: enroll as root, without --state"
     read_token
     token_id=${token#het_}
     token_id=${token_id%%_*}
@@ -5795,7 +5888,7 @@ read_token() {
 
 keep_key() {
     key='' key_token=''
-    [ ! -r "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
+    [ ! -f "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
     case $key in
     *[!0-9a-f]*) ;;
     *) [ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0 ;;
@@ -5826,14 +5919,12 @@ data-binary = \"$(escape "$body}")\""
 }
 
 keep_enrollment() {
-    credential=$(member credential '"\([A-Za-z0-9_.-]*\)"')
-    host_id=$(member hostId '"\([0-9a-f]*\)"')
+    credential=$(member credential '"\([^"]*\)"[,}]')
+    host_id=$(member hostId '"\([0-9a-f]\{1,64\}\)"')
     enrolled_with=$token_id
-    if [ -z "$credential" ] || [ -z "$host_id" ]; then
+    if ! is_credential "$credential" || [ -z "$host_id" ]; then
         say_once "$server does not answer like a hostenroll server"
-    elif store credential "$credential
-$host_id
-$enrolled_with"; then
+    elif store_credential "$credential"; then
         store facts "$facts" || rm -f "$state/facts"
         sent_facts=$facts
         return 0
@@ -5880,24 +5971,22 @@ accepted() {
     [ "$next" -gt 0 ] || next=1
     [ -z "$body" ] || store facts "$facts" || :
     sent_facts=$facts
-    renewed=$(member credential '"\([A-Za-z0-9_.-]*\)"')
-    if [ -n "$renewed" ] && ! keep_renewal; then
-        say_once "cannot write in $state: make room; the old credential still works for now"
-    else
-        [ -z "$reported" ] || say "the server accepts heartbeats again"
-        reported=''
-    fi
-    return 0
+    case $reply in
+    *'"credential":'*) keep_renewal || return 0 ;;
+    esac
+    [ -z "$reported" ] || say "the server accepts heartbeats again"
+    reported=''
 }
 
 # The renewed credential is stored before it is used: a heartbeat sends the one in the file. If
 # another run has enrolled in the meantime, its credential is newer and stays.
 keep_renewal() {
-    used=$credential
+    renewed=$(member credential '"\([^"]*\)"[,}]') used=$credential
+    is_credential "$renewed" ||
+        fail "$server renews with what is no credential: the old one stays" || return
     load_credential && [ "$credential" = "$used" ] || return 0
-    store credential "$renewed
-$host_id
-$enrolled_with"
+    store_credential "$renewed" ||
+        fail "cannot write in $state: make room; the old credential still works for now"
 }
 
 # Wait after a failure: longer with each in a row, and random, because a fleet must not return all
@@ -5959,13 +6048,13 @@ beat_on() {
 
 # Installation.
 
-# As a service the agent has no privileges: systemd gives it a user of its own, and the folder for
-# its state. Its program and its unit belong to root.
+# As a service the agent has no privileges: it has a user and a folder of its own. Its program and
+# its unit belong to root. What is installed is the text that was read at the start.
 install() {
     [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
     [ -z "$as_service" ] || install_service
     mkdir -p "${PROGRAM%/*}" || end 1
-    put "$PROGRAM" 755 <"$0"
+    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1
     draw 50 # each host gets its own second of the minute
     say "there is no systemd here that this can use: run crontab -e and add this line"
     printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
@@ -5975,11 +6064,14 @@ install() {
 
 # This runs before a token is used.
 check_install() {
-    [ "$(tail -n 1 "$0" 2>/dev/null)" = 'main "$@"' ] || end 1 "save this script in a file first"
+    script=$(cat "$0" 2>/dev/null)
+    [ "${script##*"$LINE"}" = 'main "$@"' ] || end 1 "save this script in a file first"
     if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
-        [ "$state" = /var/lib/hostenroll-agent ] ||
-            end 2 "--state cannot be used with --install: a service has /var/lib/hostenroll-agent"
+        [ "$state" = "$STATE" ] ||
+            end 2 "--state cannot be used with --install: a service has $STATE"
+        case $(target_of "$STATE") in *private/*) leave_private ;; esac
+        make_account
         return
     fi
     [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
@@ -5992,6 +6084,40 @@ check_install() {
     esac
 }
 
+# Where nothing can make a user, systemd does (DynamicUser=).
+make_account() {
+    owner=$ACCOUNT
+    ! id -u "$owner" >/dev/null 2>&1 || return 0
+    if command -v useradd >/dev/null 2>&1; then
+        useradd --system --user-group --home-dir / --shell /usr/sbin/nologin "$owner"
+    elif command -v adduser >/dev/null 2>&1; then # of busybox
+        adduser -S -D -H -h / -s /sbin/nologin "$owner"
+    else
+        owner=''
+    fi || end 1 "cannot make the user $owner"
+}
+
+# An older version's service had DynamicUser=: its folder is elsewhere, its user not a lasting one.
+leave_private() {
+    stopped=yes
+    systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || end 1 "systemd does not stop $SERVICE"
+    rm -f "$STATE"
+    take_back "${STATE%/*}/private/${STATE##*/}"
+}
+
+# What a service that has been stopped had becomes root's again. From the chmod on nobody else can
+# change what lies there; a FIFO, a link, and one more name of another's file are not read.
+take_back() { # FOLDER
+    state=$STATE owner=''
+    open_state
+    [ -d "$1" ] || return 0
+    { chown 0:0 "$1" && chmod 700 "$1"; } || end 1 "cannot take $1 from the service"
+    own=$(find "$1/credential" -type f -links 1 2>/dev/null)
+    ! choose_credential "$own" "$state/credential" || store_credential "$credential" ||
+        end 1 "cannot write in $state: make room"
+    rm -rf "$1"
+}
+
 put() { # FILE MODE, from stdin
     rm -f "$1.new"
     if ! { cat >"$1.new" && chmod "$2" "$1.new" && mv -f "$1.new" "$1"; }; then
@@ -6002,7 +6128,7 @@ put() { # FILE MODE, from stdin
 
 # Quoted for a shell and for systemd.
 service_arguments() {
-    printf %s "--server '$server' --state '$state' --ask-again $ask_again"
+    printf %s "--server '$server' --state '$state${as_service:+/service}' --ask-again $ask_again"
     [ -z "$pin" ] || printf %s " --pin '$pin'"
     [ -z "$cacert" ] || printf %s " --cacert '$cacert'"
     [ -z "$hostname" ] || printf %s " --hostname $hostname"
@@ -6010,20 +6136,24 @@ service_arguments() {
 }
 
 install_service() {
-    put "$PROGRAM" 755 <"$0"
+    { chmod 711 "$state" && store_credential "$credential"; } || end 1 "cannot write in $state"
+    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1
     if [ -n "$cacert" ]; then
         put "$AUTHORITIES" 644 <"$cacert"
         cacert=$AUTHORITIES
     fi
     unit | put "$UNIT" 644 || end 1
+    stopped=''
     if systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; then
-        end 0 "installed $SERVICE: it is running, and starts with the machine"
+        end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
     fi
     end 1 "systemd does not start $SERVICE: systemctl status $SERVICE shows why"
 }
 
 # No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
 unit() {
+    runs_as=User=$owner
+    [ -n "$owner" ] || runs_as="DynamicUser=yes${LINE}LoadCredential=credential:$STATE/credential"
     cat <<END
 [Unit]
 Description=hostenroll agent: heartbeats of this machine
@@ -6034,11 +6164,11 @@ After=network-online.target
 ExecStart=/bin/sh $PROGRAM $(service_arguments)
 Restart=on-failure
 RestartSec=60
-StateDirectory=hostenroll-agent
+StateDirectory=${STATE##*/}/service
 StateDirectoryMode=0700
 UMask=0077
 
-DynamicUser=yes
+$runs_as
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
@@ -6072,6 +6202,7 @@ uninstall() {
         systemctl disable --now "$SERVICE" || end 1 "systemd does not stop $SERVICE"
         rm -f "$UNIT" "$AUTHORITIES"
         systemctl daemon-reload
+        [ ! -d "$STATE/service" ] || [ -L "$STATE/service" ] || take_back "$STATE/service"
     else
         say "if there is a line for it in cron, remove that: crontab -e"
     fi
@@ -6081,11 +6212,11 @@ uninstall() {
 
 main() {
     # If the environment has one of these names, children would get its new value too.
-    unset token credential answer reply config body key renewed used
+    unset token credential host_id enrolled_with answer reply config body key renewed used
     token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
-    as_service=''
+    as_service='' given='' served='' stopped=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -6098,17 +6229,26 @@ main() {
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
     command -v curl >/dev/null 2>&1 || end 1 "curl is missing: install it"
-    open_state
+    find_state
     [ "$act" != uninstall ] || uninstall
     [ "$act" != install ] || check_install
+    open_state
+    [ -z "$as_service" ] || take_lock || leave_to_holder
     [ -z "$token_file" ] || enroll
     [ "$act" != install ] || install
+    [ -z "$served" ] || leave_to_service
     take_lock || leave_to_holder
     [ -n "$facts" ] || gather_facts
     [ -z "$enrolled" ] || [ -n "$once" ] ||
         say "sends heartbeats until stopped; --install makes a service"
     sent_facts=$(cat "$state/facts" 2>/dev/null)
     beat_on
+}
+
+leave_to_service() {
+    [ -n "$enrolled" ] || end 1 "$SERVICE uses $state: systemctl status $SERVICE shows how it is"
+    systemctl try-restart "$SERVICE" || end 1 "systemd does not restart $SERVICE"
+    end 0 "$SERVICE goes on with the new credential"
 }
 
 leave_to_holder() {
@@ -6125,12 +6265,14 @@ main "$@"
 def join_command(url: str, pin: str, token: str) -> str:
     """The shell command that makes a machine a host.
 
-    The script is fetched with the same trust in the server as it then gets as options. printf is
-    part of the shell, so the token is in no process's arguments, where ps would show it.
+    The script is fetched into a new private folder, which is removed afterwards: in a folder of
+    others it could be exchanged before it runs. The agent's options stand last, so that more can be
+    appended; its exit status is that of the command. printf is part of the shell, so the token is
+    in no process's arguments, where ps would show it.
 
-    With a self-signed certificate curl needs -k beside the pin, and the pin alone decides; without
-    a pin -k would trust any server. Over plain http curl would ignore the pin silently: hence
-    --proto. Its argument is quoted for zsh, where =https means the path of a command https.
+    The script is fetched with the same trust in the server as it then gets as options. With a
+    self-signed certificate curl needs -k beside the pin, and the pin alone decides; without a pin
+    -k would trust any server. Over plain http curl would ignore the pin silently: hence --proto.
     """
     scheme = urlsplit(url).scheme
     trust = ["--server", url]
@@ -6140,13 +6282,14 @@ def join_command(url: str, pin: str, token: str) -> str:
         trust += ["--pin", pin]
     elif scheme == "http" and not _is_loopback(urlsplit(url).hostname or ""):
         trust += ["--insecure-http"]
-
-    def quoted(*words: str) -> str:
-        return " ".join(f"'{w}'" if w.startswith("=") else shlex.quote(w) for w in words)
-
-    fetch_words = quoted(*fetch, "-o", "hostenroll-agent", f"{url}/agent.sh")
-    join_words = quoted("hostenroll-agent", *trust, "--token-file", "-")
-    return f"curl {fetch_words} &&\n  printf %s {quoted(token)} | sh {join_words}"
+    # No URL and no pin has a character that double quotes do not quote.
+    fetch_words = shlex.join([*fetch, f"{url}/agent.sh"]).replace("'", '"')
+    return (
+        f"printf %s {shlex.quote(token)} | sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
+        f'  curl -o "$d/hostenroll-agent" {fetch_words} &&\n'
+        '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' hostenroll-agent '
+        f"{shlex.join([*trust, '--token-file', '-'])}"
+    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -6155,6 +6298,7 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+SERVICE_USER = "hostenroll"
 UNIT = string.Template(
     """\
 [Unit]
@@ -6179,7 +6323,7 @@ StateDirectory=hostenroll
 StateDirectoryMode=0700
 UMask=0077
 
-DynamicUser=yes
+$runs_as
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict
@@ -8488,6 +8632,8 @@ class Api:
         flood of wrong secrets must not get into one."""
         head = request.head
         try:
+            if len(request.body) > head.body_maximum:
+                raise AgentBodyTooLarge()
             if head.method == "OPTIONS":
                 methods = ALL_METHODS if head.path == "*" else _find_path(head.path)[0]
                 return Response(204, headers=_allow(methods))
@@ -8881,11 +9027,11 @@ class Connections:
         self.buffered += size - connection.buffered
         connection.buffered = size
 
-    def receive(self, connection: Connection) -> bytes:
+    def receive(self, connection: Connection, size: int = RECEIVE_SIZE) -> bytes:
         """The plain text of what has arrived; b"" if there is none. Closes a connection that has
         ended. Raises MalformedRequest for plain HTTP where TLS is spoken."""
         try:
-            data = connection.socket.recv(RECEIVE_SIZE)
+            data = connection.socket.recv(size)
         except (BlockingIOError, InterruptedError):
             return b""
         except OSError:
@@ -9070,7 +9216,7 @@ class Exchanges:
             if self._connections.flush(connection):
                 self._answered(connection)
         elif state is LINGER:
-            self._connections.receive(connection)  # and drop it
+            self._connections.receive(connection, DROP_SIZE)
         else:  # BUSY: what it sends now waits in its socket
             self._connections.watch(connection, 0)
 
@@ -10407,6 +10553,14 @@ def run_check(session: Session) -> Optional[int]:
     return None if is_good else EXIT_FAILED
 
 
+def has_service_user() -> bool:
+    try:
+        uid = pwd.getpwnam(SERVICE_USER).pw_uid
+    except KeyError:
+        return False
+    return not 61184 <= uid <= 65519  # systemd makes these, while a unit with DynamicUser= runs
+
+
 def print_unit(session: Session) -> None:
     if session.arguments.socket:
         output(SOCKET_UNIT, end="")
@@ -10419,7 +10573,12 @@ def print_unit(session: Session) -> None:
     program = os.path.abspath(__file__)
     # Variables are replaced in arguments, not in the path of the program: systemd.service(5).
     start = f"{word(sys.executable)} {word(program).replace('$', '$$')} serve"
-    output(UNIT.substitute(start=start, typed=shlex.join([sys.executable, program])), end="")
+    typed = shlex.join([sys.executable, program])
+    runs_as = "DynamicUser=yes" if session.arguments.dynamic_user else f"User={SERVICE_USER}"
+    output(UNIT.substitute(start=start, typed=typed, runs_as=runs_as), end="")
+    if not (session.arguments.dynamic_user or has_service_user()):
+        add = f"useradd --system --shell /usr/sbin/nologin {SERVICE_USER}"
+        inform(f"there is no user {SERVICE_USER} here yet: {add}")
     for path in (sys.executable, program):
         if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
             inform(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
@@ -10446,13 +10605,21 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
     for path in (certificate, key):
         if os.path.lexists(path):
             raise OperatorError(f"{path} is there already: remove it, or name another file")
+    # No authority, or whoever imports it would trust its key for every name: so this replaces the
+    # system's configuration of openssl, which makes authorities.
+    config = "[req]\ndistinguished_name = req\n"
+    extensions = (
+        "basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature",
+        "extendedKeyUsage=serverAuth", f"subjectAltName={','.join(names)}",
+    )  # fmt: skip
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
         *("-nodes", "-sha256", "-days", str(days), "-subj", f"/CN={subject}"),
-        *("-addext", f"subjectAltName={','.join(names)}", "-keyout", "/dev/stdout"),
+        *(word for extension in extensions for word in ("-addext", extension)),
+        *("-config", "/dev/stdin", "-keyout", "/dev/stdout"),
     ]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, input=config, capture_output=True, text=True, check=False)
     except OSError as error:
         raise OperatorError(
             f"cannot make a certificate: the openssl program cannot be run ({error.strerror}): "
@@ -10783,7 +10950,9 @@ GROUPS = {
             option("--tls-cert", "FILE", "(%(default)s)", file_name, "hostenroll-tls.crt"),
             option("--tls-key", "FILE", "(%(default)s)", file_name, "hostenroll-tls.key")),
             own_summary="make a self-signed certificate and its key", shared=(JSON_OPTION,)),
-        Command("unit", "unit", print_unit, (flag("--socket", "the unit of its socket"),),
+        Command("unit", "unit", print_unit, (
+            flag("--socket", "the unit of its socket"),
+            flag("--dynamic-user", "let systemd make the user of the service when it starts")),
                 own_summary="print a systemd unit", shared=()),
         Command("schema", "schema", lambda session: output(SCHEMA, end=""),
                 own_summary="print the database's schema", shared=()),

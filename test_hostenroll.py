@@ -4214,18 +4214,19 @@ def test_before_a_migration_a_copy_is_made_to_go_back_with(paths, clock):
 
 @pytest.mark.parametrize("lies", [False, True], ids=["as the system says", "as it turns out"])
 def test_where_the_disk_is_short_a_migration_goes_on_without_a_copy(
-    lies, disk, clock, caplog, monkeypatch
+    lies, tmp_path, paths, clock, caplog, monkeypatch
 ):
-    paths = str(disk / "hostenroll.db"), str(disk / "hostenroll.key")
-    old_fleet(paths, clock)
-    sql(paths[0], "UPDATE service SET public_url = hex(zeroblob(300000))")
-    (disk / "rest").write_bytes(bytes(shutil.disk_usage(disk).free - 400_000))
-    if lies:  # another program fills the disk meanwhile
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
-    open_registry(*paths, clock.ms).close()
-    (line,) = caplog.messages
-    assert "goes on without a copy" in line and paths[0] in line and hostenroll.ROOM in line
-    assert not [name for name in os.listdir(disk) if "schema1" in name] and bad_in(paths) == []
+    with small_disk(tmp_path, "2m"):
+        old_fleet(paths, clock)
+        sql(paths[0], "UPDATE service SET public_url = hex(zeroblob(300000))")
+        (tmp_path / "rest").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 400_000))
+        if lies:  # another program fills the disk meanwhile
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+        open_registry(*paths, clock.ms).close()
+        (line,) = caplog.messages
+        assert "goes on without a copy" in line and paths[0] in line and hostenroll.ROOM in line
+        assert not [name for name in os.listdir(tmp_path) if "schema1" in name]
+        assert bad_in(paths) == []
 
 
 def test_a_link_in_the_place_of_the_copy_is_not_written_through(paths, clock, tmp_path):
@@ -4770,6 +4771,20 @@ def test_a_token_lets_in_no_more_by_what_was_proved_before_the_tick(change, key,
     assert [getattr(outcome, "code", None) for outcome in outcomes] == codes
     after = world.sql("SELECT id, issued FROM host")
     assert after[: len(hosts)] == hosts and len(after) == len(hosts) + codes.count(None)
+
+
+def test_a_replay_whose_host_was_there_before_the_tick_is_an_enrollment_on_the_disk(world):
+    token = world.token(maxUses=2)
+    gone = world.enroll(token, key="k").document["hostId"]
+    body = {"token": token, "hostname": "web-1"}
+    headers = [("Idempotency-Key", "k")]
+    late = world.admit(request_bytes("POST", "/api/agent/enroll", body, headers=headers))
+    world.delete(gone)
+    world.sql("PRAGMA synchronous = NORMAL")
+    world.registry.engine._synchronous = "NORMAL"
+    (outcome,) = world.run(late)
+    assert hostenroll.id_text(outcome.host.id) != gone
+    assert world.sql("PRAGMA synchronous") == [(2,)]
 
 
 def test_an_api_key_that_is_revoked_between_look_up_and_tick_is_refused(world):
@@ -5358,7 +5373,7 @@ def test_no_call_looks_at_the_whole_fleet(world):
     calls = {
         "hosts": (200_000, lambda: world.act("list-hosts", q="-")),
         "a page of hosts": (10_000, lambda: world.act("list-hosts")),
-        "one host": (3_000, lambda: world.act("list-hosts", limit=1)),
+        "one host": (4_000, lambda: world.act("list-hosts", limit=1)),
         "tokens": (20_000, lambda: world.act("list-tokens", state="valid")),
         "token": (5_000, lambda: world.act("show-token", minted["id"])),
         "enroll": (5_000, lambda: world.enroll(minted["token"], key="k")),
@@ -6130,16 +6145,17 @@ def test_the_fleet_of_the_first_version_goes_on_as_it_was(ttl, paths, clock):
             assert world.beat(old.credential(name, 1)).code == "host-revoked"
             world.restore(ids[name])
             assert world.beat(old.credential(name, 1)).status == 200
-        for name, good, bad in (  # the serials that are good, in the order of their use, and bad
-            ("beats", [1], []), ("renewed", [3, 4], [1, 2]), ("never beat", [1], []),
-            ("asked again", [1, 2, 3], []), ("re-enrolls", [3, 5], [2]),
-        ):  # fmt: skip
+        for name in ("beats", "renewed", "never beat", "asked again", "re-enrolls"):
             again = door.enroll(old.used.text, "any", name)  # its reply was lost, or not
             lost = {"never beat": 2, "asked again": 4, "re-enrolls": 6}.get(name)
             assert again.code == (None if lost else "token-used")
             if lost:
                 assert again.document["hostId"] == ids[name]
                 assert serial_of(world, again.document["credential"]) == lost
+        for name, good, bad in (  # the serials that are good, in the order of their use, and bad
+            ("beats", [1], []), ("renewed", [3, 4], [1, 2]), ("never beat", [1], []),
+            ("asked again", [1, 2, 3], []), ("re-enrolls", [3, 5], [2]),
+        ):  # fmt: skip
             for serial in bad:
                 assert world.beat(old.credential(name, serial)).code == "credential-superseded"
             for serial in good:
@@ -6663,7 +6679,7 @@ ALTERED = {"audit": False, "integrity": False}
     "another's key file":
         (lambda db, key: hostenroll.write_key_file(key, hostenroll.new_keyring()), KEYLESS,
          "not the key file"),
-    "a key file that others can read": (lambda db, key: os.chmod(key, 0o640), KEYLESS, "chmod 600"),
+    "a key file that others can read": (lambda db, key: os.chmod(key, 0o604), KEYLESS, "chmod 600"),
     "a database that others can read":
         (lambda db, key: os.chmod(db, 0o604), {"modes": False}, "chmod 600"),
     "an audit log that was changed": (falsified(CHANGE), ALTERED, "event 2 "),
@@ -7026,6 +7042,20 @@ def test_an_event_of_changed_facts_has_them_by_their_names_in_json(world):
     (event,) = world.audit("edit")
     assert (event["actor"], event["subject"]) == (f"host:{host}",) * 2
     assert event["detail"] == {"facts": {"hostname": "web-9", "dockerVersion": "27"}}
+
+
+def test_what_a_tick_that_failed_has_changed_is_not_counted(world):
+    change = changing(world)
+    for _ in range(13):
+        change()
+    for _ in range(2):
+        with faulty(world.registry, only="COMMIT"), pytest.raises(AssertionError, match="503"):
+            change()
+    fail_once(world)
+    change()
+    change()
+    world.run(Call(hostenroll.FINAL_AUDIT_FLUSH))
+    assert world.audit("edit")[-1]["detail"]["more"] == 3
 
 
 def test_more_hosts_than_are_counted_end_the_hour_early(world, monkeypatch):
@@ -7419,7 +7449,7 @@ def test_the_mac_of_an_event_proves_no_anchor(chronicle):
     *_, refusal = log_of(chronicle)
     assert refusal.code == "token-unknown"
     falsify(chronicle, "DELETE FROM audit")
-    mac = b"P" + hostenroll.audit_record(refusal[:-1]).encode()
+    mac = b"P" + hostenroll.audit_record(refusal[:-1])
     chronicle.sql("INSERT INTO audit_anchor VALUES (1, 0, ?, ?)", mac, refusal.mac)
     assert_refuted(chronicle, "anchor")
 
@@ -7937,11 +7967,6 @@ def chunked(body):
     return post(b"Transfer-Encoding: chunked", body)
 
 
-def to_agents(data):
-    """The same request at a path of agents."""
-    return data.replace(b" /x ", b" /api/agent/x ", 1)
-
-
 def headed(size):
     """A head of so many bytes, with its empty line."""
     bare = len(get(b"/", b"X: \r\n"))
@@ -8020,12 +8045,6 @@ GOOD = {  # method, path, query, body of each request
     "trailers, which change nothing": (
         chunked(b"0\r\nX: y\r\nContent-Length: 9\r\nAuthorization: Bearer x\r\n\r\n"), BARE),
     "the largest body": (post(b"Content-Length: 65536", LARGE), sent(LARGE)),
-    "an agent's largest body": (
-        to_agents(post(b"Content-Length: 8192", LARGE[:8192])),
-        [got("/api/agent/x", "", LARGE[:8192], "POST")]),
-    "an agent's, in a chunk": (
-        to_agents(chunked(b"2000\r\n%b\r\n" % LARGE[:8192] + LAST)),
-        [got("/api/agent/x", "", LARGE[:8192], "POST")]),
     "large chunks": (chunked(b"8000\r\n%b\r\n" % (b"x" * 32768) * 2 + LAST), sent(LARGE)),
     "one byte a chunk": (chunked(b"1\r\nx\r\n" * 3000 + LAST), sent(b"x" * 3000)),
     "an empty line between": (get(b"/1") + b"\r\n" + get(b"/2"), [got("/1"), got("/2")]),
@@ -8130,12 +8149,6 @@ OTHERWISE = {
         "a length of 30 digits": post(b"Content-Length: " + b"9" * 30),
         "a length of 9,000 digits": post(b"Content-Length: 1" + b"0" * 9000),
         "a length near 2**64": post(b"Content-Length: 18446744073709551618", b"{}"),
-        "an agent's of 8 KiB and 1": to_agents(post(b"Content-Length: 8193")),
-        "an agent's that expects": to_agents(post(b"Content-Length: 8193\r\nExpect: 100-continue")),
-        "an agent's, in absolute-form": post(b"Content-Length: 8193").replace(
-            b"/x", b"http://h/api/agent/enroll?x"),
-        "an agent's chunk": to_agents(chunked(b"2001\r\n")),
-        "an agent's chunks": to_agents(chunked(b"2000\r\n%b\r\n1\r\n" % LARGE[:8192])),
         "a chunk of 64 KiB and 1": chunked(b"10001\r\n"),
         "a chunk of 4 GiB": chunked(b"ffffffff\r\n"),
         "64 KiB, and a chunk": chunked(b"10000\r\n" + b"x" * 65536 + b"\r\n1\r\n"),
@@ -8580,26 +8593,28 @@ def test_json_is_written_so_that_sed_can_read_it():
 
 JOINS = {
     "https, by a pin": ("https://enroll.lan:8443", "sha256//a+b/c=",
-        "--proto '=https' -k --pinnedpubkey sha256//a+b/c=", " --pin sha256//a+b/c="),
+        "--proto =https -k --pinnedpubkey sha256//a+b/c=", " --pin sha256//a+b/c="),
     "https, by two pins": ("https://enroll.lan", "sha256//a=;sha256//b=",
-        "--proto '=https' -k --pinnedpubkey 'sha256//a=;sha256//b='",
+        '--proto =https -k --pinnedpubkey "sha256//a=;sha256//b="',
         " --pin 'sha256//a=;sha256//b='"),
-    "https, by authorities": ("https://enroll.lan", "", "--proto '=https'", ""),
-    "http on this machine": ("http://127.0.0.1:8080", "", "--proto '=http'", ""),
-    "the same by name": ("http://localhost:8080", "sha256//a=", "--proto '=http'", ""),
-    "the same in IPv6": ("http://[::1]:8080", "", "--proto '=http'", ""),
-    "http elsewhere": ("http://192.0.2.7", "sha256//a=", "--proto '=http'", " --insecure-http"),
+    "https, by authorities": ("https://enroll.lan", "", "--proto =https", ""),
+    "http on this machine": ("http://127.0.0.1:8080", "", "--proto =http", ""),
+    "the same by name": ("http://localhost:8080", "sha256//a=", "--proto =http", ""),
+    "the same in IPv6": ("http://[::1]:8080", "", "--proto =http", ""),
+    "http elsewhere": ("http://192.0.2.7", "sha256//a=", "--proto =http", " --insecure-http"),
     "http to a name that looks local": (
-        "http://127.0.0.1.evil.test", "", "--proto '=http'", " --insecure-http"),
+        "http://127.0.0.1.evil.test", "", "--proto =http", " --insecure-http"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("url, pin, trust, more", table(JOINS))
 def test_the_join_command_trusts_the_server_and_nothing_else(url, pin, trust, more):
-    script, server = shlex.quote(f"{url}/agent.sh"), shlex.quote(url)
+    script, server = shlex.quote(f"{url}/agent.sh").replace("'", '"'), shlex.quote(url)
     assert hostenroll.join_command(url, pin, "het_x") == (
-        f"curl -fsS {trust} -o hostenroll-agent {script} &&\n"
-        f"  printf %s het_x | sh hostenroll-agent --server {server}{more} --token-file -"
+        "printf %s het_x | sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
+        f'  curl -o "$d/hostenroll-agent" -fsS {trust} {script} &&\n'
+        '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' '
+        f"hostenroll-agent --server {server}{more} --token-file -"
     )
 
 
@@ -8737,11 +8752,11 @@ def member(machine):
 class Middle(threading.Thread):
     """A proxy in front of the server, with the server's own key. Each exchange has a fate: "pass",
     "lose" (the answer, after the server has given it), "hold" (the request), bytes to answer in
-    the server's place, or a function to call between answer and client."""
+    the server's place, many of them, or a function to call between answer and client."""
 
     def __init__(self, door, folder, *fates):
         super().__init__(daemon=True)
-        self.door, self.fates, self.requests = door, list(fates), []
+        self.door, self.fates, self.requests, self.sent = door, list(fates), [], 0
         self.has_held, self.release = threading.Event(), threading.Event()
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(*write_pair(folder))
@@ -8765,11 +8780,14 @@ class Middle(threading.Thread):
                 with peer.makefile("rb") as stream:
                     self.requests.append(self.message(stream))
                 if self.requests[-1]:
-                    peer.sendall(self._answer(self.fates.pop(0) if self.fates else "pass"))
+                    for part in self._answer(self.fates.pop(0) if self.fates else "pass"):
+                        peer.sendall(part)
+                        self.sent += len(part)
 
     def _answer(self, fate):
-        if isinstance(fate, bytes):
-            return fate
+        """In parts, which may be without end."""
+        if not isinstance(fate, str) and not callable(fate):
+            return [fate] if isinstance(fate, bytes) else fate
         if fate == "hold":
             self.has_held.set()
             assert self.release.wait(20)
@@ -8778,7 +8796,7 @@ class Middle(threading.Thread):
             answer = self.message(stream)
         if callable(fate):
             fate()
-        return b"" if fate == "lose" else answer
+        return [b"" if fate == "lose" else answer]
 
     def has_facts(self):
         """Of each request, whether it has a body with members."""
@@ -9039,6 +9057,57 @@ def test_no_number_from_outside_ends_the_agent(shell, tmp_path):
     assert one == 1 and 1 <= some <= 300
 
 
+PASTED = {**SHELLS, "zsh": ["zsh"]}
+
+
+@pytest.fixture
+def paste(machine, shell):
+    """Paste the join command for a token into a shell, with a trust and more options, in a folder
+    where another user puts a script of his own in the place of what curl has fetched: a process
+    that has begun."""
+    typed, temporary = machine.folder / "typed", machine.folder / "temporary"
+    typed.mkdir()
+    temporary.mkdir()
+    plant = f"echo 'echo >{typed}/planted' >{typed}/hostenroll-agent"
+    machine.program("curl", f'{shutil.which("curl")} "$@"; status=$?; {plant}; exit $status')
+
+    def start(token, *options, pin="one"):
+        url = f"https://127.0.0.1:{machine.port}"
+        command = hostenroll.join_command(url, pin_of(pin), token)
+        words = ("--state", str(machine.state), *options)
+        return subprocess.Popen(
+            [*shell, "-c", f"{command} {shlex.join(words)}"], cwd=str(typed),
+            env={**machine.environment, "TMPDIR": str(temporary)}, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    yield start
+    until(lambda: os.listdir(temporary) == [])
+    assert os.listdir(typed) == ["hostenroll-agent"]
+
+
+@pytest.mark.parametrize("shell", sample(PASTED, "dash"), indirect=True)
+def test_the_join_command_uses_a_private_folder_and_ends_like_the_agent(paste, machine):
+    token = machine.door.token()
+    for options, pin, status in (
+        ((), "other", 90), (("--once",), "one", 0), (("--token-file", "/nowhere"), "one", 2)
+    ):  # fmt: skip
+        with paste(token, *options, pin=pin) as joining:
+            shown = joining.stdout.read().decode()
+            assert joining.wait(20) == status, shown
+    assert machine.is_online()
+
+
+@pytest.mark.parametrize("shell", sample(PASTED, "dash"), indirect=True)
+def test_the_join_command_removes_its_folder_when_it_is_interrupted(paste, machine):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with paste(machine.door.token()) as joining:
+            until(lambda: machine.stored() and b"enrolled" in joining.stdout.readline())
+            os.killpg(joining.pid, number)
+            assert joining.wait(20) != 0
+        (machine.state / "credential").unlink()
+
+
 STRANGE_ANSWERS = {
     "the page of a Wi-Fi login": answer_of("200 OK", b"<html>Log in to the Wi-Fi!</html>"),
     "an empty one": answer_of("200 OK"),
@@ -9063,6 +9132,47 @@ def test_a_strange_answer_is_a_failure_and_changes_nothing(answer, machine, behi
     before = machine.stored()
     assert machine.once(status=1).count("\n") == 1
     assert machine.stored() == before
+
+
+IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {  # how an answer begins, and what then comes for ever
+    "chunks": (IN_CHUNKS, b"8000\r\n" + b"x" * 0x8000 + b"\r\n"),
+    "binary chunks": (IN_CHUNKS, b"8000\r\n" + bytes(range(256)) * 0x80 + b"\r\n"),
+    "lines": (b"HTTP/1.1 200 OK\r\n\r\n", b"\n200\n" * 5000),
+    "fields": (b"HTTP/1.1 200 OK\r\n", b"Retry-After: 9\r\n" * 2000),
+    "heads": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+}
+
+
+@pytest.mark.parametrize("begin, rest", sample(ENDLESS, "chunks"))
+def test_an_answer_without_end_is_cut_off_and_changes_nothing(begin, rest, member, behind):
+    before = member.stored()
+    middle = behind(itertools.chain([begin], itertools.repeat(rest)))
+    began = time.monotonic()
+    shown = member.once(status=1)
+    assert time.monotonic() - began < 10 and middle.sent < 16 << 20
+    assert shown.count("\n") == 1 and not hostenroll.UNPRINTABLE.search(shown[:-1])
+    assert member.stored() == before
+
+
+CREDENTIALS = {  # in a JSON reply, and whether it replaces the old one
+    '"a.b.c"': True, f'"{"a" * 1020}.b.c"': True, f'"{"a" * 1021}.b.c"': False, '"a.b"': False,
+    '""': False, '"a.b.c\\n"': False, '"a.b.c\\""': False, '"a b.c.d"': False, "7": False,
+    '"$(id).b.c"': False, '"\u00e4.b.c"': False, f'"{"a.b.c" * 9000}"': False, '["a.b.c"]': False,
+    '"a.b.c': False, '"a\0.b.c"': False,
+}  # fmt: skip
+
+
+@in_every_shell
+def test_only_a_credential_replaces_the_old_one(member, behind):
+    old = member.stored()
+    beat = b'{"hostId":"0","nextHeartbeatSeconds":1,"credential":%b,"credentialExpiresAt":"?"}'
+    behind(*(answer_of("200 OK", beat % text.encode()) for text in CREDENTIALS))
+    for text, is_good in CREDENTIALS.items():
+        (member.state / "credential").write_text(old)
+        shown = member.once()
+        assert shown == "" if is_good else shown.count("\n") == 1 and "the old one stays" in shown
+        assert (member.stored() == old) == (not is_good), text
 
 
 # What the agent trusts, and why it does not trust the server "one"; "" where it does.
@@ -9319,6 +9429,60 @@ def test_links_that_another_user_made_in_the_folder_are_not_followed(machine):
     assert precious.read_text() == "precious"
 
 
+def prepared(state, victim):
+    """What another user may prepare in a folder, for root to use: where it must not be used."""
+    born = Path(f"/proc/{victim.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
+    for name in ("credential", "facts", "enrolling"):
+        os.mkfifo(str(state / name))
+        os.mknod(str(state / f"{name}.new"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (state / "lock").symlink_to(f"{victim.pid}-{born}")
+    return {path.name for path in state.iterdir()}
+
+
+FOREIGN = {  # whose the state's folder is and its mode, and the same of the one above it
+    "another's": (STRANGER, 0o700, 0, 0o755), "another's link": (0, 0o700, 0, 0o755),
+    "open to all": (0, 0o777, 0, 0o755), "sticky": (0, 0o1777, 0, 0o755),
+    "open to a group": (0, 0o770, 0, 0o755), "in another's": (0, 0o700, STRANGER, 0o755),
+    "in an open one": (0, 0o700, 0, 0o777),
+}  # fmt: skip
+
+
+@needs_root
+@pytest.mark.parametrize("owner, mode, above, its_mode", table(FOREIGN))
+def test_root_works_in_no_folder_that_others_can_change(
+    owner, mode, above, its_mode, tmp_path, request
+):
+    """Not even to look: a FIFO would hold it, a lock has it signal others, text reach its
+    terminal."""
+    whole = tmp_path / "above"
+    state = whole / "state"
+    state.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        names = prepared(state, victim)
+        for folder, user, bits in ((state, owner, mode), (whole, above, its_mode)):
+            os.chown(str(folder), user, -1)
+            folder.chmod(bits)
+        if "link" in request.node.name:
+            state.rename(whole / "elsewhere")
+            state.symlink_to("elsewhere")
+            os.chown(str(state), STRANGER, -1, follow_symlinks=False)
+        (tmp_path / "token").write_text("het_0123456789abcdef_x\n")
+        for words in ((), ("--token-file", "token"), ("--once",)):
+            arguments = ("--server", "https://127.0.0.1:9", "--state", str(state), *words)
+            shown = run_script(tmp_path, *arguments, status=1)  # Linux may not follow such a link
+            assert re.search("others can write in .*\n$|cannot make the folder .*\n$", shown), shown
+            assert shown.count("\n") == 1 and victim.poll() is None
+            assert {path.name for path in state.iterdir()} == names
+        victim.kill()
+
+
+def test_a_lock_that_no_agent_made_is_taken_over_unseen(member):
+    """Its text may lead elsewhere, and control a terminal."""
+    for text in ("../x/\x1b]0;y\x07-1", "0-", "-1", "1-1-1", f"{os.getpid()}-\x1b[2J"):
+        (member.state / "lock").symlink_to(text)
+        assert member.once() == "", text
+
+
 # Secrets, signals, and other processes.
 
 
@@ -9440,9 +9604,11 @@ def test_agents_go_on_when_the_server_is_started_again(tmp_path):
 # Installation.
 
 IN_A_NEW_ROOT = """set -e
-for folder in /usr/local/sbin /etc/systemd/system /var/lib /run; do
-    mount -t tmpfs none $folder
-done"""
+for folder in /usr/local/sbin /var/lib /run; do mount -t tmpfs -o mode=755 none $folder; done
+mkdir -p /run/etc/systemd /run/work
+mount -t overlay none -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work /etc
+rm -rf /etc/systemd/system && mkdir -p /etc/systemd/system
+! grep -q hostenroll-agent /etc/passwd || userdel hostenroll-agent"""
 
 
 def in_a_new_root(machine, script):
@@ -9461,42 +9627,175 @@ def in_a_new_root(machine, script):
 UNIT_FILE = "/etc/systemd/system/hostenroll-agent.service"
 
 
-@slow
-def test_installed_with_systemd_it_is_a_service_without_privileges(machine, tmp_path):
-    machine.program("systemctl", f'echo "systemctl $*" >>{tmp_path}/calls')
+# What systemd does with the unit of the agent: it runs once, and has ended when this has.
+SYSTEMD = f"""echo "systemctl $*" >>"$CALLS"
+value() {{ sed -n "s/^$1=//p" {UNIT_FILE}; }}
+case $1 in *restart)
+    folder=/var/lib/$(value StateDirectory)
+    install -d -o "$(value User)" -m "$(value StateDirectoryMode)" "$folder"
+    eval "set -- $(value ExecStart) --once"
+    runuser -u "$(value User)" -- "$@" </dev/null ;;
+esac"""
+SERVICE_DIR = "/var/lib/hostenroll-agent/service"  # its folder
+
+
+@pytest.fixture
+def service(machine, tmp_path):
+    """Run lines with a systemd, of a sort, where nothing is installed yet: what they print."""
+    if shutil.which("runuser") is None or shutil.which("useradd") is None:
+        pytest.skip("runuser or useradd is not installed")
+    machine.environment["CALLS"] = str(tmp_path / "calls")
+    machine.program("systemctl", SYSTEMD)
     machine.trust += trust(tmp_path, "--cacert", "one")
+    return lambda script: in_a_new_root(machine, f"mkdir -p /run/systemd/system\n{script}")
+
+
+@slow
+@needs_root
+def test_installed_with_systemd_it_is_a_service_without_privileges(service, machine, tmp_path):
     token = machine.door.token()
-    (tmp_path / "another").write_text(machine.door.token())
-    shown = in_a_new_root(
-        machine,
-        f"""
-        mkdir -p /run/systemd/system
+    shown = service(f"""
         printf %s {token} | agent --install --state /var/lib/mine --token-file - || echo status $?
         printf %s {token} | agent --install --hostname web-7 --token-file -
-        cp {UNIT_FILE} {tmp_path}/; stat -c '%a %n' {UNIT_FILE} /usr/local/sbin/* /var/lib/*/*
+        cp {UNIT_FILE} {tmp_path}/; stat -c '%a %U %n' {UNIT_FILE} /usr/local/sbin/* /var/lib/*/*
+        cmp {machine.script} /usr/local/sbin/hostenroll-agent
         systemd-analyze verify {UNIT_FILE} >{tmp_path}/verified 2>&1 || :
-        chown 1234:1234 /var/lib/hostenroll-agent
-        sh -c "$(sed -n 's/^ExecStart=//p' {UNIT_FILE}) --once --token-file {tmp_path}/another"
-        stat -c '%u:%g %a' /var/lib/hostenroll-agent/credential
+        getent passwd hostenroll-agent
         agent --uninstall
-        find {UNIT_FILE} /usr/local/sbin /etc/hostenroll-agent.pem /var/lib/*/credential 2>&- || :
-        """,
-    )
+        find {UNIT_FILE} /usr/local/sbin /etc/hostenroll-agent.pem /var/lib/*/* 2>&- || :
+        """)  # fmt: skip
     assert "--state cannot be used with --install" in shown and "status 2\n" in shown
-    assert f"644 {UNIT_FILE}\n755 /usr/local/sbin/hostenroll-agent\n" in shown
-    assert "600 /var/lib/hostenroll-agent/credential\n" in shown
-    assert "\n1234:1234 600\n" in shown  # it belongs to the service's user
-    assert shown.endswith("\n/usr/local/sbin\n/var/lib/hostenroll-agent/credential\n")
-    assert {host["hostname"] for host in machine.hosts()} == {"web-7"}
+    program, kept = "/usr/local/sbin/hostenroll-agent", "/var/lib/hostenroll-agent/credential"
+    assert f"644 root {UNIT_FILE}\n755 root {program}\n600 hostenroll-agent {kept}\n" in shown
+    assert f"700 hostenroll-agent {SERVICE_DIR}\n" in shown and f"; {program} --uninstall" in shown
+    assert re.search("^hostenroll-agent:.*:/:/usr/sbin/nologin$", shown, re.MULTILINE)
+    end = shown.rpartition("; the credential stays in ")[2].splitlines()[1:]
+    assert end == ["/usr/local/sbin", kept, "/var/lib/hostenroll-agent/facts"]
+    host = machine.host()
+    assert (host["hostname"], host["status"]) == ("web-7", "online")
     name = "hostenroll-agent.service"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "systemctl daemon-reload", f"systemctl enable {name}", f"systemctl restart {name}",
         f"systemctl disable --now {name}", "systemctl daemon-reload",
     ]  # fmt: skip
     unit = (tmp_path / name).read_text()
-    assert "het_" not in unit and "eyJ" not in unit
+    assert "het_" not in unit and "eyJ" not in unit and "\nUser=hostenroll-agent\n" in unit
     verified = (tmp_path / "verified").read_text()
     assert shutil.which("systemd-analyze") is None or name not in verified
+
+
+@slow
+@needs_root
+def test_root_enrolls_for_the_service_and_leaves_its_folder_alone(service, machine, tmp_path):
+    """Whatever the service, or who has broken into it, has put there."""
+    secret = tmp_path / "secret"
+    secret.write_text("a.b.c\n0\n0\n")
+    tokens = [machine.door.token() for _ in range(3)]
+    shown = service(f"""
+        as_service() {{ runuser -u hostenroll-agent -- "$@"; }}
+        printf %s {tokens[0]} | agent --install --token-file -
+        sleep 60 & victim=$!
+        as_service ln -s $victim-$(cut -d ' ' -f 22 /proc/$victim/stat) {SERVICE_DIR}/lock
+        as_service mkfifo {SERVICE_DIR}/credential
+        as_service ln -s {secret} {SERVICE_DIR}/credential.new
+        echo 1; printf %s {tokens[1]} | agent --token-file - || echo status $?
+        kill -0 $victim && kill $victim
+        echo 2; printf %s {tokens[2]} | agent --hostname web-2 --token-file -
+        echo 3; printf %s {tokens[2]} | agent --token-file - || echo status $?
+        echo 4; cd /usr/local/sbin
+        as_service sh hostenroll-agent --server https://a --state {SERVICE_DIR} --token-file - ||
+            echo status $?
+        as_service rm {SERVICE_DIR}/credential; as_service ln -s {secret} {SERVICE_DIR}/credential
+        echo 5; agent --uninstall
+        cd /var/lib/hostenroll-agent
+        cmp {secret} credential || find {SERVICE_DIR} 2>/dev/null || echo gone
+        """)  # fmt: skip
+    parts = re.split(r"^\d\n", shown, flags=re.MULTILINE)
+    assert "\nhostenroll-agent: systemd does not restart " in parts[1] and "status 1" in parts[1]
+    assert parts[2].endswith("goes on with the new credential\n")
+    assert "hostenroll-agent.service uses /var/lib/hostenroll-agent: " in parts[3]
+    assert "enroll as root" in parts[4] and "status 2" in parts[4]
+    assert parts[5].endswith("gone\n") and secret.read_text() == "a.b.c\n0\n0\n"
+    seen = {host["hostname"] == "web-2": host["status"] for host in machine.hosts()}
+    assert seen[True] == "online" and len(machine.hosts()) == 3
+
+
+@slow
+@needs_root
+def test_a_service_keeps_its_renewals_until_root_enrolls_again(service, member, clock):
+    """Also from one installation to the next."""
+    root = "/var/lib/hostenroll-agent"
+    first = member.credential()
+    clock.advance(UNTIL_RENEWAL)
+    (_, renewed), (_, again), (listed,), (new, own) = (
+        part.split() for part in service(f"""
+        mkdir -m 700 {root}; cp {member.state}/credential {root}/
+        agent --install 2>&-; head -qn 1 {root}/credential {SERVICE_DIR}/credential
+        systemctl restart
+        agent --uninstall 2>&-; echo /; echo -; head -qn 1 {root}/credential
+        agent --install 2>&-; echo /; ls {SERVICE_DIR}; echo /
+        printf %s {member.door.token()} | agent --token-file - 2>&-
+        head -qn 1 {root}/credential; [ -e {SERVICE_DIR}/credential ] || echo none
+        """).split("/\n")
+    )  # fmt: skip
+    assert first != renewed == again and (listed, own) == ("facts", "none")
+    assert member.door.beat(first).code == "credential-superseded"
+    assert member.door.beat(new).status == 200 and new != renewed
+
+
+LEFT = {  # what an older version's service has left as its credential
+    "its credential": "", "a FIFO": "rm $file; mkfifo $file",
+    "a link to a secret": "ln -sf ../../secret $file", "a secret": "ln -f /var/lib/secret $file",
+}  # fmt: skip
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("change", table(LEFT))
+def test_the_service_of_an_older_version_becomes_one_with_a_user(change, service, member):
+    """Its folder was under /var/lib/private. What another user may have put there is not read."""
+    file = "/var/lib/private/hostenroll-agent/credential"
+    shown = service(f"""
+        mkdir -p -m 700 /var/lib/private; mkdir -m 700 {os.path.dirname(file)}
+        ln -s private/hostenroll-agent /var/lib/hostenroll-agent
+        printf '[Service]\nDynamicUser=yes\n' >{UNIT_FILE}
+        cp {member.state}/credential {file}; cp {file} /var/lib/secret
+        file={file}; {change or ":"}; chown -Rh 61999 /var/lib/private/*
+        printf %s het_1_x | agent --token-file - || echo status $?
+        agent --install || echo status $?
+        ls -A /var/lib/private; cat {UNIT_FILE}; stat -c '%U %a' /var/lib/hostenroll-agent
+        """)  # fmt: skip
+    calls = (member.folder / "calls").read_text().splitlines()
+    name = "hostenroll-agent.service"
+    assert ", or for a service with --install\nstatus 1\n" in shown
+    assert calls[0] == f"systemctl stop {name}"
+    if change:
+        assert "no credential in " in shown and calls[1:] == [f"systemctl start {name}"]
+    else:
+        assert "\nUser=hostenroll-agent\n" in shown and "DynamicUser" not in shown
+        assert shown.endswith("\nroot 711\n") and calls[-1] == f"systemctl restart {name}"
+
+
+@slow
+@needs_root
+def test_where_nothing_makes_users_systemd_does(service, member):
+    shown = service(f"""
+        mkdir -m 700 /var/lib/hostenroll-agent /run/bin
+        cp {member.state}/credential /var/lib/hostenroll-agent/
+        for program in $(ls /usr/bin); do
+            case $program in *user*) ;; *) ln -s /usr/bin/$program /run/bin/$program ;; esac
+        done
+        PATH={member.programs}:/run/bin; agent --install || cat {UNIT_FILE}
+        """)  # fmt: skip
+    assert "\nDynamicUser=yes\nLoadCredential=credential:/var/lib/hostenroll-agent/c" in shown
+    assert "\nUser=" not in shown and " --state '/var/lib/hostenroll-agent/service' " in shown
+    # As systemd hands it over. The folder is the service's, and not yet there.
+    given, folder = member.folder / "given", "/var/lib/hostenroll-agent/service"
+    given.mkdir()
+    (given / "credential").write_text(member.stored())
+    lines = f"""id() {{ echo 1234; }}; state={folder} given=''
+        CREDENTIALS_DIRECTORY={given}; find_state; load_credential; echo "$credential" """
+    assert in_agent(["sh"], member.folder, lines)[-1:] == [member.credential()]
 
 
 @slow
@@ -10831,6 +11130,23 @@ def test_a_host_with_a_name_that_would_be_refused_today_goes_on(world):
         assert described.schema.check(reply.document)["name"] == "\u3164 "
 
 
+def test_a_large_body_of_an_agent_is_refused_before_its_path_and_its_secret(live):
+    """It is read to its end, and the connection stays; but who waits with it is told not to."""
+    large = b"x" * 8193
+    chunks = b"2001\r\n%b\r\n0\r\n\r\n" % large
+    for path in (ENROLL_PATH, f"http://a{BEAT_PATH}?x=1", "/api/agent/nothing"):
+        start = b"POST %b HTTP/1.1\r\nHost: a\r\n" % path.encode()
+        length = start + b"Content-Length: 8193\r\n"
+        sent = length + b"\r\n" + large + start + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+        replies = live.send(sent + request_bytes("POST", path, large[1:]) + HEALTH)
+        codes = [reply.code for reply in replies]
+        assert codes[:2] == ["body-too-large"] * 2 and replies[3].status == 200
+        assert codes[2] in ("invalid-body", "credential-missing", "not-found")
+        for waiting in (length + b"\r\n", length + b"Expect: 100-continue\r\n\r\n"):
+            with live.connect() as peer, peer.makefile("rb") as stream:
+                assert exchange(peer, stream, waiting)[0].code == "body-too-large"
+
+
 def test_what_agents_send_is_small_and_anything_else_may_be_larger():
     """By the path, because the head is read before anything else is known of a request."""
     for row in HTTP_OPERATIONS:
@@ -11388,12 +11704,14 @@ def test_every_act_is_in_the_log(paths, clock):
             clock.advance(1)
 
         happened("mint", "cli:test", key, None, role="admin")
-        minted = world.mint(maxUses=2, description="cellar", labels={"a": "b"}).document
+        asked = {"maxUses": 2, "description": "cellar", "labels": {"a": "b"}}
+        minted = world.mint(**asked, ttlSeconds=86_400).document
         token, expires = f"token:{minted['id']}", minted["expiresAt"]
         happened("mint", key, token, maxUses=2, description="cellar", expiresAt=expires)
         number = world.enroll(minted["token"], "web-1", "k").document["hostId"]
         host = f"host:{number}"
         happened("enroll", token, host, hostname="web-1")
+        clock.advance(3600)
         again = world.enroll(minted["token"], "web-1", "k").document
         happened("replay", token, host, serial=2)
         world.beat(again["credential"])
@@ -12032,6 +12350,17 @@ def test_under_a_flood_of_costly_bodies_a_heartbeat_hardly_waits(item, size, wor
                 waits[-1] += turn()
             assert honest.recv(65536).startswith(b"HTTP/1.1 200 ")
     assert max(waits) < 0.05
+
+
+def test_what_a_refused_peer_goes_on_to_send_keeps_its_connection_for_a_few_turns(world):
+    """Else peers that come back after each refusal would hold all connections that there may be."""
+    with turned_by_hand(world) as (turn, connect):
+        peer = connect()
+        peer.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 65537\r\n\r\n" + b"x" * 50_000)
+        peer.shutdown(socket.SHUT_WR)
+        for _ in range(6):
+            turn()
+        assert world.api.metrics.open_connections == 0
 
 
 def test_a_heartbeat_does_not_wait_until_all_other_requests_are_judged(world, monkeypatch):
@@ -14969,7 +15298,7 @@ BLOCKS = [  # commands to be copied letter by letter, each known by the first of
 ]
 # Blocks for a machine on which nothing runs yet. The others are typed where the first minute has
 # passed: a server runs, and one host has enrolled and beats.
-ON_A_BARE_MACHINE = {"cp hostenroll.py /usr/local/lib/"}
+ON_A_BARE_MACHINE = {"useradd --system --shell /usr/sbin/nologin hostenroll"}
 NOT_RUN_HERE = {
     # It is these tests; .ci/run runs it, letter by letter.
     "python3 -m venv .venv && .venv/bin/pip install -q pytest && .venv/bin/python -m pytest",
@@ -14985,7 +15314,7 @@ TYPED = {
 }
 
 
-MACHINE_TOOLS = ("unshare", "nsenter", "ip", "mount", "curl", "openssl")
+MACHINE_TOOLS = ("unshare", "nsenter", "ip", "mount", "curl", "openssl", "runuser", "useradd")
 TRIED = ["unshare", "-mnup", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
 needs_machines = pytest.mark.skipif(
     os.geteuid() != 0
@@ -15019,9 +15348,10 @@ set -e
 [ "$*" = "enable --now hostenroll" ]
 unit=/etc/systemd/system/hostenroll.service
 value() { sed -n "s/^$1=//p" "$unit"; }
-mkdir -m "$(value StateDirectoryMode)" "/var/lib/$(value StateDirectory)"
+user=$(value User)
+install -d -o "$user" -m "$(value StateDirectoryMode)" "/var/lib/$(value StateDirectory)"
 export $(value Environment)
-eval "exec $(value ExecStart)" 2>/var/log/hostenroll &
+eval "exec runuser -u $user -- $(value ExecStart)" 2>/var/log/hostenroll &
 """
 
 
@@ -15095,7 +15425,7 @@ class Box:
 
 def join_command_in(printed):
     """What a person copies out of what mint-token prints on the terminal."""
-    command = re.search(r"^curl .*(?:\n +.*)*$", printed.err, re.MULTILINE)
+    command = re.search(r"^printf .*(?:\n +.*)*$", printed.err, re.MULTILINE)
     assert command is not None, printed.err
     return command[0]
 
@@ -15413,7 +15743,7 @@ def test_the_line_that_mint_token_prints_enrolls_when_a_shell_runs_it(tls, tmp_p
         line, pin = printed_command(tmp_path), pin_of("one")
         assert f"--server {server.url} " in line and ("--pinnedpubkey" in line) == tls
         if tls:
-            assert f"-k --pinnedpubkey {pin} " in line and "--proto '=https'" in line
+            assert f"-k --pinnedpubkey {pin} " in line and "--proto =https " in line
             assert f"--pin {pin} --token-file -" in line
             wrong = joined(tmp_path, line.replace(pin, pin_of("other")))
             in_clear = joined(tmp_path, line.replace("https://", "http://"))
@@ -15454,6 +15784,12 @@ def test_the_certificate_that_make_cert_makes_serves(tmp_path):
     names = re.search(r"Subject Alternative Name:[^\n]*\n *([^\n]*)", shown)
     assert names[1] == "DNS:enroll.lan, IP Address:127.0.0.1, IP Address:0:0:0:0:0:0:0:1"
     assert "NIST CURVE: P-256" in shown and "ecdsa-with-SHA256" in shown
+    extensions = re.findall(r"X509v3 ([^:]*): (critical)?\n *([^\n]*)", shown)
+    assert {*extensions[:3]} == {  # whoever trusts it trusts its key for these names alone
+        ("Basic Constraints", "critical", "CA:FALSE"),
+        ("Key Usage", "critical", "Digital Signature"),
+        ("Extended Key Usage", "", "TLS Web Server Authentication"),
+    }
 
     def asked(name):
         url = f"https://{name}:{server.port}/readyz"
@@ -15465,6 +15801,10 @@ def test_the_certificate_that_make_cert_makes_serves(tmp_path):
         with pytest.raises(subprocess.CalledProcessError) as stranger:
             asked("other.lan")
         assert stranger.value.returncode == 60
+        context = ssl.create_default_context(cafile=str(certificate))
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        with socket.create_connection(("127.0.0.1", server.port)) as plain:
+            context.wrap_socket(plain, server_hostname="enroll.lan").close()
         enrolled = joined(tmp_path, printed_command(tmp_path))
         assert enrolled.status == 0 and "enrolled as host" in enrolled.err
 
@@ -15662,6 +16002,7 @@ def units(tmp_path_factory):
         ("hostenroll.service", (sys.executable, program, "unit")),
         ("hostenroll.socket", (sys.executable, program, "unit", "--socket")),
         ("odd.service", (python, program, "unit")),
+        ("dynamic.service", (sys.executable, program, "unit", "--dynamic-user")),
     ):
         (folder / name).write_bytes(subprocess.run(words, stdout=subprocess.PIPE).stdout)
     return folder
@@ -15676,9 +16017,31 @@ def analyze(units, *words):
 @slow
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_units(units):
-    names = ["hostenroll.service", "hostenroll.socket", "odd.service"]
+    names = ["hostenroll.service", "hostenroll.socket", "odd.service", "dynamic.service"]
     found = analyze(units, "verify", "--man=no", *(str(units / name) for name in names))
-    assert [line for line in found.splitlines() if re.search("hostenroll|odd", line)] == []
+    assert [line for line in found.splitlines() if re.search("hostenroll|odd|dyn", line)] == []
+
+
+USERS = {  # the uid of a user hostenroll, and whether it must still be made
+    "none": (None, True), "a system user": (998, False),
+    "one that systemd made for the service that runs": (61234, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("uid, is_missing", table(USERS))
+def test_the_service_runs_as_a_user_that_the_operator_makes(uid, is_missing, operator, monkeypatch):
+    def look_up(name):
+        if uid is None:
+            raise KeyError(name)
+        return SimpleNamespace(pw_uid=uid)
+
+    monkeypatch.setattr(hostenroll.pwd, "getpwnam", look_up)
+    printed, dynamic = operator("unit"), operator("unit", "--dynamic-user")
+    differences = set(printed.out.splitlines()) ^ set(dynamic.out.splitlines())
+    assert differences == {"User=hostenroll", "DynamicUser=yes"}
+    missing = re.findall(r"no user hostenroll .*: (.*)", printed.err)
+    assert "no user" not in dynamic.err and len(missing) == is_missing
+    assert not missing or re.match("useradd --system .* hostenroll$", missing[0])
 
 
 def test_the_service_runs_the_program_wherever_it_lies(units):
