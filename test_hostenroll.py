@@ -1333,11 +1333,12 @@ MUTATED = {
     "AuditLog.refuse": ("flood_sixty or long_outage or with_who_and_whence", 1,
                         "one refusal more in memory"),
     "AuditLog.prune": (
-        "old or prun", 3,
+        "old_events or prun", 3,
         "a trouble that comes again is logged again; the same anchor is put again"),
     "chain_start": ("log_cannot or proves_no or named_for_ever or no_old_one or 2_goes_on", 0, ""),
-    "begin_format": ("named_for_ever or schema_2_goes", 0, ""),
-    "verify_events": ("no_event_can or verified_in_slices", 1, "the mac of the next finds it, too"),
+    "begin_format": ("named_for_ever or 2_goes_on or migrated_database_is", 0, ""),
+    "verify_events": ("no_event_can or verified_in_slices or 2_goes_on or named_for_ever", 1,
+                      "the mac of the next finds it, too"),
     "_body_length": ("well_formed_message_is_read or frame_differently", 0, ""),
     "ChunkedBody.feed": (
         "message_is_read or frame_differently or waits_for_the_rest or chunk and however_it_is_cut",
@@ -7457,9 +7458,9 @@ def test_the_mac_of_an_event_proves_no_anchor(chronicle):
 # Logs that a program of schema 2 began.
 
 
-def old_log(paths, clock, pruned=0):
-    """A pair of schema 2 with events 1 to 5, of which the first were pruned; the MACs of all. The
-    third minted an API key."""
+def old_log(paths, clock, anchored=None):
+    """A pair of schema 2 with events 1 to 5, of which those up to an anchor were pruned; the MACs
+    of all. The third minted an API key."""
     make_schema_2(paths, clock)
     keyring, macs, then = hostenroll.load_keyring(paths[1]), [b""], clock.ms - 60_000
     key = hostenroll.first_id(then + 3)
@@ -7471,19 +7472,19 @@ def old_log(paths, clock, pruned=0):
         event = (number, then + number, *about)
         record = json.dumps(event, separators=(",", ":")).encode()
         macs.append(hmac.new(keyring.audit_key, macs[-1] + record, "sha256").digest())
-        if number > pruned:
+        if number > (anchored or 0):
             row = (*event, macs[-1])
             sql(paths[0], f"INSERT INTO audit VALUES ({', '.join('?' * len(row))})", *row)
-    if pruned:
-        anchor = pruned, macs[pruned]
+    if anchored is not None:
+        anchor = anchored, macs[anchored]
         proof = hmac.new(keyring.audit_key, b"anchor %d %b" % anchor, "sha256").digest()
         sql(paths[0], "INSERT INTO audit_anchor VALUES (1, ?, ?, ?)", *anchor, proof)
     return macs[1:]
 
 
-@pytest.mark.parametrize("pruned", [0, 2, 5])
-def test_a_log_of_schema_2_goes_on_in_the_new_format(pruned, paths, clock):
-    macs = old_log(paths, clock, pruned)
+@pytest.mark.parametrize("anchored", [None, 0, 2, 5])
+def test_a_log_of_schema_2_goes_on_in_the_new_format(anchored, paths, clock):
+    macs, pruned = old_log(paths, clock, anchored), anchored or 0
     assert {it.name: it.is_good for it in hostenroll.examine(*paths)} == {**SOUND, "schema": False}
     with World(paths, clock, audit_keep=KEEP, purpose="serve") as world:
         begun = log_of(world)[-1]
@@ -7559,7 +7560,7 @@ def trick(number=0):
 def test_an_old_log_that_does_not_verify_is_migrated_and_named_for_ever(
     change, pruned, named, paths, clock, caplog
 ):
-    change(paths, old_log(paths, clock, pruned))
+    change(paths, old_log(paths, clock, pruned or None))
     (before,) = (it.detail for it in hostenroll.examine(*paths) if it.name == "audit")
     assert re.search(named, before) and "as they were" not in before
     with World(paths, clock, audit_keep=86400, purpose="serve") as world:
@@ -7572,16 +7573,18 @@ def test_an_old_log_that_does_not_verify_is_migrated_and_named_for_ever(
                 prune(world)
         (after,) = (it.detail for it in hostenroll.examine(*paths) if it.name == "audit")
     assert re.search(named, after) and "Traceback" not in caplog.text
+    assert named != "event 3 " or "event 3 of the audit log is not as it" in caplog.text
 
 
 def test_a_log_is_no_old_one_without_the_event_that_says_so(paths, clock):
-    """An old log that is put back, and a copy of that event at another place, would need a MAC."""
+    """An old log that is put back, and a copy of that event at another place, would need a MAC.
+    Nor are its events pruned for old ones, before that event is looked at."""
     old_log(paths, clock)
     kept = sql(paths[0], "SELECT * FROM audit")
-    with World(paths, clock, purpose="serve") as world:
+    with World(paths, clock, audit_keep=86400, purpose="serve") as world:
         for _ in range(3):
             world.act("mint-token")
-        log = log_of(world)
+        log, then = log_of(world), clock.ms + (86400 - 30) * 1000  # the old events are too old then
         put = f"INSERT INTO audit VALUES ({', '.join('?' * len(log[0]))})"
         format_event = log[5]
         for rows, named in (
@@ -7590,17 +7593,32 @@ def test_a_log_is_no_old_one_without_the_event_that_says_so(paths, clock):
             ([*kept, format_event._replace(mac=kept[4][-1])], "event 6 "),
             ([*kept, format_event._replace(detail="{}")], "event 6 "),
             ([*kept[:3], format_event._replace(number=4), *log[4:]], "event 4 "),
-            ([*log[:8], format_event._replace(number=9)], "event 9 "),
             ([kept[0], *log[2:]], "event 2 "),
+            ([*log[:8], format_event._replace(number=9)], "event 9 "),
         ):  # fmt: skip
             falsify(world, "DELETE FROM audit")
             for row in rows:
                 world.sql(put, *row)
             assert_refuted(world, named)
+            put_back, audit = log_of(world), world.registry.audit
+            world.perform(lambda now, a=audit: a.prune(world.registry.keys.keyring, then))
+            assert log_of(world) == put_back or rows[:6] == log[:6]
+
+
+def test_events_of_a_key_that_is_gone_are_pruned_too(world):
+    for _ in range(3):
+        world.act("mint-token")
+    os.unlink(world.paths[1])
+    world.reopen(init=True, audit_keep=KEEP)
+    world.advance(KEEP + 1)
+    world.act("mint-token")
+    prune(world)
+    (last,) = log_of(world)
+    assert verified(world)[:2] == (last.number, last.number)
 
 
 def test_new_keys_for_an_old_log_begin_it_again(paths, clock, caplog):
-    old_log(paths, clock, pruned=2)
+    old_log(paths, clock, anchored=2)
     hostenroll.write_key_file(paths[1], hostenroll.new_keyring())
     with World(paths, clock, init=True, purpose="serve") as world:
         world.act("mint-token")
@@ -7695,7 +7713,7 @@ def games(numbers):
 }, "schema 2, anchored", "new"))  # fmt: skip
 def test_whatever_is_done_to_a_log_without_its_key_is_found(began, pruned, paths, clock):
     if began:
-        old_log(paths, clock, pruned)
+        old_log(paths, clock, pruned or None)
     with World(paths, clock, audit_keep=86400, purpose="serve") as world:
         for number in range(began, 12):
             world.act("mint-token")
