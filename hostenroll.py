@@ -79,13 +79,7 @@ An enrollment, and every other request:
 A command runs the same rule without HTTP: main, run_command, parse_arguments; Session.call makes
 the Call, Session.perform runs it by Registry.perform, and the row's Document is what is shown.
 
-What to change where:
-
-    a fact of hosts   SCHEMA and MIGRATIONS (section 5), Host (5), a row of FACTS (9)
-    an operation      a rule in its noun's class (6), a row of OPERATIONS (9); for people a row of
-                      COMMANDS (11)
-    a refusal         a row in section 2; raise it where the reason is known
-    a number          section 1
+How to add a fact, an operation, a refusal or a migration: .github/CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -154,7 +148,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import chain, cycle, groupby, product, repeat, takewhile
+from itertools import chain, cycle, groupby, product, repeat, starmap, takewhile
 from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -693,14 +687,11 @@ class Text(FieldType):
     ) -> None:
         self._maximum, self._minimum = maximum, minimum
         self._pattern, self._description = pattern, description
+        # For the whole, within the lengths.
+        self.pattern = pattern or f"{PRINTABLE}{{{minimum},{maximum}}}"
         self._lengths = f"{minimum} to {maximum}" if minimum else f"at most {maximum}"
         if minimum == maximum:
             self._lengths = str(maximum)
-
-    @property
-    def pattern(self) -> str:
-        """A regular expression for the whole, within the lengths."""
-        return self._pattern or f"{PRINTABLE}{{{self._minimum},{self._maximum}}}"
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -847,10 +838,8 @@ class ListOf(FieldType):
         self._type, self._maximum = type, maximum
 
     def check(self, value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise ValueError("must be an array")
-        if len(value) > self._maximum:
-            raise ValueError(f"must have at most {self._maximum} items")
+        if not isinstance(value, list) or len(value) > self._maximum:
+            raise ValueError(f"must be an array of at most {self._maximum} items")
         return [self._type.check(item) for item in value]
 
     def json_schema(self) -> dict[str, Any]:
@@ -867,8 +856,7 @@ class ObjectOf(FieldType):
         try:
             return self._schema.check(value)
         except InvalidBody as problem:
-            errors = (f"{error.field} {error.detail}" for error in problem.errors)
-            raise ValueError("; ".join(errors) or "must be an object") from None
+            raise ValueError(f"must be an object of its schema: {problem.errors}") from None
 
     def json_schema(self) -> dict[str, Any]:
         return self._schema.reference()
@@ -908,13 +896,13 @@ class Schema:
         members: dict[str, Any] = {}
         errors: list[FieldError] = []
         for name in value:
-            if name in self.fields:
-                try:
+            try:
+                if name in self.fields:
                     members[name] = self.fields[name].type.check(value[name])
-                except ValueError as error:
-                    errors.append(FieldError(name, str(error)))
-            elif not self._open:
-                errors.append(FieldError(sanitize(name), "is not known here"))
+                elif not self._open:
+                    raise ValueError("is not known here")
+            except ValueError as error:
+                errors.append(FieldError(sanitize(name), str(error)))
         missing = (f.name for f in self.fields.values() if f.required and f.name not in value)
         errors += [FieldError(name, "is missing") for name in missing]
         if errors:
@@ -926,20 +914,17 @@ class Schema:
         values: dict[str, list[Any]] = {}
         errors: list[FieldError] = []
         for name, text in pairs:
-            field = self.fields.get(name)
-            if field is None:
-                errors.append(FieldError(sanitize(name), "is not known here"))
-                continue
-            of_name = values.setdefault(name, [])
-            if of_name and not field.repeats:
-                errors.append(FieldError(name, "is given more than once"))
-                continue
+            field, of_name = self.fields.get(name), values.setdefault(name, [])
             try:
+                if field is None:
+                    raise ValueError("is not known here")
+                if of_name and not field.repeats:
+                    raise ValueError("is given more than once")
                 of_name.append(field.type.parse(text))
+                if len(of_name) == REPEATS_MAXIMUM + 1:
+                    raise ValueError(f"is given more than {REPEATS_MAXIMUM} times")
             except ValueError as error:
-                errors.append(FieldError(name, str(error)))
-            if len(of_name) == REPEATS_MAXIMUM + 1:
-                errors.append(FieldError(name, f"is given more than {REPEATS_MAXIMUM} times"))
+                errors.append(FieldError(sanitize(name), str(error)))
         if errors:
             raise InvalidQuery(errors=errors)
         return {name: v if self.fields[name].repeats else v[0] for name, v in values.items()}
@@ -978,13 +963,9 @@ def _refuse_constant(name: str) -> NoReturn:
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
 # Numbers are floats: an int() takes time by the square of its digits. An agent's are not made at
 # all but read as True, because what we know of its body is texts, and thousands take a while.
-_JSON, _AGENT_JSON = (
-    json.JSONDecoder(
-        object_pairs_hook=_unique_members, parse_constant=_refuse_constant,
-        parse_int=number, parse_float=number,
-    )
-    for number in (float, bool)
-)  # fmt: skip
+_STRICT: Any = {"object_pairs_hook": _unique_members, "parse_constant": _refuse_constant}
+_JSON = json.JSONDecoder(parse_int=float, **_STRICT)
+_AGENT_JSON = json.JSONDecoder(parse_int=bool, parse_float=bool, **_STRICT)
 
 
 def parse_agent_json(body: bytes) -> Any:
@@ -995,10 +976,8 @@ def parse_agent_json(body: bytes) -> Any:
 
 
 def parse_json(body: bytes, decoder: json.JSONDecoder = _JSON) -> Any:
-    """A JSON text (RFC 8259, with the strictness of RFC 8785: unique members, no lone surrogates).
-
-    Raises InvalidBody.
-    """
+    """A JSON text (RFC 8259), with the strictness of RFC 8785: unique members, no lone surrogates.
+    Raises InvalidBody."""
     try:
         value = decoder.decode(body.decode("utf-8"))
         if b"\\u" in body:  # only an escape can write a lone surrogate
@@ -1062,6 +1041,7 @@ class Secret(NamedTuple):
         return sha256(self.text)
 
 
+equal_secrets = hmac.compare_digest  # the time of == tells how much of a guess was right
 TOKEN_PREFIX, API_KEY_PREFIX = "het", "hak"
 SECRET = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]{43}([0-9a-f]{8})")
 
@@ -1078,11 +1058,6 @@ def parse_secret(prefix: str, text: str) -> Optional[Secret]:
     if match is None or match[1] != prefix or zlib.crc32(text[:-8].encode()) != int(match[3], 16):
         return None
     return Secret(int(match[2], 16), text)
-
-
-def equal_secrets(one: bytes, other: bytes) -> bool:
-    """Compare in constant time: the time of == tells how much of a guess was right."""
-    return hmac.compare_digest(one, other)
 
 
 def sha256(data: Union[str, bytes]) -> bytes:
@@ -1223,7 +1198,7 @@ class Keyring:
         signed, _, signature = credential.rpartition(b".")
         header, _, payload = signed.partition(b".")
         key = self._by_header.get(header)
-        if key is None or not hmac.compare_digest(key.signature(signed), signature):
+        if key is None or not equal_secrets(key.signature(signed), signature):
             return None
         try:
             octets = _decode_base64url(payload)
@@ -1255,8 +1230,8 @@ def new_keyring() -> Keyring:
 # replaces the file that a name happens to lead to. It makes the file itself (O_EXCL takes no link
 # and no file that is there), or opens it without following a link and judges the open descriptor.
 # A file that replaces another is made, synced and renamed in a folder that is opened once, wherever
-# its path leads by then. A key file gets the owner of the one that was read and judged before, not
-# that of what stands there by then.
+# its path leads by then. The server may be another user than the operator: a new key file gets the
+# owner of the one that was read and judged before, not that of what stands there by then.
 
 
 def resolve_file(path: str) -> str:
@@ -1320,8 +1295,7 @@ def open_lock_file(path: str, database: str) -> int:
     owner and the mode of the database, where there is one; one that was there is not changed.
     Raises OperatorError for what cannot be a lock file of ours, and OSError."""
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, PRIVATE_MODE)
+        descriptor = create_file(path)
     except FileExistsError:
         require_own_file(path, database)  # a link, a folder and a socket cannot be opened
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe may wait
@@ -1367,24 +1341,23 @@ class Folder:
         try:
             self.remove(fresh)  # left by a process that was killed, or put there to be written to
             descriptor = create_file(fresh, dir_fd=self.descriptor)
-            try:
-                with open(f"{path}.tmp", "wb", opener=lambda *_: descriptor) as file:
-                    if like is not None:
-                        with suppress(OSError):  # we may not give files away
-                            os.fchown(descriptor, like.st_uid, like.st_gid)
-                            os.fchmod(descriptor, PRIVATE_MODE | like.st_mode & 0o040)
-                    yield file
-                    file.flush()
-                    os.fsync(descriptor)
-                    os.replace(fresh, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-                    if not os.path.samestat(self.status(name), os.fstat(descriptor)):
-                        raise OperatorError(f"another user replaced {path} while it was written")
-            except BaseException:
-                with suppress(OSError):  # the first error tells more
-                    self.remove(fresh)
-                raise
+            with open(f"{path}.tmp", "wb", opener=lambda *_: descriptor) as file:
+                if like is not None:
+                    with suppress(OSError):  # we may not give files away
+                        os.fchown(descriptor, like.st_uid, like.st_gid)
+                        os.fchmod(descriptor, PRIVATE_MODE | like.st_mode & 0o040)
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+                os.replace(fresh, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+                if not os.path.samestat(self.status(name), os.fstat(descriptor)):
+                    raise OperatorError(f"another user replaced {path} while it was written")
             os.fsync(self.descriptor)  # or the rename may be lost with the power
-        except OSError as error:
+        except BaseException as error:
+            with suppress(OSError):  # the first error tells more
+                self.remove(fresh)
+            if not isinstance(error, OSError):
+                raise
             remedy = f": remove {path}.tmp" if fresh in os.listdir(self.descriptor) else ""
             raise OSError(error.errno, f"{error.strerror}{remedy}", path) from error
 
@@ -1411,14 +1384,6 @@ def folders_open_to_all(*files: str) -> list[str]:
     return [folder for folder in folders if os.path.isdir(folder) and is_open_to_all(folder)]
 
 
-def write_key_file(path: str, keyring: Keyring) -> None:
-    """Write a key file of mode 0600, on the disk when this returns. A file that is there is
-    replaced whole, or not at all. It gets the owner of the file that the keyring was read from,
-    since the server may be another user than the operator."""
-    with replacing(path, keyring.file) as file:
-        file.write(keyring.jwk_set())
-
-
 def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
     use, kid, octets = str(jwk["use"]), jwk["kid"], _decode_base64url(str(jwk["k"]).encode("ascii"))
     if jwk["kty"] != "oct" or jwk.get("alg", "HS256") != "HS256" or not re.fullmatch(KID, kid):
@@ -1428,37 +1393,33 @@ def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
     return use, kid, octets
 
 
-def _key_owners(database: str) -> set[int]:
-    """Whose key file is taken: root's, ours, and that of the database's owner. In a folder where
-    anybody may have put the database the owner of the folder counts, also where there is none."""
-    if not database:
-        return {0, os.geteuid()}
-    folder = owner = os.stat(os.path.dirname(database) or ".")
-    if not folder.st_mode & 0o002:
-        with suppress(FileNotFoundError):
-            owner = os.lstat(database)
-    return {0, os.geteuid(), owner.st_uid}
-
-
-def load_keyring(path: str, database: str = "") -> Keyring:
+def load_keyring(path: str, database: str) -> Keyring:
     """The keyring of the key file of a database. Raises OperatorError for a file that is bad, open
-    to others, or of a user whose it cannot be. Links are followed, since mounted secrets are links:
-    the file that was opened is judged."""
+    to others, or belongs to neither root, us nor the database's owner. Links are followed, since
+    mounted secrets are links: the file that was opened is judged."""
     try:
-        owners = _key_owners(database)
+        # The owner of the folder counts where there is no database, or anybody may have put it.
+        folder = owner = os.stat(os.path.dirname(database) or ".")
+        if not folder.st_mode & 0o002:
+            with suppress(FileNotFoundError):
+                owner = os.lstat(database)
         # Without O_NONBLOCK a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_MAXIMUM:
                 raise ValueError("not a file, or far too large")
             keys = [_parse_jwk(jwk) for jwk in json.load(f)["keys"]]
+        signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
+        audit = [octets for use, _, octets in keys if use == "audit"]
+        if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
+            raise ValueError("it needs one audit key, and signing keys with a kid each")
     except OSError as error:
         raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OperatorError(
             f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
         ) from error
-    if status.st_uid not in owners:
+    if status.st_uid not in (0, os.geteuid(), owner.st_uid):
         raise OperatorError(
             f"the key file {path} belongs to another user, of id {status.st_uid}: run this as that "
             "user, or put the right file back and chown it to root or the database's owner"
@@ -1466,13 +1427,6 @@ def load_keyring(path: str, database: str = "") -> Keyring:
     # What is mounted for a service belongs to root, and the service's group may read it.
     if status.st_mode & (0o077 if status.st_uid else 0o027):
         raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
-    signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
-    audit = [octets for use, _, octets in keys if use == "audit"]
-    if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
-        raise OperatorError(
-            f"the key file {path} needs one audit key, and signing keys with a kid each: "
-            "restore it from a backup"
-        )
     return Keyring(signing, audit[0], status)
 
 
@@ -1480,8 +1434,7 @@ class KeyFile:
     """A key file that others may replace while we run. Its path is read as it was given: a mounted
     secret is updated by a new target of a link on the way to it."""
 
-    def __init__(self, path: str, database: str = "") -> None:
-        """database: a key file of its owner is taken, too."""
+    def __init__(self, path: str, database: str) -> None:
         self.path, self._database = path, database
         self.trouble = ""  # why the keys in the file now are not used
         self._seen: Optional[tuple[int, ...]] = None
@@ -1501,7 +1454,8 @@ class KeyFile:
                 f"with --key-file, or chmod o-w {folders[0]}"
             )
         try:
-            write_key_file(self.path, keyring)
+            with replacing(self.path, keyring.file) as file:
+                file.write(keyring.jwk_set())
         except OSError as error:
             raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
         self._seen = self._look()
@@ -1570,7 +1524,7 @@ def public_key_pin(certificate: bytes) -> str:
         _, key, _ = members[6 if members[0][0] == 0xA0 else 5]
     except (IndexError, StopIteration):
         raise ValueError("not a certificate") from None
-    return f"sha256//{base64.b64encode(hashlib.sha256(key).digest()).decode('ascii')}"
+    return f"sha256//{base64.b64encode(sha256(key)).decode('ascii')}"
 
 
 # 5. Store
@@ -1781,10 +1735,7 @@ def has_wal_reset_bug(version: tuple[int, ...] = sqlite3.sqlite_version_info) ->
     return (3, 7, 0) <= version < (3, 51, 3) and not is_fixed
 
 
-# Rows as records, with the columns of SCHEMA.
-
-
-class Token(NamedTuple):
+class Token(NamedTuple):  # like the records below: a row, with the columns of SCHEMA
     id: int
     secret_hash: bytes
     organization_id: str
@@ -1904,7 +1855,8 @@ class Anchor(NamedTuple):
 
 
 class StoreError(Exception):
-    """The database failed. The transaction is dead: roll it back, and run nothing more in it."""
+    """The database failed, and the transaction is dead: roll it back. SQLITE_FULL, IOERR and NOMEM
+    have done so already, and a further statement would commit on its own."""
 
 
 class NotDurable(StoreError):
@@ -1967,13 +1919,9 @@ def describe_error(path: str, error: Exception) -> str:
     return ": ".join(filter(None, (path, text, next(remedies, ""))))
 
 
-# Which file it is: device and inode; None where there is none.
-FileId = Optional[tuple[int, int]]
-
-
-def file_id(file: Union[str, int]) -> FileId:
-    """Which file is at a path, or open. It is not opened: closing any descriptor of a database
-    drops the POSIX locks that SQLite holds on it. Raises StoreError."""
+def file_id(file: Union[str, int]) -> Optional[tuple[int, int]]:
+    """Device and inode of the file at a path, or open; None where there is none. It is not opened:
+    closing any descriptor of a database drops SQLite's POSIX locks on it. Raises StoreError."""
     try:
         status = os.lstat(file) if isinstance(file, str) else os.fstat(file)
     except FileNotFoundError:
@@ -1983,9 +1931,8 @@ def file_id(file: Union[str, int]) -> FileId:
     return status.st_dev, status.st_ino
 
 
-def descriptors_of(file: FileId) -> list[int]:
-    """The descriptors of a file that this process has open, SQLite's own too; none where the
-    system does not list them."""
+def descriptors_of(file: Optional[tuple[int, int]]) -> list[int]:
+    """The descriptors of a file in this process, SQLite's own too; none where none are listed."""
     numbers = []
     with suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
@@ -2019,7 +1966,7 @@ class WriteLock:
     def __init__(self, database: str) -> None:
         self._database = database
         self._files: list[tuple[str, int]] = []  # path and descriptor: the gate, then the lock
-        self._holds = [False, False]
+        self._held: list[int] = []  # the descriptor that is locked: of the gate, or of the lock
 
     def exists_unchanged(self) -> bool:
         """Whether the files that other processes lock are the ones that we have open."""
@@ -2038,58 +1985,66 @@ class WriteLock:
         """Go one step further without waiting. True when the lock is held. Raises StoreError."""
         if len(self._files) < 2:
             self._open()
-        self._holds[0] = self._holds[0] or try_flock(self._files[0][1])
-        if self._holds[0]:
-            self._holds[1] = try_flock(self._files[1][1])
-            if self._holds[1]:
-                self.release_gate()
-        return self._holds[1]
+        (_, gate), (_, lock) = self._files
+        if not self._held and try_flock(gate):
+            self._held = [gate]
+        if self._held == [gate] and try_flock(lock):
+            self.release()
+            self._held = [lock]
+        return self._held == [lock]
 
     def acquire(self, patience: float) -> None:
         """Take the lock. Raises StoreBusy when another has it for so many seconds."""
         deadline = time.monotonic() + patience
         while not self.try_acquire():
             if time.monotonic() > deadline:
-                self.release_gate()
+                self.release()
                 raise StoreBusy(f"another process is writing to {self._database}")
             time.sleep(LOCK_POLL)
 
-    def release_gate(self) -> None:
-        """Stop waiting."""
-        self.release(0)
-
-    def release(self, number: int = 1) -> None:
-        """Give the lock back, where it is held; a place at the gate is kept."""
-        if self._holds[number]:
-            self._holds[number] = False
+    def release(self) -> None:
+        """Give the lock back, or stop waiting for it. Idempotent."""
+        while self._held:
             with suppress(OSError):  # what is committed stays so; the next attempt reports it
-                fcntl.flock(self._files[number][1], fcntl.LOCK_UN)
+                fcntl.flock(self._held.pop(), fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Give back what is held, and close the files. Idempotent."""
         self.release()
-        self.release_gate()
         while self._files:
             os.close(self._files.pop()[1])
 
 
-class Database:
-    """A file, a connection of SQLite to it, its statements and their errors, and the schema.
-
-    After a StoreError the transaction is dead: SQLITE_FULL, IOERR and NOMEM have rolled it back
-    already, and a further statement would commit on its own. After Unrecoverable nothing is
-    closed: SQLite would checkpoint, and unlink whatever WAL is at the path by then.
-    """
+class Engine:
+    """The database, its files and its transactions: begin(), statements, commit() or rollback().
+    After Unrecoverable it is not closed: SQLite would checkpoint, and unlink whatever WAL is at the
+    path by then."""
 
     def __init__(self, path: str) -> None:
-        self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
+        """Look at a path; open() opens it. Raises StoreError."""
+        self._given_path, self.path = path, os.path.realpath(path)  # SQLite resolves links
+        self._wal_path, self._shm_path = f"{self.path}-wal", f"{self.path}-shm"
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise StoreError(f"{self.path} is not a file")
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder} for the database")
         self._connection: Optional[sqlite3.Connection] = None
+        self.lock = WriteLock(path)
+        self.descriptor = -1  # SQLite's own, of the database; -1: not known
+        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
+        self._is_examined = self._is_immutable = self._makes_shm = False
         self._is_lost = False  # Unrecoverable was raised
-        # Of the schema, as it was compared: the changes that SQLite had counted, what was altered,
-        # the line about that and what is missing, the line about what does no harm.
-        self._schema_cookie = -1
+        self._schema_cookie = -1  # SQLite's count of changes when the schema was compared
         self.altered: list[str] = []
-        self.schema_fault = self.schema_remark = ""
+        self.schema_fault = ""  # a line about what is altered or missing
+        self.schema_remark = ""  # a line about what does no harm
+        self._synchronous = "FULL"
+        self._waits_for = ""
+        self._checkpoints = Checkpoints(self)
+        self.checkpoint = self._checkpoints.run
+
+    # Statements.
 
     def file_sizes(self) -> tuple[int, int]:
         """Bytes of the database and of its WAL, which are not opened."""
@@ -2123,17 +2078,20 @@ class Database:
         """The same, run for each row of parameters."""
         try:
             return self.db.executemany(statement, rows).rowcount
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise self._failure(error) from error
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
         try:
             return self.db.execute(statement, parameters).fetchall()
         except sqlite3.Error as error:
-            if "decode to UTF-8" in str(error) and self.db.text_factory is str:
-                self.db.text_factory = _text  # from now on: it takes longer
-                return self.rows(statement, *parameters)
-            raise self._failure(error, statement) from error
+            if "decode to UTF-8" not in str(error) or self.db.text_factory is not str:
+                raise self._failure(error, statement) from error
+        self.db.text_factory = _text  # for this read alone: it is called for each text
+        try:
+            return self.rows(statement, *parameters)
+        finally:
+            self.db.text_factory = str
 
     def value(self, statement: str, *parameters: Any) -> Any:
         """The first value of a result; None when it has no row."""
@@ -2189,8 +2147,7 @@ class Database:
         return bool(application == APPLICATION_ID)
 
     def require_our_schema(self) -> None:
-        """Raises Unrecoverable when a newer program has migrated the database, or its schema was
-        altered since it was opened; StoreError."""
+        """Raises Unrecoverable for a newer schema, or one altered since opening; StoreError."""
         version = self.version()
         if version != SCHEMA_VERSION:
             raise self.unrecoverable(
@@ -2245,9 +2202,8 @@ class Database:
                 self.run(statement)
 
     def migrate(self, finish: Callable[[int], object]) -> None:
-        """Bring the schema of an older version up to ours, all or nothing, under the lock that the
-        caller holds. finish is called with the older version when the schema is ours, before the
-        commit. Raises StoreError; rollback() then."""
+        """Bring an older schema up to ours, all or nothing, under the lock that the caller holds.
+        finish is called with its version before the commit. Raises StoreError; rollback() then."""
         version = self.version()
         if version < SCHEMA_VERSION:
             self.run("BEGIN IMMEDIATE")  # synchronous is FULL until begin() changes it
@@ -2260,43 +2216,19 @@ class Database:
             self.run("COMMIT")
             log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
 
-
-class Engine(Database):
-    """The database, its files and its transactions: begin(), statements, commit() or rollback()."""
-
-    def __init__(self, path: str) -> None:
-        """Look at a path; open() opens it. Raises StoreError."""
-        super().__init__(os.path.realpath(path))  # SQLite resolves links for its WAL
-        self._given_path = path
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise StoreError(f"{self.path} is not a file")
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no folder {folder} for the database")
-        self.lock = WriteLock(path)
-        self.descriptor = -1  # SQLite's own, of the database; -1: not known
-        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
-        self._is_examined = self._is_immutable = self._makes_shm = False
-        self._synchronous = "FULL"
-        self._waits_for = ""
-        self._checkpoints = Checkpoints(self)
-        self.checkpoint = self._checkpoints.run
-
     # Opening and closing.
 
     def open(self, as_it_is: bool = False) -> bool:
         """Connect, under the lock that the caller holds; make an empty file of mode 0600 where
-        there is none. True when the database has our schema, False when it is empty.
-
-        as_it_is: to examine it. No file is made or changed, read-only media will do, and no lock is
-        needed. Raises StoreError, and OperatorError for files that another user put there.
-        """
+        there is none. True when the database has our schema, False when it is empty. as_it_is: to
+        examine it; no file is made or changed, read-only media will do, and no lock is needed.
+        Raises StoreError, and OperatorError for files that another user put there."""
         if self._connection is not None:  # to a file without a schema, which is to get one now
             return self._recognize()
         self._is_examined = as_it_is
         try:
-            # Who exchanges a file between this look and SQLite's open can still misuse root: only
-            # to run as the database's owner would end that.
+            # A file that is exchanged between this look and SQLite's open can still misuse root:
+            # only running as the database's owner would end that.
             for suffix in ("-wal", "-shm", "-journal"):
                 with suppress(FileNotFoundError):
                     require_own_file(f"{self.path}{suffix}", self.path)
@@ -2341,8 +2273,8 @@ class Engine(Database):
         """Without a WAL, which SQLite would make, there is no writer: SQLite takes the file for one
         that does not change, and _identify_files() sees whether it does. With one, a -shm that is
         missing has to be made; close() removes it."""
-        companions = (self._wal_path, f"{self.path}-journal")
-        self._is_immutable = not any(map(os.path.exists, companions))
+        written = map(os.path.exists, (self._wal_path, f"{self.path}-journal"))
+        self._is_immutable = not any(written)
         self._makes_shm = not self._is_immutable and not os.path.exists(self._shm_path)
         self._files = self._identify_files()
         mode = "mode=ro&immutable=1" if self._is_immutable else "mode=ro"
@@ -2363,7 +2295,7 @@ class Engine(Database):
                     self.require_unchanged(durable=True)
                 except StoreError as error:
                     raise self.unrecoverable(f"cannot close {error}") from error
-            self._checkpoints.close()
+            self._checkpoints.finish_part()
             self._connection.close()
             self._connection = None
             if self._makes_shm and not os.path.exists(f"{self.path}.lock"):  # so no server runs
@@ -2389,8 +2321,7 @@ class Engine(Database):
     # What cannot be moved for now (a full disk, readers) is a StoreError, and is tried again.
 
     def _identify_files(self) -> tuple[Any, ...]:
-        """Which files there are: the database and its WAL. Of a file that is taken for one that
-        does not change, also its last change."""
+        """Which files there are: database and WAL; of an immutable one also its last change."""
         database, wal = file_id(self.path), file_id(self._wal_path)
         if self._is_immutable and database is not None:
             return database, wal, os.stat(self.path).st_mtime_ns
@@ -2420,7 +2351,8 @@ class Engine(Database):
             elif name != self.path:
                 reason += ", and what was written last may be lost with it"
         except (StoreError, OSError) as error:
-            text = f"{reason}, and its last changes cannot be saved: {error}"
+            cause = describe_error(error.filename, error) if isinstance(error, OSError) else error
+            text = f"{reason}, and its last changes cannot be saved: {cause}"
             raise StoreError(text) from error
         raise self.unrecoverable(reason)
 
@@ -2440,23 +2372,18 @@ class Engine(Database):
         self._checkpoints.finish_part()
         if self.value("PRAGMA wal_checkpoint(TRUNCATE)"):
             raise StoreError("other processes still read the database: end them")
-        try:
-            if file_id(self._wal_path) not in (None, self._files[1]):
-                os.replace(self._wal_path, f"{self._wal_path}.replaced")
-            for path in (self._shm_path, self._wal_path):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-        except OSError as error:
-            raise StoreError(describe_error(error.filename, error)) from error
+        if file_id(self._wal_path) not in (None, self._files[1]):
+            os.replace(self._wal_path, f"{self._wal_path}.replaced")
+        for path in (self._shm_path, self._wal_path):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
     # Transactions.
 
     def begin(self, writes: bool, durable: bool) -> bool:
-        """Begin. False when another writer is at work: ask again, or stop_waiting().
-
-        A durable transaction is on the disk when commit() returns; one that is not may be lost
-        with the power, and never with the process. Raises StoreError and Unrecoverable.
-        """
+        """Begin. False when another writer is at work: ask again, or stop_waiting(). A durable
+        transaction is on the disk when commit() returns; one that is not may be lost with the
+        power, and never with the process. Raises StoreError and Unrecoverable."""
         self.require_unchanged(durable)
         if not writes:
             self.run("BEGIN")
@@ -2485,7 +2412,7 @@ class Engine(Database):
 
     def stop_waiting(self) -> StoreBusy:
         """Wait no longer for another writer: the reason, to raise."""
-        self.lock.release_gate()
+        self.lock.release()
         return StoreBusy(self._waits_for)
 
     def commit(self) -> None:
@@ -2502,16 +2429,14 @@ class Engine(Database):
             log.error("cannot roll back: %s", describe_error(self.path, error))
         finally:
             self.lock.release()
-            self.lock.release_gate()
 
     def faults(self) -> list[str]:
-        """What is wrong with the database, by our schema and by SQLite's own checks, which a forged
-        schema can make fail."""
+        """What is wrong by our schema, and by SQLite's checks, which a forged one can make fail."""
         faults: list[str] = []
         try:
             if self.version() == SCHEMA_VERSION:
                 self.compare_schema()
-                faults += filter(None, [self.schema_fault])
+                faults += [self.schema_fault] if self.schema_fault else []
             faults += [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
             orphans = self.rows("PRAGMA foreign_key_check")
             faults += [f"a row of {row[0]} lacks its {row[2]}" for row in orphans]
@@ -2555,8 +2480,8 @@ class Checkpoints:
     a reader, with SQLite's own short sync, and the WAL begins again.
 
     Safety depends on neither thread nor reader: SQLite syncs all of the database before it writes
-    over the WAL. But for a sync that fails: a system may drop the pages, and SQLite would not move
-    those of earlier parts again. Then the process ends, and the next one moves all of the WAL.
+    over the WAL. A sync that fails is the exception: a system may drop the pages, and SQLite would
+    not move those of earlier parts again. So the process ends, and the next one moves all of it.
 
     Only a checkpoint tells how much is in the WAL, and the file keeps its size: to truncate it and
     let it grow again costs a heartbeat a tenth of its time. So changed rows are counted. While
@@ -2578,10 +2503,8 @@ class Checkpoints:
         """Before a transaction that writes: have the reader begin, if a part is due. Without a
         reader, the whole WAL is moved when it is large."""
         changes = self._engine.db.total_changes
-        if self._moved_at > self._checkpointed_at:
-            is_due = changes - self._moved_at > CHECKPOINT_REST
-        else:
-            is_due = changes - self._checkpointed_at >= CHECKPOINT_AFTER
+        has_begun = self._moved_at > self._checkpointed_at
+        is_due = changes - self._moved_at >= (CHECKPOINT_REST if has_begun else CHECKPOINT_AFTER)
         can_flush = self._engine.descriptor >= 0 and not self._is_flushing()
         if not is_due or not can_flush or self._snapshot_at is not None:
             return
@@ -2608,7 +2531,6 @@ class Checkpoints:
         try:
             self._engine.require_unchanged(durable=True)
             if not self._engine.lock.try_acquire():
-                self._engine.lock.release_gate()
                 return
             if is_whole:
                 self.finish_part()
@@ -2618,7 +2540,10 @@ class Checkpoints:
             if is_whole:
                 self._checkpointed_at, self.has_old_wal = changes, False
             else:
-                self._start_flush()
+                with suppress(RuntimeError):  # no thread can be had: then SQLite waits for the disk
+                    thread = threading.Thread(target=self._sync, daemon=True)
+                    thread.start()
+                    self._flush = thread
         except StoreError as error:
             self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
             if not is_forced and str(error) != self._complaint:  # else it is logged already
@@ -2639,78 +2564,43 @@ class Checkpoints:
             self._reader = None
             reader.close()
 
-    def _start_flush(self) -> None:
-        """Sync the database in a thread, by SQLite's own descriptor: see file_id()."""
-
-        def flush() -> None:
-            try:
-                os.fdatasync(self._engine.descriptor)
-            except OSError as error:
-                trouble = describe_error(self._engine.path, error)
-                self._flush_failed = f"{trouble}: the disk has not taken what was written"
-
-        with suppress(RuntimeError):  # no thread can be had: then SQLite waits for the disk
-            thread = threading.Thread(target=flush, daemon=True)
-            thread.start()
-            self._flush = thread
+    def _sync(self) -> None:
+        """In a thread: sync the database by SQLite's own descriptor, see file_id()."""
+        try:
+            os.fdatasync(self._engine.descriptor)
+        except OSError as error:
+            trouble = describe_error(self._engine.path, error)
+            self._flush_failed = f"{trouble}: the disk has not taken what was written"
 
     def _is_flushing(self) -> bool:
         return self._flush is not None and self._flush.is_alive()
 
     def finish_part(self) -> None:
         """Before SQLite syncs the database itself: of two syncs by one descriptor, a system reports
-        a failure to one. Raises Unrecoverable."""
-        self.release_reader()
+        a failure to one. The reader is closed. Raises Unrecoverable."""
+        if self._reader is not None:
+            self._reader.close()
+        self._snapshot_at = self._reader = None
         if self._flush is not None:
             self._flush.join()
         if self._flush_failed:
             raise self._engine.unrecoverable(self._flush_failed)
 
-    def close(self) -> None:
-        """Before the engine's connection is closed. Raises Unrecoverable."""
-        self.finish_part()
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
 
 T = TypeVar("T")
 
-# Of each record its table, and the statements that read all columns and that add a row.
+# Of each record its table, and the statement that reads all of its columns.
 TABLES: Mapping[Any, str] = {
     Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
     Service: "service", Event: "audit", Anchor: "audit_anchor",
     **dict.fromkeys((Host, HostState), "host JOIN heartbeat ON host_id = id"),
 }  # fmt: skip
-HOST_COLUMNS = Host._fields[: Host._fields.index("last_seen")]  # without those of heartbeat
-
-
-def _insert(table: str, columns: Sequence[str], rest: str = "") -> str:
-    marks = ", ".join("?" * len(columns))
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {rest}"
 
 
 def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
 
 
-def _require_fit(record: Any, rows: Sequence[Sequence[Any]]) -> None:
-    """Raises BadRow."""
-    for types in {tuple(map(type, row)) for row in rows}:
-        if not _fits(record, types):
-            key = next(row[0] for row in rows if tuple(map(type, row)) == types)
-            name = id_text(key) if isinstance(key, int) else ascii(key)
-            table = TABLES[record].partition(" ")[0]
-            raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
-
-
-def _require_added(added: int, expected: int = 1) -> None:
-    """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
-    if added < expected:
-        raise StoreError("a row was not added, as by a foreign trigger: see what check says")
-
-
-UNLESS_TAKEN = "ON CONFLICT (id) DO NOTHING"
 SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in TABLES.items()}
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
@@ -2720,49 +2610,62 @@ _BEAT = """UPDATE heartbeat SET last_seen = ?
 
 
 class Queries:
-    """The statements, in SQL that PostgreSQL knows too: ON CONFLICT, CASE in place of max() and
-    min() of two values, = 1 for truth, no RETURNING.
-
-    None stands for all organizations. Lists begin with the newest, and take those with an
-    id below before. Raises StoreError and Unrecoverable.
-    """
+    """The statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
+    values, = 1 for truth, no RETURNING. None stands for all organizations. Lists begin with the
+    newest, and take those with an id below before. Raises StoreError and Unrecoverable."""
 
     def __init__(self, engine: Engine) -> None:
         self._run, self._many = engine.run, engine.many
         self._rows, self._value = engine.rows, engine.value
 
-    def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
+    def _read(self, record: Any, rest: str, *values: Any) -> list[Any]:
+        """Rows with the columns of a record. Raises BadRow."""
         rows = self._rows(f"{SELECT[record]} {rest}", *values)
-        if record not in (Event, Anchor):  # which have MACs
-            _require_fit(record, rows)
-        return [record(*row) for row in rows]
+        if record in (Event, Anchor):  # their MACs tell what we never wrote
+            return rows
+        fitting: tuple[type, ...] = ()  # those of the row before: to compare is the least work
+        for row in rows:
+            types = tuple(map(type, row))
+            if types != fitting and not _fits(record, types):
+                name = id_text(row[0]) if isinstance(row[0], int) else ascii(row[0])
+                table = TABLES[record].partition(" ")[0]
+                raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
+            fitting = types
+        return rows
+
+    def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
+        return [*starmap(record, self._read(record, rest, *values))]
 
     def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
         return next(iter(self._all(record, rest, *values)), None)
 
-    def _newest(
-        self, record: Callable[..., T], organization: Optional[str], before: int, limit: int,
-        key: str = "id",
-    ) -> list[T]:  # fmt: skip
-        owned, owner = _owned_by(organization)
+    def _newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
+        key, (owned, owners) = record._fields[0], _owned_by(owner)
         rest = f"WHERE {owned} {key} < ? ORDER BY {key} DESC LIMIT ?"
-        return self._all(record, rest, *owner, before, limit)
+        return self._all(record, rest, *owners, before, limit)
+
+    def _insert(self, table: str, columns: Sequence[str], *rows: Sequence[Any]) -> None:
+        """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
+        marks = ", ".join("?" * len(columns))
+        statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+        if self._many(statement, rows) < len(rows):
+            raise StoreError("a row was not added, as by a foreign trigger: see what check says")
 
     def add(self, row: Union[Organization, ApiKey, Token]) -> bool:
         """False when there is a row of that id."""
         return self._add(TABLES[type(row)], row._fields, row)
 
     def _add(self, table: str, columns: Sequence[str], values: Sequence[Any]) -> bool:
-        is_added = self._run(_insert(table, columns, UNLESS_TAKEN), *values) == 1
-        if not is_added:
-            _require_added(len(self._rows(f"SELECT id FROM {table} WHERE id = ?", values[0])))
-        return is_added
+        if self._rows(f"SELECT 1 FROM {table} WHERE id = ?", values[0]):
+            return False
+        self._insert(table, columns, values)
+        return True
 
     def put(self, row: Union[Service, Anchor]) -> None:
         """Replace the only row. What is not after an anchor may be pruned then."""
         table = TABLES[type(row)]
         self._run(f"DELETE FROM {table}")
-        _require_added(self._run(_insert(table, ("id", *row._fields)), 1, *row))
+        self._insert(table, ("id", *row._fields), (1, *row))
 
     # Organizations, API keys, signing keys, service.
 
@@ -2794,9 +2697,8 @@ class Queries:
 
     def add_signing_key(self, kid: str, now: int) -> None:
         """Give a kid a number; one that was retired is no longer."""
-        statement = """INSERT INTO signing_key (kid, created_at) VALUES (?, ?)
-             ON CONFLICT (kid) DO UPDATE SET retired_at = NULL"""
-        _require_added(self._run(statement, kid, now))
+        if not self._run("UPDATE signing_key SET retired_at = NULL WHERE kid = ?", kid):
+            self._insert("signing_key", ("kid", "created_at"), (kid, now))
 
     def retire_signing_key(self, kid: str, now: int) -> None:
         self._run("UPDATE signing_key SET retired_at = ? WHERE kid = ?", now, kid)
@@ -2820,8 +2722,7 @@ class Queries:
 
     def keep_alive(self, now: int) -> None:
         """Record that a server lives; a time that is set back changes nothing."""
-        statement = "UPDATE service SET alive = CASE WHEN alive < ? THEN ? ELSE alive END"
-        self._run(statement, now, now)
+        self._run("UPDATE service SET alive = ? WHERE alive < ?", now, now)
 
     def put_pin(self, pin: str) -> None:
         self._run("UPDATE service SET pin = ?", pin)
@@ -2849,9 +2750,7 @@ class Queries:
         had ended by a time. The id to go on after; None when there are no more."""
         statement = "SELECT id FROM token WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
         rows = self._rows(statement, after, before, limit)
-        if not rows:
-            return None
-        last: int = rows[-1][0]
+        last: int = rows[-1][0] if rows else after
         statement = """DELETE FROM token WHERE id > ? AND id <= ? AND coalesce(revoked_at,
              CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ?"""
         self._run(statement, after, last, ended)
@@ -2865,11 +2764,10 @@ class Queries:
 
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
-        columns = len(HOST_COLUMNS)
-        if not self._add("host", HOST_COLUMNS, host[:columns]):
+        end = Host._fields.index("last_seen")  # the first column of heartbeat
+        if not self._add("host", Host._fields[:end], host[:end]):
             return False
-        statement = _insert("heartbeat", ("host_id", *Host._fields[columns:]))
-        _require_added(self._run(statement, host.id, *host[columns:]))
+        self._insert("heartbeat", ("host_id", *Host._fields[end:]), (host.id, *host[end:]))
         return True
 
     def host(self, number: int) -> Optional[Host]:
@@ -2889,13 +2787,10 @@ class Queries:
         return self._all(Host, rest, organization, hostname, limit)
 
     def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[Any]:
-        """So many hosts with an id above after, in order, each as the values of a HostState; of one
-        organization, or of all."""
+        """So many hosts with an id above after, in order, each as the values of a HostState."""
         owned, owner = _owned_by(organization)
-        statement = f"{SELECT[HostState]} WHERE {owned} id > ? ORDER BY id LIMIT ?"
-        rows = self._rows(statement, *owner, after, limit)
-        _require_fit(HostState, rows)
-        return rows
+        rest = f"WHERE {owned} id > ? ORDER BY id LIMIT ?"
+        return self._read(HostState, rest, *owner, after, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host. The program names them, never a peer."""
@@ -2917,8 +2812,7 @@ class Queries:
     # Heartbeats.
 
     def beat(self, rows: Sequence[tuple[int, int, int, int]]) -> int:
-        """Write a batch of heartbeats, each as last_seen, host_id, serial and last_seen again; how
-        many of them matched."""
+        """Write heartbeats: last_seen, host_id, serial and last_seen again; how many matched."""
         return self._many(_BEAT, rows)
 
     def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int]]:
@@ -2953,10 +2847,11 @@ class Queries:
         return 0, b""
 
     def add_events(self, events: Sequence[Event]) -> None:
-        _require_added(self._many(_insert("audit", Event._fields), events), len(events))
+        self._insert("audit", Event._fields, *events)
 
     def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
-        return self._newest(Event, organization, before, limit, "number")
+        events = self._newest(Event, organization, before, limit)
+        return [event.legible() for event in events]
 
     def events_after(self, number: int, limit: int) -> list[Event]:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
@@ -2969,8 +2864,7 @@ class Queries:
     def not_minted(self, limit: int) -> list[str]:
         """The API keys and tokens, as subjects, that are newer than the oldest event that can be
         verified, and that no event minted for this organization and in this role."""
-        # The engine makes the set of what was minted once. Version 0.1.0 wrote spaces. printf() is
-        # SQLite's.
+        # The set of what was minted is made once. Version 0.1.0 wrote spaces. printf() is SQLite's.
         statement = """WITH oldest AS (SELECT at FROM audit WHERE number >
                  coalesce((SELECT number FROM audit_anchor), 0) ORDER BY number LIMIT 1),
              secret AS (SELECT printf('token:%016x', id) AS subject, organization_id AS owner,
@@ -2994,8 +2888,7 @@ class Queries:
         """The first events of the log, as long as they are older than a time. An event of a clock
         that was ahead counts as old as the events after it."""
         rows = self._all(Event, "ORDER BY number LIMIT ?", limit)
-        timed = takewhile(lambda event: isinstance(event.at, int), rows)
-        events = list(takewhile(lambda event: event.at < before or event.at > now, timed))
+        events = [*takewhile(lambda e: isinstance(e.at, int) and not before <= e.at <= now, rows)]
         while events and events[-1].at >= before:
             events.pop()
         return events
@@ -3011,8 +2904,7 @@ class Queries:
 # only after its commit. Only secrets and facts are looked up before it. What the Store reports
 # becomes a refusal here. HTTP, commands and the server itself come by the same way: a Call.
 #
-# Contents: values; the audit log; then a class of Rules for each noun: signing keys, service
-# period, organizations, API keys, tokens, enrollments, heartbeats, hosts; the Registry with its
+# Contents: values; the audit log; then a class of Rules for each other noun; the Registry with its
 # transactions; backing up, opening and examining the files.
 
 Owner = Optional[str]  # the slug of an organization; None: all of them, or no one's
@@ -3202,8 +3094,7 @@ class Rules:
     """What the rules of a noun have in common. They are methods (call, now) -> record, which raise
     the Problem that refuses the call; other nouns are reached through the registry.
 
-    An API key of one organization gets the same refusal, word for word, for objects of others as
-    for objects that do not exist.
+    To an API key of one organization, objects of others are refused as if they did not exist.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -3246,12 +3137,12 @@ class Rules:
         self, call: Call, read: Callable[[Owner, int, int], Sequence[Any]],
         view: Callable[[Any], Any], text: str = "labels",
     ) -> Page:  # fmt: skip
-        """One page of a list, the newest first. values: organization, limit, cursor.
+        """One page of a list, the newest first. values: organization, limit, cursor. It ends at its
+        limit or after ROWS_EXAMINED rows. Raises InvalidQuery, NotFound.
 
         read(owner, before, limit) gives rows, which begin with their id, with ids below before;
-        view(row) the item, or None for a row that does not match; text is the column that can be
-        long. The page ends at its limit, or when ROWS_EXAMINED rows have been counted: a row with
-        a long text, and a token with many hosts, count as several. Raises InvalidQuery, NotFound.
+        view(row) the item, or None for a row that does not match. A row with a long text (the name
+        of its column), and a token with many hosts, count as several rows.
         """
         owner = self._scope(call, InvalidQuery, "organization")
         limit, cursor = call.values.get("limit", PAGE_DEFAULT), call.values.get("cursor")
@@ -3280,22 +3171,25 @@ class EventLimit:
 
     def __init__(self, maximum: int, length: int) -> None:
         """maximum: events of a kind that are listed; length: of a period, in seconds."""
-        self._maximum, self._length = maximum, length * SECOND_MS
+        self._maximum, self.length_ms = maximum, length * SECOND_MS
         self.since = 0  # when the period began
         self.listed: Counter[EventKind] = Counter()
         self.excess: Counter[EventKind] = Counter()  # only counted
+        self.unlisted: list[EventKind] = []  # of the tick: joins excess at its commit
 
-    def allows(self, kind: EventKind) -> bool:
+    def has_room(self, kind: EventKind) -> bool:
         return self.listed[kind] < self._maximum
 
-    def takes(self, kind: EventKind, is_full: bool = False) -> bool:
+    def takes(self, kind: EventKind, is_full: bool = False, in_tick: bool = True) -> bool:
         """Count one more, which is listed if there is room. False: it is not."""
-        is_listed = self.allows(kind) and not is_full
-        (self.listed if is_listed else self.excess)[kind] += 1
+        is_listed = self.has_room(kind) and not is_full
+        if is_listed:
+            self.listed[kind] += 1
+        elif in_tick:
+            self.unlisted.append(kind)
+        else:
+            self.excess[kind] += 1
         return is_listed
-
-    def is_over(self, now: int) -> bool:
-        return not 0 <= now - self.since < self._length or len(self.listed) > KINDS_COUNTED
 
 
 class AuditLog(Rules):
@@ -3323,21 +3217,20 @@ class AuditLog(Rules):
         self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)
         self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
         self.limits = self.refusals, self.successes
-        self._excess: dict[EventKind, int] = {}  # of successes, when the tick began
         self._trouble = ""  # why the log cannot be pruned
 
     def begin(self, now: int) -> None:
-        self._now = now
+        self.origin, self._now = LOCAL, now
         self.events, self.pending = self.pending, []
         if len(self.events) < PENDING_REFUSALS_MAXIMUM:
             self.sum_up(now)
         self._taken = len(self.events)
-        self._excess = dict(self.successes.excess)
 
     def forget(self) -> None:
         """The tick is rolled back. Refusals that were pending before it are answered: they stay."""
         self.events, self.pending = [], self.events[: self._taken] + self.pending
-        self.successes.excess = Counter(self._excess)
+        for limit in self.limits:
+            limit.unlisted.clear()
 
     def record(
         self, action: str, actor: str, subject: str, owner: Owner, code: str = "", **detail: Any
@@ -3352,7 +3245,8 @@ class AuditLog(Rules):
         if not problem.is_audited:
             return
         kind = "refuse", "anonymous", "", problem.organization, problem.code
-        if not self.refusals.takes(kind, len(self.pending) >= PENDING_REFUSALS_MAXIMUM):
+        is_full = len(self.pending) >= PENDING_REFUSALS_MAXIMUM
+        if not self.refusals.takes(kind, is_full, in_tick):
             return
         self.origin, self._now = origin, now
         about = problem.actor, problem.subject, problem.organization, problem.code
@@ -3363,15 +3257,14 @@ class AuditLog(Rules):
     def sum_up(self, now: int, at_once: bool = False) -> None:
         """In a tick: end the periods that are over, or all at once. What was only counted in them
         becomes one event of each kind."""
-        origin, self.origin = self.origin, LOCAL
         for limit in self.limits:
-            if at_once or limit.is_over(now):
+            is_over = not 0 <= now - limit.since < limit.length_ms
+            if at_once or is_over or len(limit.listed) > KINDS_COUNTED:
                 for kind, more in limit.excess.items():
                     self.record(*kind, more=more, since=rfc3339(limit.since))
                 limit.since = now
                 limit.listed.clear()
                 limit.excess.clear()
-        self.origin = origin
 
     def write(self, keyring: Keyring) -> None:
         if not self.events:
@@ -3387,20 +3280,15 @@ class AuditLog(Rules):
         self._queries.add_events([event for event, _ in self.events])
 
     def emit(self) -> None:
-        self._excess = dict(self.successes.excess)
+        for limit in self.limits:
+            limit.excess.update(limit.unlisted)
+            limit.unlisted.clear()
         events, self.events = self.events, []
         for event, request in events:
             text = f"{event.action} {event.subject or '-'} by {event.actor}"
             text += f" from {event.address}" if event.address else ""
             text += f": {event.code}" if event.code else ""
             log.info("%s", text, extra={"event": event, "request": request})
-
-    # The start of the log.
-
-    def put_anchor(self, keyring: Keyring, number: int, mac: bytes) -> None:
-        """Chain what follows an event to its number and MAC alone, proved by the audit key."""
-        proof = keyring.audit_mac(b"anchor", audit_record((number, mac)))
-        self._queries.put(Anchor(number, mac, proof))
 
     def prune(self, keyring: Keyring, now: int) -> bool:
         """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
@@ -3422,7 +3310,7 @@ class AuditLog(Rules):
             return False
         self._trouble = ""
         if start.number < old[-1].number:
-            self.put_anchor(keyring, old[-1].number, old[-1].mac)
+            put_anchor(self._queries, keyring, old[-1].number, old[-1].mac)
         return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
     def list(self, call: Call, now: int) -> Page:
@@ -3433,10 +3321,7 @@ class AuditLog(Rules):
             pairs = zip(asked, (event.action, event.subject, event.code))
             return event if all(wanted in (None, own) for wanted, own in pairs) else None
 
-        def read(owner: Owner, before: int, limit: int) -> list[Event]:
-            return [event.legible() for event in self._queries.events(owner, before, limit)]
-
-        return self._page(call, read, view, "detail")
+        return self._page(call, self._queries.events, view, "detail")
 
 
 # The formats of the audit log: theory of operation.
@@ -3459,19 +3344,25 @@ class Link(NamedTuple):
     old_until: int = 0
 
     def head(self, keyring: Keyring) -> bytes:
-        """What verify-audit prints when this is the last event: its number in 8 octets, and 24 of
-        the 32 of a MAC. Of an old event, what it printed then."""
-        if self.number <= self.old_until:
-            return self.mac
-        mac = keyring.audit_mac(b"head", b"%d %b" % self[:2])
-        return self.number.to_bytes(8, "big") + mac[:24]
+        """What verify-audit prints when this is the last event; of an old event, what it did."""
+        is_old = self.number <= self.old_until
+        return self.mac if is_old else keyring.audit_mac(b"head", b"%d %b" % self[:2])
+
+
+def _anchor_proof(keyring: Keyring, number: int, mac: bytes) -> bytes:
+    return keyring.audit_mac(b"anchor", audit_record((number, mac)))
+
+
+def put_anchor(queries: Queries, keyring: Keyring, number: int, mac: bytes) -> None:
+    """Chain what follows an event to its number and MAC alone, proved by a key."""
+    queries.put(Anchor(number, mac, _anchor_proof(keyring, number, mac)))
 
 
 def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -> Link:
     """What the first event is chained to. Raises OperatorError if that was forged."""
     anchor = queries.anchor()
     number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
-    proof: Optional[bytes] = keyring.audit_mac(b"anchor", audit_record((number, mac)))
+    proof: Optional[bytes] = _anchor_proof(keyring, number, mac)
     if is_schema_2:  # of other types and lengths, the MAC of an event could be a proof
         is_ours = isinstance(number, int) and isinstance(mac, bytes) and len(mac) in (0, 32)
         proof = keyring.old_audit_mac(b"anchor %d %b" % (number, mac)) if is_ours else None
@@ -3487,8 +3378,7 @@ def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -
 
 
 def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link:
-    """The last of events that must follow a link. Raises OperatorError, which names the first
-    event that does not."""
+    """The last of events that must follow a link. Raises OperatorError at the first wrong one."""
     number, mac, old_until = link
     for event in events:
         number += 1
@@ -3512,9 +3402,8 @@ def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> No
         return
     try:
         link = chain_start(queries, keyring, is_schema_2=True)
-        if anchor := queries.anchor():
-            proof = keyring.audit_mac(b"anchor", audit_record(anchor[:-1]))
-            queries.put(anchor._replace(proof=proof))
+        if queries.anchor():
+            put_anchor(queries, keyring, link.number, link.mac)
         while events := queries.events_after(link.number, VERIFIED_AT_ONCE):
             link = verify_events(events, link, keyring)
     except OperatorError as error:
@@ -3552,7 +3441,6 @@ def verify_audit(
     the next slice begins at the new anchor.
     """
     queries, link, start, has_head = Queries(engine), Link(0, b""), -1, False
-    named = int.from_bytes(head[:8], "big") if head else 0  # the event of a head
     while True:
         engine.begin(writes=False, durable=False)
         try:
@@ -3571,11 +3459,10 @@ def verify_audit(
         if not events:
             unverified = 0 if oldest is None or oldest > start else start + 1 - oldest
             return Verified(start + 1, link.number, link.head(keyring), has_head, unverified)
-        old_until, link = link.old_until, verify_events(events, link, keyring)
-        for event in events:
-            if event.number == named or event.number <= old_until:
-                each = Link(event.number, event.mac, old_until)
-                has_head = has_head or each.head(keyring) == head
+        link = verify_events(events, link, keyring)
+        if head is not None and not has_head:
+            each = (Link(event.number, event.mac, link.old_until) for event in events)
+            has_head = any(one.head(keyring) == head for one in each)
         progress(link.number - start, max(link.number, last) - start)
 
 
@@ -3599,9 +3486,8 @@ class SigningKeys(Rules):
         self.keyring = self.file.reload(self.keyring) or self.keyring
 
     def authenticate(self, credential: str, now: int) -> Claims:
-        """The claims of a credential, by its signature and expiry alone. Raises CredentialInvalid,
-        CredentialExpired. The time of issue is never judged: with a clock an hour back we would
-        refuse everyone."""
+        """The claims of a credential, by its signature and expiry. The time of issue is not judged:
+        a clock an hour back would refuse all. Raises CredentialInvalid, CredentialExpired."""
         claims = self.keyring.verify(credential.encode("ascii", "replace"))
         if claims is None:
             raise CredentialInvalid()
@@ -3624,10 +3510,10 @@ class SigningKeys(Rules):
         return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
 
     # Issuing. A reply can be lost, so its request may come again: an enrollment with its
-    # Idempotency-Key, a heartbeat with a credential that is due. It may come a million times, from
-    # a host that wants to fill the disk. So until it is used, or an hour old, the newest credential
-    # is not issued again but signed again, without an event and without a wait for the disk. Its
-    # hash shows that the bytes are the same, for the first key or the lifetime may have changed.
+    # Idempotency-Key, a heartbeat with a credential that is due. From a host that wants to fill the
+    # disk it comes a million times. So until it is used, or an hour old, the newest credential is
+    # signed again, without an event or a wait for the disk. Its hash shows that the bytes are the
+    # same, for the first key or the lifetime may have changed.
     #
     # Another address gets another credential: of two machines with copies of one, the first to use
     # its new one must supersede the other. When addresses alternate, that ends with the events that
@@ -3658,7 +3544,7 @@ class SigningKeys(Rules):
         audit, newest = self._registry.audit, self.sign(host)
         is_known = newest.hash(held) == host.issued_hash
         is_recent = 0 <= now - host.issued_at < CREDENTIAL_REPEATED_MS
-        is_owner = address == host.issued_to or not audit.successes.allows(kind)
+        is_owner = address == host.issued_to or not audit.successes.has_room(kind)
         if is_known and is_recent and is_owner:
             return newest
         self._registry.engine.require_durable()
@@ -3669,8 +3555,7 @@ class SigningKeys(Rules):
         return self.issue(host, {"issued": serial}, held, address, now)
 
     def number(self, kid: str, now: int) -> int:
-        """The number of a key in the database, which learns of it if the key has come into the key
-        file a moment ago."""
+        """The number of a key in the database, which may have to learn of it first."""
         number = self._queries.signing_key_number(kid)
         if number is None:
             self.learn("key-file", now)
@@ -3687,7 +3572,7 @@ class SigningKeys(Rules):
         the cause, so its origin is not recorded."""
         audit, known = self._registry.audit, self.known_kids()
         if restarts_audit:  # the audit key is a new one: only what follows can be verified with it
-            audit.put_anchor(self.keyring, *self._queries.last_event())
+            put_anchor(self._queries, self.keyring, *self._queries.last_event())
             audit.record("init", "key-file", "audit", None)
         origin, audit.origin = audit.origin, LOCAL
         for kid in reversed(self.keyring.kids):
@@ -3705,8 +3590,7 @@ class SigningKeys(Rules):
 
     def retire(self, call: Call, now: int) -> SigningKeyView:
         """Stop verifying by a key; values: kid, force. hosts of the view: how many that locks out
-        at most. Raises NotFound; Conflict for the key that signs, and without force for one whose
-        credentials hosts may hold."""
+        at most. Raises NotFound; Conflict for the key that signs, or one in use without force."""
         kid = call.values["kid"]
         if kid not in self.keyring.kids:
             raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
@@ -3723,8 +3607,7 @@ class SigningKeys(Rules):
         return next(view._replace(hosts=hosts) for view in views if view.key.kid == kid)
 
     def _replace(self, keyring: Keyring, call: Call, now: int) -> list[SigningKeyView]:
-        """The key file is replaced before the commit: if that fails, or we are killed, the
-        database learns of it later."""
+        """Replace the key file before the commit: if that fails, the database learns it later."""
         self.file.replace(keyring)
         self.keyring = keyring
         self.learn(call.by.name, now)
@@ -3851,8 +3734,7 @@ class ServiceRecord(Rules):
         return ServicePeriod(self.get(), now)
 
     def start(self, url: str, pin: str, now: int) -> None:
-        """A server starts at a URL, with the pin of its certificate. Beside a live server, or right
-        after one, the period goes on."""
+        """A server starts. Beside a live one, or right after one, the service period goes on."""
         old, interval = self.get(), self._registry.interval
         if old is None:
             old = Service(now, now, now, interval, url, pin)
@@ -4114,19 +3996,8 @@ class Enrollments(Rules):
     Serials: a new host gets 1. A replay (a reply was lost, and the same token comes again with the
     same Idempotency-Key) gets the same credential, or one more than the highest issued. A
     re-enrollment gets a serial beyond all that can be good: no older credential can be renewed past
-    it, and none counts that was issued after the backup from which this database may have been
-    restored.
+    it, and none counts that was issued after the backup from which this database may come.
     """
-
-    def needs_disk(self, token: Token, key: Optional[str], now: int) -> bool:
-        """Before the tick: whether it has to wait for the disk. A refusal need not, nor a replay,
-        as a rule. Raises StorageUnavailable."""
-        if token_state(token, now) != "valid":
-            return False
-        if key is None or token.uses == 0:
-            return True
-        with self._registry.reading():
-            return self._queries.replayed_host(token.id, sha256(key)) is None
 
     def enroll(self, call: Call, now: int) -> Enrollment:
         """values: token (the row, of a caller who proved its secret), hostname, name, facts (by
@@ -4148,13 +4019,10 @@ class Enrollments(Rules):
         text, address = call.values.get("idempotencyKey"), call.origin.address
         key = sha256(text) if text else None
         known = self._queries.replayed_host(token.id, key) if key else None
-        if known is not None:
-            token = self._queries.token(token.id) or token
-        is_replay = known is not None and self._may_replay(token, known, now)
-        if not is_replay:
+        if known is None:
             self._require_valid(token, now)
-            if known is not None:
-                raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
+        else:
+            self._require_replayable(self._queries.token(token.id) or token, known, now)
         names = token.hostname or call.values["hostname"], call.values["hostname"]
         if len({name.lower().rstrip(".") for name in names}) > 1:  # compared as in RFC 4343
             raise TokenHostMismatch()
@@ -4179,15 +4047,15 @@ class Enrollments(Rules):
         if state in refusals:
             raise refusals[state]()
 
-    @staticmethod
-    def _may_replay(token: Token, host: Host, now: int) -> bool:
-        """Whether a lost reply may be asked for again: until its credential is used, and as long as
-        a token lives that is not used, but for REPLAY_SHORTEST_MS at least."""
-        if token.revoked_at is not None or host.revoked_at is not None:
-            return False
+    def _require_replayable(self, token: Token, host: Host, now: int) -> None:
+        """A lost reply may be asked for again until its credential is used, and as long as a token
+        lives that is not used, but for REPLAY_SHORTEST_MS at least."""
+        is_revoked = token.revoked_at is not None or host.revoked_at is not None
         is_used = host.last_seen > 0 and host.serial >= host.admitted_serial
         end = max(token.expires_at, host.admitted_at + REPLAY_SHORTEST_MS)
-        return not is_used and now <= min(end, host.admitted_at + REPLAY_LONGEST_MS)
+        if is_revoked or is_used or now > min(end, host.admitted_at + REPLAY_LONGEST_MS):
+            self._require_valid(token, now)
+            raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
 
     def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         hostname, keys = call.values["hostname"], self._registry.keys
@@ -4201,12 +4069,11 @@ class Enrollments(Rules):
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
         )  # fmt: skip
-        while True:
-            issued = keys.sign(host)
-            host = host._replace(issued_hash=issued.hash(0))
-            if self._queries.add_host(host):
-                return self._admitted("enroll", token, host, issued, call)
-            host = host._replace(id=new_id(now))  # the id is taken
+        issued = keys.sign(host)
+        host = host._replace(issued_hash=issued.hash(0))
+        if not self._queries.add_host(host):
+            return self._admit(token, key, call, now)  # the id is taken
+        return self._admitted("enroll", token, host, issued, call)
 
     def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         host = self._queries.host(token.host_id) if token.host_id is not None else None
@@ -4216,12 +4083,11 @@ class Enrollments(Rules):
             raise HostRevoked()
         facts = {"hostname": call.values["hostname"], **call.values["facts"]}
         changes = changed_facts(host, {name: text for name, text in facts.items() if text})
-        hostname = changes.get("hostname", host.hostname)
+        owner, hostname = host.organization_id, changes.get("hostname", host.hostname)
         serial = max(host.issued, host.serial) + SERIALS_LOST + 1
         changes.update(
-            issued=serial,
-            admitted_by=token.id, admitted_at=now, admitted_serial=serial, idempotency=key,
-            twin_id=self._duplicate_of(host.organization_id, hostname, host.id, now),
+            issued=serial, admitted_by=token.id, admitted_at=now, admitted_serial=serial,
+            idempotency=key, twin_id=self._duplicate_of(owner, hostname, host.id, now),
         )  # fmt: skip
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
         return self._admitted("re-enroll", token, host._replace(**changes), issued, call)
@@ -4253,10 +4119,9 @@ class Enrollments(Rules):
 class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
-    Plain heartbeats of a tick go in one statement, whose WHERE clause is their whole
-    authorization: host active, this serial the one that counts, time not behind. What it does not
-    match is judged by accept(), one by one: the first use of a newer credential, a clock that went
-    back, or a refusal. Heartbeats with facts or with a renewal due are calls: beat().
+    Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
+    What it does not match is judged by accept(), one by one: the first use of a newer credential, a
+    clock that went back, or a refusal. Heartbeats with facts or a renewal due are calls: beat().
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -4349,10 +4214,12 @@ class Heartbeats(Rules):
         audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
         changes, issued = changed_facts(host, facts or {}), None
         if changes:
-            self._queries.edit_host(host.id, changes)
             kind = self._kind("edit", host)
+            if audit.successes.has_room(kind):
+                self._registry.engine.require_durable()
+            self._queries.edit_host(host.id, changes)
+            names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
             if audit.successes.takes(kind):
-                names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
                 audit.record(*kind, facts=dict(zip(names, changes.values())))
         # A copy from before a re-enrollment is not renewed. The old credential is good until a new
         # one is first used, so a lost reply locks no host out.
@@ -4362,25 +4229,16 @@ class Heartbeats(Rules):
         self._registry.metrics.tick["heartbeats"] += 1
         return HeartbeatResult(claims.host, last_seen, issued, self.next_interval())
 
-    def needs_disk(self, claims: Claims, facts: Mapping[str, str], now: int) -> Optional[bool]:
-        """Before the tick: whether it has to wait for the disk. None: it changes nothing, and is a
-        plain one. Raises StorageUnavailable.
-
-        No host can make every tick wait: a credential that is asked for again does not, nor facts
-        (by column) that are not listed any more, nor what will be refused.
-        """
-        is_due = self._registry.keys.is_due(claims, now)
-        if not is_due and not facts:
-            return None
+    def is_plain(self, claims: Claims, facts: Mapping[str, str], now: int) -> bool:
+        """Before the tick: whether a heartbeat needs no renewal, and its facts (by column) change
+        nothing. Raises StorageUnavailable."""
+        if self._registry.keys.is_due(claims, now):
+            return False
+        if not facts:
+            return True
         with self._registry.reading():
             host = self._queries.host(claims.host)
-        if host is None or not host.active or claims.serial < host.serial:
-            return False
-        is_changed = bool(changed_facts(host, facts))
-        if not is_due and not is_changed:
-            return None
-        is_listed = self._registry.audit.successes.allows(self._kind("edit", host))
-        return (is_changed and is_listed) or (is_due and host.issued <= claims.serial)
+        return host is None or not changed_facts(host, facts)
 
 
 class Census:
@@ -4493,9 +4351,8 @@ class Hosts(Rules):
 # Theory of operation: the tick. run() takes what has arrived and runs all of it in one
 # transaction, which waits for the disk once if anything in it is durable. Where a rule finds that
 # it has to be and is not, the transaction is rolled back and begun again. Heartbeats go first, in
-# one statement; then each call by itself, in a savepoint if it may write. A refused call is
-# rolled back to its savepoint, its events too, and its refusal is recorded; the others stand.
-# Before the commit the events are chained and written, after it they are logged and counted.
+# one statement; then each call by itself, in a savepoint if it may write: a refused one is rolled
+# back, and the others stand.
 #
 # If the database fails, the whole transaction is dead: SQLite may have rolled it back, and one
 # more statement would be committed by itself. So every answer of the tick becomes 503, also that
@@ -4516,8 +4373,7 @@ class Registry:
         interval: int = HEARTBEAT_INTERVAL, credential_ttl: Optional[int] = None,
         audit_keep: Optional[int] = None,
     ) -> None:  # fmt: skip
-        """interval, credential_ttl and audit_keep in seconds; None: credentials do not expire,
-        events are kept for ever."""
+        """All in seconds; None: credentials do not expire, events are kept for ever."""
         self.engine = engine
         self.interval = interval
         self.queries = Queries(engine)
@@ -4676,8 +4532,7 @@ class Registry:
         return self.unavailable(self.engine.stop_waiting(), writes=True)
 
     def after_tick(self) -> None:
-        """Between ticks: what no answer waits for. A checkpoint may also end a trouble, by making
-        room on a full disk."""
+        """Between ticks: a checkpoint. No answer waits for it; it may make room on a full disk."""
         if not self.storage_trouble:
             self.engine.checkpoint()
         elif time.monotonic() >= self._next_checkpoint:
@@ -4697,9 +4552,8 @@ class Registry:
         return self.audit.prune(self.keys.keyring, now) or has_more_tokens
 
     def backup(self, folder: str, progress: Progress = no_progress) -> tuple[str, str]:
-        """Copy database and key file into a folder, whole or not at all; their paths there. The
-        folder must not have a database in use, or files of another fleet. Raises OperatorError,
-        StoreError."""
+        """Copy database and key file into a folder, whole or not at all; their paths there. It must
+        have no database in use, nor files of another fleet. Raises OperatorError, StoreError."""
         sources = self.engine.path, os.path.realpath(self.keys.file.path)
         with closing(Folder(folder)) as copies:
             names = [os.path.basename(path) for path in sources]
@@ -4871,9 +4725,8 @@ def _open_pair(
 
 
 def _copy_older(engine: Engine) -> None:
-    """Before a migration, copy the database as it is to a file named by its schema, to go back to
-    the older program with; where the disk is short, go on without. Raises OperatorError,
-    StoreError."""
+    """Before a migration, copy the database to a file named by its schema, to go back to the older
+    program with; where the disk is short, go on without. Raises OperatorError, StoreError."""
     path, room = f"{engine.path}.schema{engine.version()}", 2 * sum(engine.file_sizes())
     try:
         if shutil.disk_usage(os.path.dirname(path)).free < room:  # for it and for the migration
@@ -4912,9 +4765,8 @@ def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool
 
 
 def is_pair(engine: Engine, keyring: Keyring) -> bool:
-    """Whether a database and a keyring know each other: they share a key, or, where all of those
-    were retired since the backup from which the database comes, the audit key verifies its last
-    event. Raises StoreError."""
+    """Whether database and keyring know each other: they share a key, or, where all were retired
+    since the database was backed up, the audit key verifies its last event. Raises StoreError."""
     queries = Queries(engine)
     if any(queries.signing_key_number(kid) is not None for kid in keyring.kids):
         return True
@@ -5001,7 +4853,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 # field-value holds HTAB, SP, VCHAR and obs-text                        RFC 9110 section 5.5
 _TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TCHARS)
-_FIELD_NAME = re.compile(_TCHARS)
+_TOKEN = re.compile(_TCHARS)
 _VALUE_BYTES = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELD_VALUE = re.compile(_VALUE_BYTES)
 
@@ -5079,7 +4931,7 @@ def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
     fields: dict[str, list[bytes]] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+        if not colon or not _TOKEN.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise MalformedRequest("A header field line is malformed.")
         fields.setdefault(name.decode("ascii").lower(), []).append(value.strip(b" \t"))
     return fields
@@ -5098,10 +4950,8 @@ def _body_length(single: Mapping[str, str], minor: int) -> int:
         return 0
     if not re.fullmatch("[0-9]+", length):
         raise MalformedRequest("Content-Length is not a number.")
-    digits = length.lstrip("0") or "0"  # int() of thousands of zeros raises since Python 3.11
-    if len(digits) > len(str(BODY_MAXIMUM)) or int(digits) > BODY_MAXIMUM:
-        raise BodyTooLarge()
-    return int(digits)
+    # Nine digits are too large already; int() of thousands raises since Python 3.11.
+    return int(length.lstrip("0")[:9] or "0")
 
 
 def _split_target(method: str, text: str) -> tuple[str, str]:
@@ -5116,16 +4966,10 @@ def _split_target(method: str, text: str) -> tuple[str, str]:
     return match["path"] or "/", match["query"] or ""
 
 
-def _require_method(data: bytes) -> None:
-    if not _FIELD_NAME.match(data):  # a method is a token, as a field's name is
-        raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
-
-
 def _parse_head(data: bytes) -> Head:
     if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
         raise MalformedRequest("Lines must end with CR LF.")
     first, *lines = data.split(b"\r\n")
-    _require_method(first)
     match = _REQUEST_LINE.fullmatch(first)
     if match is None:
         raise MalformedRequest("The request line is malformed.")
@@ -5159,22 +5003,18 @@ BEARER = AUTHORIZATION + b" Bearer "
 
 
 def parse_head(data: bytes) -> tuple[Head, Optional[str]]:
-    """A head, without the empty line that ends it, and its bearer credential. Raises a kind of
-    Unframed.
+    """A head, without the empty line that ends it, and its bearer credential. Raises Unframed.
 
     The heads of agents differ only in the credential. Where it is written as usual, it is cut out
     of its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
     line itself stays: a second Authorization is noticed, and all other lines are read as before.
     """
-    start = data.find(BEARER)
-    if start > 0:
-        end = data.find(b"\r\n", start + len(BEARER))
-        end = len(data) if end < 0 else end
-        value = data[start + len(BEARER) : end]
-        if value and not value.translate(None, _TOKEN68_BYTES):
-            rest = data[: start + len(AUTHORIZATION)] + data[end:]
-            parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
-            return parse(rest), value.decode("ascii")
+    before, _, after = data.partition(BEARER)
+    value, line_end, after = after.partition(b"\r\n")
+    if value and not value.translate(None, _TOKEN68_BYTES):
+        rest = b"%b%b%b%b" % (before, AUTHORIZATION, line_end, after)
+        parse = _parse_head_cached if len(rest) <= HEAD_CACHED_MAXIMUM else _parse_head
+        return parse(rest), value.decode("ascii")
     head = _parse_head(data)
     scheme, _, credential = (head.authorization or "").partition(" ")  # RFC 6750 section 2.1
     return head, credential.strip(" ") if scheme.lower() == "bearer" else None
@@ -5216,23 +5056,11 @@ def _parse_hop(text: str) -> Optional[tuple[Address, str]]:
     return address, str(address)
 
 
-def forwarded_address(values: Sequence[bytes], proxies: Networks, peer: str) -> str:
-    """The client that a trusted proxy speaks for: the last address in X-Forwarded-For that is not
-    one of the trusted proxies. Each proxy appends the address of its peer, so everything before
-    that one is only what the client claims. The peer's own address where none can be read."""
-    hops = b",".join(values).decode("latin-1").rsplit(",", HOPS_MAXIMUM)
-    client: Optional[tuple[Address, str]] = None
-    for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:
-        text = hop.strip(" \t")
-        client = _parse_hop(text) if len(text) <= HOP_LENGTH else None
-        if client is None or not any(client[0] in network for network in proxies):
-            break
-    return peer if client is None else client[1]
-
-
 def split_forwarded(head: bytes, proxies: Networks, peer: str) -> tuple[bytes, str]:
     """The head of a request that a trusted proxy sent on, without the values that proxies add, and
-    the client's address.
+    the client's address: the last one in X-Forwarded-For that is not one of the trusted proxies.
+    Each proxy appends the address of its peer, so everything before that one is only what the
+    client claims. It is the peer's own where none can be read.
 
     Those values differ from client to client and from request to request, and would keep the head
     out of every cache. Their lines stay, with an empty value, so the head parses as before. The
@@ -5243,7 +5071,14 @@ def split_forwarded(head: bytes, proxies: Networks, peer: str) -> tuple[bytes, s
         return head, peer
     values = [value for name, value in zip(parts[2::4], parts[3::4]) if name]
     rest = b"".join([text + name for text, name in zip(parts[0::4], (*parts[1::4], b""))])
-    return rest, forwarded_address(values, proxies, peer)
+    hops = b",".join(values).decode("latin-1").rsplit(",", HOPS_MAXIMUM)
+    client: Optional[tuple[Address, str]] = None
+    for hop in hops[: -HOPS_MAXIMUM - 1 : -1]:
+        text = hop.strip(" \t")
+        client = _parse_hop(text) if len(text) <= HOP_LENGTH else None
+        if client is None or not any(client[0] in network for network in proxies):
+            break
+    return rest, peer if client is None else client[1]
 
 
 class ChunkedBody:
@@ -5317,10 +5152,8 @@ class RequestReader:
     """The requests in a stream of bytes, one by one. After a Problem there are no more: where the
     next one would start is not known."""
 
-    # fmt: off
     __slots__ = ("_authorization", "_chunked", "_head", "address", "buffer", "connection", "number",
-                 "peer", "proxies")
-    # fmt: on
+                 "peer", "proxies")  # fmt: skip
 
     def __init__(self, peer: str = "", connection: int = 0, proxies: Networks = ()) -> None:
         """proxies: the trusted ones, if the peer is one of them. Then X-Forwarded-For names the
@@ -5335,11 +5168,9 @@ class RequestReader:
         self._chunked: Optional[ChunkedBody] = None
 
     def next(self, data: bytes = b"") -> Optional[Request]:
-        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed.
-
-        An unfinished head is searched again with each piece. That is quadratic, but bounded: a head
-        has at most 16 KiB and ten seconds.
-        """
+        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed. An
+        unfinished head is searched again with each piece, which is quadratic, but bounded: a head
+        has at most 16 KiB and ten seconds."""
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
@@ -5376,8 +5207,8 @@ class RequestReader:
     def _check_unfinished_head(buffer: bytes) -> None:
         """Refuse at once what can never become a head: another protocol, a bare CR or LF, or too
         many bytes."""
-        if buffer.strip(b"\r"):
-            _require_method(buffer)
+        if buffer.strip(b"\r") and not _TOKEN.match(buffer):  # a method is one
+            raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
         pairs = buffer.count(b"\r\n")
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
         if bare or buffer.count(b"\n") != pairs:
@@ -5488,6 +5319,35 @@ def write_response(
 # of its own for a POSIX shell: shellcheck checks it, and the tests run it in four shells. The page
 # is a program for a browser: the tests drive it in Chromium.
 
+# How both units end. Lists of address families add up.
+UNIT_END = """\
+StateDirectoryMode=0700
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target"""
+
 AGENT_SCRIPT = r"""#!/bin/sh
 # hostenroll-agent: enrolls this machine at a hostenroll server, once, and then sends heartbeats.
 # It needs a POSIX shell with its usual tools, and curl 7.58 or newer.
@@ -5542,18 +5402,17 @@ say() {
 }
 
 # A failure is reported when it begins or changes, not with every heartbeat.
-say_once() {
+fail() {
     [ "$*" = "$reported" ] || say "$@"
     reported=$*
+    return 1
 }
 
 end() { # STATUS [TEXT]
-    ended=$1
-    shift
-    [ $# -eq 0 ] || say "$@"
-    drop_lock
+    [ -z "${2:-}" ] || say "$2"
+    [ -z "$locked" ] || rm -f "$state/lock"
     [ -z "$stopped" ] || systemctl start "$SERVICE"
-    exit "$ended"
+    exit "$1"
 }
 
 # A random number from 1 to $1. It gets a 1 in front because some od print leading zeros: 08 is a
@@ -5581,18 +5440,13 @@ read_arguments() {
         --insecure-http) insecure=$1 ;;
         --once) once=yes ;;
         --install | --uninstall) act=${1#--} ;;
-        --server | --pin | --cacert | --token-file | --hostname | --name | --state | --ask-again)
-            [ -n "${2:-}" ] || end 2 "$1 needs a value; see --help"
-            take "$1" "$2"
-            shift
-            ;;
-        *) end 2 "unknown option $1; see --help" ;;
+        *) take "$1" "${2:-}" && shift ;;
         esac
         shift
     done
 }
 
-take() {
+take() { # OPTION VALUE
     case $1 in
     --server) server=${2%/} ;;
     --pin) pin=$2 ;;
@@ -5602,7 +5456,9 @@ take() {
     --name) name=$2 ;;
     --state) state=$2 ;;
     --ask-again) ask_again=$2 ;;
+    *) end 2 "unknown option $1; see --help" ;;
     esac
+    [ -n "$2" ] || end 2 "$1 needs a value; see --help"
 }
 
 check_arguments() {
@@ -5641,12 +5497,8 @@ check_server() {
 check_plain_http() {
     [ -z "$pin$cacert" ] || end 2 "--pin and --cacert have no effect over http: use https://"
     case $host in
-    '[::1]' | '[::1]':*) loopback=yes ;;
-    *) case ${host%%:*} in
-        localhost) loopback=yes ;;
-        *[!0-9.]*) ;;
-        127.*) loopback=yes ;;
-        esac ;;
+    127.*[!0-9.:]*) ;; # a name
+    127.* | '[::1]' | '[::1]':* | localhost | localhost:*) loopback=yes ;;
     esac
     [ -n "$loopback$insecure" ] ||
         end 2 "over http the network can read the secrets: use https, or --insecure-http"
@@ -5655,21 +5507,22 @@ check_plain_http() {
 # Files. The agent works where nobody else can write: links, devices or process ids that another
 # user prepares would be used with its rights. So the service, which is not root, has a folder of
 # its own in root's folder. Root leaves it alone while the service may run: root enrolls in its own
-# folder, and the service takes the credential from there. Each file is written under another name
-# and then moved into place, so that a full disk or a crash leaves the old one whole.
+# folder, and the service takes the credential from there.
 
 find_state() {
-    if [ -z "$state" ] && [ "$(id -u)" = 0 ]; then
-        state=$STATE
-    elif [ -z "$state" ]; then
-        [ -n "${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
-        state=${XDG_STATE_HOME:-$HOME/.local/state}/hostenroll-agent
+    user=$(id -u)
+    if [ "$user" = 0 ]; then
+        state=${state:-$STATE}
+    else
+        PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
+        [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
+        state=${state:-${XDG_STATE_HOME:-${HOME:-}/.local/state}/hostenroll-agent}
     fi
     case $state in
     /*) ;;
     *) state=$PWD/$state ;;
     esac
-    case $(id -u):$state in
+    case $user:$state in
     0:"$STATE" | 0:"$STATE/service")
         state=$STATE
         [ ! -f "$UNIT" ] || served=yes owner=$(sed -n 's/^User=//p' "$UNIT")
@@ -5682,7 +5535,7 @@ find_state() {
 # above it that have the sticky bit.
 open_state() {
     mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
-    [ "$(id -u)" = 0 ] || return 0
+    [ "$user" = 0 ] || return 0
     folder=$state/.
     # shellcheck disable=SC2012 # not all systems have stat or find -printf
     others=$(while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done |
@@ -5691,21 +5544,20 @@ open_state() {
         end 1 "others can write in $state: run this as its owner, or for a service with --install"
 }
 
-store() { # FILE TEXT
-    new=$state/$1.new
-    rm -f "$new"
-    { printf '%s\n' "$2" >"$new"; } 2>/dev/null &&
-        { [ -z "$owner" ] || [ "$1" != credential ] || chown "$owner" "$new"; } 2>/dev/null &&
-        sync "$new" 2>/dev/null &&
-        mv -f "$new" "$state/$1" 2>/dev/null && return
-    rm -f "$new"
+# Each file is written under another name and then moved into place, so that a full disk or a crash
+# leaves the old one whole.
+put() { # FILE MODE [OWNER], from stdin
+    rm -f "$1.new"
+    {
+        cat >"$1.new" && chmod "$2" "$1.new" && { [ -z "${3:-}" ] || chown "$3" "$1.new"; } &&
+            sync "$1.new" && mv -f "$1.new" "$1" && return
+    } 2>/dev/null
+    rm -f "$1.new"
     return 1
 }
 
 store_credential() { # CREDENTIAL
-    store credential "$1
-$host_id
-$enrolled_with"
+    printf '%s\n' "$1" "$host_id" "$enrolled_with" | put "$state/credential" 600 "$owner"
 }
 
 # The credential, the host's id and the id of the token that it enrolled with. Fails without one.
@@ -5719,12 +5571,11 @@ read_credential() { # FILE
 }
 
 is_credential() {
-    [ "${#1}" -le "$LONGEST_CREDENTIAL" ] || return 1
     case $1 in
-    *[!A-Za-z0-9._-]*) ;;
-    *.*.*) return 0 ;;
+    *[!A-Za-z0-9._-]*) return 1 ;;
+    *.*.*) [ "${#1}" -le "$LONGEST_CREDENTIAL" ] ;;
+    *) return 1 ;;
     esac
-    return 1
 }
 
 # The service's own credential is a renewal of the one that root has given it, or older than that.
@@ -5740,7 +5591,7 @@ load_credential() {
 }
 
 # One agent for each folder. The lock names its holder by process id and start time: the system may
-# have given the id to another process since.
+# have given the id to another process since. A system without /proc has no start time.
 start_time() {
     sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
 }
@@ -5749,11 +5600,8 @@ is_alive() { # PROCESS-STARTTIME
     case $1 in
     [!1-9]* | *[!0-9-]*) return 1 ;;
     esac
-    if [ -n "${1#*-}" ]; then
-        [ "$(start_time "${1%%-*}")" = "${1#*-}" ]
-    else
-        kill -0 "${1%%-*}" 2>/dev/null # a system without /proc
-    fi
+    [ "$(start_time "${1%%-*}")" = "${1#*-}" ] || return 1
+    [ -n "${1#*-}" ] || kill -0 "${1%%-*}" 2>/dev/null
 }
 
 target_of() { # LINK
@@ -5777,22 +5625,18 @@ take_lock() {
     locked=yes
 }
 
-drop_lock() {
-    [ -z "$locked" ] || rm -f "$state/lock"
-    locked=''
-}
-
 # The server.
 
 # Sets reply (the JSON text of the answer), status (of HTTP; 000 without an answer), code (of a
 # refusal) and failure (the message of curl). All secrets are in the config, which goes through a
-# pipe: they are in no argument, no environment and no file.
+# pipe: they are in no argument, no environment and no file. An answer that was cut off ends without
+# the exit status of curl.
 ask() { # PATH CONFIG
     config=$2
     # -q works only as the first option. Without it a .curlrc could turn verification off.
     set -- -q "$server$1" -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
     set -- "$@" --connect-timeout "$CONNECT_TIMEOUT" --max-time "$ANSWER_TIMEOUT"
-    set -- "$@" --max-filesize "$LONGEST_ANSWER" --proto "=${server%%:*}"
+    set -- "$@" --proto "=${server%%:*}"
     [ -z "$loopback" ] || set -- "$@" --noproxy '*'
     [ -z "$cacert" ] || set -- "$@" --cacert "$cacert"
     [ -z "$pin" ] || set -- "$@" --pinnedpubkey "$pin"
@@ -5800,7 +5644,7 @@ ask() { # PATH CONFIG
     answer=$({
         printf '%s\n' "$config" | curl "$@" -K - 2>&1
         printf '\n%s' "$?"
-    } 2>/dev/null | limit)
+    } 2>/dev/null | head -c "$LONGEST_ANSWER" | tr '\000' ' ')
     config='' status=000 reply='' failure=''
     exit_status=$(printf '%s\n' "$answer" | tail -n 1)
     case $exit_status in
@@ -5816,11 +5660,6 @@ ask() { # PATH CONFIG
     *) exit_status=63 failure="it sends more than $LONGEST_ANSWER bytes" ;;
     esac
     code=$(member code '"\([a-z-]*\)"')
-}
-
-# Curl limits what a server declares, this what it sends. What was cut off has no exit status.
-limit() {
-    head -c "$LONGEST_ANSWER" | tr '\000' ' '
 }
 
 # A member of the reply. Quotes inside JSON strings are escaped, so no string looks like a member.
@@ -5840,14 +5679,18 @@ gather_facts() {
     [ -n "$own" ] || end 1 "this machine has no usable hostname: give --hostname"
     os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
     os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
-    docker=''
-    command -v docker >/dev/null 2>&1 &&
-        docker=$(docker --version 2>&1 </dev/null | sed -n 's/^Docker version \([^, ]*\).*/\1/p')
-    docker=$(printf '%s' "$docker" | fact)
+    docker=$({ docker --version </dev/null; } 2>/dev/null |
+        sed -n 's/^Docker version \([^, ]*\).*/\1/p' | fact)
     facts="\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
     facts="$facts,\"dockerVersion\":\"$(escape "$docker")\",\"agentVersion\":\"$VERSION\""
     age=0
+}
+
+# Those that the server has. Without the file they are sent again.
+store_facts() {
+    printf '%s\n' "$facts" | put "$state/facts" 600 || rm -f "$state/facts"
+    sent_facts=$facts
 }
 
 # Enrollment. The Idempotency-Key is stored before it is used: if the answer is lost, because the
@@ -5889,13 +5732,11 @@ read_token() {
 keep_key() {
     key='' key_token=''
     [ ! -f "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
-    case $key in
-    *[!0-9a-f]*) ;;
-    *) [ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0 ;;
-    esac
+    key=$(printf '%s' "$key" | tr -dc 0-9a-f)
+    [ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0
     key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
     [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
-    store enrolling "$token_id $key" ||
+    printf '%s\n' "$token_id $key" | put "$state/enrolling" 600 ||
         end 1 "cannot write in $state: make room and run this again; the token has not been used"
 }
 
@@ -5906,32 +5747,26 @@ ask_for_credential() {
 data-binary = \"$(escape "$body}")\""
     body=''
     case $status:$exit_status in
-    201:*) keep_enrollment && return ;;
+    201:*) keep_enrollment ;;
     000:51 | 000:60 | 000:77 | 000:83 | 000:90 | 000:91) # curl does not trust it, and never will
         end 1 "not trusted, nothing was sent: $server: $failure"
         ;;
-    000:*) say_once "no answer from $server: $failure" ;;
-    408:* | 429:* | 503:*) say_once "$server cannot answer now ($status${code:+ $code})" ;;
+    000:*) fail "no answer from $server: $failure" ;;
+    408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
     4??:*) end 3 "refused (${code:-$status}): $(detail)" ;;
-    *) say_once "unexpected answer from $server ($status${code:+ $code})" ;;
+    *) fail "unexpected answer from $server ($status${code:+ $code})" ;;
     esac
-    return 1
 }
 
 keep_enrollment() {
     credential=$(member credential '"\([^"]*\)"[,}]')
     host_id=$(member hostId '"\([0-9a-f]\{1,64\}\)"')
     enrolled_with=$token_id
-    if ! is_credential "$credential" || [ -z "$host_id" ]; then
-        say_once "$server does not answer like a hostenroll server"
-    elif store_credential "$credential"; then
-        store facts "$facts" || rm -f "$state/facts"
-        sent_facts=$facts
-        return 0
-    else
-        say_once "cannot write in $state: make room; the same token then gets another credential"
-    fi
-    return 1
+    { is_credential "$credential" && [ -n "$host_id" ]; } ||
+        fail "$server does not answer like a hostenroll server" || return
+    store_credential "$credential" ||
+        fail "cannot write in $state: make room; the same token then works again" || return
+    store_facts
 }
 
 # Heartbeats. Returns 0 accepted, 1 failed, 3 refused.
@@ -5942,15 +5777,13 @@ beat() {
     [ "$facts" = "$sent_facts" ] || body=$facts
     ask /api/agent/heartbeat "header = \"Authorization: Bearer $credential\"
 data-binary = \"$(escape "{$body}")\""
-    case $status:$code in
+    case $status:$code:$body in
     200:*) accepted ;;
     000:*) fail "no answer from $server: $failure" ;;
-    4??:host-revoked | 4??:host-unknown | 4??:credential-*)
-        say_once "refused ($code): $(detail)"
-        return 3
+    4??:host-revoked:* | 4??:host-unknown:* | 4??:credential-*)
+        fail "refused ($code): $(detail)" || return 3
         ;;
-    400:invalid-body)
-        [ -n "$body" ] || fail "refused ($code): $(detail)" || return
+    400:invalid-body:?*)
         say "the server does not accept the facts about this machine: $(detail)"
         sent_facts=$facts
         beat
@@ -5960,17 +5793,11 @@ data-binary = \"$(escape "{$body}")\""
     esac
 }
 
-fail() {
-    say_once "$@"
-    return 1
-}
-
 accepted() {
     next=$(member nextHeartbeatSeconds '0*\([0-9]\{1,5\}\)[,}]')
     [ -n "$next" ] || fail "$server does not answer like a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
-    [ -z "$body" ] || store facts "$facts" || :
-    sent_facts=$facts
+    [ -z "$body" ] || store_facts
     case $reply in
     *'"credential":'*) keep_renewal || return 0 ;;
     esac
@@ -6020,14 +5847,9 @@ end_sleep() {
     [ "${!:-}" = "$slept" ] || kill -9 "$!" 2>/dev/null
 }
 
-wake() {
-    woken=yes
-    end_sleep
-}
-
 leave() {
     end_sleep
-    drop_lock
+    [ -z "$locked" ] || rm -f "$state/lock"
     trap - TERM
     kill "$$"
 }
@@ -6052,9 +5874,9 @@ beat_on() {
 # its unit belong to root. What is installed is the text that was read at the start.
 install() {
     [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
+    (umask 022 && mkdir -p "${PROGRAM%/*}")
+    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1 "cannot write $PROGRAM"
     [ -z "$as_service" ] || install_service
-    mkdir -p "${PROGRAM%/*}" || end 1
-    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1
     draw 50 # each host gets its own second of the minute
     say "there is no systemd here that this can use: run crontab -e and add this line"
     printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
@@ -6066,7 +5888,7 @@ install() {
 check_install() {
     script=$(cat "$0" 2>/dev/null)
     [ "${script##*"$LINE"}" = 'main "$@"' ] || end 1 "save this script in a file first"
-    if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ]; then
+    if [ "$user" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
         [ "$state" = "$STATE" ] ||
             end 2 "--state cannot be used with --install: a service has $STATE"
@@ -6074,7 +5896,6 @@ check_install() {
         make_account
         return
     fi
-    [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
     case $cacert in
     '' | /*) ;;
     *) cacert=$PWD/$cacert ;;
@@ -6118,14 +5939,6 @@ take_back() { # FOLDER
     rm -rf "$1"
 }
 
-put() { # FILE MODE, from stdin
-    rm -f "$1.new"
-    if ! { cat >"$1.new" && chmod "$2" "$1.new" && mv -f "$1.new" "$1"; }; then
-        rm -f "$1.new"
-        end 1 "cannot write $1"
-    fi
-}
-
 # Quoted for a shell and for systemd.
 service_arguments() {
     printf %s "--server '$server' --state '$state${as_service:+/service}' --ask-again $ask_again"
@@ -6137,17 +5950,15 @@ service_arguments() {
 
 install_service() {
     { chmod 711 "$state" && store_credential "$credential"; } || end 1 "cannot write in $state"
-    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1
     if [ -n "$cacert" ]; then
-        put "$AUTHORITIES" 644 <"$cacert"
+        put "$AUTHORITIES" 644 <"$cacert" || end 1 "cannot write $AUTHORITIES"
         cacert=$AUTHORITIES
     fi
-    unit | put "$UNIT" 644 || end 1
+    unit | put "$UNIT" 644 || end 1 "cannot write $UNIT"
     stopped=''
-    if systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; then
-        end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
-    fi
-    end 1 "systemd does not start $SERVICE: systemctl status $SERVICE shows why"
+    { systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; } ||
+        end 1 "systemd does not start $SERVICE: systemctl status $SERVICE shows why"
+    end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
 }
 
 # No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
@@ -6165,40 +5976,15 @@ ExecStart=/bin/sh $PROGRAM $(service_arguments)
 Restart=on-failure
 RestartSec=60
 StateDirectory=${STATE##*/}/service
-StateDirectoryMode=0700
-UMask=0077
 
 $runs_as
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
+RestrictAddressFamilies=AF_NETLINK
+@UNIT_END@
 END
 }
 
 uninstall() {
-    [ "$(id -u)" = 0 ] || PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
-    if [ -f "$UNIT" ] && [ "$(id -u)" = 0 ]; then
+    if [ -f "$UNIT" ] && [ "$user" = 0 ]; then
         systemctl disable --now "$SERVICE" || end 1 "systemd does not stop $SERVICE"
         rm -f "$UNIT" "$AUTHORITIES"
         systemctl daemon-reload
@@ -6221,7 +6007,7 @@ main() {
     set -fuC
     LC_ALL=C
     export LC_ALL
-    trap wake USR1
+    trap 'woken=yes; end_sleep' USR1
     read_arguments "$@"
     [ "$act" = uninstall ] || check_arguments
     case $(type printf) in
@@ -6259,7 +6045,7 @@ leave_to_holder() {
 }
 
 main "$@"
-""".replace("@VERSION@", __version__)
+""".replace("@VERSION@", __version__).replace("@UNIT_END@", UNIT_END)
 
 
 def join_command(url: str, pin: str, token: str) -> str:
@@ -6274,19 +6060,18 @@ def join_command(url: str, pin: str, token: str) -> str:
     self-signed certificate curl needs -k beside the pin, and the pin alone decides; without a pin
     -k would trust any server. Over plain http curl would ignore the pin silently: hence --proto.
     """
-    scheme = urlsplit(url).scheme
-    trust = ["--server", url]
-    fetch = ["-fsS", "--proto", f"={scheme}"]
-    if scheme == "https" and pin:
+    server = urlsplit(url)
+    fetch, trust = ["--proto", f"={server.scheme}"], ["--server", url]
+    if server.scheme == "https" and pin:
         fetch += ["-k", "--pinnedpubkey", pin]
         trust += ["--pin", pin]
-    elif scheme == "http" and not _is_loopback(urlsplit(url).hostname or ""):
+    elif server.scheme == "http" and not _is_loopback(server.hostname or ""):
         trust += ["--insecure-http"]
     # No URL and no pin has a character that double quotes do not quote.
     fetch_words = shlex.join([*fetch, f"{url}/agent.sh"]).replace("'", '"')
     return (
         f"printf %s {shlex.quote(token)} | sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
-        f'  curl -o "$d/hostenroll-agent" {fetch_words} &&\n'
+        f'  curl -o "$d/hostenroll-agent" -fsS {fetch_words} &&\n'
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' hostenroll-agent '
         f"{shlex.join([*trust, '--token-file', '-'])}"
     )
@@ -6320,37 +6105,12 @@ LimitNOFILE=8192
 Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db
 EnvironmentFile=-/etc/default/hostenroll
 StateDirectory=hostenroll
-StateDirectoryMode=0700
-UMask=0077
 
 $runs_as
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectClock=yes
-ProtectControlGroups=yes
 ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
-"""
+@UNIT_END@
+""".replace("@UNIT_END@", UNIT_END)
 )
 
 SOCKET_UNIT = """\
@@ -8133,7 +7893,6 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
     python = ".".join(map(str, sys.version_info[:3]))
     build = metric_labels(version=__version__, python=python, sqlite=registry.sqlite_version)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # fmt: off
     for name, kind, help, end, value in (
         ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
         ("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", "",
@@ -8141,9 +7900,8 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
         ("hostenroll_build_info", "gauge", "What runs.", build, 1),
         ("process_cpu_seconds_total", "counter", "CPU time of the process.", "",
          used.ru_utime + used.ru_stime),
-    ):
+    ):  # fmt: skip
         yield family(name, kind, help, [(end, value)])
-    # fmt: on
 
 
 # Answers that are the same for every request.
@@ -8268,7 +8026,7 @@ OPERATIONS = (
               "exchange a token for a host",
               body=ENROLL_BODY, headers=ENROLL_HEADERS, status=201, answer=ENROLLMENT),
     Operation("beat", "POST", "/api/agent/heartbeat", "credential", "heartbeats.beat",
-              "report that a host is alive", body=HEARTBEAT_BODY, answer=HEARTBEAT),
+              "report that a host is alive", durable=False, body=HEARTBEAT_BODY, answer=HEARTBEAT),
     Operation("mint-token", "POST", "/api/hosts/tokens", "admin", "tokens.mint",
               "make an enrollment token",
               body=MINT_BODY, status=201, answer=MINTED_TOKEN, raises=(NotFound,)),
@@ -8347,9 +8105,6 @@ OPERATIONS = (
 OPERATION = {operation.name: operation for operation in OPERATIONS}
 HTTP_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.path)
 BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
-# Of these there is most likely nothing to keep. If there is, the tick begins again.
-QUICK_BEAT = BEAT._replace(durable=False)
-QUICK_ENROLL = OPERATION["enroll"]._replace(durable=False)
 
 
 # The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
@@ -8687,8 +8442,9 @@ class Api:
         token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
         facts = {fact.column: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
-        if not self.registry.enrollments.needs_disk(token, key, now):
-            operation = QUICK_ENROLL
+        if token_state(token, now) != "valid" or (key is not None and token.uses > 0):
+            # Most likely there is nothing to keep. If there is, the tick begins again.
+            operation = operation._replace(durable=False)
         return Call(operation, values=values, origin=request.origin)
 
     def _admit_heartbeat(self, request: Request, now: int) -> Work:
@@ -8705,12 +8461,10 @@ class Api:
                 facts = {COLUMNS[name]: value for name, value in values.items()}
             except InvalidBody as error:  # raised in the tick, once the credential is accepted
                 problem = error
-        needs_disk = self.registry.heartbeats.needs_disk(claims, facts, now)
-        if needs_disk is not None or problem:
-            values = {"claims": claims, "facts": facts, "problem": problem}
-            operation = BEAT if needs_disk and not problem else QUICK_BEAT
-            return Call(operation, values=values, origin=request.origin)
-        return heartbeat_of(claims, request.origin)
+        if problem is None and self.registry.heartbeats.is_plain(claims, facts, now):
+            return heartbeat_of(claims, request.origin)
+        values = {"claims": claims, "facts": facts, "problem": problem}
+        return Call(BEAT, values=values, origin=request.origin)
 
     # After the tick.
 
@@ -8755,9 +8509,9 @@ class Api:
 # for nothing else. One thread and non-blocking sockets; http.server is the frame, but neither its
 # threads, nor its parser, nor the name look-up with which it starts are used.
 #
-# Contents: connection states; TLS; Connections, which keeps them, receives and sends; Listener;
-# Exchanges, from requests to answers; Server, whose _turn() is the loop; service managers; the
-# client of bench.
+# Contents: connection states; TLS; Connections, which keeps them, receives and sends; Exchanges,
+# from requests to answers; Server, whose _turn() is the loop; service managers; the client of
+# bench.
 
 
 # Connection states: theory of operation
@@ -8793,23 +8547,21 @@ class State(NamedTuple):
     name: str
     deadline: float  # seconds
     events: int  # that the selector watches for
-    answers_late: bool  # after the deadline: 408, or else the connection is closed
-    restarts: bool  # the deadline, when the state is entered again
     eviction: int  # when a new connection needs the place: 1 goes first, 0 never
 
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 # fmt: off
-#                 name         deadline            events  answers_late  restarts  eviction
-HANDSHAKE = State("handshake", HANDSHAKE_DEADLINE, READ,   False,        False,    1)
-HEAD      = State("head",      HEAD_DEADLINE,      READ,   True,         False,    1)
-IDLE      = State("idle",      IDLE_DEADLINE,      READ,   False,        True,     1)
-BODY      = State("body",      BODY_DEADLINE,      READ,   True,         False,    2)
-LINGER    = State("linger",    LINGER_DEADLINE,    READ,   False,        False,    3)
-WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  False,        False,    0)
-BUSY      = State("busy",      math.inf,           0,      False,        False,    0)
-CLOSED    = State("closed",    math.inf,           0,      False,        False,    0)
+#                 name         deadline            events  eviction
+HANDSHAKE = State("handshake", HANDSHAKE_DEADLINE, READ,   1)
+HEAD      = State("head",      HEAD_DEADLINE,      READ,   1)
+IDLE      = State("idle",      IDLE_DEADLINE,      READ,   1)
+BODY      = State("body",      BODY_DEADLINE,      READ,   2)
+LINGER    = State("linger",    LINGER_DEADLINE,    READ,   3)
+WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  0)
+BUSY      = State("busy",      math.inf,           0,      0)
+CLOSED    = State("closed",    math.inf,           0,      0)
 
 STATES = (HANDSHAKE, HEAD, IDLE, BODY, LINGER, WRITING, BUSY, CLOSED)
 
@@ -8836,7 +8588,6 @@ class Tls:
         self._incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()  # parts of the handshake, alerts, records
         self.session = context.wrap_bio(self._incoming, self.outgoing, server_side=True)
-        self.has_begun = False
         self.handshake_done = False
         self.has_ended = False  # the peer sends no more
         self.buffered = 0  # bytes of an unfinished handshake or record, at most
@@ -8844,7 +8595,6 @@ class Tls:
     def receive(self, data: bytes) -> bytes:
         """The plain text of what has arrived. Raises ssl.SSLError."""
         self._incoming.write(data)
-        self.has_begun = True
         self.buffered += len(data)
         parts: list[bytes] = []
         try:
@@ -8878,7 +8628,7 @@ class Tls:
         return self.outgoing.read()
 
 
-_PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+PEM = re.compile(r"-----BEGIN (PRIVATE KEY|CERTIFICATE)-----.+?-----END \1-----", re.DOTALL)
 
 
 def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
@@ -8897,8 +8647,8 @@ def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
             if os.path.exists(path) and not is_usable:
                 raise OperatorError(f"{path} is not a file, or far too large")
         with open(certificate, encoding="latin-1") as file, open(key, "rb"):
-            chain = _PEM_CERTIFICATE.search(file.read())
-        if chain is None:
+            chain = [found[0] for found in PEM.finditer(file.read()) if found[1] == "CERTIFICATE"]
+        if not chain:
             raise OperatorError(f"there is no PEM certificate in {certificate}")
         context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
         return context, ssl.PEM_cert_to_DER_cert(chain[0])
@@ -8918,10 +8668,8 @@ class Connection:
     """A peer: its socket and state, its next request as far as it has arrived, and the output that
     it has not taken yet."""
 
-    # fmt: off
     __slots__ = ("buffered", "interest", "lingers", "next_state", "output", "reader", "socket",
-                 "state", "tls")
-    # fmt: on
+                 "state", "tls")  # fmt: skip
 
     def __init__(self, peer: socket.socket, reader: RequestReader, state: State) -> None:
         self.socket = peer
@@ -8940,7 +8688,7 @@ class Connections:
 
     def __init__(self, deadlines: Mapping[State, float], metrics: Metrics) -> None:
         """deadlines: seconds, where they differ from the table."""
-        self._metrics = metrics
+        self.metrics = metrics
         # By state, when each of its connections entered it; the longest waiting first.
         self._queues: dict[State, OrderedDict[Connection, float]] = {
             state: OrderedDict() for state in STATES
@@ -8952,22 +8700,19 @@ class Connections:
         self.selector = selectors.DefaultSelector()
         self.moment = time.monotonic()  # of this turn
         self.buffered = 0  # bytes, with the output, of all connections together
-        self.count = 0
 
     def add(self, connection: Connection) -> None:
         """Begin with a connection that was accepted; the first move() watches it."""
         self._queues[connection.state][connection] = self.moment
-        self.count += 1
-        self._metrics.counts["connections"] += 1
-        self._metrics.open_connections = self.count
+        self.metrics.counts["connections"] += 1
+        self.metrics.open_connections += 1
 
     def move(self, connection: Connection, state: State) -> None:
         """Put a connection into a state, under its deadline, and watch for its events."""
         before = connection.state
-        if state is before:
-            if state.restarts:
-                self.restart(connection)
-        else:
+        if state is IDLE and before is IDLE:
+            self.restart(connection)
+        elif state is not before:
             if state not in TRANSITIONS[before]:
                 raise RuntimeError(f"a connection cannot go from {before.name} to {state.name}")
             del self._queues[before][connection]
@@ -9012,12 +8757,9 @@ class Connections:
     def evictable(self) -> Optional[Connection]:
         """The one to close for a new one: the longest waiting of the lowest rank, so that idle
         connections do not push out busy ones."""
-        candidates = [
-            (state.eviction, next(iter(self._queues[state].values())), state)
-            for state in STATES
-            if state.eviction and self._queues[state]
-        ]
-        return next(iter(self._queues[min(candidates)[2]])) if candidates else None
+        queues = [(s.eviction, queue) for s, queue in self._queues.items() if s.eviction and queue]
+        queues.sort(key=lambda ranked: (ranked[0], next(iter(ranked[1].values()))))
+        return next(iter(queues[0][1])) if queues else None
 
     def within(self, states: Iterable[State]) -> list[Connection]:
         return [connection for state in states for connection in self._queues[state]]
@@ -9045,7 +8787,8 @@ class Connections:
         return data
 
     def _decrypt(self, connection: Connection, tls: Tls, data: bytes) -> bytes:
-        if not tls.has_begun and data[:1].isalpha():  # a TLS record begins with 22
+        has_begun = tls.handshake_done or tls.buffered
+        if not has_begun and data[:1].isalpha():  # a TLS record begins with 22
             connection.tls, connection.reader.buffer = None, data
             raise MalformedRequest("This port speaks TLS: use https.")
         try:
@@ -9134,32 +8877,7 @@ class Connections:
         self.buffered -= connection.buffered + len(connection.output)
         connection.buffered, connection.output = 0, b""
         connection.socket.close()
-        self.count -= 1
-        self._metrics.open_connections = self.count
-
-
-class Listener(HTTPServer):
-    """A socket that listens. Raises OSError."""
-
-    def __init__(self, host: str, port: int, inherited: Optional[socket.socket] = None) -> None:
-        """inherited: a socket that a service manager has bound."""
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
-        try:  # without the look-up of our own name in server_bind(): there may be no DNS
-            if inherited is not None:
-                self.socket.close()
-                self.socket = inherited
-            else:
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self.socket.bind((host, port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
-            self.socket.setblocking(False)
-            self.socket.listen(BACKLOG)
-        except BaseException:
-            self.socket.close()
-            raise
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.metrics.open_connections -= 1
 
 
 # A turn of the loop: theory of operation
@@ -9281,11 +8999,7 @@ class Exchanges:
         """Judge what has arrived, one by one; what the turn has no time for waits for the next."""
         end = time.monotonic() + JUDGING_TIME
         while self.unjudged:
-            connection, request, moment = self.unjudged.popleft()
-            try:
-                self._admit(connection, request, moment)
-            except Exception as error:
-                self.fail(connection, error)
+            self.guard(self._admit, *self.unjudged.popleft())
             if time.monotonic() > end:
                 return
 
@@ -9465,6 +9179,12 @@ class Exchanges:
 
     # Defects.
 
+    def guard(self, handle: Callable[..., None], connection: Connection, *more: Any) -> None:
+        try:
+            handle(connection, *more)
+        except Exception as error:
+            self.fail(connection, error)
+
     def fail(self, connection: Connection, error: Exception) -> None:
         """A connection had a defect: it ends here, and the loop goes on."""
         self._log_defect("a connection failed", error)
@@ -9497,7 +9217,7 @@ def log_access(head: Head, origin: Origin, status: int, length: int, since: floa
     )
 
 
-class Server(Listener):
+class Server(HTTPServer):
     """An HTTP server for one Api. serve_forever() returns after stop()."""
 
     def __init__(
@@ -9509,10 +9229,13 @@ class Server(Listener):
     ) -> None:  # fmt: skip
         """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
         is called at once and at each reload. listener: a socket that a service manager has bound.
-        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3)."""
+        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3).
+        Raises OSError."""
         self._load_tls = load_tls
         self._tls = load_tls() if load_tls else None
-        super().__init__(host, port, listener)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
+        self._listen(host, port, listener)
         self._registry = api.registry
         self._clock = clock
         self._proxies = proxies
@@ -9535,6 +9258,23 @@ class Server(Listener):
         self._watch_listener(True)
 
     # Starting and stopping.
+
+    def _listen(self, host: str, port: int, inherited: Optional[socket.socket]) -> None:
+        try:  # without the look-up of our own name in server_bind(): there may be no DNS
+            if inherited is not None:
+                self.socket.close()
+                self.socket = inherited
+            else:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.socket.bind((host, port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
+            self.socket.setblocking(False)
+            self.socket.listen(BACKLOG)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
     def url(self) -> str:
@@ -9592,7 +9332,7 @@ class Server(Listener):
         """Accept the connections that wait, and close the ones that have sent nothing."""
         self._exchanges.is_stopping = True
         for connection in self._accept(BACKLOG):
-            self._guard(self._on_accept, connection)
+            self._exchanges.guard(self._on_accept, connection)
         self._watch_listener(False)
         self._is_crowded, self._accept_at = False, math.inf
         self.socket.close()
@@ -9604,13 +9344,13 @@ class Server(Listener):
     def _has_work_left(self) -> bool:
         """Whether answers are owed. When none are, the refusals that the audit log has not written
         yet are the last tick, which waits for other writers like any other."""
-        exchanges = self._exchanges
-        if not (self._connections.count or exchanges.pending or self._is_audit_flushed):
+        exchanges, is_open = self._exchanges, self._connections.metrics.open_connections > 0
+        if not (is_open or exchanges.pending or self._is_audit_flushed):
             audit = self._registry.audit
             if audit.pending or any(limit.excess for limit in audit.limits):
                 exchanges.add_internal(FINAL_AUDIT_FLUSH)
             self._is_audit_flushed = True
-        return bool(self._connections.count or exchanges.pending)
+        return is_open or bool(exchanges.pending)
 
     def server_close(self) -> None:
         for connection in self._connections.within(STATES):
@@ -9636,7 +9376,7 @@ class Server(Listener):
         ready, exchanges.ready = exchanges.ready, []
         for connection in ready:
             if connection.state in (BUSY, BODY):  # it was not refused meanwhile
-                self._guard(exchanges.parse, connection)
+                exchanges.guard(exchanges.parse, connection)
         # 4. Read what has arrived, and judge it; accept new connections.
         accepted: list[Connection] = []
         handshakes: list[Connection] = []
@@ -9667,16 +9407,17 @@ class Server(Listener):
         # 7. Run one call that only reads.
         exchanges.run_read()
         # 8. Read the new connections. They had the time of the tick to send their requests, so the
-        #    selector never hears of most connections that bring one request.
+        #    selector never hears of most connections that bring one request. Handshakes come last,
+        #    because one takes as long as many heartbeats.
         for connection in accepted:
-            self._guard(self._on_accept, connection)
+            exchanges.guard(self._on_accept, connection)
         for connection in handshakes:
-            self._guard(exchanges.on_ready, connection)
+            exchanges.guard(exchanges.on_ready, connection)
         # 9. Make room for a new connection; close those whose deadline has passed.
         if self._is_crowded:
             self._make_room()
         for connection in connections.overdue():
-            self._guard(self._expire, connection)
+            exchanges.guard(self._expire, connection)
         if moment >= self._accept_at:
             self._accept_at = math.inf
             self._watch_listener(True)
@@ -9703,12 +9444,6 @@ class Server(Listener):
         )
         return max(0.0, nearest - time.monotonic())
 
-    def _guard(self, handle: Callable[[Connection], None], connection: Connection) -> None:
-        try:
-            handle(connection)
-        except Exception as error:
-            self._exchanges.fail(connection, error)
-
     def _reload(self) -> None:
         """Load the certificate for the connections to come; a bad one changes nothing."""
         self._reload_requested = False
@@ -9727,29 +9462,29 @@ class Server(Listener):
     def _accept(self, most: int) -> list[Connection]:
         """Take new connections while there is room. They are read after the tick."""
         accepted: list[Connection] = []
-        most = min(most, self._connections_maximum - self._connections.count)
+        most = min(most, self._connections_maximum - self._connections.metrics.open_connections)
+        self._is_crowded = most <= 0
         while len(accepted) < most:
             try:
                 peer, address = self.socket.accept()
             except (BlockingIOError, InterruptedError):
-                return accepted
+                break
             except ConnectionError:  # it was gone before we came
                 continue
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
                 if accepted:  # perhaps no further connection waits: accept() looks later
-                    return accepted
+                    break
                 self._is_crowded = True
                 if self._connections.moment - self._short_at > TROUBLE_OVER:
                     advice = "raise the limit, ulimit -Hn or LimitNOFILE"
                     log.warning("cannot accept connections: %s: %s", error.strerror, advice)
                 self._short_at = self._connections.moment
-                return accepted
+                break
             peer.setblocking(False)
             self._accepted += 1
             reader = RequestReader(plain_address(address[0]), self._accepted)
             accepted.append(Connection(peer, reader, HANDSHAKE if self._tls else HEAD))
             self._connections.add(accepted[-1])
-        self._is_crowded = not accepted
         return accepted
 
     def _on_accept(self, connection: Connection) -> None:
@@ -9783,7 +9518,7 @@ class Server(Listener):
 
     def _expire(self, connection: Connection) -> None:
         """The deadline of a connection's state has passed."""
-        if connection.state.answers_late:
+        if connection.state in (HEAD, BODY):
             self._exchanges.refuse(connection, RequestTimeout())
         else:
             self._connections.close(connection)
@@ -9808,18 +9543,14 @@ def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
         return None
     if count != "1":
         raise OperatorError(f"the service manager passes {count} sockets: we take one")
-    try:
+    with suppress(OSError):  # it is not a socket
         listener = socket.socket(fileno=FIRST_INHERITED)
-        accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise OperatorError(
-            f"what the service manager passes is not a socket: {error.strerror}"
-        ) from error
-    if not accepts or listener.family not in (socket.AF_INET, socket.AF_INET6):
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and listener.family in (socket.AF_INET, socket.AF_INET6):
+            os.set_inheritable(FIRST_INHERITED, False)
+            return listener
         listener.close()
-        raise OperatorError("the service manager's socket does not listen for TCP connections")
-    os.set_inheritable(FIRST_INHERITED, False)
-    return listener
+    raise OperatorError("what the service manager passes does not listen for TCP connections")
 
 
 def fit_connections(wanted: int) -> int:
@@ -9881,9 +9612,9 @@ EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+DYNAMIC_USERS = range(61184, 65520)  # systemd makes these, while a unit with DynamicUser= runs
 FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 UNITS = {"m": MINUTE, "h": HOUR, "d": DAY}  # of durations
-PEM = re.compile(r"(-----BEGIN (PRIVATE KEY|CERTIFICATE)-----\n.*?\n-----END \2-----)", re.DOTALL)
 
 
 class UsageError(Exception):
@@ -9939,21 +9670,13 @@ def web_address(text: str) -> str:
     return text.rstrip("/")
 
 
-def networks(text: str) -> Networks:
+def networks(text: str) -> list[Any]:
     """Networks and addresses, with commas or blanks between them."""
     with suppress(ValueError):
-        parsed = tuple(map(ipaddress.ip_network, text.replace(",", " ").split()))
+        parsed = list(map(ipaddress.ip_network, text.replace(",", " ").split()))
         if parsed:
             return parsed
     raise argparse.ArgumentTypeError(f"{text!r} is not a network like 10.0.0.0/8, or several")
-
-
-class Gather(argparse.Action):
-    """A repeatable option of several values; on the command line it replaces the environment's."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else (*before, *values))
 
 
 # What a terminal shows.
@@ -10084,7 +9807,6 @@ def cell(document: Mapping[str, Any], name: str, now: int) -> str:
     return plain_text(value)
 
 
-# fmt: off
 CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "uses": lambda token, now: f"{token['uses']} of {token['maxUses']}",
     "when": lambda event, now: relative_time(event["time"], now),
@@ -10092,7 +9814,6 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
 }
-# fmt: on
 
 
 def relative_time(timestamp: str, now: int) -> str:
@@ -10324,17 +10045,14 @@ SERVICE_RULE = InternalRule(lambda registry, call, now: registry.service.get(), 
 CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
 
 
-def show_one(session: Session) -> None:
-    document = session.perform()
-    session.report(document, describe(document, session.now(), session.screen))
-
-
-def show_outcome(session: Session) -> None:
-    """The id of a new signing key stands alone on stdout."""
-    document = session.perform()
-    is_new = session.command.name == "rotate-signing-key"
-    outcome = session.command.outcome.format(**document)
-    session.report(document, document["kid"] if is_new else None, outcome)
+def show(session: Session) -> None:
+    """What was done, in a sentence, or all of it. A new signing key's id stands alone on stdout."""
+    document, command = session.perform(), session.command
+    if command.outcome:
+        shown = document["kid"] if command.name == "rotate-signing-key" else None
+        session.report(document, shown, command.outcome.format(**document))
+    else:
+        session.report(document, describe(document, session.now(), session.screen))
 
 
 def mint_token(session: Session) -> None:
@@ -10482,7 +10200,7 @@ def listen(session: Session, registry: Registry) -> Server:
             connections=connections, load_tls=load if arguments.tls_cert else None,
             listener=inherited_listener(
                 environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")),
-            proxies=arguments.trusted_proxy, access_log=arguments.access_log,
+            proxies=tuple(arguments.trusted_proxy), access_log=arguments.access_log,
             notify=partial(notify_service_manager, manager) if manager else lambda state: None,
         )  # fmt: skip
     except (OSError, OverflowError) as error:
@@ -10528,16 +10246,13 @@ def check_audit(session: Session) -> None:
 
 def run_backup(session: Session) -> None:
     folder = session.arguments.folder
+    os.nice(BACKUP_NICENESS)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise OperatorError(f"cannot make the folder {folder}: {error.strerror}") from error
-    os.nice(BACKUP_NICENESS)
-    with session.progress() as progress, session.open(purpose="copy") as registry:
-        try:
+        with session.progress() as progress, session.open(purpose="copy") as registry:
             database, key_file = registry.backup(folder, progress)
-        except OSError as error:
-            raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
+    except OSError as error:
+        raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     session.report({"database": database, "keyFile": key_file}, None, copied)
 
@@ -10551,14 +10266,6 @@ def run_check(session: Session) -> Optional[int]:
     shown = table.add(documents, session.now())
     session.report({"ok": is_good, "findings": documents}, shown)
     return None if is_good else EXIT_FAILED
-
-
-def has_service_user() -> bool:
-    try:
-        uid = pwd.getpwnam(SERVICE_USER).pw_uid
-    except KeyError:
-        return False
-    return not 61184 <= uid <= 65519  # systemd makes these, while a unit with DynamicUser= runs
 
 
 def print_unit(session: Session) -> None:
@@ -10576,7 +10283,10 @@ def print_unit(session: Session) -> None:
     typed = shlex.join([sys.executable, program])
     runs_as = "DynamicUser=yes" if session.arguments.dynamic_user else f"User={SERVICE_USER}"
     output(UNIT.substitute(start=start, typed=typed, runs_as=runs_as), end="")
-    if not (session.arguments.dynamic_user or has_service_user()):
+    has_user = session.arguments.dynamic_user
+    with suppress(KeyError):
+        has_user |= pwd.getpwnam(SERVICE_USER).pw_uid not in DYNAMIC_USERS
+    if not has_user:
         add = f"useradd --system --shell /usr/sbin/nologin {SERVICE_USER}"
         inform(f"there is no user {SERVICE_USER} here yet: {add}")
     for path in (sys.executable, program):
@@ -10592,12 +10302,9 @@ def make_cert(session: Session) -> None:
         raise OperatorError("--tls-cert and --tls-key name the same file")
     make_pair(certificate, key, arguments.name[0], names, arguments.days)
     pin = public_key_pin(load_tls(certificate, key)[1])
-    session.report(
-        {"certificate": certificate, "key": key, "pin": pin},
-        None,
-        f"made {certificate} and {key}; its pin is {pin}; now",
-        f"serve --tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}",
-    )
+    made = {"certificate": certificate, "key": key, "pin": pin}
+    command = f"serve --tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}"
+    session.report(made, None, f"made {certificate} and {key}; its pin is {pin}; now", command)
 
 
 def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
@@ -10605,17 +10312,16 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
     for path in (certificate, key):
         if os.path.lexists(path):
             raise OperatorError(f"{path} is there already: remove it, or name another file")
-    # No authority, or whoever imports it would trust its key for every name: so this replaces the
-    # system's configuration of openssl, which makes authorities.
-    config = "[req]\ndistinguished_name = req\n"
-    extensions = (
-        "basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature",
-        "extendedKeyUsage=serverAuth", f"subjectAltName={','.join(names)}",
-    )  # fmt: skip
+    # Not the system's configuration of openssl, which makes authorities: who imports one for a page
+    # trusts its key for every name.
+    config = (
+        "[req]\ndistinguished_name=req\nx509_extensions=server\n[server]\n"
+        "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+        f"extendedKeyUsage=serverAuth\nsubjectAltName={','.join(names)}\n"
+    )
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
         *("-nodes", "-sha256", "-days", str(days), "-subj", f"/CN={subject}"),
-        *(word for extension in extensions for word in ("-addext", extension)),
         *("-config", "/dev/stdin", "-keyout", "/dev/stdout"),
     ]
     try:
@@ -10625,7 +10331,7 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
             f"cannot make a certificate: the openssl program cannot be run ({error.strerror}): "
             "make a pair on another machine, and copy it here"
         ) from error
-    pair = {kind: f"{text}\n" for text, kind in PEM.findall(run.stdout)}
+    pair = {found[1]: f"{found[0]}\n" for found in PEM.finditer(run.stdout)}
     if run.returncode or len(pair) != 2:
         # The reason stands last, but for signs of life: dots, and a line of dashes.
         reasons = [line for line in run.stderr.splitlines() if line.strip("-.+* ")]
@@ -10806,9 +10512,8 @@ SERVE_OPTIONS = (
     option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
     option("--tls-key", "FILE", "its key, in PEM; SIGHUP reloads both", file_name),
     option("--public-url", "URL", "where agents find the server, for mint-token", web_address),
-    Argument("--trusted-proxy", {
-        "metavar": "CIDR", "type": networks, "action": Gather, "default": (),
-        "help": "believe X-Forwarded-For from these addresses; repeatable (none)"}),
+    option("--trusted-proxy", "CIDR", "believe X-Forwarded-For from these addresses; repeatable "
+           "(none)", networks, [], action="extend"),
     option("--audit-keep", "TIME", "how long the audit log is kept (forever)",
            within(AUDIT_KEEP_RANGE, duration, format_duration)),
     choice("--log-format", "FORMAT", ("text", "json"), "text"),
@@ -10834,7 +10539,7 @@ class Command(NamedTuple):
     example: str
     run: Callable[[Session], Optional[int]]
     own_arguments: Sequence[Argument] = ()
-    outcome: str = ""  # of show_outcome(): a sentence, with members of the document in braces
+    outcome: str = ""  # of show(): a sentence, with members of the document in braces
     own_summary: str = ""
     shared: Sequence[Argument] = (JSON_OPTION, *STORE_OPTIONS)
 
@@ -10860,8 +10565,7 @@ class Command(NamedTuple):
 
 # fmt: off
 def by_id(name: str, outcome: str = "") -> Command:
-    run = show_outcome if outcome else show_one
-    return Command(name, f"{name} 0ca4f1b28e3d7a95", run, (ID_OPERAND,), outcome)
+    return Command(name, f"{name} 0ca4f1b28e3d7a95", show, (ID_OPERAND,), outcome)
 
 
 GROUPS = {
@@ -10885,7 +10589,7 @@ GROUPS = {
             option("--label", "K=V", action="append"),
             option("--q", "TEXT", "a part of name, hostname or id"), LIMIT_OPTION)),
         by_id("show-host"),
-        Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", show_one, (
+        Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", show, (
             ID_OPERAND, option("--name", "NAME"),
             option("--label", "K=V", "labels that replace all others; repeatable", group="labels",
                    action="append"),
@@ -10898,7 +10602,7 @@ GROUPS = {
                 (ID_OPERAND, TTL_OPTION)),
     ),
     "organizations and API keys": (
-        Command("add-org", "add-org berlin", show_outcome, (Argument("name", {"metavar": "NAME"}),),
+        Command("add-org", "add-org berlin", show, (Argument("name", {"metavar": "NAME"}),),
                 "organization {id} is there: mint-token --org {id}"),
         Command("list-orgs", "list-orgs", list_items),
         Command("mint-api-key", "mint-api-key --org berlin --role viewer", mint_api_key, (
@@ -10912,10 +10616,10 @@ GROUPS = {
     ),
     "signing keys": (
         Command("list-signing-keys", "list-signing-keys", list_items),
-        Command("rotate-signing-key", "rotate-signing-key", show_outcome, (),
+        Command("rotate-signing-key", "rotate-signing-key", show, (),
                 "it signs from now on, and hosts get a credential of it when they beat;\n"
                 "list-signing-keys counts them, and retire-signing-key ends an old key"),
-        Command("retire-signing-key", "retire-signing-key 5b1c09d2f3a4e687", show_outcome, (
+        Command("retire-signing-key", "retire-signing-key 5b1c09d2f3a4e687", show, (
             Argument("kid", {"metavar": "KID"}),
             flag("--force", "though hosts still use it", action="store_const", const="yes")),
             "signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}"),
@@ -10979,12 +10683,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse's, with complaints of one line that says what to type next."""
 
-    def __init__(self, words: Sequence[str], **options: Any) -> None:
+    def __init__(self, typed: set[str], **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
         self.color = False  # Python 3.14 has it; here only states have a colour
         self.variables: dict[str, str] = {}  # by option: the environment's variable that set it
-        self._typed = [word.partition("=")[0] for word in words]
+        self._typed = typed
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's, which raises for a broken pipe before Python 3.12."""
@@ -11003,11 +10707,12 @@ class Parser(argparse.ArgumentParser):
 def make_parser(
     words: Sequence[str], program: str, environment: Mapping[str, str]
 ) -> tuple[Parser, dict[str, Parser]]:
+    typed = {word.partition("=")[0] for word in words}
     overview = ["Decides who may join a fleet of machines, and knows which are alive."]
     for group, rows in GROUPS.items():
         overview += ["", f"{group}:", *(f"  {row.name:20} {row.summary}" for row in rows)]
     parser = Parser(
-        words,
+        typed,
         prog=program,
         usage="%(prog)s COMMAND ...",
         description="\n".join(overview),
@@ -11021,7 +10726,7 @@ def make_parser(
     for command in COMMANDS:
         parsers[command.name] = sub = commands.add_parser(
             command.name,
-            words=words,
+            typed=typed,
             prog=f"{program} {command.name}",
             usage=" ".join(["%(prog)s [options]", *command.operands]),
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
@@ -11032,7 +10737,8 @@ def make_parser(
         for argument in command.arguments:
             into = groups[argument.group] if argument.group else sub
             into.add_argument(argument.name, **argument.options)
-            if argument in SETTINGS and environment.get(argument.setting):
+            is_open = argument in SETTINGS and argument.name not in typed
+            if is_open and environment.get(argument.setting):
                 sub.set_defaults(**{argument.attribute: environment[argument.setting]})
                 sub.variables[argument.name] = argument.setting
     return parser, parsers
