@@ -215,7 +215,8 @@ VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a stat
 PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
 REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
 SUCCESSES_AUDITED = 12  # in an hour, of each thing that a host can do as often as it likes
-KINDS_COUNTED = 2000  # hosts and what they do, 1 MiB; for more than these the hour ends early
+KIND_SLOTS = 1 << 17  # bytes; kinds of events that share one share its number of events
+KINDS_COUNTED = 2000  # beyond the listed, 1 MiB; others are counted by organization
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
 STORED_NESTING = 8  # brackets in a column of JSON: to encode deep ones again would fail
 UNREADABLE_MAXIMUM = 200  # characters that are shown of another one
@@ -640,7 +641,7 @@ PRINTABLE = "[^" + json.dumps(UNPRINTABLE.pattern)[2:-1].replace(r"\ud800-\udfff
 # languages and emoji need; white space and the blank of Braille; the blocks of combining marks.
 _IGNORABLE = (
     "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u2060-\u2065\u206a-\u206f\u3164"
-    "\ufe00-\ufe0e\uffa0\ufff0-\ufff8"
+    "\ufe00-\ufe0e\uffa0\ufff0-\ufffb"
 )
 _JOINERS = "\u200c\u200d\ufe0f"
 _BLANK = " \xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000"
@@ -720,7 +721,7 @@ class Name(Text):
 
     def check(self, value: Any) -> str:
         text = super().check(value)
-        if INVISIBLE.search(text):
+        if INVISIBLE.search(text) or unicodedata.category(text[0]).startswith("M"):
             raise ValueError(self.RULE)
         return text
 
@@ -1872,6 +1873,15 @@ class BadRow(StoreError):
     sound, and what does not read the row goes on."""
 
 
+# By its type in a record, the type of a value in SQLite.
+STORED_AS = {int: "'integer'", str: "'text'", bytes: "'blob'", type(None): "'null'"}
+
+
+def _name(value: Any) -> str:
+    """Of a row, by its first value."""
+    return id_text(value) if isinstance(value, int) else ascii(value)
+
+
 @lru_cache(maxsize=256)
 def _fits(record: type[Any], types: tuple[type, ...]) -> bool:
     """Whether a record can be made of values of these types."""
@@ -1966,7 +1976,7 @@ class WriteLock:
     def __init__(self, database: str) -> None:
         self._database = database
         self._files: list[tuple[str, int]] = []  # path and descriptor: the gate, then the lock
-        self._held: list[int] = []  # the descriptor that is locked: of the gate, or of the lock
+        self._holds = [False, False]
 
     def exists_unchanged(self) -> bool:
         """Whether the files that other processes lock are the ones that we have open."""
@@ -1985,66 +1995,57 @@ class WriteLock:
         """Go one step further without waiting. True when the lock is held. Raises StoreError."""
         if len(self._files) < 2:
             self._open()
-        (_, gate), (_, lock) = self._files
-        if not self._held and try_flock(gate):
-            self._held = [gate]
-        if self._held == [gate] and try_flock(lock):
-            self.release()
-            self._held = [lock]
-        return self._held == [lock]
+        self._holds[0] = self._holds[0] or try_flock(self._files[0][1])
+        if self._holds[0]:
+            self._holds[1] = try_flock(self._files[1][1])
+            if self._holds[1]:
+                self.release_gate()
+        return self._holds[1]
 
     def acquire(self, patience: float) -> None:
         """Take the lock. Raises StoreBusy when another has it for so many seconds."""
         deadline = time.monotonic() + patience
         while not self.try_acquire():
             if time.monotonic() > deadline:
-                self.release()
+                self.release_gate()
                 raise StoreBusy(f"another process is writing to {self._database}")
             time.sleep(LOCK_POLL)
 
-    def release(self) -> None:
-        """Give the lock back, or stop waiting for it. Idempotent."""
-        while self._held:
+    def release_gate(self) -> None:
+        """Stop waiting."""
+        self.release(0)
+
+    def release(self, number: int = 1) -> None:
+        """Give the lock back, where it is held; a place at the gate is kept."""
+        if self._holds[number]:
+            self._holds[number] = False
             with suppress(OSError):  # what is committed stays so; the next attempt reports it
-                fcntl.flock(self._held.pop(), fcntl.LOCK_UN)
+                fcntl.flock(self._files[number][1], fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Give back what is held, and close the files. Idempotent."""
         self.release()
+        self.release_gate()
         while self._files:
             os.close(self._files.pop()[1])
 
 
-class Engine:
-    """The database, its files and its transactions: begin(), statements, commit() or rollback().
+class Database:
+    """A file, a connection of SQLite to it, its statements and their errors, and the schema.
+
     After Unrecoverable it is not closed: SQLite would checkpoint, and unlink whatever WAL is at the
-    path by then."""
+    path by then.
+    """
 
     def __init__(self, path: str) -> None:
-        """Look at a path; open() opens it. Raises StoreError."""
-        self._given_path, self.path = path, os.path.realpath(path)  # SQLite resolves links
-        self._wal_path, self._shm_path = f"{self.path}-wal", f"{self.path}-shm"
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise StoreError(f"{self.path} is not a file")
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no folder {folder} for the database")
+        self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
         self._connection: Optional[sqlite3.Connection] = None
-        self.lock = WriteLock(path)
-        self.descriptor = -1  # SQLite's own, of the database; -1: not known
-        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
-        self._is_examined = self._is_immutable = self._makes_shm = False
         self._is_lost = False  # Unrecoverable was raised
-        self._schema_cookie = -1  # SQLite's count of changes when the schema was compared
+        # Of the schema, as it was compared: the changes that SQLite had counted, what was altered,
+        # the line about that and what is missing, the line about what does no harm.
+        self._schema_cookie = -1
         self.altered: list[str] = []
-        self.schema_fault = ""  # a line about what is altered or missing
-        self.schema_remark = ""  # a line about what does no harm
-        self._synchronous = "FULL"
-        self._waits_for = ""
-        self._checkpoints = Checkpoints(self)
-        self.checkpoint = self._checkpoints.run
-
-    # Statements.
+        self.schema_fault = self.schema_remark = ""
 
     def file_sizes(self) -> tuple[int, int]:
         """Bytes of the database and of its WAL, which are not opened."""
@@ -2170,7 +2171,8 @@ class Engine:
         for row in self.rows(f"SELECT {columns} FROM sqlite_master WHERE sql IS NOT NULL"):
             texts = (str(value or b"", "utf-8", "replace") for value in row)
             kind, name, table, text = (text.partition("\0")[0] for text in texts)  # as C reads it
-            what, is_trigger = sanitize(f"{kind} {name}"), kind.lower() == "trigger"
+            what = sanitize(f"{kind} {name}")  # SQLite before 3.32 goes by the text alone
+            is_trigger = "trigger" in (kind.lower(), *canonical(text).lower().split()[1:2])
             is_on_ours = table.lower() in SCHEMA_OBJECTS
             if is_trigger and not is_on_ours:  # a foreign key may have its rows deleted with ours
                 is_on_ours = bool(self.rows("SELECT 1 FROM pragma_foreign_key_list(?)", table))
@@ -2215,6 +2217,28 @@ class Engine:
             finish(version)
             self.run("COMMIT")
             log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
+
+
+class Engine(Database):
+    """The database, its files and its transactions: begin(), statements, commit() or rollback()."""
+
+    def __init__(self, path: str) -> None:
+        """Look at a path; open() opens it. Raises StoreError."""
+        super().__init__(os.path.realpath(path))  # SQLite resolves links for its WAL
+        self._given_path = path
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise StoreError(f"{self.path} is not a file")
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder} for the database")
+        self.lock = WriteLock(path)
+        self.descriptor = -1  # SQLite's own, of the database; -1: not known
+        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
+        self._is_examined = self._is_immutable = self._makes_shm = False
+        self._synchronous = "FULL"
+        self._waits_for = ""
+        self._checkpoints = Checkpoints(self)
+        self.checkpoint = self._checkpoints.run
 
     # Opening and closing.
 
@@ -2268,6 +2292,23 @@ class Engine:
         self.version()  # the first read makes the WAL, also where there was none until now
         self._files = opened, file_id(self._wal_path)
         return is_ours
+
+    def require_alone(self, patience: float) -> None:
+        """Raises StoreBusy where another process has the database open for so many seconds, such as
+        an older server: until it sees the new schema it would go on to write in its own format. To
+        leave WAL mode takes SQLite's exclusive lock, which every connection that is open shares."""
+        deadline = time.monotonic() + patience
+        while self.value("PRAGMA journal_mode") == "wal":
+            try:
+                self.run("PRAGMA journal_mode = DELETE")
+            except StoreBusy as error:
+                if time.monotonic() > deadline:
+                    reason = "another process has it open: stop all servers of older versions"
+                    raise StoreBusy(f"{self.path}: {reason}") from error
+                time.sleep(LOCK_POLL)
+        self.run("PRAGMA journal_mode = WAL")
+        self.version()
+        self._files = file_id(self.path), file_id(self._wal_path)
 
     def _open_to_examine(self) -> bool:
         """Without a WAL, which SQLite would make, there is no writer: SQLite takes the file for one
@@ -2412,7 +2453,7 @@ class Engine:
 
     def stop_waiting(self) -> StoreBusy:
         """Wait no longer for another writer: the reason, to raise."""
-        self.lock.release()
+        self.lock.release_gate()
         return StoreBusy(self._waits_for)
 
     def commit(self) -> None:
@@ -2429,6 +2470,7 @@ class Engine:
             log.error("cannot roll back: %s", describe_error(self.path, error))
         finally:
             self.lock.release()
+            self.lock.release_gate()
 
     def faults(self) -> list[str]:
         """What is wrong by our schema, and by SQLite's checks, which a forged one can make fail."""
@@ -2531,6 +2573,7 @@ class Checkpoints:
         try:
             self._engine.require_unchanged(durable=True)
             if not self._engine.lock.try_acquire():
+                self._engine.lock.release_gate()
                 return
             if is_whole:
                 self.finish_part()
@@ -2627,9 +2670,8 @@ class Queries:
         for row in rows:
             types = tuple(map(type, row))
             if types != fitting and not _fits(record, types):
-                name = id_text(row[0]) if isinstance(row[0], int) else ascii(row[0])
                 table = TABLES[record].partition(" ")[0]
-                raise BadRow(f"row {name} of {table} holds what we never write: {RESTORE}")
+                raise BadRow(f"row {_name(row[0])} of {table} holds what we never write: {RESTORE}")
             fitting = types
         return rows
 
@@ -2896,6 +2938,23 @@ class Queries:
     def prune_events(self, last: int) -> int:
         """Delete the first events up to a number that is not after the anchor; how many."""
         return self._run("DELETE FROM audit WHERE number <= ?", last)
+
+
+def bad_rows(engine: Engine, limit: int) -> list[str]:
+    """Rows outside the audit log with a value of a type that we never write, by name."""
+    names: list[str] = []
+    for record, table in TABLES.items():
+        if record in (Event, Anchor, HostState):
+            continue
+        hints = typing.get_type_hints(record, globals()).items()
+        kinds = {each: typing.get_args(hint) or (hint,) for each, hint in hints}
+        wrong = " OR ".join(
+            f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds[column])})"
+            for column in kinds
+        )
+        of = f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}"
+        names += [f"{table.partition(' ')[0]} {_name(row[0])}" for row in engine.rows(of)]
+    return names[:limit]
 
 
 # 6. Registry
@@ -3173,23 +3232,40 @@ class EventLimit:
         """maximum: events of a kind that are listed; length: of a period, in seconds."""
         self._maximum, self.length_ms = maximum, length * SECOND_MS
         self.since = 0  # when the period began
-        self.listed: Counter[EventKind] = Counter()
+        self._listed = bytearray(KIND_SLOTS)  # events, by the hash of their kind
         self.excess: Counter[EventKind] = Counter()  # only counted
         self.unlisted: list[EventKind] = []  # of the tick: joins excess at its commit
 
     def has_room(self, kind: EventKind) -> bool:
-        return self.listed[kind] < self._maximum
+        return self._listed[hash(kind) % KIND_SLOTS] < self._maximum
 
     def takes(self, kind: EventKind, is_full: bool = False, in_tick: bool = True) -> bool:
         """Count one more, which is listed if there is room. False: it is not."""
         is_listed = self.has_room(kind) and not is_full
         if is_listed:
-            self.listed[kind] += 1
+            self._listed[hash(kind) % KIND_SLOTS] += 1
         elif in_tick:
             self.unlisted.append(kind)
         else:
-            self.excess[kind] += 1
+            self._count(kind)
         return is_listed
+
+    def _count(self, kind: EventKind) -> None:
+        if kind not in self.excess and len(self.excess) >= KINDS_COUNTED:
+            action, _, _, owner, code = kind
+            kind = action, "server", "", owner, code
+        self.excess[kind] += 1
+
+    def settle(self) -> None:
+        """The tick is committed."""
+        for kind in self.unlisted:
+            self._count(kind)
+        self.unlisted.clear()
+
+    def begin(self, now: int) -> None:
+        """Begin a period."""
+        self.since, self._listed = now, bytearray(KIND_SLOTS)
+        self.excess.clear()
 
 
 class AuditLog(Rules):
@@ -3259,12 +3335,10 @@ class AuditLog(Rules):
         becomes one event of each kind."""
         for limit in self.limits:
             is_over = not 0 <= now - limit.since < limit.length_ms
-            if at_once or is_over or len(limit.listed) > KINDS_COUNTED:
+            if at_once or is_over:
                 for kind, more in limit.excess.items():
                     self.record(*kind, more=more, since=rfc3339(limit.since))
-                limit.since = now
-                limit.listed.clear()
-                limit.excess.clear()
+                limit.begin(now)
 
     def write(self, keyring: Keyring) -> None:
         if not self.events:
@@ -3281,8 +3355,7 @@ class AuditLog(Rules):
 
     def emit(self) -> None:
         for limit in self.limits:
-            limit.excess.update(limit.unlisted)
-            limit.unlisted.clear()
+            limit.settle()
         events, self.events = self.events, []
         for event, request in events:
             text = f"{event.action} {event.subject or '-'} by {event.actor}"
@@ -3544,6 +3617,7 @@ class SigningKeys(Rules):
         audit, newest = self._registry.audit, self.sign(host)
         is_known = newest.hash(held) == host.issued_hash
         is_recent = 0 <= now - host.issued_at < CREDENTIAL_REPEATED_MS
+        is_recent = is_recent and (newest.expires_at == 0 or now < newest.expires_at)
         is_owner = address == host.issued_to or not audit.successes.has_room(kind)
         if is_known and is_recent and is_owner:
             return newest
@@ -4711,6 +4785,7 @@ def _open_pair(
             "backup, or go on with these keys with serve --init (every host must re-enroll)"
         )
     if purpose == "serve" and engine.version() < SCHEMA_VERSION:
+        engine.require_alone(LOCK_PATIENCE)
         _copy_older(engine)
         # With keys that are adopted the log begins again: nothing of it can be verified by them.
         finish = partial(begin_format, Queries(engine), keyring, now)
@@ -4732,6 +4807,7 @@ def _copy_older(engine: Engine) -> None:
         if shutil.disk_usage(os.path.dirname(path)).free < room:  # for it and for the migration
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with replacing(path, os.stat(engine.path)) as copy:
+            os.fchmod(copy.fileno(), PRIVATE_MODE)
             engine.copy_to(copy, no_progress)
         log.info("copied the database to %s, to go back to the older version", path)
     except (OSError, StoreError) as error:
@@ -4812,8 +4888,13 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
         if has_wal_reset_bug():
             bug = "has the WAL-reset bug, which does no harm: one lock is around every checkpoint"
         yield Finding("sqlite", True, f"{SQLITE_VERSION} {bug}")
-        name = "keys"
+        name = "rows"
         try:
+            if is_ours:
+                bad = ", ".join(bad_rows(engine, ERRORS_NAMED))
+                if bad:
+                    yield Finding(name, False, f"what we never write is in {bad}: {RESTORE}")
+            name = "keys"
             keyring = load_keyring(key_file, engine.path)
             if not is_pair(engine, keyring):
                 raise OperatorError(f"{key_file} is not the key file of this database")
@@ -4950,8 +5031,10 @@ def _body_length(single: Mapping[str, str], minor: int) -> int:
         return 0
     if not re.fullmatch("[0-9]+", length):
         raise MalformedRequest("Content-Length is not a number.")
-    # Nine digits are too large already; int() of thousands raises since Python 3.11.
-    return int(length.lstrip("0")[:9] or "0")
+    digits = length.lstrip("0") or "0"  # int() of thousands of zeros raises since Python 3.11
+    if len(digits) > len(str(BODY_MAXIMUM)) or int(digits) > BODY_MAXIMUM:
+        raise BodyTooLarge()
+    return int(digits)
 
 
 def _split_target(method: str, text: str) -> tuple[str, str]:
@@ -5892,7 +5975,11 @@ check_install() {
         as_service=yes
         [ "$state" = "$STATE" ] ||
             end 2 "--state cannot be used with --install: a service has $STATE"
-        case $(target_of "$STATE") in *private/*) leave_private ;; esac
+        older=${STATE%/*}/private/${STATE##*/}
+        case $(target_of "$STATE") in
+        *private/*) leave_private ;;
+        *) [ ! -f "$older/credential" ] || leave_private ;; # an upgrade that was interrupted
+        esac
         make_account
         return
     fi
@@ -5922,8 +6009,8 @@ make_account() {
 leave_private() {
     stopped=yes
     systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || end 1 "systemd does not stop $SERVICE"
-    rm -f "$STATE"
-    take_back "${STATE%/*}/private/${STATE##*/}"
+    [ ! -L "$STATE" ] || rm -f "$STATE"
+    take_back "$older"
 }
 
 # What a service that has been stopped had becomes root's again. From the chmod on nobody else can
@@ -9217,6 +9304,19 @@ def log_access(head: Head, origin: Origin, status: int, length: int, since: floa
     )
 
 
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens, without the look-up of our own name in HTTPServer.server_bind(): there
+    may be no DNS. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 class Server(HTTPServer):
     """An HTTP server for one Api. serve_forever() returns after stop()."""
 
@@ -9233,9 +9333,14 @@ class Server(HTTPServer):
         Raises OSError."""
         self._load_tls = load_tls
         self._tls = load_tls() if load_tls else None
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
-        self._listen(host, port, listener)
+        self.socket.close()
+        self.socket = listener or listening_socket(host, port)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
+        self.socket.setblocking(False)
+        self.socket.listen(BACKLOG)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self._registry = api.registry
         self._clock = clock
         self._proxies = proxies
@@ -9258,23 +9363,6 @@ class Server(HTTPServer):
         self._watch_listener(True)
 
     # Starting and stopping.
-
-    def _listen(self, host: str, port: int, inherited: Optional[socket.socket]) -> None:
-        try:  # without the look-up of our own name in server_bind(): there may be no DNS
-            if inherited is not None:
-                self.socket.close()
-                self.socket = inherited
-            else:
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self.socket.bind((host, port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
-            self.socket.setblocking(False)
-            self.socket.listen(BACKLOG)
-        except BaseException:
-            self.socket.close()
-            raise
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
     def url(self) -> str:
