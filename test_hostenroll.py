@@ -11623,13 +11623,18 @@ include-path = "/api/hosts/tokens/{{id}}"
 checks.use_after_free.enabled = false
 """
 # It tries wrong keys too, more than one client may in a minute. Behind a trusted proxy each request
-# is another client's, and every wrong key is to be refused as one.
+# is another client's, and every wrong key is to be refused as one. No schema can say how many
+# brackets the body of an agent has.
 SCHEMATHESIS_HOOKS = """
-import ipaddress, itertools, schemathesis
+import ipaddress, itertools, json, schemathesis
 clients = map(ipaddress.ip_address, itertools.count(10 << 24))
 @schemathesis.hook
 def before_call(context, case, kwargs):
     case.headers["X-Forwarded-For"] = str(next(clients))
+@schemathesis.hook
+def filter_case(context, case):
+    text = json.dumps(case.body, default=str) if isinstance(case.body, (dict, list)) else ""
+    return "/agent/" not in case.path or text.count("{") + text.count("[") <= 8
 """
 
 
