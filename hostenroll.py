@@ -2163,9 +2163,10 @@ class Database:
     def compare_schema(self, refuses: bool = False) -> None:
         """Compare the schema with SCHEMA. A trigger that swallows events leaves no gap in their
         chain, so it must not get to act. refuses: raises StoreError for a schema that was altered.
-        What a forger wrote may be of any type and encoding."""
+        In an older one only what is foreign counts. What a forger wrote may be of any type."""
         self._schema_cookie = self.value("PRAGMA schema_version")
         self.altered, remarks, missing = [], [], dict(SCHEMA_OBJECTS)
+        is_older = self.version() < SCHEMA_VERSION
         columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("type", "name", "tbl_name", "sql"))
         # What a table has made by itself, as the index of a UNIQUE column, has no text.
         for row in self.rows(f"SELECT {columns} FROM sqlite_master WHERE sql IS NOT NULL"):
@@ -2178,12 +2179,13 @@ class Database:
                 is_on_ours = bool(self.rows("SELECT 1 FROM pragma_foreign_key_list(?)", table))
             if name in SCHEMA_OBJECTS:
                 ours = missing.pop(name, SCHEMA_OBJECTS[name])
-                if text != ours and canonical(text) != canonical(ours):
+                if not is_older and text != ours and canonical(text) != canonical(ours):
                     self.altered.append(f"{what} is altered")
             elif is_on_ours and (is_trigger or canonical(text).startswith("CREATE UNIQUE ")):
                 self.altered.append(f"{what} on {sanitize(table)} is foreign")
             elif not name.startswith("sqlite_"):  # of ANALYZE and of AUTOINCREMENT
                 remarks.append(f"{what} is foreign")
+        missing = {} if is_older else missing
         slow = [name for name in missing if missing[name].startswith("CREATE INDEX")]
         remarks += [f"index {name} is missing, so requests take longer" for name in slow]
         faults = [*self.altered, *(f"{name} is missing" for name in missing if name not in slow)]
@@ -2476,9 +2478,8 @@ class Engine(Database):
         """What is wrong by our schema, and by SQLite's checks, which a forged one can make fail."""
         faults: list[str] = []
         try:
-            if self.version() == SCHEMA_VERSION:
-                self.compare_schema()
-                faults += [self.schema_fault] if self.schema_fault else []
+            self.compare_schema()
+            faults += [self.schema_fault] if self.schema_fault else []
             faults += [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
             orphans = self.rows("PRAGMA foreign_key_check")
             faults += [f"a row of {row[0]} lacks its {row[2]}" for row in orphans]
@@ -4760,7 +4761,7 @@ def _open_pair(
     has_database = engine.file_sizes()[0] > 0 and engine.open()
     if has_database and purpose not in ("serve", "copy"):
         _require_our_version(engine)
-    if has_database and engine.version() == SCHEMA_VERSION:
+    if has_database:
         engine.compare_schema(refuses=purpose not in ("read", "copy"))
     has_keys = os.path.exists(key_file)
     if has_database and not has_keys and not init:
