@@ -215,11 +215,11 @@ VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a stat
 PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
 REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
 SUCCESSES_AUDITED = 12  # in an hour, of each thing that a host can do as often as it likes
-KIND_SLOTS = 1 << 17  # bytes; kinds of events that share one share its number of events
-KINDS_COUNTED = 2000  # beyond the listed, 1 MiB; others are counted by organization
+KIND_SLOTS = 1 << 17  # counts, a byte each: kinds of events in one slot share its maximum
+KINDS_COUNTED = 2000  # of events that are not listed, 1 MiB; more are counted by organization
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
-STORED_NESTING = 8  # brackets in a column of JSON: to encode deep ones again would fail
-UNREADABLE_MAXIMUM = 200  # characters that are shown of another one
+STORED_NESTING = 8  # brackets in a column of JSON: deep ones could not be encoded again
+UNREADABLE_MAXIMUM = 200  # characters that are shown of a column that is not JSON of ours
 
 # Wrong secrets. None of them can be guessed: what is limited is the noise that they make.
 FAILURES_ALLOWED = 20  # of one network, in a minute: a third of what the audit log lists
@@ -3585,9 +3585,9 @@ class SigningKeys(Rules):
 
     # Issuing. A reply can be lost, so its request may come again: an enrollment with its
     # Idempotency-Key, a heartbeat with a credential that is due. From a host that wants to fill the
-    # disk it comes a million times. So until it is used, or an hour old, the newest credential is
-    # signed again, without an event or a wait for the disk. Its hash shows that the bytes are the
-    # same, for the first key or the lifetime may have changed.
+    # disk it comes a million times. So until it is used, past its end or an hour old, the newest
+    # credential is signed again, without an event or a wait for the disk. Its hash shows that the
+    # bytes are the same, for the first key or the lifetime may have changed.
     #
     # Another address gets another credential: of two machines with copies of one, the first to use
     # its new one must supersede the other. When addresses alternate, that ends with the events that
@@ -3618,9 +3618,9 @@ class SigningKeys(Rules):
         audit, newest = self._registry.audit, self.sign(host)
         is_known = newest.hash(held) == host.issued_hash
         is_recent = 0 <= now - host.issued_at < CREDENTIAL_REPEATED_MS
-        is_recent = is_recent and (newest.expires_at == 0 or now < newest.expires_at)
+        is_good = newest.expires_at == 0 or now < newest.expires_at
         is_owner = address == host.issued_to or not audit.successes.has_room(kind)
-        if is_known and is_recent and is_owner:
+        if is_known and is_recent and is_good and is_owner:
             return newest
         self._registry.engine.require_durable()
         serial = max(host.issued, held) + 1
