@@ -371,8 +371,7 @@ def parse_id(text: str) -> int:
     return int(text, 16) if ID.fullmatch(text) else -1
 
 
-# A token, an API key or a credential, whole or cut short, typed by mistake where an id or a
-# hostname belongs.
+# A token, an API key or a credential, whole or cut short, where an id or a hostname belongs.
 SECRET_SHAPED = re.compile(r"((?:het|hak)_[0-7][0-9a-f]{15}_|eyJ)[A-Za-z0-9_.-]+")
 
 
@@ -435,11 +434,8 @@ class FieldError(NamedTuple):
 
 
 class Problem(Exception):
-    """A refusal: a problem document of RFC 9457, and the exit status 3 of a command.
-
-    detail and errors are for the caller. actor, subject, organization and audit_detail are for
-    the audit log; peers never see them.
-    """
+    """A refusal: a problem document of RFC 9457, and the exit status 3 of a command. actor,
+    subject, organization and audit_detail are for the audit log; peers never see them."""
 
     status = 500
     code = "internal"
@@ -681,15 +677,14 @@ class FieldType:
 
 class Text(FieldType):
     """A string of printable characters. A pattern is matched against the whole, takes nothing that
-    is not printable, and has a description for those whose text does not match."""
+    is not printable, and has a description for people. more: members of its JSON Schema."""
 
     def __init__(
-        self, maximum: int, minimum: int = 0, pattern: str = "", description: str = ""
+        self, maximum: int, minimum: int = 0, pattern: str = "", description: str = "", **more: str
     ) -> None:
         self._maximum, self._minimum = maximum, minimum
-        self._pattern, self._description = pattern, description
-        # For the whole, within the lengths.
-        self.pattern = pattern or f"{PRINTABLE}{{{minimum},{maximum}}}"
+        self._pattern, self._description, self._more = pattern, description, more
+        self.pattern = pattern or f"{PRINTABLE}{{{minimum},{maximum}}}"  # of the whole
         self._lengths = f"{minimum} to {maximum}" if minimum else f"at most {maximum}"
         if minimum == maximum:
             self._lengths = str(maximum)
@@ -711,6 +706,7 @@ class Text(FieldType):
             "minLength": self._minimum,
             "maxLength": self._maximum,
             "pattern": f"^{self._pattern or PRINTABLE + '*'}$",
+            **self._more,
         }
 
 
@@ -729,17 +725,6 @@ class Name(Text):
         """Its pattern ends at U+FFFF, for engines that know UTF-16 alone; the words do not."""
         pattern = json.dumps(_INVISIBLE)[1:-1]
         return {**super().json_schema(), "not": {"pattern": pattern}, "description": self.RULE}
-
-
-class Timestamp(Text):
-    """A time as rfc3339() writes it."""
-
-    def __init__(self) -> None:
-        pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z"
-        super().__init__(24, 24, pattern, "like 2027-01-15T08:00:00.000Z")
-
-    def json_schema(self) -> dict[str, Any]:
-        return {**super().json_schema(), "format": "date-time"}
 
 
 class Integer(FieldType):
@@ -894,41 +879,40 @@ class Schema:
         """The known members of a JSON object. Raises InvalidBody, which names all that is wrong."""
         if not isinstance(value, dict):
             raise InvalidBody("The body must be a JSON object.")
-        members: dict[str, Any] = {}
-        errors: list[FieldError] = []
-        for name in value:
-            try:
-                if name in self.fields:
-                    members[name] = self.fields[name].type.check(value[name])
-                elif not self._open:
-                    raise ValueError("is not known here")
-            except ValueError as error:
-                errors.append(FieldError(sanitize(name), str(error)))
-        missing = (f.name for f in self.fields.values() if f.required and f.name not in value)
-        errors += [FieldError(name, "is missing") for name in missing]
-        if errors:
-            raise InvalidBody(errors=errors)
-        return members
+        judged = self._judge(value.items(), lambda field, v: field.type.check(v), InvalidBody)
+        return {name: member for name, (member,) in judged.items()}
 
     def parse(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """The parameters of a query. Raises InvalidQuery, which names all that is wrong."""
+        judged = self._judge(pairs, lambda field, text: field.type.parse(text), InvalidQuery)
+        return {name: v if self.fields[name].repeats else v[0] for name, v in judged.items()}
+
+    def _judge(
+        self, pairs: Iterable[tuple[str, Any]], judge: Callable[[Field, Any], Any],
+        problem: type[Problem],
+    ) -> dict[str, list[Any]]:  # fmt: skip
         values: dict[str, list[Any]] = {}
         errors: list[FieldError] = []
-        for name, text in pairs:
-            field, of_name = self.fields.get(name), values.setdefault(name, [])
+        for name, value in pairs:
+            field = self.fields.get(name)
+            if field is None and self._open:
+                continue
+            of_name = values.setdefault(name, [])
             try:
                 if field is None:
                     raise ValueError("is not known here")
                 if of_name and not field.repeats:
                     raise ValueError("is given more than once")
-                of_name.append(field.type.parse(text))
+                of_name.append(judge(field, value))
                 if len(of_name) == REPEATS_MAXIMUM + 1:
                     raise ValueError(f"is given more than {REPEATS_MAXIMUM} times")
             except ValueError as error:
                 errors.append(FieldError(sanitize(name), str(error)))
+        missing = (f.name for f in self.fields.values() if f.required and f.name not in values)
+        errors += [FieldError(name, "is missing") for name in missing]
         if errors:
-            raise InvalidQuery(errors=errors)
-        return {name: v if self.fields[name].repeats else v[0] for name, v in values.items()}
+            raise problem(errors=errors)
+        return values
 
     def json_schema(self) -> dict[str, Any]:
         return {
@@ -977,8 +961,7 @@ def parse_agent_json(body: bytes) -> Any:
 
 
 def parse_json(body: bytes, decoder: json.JSONDecoder = _JSON) -> Any:
-    """A JSON text (RFC 8259), with the strictness of RFC 8785: unique members, no lone surrogates.
-    Raises InvalidBody."""
+    """JSON (RFC 8259), as in RFC 8785: unique members, no lone surrogates. Raises InvalidBody."""
     try:
         value = decoder.decode(body.decode("utf-8"))
         if b"\\u" in body:  # only an escape can write a lone surrogate
@@ -1144,8 +1127,7 @@ def audit_record(values: Sequence[Any]) -> bytes:
 
 
 class Keyring:
-    """The keys of one key file: the first signs, all verify. It never changes: a file with other
-    keys makes another Keyring."""
+    """The keys of one key file: the first signs, all verify. It never changes."""
 
     def __init__(
         self, keys: Sequence[SigningKey], audit_key: bytes, file: Optional[os.stat_result] = None
@@ -1189,10 +1171,9 @@ class Keyring:
     def verify(self, credential: bytes) -> Optional[Claims]:
         """The claims of a credential that we signed, however old it is; None of anything else.
 
-        The header is never parsed: it must be, byte for byte, the one that we write for a key
-        that we hold. So there is no algorithm to choose, no embedded key to trust, no kid to
-        look up elsewhere (RFC 8725 sections 2.1 and 3.10). The signature is compared as text, so it
-        has one spelling.
+        The header is never parsed: it must be, byte for byte, the one that we write for a key that
+        we hold. So there is no algorithm to choose, no embedded key to trust, no kid to look up
+        elsewhere (RFC 8725 sections 2.1 and 3.10). The signature has one spelling, that of a text.
         """
         if len(credential) > CREDENTIAL_MAXIMUM:
             return None
@@ -1249,10 +1230,7 @@ def resolve_file(path: str) -> str:
         if not stat.S_ISLNK(status.st_mode):
             return path
         if {status.st_uid, of_folder.st_uid} - {0, os.geteuid()} or of_folder.st_mode & 0o022:
-            raise OperatorError(
-                f"{path} is a link of another user, or in a folder that others may write: "
-                "name the file itself"
-            )
+            raise OperatorError(f"{path} is a link that others can replace: name the file itself")
         path = os.path.join(folder, os.readlink(path))
     raise OperatorError(f"{path} is a link that leads to itself: name the file itself")
 
@@ -1371,10 +1349,12 @@ def replacing(path: str, like: Optional[os.stat_result] = None) -> Iterator[Bina
         yield file
 
 
+OPEN_TO_ALL = "anybody can replace files in {0}: {1}, or chmod o-w {0}"
+
+
 def is_open_to_all(folder: Union[str, int]) -> bool:
     """Whether anybody may replace the files in a folder: others may write, and no sticky bit keeps
-    them from what is not theirs. What its group may do was meant: the group of a volume, or of one
-    user, has been chosen."""
+    them from what is not theirs. What its group may do was meant: a group has been chosen."""
     return os.stat(folder).st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH
 
 
@@ -1446,14 +1426,11 @@ class KeyFile:
         return load_keyring(self.path, self._database)
 
     def replace(self, keyring: Keyring) -> None:
-        """Put a keyring into it, whole or not at all. Raises OperatorError: also where it is the
-        first one, in a folder where anybody may replace it."""
+        """Put a keyring into it, whole or not at all. Raises OperatorError, also for a first one
+        where anybody may replace it."""
         folders = folders_open_to_all(self.path)
         if folders and keyring.file is None:
-            raise OperatorError(
-                f"anybody can replace files in {folders[0]}: name a key file in another folder "
-                f"with --key-file, or chmod o-w {folders[0]}"
-            )
+            raise OperatorError(OPEN_TO_ALL.format(folders[0], "name a file by --key-file"))
         try:
             with replacing(self.path, keyring.file) as file:
                 file.write(keyring.jwk_set())
@@ -1727,15 +1704,6 @@ def canonical(statement: str) -> str:
     return " , ".join([head, *sorted(re.split(r" , (?![^()]* \))", body)), tail])
 
 
-SQLITE_VERSION = sqlite3.sqlite_version
-
-
-def has_wal_reset_bug(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
-    """Whether a SQLite can corrupt a WAL database when a checkpoint meets another's write."""
-    is_fixed = (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
-    return (3, 7, 0) <= version < (3, 51, 3) and not is_fixed
-
-
 class Token(NamedTuple):  # like the records below: a row, with the columns of SCHEMA
     id: int
     secret_hash: bytes
@@ -1869,8 +1837,7 @@ class StoreBusy(StoreError):
 
 
 class BadRow(StoreError):
-    """A row holds what we never write: SQLite takes any type into any column. The transaction is
-    sound, and what does not read the row goes on."""
+    """A row holds what we never write: SQLite takes any type. What does not read it goes on."""
 
 
 # By its type in a record, the type of a value in SQLite.
@@ -1882,11 +1849,16 @@ def _name(value: Any) -> str:
     return id_text(value) if isinstance(value, int) else ascii(value)
 
 
+def _kinds(record: type[Any]) -> list[tuple[type, ...]]:
+    """The types that each column of a record may have."""
+    hints = typing.get_type_hints(record, globals()).values()
+    return [typing.get_args(hint) or (hint,) for hint in hints]
+
+
 @lru_cache(maxsize=256)
 def _fits(record: type[Any], types: tuple[type, ...]) -> bool:
     """Whether a record can be made of values of these types."""
-    hints = typing.get_type_hints(record, globals()).values()
-    return all(each in (typing.get_args(hint) or (hint,)) for each, hint in zip(types, hints))
+    return all(each in kinds for each, kinds in zip(types, _kinds(record)))
 
 
 def _text(octets: bytes) -> Union[str, bytes]:
@@ -1969,8 +1941,8 @@ class WriteLock:
     A waiter takes the gate, then waits for the lock while it holds the gate, so that no other
     process overtakes it; with the lock alone a busy server starves all others. A process that
     stops asking has to release the gate. The files are never unlinked: a lock on an unlinked file
-    excludes no process. They are opened at the first try, which may raise OperatorError for files
-    that another user put there. Checkpoints take it too: see has_wal_reset_bug().
+    excludes no process. They are opened at the first try, and that may raise OperatorError. For
+    checkpoints too: SQLite before 3.51.3 can corrupt a database when one meets another's write.
     """
 
     def __init__(self, database: str) -> None:
@@ -2031,11 +2003,8 @@ class WriteLock:
 
 
 class Database:
-    """A file, a connection of SQLite to it, its statements and their errors, and the schema.
-
-    After Unrecoverable it is not closed: SQLite would checkpoint, and unlink whatever WAL is at the
-    path by then.
-    """
+    """A file, a connection of SQLite to it, its statements and their errors, and the schema. After
+    Unrecoverable it is not closed: SQLite would unlink whatever WAL is at the path by then."""
 
     def __init__(self, path: str) -> None:
         self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
@@ -2128,8 +2097,6 @@ class Database:
         self._is_lost = True
         return Unrecoverable(f"{reason}: start again")
 
-    # The schema.
-
     def version(self) -> int:
         return int(self.value("PRAGMA user_version"))
 
@@ -2139,10 +2106,7 @@ class Database:
         if application != APPLICATION_ID and self.value("SELECT count(*) FROM sqlite_master"):
             raise StoreError(f"{self.path}: it is the database of another program")
         if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.path}: it was made by a newer hostenroll (schema {version}, this one "
-                f"knows {SCHEMA_VERSION}): use that one"
-            )
+            raise StoreError(f"{self.path}: of a newer hostenroll (schema {version}): use that one")
         if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *MIGRATIONS):
             raise StoreError(f"{self.path}: its schema version {version} was never one of ours")
         return bool(application == APPLICATION_ID)
@@ -2223,6 +2187,8 @@ class Database:
 
 class Engine(Database):
     """The database, its files and its transactions: begin(), statements, commit() or rollback()."""
+
+    sqlite_version = sqlite3.sqlite_version
 
     def __init__(self, path: str) -> None:
         """Look at a path; open() opens it. Raises StoreError."""
@@ -2325,9 +2291,8 @@ class Engine(Database):
         return self._recognize()
 
     def close(self) -> None:
-        """Close, under the lock: the last connection to close checkpoints. If we cannot get it,
-        another process is at work, and ours is not the last. Raises Unrecoverable when it must not
-        be closed, since the files are not ours any more."""
+        """Close, under the lock: the last connection to close checkpoints. If we cannot get it, we
+        are not the last. Raises Unrecoverable when the files are not ours any more."""
         try:
             if self._connection is None or self._is_lost:
                 return
@@ -2488,8 +2453,6 @@ class Engine(Database):
             faults.append(str(error))
         return faults
 
-    # Backups.
-
     def copy_to(self, copy: BinaryIO, pause: Progress) -> None:
         """Copy the database as the caller's read transaction sees it, while others go on writing,
         into the empty file of replacing(). SQLite opens it by its name: nothing is written unless
@@ -2543,8 +2506,7 @@ class Checkpoints:
         self._flush_failed = ""  # why
 
     def begin_part(self) -> None:
-        """Before a transaction that writes: have the reader begin, if a part is due. Without a
-        reader, the whole WAL is moved when it is large."""
+        """Before a transaction that writes: have the reader begin, if a part is due."""
         changes = self._engine.db.total_changes
         has_begun = self._moved_at > self._checkpointed_at
         is_due = changes - self._moved_at >= (CHECKPOINT_REST if has_begun else CHECKPOINT_AFTER)
@@ -2562,8 +2524,7 @@ class Checkpoints:
             self.release_reader()
 
     def run(self, is_forced: bool = False) -> None:
-        """Between transactions: move a part of the WAL into the database, or all of it, if it is
-        time or is_forced, and no other writer is at work."""
+        """Between transactions: move a part of the WAL, or all, if it is time or is_forced."""
         changes = self._engine.db.total_changes
         has_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
         is_rest = has_begun and changes - self._moved_at <= CHECKPOINT_REST
@@ -2682,10 +2643,18 @@ class Queries:
     def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
         return next(iter(self._all(record, rest, *values)), None)
 
-    def _newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
+    def get(self, record: Callable[..., T], id: Union[int, str]) -> Optional[T]:
+        return self._one(record, "WHERE id = ?", id)
+
+    def newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
         key, (owned, owners) = record._fields[0], _owned_by(owner)
         rest = f"WHERE {owned} {key} < ? ORDER BY {key} DESC LIMIT ?"
         return self._all(record, rest, *owners, before, limit)
+
+    def revoke(self, record: type[Union[ApiKey, Token]], number: int, now: int) -> bool:
+        """False when it is revoked already."""
+        rest = "SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
+        return self._run(f"UPDATE {TABLES[record]} {rest}", now, number) == 1
 
     def _insert(self, table: str, columns: Sequence[str], *rows: Sequence[Any]) -> None:
         """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
@@ -2710,27 +2679,11 @@ class Queries:
         self._run(f"DELETE FROM {table}")
         self._insert(table, ("id", *row._fields), (1, *row))
 
-    # Organizations, API keys, signing keys, service.
-
     def organizations(self) -> list[Organization]:
         return self._all(Organization, "ORDER BY id")
 
-    def has_organization(self, name: str) -> bool:
-        return self._value("SELECT 1 FROM organization WHERE id = ?", name) is not None
-
-    def api_key(self, number: int) -> Optional[ApiKey]:
-        return self._one(ApiKey, "WHERE id = ?", number)
-
-    def is_live_api_key(self, number: int) -> bool:
-        statement = "SELECT 1 FROM api_key WHERE id = ? AND revoked_at IS NULL"
-        return self._value(statement, number) is not None
-
     def api_keys(self) -> list[ApiKey]:
         return self._all(ApiKey, "ORDER BY id DESC")
-
-    def revoke_api_key(self, number: int, now: int) -> bool:
-        statement = "UPDATE api_key SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
-        return self._run(statement, now, number) == 1
 
     def signing_keys(self) -> list[SigningKeyRow]:
         return self._all(SigningKeyRow, "ORDER BY number DESC")
@@ -2770,23 +2723,11 @@ class Queries:
     def put_pin(self, pin: str) -> None:
         self._run("UPDATE service SET pin = ?", pin)
 
-    # Tokens.
-
-    def token(self, number: int) -> Optional[Token]:
-        return self._one(Token, "WHERE id = ?", number)
-
-    def tokens(self, organization: Optional[str], before: int, limit: int) -> list[Token]:
-        return self._newest(Token, organization, before, limit)
-
     def use_token(self, number: int, now: int, address: str) -> bool:
         """Take one use. False when it may not be taken: the guard against every race."""
         statement = """UPDATE token SET uses = uses + 1, used_at = ?, used_from = ?
              WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?"""
         return self._run(statement, now, address, number, now) == 1
-
-    def revoke_token(self, number: int, now: int) -> None:
-        statement = "UPDATE token SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
-        self._run(statement, now, number)
 
     def prune_tokens(self, after: int, before: int, ended: int, limit: int) -> Optional[int]:
         """Look at so many tokens with an id between after and before, and delete the ones that
@@ -2803,8 +2744,6 @@ class Queries:
         statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
         return [row[0] for row in self._rows(statement, number, limit)]
 
-    # Hosts.
-
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
         end = Host._fields.index("last_seen")  # the first column of heartbeat
@@ -2814,14 +2753,11 @@ class Queries:
         return True
 
     def host(self, number: int) -> Optional[Host]:
-        return self._one(Host, "WHERE id = ?", number)
+        return self.get(Host, number)
 
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
         """The host that a token admitted last, with an Idempotency-Key."""
         return self._one(Host, "WHERE admitted_by = ? AND idempotency = ?", token, idempotency)
-
-    def hosts(self, organization: Optional[str], before: int, limit: int) -> list[Host]:
-        return self._newest(Host, organization, before, limit)
 
     def hosts_by_hostname(self, organization: str, hostname: str, limit: int) -> list[Host]:
         """The newest of an organization by a hostname: RFC 4343, without the final dot."""
@@ -2852,8 +2788,6 @@ class Queries:
         self._run(statement, now, number)
         self._run("DELETE FROM host WHERE id = ?", number)
 
-    # Heartbeats.
-
     def beat(self, rows: Sequence[tuple[int, int, int, int]]) -> int:
         """Write heartbeats: last_seen, host_id, serial and last_seen again; how many matched."""
         return self._many(_BEAT, rows)
@@ -2878,8 +2812,6 @@ class Queries:
         statement = "UPDATE heartbeat SET serial = ?, key_number = ? WHERE host_id = ?"
         self._run(statement, serial, key_number, number)
 
-    # The audit log.
-
     def last_event(self) -> tuple[int, bytes]:
         """Number and mac that the next event is chained to."""
         for table in ("audit", "audit_anchor"):  # a forger's mac may be a text, which bytea is not
@@ -2893,8 +2825,7 @@ class Queries:
         self._insert("audit", Event._fields, *events)
 
     def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
-        events = self._newest(Event, organization, before, limit)
-        return [event.legible() for event in events]
+        return [event.legible() for event in self.newest(Event, organization, before, limit)]
 
     def events_after(self, number: int, limit: int) -> list[Event]:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
@@ -2947,11 +2878,9 @@ def bad_rows(engine: Engine, limit: int) -> list[str]:
     for record, table in TABLES.items():
         if record in (Event, Anchor, HostState):
             continue
-        hints = typing.get_type_hints(record, globals()).items()
-        kinds = {each: typing.get_args(hint) or (hint,) for each, hint in hints}
         wrong = " OR ".join(
-            f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds[column])})"
-            for column in kinds
+            f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds)})"
+            for column, kinds in zip(record._fields, _kinds(record))
         )
         of = f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}"
         names += [f"{table.partition(' ')[0]} {_name(row[0])}" for row in engine.rows(of)]
@@ -3178,20 +3107,17 @@ class Rules:
             return call.by.organization
         if call.by.organization not in (ALL_ORGANIZATIONS, asked):
             raise NotFound("There is no such organization.")
-        if not self._queries.has_organization(asked):
+        if self._queries.get(Organization, asked) is None:
             detail = "there is no such organization: add-org makes one"
             raise problem(errors=[FieldError(field, detail)])
         return asked
 
-    @staticmethod
-    def _own(call: Call, row: Optional[AnyRow], noun: str) -> AnyRow:
+    def _own(self, call: Call, record: type[AnyRow]) -> AnyRow:
         """The row that a call is about. Raises NotFound, also if another organization has it."""
+        row = self._queries.get(record, call.id)
         if row is None or call.by.organization not in (ALL_ORGANIZATIONS, row.organization_id):
-            raise NotFound(f"There is no {noun} with this id.")
+            raise NotFound(f"There is no {KINDS[record].replace('api-', 'API ')} with this id.")
         return row
-
-    def _host(self, call: Call) -> Host:
-        return self._own(call, self._queries.host(call.id), "host")
 
     def _page(
         self, call: Call, read: Callable[[Owner, int, int], Sequence[Any]],
@@ -3272,14 +3198,13 @@ class EventLimit:
 class AuditLog(Rules):
     """What happened, event after event.
 
-    Rules record events while a tick runs; just before the commit they are chained to the last
-    one (each MAC covers its event and the MAC before it) and written, after it they are logged.
-    A refused call's events are undone with it, then its refusal is recorded. Refusals outside of
-    a tick that writes are pending until the next one.
+    Rules record events while a tick runs; just before the commit they are chained to the last one
+    (each MAC covers its event and the MAC before it) and written, after it they are logged. A
+    refused call's events are undone with it, then its refusal is recorded. Refusals outside of a
+    tick that writes are pending until the next one.
 
     Any peer can cause refusals: of these a code and an organization are a kind, so that the noise
-    of one does not hide the refusals of another. Any host can cause renewals, replays and changed
-    facts: of these each host has kinds of its own.
+    of one hides no other's. Renewals, replays and changed facts have kinds for each host.
     """
 
     def __init__(self, registry: Registry, keep: Optional[int]) -> None:
@@ -3332,8 +3257,7 @@ class AuditLog(Rules):
             self.pending.append(self.events.pop())
 
     def sum_up(self, now: int, at_once: bool = False) -> None:
-        """In a tick: end the periods that are over, or all at once. What was only counted in them
-        becomes one event of each kind."""
+        """In a tick: end the periods that are over, or all. What they counted becomes events."""
         for limit in self.limits:
             is_over = not 0 <= now - limit.since < limit.length_ms
             if at_once or is_over:
@@ -3511,8 +3435,7 @@ def verify_audit(
     which names the first event that is not as it was written; StoreError.
 
     In slices, each in a read transaction of its own: one for all would keep the WAL of a busy
-    server from restarting. That server may prune events meanwhile, which it has verified: then
-    the next slice begins at the new anchor.
+    server from restarting. Where that server prunes meanwhile, a slice begins at the new anchor.
     """
     queries, link, start, has_head = Queries(engine), Link(0, b""), -1, False
     while True:
@@ -3587,11 +3510,9 @@ class SigningKeys(Rules):
     # Idempotency-Key, a heartbeat with a credential that is due. From a host that wants to fill the
     # disk it comes a million times. So until it is used, past its end or an hour old, the newest
     # credential is signed again, without an event or a wait for the disk. Its hash shows that the
-    # bytes are the same, for the first key or the lifetime may have changed.
-    #
-    # Another address gets another credential: of two machines with copies of one, the first to use
-    # its new one must supersede the other. When addresses alternate, that ends with the events that
-    # are listed in the hour; then all get the same.
+    # bytes are the same, for the first key or the lifetime may have changed. Another address gets
+    # another: of two machines with copies of one, the first to use its new one must supersede the
+    # other. When addresses alternate, that ends with the events of the hour; then all get the same.
 
     def sign(self, host: Host) -> IssuedCredential:
         """The credential with the highest serial of a host."""
@@ -3643,8 +3564,8 @@ class SigningKeys(Rules):
         return {row.kid for row in self._queries.signing_keys() if row.retired_at is None}
 
     def learn(self, actor: str, now: int, restarts_audit: bool = False) -> None:
-        """Have the database know the keys of the key file, and no others. The call that runs is not
-        the cause, so its origin is not recorded."""
+        """Have the database know the keys of the key file alone. The call that runs did not cause
+        that, so its origin is not recorded."""
         audit, known = self._registry.audit, self.known_kids()
         if restarts_audit:  # the audit key is a new one: only what follows can be verified with it
             put_anchor(self._queries, self.keyring, *self._queries.last_event())
@@ -3870,8 +3791,7 @@ class FailedAuthLimiter:
     """Wrong secrets by network, in the minute after the first of them.
 
     A flood of guesses gets 429 and a time to wait. Only wrong secrets are counted and refused: a
-    good one from the same address is let in. An attacker with more networks than are remembered
-    gets 401 for longer, and that is all.
+    good one is let in. Who has more networks than are remembered gets 401 for longer, that is all.
     """
 
     def __init__(self) -> None:
@@ -3913,19 +3833,18 @@ class ApiKeys(Rules):
 
     def revoke(self, call: Call, now: int) -> ApiKeyView:
         """Idempotent. Raises NotFound."""
-        key = self._own(call, self._queries.api_key(call.id), "API key")
-        if self._queries.revoke_api_key(key.id, now):
+        key = self._own(call, ApiKey)
+        if self._queries.revoke(ApiKey, key.id, now):
             self._record("revoke", call.by.name, key)
             key = key._replace(revoked_at=now)
         return ApiKeyView(key)
 
     def identify(self, text: str, request: str, origin: Origin, now: int) -> Principal:
-        """The caller that presents an API key with a request. Before the tick: ticks that write
-        may wait for the disk, and a flood of wrong keys must not get into one. Raises
-        ApiKeyInvalid, TooManyRequests, StorageUnavailable."""
+        """The caller that presents an API key with a request, before the tick: see Api.admit().
+        Raises ApiKeyInvalid, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(API_KEY_PREFIX, text)
         with self._registry.reading():
-            key = self._queries.api_key(secret.id) if secret else None
+            key = self._queries.get(ApiKey, secret.id) if secret else None
         name = tagged_id("api-key", secret.id) if secret else ""
         if secret is None or key is None or not equal_secrets(secret.digest(), key.secret_hash):
             problem = self._registry.failures.judge(ApiKeyInvalid(), origin.address, now)
@@ -3937,7 +3856,8 @@ class ApiKeys(Rules):
 
     def require_live(self, by: Principal) -> None:
         """In the tick: the key may have been revoked since identify(). Raises ApiKeyInvalid."""
-        if not self._queries.is_live_api_key(by.id):
+        key = self._queries.get(ApiKey, by.id)
+        if key is None or key.revoked_at is not None:
             raise self._revoked(by, "")
 
     @staticmethod
@@ -3974,7 +3894,7 @@ class Tokens(Rules):
 
     def reenroll(self, call: Call, now: int) -> TokenView:
         """A token that gives an existing host a new credential. Raises NotFound."""
-        host = self._host(call)
+        host = self._own(call, Host)
         return self._mint(call, host.organization_id, host.id, now)
 
     def _mint(self, call: Call, owner: str, host: Optional[int], now: int) -> TokenView:
@@ -3999,7 +3919,7 @@ class Tokens(Rules):
 
     def get(self, call: Call, now: int) -> TokenView:
         """Raises NotFound."""
-        return self._view(self._own(call, self._queries.token(call.id), "token"), now)
+        return self._view(self._own(call, Token), now)
 
     def _view(self, token: Token, now: int) -> TokenView:
         if token.host_id is None:
@@ -4010,9 +3930,8 @@ class Tokens(Rules):
 
     def revoke(self, call: Call, now: int) -> TokenView:
         """Idempotent. Raises NotFound."""
-        token = self._own(call, self._queries.token(call.id), "token")
-        if token.revoked_at is None:
-            self._queries.revoke_token(token.id, now)
+        token = self._own(call, Token)
+        if self._queries.revoke(Token, token.id, now):
             self._record("revoke", call.by.name, token)
         return self.get(call, now)
 
@@ -4021,7 +3940,7 @@ class Tokens(Rules):
         keys. Raises TokenUnknown, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(TOKEN_PREFIX, text)
         with self._registry.reading():
-            token = self._queries.token(secret.id) if secret else None
+            token = self._queries.get(Token, secret.id) if secret else None
         if secret is None or token is None or not equal_secrets(secret.digest(), token.secret_hash):
             name = tagged_id("token", secret.id) if secret else ""
             problem = self._registry.failures.judge(TokenUnknown(), origin.address, now)
@@ -4029,8 +3948,7 @@ class Tokens(Rules):
         return token
 
     def prune(self, now: int) -> bool:
-        """Look at up to PRUNED_AT_ONCE tokens and delete what ended TOKEN_KEPT ago. True:
-        the pass over all of them goes on.
+        """Look at up to PRUNED_AT_ONCE tokens, delete what ended TOKEN_KEPT ago. True: go on.
 
         Ids are in the order of time: a token minted since cannot have ended so long ago. A pass
         looks again at tokens that the last one kept, so it begins an hour after that. What a tick
@@ -4053,7 +3971,7 @@ class Tokens(Rules):
         def view(token: Token) -> Optional[TokenView]:
             return self._view(token, now) if state in (None, token_state(token, now)) else None
 
-        return self._page(call, self._queries.tokens, view)
+        return self._page(call, partial(self._queries.newest, Token), view)
 
 
 def changed_facts(host: Host, facts: Mapping[str, str]) -> dict[str, Any]:
@@ -4097,7 +4015,7 @@ class Enrollments(Rules):
         if known is None:
             self._require_valid(token, now)
         else:
-            self._require_replayable(self._queries.token(token.id) or token, known, now)
+            self._require_replayable(self._queries.get(Token, token.id) or token, known, now)
         names = token.hostname or call.values["hostname"], call.values["hostname"]
         if len({name.lower().rstrip(".") for name in names}) > 1:  # compared as in RFC 4343
             raise TokenHostMismatch()
@@ -4109,7 +4027,7 @@ class Enrollments(Rules):
             return Enrollment(known, issued, self._registry.interval)
         self._registry.engine.require_durable()
         if not self._queries.use_token(token.id, now, address):
-            self._require_valid(self._queries.token(token.id), now)
+            self._require_valid(self._queries.get(Token, token.id), now)
             raise TokenUsed()
         if token.host_id is None:
             return self._admit(token, key, call, now)
@@ -4335,7 +4253,7 @@ class Hosts(Rules):
 
     def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
-        return self._view(self._host(call), self._registry.service.period(now))
+        return self._view(self._own(call, Host), self._registry.service.period(now))
 
     def _view(self, host: Host, period: ServicePeriod) -> HostView:
         status = period.status(host.last_seen, host.revoked_at)
@@ -4351,7 +4269,7 @@ class Hosts(Rules):
 
     def edit(self, call: Call, now: int) -> HostView:
         """values: name, labels, or one of them. Raises NotFound."""
-        host, columns = self._host(call), dict(call.values)
+        host, columns = self._own(call, Host), dict(call.values)
         if "labels" in columns:
             columns["labels"] = json_text(columns["labels"])
         changes = {name: text for name, text in columns.items() if text != getattr(host, name)}
@@ -4362,23 +4280,22 @@ class Hosts(Rules):
 
     def revoke(self, call: Call, now: int) -> HostView:
         """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
-        host = self._host(call)
-        if host.revoked_at is None:
-            self._queries.activate(host.id, now)
-            self._record("revoke", call.by.name, host)
-        return self.get(call, now)
+        return self._activate("revoke", now, call, now)
 
     def restore(self, call: Call, now: int) -> HostView:
         """Let a host in again with the credential that it has. Idempotent. Raises NotFound."""
-        host = self._host(call)
-        if host.revoked_at is not None:
-            self._queries.activate(host.id, None)
-            self._record("restore", call.by.name, host)
+        return self._activate("restore", None, call, now)
+
+    def _activate(self, action: str, revoked_at: Optional[int], call: Call, now: int) -> HostView:
+        host = self._own(call, Host)
+        if (host.revoked_at is None) != (revoked_at is None):
+            self._queries.activate(host.id, revoked_at)
+            self._record(action, call.by.name, host)
         return self.get(call, now)
 
     def delete(self, call: Call, now: int) -> Host:
         """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
-        host = self._host(call)
+        host = self._own(call, Host)
         self._queries.delete_host(host.id, now)
         self._record("delete", call.by.name, host, hostname=host.hostname)
         return host
@@ -4418,30 +4335,25 @@ class Hosts(Rules):
                 own = json_text(stored_object(own))
             return self._view(host, period) if all(label in own for label in labels) else None
 
-        return self._page(call, self._queries.hosts, view)
+        return self._page(call, partial(self._queries.newest, Host), view)
 
 
 # The registry.
 #
 # Theory of operation: the tick. run() takes what has arrived and runs all of it in one
 # transaction, which waits for the disk once if anything in it is durable. Where a rule finds that
-# it has to be and is not, the transaction is rolled back and begun again. Heartbeats go first, in
-# one statement; then each call by itself, in a savepoint if it may write: a refused one is rolled
-# back, and the others stand.
+# it has to be and is not, it is rolled back and begun again. Heartbeats go first, in one statement;
+# then each call, in a savepoint if it may write: a refused one is undone, and the others stand.
 #
-# If the database fails, the whole transaction is dead: SQLite may have rolled it back, and one
-# more statement would be committed by itself. So every answer of the tick becomes 503, also that
-# of a read: it may have seen rows that are gone. If another process holds the write lock, run()
-# returns None: the server goes on with what only reads, and asks again.
-#
-# A defect in a rule is that call's 500. What cannot pass by itself (Unrecoverable, no memory)
-# passes through: nothing is rolled back or closed, the process ends.
+# If the database fails, the whole transaction is dead: SQLite may have rolled it back, and one more
+# statement would be committed by itself. So every answer of the tick becomes 503, also that of a
+# read: it may have seen rows that are gone. If another process holds the write lock, run() returns
+# None: ask again. A defect in a rule is that call's 500. What cannot pass by itself (Unrecoverable,
+# no memory) passes through: nothing is rolled back or closed, the process ends.
 
 
 class Registry:
     """The nouns of a database and its key file, and the transactions in which their rules run."""
-
-    sqlite_version = SQLITE_VERSION
 
     def __init__(
         self, engine: Engine, key_file: KeyFile, keyring: Keyring, *,
@@ -4567,8 +4479,7 @@ class Registry:
             self.storage_trouble = trouble
 
     def unavailable(self, error: StoreError, writes: bool) -> Problem:
-        """The refusal of calls that the database failed. Raises Unrecoverable where the reason is
-        that a newer program has migrated the database."""
+        """The refusal of calls that the database failed. Raises Unrecoverable: it was migrated."""
         with suppress(StoreError):
             self.engine.require_our_schema()
         self._note_failure(str(error), writes)
@@ -4638,10 +4549,7 @@ class Registry:
             if database == key_file:
                 raise OperatorError("database and key file have one name: rename one to copy both")
             if is_open_to_all(copies.descriptor):
-                raise OperatorError(
-                    f"anybody can replace files in {copies.path}: name another folder, or chmod "
-                    f"o-w {copies.path}"
-                )
+                raise OperatorError(OPEN_TO_ALL.format(copies.path, "name another folder"))
             if not try_flock(copies.descriptor):
                 raise StoreBusy(f"another backup into {copies.path} is under way")
             if os.path.lexists(database) or os.path.lexists(key_file):
@@ -4654,10 +4562,7 @@ class Registry:
             keyring = load_keyring(key_file, self.engine.path)
             if equal_secrets(keyring.audit_key, self.keys.keyring.audit_key):
                 return
-        raise OperatorError(
-            f"{folder} has other files of these names, such as another fleet's backup: name "
-            "another folder"
-        )
+        raise OperatorError(f"{folder} has other files of these names: name another folder")
 
     def _copy_pair(self, copies: Folder, names: Sequence[str], progress: Progress) -> None:
         """The key file is read last: then it has the keys that the copy of the database knows. Both
@@ -4885,21 +4790,17 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
         if copies:
             yield Finding("copy", True, f"{', '.join(copies)}: of a migration, may be removed")
-        bug = "has no WAL-reset bug"
-        if has_wal_reset_bug():
-            bug = "has the WAL-reset bug, which does no harm: one lock is around every checkpoint"
-        yield Finding("sqlite", True, f"{SQLITE_VERSION} {bug}")
+        yield Finding("sqlite", True, engine.sqlite_version)
         name = "rows"
         try:
-            if is_ours:
-                bad = ", ".join(bad_rows(engine, ERRORS_NAMED))
-                if bad:
-                    yield Finding(name, False, f"what we never write is in {bad}: {RESTORE}")
+            bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
+            if bad:
+                yield Finding(name, False, f"what we never write is in {bad}: {RESTORE}")
             name = "keys"
             keyring = load_keyring(key_file, engine.path)
             if not is_pair(engine, keyring):
                 raise OperatorError(f"{key_file} is not the key file of this database")
-            yield Finding("keys", True, f"{len(keyring.keys)} in {key_file}")
+            yield Finding(name, True, f"{len(keyring.keys)} in {key_file}")
             name = "audit"
             if version >= AUDITED_SINCE:
                 strangers = Queries(engine).not_minted(ERRORS_NAMED)
@@ -4924,8 +4825,8 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
 # takes bytes and returns requests, a writer takes a response and returns bytes.
 #
 # http.server's own parser is not used: from Python 3.9 to 3.13 it accepts two Content-Length fields
-# that differ, ignores Transfer-Encoding, reads "+4" and "0_4" as lengths, and drops every field
-# after a line without a colon.
+# that differ, ignores Transfer-Encoding, reads "+4" as a length, and drops every field after a line
+# without a colon.
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 
@@ -5006,8 +4907,7 @@ class Request(NamedTuple):
 
 
 def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
-    """Field lines by lower-case name. No line folding and no white space before the colon: RFC 9112
-    section 5 tells servers to refuse both."""
+    """Field lines by lower-case name. RFC 9112 section 5: no folding, no space before the colon."""
     if len(lines) > FIELDS_MAXIMUM:
         raise HeadTooLarge()
     fields: dict[str, list[bytes]] = {}
@@ -5233,15 +5133,10 @@ class ChunkedBody:
 
 
 class RequestReader:
-    """The requests in a stream of bytes, one by one. After a Problem there are no more: where the
-    next one would start is not known."""
-
-    __slots__ = ("_authorization", "_chunked", "_head", "address", "buffer", "connection", "number",
-                 "peer", "proxies")  # fmt: skip
+    """The requests in a stream of bytes, one by one; after a Problem there are no more."""
 
     def __init__(self, peer: str = "", connection: int = 0, proxies: Networks = ()) -> None:
-        """proxies: the trusted ones, if the peer is one of them. Then X-Forwarded-For names the
-        client of each request."""
+        """proxies: the trusted ones, if the peer is one: X-Forwarded-For names its clients."""
         self.peer = self.address = peer  # address: of the client of the latest head
         self.proxies = proxies
         self.connection = connection
@@ -5252,9 +5147,8 @@ class RequestReader:
         self._chunked: Optional[ChunkedBody] = None
 
     def next(self, data: bytes = b"") -> Optional[Request]:
-        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed. An
-        unfinished head is searched again with each piece, which is quadratic, but bounded: a head
-        has at most 16 KiB and ten seconds."""
+        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed. To
+        search a head again with each piece is quadratic, but bounded: by 16 KiB and ten seconds."""
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
@@ -5289,8 +5183,7 @@ class RequestReader:
 
     @staticmethod
     def _check_unfinished_head(buffer: bytes) -> None:
-        """Refuse at once what can never become a head: another protocol, a bare CR or LF, or too
-        many bytes."""
+        """Refuse at once what never becomes a head: another protocol, a bare CR or LF, too much."""
         if buffer.strip(b"\r") and not _TOKEN.match(buffer):  # a method is one
             raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
         pairs = buffer.count(b"\r\n")
@@ -5336,8 +5229,6 @@ class RequestReader:
 
 INTERNAL_REQUEST = RequestReader().unfinished()  # for the server's own calls
 
-
-# Responses.
 
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
@@ -7667,7 +7558,10 @@ IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
 
 # These stand in answers only.
-TIME = Timestamp()
+TIME = Text(  # as rfc3339() writes it
+    24, 24, r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z",
+    "like 2027-01-15T08:00:00.000Z", format="date-time",
+)  # fmt: skip
 MAYBE_TIME = Nullable(TIME)
 ACTOR = Text(255, 1)  # host:<id>, cli:<user> and so on
 ADDRESS = Text(255, 1)
@@ -7677,31 +7571,22 @@ INTERVAL = Integer(HEARTBEAT_INTERVAL_RANGE, "seconds")
 NEXT_INTERVAL = Integer((1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100))
 
 
-class Fact(NamedTuple):
-    """What an agent reports about its machine: in JSON, and as a column of the host."""
-
-    name: str
-    type: FieldType
-    column: str
-
-
 # fmt: off
-FACTS = (
-    Fact("os",            Text(128), "os"),
-    Fact("architecture",  Text(128), "architecture"),
-    Fact("dockerVersion", Text(128), "docker_version"),
-    Fact("agentVersion",  Text(64),  "agent_version"),
+FACTS = (  # what an agent reports about its machine: in JSON, and as a column of the host
+    Field("os",            Text(128)),
+    Field("architecture",  Text(128)),
+    Field("dockerVersion", Text(128)),
+    Field("agentVersion",  Text(64)),
 )
-FACT_FIELDS = [Field(fact.name, fact.type) for fact in FACTS]
-COLUMNS = {"hostname": "hostname", **{fact.name: fact.column for fact in FACTS}}
+COLUMNS = {name: re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+           for name in ("hostname", *(fact.name for fact in FACTS))}
 
 # What bodies, queries and headers may hold.
 NO_MEMBERS = Schema()
 ENROLL_BODY = Schema(
-    *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NEW_NAME), *FACT_FIELDS,
-    open=True)
+    *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NEW_NAME), *FACTS, open=True)
 ENROLL_HEADERS = Schema(Field("Idempotency-Key", IDEMPOTENCY_KEY))
-HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACT_FIELDS, open=True)
+HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACTS, open=True)
 REENROLL_FIELDS = (
     Field("ttlSeconds", Integer(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION))
 REENROLL_BODY = Schema(*REENROLL_FIELDS)
@@ -7724,15 +7609,12 @@ RETIRE_BODY = Schema(*required(kid=Text(64, 1)), Field("force", Choice("yes")))
 # fmt: on
 
 
-# Documents.
-
 CONSTANT = "__class__"  # an attribute that every record has: of members that do not depend on it
 
 
 class Member(NamedTuple):
     """A member of a document: its name, what it may be, the attribute of the record that holds it
-    (dotted where it is one of a part), and what makes JSON of that. One that is not required is
-    left out where the attribute is None."""
+    (dotted: of a part), and what makes JSON of that. One that is not required may be None."""
 
     name: str
     type: FieldType
@@ -7819,7 +7701,7 @@ HOST = Document(  # of a HostView
     Member("organizationId", SLUG,                 "host.organization_id"),
     Member("name",           NAME,                 "host.name"),
     Member("hostname",       HOSTNAME,             "host.hostname"),
-    *(Member(fact.name, fact.type, f"host.{fact.column}") for fact in FACTS),
+    *(Member(fact.name, fact.type, f"host.{COLUMNS[fact.name]}") for fact in FACTS),
     Member("labels",         LABELS,               "host.labels", stored_object),
     Member("status",         Choice(*STATUSES),    "status"),
     Member("statusReason",   SENTENCE,             "reason"),
@@ -7903,8 +7785,6 @@ SERVICE = Document(  # of a ServicePlace
 # fmt: on
 
 
-# Metrics.
-
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
 
 
@@ -7931,20 +7811,18 @@ def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
     yield from (("_sum", histogram.sum), ("_count", below))
 
 
-# fmt: off
 COUNTERS = (  # of Metrics.counts
-    ("heartbeats",  "Heartbeats that counted."),
+    ("heartbeats", "Heartbeats that counted."),
     ("enrollments", "Hosts enrolled or re-enrolled."),
-    ("renewals",    "Credentials renewed."),
+    ("renewals", "Credentials renewed."),
     ("connections", "Connections accepted."),
 )
 HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what they measure
-    ("requests",   "request_duration_seconds", "From the turn that takes a request to its answer."),
-    ("commits",    "commit_duration_seconds",  "To commit a tick that writes."),
-    ("lock_waits", "lock_wait_seconds",        "For another writer, where there was one."),
-    ("ticks",      "tick_requests",            "Requests in a tick that writes."),
+    ("requests", "request_duration_seconds", "From the turn that takes a request to its answer."),
+    ("commits", "commit_duration_seconds", "To commit a tick that writes."),
+    ("lock_waits", "lock_wait_seconds", "For another writer, where there was one."),
+    ("ticks", "tick_requests", "Requests in a tick that writes."),
 )
-# fmt: on
 
 
 def _metrics(registry: Registry, call: Call, now: int) -> Any:
@@ -7979,7 +7857,7 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
     sizes = zip(files, registry.engine.file_sizes())
     yield family("hostenroll_database_bytes", "gauge", "Size of the database's files.", sizes)
     python = ".".join(map(str, sys.version_info[:3]))
-    build = metric_labels(version=__version__, python=python, sqlite=registry.sqlite_version)
+    build = metric_labels(version=__version__, python=python, sqlite=registry.engine.sqlite_version)
     used = resource.getrusage(resource.RUSAGE_SELF)
     for name, kind, help, end, value in (
         ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
@@ -8027,16 +7905,16 @@ class Caller(NamedTuple):
 
 
 # fmt: off
-TOKEN_PROBLEMS = (TokenUnknown, TokenExpired, TokenRevoked, TokenUsed, TokenHostMismatch,
-                  TooManyRequests)
-CREDENTIAL_PROBLEMS = (CredentialMissing, CredentialInvalid, CredentialExpired,
-                       CredentialSuperseded)
 AGENT_PROBLEMS = (HostRevoked, HostUnknown, StorageUnavailable)
 USER_PROBLEMS = (ApiKeyInvalid, InvalidQuery, TooManyRequests, StorageUnavailable)
 CALLERS = {
     "open":       Caller("open", None, ()),
-    "token":      Caller("agent", None, (*TOKEN_PROBLEMS, *AGENT_PROBLEMS)),
-    "credential": Caller("agent", "credential", (*CREDENTIAL_PROBLEMS, *AGENT_PROBLEMS)),
+    "token":      Caller("agent", None, (
+        TokenUnknown, TokenExpired, TokenRevoked, TokenUsed, TokenHostMismatch, TooManyRequests,
+        *AGENT_PROBLEMS)),
+    "credential": Caller("agent", "credential", (
+        CredentialMissing, CredentialInvalid, CredentialExpired, CredentialSuperseded,
+        *AGENT_PROBLEMS)),
     "viewer":     Caller("user", "apiKey", USER_PROBLEMS),  # any API key
     "admin":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
 }
@@ -8329,8 +8207,7 @@ def _allow(methods: Iterable[str]) -> Headers:
 
 @lru_cache(maxsize=256)  # a path may be 16 KiB long
 def find_operation(method: str, path: str) -> tuple[Operation, str]:
-    """The operation of a request, and the id in its path. Raises NotFound, MethodNotAllowed,
-    UnknownMethod."""
+    """The operation, and the id in the path. Raises NotFound, MethodNotAllowed, UnknownMethod."""
     if method not in METHODS:
         raise UnknownMethod()
     methods, identifier = _find_path(path)
@@ -8528,7 +8405,7 @@ class Api:
             raise MalformedRequest(f"Idempotency-Key {error}.") from None
         body = ENROLL_BODY.check(parse_agent_json(request.body))
         token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
-        facts = {fact.column: body.get(fact.name, "") for fact in FACTS}
+        facts = {COLUMNS[fact.name]: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
         if token_state(token, now) != "valid" or (key is not None and token.uses > 0):
             # Most likely there is nothing to keep. If there is, the tick begins again.
@@ -8536,8 +8413,7 @@ class Api:
         return Call(operation, values=values, origin=request.origin)
 
     def _admit_heartbeat(self, request: Request, now: int) -> Work:
-        """A heartbeat that brings nothing new and needs no renewal is a plain one, which the tick
-        runs in one statement with all others."""
+        """A heartbeat that brings nothing new and needs no renewal becomes a plain one."""
         if not request.authorization:
             raise CredentialMissing()
         claims = self.registry.keys.authenticate(request.authorization, now)
@@ -8598,35 +8474,30 @@ class Api:
 # threads, nor its parser, nor the name look-up with which it starts are used.
 #
 # Contents: connection states; TLS; Connections, which keeps them, receives and sends; Exchanges,
-# from requests to answers; Server, whose _turn() is the loop; service managers; the client of
-# bench.
+# from requests to answers; Server, whose _turn() is the loop; service managers; bench's client.
 
 
 # Connection states: theory of operation
 #
-# A connection is in one state, which says what the server waits for: for bytes of the peer
-# (HANDSHAKE, HEAD, BODY, IDLE, LINGER), for the peer to take bytes of ours (WRITING), or for
-# nothing of the peer's (BUSY: its request is run, or waits for its turn; CLOSED). It begins in
-# HEAD, or in HANDSHAKE if the server speaks TLS. STATES has a row for each state, TRANSITIONS the
-# states that may follow; only Connections.move() changes one for another.
+# A connection is in one state, which says what the server waits for: bytes of the peer (HANDSHAKE,
+# HEAD, BODY, IDLE, LINGER), the peer to take ours (WRITING), or nothing of the peer's (BUSY: its
+# request is run, or waits for its turn; CLOSED). It begins in HEAD, with TLS in HANDSHAKE. STATES
+# has a row for each, TRANSITIONS those that may follow; only Connections.move() changes the state.
 #
-# All connections in a state have the same time for it. So each state keeps them in a queue, the
-# longest waiting first, and a turn looks at the heads of eight queues, not at thousands of
-# connections. To enter a state again does not move the deadline: a peer that sends or takes a byte
-# now and then buys no time with it. Only IDLE starts again, with each answer. When a deadline has
-# passed, Server._expire() answers 408 if a request may have begun, and closes.
+# All connections in a state have the same time for it. So each state has a queue, the longest
+# waiting first, and a turn looks at eight heads, not at thousands of connections. To enter a state
+# again does not move the deadline: a byte now and then buys no time. Only IDLE starts again, with
+# each answer. Past a deadline Server._expire() answers 408 if a request may have begun, and closes.
 #
-# BUSY has no deadline and is not evicted: what runs there ends by itself, and may already be
-# committed. Its socket is not read, so a peer cannot pile up requests; but the selector goes on
-# watching it until the peer sends more, because most requests are answered before that. So, too, a
-# plain heartbeat on an idle connection stays IDLE: it is answered in the turn in which it arrived.
-# Only if that turn does not get the write lock does it become BUSY.
+# BUSY has no deadline and is not evicted: what runs ends by itself, and may be committed. Its
+# socket is not read, so a peer cannot pile up requests; but the selector watches it until the peer
+# sends more, because most requests are answered before that. So, too, a plain heartbeat stays IDLE
+# in the turn that answers it, and becomes BUSY only if that turn does not get the write lock.
 #
-# Output that the socket does not take at once makes the connection WRITING. When all of it is
-# taken, Connection.next_state follows: the state that was interrupted (by a part of the handshake,
-# or 100 Continue), or after an answer IDLE or CLOSED. A connection that is to be closed passes
-# through LINGER if the peer may still be sending: to close a socket with unread bytes resets it,
-# and the peer may lose the answer (RFC 9112 section 9.6).
+# Output that the socket does not take at once makes the connection WRITING. When all is taken,
+# Connection.next_state follows: the state that was interrupted (by a part of the handshake, or 100
+# Continue), or after an answer IDLE or CLOSED. To close a socket with unread bytes resets it, and
+# the peer may lose the answer: while it may be sending, LINGER comes first (RFC 9112 section 9.6).
 
 
 class State(NamedTuple):
@@ -8725,9 +8596,7 @@ def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
-    # curl, a process for each heartbeat, never resumes a session. Two tickets in each handshake
-    # cost 40 of its 283 us of CPU.
-    context.num_tickets = 0
+    context.num_tickets = 0  # curl never resumes a session; two tickets are 40 of 283 us of CPU
     context.set_alpn_protocols(["http/1.1"])
     try:
         for path in (certificate, key):
@@ -8753,11 +8622,7 @@ def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
 
 
 class Connection:
-    """A peer: its socket and state, its next request as far as it has arrived, and the output that
-    it has not taken yet."""
-
-    __slots__ = ("buffered", "interest", "lingers", "next_state", "output", "reader", "socket",
-                 "state", "tls")  # fmt: skip
+    """A peer: its socket and state, its next request so far, and output that it has not taken."""
 
     def __init__(self, peer: socket.socket, reader: RequestReader, state: State) -> None:
         self.socket = peer
@@ -8843,8 +8708,7 @@ class Connections:
         return late
 
     def evictable(self) -> Optional[Connection]:
-        """The one to close for a new one: the longest waiting of the lowest rank, so that idle
-        connections do not push out busy ones."""
+        """The one to close for a new one, the longest waiting of the lowest rank: no busy one."""
         queues = [(s.eviction, queue) for s, queue in self._queues.items() if s.eviction and queue]
         queues.sort(key=lambda ranked: (ranked[0], next(iter(ranked[1].values()))))
         return next(iter(queues[0][1])) if queues else None
@@ -8972,12 +8836,11 @@ class Connections:
 #
 # serve_forever() repeats Server._turn(). A turn reads whatever has arrived, at most one request of
 # each connection, and turns it into calls: Api.match() or Api.admit() gives a Heartbeat or a Call,
-# or an answer at once. It goes on with admit() for JUDGING_TIME; the other requests wait for the
-# next turn, so a crowd of requests that are slow to judge holds up itself. What may write becomes
-# pending, and all of that is run as one transaction, a tick, with one time; the answers are sent
-# when it is committed. So the more there is to do, the more each commit carries. Calls that only
-# read wait in another queue and are run one in a turn: no heartbeat waits for more than one page of
-# a list.
+# or an answer at once. It goes on with admit() for JUDGING_TIME, so a crowd of requests that are
+# slow to judge holds up itself. What may write becomes pending, and all of that is run as one
+# transaction, a tick, with one time; the answers are sent when it is committed. So the more there
+# is to do, the more each commit carries. Calls that only read wait in another queue and are run one
+# in a turn: no heartbeat waits for more than one page of a list.
 #
 # Where another process holds the write lock, the tick is not run and the turn goes on without it:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
@@ -9027,8 +8890,7 @@ class Exchanges:
             self._connections.watch(connection, 0)
 
     def read(self, connection: Connection) -> None:
-        """Take what has arrived. A plain heartbeat that arrives whole between two requests becomes
-        pending by the fast path."""
+        """Take what has arrived: a plain heartbeat, by the fast path, or bytes of a request."""
         try:
             data = self._connections.receive(connection)
         except Problem as problem:
@@ -9136,8 +8998,7 @@ class Exchanges:
         self.pending.append((None, Call(rule), INTERNAL_REQUEST.head, self._connections.moment))
 
     def run_tick(self) -> bool:
-        """Run what may write. While another process writes, more gathers, and we try again. True
-        if housekeeping has more to do."""
+        """Run what may write, unless another process does. True if housekeeping has more to do."""
         moment = self._connections.moment
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
         if outcomes is None:
@@ -9265,8 +9126,6 @@ class Exchanges:
         else:
             self._connections.move(connection, IDLE)
 
-    # Defects.
-
     def guard(self, handle: Callable[..., None], connection: Connection, *more: Any) -> None:
         try:
             handle(connection, *more)
@@ -9288,8 +9147,7 @@ class Exchanges:
 
 
 def log_access(head: Head, origin: Origin, status: int, length: int, since: float) -> None:
-    """Write a line of the access log. length: of the content, in bytes; since: when the request
-    arrived, by the monotonic clock."""
+    """A line of the access log. length: of the content, in bytes; since: by the monotonic clock."""
     access = {
         "address": origin.address,
         "method": sanitize_path(head.method),
@@ -9306,8 +9164,7 @@ def log_access(head: Head, origin: Origin, status: int, length: int, since: floa
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens, without the look-up of our own name in HTTPServer.server_bind(): there
-    may be no DNS. Raises OSError."""
+    """A bound socket; server_bind() would ask DNS for our name, and wait. Raises OSError."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -9659,10 +9516,9 @@ def fit_connections(wanted: int) -> int:
 def closed_loop(
     port: int, requests: Iterator[bytes], connections: int, seconds: float, certificate: str = ""
 ) -> int:
-    """Load a server on this machine, in rounds: a request on each connection, then all answers.
-    With the file of a certificate to trust, each request has a TLS connection of its own; their
-    handshakes come one at a time, which costs the server a little more than a crowd's. Returns how
-    many were answered. Raises OperatorError for an answer other than 200, OSError."""
+    """Load a server on this machine, in rounds: a request on each connection, then all answers; how
+    many there were. With a certificate to trust, each request has a TLS connection of its own;
+    handshakes come one at a time, which costs a little more. Raises OperatorError, OSError."""
     context = ssl.create_default_context(cafile=certificate) if certificate else None
 
     def connect() -> socket.socket:
@@ -9691,10 +9547,9 @@ def closed_loop(
 # 11. Command line
 #
 # What people type and see around OPERATIONS. A secret or a requested value stands alone on stdout;
-# facts for people go to stderr. Exit status: 0 done, 1 failed, 2 usage, 3 refused. This section
-# alone prints, starts other programs, and reads the environment and the wall clock. A command that
-# is an operation turns words into its Call and performs it; main() ends the process when something
-# cannot pass by itself.
+# facts for people go to stderr. This section alone prints, starts other programs, and reads the
+# environment and the wall clock. A command that is an operation turns words into its Call and
+# performs it; main() ends the process when something cannot pass by itself.
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
@@ -9815,8 +9670,7 @@ class Screen(NamedTuple):
 
 
 def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
-    """COLUMNS overrides the terminal's own width (POSIX, Environment Variables); NO_COLOR
-    (no-color.org) and a dumb terminal have no colours."""
+    """COLUMNS overrides the terminal's width (POSIX), NO_COLOR (no-color.org) its colours."""
     try:
         if not stream.isatty():
             return Screen()
@@ -10450,8 +10304,7 @@ def subject_alternative_name(name: str) -> str:
     return f"DNS:{name}"
 
 
-# bench: a scratch fleet in a temporary folder, the real server on it in another process, and the
-# load from this one.
+# bench: a scratch fleet in a temporary folder, the real server on it, and the load from here.
 
 HEARTBEAT_REQUEST = (
     b"POST /api/agent/heartbeat HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
@@ -10488,7 +10341,8 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
     fleet. Returns heartbeats of all in turn, in random order, for ever."""
     by, hosts = Principal("cli:bench", ALL_ORGANIZATIONS, "admin"), session.arguments.hosts
     files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
-    facts, fleet, now = {fact.column: fact.name for fact in FACTS}, array("q"), session.now()
+    facts = {COLUMNS[fact.name]: fact.name for fact in FACTS}
+    fleet, now = array("q"), session.now()
     registry = open_registry(files[0], files[1], now)
     with session.progress("making the fleet") as progress:
         while len(fleet) < hosts:
@@ -10621,8 +10475,7 @@ TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
 
 
 class Command(NamedTuple):
-    """What people type: an example, what it runs, its arguments. An operation of the same name has
-    its summary, and what it takes and does."""
+    """What people type. An operation of the same name has its summary, what it takes and does."""
 
     name: str
     example: str
@@ -10907,9 +10760,8 @@ def main(argv: Optional[Sequence[str]] = None, *, environment: Mapping[str, str]
 
 
 def end_process(error: BaseException) -> NoReturn:
-    """Crash only: one line, and the end of the process, with nothing closed. To close a database
-    that was replaced, or that the disk did not take, would write to it; all that was acknowledged
-    is in its files, and the next start recovers it."""
+    """Crash only: one line, and the end, with nothing closed. To close a database that was replaced
+    would write to it; all that was acknowledged is in its files, and the next start recovers it."""
     try:
         text = str(error)
         if isinstance(error, MemoryError):

@@ -421,7 +421,7 @@ class RegistryDoor(Door):
 
 def fact_columns(facts, missing=None):
     """Facts by their columns; missing: the text of those that are not given, or None."""
-    columns = {column: facts.get(name, missing) for name, _, column in hostenroll.FACTS}
+    columns = {hostenroll.COLUMNS[name]: facts.get(name, missing) for name, *_ in hostenroll.FACTS}
     columns.update({"hostname": facts["hostname"]} if "hostname" in facts else {})
     return {column: text for column, text in columns.items() if text is not None}
 
@@ -1005,7 +1005,7 @@ WITHOUT_PROC = "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && e
     "as a module": ((), "-m hostenroll", False),
     "without memfd_create": (("env", "PYTHONPATH=strange"), "{}", False),
     "without /proc": (WITHOUT_PROC, "{}", False),
-}, "without site-packages", "as a module", "without memfd_create", "without /proc"))  # fmt: skip
+}, "without site-packages", "as a module", "without memfd_create"))  # fmt: skip
 def test_one_file_alone_in_a_folder_is_the_whole_program(before, after, restarts, tmp_path):
     """A server starts itself again from compiled code, which saves memory, where the system can."""
     hides = shutil.which("unshare") and subprocess.call([*WITHOUT_PROC, "true"], stderr=-3) == 0
@@ -1514,7 +1514,7 @@ VALUES = [
     " a", "a\u00a0", "a\u3164b", "\u0301a", "e\u0301", "a\u200db", "a\u200d", "I \u2764\ufe0f U",
 ]  # fmt: skip
 ANSWER_TYPES = {
-    "time": hostenroll.Timestamp(), "text or null": hostenroll.Nullable(WORD),
+    "time": hostenroll.TIME, "text or null": hostenroll.Nullable(WORD),
     "choice or null": hostenroll.Nullable(COLOUR), "list of texts": hostenroll.ListOf(WORD, 2),
     "list of texts or null": hostenroll.ListOf(hostenroll.Nullable(WORD), 2),
     "list of lists": hostenroll.ListOf(hostenroll.ListOf(COLOUR, 1), 1),
@@ -1693,9 +1693,11 @@ NO_DIGITS = ["", "+3", " 3", "3 ", "3\n", "0x3", "3.0", "1_0", "\u0663", "\u00b3
 
 @pytest.mark.parametrize("text", NO_DIGITS, ids=lambda text: repr(text[:9]))
 def test_a_count_in_a_query_is_plain_digits(text):
-    with pytest.raises(hostenroll.InvalidQuery):
-        SCHEMA_OF_FOUR.parse([("count", text)])
-    assert SCHEMA_OF_FOUR.parse([("count", "3")]) == {"count": 3}
+    word = ("word", "web")
+    with pytest.raises(hostenroll.InvalidQuery) as refused:
+        SCHEMA_OF_FOUR.parse([word, ("count", text)])
+    assert [error.field for error in refused.value.errors] == ["count"]
+    assert SCHEMA_OF_FOUR.parse([word, ("count", "3")]) == {"word": "web", "count": 3}
 
 
 def test_every_error_of_a_body_is_named_at_once():
@@ -1736,10 +1738,10 @@ def test_a_parameter_that_repeats_does_so_as_often_as_its_schema_allows():
     assert names == [("word", True), ("count", False), ("colour", False), ("label", False)]
     most = described[-1]["schema"]["maxItems"]
     pairs = [("label", f"a={n}") for n in range(most + 1)]
-    assert len(SCHEMA_OF_FOUR.parse(pairs[:-1])["label"]) == most
+    assert len(SCHEMA_OF_FOUR.parse([("word", "web"), *pairs[:-1]])["label"]) == most
     with pytest.raises(hostenroll.InvalidQuery) as refused:
         SCHEMA_OF_FOUR.parse(pairs)
-    assert [error.field for error in refused.value.errors] == ["label"]
+    assert [error.field for error in refused.value.errors] == ["label", "word"]
 
 
 def test_a_label_in_a_query_is_described_as_the_text_that_it_is():
@@ -2659,7 +2661,7 @@ def test_a_pin_is_the_hash_of_the_key_and_bytes_that_are_no_certificate_have_non
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
-@pytest.mark.parametrize("key", ["ec -pkeyopt ec_paramgen_curve:P-256", "rsa:2048", "ed25519"])
+@pytest.mark.parametrize("key", ["ec -pkeyopt ec_paramgen_curve:P-256", "rsa:1024", "ed25519"])
 def test_a_pin_is_the_one_that_openssl_computes(key, tmp_path):
     def openssl(words, data=b""):
         command, options = ["openssl", *words.split()], {"cwd": tmp_path, "input": data}
@@ -3920,7 +3922,7 @@ def test_a_use_that_may_not_be_taken_is_not(why, world, clock):
     if why == "used":
         assert world.perform(lambda now: queries.use_token(number, now, ""))
     elif why == "revoked":
-        world.perform(lambda now: queries.revoke_token(number, now))
+        world.perform(lambda now: queries.revoke(hostenroll.Token, number, now))
     else:
         clock.advance(hostenroll.TOKEN_TTL)
     assert world.perform(lambda now: queries.use_token(number, now, "")) is False
@@ -3928,7 +3930,8 @@ def test_a_use_that_may_not_be_taken_is_not(why, world, clock):
 
 def test_a_row_whose_id_is_taken_is_not_added_and_changes_nothing(world):
     queries, host = world.registry.queries, int(world.join()[0], 16)
-    key, token = world.act("mint-api-key").key, queries.token(number_of(world.token()))
+    key = world.act("mint-api-key").key
+    token = queries.get(hostenroll.Token, number_of(world.token()))
     before = world.snapshot()
     rows = [row._replace(created_at=1) for row in (token, key, queries.organizations()[0])]
     added = [world.perform(lambda now, row=row: queries.add(row)) for row in rows]
@@ -3959,15 +3962,6 @@ def test_the_strays_of_a_batch_are_found_whatever_its_size(world, clock, monkeyp
         beaten = world.registry.queries.beaten(clock.ms, [n << 8 for n in range(1, 31)])
         assert beaten == expected, maximum
     assert world.registry.queries.beaten(clock.ms, []) == set()
-
-
-def test_which_sqlite_has_the_wal_reset_bug():
-    has = "3.7.0 3.31.1 3.40.1 3.44.0 3.44.5 3.45.0 3.49.2 3.50.0 3.50.6 3.51.0 3.51.2"
-    has_not = "3.6.23 3.44.6 3.44.9 3.50.7 3.50.99 3.51.3 3.52.0 4.0.0"
-    expected = {**dict.fromkeys(has.split(), True), **dict.fromkeys(has_not.split(), False)}
-    versions = {text: tuple(map(int, text.split("."))) for text in expected}
-    found = {text: hostenroll.has_wal_reset_bug(numbers) for text, numbers in versions.items()}
-    assert found == expected
 
 
 # Older schemas.
@@ -5376,7 +5370,7 @@ def test_a_label_is_found_by_the_whole_of_it_and_however_it_is_kept(world):
     def odd_text():
         return "".join(chance.choices(odd, k=chance.randrange(5)))
 
-    for _ in range(100):
+    for _ in range(50):
         pairs = {chance.choice("abc"): odd_text() for _ in range(chance.randrange(4))}
         kept = chance.choice([json.dumps(pairs), hostenroll.json_text(pairs)])
         world.sql("UPDATE host SET labels = ?", kept)
@@ -6152,7 +6146,7 @@ class Life(Model):
         self.look_at_log()
 
 
-@pytest.mark.parametrize("acts", [800, pytest.param(10_000, marks=slow)])
+@pytest.mark.parametrize("acts", [500, pytest.param(10_000, marks=slow)])
 def test_a_long_random_life_is_as_the_model_says(acts, paths, clock):
     seed = int(os.environ.get("HOSTENROLL_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"to see it again: HOSTENROLL_SEED={seed}")
@@ -7757,7 +7751,7 @@ def games(numbers):
 
 @pytest.mark.parametrize("began, pruned", sample({
     "schema 2": (6, 0), "schema 2, anchored": (6, 2), "new": (0, 0), "new, anchored": (0, 3),
-}, "schema 2, anchored", "new"))  # fmt: skip
+}, "new"))  # fmt: skip
 def test_whatever_is_done_to_a_log_without_its_key_is_found(began, pruned, paths, clock):
     if began:
         old_log(paths, clock, pruned or None)
@@ -8300,7 +8294,7 @@ def test_the_reader_waits_for_the_rest_of_an_unfinished_message(data):
 EVERY = {**{name: row[0] for name, row in {**GOOD, **BAD}.items()}, **UNFINISHED}
 
 
-@pytest.mark.parametrize("data", table(EVERY))
+@pytest.mark.parametrize("data", sample(EVERY, *(set(EVERY) - {"too many chunks"})))
 def test_a_message_is_the_same_however_it_is_cut(data):
     whole, size = read_all([data]), len(data)
     edge, singly = (size, size) if size < 1000 else (24, 400)
@@ -11317,7 +11311,7 @@ def walk(door, key, path, cursor="", pages=50):
 
 
 def test_the_json_and_the_memory_of_a_page_are_bounded(world):
-    fill(world, 600)
+    fill(world, 240)
     large = json.dumps({f"k{n}": "\U0001f600" * 255 for n in range(32)})
     world.sql("UPDATE host SET labels = ?", large)
     seen, cursor, sizes = 0, "", []
@@ -11329,8 +11323,8 @@ def test_the_json_and_the_memory_of_a_page_are_bounded(world):
         cursor = page["nextCursor"]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seen == 600 and max(sizes) < hostenroll.PAGE_BYTES + 110_000
-    assert peak < 40_000_000  # never all the rows of a page at once: that would be 65 MB
+    assert seen == 240 and max(sizes) < hostenroll.PAGE_BYTES + 110_000
+    assert peak < 16_000_000  # never all the rows of a page at once: that would be 24 MB
 
 
 # Health, readiness, metrics.
@@ -11418,12 +11412,12 @@ def test_a_refusal_is_counted_when_it_is_the_answer_and_once(world):
 
 
 def test_what_waits_too_long_or_meets_a_defect_is_refused_and_counted(live, paths, monkeypatch):
-    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 0.05)
     beats, began = beat_bytes(live.join()[1]) * 5, time.monotonic()
     with write_lock(paths[0]):
         refused = [(reply.code, reply.headers["retry-after"]) for reply in live.send(beats)]
         assert refused == [("storage-unavailable", "5")] * 5
-        assert 0.1 < time.monotonic() - began < 2.2
+        assert 0.05 < time.monotonic() - began < 2.2
     assert [reply.status for reply in live.send(beats)] == [200] * 5
     monkeypatch.setattr(hostenroll, "find_operation", lambda *_: 1 // 0)
     assert live.call("GET", "/healthz").status == 500
@@ -12059,11 +12053,15 @@ def test_a_secret_that_could_not_be_looked_up_is_not_called_wrong(world):
 
 
 def test_a_secret_is_looked_up_once_in_a_request(world, monkeypatch):
-    lookups = []
-    for name in ("api_key", "token"):
-        query = getattr(hostenroll.Queries, name)
-        monkeypatch.setattr(hostenroll.Queries, name, lambda queries, number, query=query: (
-            lookups.append(number), query(queries, number))[1])  # fmt: skip
+    lookups, get = [], hostenroll.Queries.get
+
+    def counted(queries, record, number):
+        # In the tick a key may have been revoked meanwhile: that is asked by its id.
+        if record is hostenroll.Token or not world.registry.engine.db.in_transaction:
+            lookups.append(number)
+        return get(queries, record, number)
+
+    monkeypatch.setattr(hostenroll.Queries, "get", counted)
     token = world.token()
     assert len(lookups) == 1
     assert world.enroll(token).status == 201 and len(lookups) == 2
@@ -12499,9 +12497,14 @@ BEGUN = (
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40
 
 
+STALLED = {
+    "plain, at once": (False, True), "plain, one by one": (False, False),
+    "tls, at once": (True, True), "tls, one by one": (True, False),
+}  # fmt: skip
+
+
 @needs_proc
-@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("tls, at_once", sample(STALLED, "plain, at once", "tls, one by one"))
 def test_while_two_thousand_connections_stall_a_heartbeat_hardly_waits(tls, at_once, tmp_path):
     """A full queue of connections that wait to be accepted would cost an honest peer a second."""
     with start_server(tmp_path, how="process", tls=tls) as server:
@@ -12748,7 +12751,8 @@ def test_an_idle_server_stops_at_once_and_without_a_word(number, program, tmp_pa
 
 def test_a_server_at_its_limit_stops_like_any_other(paths, clock):
     with contextlib.ExitStack() as peers:
-        with start_server(paths, clock=clock, connections=1) as live:
+        options = {"connections": 1, "deadlines": in_states(linger=0.2)}
+        with start_server(paths, clock=clock, **options) as live:
             first = peers.enter_context(live.connect())
             first.sendall(b"nonsense\r\n\r\n")
             assert first.recv(65536)  # it lingers now, and there is no room for another
@@ -13632,7 +13636,7 @@ def narrow_lists(live, count, times):
     return live.peers(count, asked, lambda: small_buffers(live.port, 2048))
 
 
-@pytest.mark.parametrize("n, times", [(1, 16), (4, 16), (4, 1), pytest.param(30, 16, marks=slow)])
+@pytest.mark.parametrize("n, times", [(1, 6), (4, 6), (4, 1), pytest.param(30, 16, marks=slow)])
 def test_answers_that_are_not_taken_hold_only_so_much_memory(n, times, served):
     live, ended = served(400_000, hosts=1000), 0
     peers = narrow_lists(live, n, times)
@@ -13800,11 +13804,11 @@ def test_what_begins_byte_by_byte_has_one_deadline(tls, served):
 
 def test_a_body_in_tiny_chunks_has_one_deadline(served):
     """More chunks than are read at once buy no time, and no second 100 Continue."""
-    with served(deadlines=in_states(body=1)).connect() as peer:
+    with served(deadlines=in_states(body=0.3)).connect() as peer:
         peer.sendall(POST + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n")
         assert peer.recv(65536) == hostenroll.CONTINUE
         began, received = time.monotonic(), b""
-        peer.settimeout(0.4)
+        peer.settimeout(0.1)
         while b"408" not in received and time.monotonic() - began < 8:
             peer.sendall(b"1\r\n \r\n" * (hostenroll.CHUNK_LINES_AT_ONCE + 5))
             with contextlib.suppress(socket.timeout):
@@ -13861,7 +13865,7 @@ def test_a_server_that_ends_leaves_no_refusal_unwritten(count, locked, live, pat
     lock.__enter__()
     replies = live.send(beat_bytes("junk") * count)
     assert [reply.code for reply in replies] == ["credential-invalid"] * count
-    release = threading.Timer(1 if locked else 0, lambda: lock.__exit__(None, None, None))
+    release = threading.Timer(0.2 if locked else 0, lambda: lock.__exit__(None, None, None))
     release.start()
     live.terminate()
     release.join()
