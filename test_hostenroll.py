@@ -4169,10 +4169,11 @@ def killed_at(n, prepare, act):
     return status != 0
 
 
-def test_a_migration_that_is_killed_leaves_a_whole_old_database(paths, clock, tmp_path):
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=slow)])
+def test_a_migration_that_is_killed_leaves_a_whole_old_database(step, paths, clock, tmp_path):
     old_fleet(paths, clock)
     before, path, old = contents(paths[0]), str(tmp_path / "run.db"), 0
-    for n in itertools.count(1):
+    for n in itertools.count(1, step):
         lose(path)
         shutil.copy(paths[0], path)
         killed = killed_at(
@@ -4187,7 +4188,7 @@ def test_a_migration_that_is_killed_leaves_a_whole_old_database(paths, clock, tm
         assert sorted(anatomy(path)) != before[0]
         if not killed:
             break
-    assert version == hostenroll.SCHEMA_VERSION and old > 20
+    assert version == hostenroll.SCHEMA_VERSION and old > 20 // step
 
 
 def test_before_a_migration_a_copy_is_made_to_go_back_with(paths, clock):
@@ -7863,10 +7864,10 @@ def tries(world, token, credential, number):
         yield request_bytes(method, path, body, world.api_key)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["host", "heartbeat", "token", "api_key", "organization", "signing_key", "service"],
-)
+@pytest.mark.parametrize("name", [
+    "host", "heartbeat", pytest.param("token", marks=slow), "api_key", "organization",
+    "signing_key", "service",
+])  # fmt: skip
 def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, world, caplog):
     """The others of a tick stand."""
     (_, honest), refused = world.join(), set()
@@ -8297,7 +8298,7 @@ EVERY = {**{name: row[0] for name, row in {**GOOD, **BAD}.items()}, **UNFINISHED
 @pytest.mark.parametrize("data", sample(EVERY, *(set(EVERY) - {"too many chunks"})))
 def test_a_message_is_the_same_however_it_is_cut(data):
     whole, size = read_all([data]), len(data)
-    edge, singly = (size, size) if size < 1000 else (24, 400)
+    edge, singly = (size, size) if size < 1000 else (12, 200)
     between = range(edge, size - edge, size // 12 or 1)
     for cut in (*range(edge), *between, *range(size - edge, size)):
         assert read_all([data[:cut], data[cut:]]) == whole, cut
@@ -12301,7 +12302,7 @@ def test_a_peer_that_still_sends_can_read_the_refusal(live):
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_an_answer_that_is_not_taken_is_dropped(tls, served):
-    live = served(hosts=1000, tls=tls, connections=1, deadlines=in_states(writing=0.3))
+    live = served(hosts=1000, tls=tls, connections=1, deadlines=in_states(writing=0.1))
     ask = request_bytes("GET", "/api/hosts?limit=1000", bearer=live.api_key)
     with live.connect() if tls else small_buffers(live.port) as peer:
         peer.sendall(ask * 40)  # 16 MB of answers
@@ -12353,7 +12354,7 @@ def test_at_the_limit_a_connection_whose_request_runs_is_never_closed(served, pa
         for _ in range(3):  # the third comes when the requests of the others have been sent
             peers += live.peers(1)
             peers[-1].sendall(request_bytes("POST", "/api/hosts/tokens", {}, live.api_key))
-        assert not is_readable(peers[2], 0.3)
+        assert not is_readable(peers[2], 0.1)
     for peer in peers:
         assert peer.recv(65536).startswith(b"HTTP/1.1 201 ")
         peer.close()
@@ -12497,14 +12498,14 @@ BEGUN = (
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 40
 
 
-STALLED = {
+CROWDS = {
     "plain, at once": (False, True), "plain, one by one": (False, False),
     "tls, at once": (True, True), "tls, one by one": (True, False),
 }  # fmt: skip
 
 
 @needs_proc
-@pytest.mark.parametrize("tls, at_once", sample(STALLED, "plain, at once", "tls, one by one"))
+@pytest.mark.parametrize("tls, at_once", sample(CROWDS, "plain, at once", "tls, one by one"))
 def test_while_two_thousand_connections_stall_a_heartbeat_hardly_waits(tls, at_once, tmp_path):
     """A full queue of connections that wait to be accepted would cost an honest peer a second."""
     with start_server(tmp_path, how="process", tls=tls) as server:
@@ -12732,8 +12733,14 @@ sys.exit(hostenroll.main())
 CUTS = {"half of the head": b"enroll", "the head alone": b"{", "half of the body": b"hostname"}
 
 
-@pytest.mark.parametrize("program", [None, [sys.executable, "-c", LATE]], ids=["", "just before"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+STOPS = {
+    "SIGTERM": (signal.SIGTERM, None), "SIGINT": (signal.SIGINT, None),
+    "SIGTERM just before": (signal.SIGTERM, [sys.executable, "-c", LATE]),
+    "SIGINT just before": (signal.SIGINT, [sys.executable, "-c", LATE]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number, program", sample(STOPS, "SIGINT", "SIGTERM just before"))
 def test_an_idle_server_stops_at_once_and_without_a_word(number, program, tmp_path):
     options = {"program": program, "env": {"PYTHONPATH": str(ROOT)}}
     with start_server(tmp_path, how="process", **options) as server:
@@ -13762,7 +13769,7 @@ def test_a_peer_that_sends_more_during_its_last_answer_gets_all_of_it(parts, twi
     """However slowly it reads. What arrives at a closed socket resets the connection: RFC 9112
     section 9.6."""
     twins[twin].server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # inherited
-    for _ in range(5):
+    for _ in range(2):
         peer = small_buffers(twins[twin].port)
         if twin:
             peer = twins[twin].tls.wrap_socket(peer, server_hostname="enroll.lan")
@@ -13833,7 +13840,7 @@ def test_a_heartbeat_in_the_middle_of_a_request_is_a_part_of_it(live):
 @pytest.mark.parametrize("ends", ["", "because it asks for that", "because the server stops"])
 def test_a_heartbeat_that_waits_has_no_deadline_and_is_not_overtaken(ends, served, paths):
     """And where the connection ends, it is the last."""
-    live = served(deadlines=all_states(0.1))
+    live = served(deadlines=all_states(0.05))
     beat = beat_of(live, *([("Connection", "close")] if "asks" in ends else []))
     with live.connect() as peer, peer.makefile("rb") as stream:
         exchange(peer, stream, HEALTH)
@@ -13843,7 +13850,7 @@ def test_a_heartbeat_that_waits_has_no_deadline_and_is_not_overtaken(ends, serve
             if "stops" in ends:
                 live.server.stop()
                 until(lambda: is_refused(live.port))
-            time.sleep(0.3)  # longer than any deadline
+            time.sleep(0.15)  # longer than any deadline
             peer.sendall(b"" if ends else HEALTH)
             assert not is_readable(peer, 0.05)
         reply = read_reply(stream)
@@ -14680,7 +14687,7 @@ def test_what_is_refused_is_one_line_and_changes_nothing(status, word, words, op
     made = {f"hostenroll.{name}" for name in ("db", "db.gate", "db.lock", "key")}
     assert set(os.listdir(operator.folder)) <= made
     if os.path.exists(operator.paths[0]):
-        assert operator.json("list-tokens")["tokens"] == []
+        assert sql(operator.paths[0], "SELECT * FROM token") == []
 
 
 @pytest.mark.parametrize("status, pattern, words", by_words(PROCESS_ENDS))
@@ -14741,7 +14748,8 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
     }  # fmt: skip
     for (name, command), form in itertools.product(COMMAND.items(), ((), ("--json",))):
         words = command.example.split()
-        assert hostenroll.parse_arguments(words, {}).command is command
+        if not form:
+            assert hostenroll.parse_arguments(words, {}).command is command
         if name in RUN_ELSEWHERE or (form and name in WITHOUT_JSON):
             continue
         if command.operands == ["ID"]:
@@ -15785,8 +15793,7 @@ def test_an_empty_log_has_a_head_too(operator):
 
 
 @pytest.mark.parametrize("change", sample(
-    HOSTILE_EVENTS, "a number that none can follow", "a time that is text",
-    "an action with an escape", "detail with an escape", "detail that is no JSON",
+    HOSTILE_EVENTS, "a number that none can follow", "detail with an escape",
     "detail that is not UTF-8", "a time beyond all calendars",
 ))  # fmt: skip
 def test_a_hostile_event_can_be_shown_and_is_named(change, audited):
@@ -16115,13 +16122,16 @@ def units(tmp_path_factory):
     shutil.copy(MODULE, program)
     python = folder / ODD_FOLDER / "python"
     python.symlink_to(os.path.realpath(sys.executable))
+    printing = []
     for name, words in (
         ("hostenroll.service", (sys.executable, program, "unit")),
         ("hostenroll.socket", (sys.executable, program, "unit", "--socket")),
         ("odd.service", (python, program, "unit")),
         ("dynamic.service", (sys.executable, program, "unit", "--dynamic-user")),
     ):
-        (folder / name).write_bytes(subprocess.run(words, stdout=subprocess.PIPE).stdout)
+        with (folder / name).open("wb") as file:
+            printing.append(subprocess.Popen(words, stdout=file))
+    assert [process.wait() for process in printing] == [0] * 4
     return folder
 
 
