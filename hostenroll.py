@@ -308,6 +308,7 @@ BENCH_SHARE = 0.7  # of a full core's rate: a fleet needs room for its bad days
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 DEFAULT_DATABASE, DEFAULT_KEY_FILE = "hostenroll.db", "hostenroll.key"  # beside each other
+SERVICE_DATABASE = "/var/lib/hostenroll/hostenroll.db"  # of the unit: commands look here last
 
 log = logging.getLogger("hostenroll")
 log.addHandler(logging.NullHandler())  # commands print what went wrong themselves, once
@@ -3023,6 +3024,13 @@ class HostView(NamedTuple):
     warnings: Sequence[str] = ()
 
 
+class DeletedHost(NamedTuple):
+    """A host that is gone, and the token that it came in by last if that still lets hosts in."""
+
+    host: Host
+    token: Optional[Token]
+
+
 class SigningKeyView(NamedTuple):
     """A signing key, its state, and how many hosts hold a credential that it signed."""
 
@@ -4293,12 +4301,14 @@ class Hosts(Rules):
             self._record(action, call.by.name, host)
         return self.get(call, now)
 
-    def delete(self, call: Call, now: int) -> Host:
+    def delete(self, call: Call, now: int) -> DeletedHost:
         """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
         host = self._own(call, Host)
         self._queries.delete_host(host.id, now)
         self._record("delete", call.by.name, host, hostname=host.hostname)
-        return host
+        token = self._queries.get(Token, host.admitted_by)
+        is_good = token is not None and token_state(token, now) == "valid"
+        return DeletedHost(host, token if is_good else None)
 
     def census(self, by: Principal, now: int) -> Optional[Census]:
         """The hosts that a caller sees, counted; None: a slice was counted, ask again in a later
@@ -6006,6 +6016,8 @@ main() {
     [ -n "$facts" ] || gather_facts
     [ -z "$enrolled" ] || [ -n "$once" ] ||
         say "sends heartbeats until stopped; --install makes a service"
+    [ -n "$enrolled$once" ] || ! load_credential ||
+        say "already enrolled as host $host_id, sending heartbeats"
     sent_facts=$(cat "$state/facts" 2>/dev/null)
     beat_on
 }
@@ -6080,7 +6092,7 @@ TimeoutStopSec=10
 LimitNOFILE=8192
 
 # Options go into /etc/default/hostenroll, one on each line: HOSTENROLL_PORT=8443 and so on.
-# Commands need the server's --db: sudo $typed mint-token --db /var/lib/hostenroll/hostenroll.db
+# Commands find the database by themselves: sudo $typed mint-token
 Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db
 EnvironmentFile=-/etc/default/hostenroll
 StateDirectory=hostenroll
@@ -6554,6 +6566,9 @@ class NoAnswer extends Error {}
 /** The answer is not wanted any more: a newer request has replaced this one. */
 class Stale extends Error {}
 
+// A proxy may serve this page under any path, with or without a slash at its end.
+const PLACE = location.origin + location.pathname.replace(/\/*$/, "/");
+
 async function ask(method, path, {query = "", body, run = new AbortController()} = {}) {
   const key = sessionStorage.getItem(KEY);
   const isStale = () => run.signal.aborted || key !== sessionStorage.getItem(KEY);
@@ -6562,7 +6577,7 @@ async function ask(method, path, {query = "", body, run = new AbortController()}
   const timer = setTimeout(abort, ANSWER_MS);
   run.signal.addEventListener("abort", abort);
   try {
-    const response = await fetch(query ? `${path}?${query}` : path, {
+    const response = await fetch(PLACE + (query ? `${path}?${query}` : path), {
       method, body: body && JSON.stringify(body), headers: {Authorization: `Bearer ${key}`},
       signal: limit.signal, cache: "no-store", credentials: "omit", redirect: "error",
     });
@@ -7711,7 +7726,7 @@ HOST = Document(  # of a HostView
     Member("revokedAt",      MAYBE_TIME,           "host.revoked_at", _or_null(rfc3339)),
     Member("warnings",       ListOf(SENTENCE, 10), "warnings"),
 )
-DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "id", id_text))  # of a Host
+DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "host.id", id_text))
 EVENT = Document(  # of an Event
     "Event",
     Member("number",         Integer((1, LAST_ID)), "number"),
@@ -8167,6 +8182,7 @@ def openapi_document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "hostenroll", "version": __version__},
+        "servers": [{"url": "."}],  # where this document is: a proxy may strip a prefix
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
@@ -9886,10 +9902,10 @@ class Session(NamedTuple):
     def operation(self) -> Operation:
         return OPERATION[self.command.name]
 
-    @property
-    def key_file(self) -> str:
-        beside = os.path.join(os.path.dirname(self.arguments.db), DEFAULT_KEY_FILE)
-        return str(self.arguments.key_file or beside)
+    def files(self) -> tuple[str, str]:
+        """Its database, and the key file: beside that unless named. Raises OperatorError."""
+        database = find_database(self.command.name, self.arguments.db)
+        return database, self.arguments.key_file or key_file_beside(database)
 
     def now(self) -> int:
         return int(self.clock() * SECOND_MS)
@@ -9899,10 +9915,9 @@ class Session(NamedTuple):
 
     @contextmanager
     def open(self, purpose: str = "act", **options: Any) -> Iterator[Registry]:
-        """The registry that the arguments name. What cannot pass by itself ends the process in
-        main(): then the database is not closed, because that would write to it."""
-        files = self.arguments.db, self.key_file
-        registry = open_registry(*files, self.now(), purpose=purpose, **options)
+        """The registry of files(). What cannot pass by itself ends the process in main(): then the
+        database is not closed, because that would write to it."""
+        registry = open_registry(*self.files(), self.now(), purpose=purpose, **options)
         if warning := registry.engine.schema_fault or registry.engine.schema_remark:
             (log.warning if purpose == "serve" else complain)(warning)
         try:
@@ -9923,11 +9938,11 @@ class Session(NamedTuple):
         by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
         return Call(self.operation, by, parse_id(text), values)
 
-    def perform(self) -> dict[str, Any]:
-        """The document of the operation, performed in a registry of its own."""
+    def perform(self) -> Any:
+        """The record of the operation, performed in a registry of its own."""
         call = self.call()
         with self.open(purpose="act" if self.operation.writes else "read") as registry:
-            return self.document(registry.perform(call, self.now()))
+            return registry.perform(call, self.now())
 
     def document(self, record: Any) -> dict[str, Any]:
         return cast("Document", self.operation.answer).of(record)
@@ -9939,6 +9954,53 @@ class Session(NamedTuple):
         if shown is not None:
             output(shown)
         inform(*facts)
+
+
+# The files that a command works with.
+
+DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key")  # commands
+
+
+def find_database(command: str, named: Optional[str]) -> str:
+    """The database of a command: the one that --db or HOSTENROLL_DB names, else the one here, else
+    (but not for serve) that of the service, else the one that it is to make. An empty file counts
+    as missing, and nothing is opened or made. Raises OperatorError, StoreError, OSError."""
+    path, folder = named or DEFAULT_DATABASE, os.path.dirname(SERVICE_DATABASE)
+    refusal = "" if named else refusal_of_strangers(folder)
+    here = Engine(path)
+    if here.file_sizes()[0] > 0 and not refusal:
+        return path
+    if not named and command != "serve" and os.path.lexists(folder):
+        if not os.access(folder, os.X_OK):
+            remedy = "run it with sudo, or name another database with --db"
+            raise OperatorError(f"only its owner can look into {folder}: {remedy}")
+        if Engine(SERVICE_DATABASE).file_sizes()[0] > 0:
+            complain(f"using {SERVICE_DATABASE}" + (refusal and f": {refusal}"))
+            return SERVICE_DATABASE
+    if refusal:
+        raise OperatorError(refusal)
+    if command not in DATABASE_MAKERS and not os.path.exists(key_file_beside(path)):
+        places = here.path + ("" if named else f", and no {SERVICE_DATABASE}")
+        remedy = "name one with --db, or make one with serve or mint-token"
+        raise OperatorError(f"there is no database {places}: {remedy}")
+    return path
+
+
+def key_file_beside(database: str) -> str:
+    return os.path.join(os.path.dirname(database), DEFAULT_KEY_FILE)
+
+
+def refusal_of_strangers(folder: str) -> str:
+    """Why root does not take the files here, or "": who can write the database or knows the keys
+    lets in whom he likes, so they must be root's, or of the owner of the service's folder."""
+    trusted = {0}
+    if os.path.isdir(folder):
+        trusted.add(os.stat(folder).st_uid)
+    for name in filter(os.path.lexists, (DEFAULT_DATABASE, DEFAULT_KEY_FILE)):
+        owner = os.lstat(name).st_uid
+        if os.geteuid() == 0 and owner not in trusted:
+            return f"root takes ./{name} of the user of id {owner} only where --db names it"
+    return ""
 
 
 # What the command line calls those members of bodies and queries that it names otherwise.
@@ -9990,12 +10052,27 @@ CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first
 
 def show(session: Session) -> None:
     """What was done, in a sentence, or all of it. A new signing key's id stands alone on stdout."""
-    document, command = session.perform(), session.command
+    document, command = session.document(session.perform()), session.command
     if command.outcome:
         shown = document["kid"] if command.name == "rotate-signing-key" else None
         session.report(document, shown, command.outcome.format(**document))
     else:
         session.report(document, describe(document, session.now(), session.screen))
+
+
+def delete_host(session: Session) -> None:
+    """Where its token is still good the host may come back: the machine enrolls with it again."""
+    deleted: DeletedHost = session.perform()
+    document, token = session.document(deleted), deleted.token
+    facts = [session.command.outcome.format(**document)]
+    if token is not None:
+        left, id = token.max_uses - token.uses, id_text(token.id)
+        uses = "1 more use" if left == 1 else f"{left} more uses"
+        facts.append(
+            f"it came in by token {id}, which is good for {uses}: it can come back; revoke-host "
+            f"keeps it out, and so does revoke-token {id}"
+        )
+    session.report(document, None, *facts)
 
 
 def mint_token(session: Session) -> None:
@@ -10016,7 +10093,7 @@ def mint_token(session: Session) -> None:
 
 
 def mint_api_key(session: Session) -> None:
-    key = session.perform()
+    key = session.document(session.perform())
     output_secret(session, key, "apiKey", "API key")
     if not session.arguments.json:
         whose = key["organizationId"] or "all organizations"
@@ -10103,7 +10180,7 @@ def serve(session: Session) -> None:
     options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
     options["interval"] = arguments.heartbeat_interval
     with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
-        for folder in folders_open_to_all(registry.engine.path, session.key_file):
+        for folder in folders_open_to_all(registry.engine.path, registry.keys.file.path):
             log.warning("anybody can replace files in %s: chmod o-w %s", folder, folder)
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
@@ -10164,7 +10241,7 @@ def greet(session: Session, server: Server) -> None:
     if session.arguments.public_url:
         inform(f"hosts find it at {session.arguments.public_url}")
     named = ("--db", session.arguments.db), ("--key-file", session.arguments.key_file)
-    options = chain(*(pair for pair in named if pair[1] not in (DEFAULT_DATABASE, None)))
+    options = chain(*(pair for pair in named if pair[1] is not None))
     mint = " ".join([session.program, "mint-token", *map(shlex.quote, options)])
     inform(f"next, in another terminal: {mint}")
 
@@ -10191,8 +10268,8 @@ def run_backup(session: Session) -> None:
     folder = session.arguments.folder
     os.nice(BACKUP_NICENESS)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
         with session.progress() as progress, session.open(purpose="copy") as registry:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
             database, key_file = registry.backup(folder, progress)
     except OSError as error:
         raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
@@ -10202,7 +10279,7 @@ def run_backup(session: Session) -> None:
 
 def run_check(session: Session) -> Optional[int]:
     with session.progress() as progress:
-        findings = [*examine(session.arguments.db, session.key_file, progress)]
+        findings = [*examine(*session.files(), progress)]
     is_good = all(finding.is_good for finding in findings)
     documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
     table = Table(("ok", "name", "detail"), session.screen, has_headings=False)
@@ -10441,7 +10518,7 @@ def flag(name: str, help: str, group: str = "", **more: Any) -> Argument:
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "default": "no", "metavar": "no",
                           "type": lambda text: FLAGS[one_of(*FLAGS)(text)]}
 STORE_OPTIONS = (
-    option("--db", "FILE", "the database (%(default)s)", file_name, DEFAULT_DATABASE),
+    option("--db", "FILE", "the database (hostenroll.db, or the service's)", file_name),
     option("--key-file", "FILE", "the keys (hostenroll.key beside the database)", file_name),
 )
 SERVE_OPTIONS = (
@@ -10539,7 +10616,8 @@ GROUPS = {
                  dest="label"))),
         by_id("revoke-host", "host {id} is shut out; restore-host lets it in again"),
         by_id("restore-host", "host {id} is let in again; its agent asks once an hour"),
-        by_id("delete-host", "host {id} is deleted; the machine must enroll again"),
+        Command("delete-host", "delete-host 0ca4f1b28e3d7a95", delete_host, (ID_OPERAND,),
+                "host {id} is deleted; the machine must enroll again"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
                 (ID_OPERAND, TTL_OPTION)),
     ),

@@ -2386,12 +2386,12 @@ def test_a_folder_is_open_to_all_where_others_may_replace_what_is_not_theirs(tmp
 def test_no_command_of_root_touches_a_file_that_the_services_user_linked_to(
     attacked, name, target, command, exit_status
 ):
-    assert cli(attacked, "list-orgs").returncode == 0
+    assert cli(attacked, "add-org", "berlin").returncode == 0
     for each in attacked.iterdir():
         os.chown(each, SERVICE, SERVICE)
     (attacked / name).unlink(missing_ok=True)
     (attacked / name).symlink_to(target)
-    done = cli(attacked, command)
+    done = cli(attacked, command, "--db", "hostenroll.db")
     assert (done.returncode, "Traceback" in done.stderr) == (exit_status, False)
     assert exit_status == 0 or (name in done.stderr and done.stderr.count("\n") == 1)
 
@@ -9287,7 +9287,8 @@ def test_a_server_that_is_not_trusted_gets_nothing(words, why, machine, behind, 
     # When it is enrolled, it waits for the right server.
     (machine.state / "credential").write_text("a.b.c\n0\n0\n")
     assert recorded_sleeps(machine, 3)[0] == 1
-    assert len(machine.log()) == 1 and "no answer" in machine.log()[0] and why in machine.log()[0]
+    enrolled, waits = machine.log()
+    assert "already enrolled as host 0" in enrolled and "no answer" in waits and why in waits
     assert machine.hosts() == [] and all(request == b"" for request in middle.requests)
 
 
@@ -9691,6 +9692,56 @@ def test_agents_go_on_when_the_server_is_started_again(tmp_path):
     assert [line for line in machine.log() if "refused" in line] == []
 
 
+@in_every_shell
+def test_an_agent_that_is_started_again_says_which_host_it_is(machine):
+    token = machine.door.token()
+    with machine.agent(token=token):
+        until(lambda: machine.hosts() and machine.is_online())
+        assert "already" not in str(machine.log())
+    said = f"hostenroll-agent: already enrolled as host {machine.host()['id']}, sending heartbeats"
+    for words in ({"token": token}, {}):  # as a boot script starts it, and without the token
+        with machine.agent(**words):
+            until(machine.log)
+            assert machine.log() == [said]
+        assert machine.once(**words) == ""  # cron would mail it every minute
+
+
+# A proxy that serves the server under a path.
+
+
+class Stripping(Middle):
+    """A proxy that takes /enroll off the path, and knows nothing else."""
+
+    @staticmethod
+    def message(stream):
+        message = Middle.message(stream)
+        if re.match(rb"[A-Z]+ /(?!enroll/)", message):
+            return b"GET /a-path-of-another HTTP/1.1\r\nHost: x\r\n\r\n"
+        return re.sub(rb"^([A-Z]+) /enroll/", rb"\1 /", message)
+
+
+@needs_curl
+def test_all_works_behind_a_proxy_that_strips_a_prefix(machine, tmp_path):
+    """Each URL that the join command, the agent, the page and the OpenAPI document lead to."""
+    assert parsed("serve", "PUBLIC_URL=https://h/enroll/").public_url == "https://h/enroll"
+    with Stripping(machine.door, tmp_path) as proxy:
+        url = f"https://127.0.0.1:{proxy.port}/enroll"
+        command = hostenroll.join_command(url, pin_of("one"), machine.door.token())
+        words = ("--once", "--state", str(machine.state))
+        run_alone(["sh", "-c", f"{command} {shlex.join(words)}"], tmp_path, text="enrolled as host")
+        assert machine.is_online()
+        paths = ["/agent.sh", "/api/agent/enroll", "/api/agent/heartbeat"]
+        asked = [request.split(b" ")[1].decode() for request in proxy.requests]
+        assert asked == paths
+        door = SocketDoor(proxy.port, machine.door.api_key, trusting())
+        document = door.call("GET", "/enroll/openapi.json").document
+        [place] = [urllib.parse.urljoin(f"{url}/openapi.json", each["url"])
+                   for each in document["servers"]]  # RFC 3986  # fmt: skip
+        assert place == f"{url}/" and {each[0] for each in document["paths"]} == {"/"}
+        assert len(door.ask("GET", "/enroll/api/hosts").document["hosts"]) == 1
+        assert door.call("GET", "/enroll/").document == PAGE
+
+
 # Installation.
 
 IN_A_NEW_ROOT = """set -e
@@ -9909,6 +9960,20 @@ def test_without_systemd_install_prints_a_line_for_cron_that_works(machine, tmp_
 # The page.
 
 PAGE = hostenroll.page()
+
+
+def test_the_page_asks_at_the_place_where_it_is():
+    """With or without a slash at its end, and never another host."""
+    assert re.findall(r"\bfetch\((\w*)", PAGE) == ["PLACE"]
+    assert not re.findall(r"""["'`]/[a-z]""", PAGE)
+    if shutil.which("node") is None:
+        pytest.skip("needs node")
+    [line] = re.findall("^const PLACE = .*;$", PAGE, re.MULTILINE)
+    paths = ["/", "/enroll", "/enroll/", "/a/enroll//", "//evil.test/"]
+    location = "const location = {origin: 'https://h:1', pathname}"
+    script = f"for (const pathname of {paths}) {{ {location}; {line} console.log(PLACE); }}"
+    shown = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == [f"https://h:1{path.rstrip('/')}/" for path in paths]
 
 
 def test_the_page_is_public_and_allows_only_its_own_script_and_style(world):
@@ -14489,6 +14554,10 @@ class Operator:
     def world(self):
         return World(self.paths, self.clock)
 
+    def make_database(self):
+        with self.world():
+            pass
+
     def enroll(self, token=None, **facts):
         """Enroll a host, as through the API; its id."""
         with self.world() as world:
@@ -14551,6 +14620,7 @@ def test_lists_in_json_have_what_shows_each_item(operator):
 
 def test_tables_are_aligned_and_show_the_same(operator):
     headings = ["ID", "NAME", "STATUS", "LAST", "SEEN", "LABELS", "HOSTNAME", "ORG"]
+    operator.make_database()
     assert operator("list-hosts").out.split() == headings
     assert operator("list-hosts").err.startswith("no host yet: mint-token ")
     assert operator("list-hosts", "--q", "web").err == "no such host\n"
@@ -14579,6 +14649,44 @@ def test_hosts_are_edited_and_found_by_what_they_are(operator):
     assert operator.json("edit-host", host, "--no-labels")["labels"] == {}
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
     assert operator.json("list-tokens", "--state", "valid")["tokens"] == []
+
+
+WAYS_BACK = {  # how a host's last token was minted, what happened since, and its uses left
+    "a reusable token": ("--max-uses 9", "", "8 more uses"),
+    "one use left": ("--max-uses 2", "", "1 more use"),
+    "a token that is used up": ("", "", ""),
+    "a token that has expired": ("--max-uses 9 --ttl 1m", "time goes on", ""),
+    "a token that was revoked": ("--max-uses 9", "revoke-token", ""),
+    "a token of its own since": ("--max-uses 9", "reenroll-host", ""),
+    "one that was not used": ("--max-uses 9", "an unused one", "8 more uses"),
+}
+
+
+@pytest.mark.parametrize("words, since, uses", table(WAYS_BACK))
+def test_who_deletes_a_host_is_told_of_the_token_that_lets_it_in_again(
+    words, since, uses, operator
+):
+    token = operator.json("mint-token", *words.split())
+    host = operator.enroll(token["token"])
+    if since == "time goes on":
+        operator.clock.advance(61)
+    elif since == "revoke-token":
+        operator("revoke-token", token["id"])
+    elif since:
+        bound = operator.mint() if since == "an unused one" else operator("reenroll-host", host).out
+        assert since == "an unused one" or operator.enroll(bound.strip()) == host
+    deleted = operator("delete-host", host)
+    told = f"host {host} is deleted; the machine must enroll again\n"
+    if uses:
+        told += f"it came in by token {token['id']}, which is good for {uses}: it can come back; "
+        told += f"revoke-host keeps it out, and so does revoke-token {token['id']}\n"
+    assert (deleted.status, deleted.out, deleted.err) == (0, "", told)
+
+
+def test_a_deleted_host_in_json_is_its_id_alone(operator):
+    host = operator.enroll(operator.mint("--max-uses", "2"))
+    deleted = operator("delete-host", host, "--json")
+    assert (json.loads(deleted.out), deleted.err) == ({"id": host}, "")
 
 
 def test_how_durations_are_written(operator):
@@ -14683,6 +14791,8 @@ def by_words(rows):
 
 @pytest.mark.parametrize("status, word, words", by_words(STATUSES))
 def test_what_is_refused_is_one_line_and_changes_nothing(status, word, words, operator):
+    if status == 3:
+        operator.make_database()
     require_one_line(operator(*(words.split() if type(words) is str else words)), status, word)
     made = {f"hostenroll.{name}" for name in ("db", "db.gate", "db.lock", "key")}
     assert set(os.listdir(operator.folder)) <= made
@@ -14793,6 +14903,7 @@ def test_a_setting_that_is_none_is_pointed_out(operator):
     """To a command; the test of JSON logs shows it of a server."""
     names = ("HOSTENROLL_PROT", "HOSTENROLL_X\x1b", "HOSTENROLL_PORT")
     operator.environment.update(dict.fromkeys(names, "1"))
+    operator.make_database()
     shown = operator("list-orgs").err.splitlines()
     assert [line.split()[1] for line in shown] == ["HOSTENROLL_PROT", "HOSTENROLL_X?"]
     assert all(line.endswith(" in the environment sets nothing") for line in shown)
@@ -14893,7 +15004,7 @@ def test_the_environment_sets_files_and_the_options_of_serve(tmp_path):
     with start_server(tmp_path, **options) as server:  # which has --port 0
         enrolled = server.enroll(token).document
     assert enrolled["heartbeatIntervalSeconds"] == 7 and enrolled["credentialExpiresAt"] is not None
-    assert cli(tmp_path, "list-tokens", "--db", "other.db").returncode == 0
+    assert cli(tmp_path, "add-org", "berlin", "--db", "other.db").returncode == 0
     assert (tmp_path / "other.db").exists() and (tmp_path / "hostenroll.key").exists()
 
 
@@ -14980,6 +15091,169 @@ def test_where_no_server_runs_any_more_that_is_pointed_out(operator):
 
 
 # The files.
+
+
+@pytest.fixture
+def searcher(operator, monkeypatch):
+    """An operator who names no database, where the service would have its own in a folder lib."""
+    operator.environment.clear()
+    operator.service = operator.folder / "lib" / "hostenroll.db"
+    monkeypatch.setattr(hostenroll, "SERVICE_DATABASE", str(operator.service))
+    return operator
+
+
+def make_service(searcher):
+    searcher.service.parent.mkdir()
+    assert searcher("add-org", "of-service", "--db", str(searcher.service)).status == 0
+
+
+def is_using(done, database, also=""):
+    return (done.status, done.err) == (0, f"hostenroll: using {database}{also}\n")
+
+
+def test_a_command_takes_the_database_that_is_named_else_the_one_here_else_the_services(searcher):
+    make_service(searcher)
+    (searcher.folder / "far").mkdir()
+    searcher("add-org", "here", "--db", "hostenroll.db")
+    searcher("add-org", "named", "--db", "far/a.db")
+
+    def found(*words):
+        orgs = {one["id"] for one in searcher.json("list-orgs", *words)["organizations"]}
+        return orgs - {"default", "more"}
+
+    assert [found(), found("--db", "far/a.db")] == [{"here"}, {"named"}]
+    searcher.environment["HOSTENROLL_DB"] = "far/a.db"
+    assert [found(), found("--db", "hostenroll.db")] == [{"named"}, {"here"}]
+    searcher.environment["HOSTENROLL_DB"] = ""  # as where it is not set
+    assert searcher("list-orgs").err == ""
+    for path in searcher.folder.glob("hostenroll.*"):
+        path.unlink()
+    (searcher.folder / "hostenroll.db").touch()  # an empty file counts as missing
+    before = sorted(os.listdir(searcher.folder))
+    for words in ("list-orgs", "list-orgs --json", "check", "backup lib/copy", "add-org more"):
+        done = searcher(*words.split())
+        first, _, rest = done.err.partition("\n")
+        assert (done.status, first) == (0, f"hostenroll: using {searcher.service}"), words
+        assert rest.count("using") == 0
+    assert found() == {"of-service"} and sorted(os.listdir(searcher.folder)) == before
+    minted = searcher("mint-token")
+    assert minted.status == 0 and minted.err.startswith(f"hostenroll: using {searcher.service}\n")
+    assert hostenroll.find_database("serve", None) == "hostenroll.db"
+    searcher("mint-token", "--key-file", "x.key")  # it is named: not that beside
+    assert sorted(os.listdir(searcher.folder)) == before
+
+
+def test_a_command_that_makes_no_database_says_where_it_looked_and_leaves_nothing(searcher):
+    with_database = [one for one in COMMAND.values() if one.shared[-2:] == hostenroll.STORE_OPTIONS]
+    makers = {"serve", "mint-token", "add-org", "mint-api-key"}
+    assert len(with_database) > 20 and makers <= {one.name for one in with_database}
+    missing = str(searcher.folder / "missing.db")
+    for command in with_database:
+        words = command.example.replace("/var/backups/hostenroll", "copy").split()
+        if command.name not in makers:
+            done = searcher(*words)
+            require_one_line(done, 1, str(searcher.folder / "hostenroll.db"))
+            assert str(searcher.service) in done.err and "--db" in done.err
+            require_one_line(searcher(*words, "--db", missing), 1, f"no database {missing}: ")
+    assert os.listdir(searcher.folder) == []
+    for name in makers - {"serve"}:
+        assert searcher(*COMMAND[name].example.replace("--org berlin", "").split()).status == 0
+        assert (searcher.folder / "hostenroll.db").exists()
+        for path in searcher.folder.iterdir():
+            path.unlink()
+
+
+def test_who_may_not_look_into_the_services_folder_is_told_to_use_sudo(searcher, monkeypatch):
+    make_service(searcher)
+    before = sorted(os.listdir(searcher.folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: str(path) != str(searcher.service.parent))
+        for words in ("mint-token", "list-hosts", "add-org berlin", "check"):
+            require_one_line(searcher(*words.split()), 1, "run it with sudo")
+        assert sorted(os.listdir(searcher.folder)) == before
+        assert hostenroll.find_database("serve", None) == "hostenroll.db"
+        assert searcher("mint-token", "--db", "hostenroll.db").status == 0
+        assert searcher("list-tokens").err == ""  # of the one here
+
+
+@needs_root
+def test_root_takes_a_database_of_a_stranger_only_where_it_is_named(searcher):
+    """He knows its keys, and could let in whom he likes."""
+    searcher("add-org", "trap")
+    trap = searcher.folder / "hostenroll.db"
+    os.chown(trap, STRANGER, STRANGER)
+    before = sorted(os.listdir(searcher.folder)), trap.read_bytes()
+    refusal = f"root takes ./hostenroll.db of the user of id {STRANGER} only where --db names it"
+    for words in ("list-orgs", "mint-token", "check", "backup copy", "serve --port 0"):
+        require_one_line(searcher(*words.split()), 1, refusal)
+    assert (sorted(os.listdir(searcher.folder)), trap.read_bytes()) == before
+    assert searcher("list-orgs", "--db", "hostenroll.db").status == 0
+    searcher.environment["HOSTENROLL_DB"] = "hostenroll.db"
+    assert searcher("list-orgs").status == 0
+    searcher.environment.clear()
+    make_service(searcher)
+    assert is_using(searcher("list-orgs"), searcher.service, f": {refusal}")
+    require_one_line(searcher("serve", "--port", "0"), 1, refusal)  # it looks nowhere else
+    os.chown(searcher.service.parent, STRANGER, STRANGER)
+    assert "trap" in searcher("list-orgs").out  # of the service's user
+    os.chown(searcher.service.parent, 0, 0)
+    trap.unlink()
+    trap.symlink_to("lib/hostenroll.db")
+    os.chown(trap, STRANGER, STRANGER, follow_symlinks=False)
+    assert is_using(searcher("list-orgs"), searcher.service, f": {refusal}")
+
+
+@needs_root
+def test_root_takes_no_key_file_of_a_stranger_that_lies_here(searcher, monkeypatch):
+    searcher("mint-token")
+    (searcher.folder / "hostenroll.db").unlink()
+    os.chown(searcher.folder / "hostenroll.key", STRANGER, STRANGER)
+    for words in ("mint-token", "list-hosts", "serve --init --port 0"):
+        require_one_line(searcher(*words.split()), 1, "root takes ./hostenroll.key of the user")
+    assert not (searcher.folder / "hostenroll.db").exists()
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER)  # who is not root takes his own
+    assert hostenroll.find_database("mint-token", None) == "hostenroll.db"
+
+
+AS_ANOTHER_USER = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import hostenroll
+os.setuid(int(sys.argv.pop(1)))
+sys.exit(hostenroll.main())
+"""
+IN_THE_SERVICES_PLACE = """set -e
+mount -t tmpfs -o mode=755 none /var/lib
+mkdir -m 700 /var/lib/hostenroll /var/lib/elsewhere
+cd /var/lib/elsewhere
+"$@" 0 mint-token --db /var/lib/hostenroll/hostenroll.db 2>/dev/null
+"$@" 0 mint-token
+"$@" 0 list-tokens --json
+ls
+cd /var/lib
+! "$@" 12345 mint-token
+! "$@" 12345 list-tokens
+"""
+
+
+@slow
+@needs_root
+def test_the_service_has_its_database_in_var_lib(tmp_path):
+    command = [sys.executable, "-c", AS_ANOTHER_USER, str(ROOT)]
+    place = ["unshare", "--mount", "sh", "-c", IN_THE_SERVICES_PLACE, "sh", *command]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs namespaces")
+    done = subprocess.run(place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second, listed = done.stdout.split("\n", 2)
+    tokens = [one["id"] for one in json.loads(listed)["tokens"]]  # and nothing from ls
+    assert tokens == [secret.split("_")[1] for secret in (second, first)]
+    used = [line for line in done.stderr.splitlines() if "hostenroll: " in line]
+    folder = "/var/lib/hostenroll"
+    assert used[:2] == [f"hostenroll: using {folder}/hostenroll.db"] * 2
+    refused = f"hostenroll: only its owner can look into {folder}: run it with sudo, "
+    assert [line.startswith(refused) for line in used[2:]] == [True, True]
+    assert f"HOSTENROLL_DB={hostenroll.SERVICE_DATABASE}\n" in hostenroll.UNIT.template
 
 
 def test_half_of_a_pair_is_made_whole_by_serve_init_alone(operator):
@@ -15267,7 +15541,7 @@ def test_a_list_has_each_item_once_however_its_pages_fall(operator, monkeypatch)
 
 
 def test_an_operator_may_lose_patience(operator):
-    operator("list-orgs")
+    operator.make_database()
     with open(f"{operator.paths[0]}.lock") as lock, open(f"{operator.paths[0]}.gate") as gate:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = subprocess.Popen(
@@ -15302,8 +15576,9 @@ LOST = {
 @pytest.mark.parametrize("error, line", sample(LOST, "no memory"))
 @pytest.mark.parametrize("words", ["mint-token", "list-hosts --json", "serve --port 0"])
 def test_what_cannot_pass_by_itself_ends_a_command_with_nothing_closed(
-    words, error, line, tmp_path
+    words, error, line, tmp_path, paths, clock
 ):
+    open_registry(*paths, clock.ms).close()
     program = [sys.executable, "-c", LOSE_MEMORY.format(error), str(ROOT)]
     done = run_apart(tmp_path, *words.split(), program=program)
     assert (done.status, done.out) == (1, "")
@@ -15338,10 +15613,11 @@ MINTS = ("mint-token", "mint-token --json", "reenroll-host", "mint-api-key", "mi
     "words, kind, unbuffered",
     sample(PRINTING, "mint-token full", "list-orgs closed", "--help closed"),
 )
-def test_printing_fails_unless_the_reader_has_read_enough(words, kind, unbuffered, tmp_path):
+def test_printing_fails_unless_the_reader_has_read_enough(words, kind, unbuffered, operator):
+    operator.make_database()
     with unwritable(kind) as file:
         environment = {"PYTHONUNBUFFERED": unbuffered}
-        done = run_apart(tmp_path, *words.split(), stdout=file, env=environment)
+        done = run_apart(operator.folder, *words.split(), stdout=file, env=environment)
     if kind == "closed":
         assert (done.status, done.err) == (0, "")
     else:
@@ -15461,6 +15737,7 @@ mkdir -p root/etc/prometheus
 printf '#!/bin/sh\\nexec %s "$@"\\n' "$3" > root/usr/local/bin/python3
 printf '%s' "$4" > root/usr/local/bin/systemctl
 chmod 755 root/usr/local/bin/python3 root/usr/local/bin/systemctl
+chmod a+x root/root # a service with a user of its own may find its Python there
 hostname "$5"
 ip link set lo up
 exec chroot root sh -c 'echo ready; exec sleep 600'
@@ -15477,6 +15754,7 @@ user=$(value User)
 install -d -o "$user" -m "$(value StateDirectoryMode)" "/var/lib/$(value StateDirectory)"
 export $(value Environment)
 eval "exec runuser -u $user -- $(value ExecStart)" 2>/var/log/hostenroll &
+until grep -q 'listens on' /var/log/hostenroll; do sleep 0.1; done # Type=notify
 """
 
 
@@ -15558,7 +15836,7 @@ def join_command_in(printed):
 def test_the_readme_shows_no_command_that_no_test_would_run():
     """Commands stand in ```sh blocks. An indented block is run by no test."""
     fences = re.findall(r"^```(\w*)\n.*?^```$", README, re.MULTILINE | re.DOTALL)
-    assert set(fences) <= {"sh", "yaml", "json", "ini", "nginx"}
+    assert set(fences) <= {"sh", "yaml", "json", "ini", "nginx", "dockerfile"}
     for line in re.findall(r"\n\n((?:    .+\n)+)", README):
         assert re.match(r"    +(GET|POST|PATCH|DELETE|PUT) ", line), line
     assert {block.first for block in BLOCKS} >= ON_A_BARE_MACHINE
@@ -15600,6 +15878,122 @@ def test_the_second_machine_enrolls_over_tls_by_a_pinned_key(tmp_path):
         second.type(join)
         until(lambda: [host["status"] for host in first.hosts()] == ["online"] * 2)
         assert [host["name"] for host in first.hosts()] == ["second", "first"]
+
+
+@slow
+@needs_machines
+def test_a_machine_that_is_imaged_again_stays_the_same_host(tmp_path):
+    [block] = (block for block in BLOCKS if "reenroll-host" in block.text)
+    with Box(tmp_path) as machine:
+        machine.pass_the_first_minute()
+        [before] = machine.hosts()
+        edit = f"edit-host {before['id']} --name shelf-7 --label rack=b4"
+        machine.type(f"python3 hostenroll.py {edit}")
+        machine.type(block.text)
+        [after] = machine.hosts()
+    same = [(host["id"], host["enrolledAt"]) for host in (before, after)]
+    assert same[0] == same[1] and (after["name"], after["labels"]) == ("shelf-7", {"rack": "b4"})
+    assert after["status"] == "online"
+
+
+[CONTAINERFILE] = re.findall(r"^```dockerfile\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+CONTAINER = dict(line.split(" ", 1) for line in CONTAINERFILE.replace("\\\n", "").splitlines())
+SETTINGS_THERE = dict(pair.split("=") for pair in CONTAINER["ENV"].split())
+CONTAINER_STARTS = json.loads(CONTAINER["ENTRYPOINT"]) + json.loads(CONTAINER["CMD"])
+CONTAINER_CHECK = json.loads(CONTAINER["HEALTHCHECK"].partition("CMD ")[2])
+
+
+def test_what_the_containerfile_names_is_there():
+    known = "FROM RUN COPY ENV VOLUME EXPOSE USER HEALTHCHECK ENTRYPOINT CMD"
+    assert list(CONTAINER) == known.split()
+    source, target = CONTAINER["COPY"].split()
+    assert (ROOT / source).is_file() and target.endswith("/")
+    init, _, python, program, *words = CONTAINER_STARTS
+    assert (init, python, program) == ("tini", "python3", target + source)
+    assert f"install -y {init} " in CONTAINER["RUN"] and CONTAINER_CHECK[0] == python
+    assert re.search(rf"useradd .*\b{CONTAINER['USER']} &&", CONTAINER["RUN"])
+    assert CONTAINER["RUN"].endswith(f" -o {CONTAINER['USER']} {CONTAINER['VOLUME']}")
+    assert hostenroll.unknown_settings(SETTINGS_THERE) == []
+    arguments = hostenroll.parse_arguments(words, SETTINGS_THERE)
+    assert arguments.command.name == "serve" and arguments.host == "0.0.0.0"
+    assert os.path.dirname(arguments.db) == CONTAINER["VOLUME"]
+    assert str(arguments.port) == CONTAINER["EXPOSE"]
+    assert f":{arguments.port}/healthz" in CONTAINER_CHECK[-1]
+
+
+# Stands in for apt-get and, where it is not installed, for what that would install.
+APT_GET = """\
+#!/bin/sh
+[ "$1" != install ] || command -v tini >/dev/null || {
+    cat >/usr/bin/tini <<'END'
+#!/bin/sh
+shift
+trap 'kill -TERM $child' TERM
+"$@" & child=$!
+wait $child || wait $child
+END
+    chmod 755 /usr/bin/tini
+}
+"""
+
+
+@slow
+@needs_machines
+def test_the_containerfile_makes_a_server_that_answers_and_stops_when_it_is_told(tmp_path):
+    """On a machine of its own; what is started is process 1, as in a container."""
+    settings = shlex.join(f"{name}={text}" for name, text in SETTINGS_THERE.items())
+    user = f"setpriv --reuid {CONTAINER['USER']} --regid {CONTAINER['USER']} --clear-groups"
+    within = f"{user} env {settings}"
+    with Box(tmp_path) as machine:
+        stub = "/usr/local/bin/apt-get"
+        machine.type(f"printf %s {shlex.quote(APT_GET)} > {stub}; chmod 755 {stub}")
+        machine.type(CONTAINER["RUN"])
+        machine.type(f"cp {CONTAINER['COPY']}")
+        isolated = "unshare --fork --pid --mount-proc --kill-child"
+        machine.type(f"exec {isolated} {within} {shlex.join(CONTAINER_STARTS)}")
+        container = machine.shells[-1]
+        machine.type(f"{within} {shlex.join(CONTAINER_CHECK)}")
+        machine.type(f"cd /; {within} {shlex.join([*CONTAINER_STARTS[2:4], 'mint-token'])}")
+        look = "for each in /proc/[0-9]*; do read -r name < $each/comm; "
+        machine.type(f'{look} [ "$name" != tini ] || kill -TERM "${{each#/proc/}}"; done')
+        assert container.wait(10) == 0
+        machine.type(f"! {within} {shlex.join(CONTAINER_CHECK)}")
+
+
+NGINX = shutil.which("nginx")
+
+
+@slow
+@needs_curl
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_nginx_serves_it_under_a_path_as_the_readme_shows(tmp_path):
+    [location] = re.findall(r"^```nginx\n(location /enroll/.*?)^```$", README, re.M | re.S)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/enroll"
+    options = ("--public-url", f"{url}/", "--trusted-proxy", "127.0.0.1", "--access-log")
+    with start_server(tmp_path, *options, how="process") as server:
+        location = location.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
+        temporary = "".join(f"{each}_temp_path {tmp_path}/{each};\n" for each in (
+            "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
+        http = f"access_log off;\n{temporary}server {{ listen 127.0.0.1:{port};\n{location} }}"
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; user root; pid {tmp_path}/pid; error_log {tmp_path}/error;\n"
+            f"events {{}}\nhttp {{ {http} }}\n"
+        )
+        with subprocess.Popen([NGINX, "-c", str(tmp_path / "nginx.conf")]) as nginx:
+            try:
+                door = SocketDoor(port, server.api_key)
+                until(lambda: (tmp_path / "pid").exists())
+                done = joined(tmp_path, printed_command(tmp_path))
+                assert done.status == 0, done.err
+                [host] = door.ask("GET", "/enroll/api/hosts").document["hosts"]
+                assert host["status"] == "online"
+                assert door.call("GET", "/enroll/").document == PAGE
+                assert door.call("GET", "/api/hosts").status == 404
+            finally:
+                nginx.terminate()
 
 
 @slow
@@ -15786,7 +16180,7 @@ def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited):
 
 
 def test_an_empty_log_has_a_head_too(operator):
-    operator("list-hosts")
+    operator.make_database()
     seen = operator("verify-audit")
     assert (seen.status, seen.out) == (0, "\n") and "no events" in seen.err
     assert operator.json("verify-audit")["head"] == ""
