@@ -297,6 +297,7 @@ PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not report its width
 COMPLAINT_MAXIMUM = 1000  # characters
 CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
+CERTIFICATE_WARNING = 21 * DAY  # before its end; certbot renews 30 days before, and has failed then
 
 # The benchmark.
 BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
@@ -1492,18 +1493,32 @@ def _der_elements(octets: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         octets = octets[start + length :]
 
 
-def public_key_pin(certificate: bytes) -> str:
-    """The pin of a certificate in DER, as curl's --pinnedpubkey takes it: SHA-256 of its
-    SubjectPublicKeyInfo, which is the seventh member of what is signed, or the sixth where no
-    version stands first (RFC 5280 section 4.1). Raises ValueError."""
+PIN = "sha256//[A-Za-z0-9+/]{43}="  # of a key, as curl's --pinnedpubkey takes it
+
+
+class Certificate(NamedTuple):
+    pin: str  # SHA-256 of its SubjectPublicKeyInfo
+    ends: int  # its notAfter, Unix ms, at least 1
+    is_self_signed: bool  # as its names say
+
+
+def read_certificate(octets: bytes, path: str = "it") -> Certificate:
+    """A certificate in DER (RFC 5280 section 4.1). Raises OperatorError: OpenSSL reads more."""
     try:
-        _, _, contents = next(_der_elements(certificate))
+        _, _, contents = next(_der_elements(octets))
         _, _, signed = next(_der_elements(contents))
-        members = list(_der_elements(signed))
-        _, key, _ = members[6 if members[0][0] == 0xA0 else 5]
-    except (IndexError, StopIteration):
-        raise ValueError("not a certificate") from None
-    return f"sha256//{base64.b64encode(sha256(key)).decode('ascii')}"
+        kinds, members, contents_of = zip(*_der_elements(signed))
+        first = 3 if kinds[0] == 0xA0 else 2  # a version stands before the others, unless it is 1
+        issuer, _, subject, key = members[first : first + 4]
+        _, (kind, _, after) = _der_elements(contents_of[first + 1])
+        text = after.decode("ascii")
+        if kind == 0x17:  # UTCTime has two digits of the year: section 4.1.2.5.1
+            text = f"{'19' if text >= '50' else '20'}{text}"
+        ends = timegm((int(text[:4]), *(int(text[at : at + 2]) for at in range(4, 14, 2))))
+    except (IndexError, StopIteration, ValueError) as error:
+        raise OperatorError(f"cannot read {path}: not a certificate of X.509") from error
+    pin = f"sha256//{base64.b64encode(sha256(key)).decode('ascii')}"
+    return Certificate(pin, max(1, ends * SECOND_MS), issuer == subject)
 
 
 # 5. Store
@@ -1620,7 +1635,10 @@ CREATE TABLE service (
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
-    pin             TEXT    NOT NULL DEFAULT ''  -- of its certificate, where it speaks TLS itself
+    pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
+    pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
+    certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
+    warned_at       INTEGER NOT NULL DEFAULT 0  -- when the log was last warned of that end
 );
 
 CREATE TABLE audit (
@@ -1684,6 +1702,10 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE host ADD COLUMN issued_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN issued_hash BLOB",
+        "ALTER TABLE service ADD COLUMN pinned TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE service ADD COLUMN certificate_ends INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE service ADD COLUMN warned_at INTEGER NOT NULL DEFAULT 0",
+        "UPDATE service SET pinned = pin",
     ),
 }
 
@@ -1786,6 +1808,9 @@ class Service(NamedTuple):
     interval: int
     public_url: str
     pin: str = ""
+    pinned: str = ""
+    certificate_ends: int = 0
+    warned_at: int = 0
 
 
 class SigningKeyRow(NamedTuple):
@@ -2721,9 +2746,6 @@ class Queries:
         """Record that a server lives; a time that is set back changes nothing."""
         self._run("UPDATE service SET alive = ? WHERE alive < ?", now, now)
 
-    def put_pin(self, pin: str) -> None:
-        self._run("UPDATE service SET pin = ?", pin)
-
     def use_token(self, number: int, now: int, address: str) -> bool:
         """Take one use. False when it may not be taken: the guard against every race."""
         statement = """UPDATE token SET uses = uses + 1, used_at = ?, used_from = ?
@@ -3050,7 +3072,7 @@ STATUSES = ("pending", "online", "offline", "missing", "revoked")
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
-    "restore", "delete", "add", "rotate", "retire", "init", "audit-format",
+    "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
 )  # fmt: skip
 
 
@@ -3727,8 +3749,9 @@ class ServiceRecord(Rules):
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self.pin = ""  # of the certificate in use; '' without TLS
-        self._has_new_pin = False  # which is not in the row yet
+        self.certificate: Optional[Certificate] = None  # in use; None without TLS
+        self._pin = ""  # what join commands are to pin
+        self._is_new = False  # and not in the row yet
 
     def get(self) -> Optional[Service]:
         """None before the first server ran."""
@@ -3737,16 +3760,16 @@ class ServiceRecord(Rules):
     def period(self, now: int) -> ServicePeriod:
         return ServicePeriod(self.get(), now)
 
-    def start(self, url: str, pin: str, now: int) -> None:
+    def start(self, url: str, now: int) -> None:
         """A server starts. Beside a live one, or right after one, the service period goes on."""
         old, interval = self.get(), self._registry.interval
         if old is None:
-            old = Service(now, now, now, interval, url, pin)
+            old = Service(now, now, now, interval, url)
         elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:
             old = old._replace(alive=max(now, old.alive))
         else:
             old = next_period(old, now)
-        self._queries.put(old._replace(interval=interval, public_url=url, pin=pin))
+        self._queries.put(self._certified(old._replace(interval=interval, public_url=url)))
 
     def keep_alive(self, now: int) -> None:
         service = self.get()
@@ -3767,16 +3790,41 @@ class ServiceRecord(Rules):
                 "log says what is wrong."
             )
 
-    def announce_pin(self, pin: str) -> None:
-        """The server has another certificate. Housekeeping writes its pin."""
-        self.pin, self._has_new_pin = pin, True
+    def announce(self, certificate: Certificate, pin: str) -> None:
+        """The server has another certificate, and join commands are to pin this ('': nothing).
+        Housekeeping writes it to the row."""
+        self.certificate, self._pin, self._is_new = certificate, pin, True
 
-    def write_pin(self) -> None:
-        """Write a new pin. It counts as written when a later turn reads it: a tick may fail."""
-        if self._has_new_pin:
-            service = self.get()
-            self._has_new_pin = service is not None and service.pin != self.pin
-            self._queries.put_pin(self.pin)
+    def _certified(self, row: Service) -> Service:
+        """The row with the certificate in use. Says so once if agents have pinned other keys."""
+        if self.certificate is None:
+            return row._replace(pin="", certificate_ends=0)
+        key, ends, pinned = self.certificate.pin, self.certificate.ends, row.pinned
+        if pinned and key not in pinned.split(";"):
+            text = "the certificate has another key: hosts that joined with the pin %s refuse this "
+            text += "server until they are pinned again, by what agent-command prints"
+            log.error(text, UNPRINTABLE.sub("?", pinned))
+            self._registry.audit.record("certificate", "server", "", None, pinned=pinned, pin=key)
+            pinned = ""
+        warned_at = row.warned_at if ends == row.certificate_ends else 0
+        row = row._replace(certificate_ends=ends, warned_at=warned_at)
+        return row._replace(pin=self._pin, pinned=self._pin or pinned)
+
+    def mind_certificate(self, now: int) -> None:
+        """Write a new certificate to the row. It counts as written when a later turn reads it: a
+        tick may fail. Near its end, warn once a day, whatever is restarted meanwhile."""
+        row = self.get()
+        if row is None:
+            return
+        fresh = self._certified(row) if self._is_new else row
+        self._is_new = fresh != row
+        ends, is_told = fresh.certificate_ends, 0 <= now - fresh.warned_at < DAY * SECOND_MS
+        if ends and ends - now <= CERTIFICATE_WARNING * SECOND_MS and not is_told:
+            log.warning("the certificate's end is %s: renew it, and send SIGHUP", rfc3339(ends))
+            self._registry.audit.record("certificate", "server", "", None, endsAt=rfc3339(ends))
+            fresh = fresh._replace(warned_at=now)
+        if fresh != row:
+            self._queries.put(fresh)
 
 
 class Organizations(Rules):
@@ -4541,7 +4589,7 @@ class Registry:
         self.engine.require_unchanged(durable=True)
         self.engine.require_our_schema()
         self.service.keep_alive(now)
-        self.service.write_pin()
+        self.service.mind_certificate(now)
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
         has_more_tokens = self.tokens.prune(now)
@@ -4601,7 +4649,7 @@ class Registry:
         self.engine.close()
 
 
-# Calls of the program itself. START_SERVICE: values url, pin. LEARN_KEYS: restarts_audit.
+# Calls of the program itself. START_SERVICE: value url. LEARN_KEYS: restarts_audit.
 # fmt: off
 HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
 WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
@@ -4782,9 +4830,11 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine(database: str, key_file: str, progress: Progress = no_progress) -> Iterator[Finding]:
-    """Look at a database and its key file, and change nothing: not even lock files are made.
-    Raises OperatorError, StoreError when the database cannot be looked at."""
+def examine(
+    database: str, key_file: str, progress: Progress = no_progress, now: int = 0
+) -> Iterator[Finding]:
+    """Look at a database and its key file, and change nothing: not even lock files are made. now:
+    Unix ms. Raises OperatorError, StoreError when the database cannot be looked at."""
     if not os.path.exists(database):
         raise OperatorError(f"there is no database {database}: name it with --db")
     with closing(Engine(database)) as engine:
@@ -4819,6 +4869,10 @@ def examine(database: str, key_file: str, progress: Progress = no_progress) -> I
                     text = f"no event minted {', '.join(strangers)} as they are: revoke them"
                 yield Finding("minted", not strangers, text)
                 yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
+            name = "certificate"
+            service = Queries(engine).service() if is_ours else None
+            if service and (ends := service.certificate_ends):
+                yield Finding(name, ends > now, f"the server's is valid until {rfc3339(ends)}")
         except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
         paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
@@ -6039,8 +6093,9 @@ main "$@"
 """.replace("@VERSION@", __version__).replace("@UNIT_END@", UNIT_END)
 
 
-def join_command(url: str, pin: str, token: str) -> str:
-    """The shell command that makes a machine a host.
+def join_command(url: str, pin: str, token: str = "") -> str:
+    """The shell command that makes a machine a host; without a token, the one that renews the
+    agent of a machine that is one: script, service, URL and pins.
 
     The script is fetched into a new private folder, which is removed afterwards: in a folder of
     others it could be exchanged before it runs. The agent's options stand last, so that more can be
@@ -6060,11 +6115,13 @@ def join_command(url: str, pin: str, token: str) -> str:
         trust += ["--insecure-http"]
     # No URL and no pin has a character that double quotes do not quote.
     fetch_words = shlex.join([*fetch, f"{url}/agent.sh"]).replace("'", '"')
+    given = f"printf %s {shlex.quote(token)} | " if token else ""
+    trust += ["--token-file", "-"] if token else ["--install"]
     return (
-        f"printf %s {shlex.quote(token)} | sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
+        f"{given}sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
         f'  curl -o "$d/hostenroll-agent" -fsS {fetch_words} &&\n'
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' hostenroll-agent '
-        f"{shlex.join([*trust, '--token-file', '-'])}"
+        f"{shlex.join(trust)}"
     )
 
 
@@ -6414,9 +6471,9 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
       <select name="action"><option value="">all</option><option>mint</option>
         <option>enroll</option><option>re-enroll</option><option>replay</option>
         <option>renew</option><option>supersede</option><option>refuse</option>
-        <option>edit</option><option>revoke</option><option>restore</option>
-        <option>delete</option><option>add</option><option>rotate</option>
-        <option>retire</option><option>init</option><option>audit-format</option></select></label>
+        <option>edit</option><option>revoke</option><option>restore</option><option>delete</option>
+        <option>add</option><option>rotate</option><option>retire</option><option>init</option>
+        <option>audit-format</option><option>certificate</option></select></label>
     <label class="grow">About
       <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
              placeholder="host:<id> or token:<id>"></label>
@@ -6468,6 +6525,9 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
       <button data-close>Done</button><span role="status" id="copied"></span></div>
     <p class="notice small">This is shown once. It cannot be shown again after you close it.</p>
     <p class="problem" id="secret-warning"></p>
+    <details><summary>To update or move an agent</summary>
+      <div class="row"><code class="grow" id="agent"></code>
+        <button data-copy="agent">Copy this command</button></div></details>
     <details><summary>The token alone</summary>
       <div class="row"><code class="grow" id="token"></code>
         <button data-copy="token">Copy the token</button></div></details>
@@ -7153,6 +7213,7 @@ async function mintAt(path, body, title, text) {
   $("secret-text").textContent = text;
   $("join").textContent = service.joinCommand.replace("%s TOKEN", () => `%s ${minted.token}`);
   $("token").textContent = minted.token;
+  $("agent").textContent = service.agentCommand;
   $("secret-warning").textContent = isNear ? `Other machines cannot reach ${service.publicUrl}: ` +
     "serve --public-url sets the URL for them." : "";
   $("secret").dataset.token = minted.id;
@@ -7667,7 +7728,7 @@ class ServicePlace(NamedTuple):
     """Where hosts find the servers, and how often they send a heartbeat."""
 
     url: str = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"  # until a server has run
-    pin: str = ""  # of the certificate; "" without TLS
+    pin: str = ""  # one or more, as curl takes them; "" for none
     interval: int = HEARTBEAT_INTERVAL
 
     @property
@@ -7675,11 +7736,20 @@ class ServicePlace(NamedTuple):
         """The command that makes a machine a host in one line, with TOKEN in place of a token."""
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin, "TOKEN"))
 
+    @property
+    def agent_line(self) -> str:
+        """The command that renews the agent of a host, in one line."""
+        return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin))
+
 
 def service_place(service: Any) -> ServicePlace:
-    """Of a Service; None: before the first server ran."""
+    """Of a Service; None: before the first server ran. Not all that a database may have is safe to
+    paste into a shell. Raises StorageUnavailable."""
     if service is None:
         return ServicePlace()
+    ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
+    if not re.fullmatch(ours, f"{service.public_url} {service.pin}"):
+        raise StorageUnavailable("The URL or the pin in the database is odd: start serve again.")
     return ServicePlace(service.public_url, service.pin, service.interval)
 
 
@@ -7793,9 +7863,10 @@ SERVICE = Document(  # of a ServicePlace
     "Service",
     Member("version",                  Text(64, 1),           CONSTANT, lambda _: __version__),
     Member("publicUrl",                Text(2048, 1),         "url"),
-    Member("pin",                      Nullable(Text(64, 1)), "pin", _or_null(str)),
+    Member("pin",                      Nullable(Text(256, 1)), "pin", _or_null(str)),
     Member("heartbeatIntervalSeconds", INTERVAL,              "interval"),
     Member("joinCommand",              Text(8192, 1),         "join_line"),
+    Member("agentCommand",             Text(8192, 1),         "agent_line"),
 )
 # fmt: on
 
@@ -7871,6 +7942,9 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
     files = [metric_labels(file=file) for file in ("database", "wal")]
     sizes = zip(files, registry.engine.file_sizes())
     yield family("hostenroll_database_bytes", "gauge", "Size of the database's files.", sizes)
+    if certificate := registry.service.certificate:
+        help, at = "End of the certificate, in Unix time.", [("", certificate.ends // SECOND_MS)]
+        yield family("hostenroll_tls_certificate_not_after_seconds", "gauge", help, at)
     python = ".".join(map(str, sys.version_info[:3]))
     build = metric_labels(version=__version__, python=python, sqlite=registry.engine.sqlite_version)
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -8603,38 +8677,64 @@ class Tls:
         return self.outgoing.read()
 
 
+RSA_KEY = bytes.fromhex("2a864886f70d010101")  # in a certificate: rsaEncryption, RFC 3279
 PEM = re.compile(r"-----BEGIN (PRIVATE KEY|CERTIFICATE)-----.+?-----END \1-----", re.DOTALL)
 
 
-def load_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
-    """The TLS of a server from a certificate chain and its key, both PEM files; and the first
-    certificate in DER. Raises OperatorError."""
+def load_tls(certificate: str, key: Optional[str]) -> tuple[Optional[ssl.SSLContext], list[bytes]]:
+    """The TLS of a server from a certificate chain and its key, both PEM files; and the chain in
+    DER, the server's own first. Without the key, which a proxy has, the chain alone. Raises
+    OperatorError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.num_tickets = 0  # curl never resumes a session; two tickets are 40 of 283 us of CPU
     context.set_alpn_protocols(["http/1.1"])
     try:
-        for path in (certificate, key):
+        for path in filter(None, (certificate, key)):
             is_usable = os.path.isfile(path) and os.path.getsize(path) <= KEY_FILE_MAXIMUM
             if os.path.exists(path) and not is_usable:
                 raise OperatorError(f"{path} is not a file, or far too large")
-        with open(certificate, encoding="latin-1") as file, open(key, "rb"):
+        with open(certificate, encoding="latin-1") as file, open(key or certificate, "rb"):
             chain = [found[0] for found in PEM.finditer(file.read()) if found[1] == "CERTIFICATE"]
         if not chain:
             raise OperatorError(f"there is no PEM certificate in {certificate}")
-        context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
-        return context, ssl.PEM_cert_to_DER_cert(chain[0])
+        if key:
+            context.load_cert_chain(certificate, key, password=lambda: b"")  # never asks a terminal
+        return context if key else None, [*map(ssl.PEM_cert_to_DER_cert, chain)]
     except (ssl.SSLError, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error)
         if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
             reason = "the key is another's"
-        raise OperatorError(
-            f"{certificate} and {key} are not a certificate and its key without a password, in "
-            f"PEM: {reason}"
-        ) from error
+        what = "and its key without a password, in PEM"
+        named = f"{certificate} and {key} are not a certificate {what}" if key else certificate
+        raise OperatorError(f"{named}: {reason}") from error
     except OSError as error:
         raise OperatorError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def distrust(chain: Sequence[bytes], host: str) -> str:
+    """Why this machine's own trust store does not verify a chain, in DER, for a host; "" if it
+    does. A client is given the messages in which a server of TLS 1.2 shows its chain: they are in
+    the clear, so it takes no key to make them (RFC 5246 sections 7.4.1.3 and 7.4.2)."""
+    client, incoming = ssl.create_default_context(), ssl.MemoryBIO()
+    client.verify_flags &= ~ssl.VERIFY_X509_STRICT  # from Python 3.13 on; curl is not strict
+    client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_2
+    suite = b"\xc0\x30" if RSA_KEY in chain[0] else b"\xc0\x2c"  # ECDHE, RSA or ECDSA, AES-256
+    hello = b"\3\3%b\0%b\0\0\5\xff\1\0\1\0" % (bytes(32), suite)  # the end: RFC 5746
+    certificates = b"".join(len(each).to_bytes(3, "big") + each for each in chain)
+    shown = len(certificates).to_bytes(3, "big") + certificates
+    flight = b"\2\0\0%c%b\x0b%b%b" % (len(hello), hello, len(shown).to_bytes(3, "big"), shown)
+    for at in range(0, len(flight), TLS_RECORD):
+        part = flight[at : at + TLS_RECORD]
+        incoming.write(b"\x16\3\3" + len(part).to_bytes(2, "big") + part)
+    try:
+        session = client.wrap_bio(incoming, ssl.MemoryBIO(), server_hostname=host)
+        with suppress(ssl.SSLWantReadError):  # it has verified the chain, and waits for the rest
+            session.do_handshake()
+    except (OSError, ValueError) as error:
+        return getattr(error, "verify_message", "") or str(error)
+    return ""
 
 
 class Connection:
@@ -9197,16 +9297,14 @@ class Server(HTTPServer):
     def __init__(
         self, api: Api, host: str, port: int, *, clock: Callable[[], float],
         connections: int = CONNECTIONS_MAXIMUM, deadlines: Optional[Mapping[State, float]] = None,
-        load_tls: Optional[Callable[[], ssl.SSLContext]] = None,
+        load_tls: Optional[Callable[[str], Optional[ssl.SSLContext]]] = None,
         listener: Optional[socket.socket] = None, proxies: Networks = (), access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
     ) -> None:  # fmt: skip
         """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
-        is called at once and at each reload. listener: a socket that a service manager has bound.
-        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3).
-        Raises OSError."""
-        self._load_tls = load_tls
-        self._tls = load_tls() if load_tls else None
+        is called with our host, at once and at each reload. listener: a socket that a service
+        manager has bound. proxies: believed in X-Forwarded-For. notify is given our states, as in
+        sd_notify(3). Raises OSError."""
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listening_socket(host, port)
@@ -9215,6 +9313,12 @@ class Server(HTTPServer):
         self.socket.listen(BACKLOG)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self._load_tls = load_tls
+        try:
+            self._tls = load_tls(self.host) if load_tls else None
+        except BaseException:
+            self.socket.close()
+            raise
         self._registry = api.registry
         self._clock = clock
         self._proxies = proxies
@@ -9239,12 +9343,15 @@ class Server(HTTPServer):
     # Starting and stopping.
 
     @property
+    def host(self) -> str:
+        """Its address, or the name of this machine if it listens on every address."""
+        is_one = not ipaddress.ip_address(self.server_name).is_unspecified
+        return self.server_name if is_one else socket.gethostname()
+
+    @property
     def url(self) -> str:
-        """Where it listens; with the name of this machine if it listens on every address."""
-        host = self.server_name
-        if ipaddress.ip_address(host).is_unspecified:
-            host = socket.gethostname()
-        scheme = "https" if self._tls else "http"
+        """Where it listens, by that host."""
+        scheme, host = "https" if self._tls else "http", self.host
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     @property
@@ -9412,11 +9519,11 @@ class Server(HTTPServer):
         self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._connections.moment * 1e6)}")
         if self._load_tls is not None:
             try:
-                self._tls = self._load_tls()
+                self._tls = self._load_tls(self.host)
                 log.info("loaded the certificate again")
             except OperatorError as error:
                 log.error("%s; the certificate in use stays", error)
-        self._housekeeping_at = 0.0  # writes the new pin
+        self._housekeeping_at = 0.0  # writes what is new of it
         self._notify("READY=1")
 
     # Accepting and expiring.
@@ -10100,6 +10207,13 @@ def mint_api_key(session: Session) -> None:
         inform(f"API key {key['id']}: {key['role']} of {whose}; the server's page takes it too")
 
 
+def agent_command(session: Session) -> None:
+    with session.open(purpose="read") as registry:
+        place = service_place(registry.perform(CURRENT_SERVICE, session.now()))
+    facts = "for machines that are enrolled, as root: it renews the agent, and where it finds us"
+    session.report(SERVICE.of(place), place.agent_line, facts)
+
+
 def warn_of_stop(service: Any, now: int) -> None:
     """While no server runs, no host can enroll, and each status is as it was at the stop. No
     warning before the first server has run: it may be starting."""
@@ -10172,6 +10286,12 @@ def serve(session: Session) -> None:
     arguments = session.arguments
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together: make-cert makes a pair")
+    is_far = "https:" in (arguments.public_url or "")
+    if arguments.tls_pin_cert and (arguments.tls_cert or not is_far):
+        raise UsageError("--tls-pin-cert goes with --public-url https://..., and not --tls-cert")
+    wants_pin = arguments.next_pin or arguments.pin == "always"
+    if wants_pin and not (arguments.tls_cert or arguments.tls_pin_cert):
+        raise UsageError("--next-pin and --pin always go with --tls-cert or --tls-pin-cert")
     log.addHandler(LogHandler(is_json=arguments.log_format == "json"))
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -10185,7 +10305,7 @@ def serve(session: Session) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
-        place = {"url": arguments.public_url or server.url, "pin": registry.service.pin}
+        place = {"url": arguments.public_url or server.url}
         registry.perform(Call(START_SERVICE, values=place), session.now())
         greet(session, server)
         with suppress(OSError, AttributeError):
@@ -10206,18 +10326,29 @@ def listen(session: Session, registry: Registry) -> Server:
         log.warning("the limit of open files allows %d connections: ulimit -Hn", connections)
     manager = environment.get("NOTIFY_SOCKET")
 
-    def load() -> Any:
-        context, certificate = load_tls(arguments.tls_cert, arguments.tls_key)
-        try:
-            registry.service.announce_pin(public_key_pin(certificate))
-        except ValueError as error:  # OpenSSL reads more than X.509 allows
-            raise OperatorError(f"cannot read {arguments.tls_cert}: {error}") from error
+    public_host = urlsplit(arguments.public_url or "").hostname
+    file, next_pin = arguments.tls_cert or arguments.tls_pin_cert, arguments.next_pin or ""
+    if next_pin and not re.fullmatch(PIN, next_pin):
+        next_pin = read_certificate(load_tls(next_pin, None)[1][0], next_pin).pin
+
+    def load(host: str) -> Any:
+        context, chain = load_tls(file, arguments.tls_key)
+        certificate = read_certificate(chain[0], file)
+        reason = distrust(chain, public_host or host) if arguments.pin == "auto" else ""
+        if reason and not certificate.is_self_signed:
+            log.warning(
+                "join commands pin the certificate's key (%s): renewed with another key it shuts "
+                "agents out. Keep the key (certbot --reuse-key), or serve --pin never and give "
+                "agents the authority with --cacert", reason)  # fmt: skip
+        is_pinned = reason or arguments.pin == "always"
+        pins = filter(None, dict.fromkeys((certificate.pin, next_pin)))
+        registry.service.announce(certificate, ";".join(pins) if is_pinned else "")
         return context
 
     try:
         return Server(
             Api(registry), arguments.host, arguments.port, clock=session.clock,
-            connections=connections, load_tls=load if arguments.tls_cert else None,
+            connections=connections, load_tls=load if file else None,
             listener=inherited_listener(
                 environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")),
             proxies=tuple(arguments.trusted_proxy), access_log=arguments.access_log,
@@ -10233,6 +10364,8 @@ def listen(session: Session, registry: Registry) -> Server:
 def greet(session: Session, server: Server) -> None:
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS they send secrets in the clear")
+    if server.host != server.server_name and not session.arguments.public_url:
+        log.warning("join commands have this machine's hostname in them: give --public-url")
     listens = f"hostenroll {__version__} listens on {server.url}"
     if session.arguments.log_format == "json":
         log.info(listens)
@@ -10279,7 +10412,7 @@ def run_backup(session: Session) -> None:
 
 def run_check(session: Session) -> Optional[int]:
     with session.progress() as progress:
-        findings = [*examine(*session.files(), progress)]
+        findings = [*examine(*session.files(), progress, session.now())]
     is_good = all(finding.is_good for finding in findings)
     documents = [{"name": f.name, "ok": f.is_good, "detail": f.detail} for f in findings]
     table = Table(("ok", "name", "detail"), session.screen, has_headings=False)
@@ -10321,7 +10454,7 @@ def make_cert(session: Session) -> None:
     if os.path.realpath(certificate) == os.path.realpath(key):
         raise OperatorError("--tls-cert and --tls-key name the same file")
     make_pair(certificate, key, arguments.name[0], names, arguments.days)
-    pin = public_key_pin(load_tls(certificate, key)[1])
+    pin = read_certificate(load_tls(certificate, key)[1][0], certificate).pin
     made = {"certificate": certificate, "key": key, "pin": pin}
     command = f"serve --tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}"
     session.report(made, None, f"made {certificate} and {key}; its pin is {pin}; now", command)
@@ -10531,6 +10664,11 @@ SERVE_OPTIONS = (
            within(CREDENTIAL_TTL_RANGE, duration, format_duration)),
     option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
     option("--tls-key", "FILE", "its key, in PEM; SIGHUP reloads both", file_name),
+    option("--pin", "WHEN", "pin its key in join commands: always, never, or auto, unless this "
+           "machine's trust store verifies it (%(default)s)", one_of("auto", "always", "never"),
+           "auto"),
+    option("--next-pin", "PIN|CERT", "pin the key of the next certificate too", file_name),
+    option("--tls-pin-cert", "FILE", "the certificate chain of the proxy in front", file_name),
     option("--public-url", "URL", "where agents find the server, for mint-token", web_address),
     option("--trusted-proxy", "CIDR", "believe X-Forwarded-For from these addresses; repeatable "
            "(none)", networks, [], action="extend"),
@@ -10599,6 +10737,8 @@ GROUPS = {
             option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"))),
         Command("list-tokens", "list-tokens --state valid", list_items, (
             ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
+        Command("agent-command", "agent-command", agent_command,
+                own_summary="print the command that updates or moves enrolled agents"),
         by_id("show-token"),
         by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay"),
     ),

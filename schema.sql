@@ -100,7 +100,10 @@ CREATE TABLE service (
     previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
-    pin             TEXT    NOT NULL DEFAULT ''  -- of its certificate, where it speaks TLS itself
+    pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
+    pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
+    certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
+    warned_at       INTEGER NOT NULL DEFAULT 0  -- when the log was last warned of that end
 );
 
 CREATE TABLE audit (

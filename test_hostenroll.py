@@ -613,7 +613,7 @@ class ServerThread(SocketDoor):
                 api, options = hostenroll.Api(registry), {"clock": self.clock, **self._options}
                 with hostenroll.Server(api, "127.0.0.1", 0, **options) as self.server:
                     self.registry = registry
-                    start = partial(registry.service.start, self.server.url, "")
+                    start = partial(registry.service.start, self.server.url)
                     perform(registry, self.clock, start, durable=True)
                     self._started.set()
                     self.server.serve_forever()
@@ -714,7 +714,7 @@ def start_server(
         pair, context = write_pair(folder, name), trusting(name)
     if how == "thread":
         if pair:
-            options["load_tls"] = lambda: hostenroll.load_tls(*pair)[0]
+            options["load_tls"] = lambda host: hostenroll.load_tls(*pair)[0]
         server = ServerThread(where, clock, context, key, options)
     else:
         command = [*(program or PROGRAM)]
@@ -788,7 +788,7 @@ def certificate_of(pair):
 
 
 def pin_of(pair):
-    return hostenroll.public_key_pin(ssl.PEM_cert_to_DER_cert(certificate_of(pair)))
+    return hostenroll.read_certificate(ssl.PEM_cert_to_DER_cert(certificate_of(pair))).pin
 
 
 def write_pair(folder, pair="one"):
@@ -798,6 +798,46 @@ def write_pair(folder, pair="one"):
     files[1].touch(0o600)
     files[1].write_text(PAIRS[pair].partition(CERTIFICATE_END)[2])
     return str(files[0]), str(files[1])
+
+
+class Authority:
+    """An authority with an intermediate one, made by openssl; who knows it has `trust` in the
+    environment."""
+
+    def __init__(self, folder):
+        self.folder, self.file = folder, folder / "root.pem"
+        self.trust = dict.fromkeys(("SSL_CERT_FILE", "CURL_CA_BUNDLE"), str(self.file))
+        self._openssl("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 99 "
+                      "-subj /CN=Root -keyout root.key -out root.pem")  # fmt: skip
+        self._sign("middle", "ec -pkeyopt ec_paramgen_curve:P-256", "root", 99,
+                   "basicConstraints=critical,CA:TRUE", "Middle")  # fmt: skip
+
+    def _openssl(self, words):
+        command = ["openssl", *words.split()]
+        subprocess.run(command, cwd=self.folder, capture_output=True, check=True)
+
+    def _sign(self, name, key, by, days, extensions, subject="enroll.lan"):
+        (self.folder / f"{name}.ext").write_text(f"{extensions}\n")
+        self._openssl(f"req -new -newkey {key} -nodes -subj /CN={subject} -keyout {name}.key "
+                      f"-out {name}.csr")  # fmt: skip
+        self._openssl(f"x509 -req -in {name}.csr -CA {by}.pem -CAkey {by}.key -CAcreateserial "
+                      f"-days {days} -extfile {name}.ext -out {name}.pem")  # fmt: skip
+
+    def issue(self, into, key="ec -pkeyopt ec_paramgen_curve:P-256", days=60,
+              names="DNS:enroll.lan,IP:127.0.0.1,IP:::1"):  # fmt: skip
+        """Put a server's chain and a new key into a folder, as `serve` takes them."""
+        self._sign("leaf", key, "middle", days, f"subjectAltName={names}" if names else "")
+        chain = [(self.folder / f"{name}.pem").read_text() for name in ("leaf", "middle")]
+        (into / "tls.crt").write_text("".join(chain))
+        (into / "tls.key").write_text((self.folder / "leaf.key").read_text())
+        return "--tls-cert", str(into / "tls.crt"), "--tls-key", str(into / "tls.key")
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 def trusting(pair="one", **settings):
@@ -2645,19 +2685,51 @@ PIN = "sha256//k6hhnPvLMepU9qR29TqU64VNimlwgKGrtghuqd261Ys="  # computed by open
 
 
 def test_a_pin_is_the_hash_of_the_key_and_bytes_that_are_no_certificate_have_none():
-    assert [hostenroll.public_key_pin(data) for data in (WHOLE, OLD)] == [PIN] * 2
+    ends = 4_733_510_400_000  # 2120-01-01
+    for data in (WHOLE, OLD):
+        assert hostenroll.read_certificate(data) == (PIN, ends, True)
     seed = random.Random(7)
     junk = [WHOLE[:length] for length in range(len(WHOLE))]
     junk += [bytes([octet]) * size for octet in (0, 0x30, 0x80, 0x84, 0xFF) for size in range(9)]
     for data in junk:
-        with pytest.raises(ValueError):
-            hostenroll.public_key_pin(data)
+        with pytest.raises(hostenroll.OperatorError):
+            hostenroll.read_certificate(data)
     for _ in range(3000):
         data = bytearray(WHOLE)
         for _ in range(seed.randint(1, 4)):
             data[seed.randrange(len(data))] = seed.randrange(256)
-        with contextlib.suppress(ValueError):
-            assert hostenroll.public_key_pin(bytes(data)).startswith("sha256//")
+        with contextlib.suppress(hostenroll.OperatorError):
+            read = hostenroll.read_certificate(bytes(data))
+            assert read.pin.startswith("sha256//") and read.ends > 0
+
+
+def der(tag, *parts):
+    return bytes([tag, len(b"".join(parts))]) + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind, text, ends, is_self_signed", [
+    # kind and text of notAfter, the end in seconds
+    (0x17, b"491231235959Z", 2_524_607_999, True), (0x17, b"500101000000Z", 1, False),
+    (0x17, b"991231235959Z", 946_684_799, True), (0x17, b"000229120000Z", 951_825_600, False),
+    (0x18, b"20500101000000Z", 2_524_608_000, True), (0x18, b"19700101000000Z", 1, True),
+    (0x18, b"99991231235959Z", hostenroll.LAST_SECOND, True),  # none: RFC 5280 section 4.1.2.5
+    (0x18, b"20501301000000Z", None, True), (0x18, b"2050010100Z", None, True),
+    (0x17, b"\xff0101000000Z", None, True), (0x18, b"", None, True),
+])  # fmt: skip
+def test_the_end_of_a_certificate_is_read_as_rfc_5280_has_it(kind, text, ends, is_self_signed):
+    validity = der(0x30, der(0x17, b"200101000000Z"), der(kind, text))
+    subject = b"issuer" if is_self_signed else b"subject"
+    names = der(0x30, b"issuer"), der(0x30, subject)
+    for version in (b"", der(0xA0, b"\2\1\2")):
+        members = version, der(2, b"1"), der(0x30), names[0], validity, names[1], der(0x30, b"key")
+        octets = der(0x30, der(0x30, *members), der(0x30), der(3))
+        if ends is None:
+            with pytest.raises(hostenroll.OperatorError, match="cannot read a: "):
+                hostenroll.read_certificate(octets, "a")
+            continue
+        read = hostenroll.read_certificate(octets)
+        assert (read.ends, read.is_self_signed) == (max(1, ends * 1000 if ends > 1 else 1),
+                                                    is_self_signed)  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
@@ -2674,7 +2746,7 @@ def test_a_pin_is_the_one_that_openssl_computes(key, tmp_path):
         public = openssl("pkey -pubin -outform der", openssl("x509 -in cert -noout -pubkey"))
         pin = base64.b64encode(openssl("dgst -sha256 -binary", public)).decode()
         certificate = openssl("x509 -in cert -outform der")
-        assert hostenroll.public_key_pin(certificate) == f"sha256//{pin}"
+        assert hostenroll.read_certificate(certificate).pin == f"sha256//{pin}"
         assert (b"\xa0\x03\x02\x01" in certificate[:20]) is bool(extensions)
 
 
@@ -3646,13 +3718,19 @@ def test_beside_another_writer_a_tick_asks_to_come_again(writer, world, clock, p
     assert world.run(beat) == [clock.ms] and len(world.sql("SELECT 1 FROM token")) == 1
 
 
-def starting(pin=""):
-    return Call(hostenroll.START_SERVICE, values={"url": "http://here", "pin": pin})
+STARTING = Call(hostenroll.START_SERVICE, values={"url": "http://here"})
+
+
+def announce(world, key, pin=None, ends=1 << 60):
+    """The server has a certificate of this key, which join commands pin unless another is given."""
+    pin = key if pin is None else pin
+    world.registry.service.announce(hostenroll.Certificate(key, ends, True), pin)
 
 
 def test_a_new_pin_is_written_though_the_tick_that_wrote_it_has_died(world):
-    world.run(starting("old"))
-    world.registry.service.announce_pin("new")
+    announce(world, "old")
+    world.run(STARTING)
+    announce(world, "new")
     die = own_call(raising(hostenroll.StoreError("the disk is full")))
     assert are_unavailable(world.run(Call(hostenroll.HOUSEKEEPING), die), 2)
     for _ in range(2):
@@ -3695,9 +3773,9 @@ def on_host(world, act, before=None, **values):
 
 
 def housekeeping(world):
-    world.run(starting())
+    world.run(STARTING)
     world.token()
-    world.registry.service.announce_pin("pin")
+    announce(world, "pin")
     world.advance(61 * 86_400)
     return Call(hostenroll.HOUSEKEEPING)
 
@@ -3731,7 +3809,7 @@ FAILURES = {
     "restore": (partial(on_host, act="restore-host", before="revoke"), "restore"),
     "edit": (partial(on_host, act="edit-host", name="front", labels={"a": "1"}), "edit"),
     "revoke a token": (lambda world: call("revoke-token", number_of(world.token())), "revoke"),
-    "start a service": (lambda world: starting(), ""),
+    "start a service": (lambda world: STARTING, ""),
     "housekeeping": (housekeeping, ""),
     "add an organization": (lambda world: call("add-org", name="berlin"), "add"),
     "mint an API key": (lambda world: call("mint-api-key", role="admin"), "mint"),
@@ -4054,10 +4132,27 @@ def old_fleet(paths, clock):
     return SimpleNamespace(ids=ids, keyring=keyring, used=used, credential=credential)
 
 
+def columns_added(version):
+    """The columns that a migration adds to tables that were there."""
+    words = " ".join(hostenroll.MIGRATIONS[version])
+    return re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", words)
+
+
+def test_what_agents_of_an_older_version_have_pinned_is_known(paths, clock):
+    make_schema_2(paths, clock)
+    sql(paths[0], "INSERT INTO service VALUES (1, 5, 5, 0, 30, 'https://x', 'a pin')")
+    open_registry(*paths, clock.ms).close()
+    assert sql(paths[0], "SELECT pin, pinned FROM service") == [("a pin", "a pin")]
+
+
 def make_schema_2(paths, clock):
-    """A pair of schema 2, which lacks the last columns of hosts."""
-    text = re.sub(r",( +-- [^\n]*\n) +agent_version [^;]*\n\);", r"\1);", hostenroll.SCHEMA)
-    assert "issued_hash" in hostenroll.SCHEMA and "issued_hash" not in text
+    """A pair of schema 2, which lacks columns."""
+    text = hostenroll.SCHEMA
+    for table, column in columns_added(2):
+        column = rf"(?s)(CREATE TABLE {table} .*?)\n +{column} [^\n]*"
+        text, count = re.subn(column, r"\1", text, count=1)
+        assert count == 1
+    text = re.sub(r",( *(?:--[^\n]*)?\n\);)", r"\1", text)  # what is the last column now
     with old_pair(paths, f"{text}; PRAGMA user_version = 2") as (keyring, add):
         add("signing_key", 1, keyring.first.kid, 5, None)
         add("host", 7, "default", "n", "n.lan", 0, "os", "a", "d", "{}", 1, 5, None, 1, 1, 5, 1,
@@ -4218,7 +4313,7 @@ def test_where_the_disk_is_short_a_migration_goes_on_without_a_copy(
 ):
     with small_disk(tmp_path, "2m"):
         old_fleet(paths, clock)
-        sql(paths[0], "UPDATE service SET public_url = hex(zeroblob(300000))")
+        sql(paths[0], "UPDATE token SET description = hex(zeroblob(300000))")
         (tmp_path / "rest").write_bytes(bytes(shutil.disk_usage(tmp_path).free - 400_000))
         if lies:  # another program fills the disk meanwhile
             monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
@@ -5079,12 +5174,116 @@ def test_the_gap_goes_on_after_a_period_too_short_to_hear_all(lived, previous, g
 
 def start(world, url="http://here"):
     """A server starts."""
-    values = {"url": url, "pin": ""}
-    world.registry.perform(Call(hostenroll.START_SERVICE, values=values), world.clock.ms)
+    call = Call(hostenroll.START_SERVICE, values={"url": url})
+    world.registry.perform(call, world.clock.ms)
 
 
 def keep_alive(world):
     world.perform(world.registry.service.keep_alive)
+
+
+# What hosts and operators hear of the server's certificate.
+
+PINS = [pin_of(pair) for pair in PAIRS]
+BOTH = ";".join(PINS)
+KEY_CHANGES = {  # what was pinned, the key and the pin now, whether it is said, what is remembered
+    "the same key": (PINS[0], PINS[0], PINS[0], False, PINS[0]),
+    "another": (PINS[0], PINS[1], PINS[1], True, PINS[1]),
+    "the next one": (BOTH, PINS[1], PINS[1], False, PINS[1]),
+    "the next one, with one more": (BOTH, PINS[1], BOTH, False, BOTH),
+    "the same, no longer pinned": (PINS[0], PINS[0], "", False, PINS[0]),
+    "another, not pinned": (PINS[0], PINS[1], "", True, ""),
+    "any, where none was pinned": ("", PINS[1], "", False, ""),
+    "any, pinned for the first time": ("", PINS[1], PINS[1], False, PINS[1]),
+    "any, after odd text": ("\x1b[2J'; id\n", PINS[1], "", True, ""),
+    "a part of one": (PINS[0], PINS[0][:-1], "", True, ""),
+}
+
+
+@pytest.mark.parametrize("how", sample({"start": "start", "SIGHUP": "SIGHUP"}, "SIGHUP"))
+@pytest.mark.parametrize("pinned, key, pin, is_said, then", table(KEY_CHANGES))
+def test_a_key_that_agents_have_not_pinned_is_an_error_and_an_event(
+    pinned, key, pin, is_said, then, how, world, caplog
+):
+    announce(world, PINS[0], "")
+    start(world)
+    world.housekeeping()
+    world.sql("UPDATE service SET pin = ?, pinned = ?", pinned, pinned)
+    announce(world, key, pin)
+    if how == "start":
+        start(world)
+    for _ in range(3):
+        world.housekeeping()
+    lines = [line for line in caplog.messages if "has another key" in line]
+    assert len(lines) == is_said and not hostenroll.UNPRINTABLE.search("".join(lines))
+    events = [event["detail"] for event in world.audit("certificate")]
+    assert events == ([{"pinned": pinned, "pin": key}] if is_said else [])
+    assert world.sql("SELECT pin, pinned FROM service") == [(pin, then)]
+    assert not is_said or "agent-command" in lines[0]
+
+
+def test_what_agents_have_pinned_is_remembered_while_a_server_without_tls_runs(world, caplog):
+    announce(world, PINS[0])
+    start(world)
+    world.reopen()
+    start(world)
+    assert world.sql("SELECT pin, pinned, certificate_ends FROM service") == [("", PINS[0], 0)]
+    announce(world, PINS[1])
+    start(world)
+    assert "has another key" in caplog.text
+
+
+def test_from_21_days_before_its_end_a_certificate_is_warned_of_once_a_day(world, caplog):
+    day, warned = 86_400, []
+    announce(world, PINS[0], ends=world.clock.ms + 22 * day * 1000)
+    start(world)
+    for hour in range(0, 24 * 24 + 8, 8):
+        if hour % 5 == 0:  # whatever is restarted
+            start(world)
+        world.housekeeping()
+        if len(world.audit("certificate")) > len(warned):
+            warned.append(hour)
+        world.advance(8 * 3600)
+    assert warned == [24 * n for n in range(1, 25)]
+    events = world.audit("certificate")
+    lines = [line for line in caplog.messages if line.startswith("the certificate's end is 2027-")]
+    assert len(lines) == len(events) == 24 and events[0]["detail"] == {
+        "endsAt": "2027-02-06T08:00:00.000Z"
+    }
+    assert (events[0]["actor"], events[0]["organizationId"]) == ("server", None)
+    announce(world, PINS[0], ends=world.clock.ms + 20 * day * 1000)  # is told at once
+    for _ in range(3):
+        world.housekeeping()
+    assert len(world.audit("certificate")) == 25
+    announce(world, PINS[0], ends=world.clock.ms + 90 * day * 1000)
+    world.housekeeping()
+    world.advance(2 * day)
+    world.housekeeping()
+    assert len(world.audit("certificate")) == 25
+
+
+def test_a_clock_that_is_set_back_keeps_no_warning_of_a_certificate_back(world, caplog):
+    announce(world, PINS[0], ends=world.clock.ms + 1000)
+    start(world)
+    world.housekeeping()
+    world.advance(-3 * 86_400)
+    world.housekeeping()
+    assert sum("the certificate's end" in line for line in caplog.messages) == 2
+
+
+def test_check_says_when_the_certificate_ends(world):
+    names = [finding.name for finding in hostenroll.examine(*world.paths)]
+    start(world)
+    assert [it.name for it in hostenroll.examine(*world.paths)] == names  # without TLS
+    announce(world, PINS[0], ends=world.clock.ms)
+    world.housekeeping()
+    for now, is_good in ((world.clock.ms - 1, True), (world.clock.ms, False)):
+        found = [*hostenroll.examine(*world.paths, now=now)]
+        (named,) = [it for it in found if it.name not in names]
+        assert (named.name, named.is_good) == ("certificate", is_good)
+        assert hostenroll.rfc3339(world.clock.ms) in named.detail
+    world.sql("UPDATE service SET certificate_ends = 'x'")
+    assert {it.name for it in bad_in(world.paths)} == {"rows", "certificate"}
 
 
 def live_on(world, seconds):
@@ -7673,9 +7872,8 @@ def test_new_keys_for_an_old_log_begin_it_again(paths, clock, caplog):
 def test_a_migration_that_is_had_again_makes_no_new_log_an_old_one(chronicle):
     falsify(chronicle)
     chronicle.registry.close()
-    columns = [row[1] for row in sql(chronicle.paths[0], "PRAGMA table_info(host)")]
-    for column in columns[columns.index("twin_id") + 1 :]:
-        sql(chronicle.paths[0], f"ALTER TABLE host DROP COLUMN {column}")
+    for table, column in columns_added(2):
+        sql(chronicle.paths[0], f"ALTER TABLE {table} DROP COLUMN {column}")
     sql(chronicle.paths[0], "PRAGMA user_version = 2")
     chronicle.reopen(audit_keep=86400, purpose="serve")
     assert log_of(chronicle)[-1].action == "audit-format"
@@ -7871,7 +8069,7 @@ def tries(world, token, credential, number):
 def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, world, caplog):
     """The others of a tick stand."""
     (_, honest), refused = world.join(), set()
-    world.perform(lambda now: world.registry.service.start("u", "", now))
+    world.perform(lambda now: world.registry.service.start("u", now))
     world.sql("PRAGMA foreign_keys = OFF")
     numbers, texts = ("'text'", f"-{GREATEST}", f"{GREATEST}"), ("CAST(x'ff' AS TEXT)", "'[[['")
     (_, key, *_), *columns = world.sql(f"PRAGMA table_info({name})")
@@ -7908,7 +8106,7 @@ def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, worl
 ])  # fmt: skip
 def test_check_names_a_row_that_no_hostenroll_wrote(table, column, value, world):
     world.join()
-    world.perform(lambda now: world.registry.service.start("u", "", now))
+    world.perform(lambda now: world.registry.service.start("u", now))
     world.act("mint-api-key")
     world.sql("PRAGMA foreign_keys = OFF")
     assert "rows" not in {finding.name for finding in bad_in(world.paths)}
@@ -7935,7 +8133,7 @@ IGNORED_INSERTS = {  # by table, what inserts a row
     "organization": lambda world, token: world.act("add-org", name="berlin"),
     "signing_key": lambda world, token: world.act("rotate-signing-key"),
     "service":
-        lambda world, token: world.perform(lambda now: world.registry.service.start("", "", now)),
+        lambda world, token: world.perform(lambda now: world.registry.service.start("", now)),
     "audit_anchor": lambda world, token: world.housekeeping(),
     "host": lambda world, token: world.enroll(token),
     "heartbeat": lambda world, token: world.enroll(token),
@@ -8683,14 +8881,19 @@ JOINS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("token, given, last", [
+    ("het_x", "printf %s het_x | ", "--token-file -"), ("", "", "--install"),
+], ids=["with a token", "for agents that are enrolled"])  # fmt: skip
 @pytest.mark.parametrize("url, pin, trust, more", table(JOINS))
-def test_the_join_command_trusts_the_server_and_nothing_else(url, pin, trust, more):
+def test_the_join_command_trusts_the_server_and_nothing_else(
+    url, pin, trust, more, token, given, last
+):
     script, server = shlex.quote(f"{url}/agent.sh").replace("'", '"'), shlex.quote(url)
-    assert hostenroll.join_command(url, pin, "het_x") == (
-        "printf %s het_x | sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
+    assert hostenroll.join_command(url, pin, token) == (
+        f"{given}sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
         f'  curl -o "$d/hostenroll-agent" -fsS {trust} {script} &&\n'
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' '
-        f"hostenroll-agent --server {server}{more} --token-file -"
+        f"hostenroll-agent --server {server}{more} {last}"
     )
 
 
@@ -11786,7 +11989,7 @@ def attempts_of_strangers(operation, estate):
 def test_who_may_call_what(operation, estate):
     """All others change nothing but the log."""
     method, path = operation.method, estate.path(operation.path)
-    estate.perform(partial(estate.registry.service.start, "http://a", ""))
+    estate.perform(partial(estate.registry.service.start, "http://a"))
     before = remembered(estate)
     for caller, asked, body, code in attempts_of_strangers(operation, estate):
         estate.advance(60 / hostenroll.FAILURES_ALLOWED)
@@ -12144,17 +12347,51 @@ def test_me_shows_whose_a_key_is_and_the_service_how_hosts_find_it(estate):
         assert estate.read_as(caller, "/api/me") == me
     shown = estate.read_as("viewer", "/api/service")
     assert (shown["publicUrl"], shown["pin"]) == ("http://127.0.0.1:8080", None)  # no server yet
-    estate.registry.service.announce_pin("sha256//a=")
-    estate.perform(partial(estate.registry.service.start, "https://enroll.lan:8443", ""))
+    pins = f"{pin_of('one')};{pin_of('other')}"
+    announce(estate, pin_of("one"), pins)
+    estate.perform(partial(estate.registry.service.start, "https://enroll.lan:8443"))
     estate.housekeeping()
     shown = estate.read_as("viewer", "/api/service")
-    command = shown.pop("joinCommand")
+    command, renewal = shown.pop("joinCommand"), shown.pop("agentCommand")
     assert shown == {
         "version": hostenroll.__version__, "publicUrl": "https://enroll.lan:8443",
-        "pin": "sha256//a=", "heartbeatIntervalSeconds": 30,
+        "pin": pins, "heartbeatIntervalSeconds": 30,
     }  # fmt: skip
     whole = hostenroll.join_command(shown["publicUrl"], shown["pin"], "het_x").replace("\n ", "")
     assert command.replace("TOKEN", "het_x") == whole and "\n" not in command
+    assert "--install" in renewal and "printf" not in renewal and "\n" not in renewal
+
+
+ODD_TEXTS = {  # by column of service
+    "pin": ("x", "\x1b[2J", '";id;"', PINS[0][:-1], f"{PINS[0]}\n", f"{PINS[0]};", f" {PINS[0]}",
+            f"{BOTH};{BOTH};{PINS[0]}"),
+    "public_url": ("", "u", "http://a b", "http://$(id)", "https://a;id", "http://a'b",
+                   "http://a\n", 'https://"', "ftp://a", "https://\u0430.lan"),
+}  # fmt: skip
+
+
+def test_no_odd_text_of_a_database_becomes_a_command(estate):
+    for good in ("", PINS[0], BOTH, f"{BOTH};{BOTH}"):
+        estate.perform(partial(estate.registry.service.start, "https://enroll.lan"))
+        estate.sql("UPDATE service SET pin = ?", good)
+        assert estate.read_as("viewer", "/api/service")["pin"] == (good or None)
+    for column, texts in ODD_TEXTS.items():
+        for text in texts:
+            estate.perform(partial(estate.registry.service.start, "https://enroll.lan"))
+            estate.sql(f"UPDATE service SET {column} = ?", text)
+            refused = estate.call_as("viewer", "GET", "/api/service")
+            assert (refused.status, refused.code) == (503, "storage-unavailable"), text
+            assert "start serve again" in refused.document["detail"]
+            assert estate.call_as("viewer", "GET", "/api/hosts").status == 200
+
+
+def test_a_metric_says_when_the_certificate_ends_to_who_may_see_the_process(estate):
+    name = "hostenroll_tls_certificate_not_after_seconds"
+    assert name not in estate.read_as("owner", "/metrics")
+    announce(estate, PINS[0], ends=1_800_000_000_999)
+    shown = estate.read_as("owner", "/metrics")
+    assert f"# TYPE {name} gauge\n{name} 1800000000\n" in shown
+    assert name not in estate.read_as("viewer", "/metrics")
 
 
 # 10. Server
@@ -14461,9 +14698,85 @@ def test_a_pair_that_cannot_be_used_is_an_operators_error(pair, words, tmp_path,
 def test_a_certificate_is_read_as_openssl_reads_it(form, tmp_path):
     certificate, key = write_pair(tmp_path)
     Path(certificate).write_bytes(form(certificate_of("one")).encode("utf-8"))
-    context, leaf = hostenroll.load_tls(certificate, key)
-    assert leaf == DER["one"]
+    context, chain = hostenroll.load_tls(certificate, key)
+    assert chain[0] == DER["one"]
     assert isinstance(context, ssl.SSLContext) and context.num_tickets == 0
+
+
+KEYS = {  # of openssl req
+    "P-256": "ec -pkeyopt ec_paramgen_curve:P-256", "P-521": "ec -pkeyopt ec_paramgen_curve:P-521",
+    "RSA": "rsa:2048", "Ed25519": "ed25519",
+}  # fmt: skip
+CHAINS = {  # what is issued, the host, a part of why it is not trusted
+    **{f"by {name}": ({"key": key}, "enroll.lan", "") for name, key in KEYS.items()},
+    "by an address": ({}, "127.0.0.1", ""),
+    "by an address in IPv6": ({}, "::1", ""),
+    "another address": ({}, "127.0.0.2", "mismatch"),
+    "another name": ({}, "other.lan", "mismatch"),
+    "a short name": ({}, "enroll", "mismatch"),
+    "a name that is none": ({}, f"{'a' * 70}.lan", ""),
+    "an end that is past": ({"days": -1}, "enroll.lan", "expired"),
+    "a name in the subject alone": ({"names": ""}, "enroll.lan", ""),
+    "another name in the subject alone": ({"names": ""}, "other.lan", "mismatch"),
+    "a wildcard": ({"names": "DNS:*.site.lan"}, "enroll.site.lan", ""),
+    "a wildcard that is too wide": ({"names": "DNS:*.lan"}, "enroll.lan", "mismatch"),
+}
+
+
+def chain_of(folder):
+    return hostenroll.load_tls(str(folder / "tls.crt"), None)[1]
+
+
+@pytest.fixture
+def known(authority, monkeypatch):
+    """This machine knows the authority."""
+    for name, value in authority.trust.items():
+        monkeypatch.setenv(name, value)
+    return authority
+
+
+@needs_curl
+@pytest.mark.parametrize("issued, host, why", sample(CHAINS, "by P-256", "another name"))
+def test_a_chain_is_trusted_where_curl_trusts_it(issued, host, why, known, tmp_path):
+    known.issue(tmp_path, **issued)
+    reason = hostenroll.distrust(chain_of(tmp_path), host)
+    context, _ = hostenroll.load_tls(str(tmp_path / "tls.crt"), str(tmp_path / "tls.key"))
+    with start_server(tmp_path, load_tls=lambda host: context) as server:
+        name = f"[{host}]" if ":" in host else host
+        to = f"::{name}:443:127.0.0.1:{server.port}"[1:]
+        asked = ["curl", "-qsS", "--connect-to", to[1:], f"https://{name}/healthz"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    assert (done.returncode == 0) == (reason == ""), (reason, done.stderr)
+    assert why in reason and (why or not reason or "label" in reason)
+
+
+@needs_openssl
+def test_a_chain_is_not_trusted_without_its_links_or_by_who_does_not_know_its_root(
+    known, tmp_path, monkeypatch
+):
+    known.issue(tmp_path)
+    leaf, middle = chain_of(tmp_path)
+    many = [leaf, middle, *[middle] * 42]  # more than a record of TLS holds
+    assert len(b"".join(many)) > hostenroll.TLS_RECORD
+    assert hostenroll.distrust(many, "enroll.lan") == ""
+    for chain in ([leaf], [middle, leaf], [leaf, leaf], [DER["one"]], [DER["one"], middle],
+                  [b"nonsense"], [b""], [leaf, middle, *[middle] * 4000]):  # fmt: skip
+        assert hostenroll.distrust(chain, "enroll.lan"), chain
+    for host in ("", ".", "a" * 300, "-", "*.lan"):
+        assert hostenroll.distrust([leaf, middle], host), host
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+    for chain in ([leaf, middle], many):
+        assert "issuer" in hostenroll.distrust(chain, "enroll.lan")
+
+
+@needs_openssl
+def test_a_certificate_that_signs_itself_is_trusted_where_it_is_known(tmp_path, monkeypatch):
+    hostenroll.make_pair(
+        str(tmp_path / "tls.crt"), str(tmp_path / "tls.key"), "enroll.lan", ["DNS:enroll.lan"], 9
+    )
+    assert "self" in hostenroll.distrust(chain_of(tmp_path), "enroll.lan")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "tls.crt"))
+    assert hostenroll.distrust(chain_of(tmp_path), "enroll.lan") == ""
 
 
 # Service managers, and the names of requests.
@@ -14733,6 +15046,13 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "--host: 'a\\nb' is not an address or a name", ("serve", "--port=0", "--host", "a\nb")),
     (2, "--tls-cert and --tls-key go together", "serve --tls-cert x"),
     (2, "--tls-cert and --tls-key go together", "serve --tls-key x"),
+    (2, "--tls-pin-cert goes with", "serve --tls-pin-cert x"),
+    (2, "--tls-pin-cert goes with", "serve --tls-pin-cert x --public-url http://a"),
+    (2, "--tls-pin-cert goes with",
+     "serve --tls-pin-cert x --public-url https://a --tls-cert x --tls-key x"),
+    (2, "--pin always go with", "serve --pin always --public-url https://a"),
+    (2, "--pin always go with", f"serve --next-pin {PINS[0]}"),
+    (2, "--pin: 'no' is not one of auto, always, never", "serve --pin no"),
     (2, "--days: 0 is out of bounds: 1 to 36500", "make-cert --name a --days 0"),
     (2, "--port: 65536 is out of bounds", "serve --port 65536"),
     (2, "not one of admin, viewer", "mint-api-key --role root"),
@@ -14896,7 +15216,8 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
     assert of("backup") == dict(zip(("database", "keyFile"), copies))
     if "make-cert" in documents:
         pair = of("make-cert")["certificate"], of("make-cert")["key"]
-        assert of("make-cert")["pin"] == hostenroll.public_key_pin(hostenroll.load_tls(*pair)[1])
+        [certificate] = hostenroll.load_tls(*pair)[1]
+        assert of("make-cert")["pin"] == hostenroll.read_certificate(certificate).pin
 
 
 def test_a_setting_that_is_none_is_pointed_out(operator):
@@ -15073,7 +15394,7 @@ def test_a_bad_setting_is_a_mistake_in_usage(setting, complaint, words, capsys):
 def begin_service(operator):
     """As a server does that begins to listen."""
     with operator.world() as world:
-        place = Call(hostenroll.START_SERVICE, values={"url": "http://127.0.0.1:8080", "pin": ""})
+        place = Call(hostenroll.START_SERVICE, values={"url": "http://127.0.0.1:8080"})
         world.registry.perform(place, operator.clock.ms)
 
 
@@ -16276,6 +16597,212 @@ def test_the_line_that_mint_token_prints_enrolls_when_a_shell_runs_it(tls, tmp_p
     assert "Traceback" not in "".join(server.log)
 
 
+def beaten(folder, line, **options):
+    """A heartbeat of the agent that has joined by a command: it goes by the same options."""
+    (folder / "agent.sh").write_text(hostenroll.AGENT_SCRIPT)
+    words = shlex.split(line.rpartition("hostenroll-agent ")[2].replace("--token-file -", ""))
+    state = ("--once", "--state", str(folder / "state"))
+    return run_apart(folder, "agent.sh", *words, *state, program=["sh"], **options)
+
+
+def renewed(server):
+    """SIGHUP; what the log then has, up to the next housekeeping."""
+    before = len(server.log)
+    server.process.send_signal(signal.SIGHUP)
+    return until(lambda: "loaded the certificate" in "".join(server.log[before:]))
+
+
+@needs_curl
+def test_a_certificate_of_a_known_authority_is_renewed_with_another_key(authority, tmp_path):
+    """As certbot does unless it is told otherwise: no agent may have pinned the old key."""
+    serve, trust = authority.issue(tmp_path), {"env": authority.trust}
+    with start_server(tmp_path, *serve, how="process", **trust) as server:
+        line = printed_command(tmp_path)
+        assert "--server https://127.0.0.1:" in line and "pin" not in line and " -k" not in line
+        joining = f"{line.rstrip()} --once --state {tmp_path / 'state'}"
+        joined = run_apart(tmp_path, "-c", joining, program=["sh"], **trust)
+        assert joined.status == 0 and "enrolled as host" in joined.err, joined.err
+        authority.issue(tmp_path)
+        renewed(server)
+        assert beaten(tmp_path, line, **trust).status == 0
+        assert beaten(tmp_path, line).status == 1  # who does not know the authority
+        assert not [line for line in server.log if re.search("ERROR|WARNING", line)]
+
+
+@slow
+@needs_curl
+@needs_openssl
+@pytest.mark.parametrize("has_next", [False, True], ids=["unannounced", "announced"])
+def test_a_certificate_that_signs_itself_is_renewed_with_another_key(has_next, tmp_path):
+    for name in ("tls", "next"):
+        words = ("--name=127.0.0.1", f"--tls-cert={name}.crt", f"--tls-key={name}.key")
+        assert run_apart(tmp_path, "make-cert", *words).status == 0
+    old, new = (hostenroll.read_certificate(
+        hostenroll.load_tls(str(tmp_path / f"{name}.crt"), None)[1][0]).pin
+        for name in ("tls", "next"))  # fmt: skip
+    serve = ("--tls-cert", "tls.crt", "--tls-key", "tls.key")
+    serve += ("--next-pin", "next.crt") if has_next else ()
+    with start_server(tmp_path, *serve, how="process") as server:
+        line = printed_command(tmp_path)
+        assert joined(tmp_path, line).status == 0
+        assert (f"--pin '{old};{new}'" in line) == has_next and f"{old}" in line
+        for end in ("crt", "key"):
+            os.replace(tmp_path / f"next.{end}", tmp_path / f"tls.{end}")
+        renewed(server)
+        until(lambda: old not in printed_command(tmp_path))
+        beat = beaten(tmp_path, line)
+        assert beat.status == (0 if has_next else 1), beat.err
+        errors = [line for line in server.log if " ERROR " in line]
+        assert len(errors) == (not has_next) and all(f"the pin {old} " in line for line in errors)
+        shown = run_apart(tmp_path, "show-audit", "--action", "certificate", "--json")
+        events = [event["detail"] for event in json.loads(shown.out)["events"]]
+        assert events == ([] if has_next else [{"pinned": old, "pin": new}])
+        anew = run_apart(tmp_path, "agent-command").out  # for who was shut out
+        assert f"--pinnedpubkey {new} " in anew and f"--pin {new} --install" in anew
+        assert beaten(tmp_path, anew.replace("--install", "")).status == 0
+
+
+@slow
+@needs_curl
+def test_an_authority_of_ones_own_is_given_to_hosts_by_its_file(authority, tmp_path):
+    (tmp_path / "ca.pem").write_text(authority.file.read_text())
+    words = ("--pin", "never", *authority.issue(tmp_path))
+    with start_server(tmp_path, *words, how="process") as server:
+        line = printed_command(tmp_path).rstrip()
+        assert joined(tmp_path, f"{line} --cacert ca.pem").status == 60
+        given = f"export CURL_CA_BUNDLE=ca.pem\n{line} --cacert ca.pem"
+        assert joined(tmp_path, given).status == 0
+        authority.issue(tmp_path)
+        renewed(server)
+        assert beaten(tmp_path, f"{line} --cacert ca.pem").status == 0
+        assert not [line for line in server.log if re.search("ERROR|WARNING", line)]
+
+
+POLICIES = {  # options, whether the authority is known; what is pinned, whether there is a warning
+    "auto": ("", True, "", False),
+    "auto, by who does not know the authority": ("", False, "own", True),
+    "auto, for another host": ("--public-url https://other.lan", True, "own", True),
+    "auto, for its host by a path": ("--public-url https://enroll.lan:8443/hosts", True, "", False),
+    "auto, for an address": ("--public-url https://[::1]:8443", True, "", False),
+    "always": ("--pin always", True, "own", False),
+    "always, with the next": (f"--pin always --next-pin {PINS[0]}", True, f"own;{PINS[0]}", False),
+    "auto, with the next by its file": ("--next-pin next.crt", False, f"own;{PINS[0]}", True),
+    "its own as the next": ("--pin always --next-pin tls.crt", True, "own", False),
+    "never": ("--pin never", False, "", False),
+    "auto, with a next that is not needed": ("--next-pin next.crt", True, "", False),
+}
+
+
+@pytest.mark.parametrize("way", sample({"own": "own", "a proxy's": "a proxy's"}, "a proxy's"))
+@pytest.mark.parametrize(
+    "words, is_known, pins, is_warned",
+    sample(POLICIES, "auto, for another host", "auto, for an address", "always, with the next"),
+)
+def test_join_commands_pin_by_the_policy_of_serve(
+    words, is_known, pins, is_warned, way, authority, operator, monkeypatch, caplog
+):
+    files = authority.issue(operator.folder)
+    (operator.folder / "next.crt").write_text(certificate_of("one"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file if is_known else "/nowhere"))
+    if way == "a proxy's":
+        files = ("--tls-pin-cert", files[1])
+        words += "" if "--public-url" in words else " --public-url https://enroll.lan"
+    key = hostenroll.read_certificate(chain_of(operator.folder)[0]).pin
+    session = session_of(operator, "serve", "--port", "0", *files, *words.split())
+    with operator.world() as world:
+        with hostenroll.listen(session, world.registry) as server:
+            place = session.arguments.public_url or server.url
+            assert server.url.startswith("https:" if way == "own" else "http:")
+        world.registry.perform(Call(hostenroll.START_SERVICE, values={"url": place}), 5)
+    assert [("shuts agents out" in line) for line in caplog.messages] == [True] * is_warned
+    pins = pins.replace("own", key)
+    shown = operator.json("agent-command")
+    assert (shown["publicUrl"], shown["pin"]) == (place, pins or None)
+    printed = operator("agent-command")
+    assert printed.out == f"{shown['agentCommand']}\n" and "--install" in printed.out
+    assert printed.err.count("\n") == 1
+    asked = re.split(' "?https', printed.out)[0]  # of curl
+    assert asked.endswith(f"-k --pinnedpubkey {quoted(pins)}" if pins else "--proto =https")
+    words = shlex.split(printed.out)
+    assert ("-k" in words[2].split(), "--pin" in words) == (bool(pins), bool(pins))
+    assert not pins or words[words.index("--pin") + 1] == pins
+    assert shlex.split(operator("mint-token").err.split("the host:\n")[1])[8:-2] == words[4:-1]
+
+
+def quoted(pins):
+    return f'"{pins}"' if ";" in pins else pins
+
+
+def test_a_certificate_that_signs_itself_is_pinned_without_a_word(operator, caplog):
+    """There is no other way to trust it."""
+    files = write_pair(operator.folder)
+    words = ("serve", "--port=0", f"--tls-cert={files[0]}", f"--tls-key={files[1]}")
+    with operator.world() as world:
+        with hostenroll.listen(session_of(operator, *words), world.registry) as server:
+            world.registry.perform(Call(hostenroll.START_SERVICE, values={"url": server.url}), 5)
+    assert operator.json("agent-command")["pin"] == PINS[0] and caplog.messages == []
+
+
+BAD_NEXT = {  # --next-pin, a part of the line
+    "no file": ("nowhere", "cannot read nowhere"), "a folder": (".", "not a file"),
+    "a key": ("tls.key", "no PEM certificate in tls.key"),
+    "two pins": (BOTH, "cannot read sha256//"), "half a pin": (PINS[0][:-1], "cannot read sha256"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, complaint", table(BAD_NEXT))
+def test_a_next_pin_that_is_none_starts_no_server(text, complaint, operator):
+    files = write_pair(operator.folder)
+    serve = ("serve", "--port=0", f"--tls-cert={files[0]}", f"--tls-key={files[1]}")
+    session = session_of(operator, *serve, f"--next-pin={text}")
+    with operator.world() as world:
+        with pytest.raises(hostenroll.OperatorError, match=complaint):
+            hostenroll.listen(session, world.registry)
+
+
+@needs_openssl
+def test_a_broken_certificate_at_sighup_changes_neither_pin_nor_trust(operator, authority):
+    files = authority.issue(operator.folder)
+    session = session_of(operator, "serve", "--port=0", "--pin=always", *files)
+    with operator.world() as world:
+        with hostenroll.listen(session, world.registry) as server:
+            before = world.registry.service.certificate
+            for text in ("", "nonsense", certificate_of("one").replace("MII", "MIJ", 1)):
+                (operator.folder / "tls.crt").write_text(text)
+                with pytest.raises(hostenroll.OperatorError):
+                    server._load_tls(server.host)
+                assert world.registry.service.certificate == before
+
+
+def test_a_server_that_cannot_load_its_certificate_leaves_its_port_to_others(operator):
+    files = write_pair(operator.folder)
+    Path(files[0]).write_text("")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ("serve", f"--port={port}", f"--tls-cert={files[0]}", f"--tls-key={files[1]}")
+    with operator.world() as world:
+        with pytest.raises(hostenroll.OperatorError, match="no PEM certificate"):
+            hostenroll.listen(session_of(operator, *serve), world.registry)
+    hostenroll.listening_socket("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("words, is_warned", [
+    ("--host 0.0.0.0", True), ("--host ::", True), ("--host 127.0.0.1", False),
+    ("--host 0.0.0.0 --public-url http://enroll.lan", False),
+])  # fmt: skip
+def test_a_url_with_a_hostname_that_nobody_has_chosen_is_warned_of(
+    words, is_warned, operator, caplog
+):
+    session = session_of(operator, "serve", "--port", "0", *words.split())
+    with operator.world() as world:
+        with hostenroll.listen(session, world.registry) as server:
+            hostenroll.greet(session, server)
+            assert (socket.gethostname() in server.url) == ("127" not in words)
+    lines = [line for line in caplog.messages if "hostname" in line]
+    assert len(lines) == is_warned and all("--public-url" in line for line in lines)
+
+
 @slow
 def test_after_sighup_mint_token_prints_the_new_pin(tmp_path):
     with start_server(tmp_path, how="process", tls=True) as server:
@@ -16849,6 +17376,6 @@ def test_a_certificate_that_only_openssl_can_read_stops_no_server(operator, monk
     words = ("serve", "--port", "0", "--tls-cert", certificate, "--tls-key", key)
     with operator.world() as world:
         with hostenroll.listen(session_of(operator, *words), world.registry) as server:
-            monkeypatch.setattr(hostenroll, "public_key_pin", lambda certificate: int("no DER"))
+            monkeypatch.setattr(hostenroll, "timegm", lambda moment: int("no DER"))
             with pytest.raises(hostenroll.OperatorError, match="cannot read "):
-                server._load_tls()
+                server._load_tls("127.0.0.1")
