@@ -28,7 +28,7 @@ Words, each with one meaning, in code, SQL, API and command line alike:
     operation       what can be asked for, by HTTP, by a command or both: a row of a table
     call            an operation with its caller and its values, from either door
     engine          SQLite and its files; queries: the plain SQL that runs in it
-    service period  the time since servers began to listen without a gap; gaps are no host's silence
+    service period  the time since servers began to listen without a pause, which is no silence
     event           what happened, as a row of the audit log
 
 Contents; each section uses only those above it, and a test checks that:
@@ -193,6 +193,8 @@ HEARTBEAT_SPREAD = 15  # per cent; each reply draws its interval: a fleet must n
 MISSED_BEATS = 3  # after this many intervals of silence, and the slack, a host is still online
 ONLINE_SLACK = 10
 MISSING_AFTER = 7 * DAY
+PAUSE_ALLOWANCE = 300  # after a pause of the servers: agents wait no longer between two attempts
+PAUSES_KEPT = 16  # of the servers; more, within MISSING_AFTER, are restarts in a loop
 ALIVE_EVERY = 10  # how often a server writes that it lives
 ALIVE_GRACE = 25  # longer than two such writes: no server lives
 CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
@@ -253,7 +255,7 @@ HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port
 HOPS_CACHED = 4096  # 0.3 KiB each; to parse an address takes as long as half a heartbeat's tick
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 for the longest: 22 to 32 MiB
+CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 for the longest: 22 to 32 MiB; as many intervals
 CREDENTIALS_KEPT_MS = HOUR * SECOND_MS  # in the cache: longer than most intervals
 
 # Connections. Each kind of deadline has one length, so its queue is in order by itself.
@@ -948,24 +950,23 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
-# Numbers are floats: an int() takes time by the square of its digits. An agent's are not made at
-# all but read as True, because what we know of its body is texts, and thousands take a while.
-_STRICT: Any = {"object_pairs_hook": _unique_members, "parse_constant": _refuse_constant}
-_JSON = json.JSONDecoder(parse_int=float, **_STRICT)
-_AGENT_JSON = json.JSONDecoder(parse_int=bool, parse_float=bool, **_STRICT)
+# Numbers are floats: an int() takes time by the square of its digits.
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=float
+)
 
 
 def parse_agent_json(body: bytes) -> Any:
     """A JSON text of a caller whose secret is not known yet. Raises InvalidBody."""
     if body.count(b"{") + body.count(b"[") > AGENT_BRACKETS_MAXIMUM:
         raise InvalidBody(f"The body has more than {AGENT_BRACKETS_MAXIMUM} characters {{ and [.")
-    return parse_json(body, _AGENT_JSON)
+    return parse_json(body)
 
 
-def parse_json(body: bytes, decoder: json.JSONDecoder = _JSON) -> Any:
+def parse_json(body: bytes) -> Any:
     """JSON (RFC 8259), as in RFC 8785: unique members, no lone surrogates. Raises InvalidBody."""
     try:
-        value = decoder.decode(body.decode("utf-8"))
+        value = _JSON.decode(body.decode("utf-8"))
         if b"\\u" in body:  # only an escape can write a lone surrogate
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
@@ -1573,7 +1574,8 @@ CREATE TABLE token (
     expires_at       INTEGER NOT NULL,
     used_at          INTEGER,           -- the last use
     used_from        TEXT,              -- the address of the last use
-    revoked_at       INTEGER
+    revoked_at       INTEGER,
+    own_interval     INTEGER            -- seconds between the heartbeats of its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -1601,7 +1603,9 @@ CREATE TABLE host (
     twin_id          INTEGER,           -- a live host that had this hostname at that time
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
-    issued_hash      BLOB               -- SHA-256 of its credential, and of what that replaces
+    issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
+    own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -1619,11 +1623,12 @@ CREATE TABLE signing_key (
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
-    host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
-    last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
-    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
-    active      INTEGER NOT NULL   -- 0: revoked
+    host_id        INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen      INTEGER NOT NULL,  -- 0: never
+    serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
+    key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
+    active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
+    told_interval  INTEGER NOT NULL DEFAULT 30  -- the interval that it was last told, in seconds
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
@@ -1638,7 +1643,8 @@ CREATE TABLE service (
     pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
     pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
     certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
-    warned_at       INTEGER NOT NULL DEFAULT 0  -- when the log was last warned of that end
+    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log was last warned of that end
+    pauses          TEXT    NOT NULL DEFAULT ''  -- those before: previous_alive-started, ...
 );
 
 CREATE TABLE audit (
@@ -1706,6 +1712,12 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE service ADD COLUMN certificate_ends INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE service ADD COLUMN warned_at INTEGER NOT NULL DEFAULT 0",
         "UPDATE service SET pinned = pin",
+        "ALTER TABLE host ADD COLUMN every_seconds INTEGER",
+        "ALTER TABLE host ADD COLUMN own_interval INTEGER",
+        "ALTER TABLE token ADD COLUMN own_interval INTEGER",
+        "ALTER TABLE service ADD COLUMN pauses TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE heartbeat ADD COLUMN told_interval INTEGER NOT NULL DEFAULT 30",
+        "UPDATE heartbeat SET told_interval = coalesce((SELECT interval FROM service), 30)",
     ),
 }
 
@@ -1743,6 +1755,7 @@ class Token(NamedTuple):  # like the records below: a row, with the columns of S
     used_at: Optional[int]
     used_from: Optional[str]
     revoked_at: Optional[int]
+    own_interval: Optional[int]
 
 
 class Host(NamedTuple):
@@ -1770,10 +1783,13 @@ class Host(NamedTuple):
     issued_at: int
     issued_hash: Optional[bytes]
     twin_id: Optional[int]
+    every_seconds: Optional[int]
+    own_interval: Optional[int]
     last_seen: int
     serial: int
     key_number: int
     active: int
+    told_interval: int
 
 
 class HostState(NamedTuple):
@@ -1783,6 +1799,7 @@ class HostState(NamedTuple):
     organization_id: str
     last_seen: int
     revoked_at: Optional[int]
+    told_interval: int
 
 
 class ApiKey(NamedTuple):
@@ -1811,6 +1828,7 @@ class Service(NamedTuple):
     pinned: str = ""
     certificate_ends: int = 0
     warned_at: int = 0
+    pauses: str = ""
 
 
 class SigningKeyRow(NamedTuple):
@@ -2635,9 +2653,13 @@ def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
 SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in TABLES.items()}
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
-# and a clock that was set back, match nothing: the general path judges them.
-_BEAT = """UPDATE heartbeat SET last_seen = ?
-            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active = 1"""
+# and a clock that was set back, match nothing: the general path judges them. Nor does a host match
+# that is to be told another interval than before: the second statement is for those.
+_BEAT = """UPDATE heartbeat SET last_seen = ? WHERE host_id = ? AND serial = ? AND last_seen <= ?
+            AND told_interval = ? AND active = 1"""
+_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, active = 1
+            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active > 0"""
+BeatRow = tuple[int, int, int, int, int]  # the values of either
 
 
 class Queries:
@@ -2803,7 +2825,7 @@ class Queries:
         """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
         self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
         statement = "UPDATE heartbeat SET active = ? WHERE host_id = ?"
-        self._run(statement, int(revoked_at is None), number)
+        self._run(statement, 2 if revoked_at is None else 0, number)
 
     def delete_host(self, number: int, now: int) -> None:
         """Remove a host and its heartbeat, and revoke the tokens that are bound to it."""
@@ -2811,24 +2833,37 @@ class Queries:
         self._run(statement, now, number)
         self._run("DELETE FROM host WHERE id = ?", number)
 
-    def beat(self, rows: Sequence[tuple[int, int, int, int]]) -> int:
-        """Write heartbeats: last_seen, host_id, serial and last_seen again; how many matched."""
+    def beat(self, rows: Sequence[BeatRow]) -> int:
+        """Write heartbeats, as _BEAT has their values; how many matched."""
         return self._many(_BEAT, rows)
 
-    def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int]]:
-        """Of these hosts, id and serial of the active ones that were last seen now: the matches."""
-        pairs: set[tuple[int, int]] = set()
+    def tell(self, rows: Sequence[BeatRow]) -> int:
+        """Write heartbeats that are answered with another interval, as _TELL has their values."""
+        return self._many(_TELL, rows)
+
+    def tell_next(self, number: int, told_interval: int) -> None:
+        """Have the next heartbeat of a host told its interval; until then it has this one."""
+        statement = """UPDATE heartbeat SET active = CASE active WHEN 0 THEN 0 ELSE 2 END,
+             told_interval = ? WHERE host_id = ?"""
+        self._run(statement, told_interval, number)
+
+    def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int, int]]:
+        """Of these hosts, id, serial and told_interval of the active ones that were last seen now:
+        the matches."""
+        statement = """SELECT host_id, serial, told_interval FROM heartbeat
+             WHERE last_seen = ? AND active = 1 AND host_id IN"""
+        return set(self._rows_of(hosts, statement, now))
+
+    def own_intervals(self, hosts: Sequence[int]) -> dict[int, int]:
+        """What goes before the server's interval, of those of these hosts that have it."""
+        statement = """SELECT id, coalesce(every_seconds, own_interval) FROM host
+             WHERE coalesce(every_seconds, own_interval) > 0 AND id IN"""
+        return dict(self._rows_of(hosts, statement))
+
+    def _rows_of(self, hosts: Sequence[int], statement: str, *values: Any) -> Iterator[Any]:
         for start in range(0, len(hosts), VARIABLES_MAXIMUM):
             chunk = hosts[start : start + VARIABLES_MAXIMUM]
-            marks = ", ".join("?" * len(chunk))
-            statement = f"""SELECT host_id, serial FROM heartbeat
-                 WHERE last_seen = ? AND active = 1 AND host_id IN ({marks})"""
-            pairs.update(self._rows(statement, now, *chunk))
-        return pairs
-
-    def beat_late(self, number: int, now: int) -> None:
-        """Write one heartbeat, whatever time is written there."""
-        self._run("UPDATE heartbeat SET last_seen = ? WHERE host_id = ?", now, number)
+            yield from self._rows(f"{statement} ({', '.join('?' * len(chunk))})", *values, *chunk)
 
     def supersede(self, number: int, serial: int, key_number: int) -> None:
         """From now on this credential of a host is valid, and older ones are not."""
@@ -3658,19 +3693,28 @@ class SigningKeys(Rules):
 #
 # So the servers on one database keep a row, service, with three times. alive: a server writes it
 # every ALIVE_EVERY seconds; older than ALIVE_GRACE, no server lives. started: the current service
-# period began. previous_alive: the one before it ended. Between the last two lies the gap.
+# period began. previous_alive: the one before it ended. Between the last two lies a pause; pauses
+# has those before it.
 #
 # A server that starts, or finds that alive is not close to its clock, begins a new period: started
-# and alive become now, previous_alive what alive was. If the period that ends was too short for
-# every host to be heard, as in a crash loop, previous_alive stays: the gap before it goes on.
+# and alive become now, previous_alive what alive was.
 #
-#     silence = now - last_seen            seen in this period
-#             = now - last_seen - gap      seen before the gap
-#             = now - started              seen in a short period that is part of the gap
+# A host may be silent for MISSED_BEATS of the interval that it was last told, and ONLINE_SLACK. In
+# a pause its heartbeats fail, and it waits longer and longer between attempts: so after each pause
+# it may be silent for as long as that was, but for PAUSE_ALLOWANCE at most, if it was online when
+# the pause began. A host that was offline then stays so until it is heard.
+#
+#     silence   = the time in service since last_seen
+#     allowance = MISSED_BEATS * told_interval + ONLINE_SLACK
+#               + min(pause, PAUSE_ALLOWANCE), of each pause in whose beginning silence <= allowance
+#
+# In a crash loop, servers live for seconds and hear few hosts: each pause allows for more than what
+# the period before it adds. Of more than PAUSES_KEPT pauses, the two with the shortest period
+# between them are taken as one, and who was last seen between them as seen at its end.
 #
 # Where no server lives, alive takes the place of now: the fleet looks as the server left it. A
 # last_seen far ahead of now was written before the clock was set back. It is moved back by as much
-# as the clock was (the gap is negative then), and not past the start of this period.
+# as the clock was, and not past the start of this period.
 
 
 def is_served(service: Optional[Service], now: int) -> bool:
@@ -3678,17 +3722,35 @@ def is_served(service: Optional[Service], now: int) -> bool:
     return service is not None and abs(now - service.alive) <= ALIVE_GRACE * SECOND_MS
 
 
-def allowed_silence_ms(interval: int) -> int:
-    """How long a host may be silent and still be online, by the interval in seconds."""
-    return (MISSED_BEATS * interval + ONLINE_SLACK) * SECOND_MS
+def allowed_silence_ms(told_interval: int) -> int:
+    """How long a host may be silent and still be online, by its interval in s, without pauses."""
+    return (MISSED_BEATS * told_interval + ONLINE_SLACK) * SECOND_MS
+
+
+def pauses_of(service: Service) -> list[tuple[int, int]]:
+    """The pauses that are remembered, the oldest first: from when to when, in Unix ms."""
+    pairs = re.findall("([0-9]{1,15})-([0-9]{1,15})", service.pauses)
+    pauses = [(int(end), int(start)) for end, start in pairs]
+    if service.previous_alive < service.started:  # else the clock was set back
+        pauses.append((service.previous_alive, service.started))
+    return pauses
 
 
 def next_period(old: Service, now: int) -> Service:
-    """The service row when a new service period begins, in Unix ms."""
-    is_short = old.alive - old.started <= allowed_silence_ms(old.interval)
-    is_in_gap = is_short and old.previous_alive <= old.started  # later: the clock was set back
-    before = old.previous_alive if is_in_gap else old.alive
-    return old._replace(started=now, alive=now, previous_alive=before)
+    """The service row when a new service period begins, in Unix ms. What is forgotten are pauses
+    with MISSING_AFTER in service since, and those that lie ahead of a clock that was set back."""
+    pauses: list[tuple[int, int]] = []
+    served, until = 0, old.alive
+    for end, start in reversed(pauses_of(old)):
+        served, until = served + until - start, end
+        if served <= MISSING_AFTER * SECOND_MS and start <= now:
+            pauses.insert(0, (end, start))
+    if len(pauses) > PAUSES_KEPT:
+        periods = [after[0] - before[1] for before, after in zip(pauses, pauses[1:])]
+        n = periods.index(min(periods))
+        pauses[n : n + 2] = [(pauses[n][0], pauses[n + 1][1])]
+    text = " ".join(f"{end}-{start}" for end, start in pauses)
+    return old._replace(started=now, alive=now, previous_alive=old.alive, pauses=text)
 
 
 class ServicePeriod:
@@ -3697,51 +3759,57 @@ class ServicePeriod:
     def __init__(self, service: Optional[Service], now: int) -> None:
         """now: in Unix ms. Without a row, as before the first server, every time counts."""
         row = service or Service(0, now, 0, HEARTBEAT_INTERVAL, "")
-        self._now, self._started, self._previous_alive = now, row.started, row.previous_alive
-        self._gap = row.started - row.previous_alive
+        self._now, self._started, self._pauses = now, row.started, pauses_of(row)
+        self._set_back = min(row.started - row.previous_alive, 0)  # the clock
         self._until = now if is_served(row, now) else row.alive
         self._ahead = max(now, row.alive) + CLOCK_SLACK * SECOND_MS if service else LAST_ID
-        self._allowed = allowed_silence_ms(row.interval)
-        self._limit = f"{MISSED_BEATS} x {row.interval} s + {ONLINE_SLACK} s"
         self._ago = "ago" if is_served(row, now) else "before the server stopped"
 
-    def silence_ms(self, last_seen: int) -> int:
-        """How long a host has been silent while a server could hear it."""
+    def silence_ms(self, last_seen: int, told_interval: int) -> tuple[int, int]:
+        """How long a host has been silent while a server could hear it, and how much of that pauses
+        allow for, beside its interval in seconds."""
         if last_seen > self._ahead:
-            last_seen = min(self._started, last_seen + min(self._gap, 0))
-        if last_seen >= self._started:
-            silence = self._until - last_seen
-        elif last_seen <= self._previous_alive:
-            silence = self._until - last_seen - max(self._gap, 0)
-        else:
-            silence = self._until - self._started
-        return silence if silence > 0 else 0
+            last_seen = min(self._started, last_seen + self._set_back)
+        silence, allowance, since = 0, 0, last_seen
+        for end, start in self._pauses if since < self._started else ():
+            if since < start:
+                end = max(end, since)
+                silence += end - since
+                if silence <= allowed_silence_ms(told_interval) + allowance:
+                    allowance += min(start - end, PAUSE_ALLOWANCE * SECOND_MS)
+                since = start
+        silence += self._until - since
+        return silence if silence > 0 else 0, allowance
 
-    def status(self, last_seen: int, revoked_at: Optional[int]) -> str:
+    def status(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
         """One of STATUSES: the one function that computes it."""
         if revoked_at is not None:
             return "revoked"
         if last_seen == 0:
             return "pending"
-        silence = self.silence_ms(last_seen)
-        if silence <= self._allowed:
+        silence, allowance = self.silence_ms(last_seen, told_interval)
+        if silence <= allowed_silence_ms(told_interval) + allowance:
             return "online"
         return "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
 
-    def reason(self, last_seen: int, revoked_at: Optional[int]) -> str:
+    def reason(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
+        status = self.status(last_seen, revoked_at, told_interval)
         if revoked_at is not None:
             return f"revoked at {rfc3339(revoked_at)}"
         if last_seen == 0:
             return "has enrolled and not yet beaten"
-        silence = self.silence_ms(last_seen)
+        silence, allowance = self.silence_ms(last_seen, told_interval)
         duration = format_duration(silence / SECOND_MS)
         text = f"last seen {duration} {self._ago}"
         if last_seen > self._now:
             text = f"last seen at {rfc3339(last_seen)}: the clock has gone back"
-            if silence <= self._allowed:
+            if status == "online":
                 return text
             text += f" {duration} ago or more"
-        return f"{text}, {'within' if silence <= self._allowed else 'more than'} {self._limit}"
+        limit = f"{MISSED_BEATS} x {told_interval} s + {ONLINE_SLACK} s"
+        if allowance:
+            limit += f" + {format_duration(allowance / SECOND_MS)} after a pause of the server"
+        return f"{text}, {'within' if status == 'online' else 'more than'} {limit}"
 
 
 class ServiceRecord(Rules):
@@ -3944,7 +4012,7 @@ class Tokens(Rules):
 
     def mint(self, call: Call, now: int) -> TokenView:
         """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
-        hostname, labels, organizationId. Raises InvalidBody, NotFound."""
+        hostname, labels, intervalSeconds, organizationId. Raises InvalidBody, NotFound."""
         owner = self._scope(call, InvalidBody, "organizationId") or DEFAULT_ORGANIZATION
         return self._mint(call, owner, None, now)
 
@@ -3963,6 +4031,7 @@ class Tokens(Rules):
             created_at=now, created_by=call.by.name,
             expires_at=now + values.get("ttlSeconds", TOKEN_TTL) * SECOND_MS,
             used_at=None, used_from=None, revoked_at=None,
+            own_interval=values.get("intervalSeconds"),
         )  # fmt: skip
         if not self._queries.add(token):
             return self._mint(call, owner, host, now)  # the id is taken
@@ -3970,6 +4039,7 @@ class Tokens(Rules):
             "mint", call.by.name, token, host=None if host is None else id_text(host),
             maxUses=max_uses, expiresAt=rfc3339(token.expires_at),
             description=token.description, hostname=token.hostname, labels=labels or None,
+            intervalSeconds=token.own_interval,
         )  # fmt: skip
         return TokenView(token, "valid", (), secret.text)
 
@@ -4030,7 +4100,7 @@ class Tokens(Rules):
         return self._page(call, partial(self._queries.newest, Token), view)
 
 
-def changed_facts(host: Host, facts: Mapping[str, str]) -> dict[str, Any]:
+def changed_facts(host: Host, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts, by column, that differ from a host's. A hostname that a token bound stays."""
     current = host._asdict()
     changes = {name: value for name, value in facts.items() if current[name] != value}
@@ -4080,7 +4150,7 @@ class Enrollments(Rules):
             issued = self._registry.keys.issue_again(
                 known, 0, kind, address, now, hostname=call.values["hostname"]
             )
-            return Enrollment(known, issued, self._registry.interval)
+            return Enrollment(known, issued, self._registry.heartbeats.interval_of(known))
         self._registry.engine.require_durable()
         if not self._queries.use_token(token.id, now, address):
             self._require_valid(self._queries.get(Token, token.id), now)
@@ -4108,18 +4178,21 @@ class Enrollments(Rules):
 
     def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         hostname, keys = call.values["hostname"], self._registry.keys
+        facts = dict(call.values["facts"])
+        facts["every_seconds"] = facts["every_seconds"] or None
         host = Host(
             id=new_id(now), organization_id=token.organization_id, token_id=token.id,
             name=call.values.get("name", hostname), hostname=hostname,
-            bound=int(token.hostname is not None), labels=token.labels, **call.values["facts"],
+            bound=int(token.hostname is not None), labels=token.labels, **facts,
             enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
             issued_at=now, issued_hash=None,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
+            own_interval=token.own_interval, told_interval=0,
         )  # fmt: skip
-        issued = keys.sign(host)
-        host = host._replace(issued_hash=issued.hash(0))
+        issued, told = keys.sign(host), self._registry.heartbeats.interval_of(host)
+        host = host._replace(issued_hash=issued.hash(0), told_interval=told)
         if not self._queries.add_host(host):
             return self._admit(token, key, call, now)  # the id is taken
         return self._admitted("enroll", token, host, issued, call)
@@ -4131,15 +4204,20 @@ class Enrollments(Rules):
         if host.revoked_at is not None:
             raise HostRevoked()
         facts = {"hostname": call.values["hostname"], **call.values["facts"]}
-        changes = changed_facts(host, {name: text for name, text in facts.items() if text})
+        changes = changed_facts(host, {name: fact for name, fact in facts.items() if fact != ""})
         owner, hostname = host.organization_id, changes.get("hostname", host.hostname)
         serial = max(host.issued, host.serial) + SERIALS_LOST + 1
         changes.update(
             issued=serial, admitted_by=token.id, admitted_at=now, admitted_serial=serial,
             idempotency=key, twin_id=self._duplicate_of(owner, hostname, host.id, now),
+            own_interval=token.own_interval or host.own_interval,
         )  # fmt: skip
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
-        return self._admitted("re-enroll", token, host._replace(**changes), issued, call)
+        host = host._replace(**changes)
+        # The answer may be lost, and the host go on by what it was told before.
+        told = self._registry.heartbeats.interval_of(host)
+        self._queries.tell_next(host.id, max(told, host.told_interval))
+        return self._admitted("re-enroll", token, host, issued, call)
 
     def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
@@ -4148,7 +4226,7 @@ class Enrollments(Rules):
             return None
         period = self._registry.service.period(now)
         for host in others:
-            status = period.status(host.last_seen, host.revoked_at)
+            status = period.status(host.last_seen, host.revoked_at, host.told_interval)
             if status in ("pending", "online") and host.id != own:
                 return host.id
         return None
@@ -4162,38 +4240,68 @@ class Enrollments(Rules):
             serial=host.issued if host.issued > 1 else None,
             sameHostnameAs=None if host.twin_id is None else id_text(host.twin_id),
         )  # fmt: skip
-        return Enrollment(host, issued, self._registry.interval)
+        return Enrollment(host, issued, self._registry.heartbeats.interval_of(host))
+
+
+@lru_cache(maxsize=1024)
+def interval_range(interval: int) -> tuple[int, int]:
+    """The shortest interval that is drawn from one in seconds, and how many there are."""
+    shortest = -(-interval * (100 - HEARTBEAT_SPREAD) // 100)
+    return shortest, interval * (100 + HEARTBEAT_SPREAD) // 100 - shortest + 1
 
 
 class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
     Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
-    What it does not match is judged by accept(), one by one: the first use of a newer credential, a
-    clock that went back, or a refusal. Heartbeats with facts or a renewal due are calls: beat().
+    What it does not match may be a host that is to be told another interval: those go in a second
+    one, Queries.tell(). What is left is judged by accept(), one by one: the first use of a newer
+    credential, a clock that went back, or a refusal. Heartbeats with facts or a renewal due are
+    calls: beat().
+
+    Law: the interval that an answer tells is in the host's row before, for its status follows from
+    it. Plain heartbeats are answered from memory, so the statement compares that with the row.
     """
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        interval = registry.interval
-        self._shortest = -(-interval * (100 - HEARTBEAT_SPREAD) // 100)
-        self._choices = interval * (100 + HEARTBEAT_SPREAD) // 100 - self._shortest + 1
+        # Of hosts that are told another interval than the server's: what they were told last. It
+        # may be wrong, as when another server told them something else since.
+        self._told: dict[int, int] = {}
 
-    def next_interval(self) -> int:
+    def interval_of(self, host: Host) -> int:
+        """The interval in seconds that a host is to be told."""
+        return host.every_seconds or host.own_interval or self._registry.interval
+
+    def next_interval(self, host: int) -> int:
         """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
-        return self._shortest + int(random.random() * self._choices)
+        shortest, choices = interval_range(self._told.get(host, self._registry.interval))
+        return shortest + int(random.random() * choices)
+
+    def _remember(self, host: int, interval: int) -> None:
+        if interval == self._registry.interval:
+            self._told.pop(host, None)
+            return
+        if len(self._told) >= CREDENTIALS_CACHED:  # most may be of hosts that have been deleted
+            self._told.clear()
+        self._told[host] = interval
 
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
         kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
-        rows = [(now, host, ref.serial, now) for host, ref, _ in beats if ref.kid in kids]
+        told, interval = self._told.get, self._registry.interval
+        rows = [
+            (now, host, ref.serial, now, told(host, interval))
+            for host, ref, _ in beats
+            if ref.kid in kids
+        ]
         counts = self._registry.metrics.tick
         if self._queries.beat(rows) == len(beats):
             counts["heartbeats"] += len(beats)
             return [now] * len(beats)
         # A query finds what the statement did match: active, with this serial and lastSeen now.
         # Of a host with another heartbeat that it did not match, later ones are judged after it.
-        written = self._queries.beaten(now, [beat.host for beat in beats])
+        written = self._tell_strays(rows, now)
         strays: set[int] = set()
         outcomes: list[Union[int, Problem]] = []
         for host, credential, origin in beats:
@@ -4203,7 +4311,7 @@ class Heartbeats(Rules):
                 strays.add(host)
                 self._registry.audit.origin = origin
                 try:
-                    outcome = self.accept(host, credential, now)
+                    outcome = self.accept(host, credential, now).last_seen
                 except Problem as problem:
                     self._registry.audit.refuse(problem, origin, now, in_tick=True)
                     outcome = problem
@@ -4213,8 +4321,30 @@ class Heartbeats(Rules):
         counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def accept(self, number: int, credential: CredentialRef, now: int) -> int:
-        """Judge and write one heartbeat; its lastSeen. Raises, in this order:
+    def _tell_strays(self, rows: Sequence[BeatRow], now: int) -> set[tuple[int, int]]:
+        """Of the rows of a batch, write those of hosts that are to be told another interval; host
+        and serial of all that are written. A new --heartbeat-interval brings the whole fleet here
+        once: so it is a few statements, with no event."""
+        written = self._queries.beaten(now, [row[1] for row in rows])
+        strays = [row[1:3] for row in rows if (row[1], row[2], row[4]) not in written]
+        hosts = [host for host, _ in strays]
+        intervals = dict.fromkeys(hosts, self._registry.interval)
+        intervals.update(self._queries.own_intervals(hosts))
+        for host, interval in intervals.items():
+            self._remember(host, interval)
+        self._queries.tell([(now, intervals[host], host, serial, now) for host, serial in strays])
+        written |= self._queries.beaten(now, hosts)
+        return {(host, serial) for host, serial, _ in written}
+
+    def _tell(self, host: Host, last_seen: int) -> Host:
+        """Write a heartbeat that was accepted; the host as it is then."""
+        interval = self.interval_of(host)
+        self._queries.tell([(last_seen, interval, host.id, host.serial, host.last_seen)])
+        self._remember(host.id, interval)
+        return host._replace(last_seen=last_seen)
+
+    def accept(self, number: int, credential: CredentialRef, now: int) -> Host:
+        """Judge and write one heartbeat; the host as it is then. Raises, in this order:
 
         CredentialInvalid     its key was retired since the credential was verified
         HostUnknown           the host has been deleted
@@ -4229,8 +4359,6 @@ class Heartbeats(Rules):
         name = tagged_id("host", number)
         if kid not in self._registry.keys.keyring.kids:
             raise CredentialInvalid()
-        if self._queries.beat([(now, number, serial, now)]) == 1:
-            return now
         host = self._queries.host(number)
         if host is None:
             raise HostUnknown().with_audit(name, name, owner)
@@ -4242,24 +4370,22 @@ class Heartbeats(Rules):
         if serial > host.issued + SERIALS_LOST:
             raise CredentialInvalid().with_audit(name, name, owner)
         if serial > host.serial:  # the first use of a newer credential: older ones end here
-            self._queries.supersede(host.id, serial, self._registry.keys.number(kid, now))
+            key_number = self._registry.keys.number(kid, now)
+            self._queries.supersede(host.id, serial, key_number)
             self._record("supersede", name, host, serial=serial, superseded=host.serial)
+            host = host._replace(serial=serial, key_number=key_number)
         # lastSeen does not go back, unless it was written by a clock that was far ahead: a host
         # that falls silent would else be online until the clock is there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
-        last_seen = now if is_ahead else max(now, host.last_seen)
-        self._queries.beat_late(host.id, last_seen)
-        return last_seen
+        return self._tell(host, now if is_ahead else max(now, host.last_seen))
 
     def beat(self, call: Call, now: int) -> HeartbeatResult:
         """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
         facts (by column), problem (of the body). Raises what accept() raises, then the problem."""
         claims, facts = call.values["claims"], call.values.get("facts")
-        last_seen = self.accept(claims.host, heartbeat_of(claims).credential, now)
+        host = self.accept(claims.host, heartbeat_of(claims).credential, now)
         if call.values.get("problem"):
             raise call.values["problem"]
-        host = self._queries.host(claims.host)
-        assert host is not None, "its heartbeat was accepted"
         audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
         changes, issued = changed_facts(host, facts or {}), None
         if changes:
@@ -4267,6 +4393,7 @@ class Heartbeats(Rules):
             if audit.successes.has_room(kind):
                 self._registry.engine.require_durable()
             self._queries.edit_host(host.id, changes)
+            host = self._tell(host._replace(**changes), host.last_seen)
             names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
             if audit.successes.takes(kind):
                 audit.record(*kind, facts=dict(zip(names, changes.values())))
@@ -4276,9 +4403,9 @@ class Heartbeats(Rules):
             kind = self._kind("renew", host)
             issued = keys.issue_again(host, claims.serial, kind, address, now)
         self._registry.metrics.tick["heartbeats"] += 1
-        return HeartbeatResult(claims.host, last_seen, issued, self.next_interval())
+        return HeartbeatResult(host.id, host.last_seen, issued, self.next_interval(host.id))
 
-    def is_plain(self, claims: Claims, facts: Mapping[str, str], now: int) -> bool:
+    def is_plain(self, claims: Claims, facts: Mapping[str, Any], now: int) -> bool:
         """Before the tick: whether a heartbeat needs no renewal, and its facts (by column) change
         nothing. Raises StorageUnavailable."""
         if self._registry.keys.is_due(claims, now):
@@ -4312,8 +4439,8 @@ class Hosts(Rules):
         return self._view(self._own(call, Host), self._registry.service.period(now))
 
     def _view(self, host: Host, period: ServicePeriod) -> HostView:
-        status = period.status(host.last_seen, host.revoked_at)
-        reason = period.reason(host.last_seen, host.revoked_at)
+        seen = host.last_seen, host.revoked_at, host.told_interval
+        status, reason = period.status(*seen), period.reason(*seen)
         other = None if host.twin_id is None else self._queries.host(host.twin_id)
         if other is None or other.revoked_at is not None:
             return HostView(host, status, reason)
@@ -4324,14 +4451,19 @@ class Hosts(Rules):
         return HostView(host, status, reason, [warning])
 
     def edit(self, call: Call, now: int) -> HostView:
-        """values: name, labels, or one of them. Raises NotFound."""
-        host, columns = self._own(call, Host), dict(call.values)
-        if "labels" in columns:
-            columns["labels"] = json_text(columns["labels"])
-        changes = {name: text for name, text in columns.items() if text != getattr(host, name)}
+        """values: name, labels, intervalSeconds (None: that of the server), or some of them. Raises
+        NotFound."""
+        host, changes, detail = self._own(call, Host), {}, {}
+        for name, value in call.values.items():
+            column = "own_interval" if name == "intervalSeconds" else name
+            stored = json_text(value) if name == "labels" else value
+            if stored != getattr(host, column):
+                changes[column], detail[name] = stored, "none" if value is None else value
         if changes:
             self._queries.edit_host(host.id, changes)
-            self._record("edit", call.by.name, host, **{n: call.values[n] for n in changes})
+            self._record("edit", call.by.name, host, **detail)
+        if "own_interval" in changes:
+            self._queries.tell_next(host.id, host.told_interval)
         return self.get(call, now)
 
     def revoke(self, call: Call, now: int) -> HostView:
@@ -4368,8 +4500,8 @@ class Hosts(Rules):
         if not census.is_finished:
             period = self._registry.service.period(now)
             rows = self._queries.census_slice(by.organization, census.after, COUNTED_AT_ONCE)
-            for number, organization, last_seen, revoked_at in rows:
-                census.counts[organization, period.status(last_seen, revoked_at)] += 1
+            for number, organization, *seen in rows:
+                census.counts[organization, period.status(*seen)] += 1
                 census.after = number
             census.at, census.is_finished = now, len(rows) < COUNTED_AT_ONCE
         if not (is_first and census.is_finished):
@@ -4384,7 +4516,8 @@ class Hosts(Rules):
         labels = [f'"{key}":{json_text(value)}' for key, value in call.values.get("label", ())]
 
         def view(host: Host) -> Optional[HostView]:
-            if wanted and wanted != period.status(host.last_seen, host.revoked_at):
+            seen = host.last_seen, host.revoked_at, host.told_interval
+            if wanted and wanted != period.status(*seen):
                 return None
             if text and text not in f"{host.name}\n{host.hostname}\n{id_text(host.id)}".casefold():
                 return None
@@ -7644,6 +7777,7 @@ ADDRESS = Text(255, 1)
 SENTENCE = Text(1000, 1)
 CREDENTIAL = Text(CREDENTIAL_MAXIMUM, 1, r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", "a JWT")
 INTERVAL = Integer(HEARTBEAT_INTERVAL_RANGE, "seconds")
+MAYBE_INTERVAL = Nullable(INTERVAL)
 NEXT_INTERVAL = Integer((1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100))
 
 
@@ -7653,6 +7787,7 @@ FACTS = (  # what an agent reports about its machine: in JSON, and as a column o
     Field("architecture",  Text(128)),
     Field("dockerVersion", Text(128)),
     Field("agentVersion",  Text(64)),
+    Field("everySeconds",  MAYBE_INTERVAL),
 )
 COLUMNS = {name: re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
            for name in ("hostname", *(fact.name for fact in FACTS))}
@@ -7664,12 +7799,14 @@ ENROLL_BODY = Schema(
 ENROLL_HEADERS = Schema(Field("Idempotency-Key", IDEMPOTENCY_KEY))
 HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACTS, open=True)
 REENROLL_FIELDS = (
-    Field("ttlSeconds", Integer(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION))
+    Field("ttlSeconds", Integer(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION),
+    Field("intervalSeconds", INTERVAL))
 REENROLL_BODY = Schema(*REENROLL_FIELDS)
 MINT_BODY = Schema(
     *REENROLL_FIELDS, Field("maxUses", Integer(TOKEN_USES_RANGE)), Field("hostname", HOSTNAME),
     Field("labels", LABELS), Field("organizationId", SLUG))
-EDIT_BODY = Schema(Field("name", NEW_NAME), Field("labels", LABELS))
+EDIT_BODY = Schema(
+    Field("name", NEW_NAME), Field("labels", LABELS), Field("intervalSeconds", MAYBE_INTERVAL))
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
@@ -7775,6 +7912,7 @@ TOKEN_MEMBERS = (  # of a TokenView
     Member("usedAt",         MAYBE_TIME,                 "token.used_at", _or_null(rfc3339)),
     Member("usedFrom",       Nullable(ADDRESS),          "token.used_from"),
     Member("revokedAt",      MAYBE_TIME,                 "token.revoked_at", _or_null(rfc3339)),
+    Member("intervalSeconds", MAYBE_INTERVAL,            "token.own_interval"),
     Member("hosts",          ListOf(ID_TEXT, TOKEN_HOSTS_SHOWN),
            "hosts", lambda numbers: list(map(id_text, numbers))),
 )
@@ -7788,6 +7926,7 @@ HOST = Document(  # of a HostView
     Member("hostname",       HOSTNAME,             "host.hostname"),
     *(Member(fact.name, fact.type, f"host.{COLUMNS[fact.name]}") for fact in FACTS),
     Member("labels",         LABELS,               "host.labels", stored_object),
+    Member("intervalSeconds", MAYBE_INTERVAL,      "host.own_interval"),
     Member("status",         Choice(*STATUSES),    "status"),
     Member("statusReason",   SENTENCE,             "reason"),
     Member("enrolledAt",     TIME,                 "host.enrolled_at", rfc3339),
@@ -8100,7 +8239,7 @@ OPERATIONS = (
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
-              "name or label a host", body=EDIT_BODY, answer=HOST),
+              "name or label a host, or set its interval", body=EDIT_BODY, answer=HOST),
     Operation("delete-host", "DELETE", "/api/hosts/{id}", "admin", "hosts.delete",
               "remove a host; it must enroll again", status=204, answer=DELETED_HOST),
     Operation("revoke-host", "POST", "/api/hosts/{id}/revoke", "admin", "hosts.revoke",
@@ -8507,7 +8646,7 @@ class Api:
         if not request.authorization:
             raise CredentialMissing()
         claims = self.registry.keys.authenticate(request.authorization, now)
-        facts: dict[str, str] = {}
+        facts: dict[str, Any] = {}
         problem: Optional[Problem] = None
         if request.body not in (b"", b"{}"):
             try:
@@ -8534,7 +8673,7 @@ class Api:
         if outcome is UNFINISHED:
             return None
         if isinstance(work, Heartbeat):
-            result = HeartbeatResult(work.host, outcome, None, self._next_interval())
+            result = HeartbeatResult(work.host, outcome, None, self._next_interval(work.host))
             return BEAT.response(result)
         operation = work.operation
         assert isinstance(operation, Operation), "the server's own calls have no answer"
@@ -8543,7 +8682,7 @@ class Api:
     def heartbeat_answer(self, host: int, last_seen: int, seconds: int, closes: bool) -> bytes:
         """The bytes of the answer to a plain heartbeat, at a quarter of the cost of answer() and
         write_response(). last_seen: Unix ms; seconds: Unix time of the answer."""
-        interval = b"%d" % self._next_interval()
+        interval = b"%d" % self._next_interval(host)
         return _heartbeat_template(last_seen, len(interval), seconds, closes) % (host, interval)
 
     def refuse(self, problem: Problem, origin: Origin, now: int) -> Response:
@@ -9729,6 +9868,9 @@ def within(
     return check
 
 
+interval = within(HEARTBEAT_INTERVAL_RANGE, duration, format_duration)
+
+
 def web_address(text: str) -> str:
     name = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]"
     match = re.fullmatch(rf"https?://({name})(:([0-9]{{1,5}}))?(/[A-Za-z0-9._~/-]*)?", text)
@@ -10112,8 +10254,8 @@ def refusal_of_strangers(folder: str) -> str:
 
 # What the command line calls those members of bodies and queries that it names otherwise.
 OPTION_NAMES = {
-    "labels": "label", "maxUses": "max_uses", "organization": "org", "organizationId": "org",
-    "ttlSeconds": "ttl",
+    "intervalSeconds": "interval", "labels": "label", "maxUses": "max_uses", "organization": "org",
+    "organizationId": "org", "ttlSeconds": "ttl",
 }  # fmt: skip
 
 
@@ -10126,6 +10268,8 @@ def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[st
     if operation.body is None:
         lists = {name: v if isinstance(v, list) else [v] for name, v in typed.items()}
         return schema.parse((name, text) for name in lists for text in lists[name])
+    if typed.get("intervalSeconds") == "none":
+        typed["intervalSeconds"] = None
     if "labels" in typed:
         try:
             typed["labels"] = dict(map(LABELS.parse, arguments.label))
@@ -10552,7 +10696,7 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
     by, hosts = Principal("cli:bench", ALL_ORGANIZATIONS, "admin"), session.arguments.hosts
     files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
     facts = {COLUMNS[fact.name]: fact.name for fact in FACTS}
-    fleet, now = array("q"), session.now()
+    facts["every_seconds"], fleet, now = "", array("q"), session.now()
     registry = open_registry(files[0], files[1], now)
     with session.progress("making the fleet") as progress:
         while len(fleet) < hosts:
@@ -10659,7 +10803,7 @@ SERVE_OPTIONS = (
     option("--port", None, "the port to listen on, 0 for a free one (%(default)s)",
            within((0, 65535)), str(DEFAULT_PORT)),
     option("--heartbeat-interval", "TIME", "how often hosts are to beat (%(default)s)",
-           within(HEARTBEAT_INTERVAL_RANGE, duration, format_duration), f"{HEARTBEAT_INTERVAL}s"),
+           interval, f"{HEARTBEAT_INTERVAL}s"),
     option("--credential-ttl", "TIME", "how long credentials live; renewed in time (forever)",
            within(CREDENTIAL_TTL_RANGE, duration, format_duration)),
     option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
@@ -10686,6 +10830,8 @@ JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
+INTERVAL_OPTION = option("--interval", "TIME", "how often its hosts are to beat (the server's)",
+                         interval)
 # fmt: on
 
 
@@ -10734,7 +10880,8 @@ GROUPS = {
             option("--max-uses", "N", "(%(default)s)", number, "1"),
             option("--hostname", "H", "bind it to the host of this name"),
             option("--description", "TEXT", "what it is for"),
-            option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"))),
+            option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"),
+            INTERVAL_OPTION)),
         Command("list-tokens", "list-tokens --state valid", list_items, (
             ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
         Command("agent-command", "agent-command", agent_command,
@@ -10753,13 +10900,15 @@ GROUPS = {
             option("--label", "K=V", "labels that replace all others; repeatable", group="labels",
                    action="append"),
             flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
-                 dest="label"))),
+                 dest="label"),
+            option("--interval", "TIME", "how often it is to beat; none: the server's",
+                   lambda text: text if text == "none" else interval(text)))),
         by_id("revoke-host", "host {id} is shut out; restore-host lets it in again"),
         by_id("restore-host", "host {id} is let in again; its agent asks once an hour"),
         Command("delete-host", "delete-host 0ca4f1b28e3d7a95", delete_host, (ID_OPERAND,),
                 "host {id} is deleted; the machine must enroll again"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
-                (ID_OPERAND, TTL_OPTION)),
+                (ID_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),
     "organizations and API keys": (
         Command("add-org", "add-org berlin", show, (Argument("name", {"metavar": "NAME"}),),

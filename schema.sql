@@ -38,7 +38,8 @@ CREATE TABLE token (
     expires_at       INTEGER NOT NULL,
     used_at          INTEGER,           -- the last use
     used_from        TEXT,              -- the address of the last use
-    revoked_at       INTEGER
+    revoked_at       INTEGER,
+    own_interval     INTEGER            -- seconds between the heartbeats of its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -66,7 +67,9 @@ CREATE TABLE host (
     twin_id          INTEGER,           -- a live host that had this hostname at that time
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
-    issued_hash      BLOB               -- SHA-256 of its credential, and of what that replaces
+    issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
+    own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -84,11 +87,12 @@ CREATE TABLE signing_key (
 
 CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
-    host_id     INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
-    last_seen   INTEGER NOT NULL,  -- 0: never
-    serial      INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
-    key_number  INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
-    active      INTEGER NOT NULL   -- 0: revoked
+    host_id        INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
+    last_seen      INTEGER NOT NULL,  -- 0: never
+    serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
+    key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
+    active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
+    told_interval  INTEGER NOT NULL DEFAULT 30  -- the interval that it was last told, in seconds
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
@@ -103,7 +107,8 @@ CREATE TABLE service (
     pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
     pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
     certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
-    warned_at       INTEGER NOT NULL DEFAULT 0  -- when the log was last warned of that end
+    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log was last warned of that end
+    pauses          TEXT    NOT NULL DEFAULT ''  -- those before: previous_alive-started, ...
 );
 
 CREATE TABLE audit (

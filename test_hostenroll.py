@@ -421,9 +421,10 @@ class RegistryDoor(Door):
 
 def fact_columns(facts, missing=None):
     """Facts by their columns; missing: the text of those that are not given, or None."""
-    columns = {hostenroll.COLUMNS[name]: facts.get(name, missing) for name, *_ in hostenroll.FACTS}
-    columns.update({"hostname": facts["hostname"]} if "hostname" in facts else {})
-    return {column: text for column, text in columns.items() if text is not None}
+    names = [] if missing is None else [fact.name for fact in hostenroll.FACTS]
+    columns = {hostenroll.COLUMNS[name]: missing for name in names}
+    given = {column: facts[name] for name, column in hostenroll.COLUMNS.items() if name in facts}
+    return {**columns, **given}
 
 
 class ApiDoor(Door):
@@ -1351,7 +1352,10 @@ MUTATED = {
                        "the second look is for a name that is swapped meanwhile"),
     "WriteLock.try_acquire": (
         "lock or writer or free", 4, "both files are open, or none; a lock can be taken again"),
-    "_BEAT": ("strays_of or serial or api and (lives_and_dies or never_goes_back)", 0, ""),
+    "_BEAT": ("strays_of or serial or api and (lives_and_dies or never_goes_back) or two_intervals",
+              0, ""),
+    "_TELL": ("strays_of or two_intervals or shut_out_lets or few_statements or old_credential_is",
+              1, "lastSeen is not behind by more than a tick"),
     "Queries.use_token": ("use_that_may_not_be_taken", 0, ""),
     "token_state": ("api and token_has_one_state", 0, ""),
     "Tokens.prove": ("wrong_secret_is or api and (one_state or learns_why or uses_up)", 0, ""),
@@ -1362,13 +1366,17 @@ MUTATED = {
                                 "last_seen is 0 or a time"),
     "Heartbeats.batch": ("strays or judged_by_what or each_call or locked_out or copied_c", 0, ""),
     "Heartbeats.accept": (
-        "serial or copied_cred or locked_out or api and (lives_and_dies or never_goes_back)", 1,
-        "the long way answers as the statement does"),
+        "serial or copied_cred or locked_out or api and (lives_and_dies or never_goes_back)", 0,
+        ""),
+    "Heartbeats._tell_strays": (
+        "two_intervals or few_statements or strays_of or neighbours", 0, ""),
     "SigningKeys.is_due": ("in_its_last_third or another_lifetime or lives_from_rotation", 0, ""),
     "SigningKeys.retire": ("lives_from_rotation or locked_out", 0, ""),
-    "ServicePeriod.silence_ms": ("silence_counts", 4, "the branches agree at their ends"),
-    "ServicePeriod.status": ("status_follows", 0, ""),
-    "next_period": ("gap_goes_on", 0, ""),
+    "ServicePeriod.silence_ms": ("silence_counts or hosts_silence or nobody_alive", 4,
+                                 "the branches agree at their ends"),
+    "ServicePeriod.status": ("status_follows or hosts_silence", 0, ""),
+    "next_period": ("many_pauses or hosts_silence", 2, "a pause of a week ago moves nothing"),
+    "pauses_of": ("many_pauses or never_wrote_break or silence_counts", 0, ""),
     "FailedAuthLimiter.judge": ("in_a_minute_is or to_wait or ipv6_network or fill_no", 0, ""),
     "AuditLog.refuse": ("flood_sixty or long_outage or with_who_and_whence", 1,
                         "one refusal more in memory"),
@@ -1846,9 +1854,9 @@ def test_a_body_that_is_not_strictly_json_is_refused_at_once(body):
     assert time.process_time() - began < 0.25
 
 
-def test_of_an_agents_body_only_the_texts_are_made_and_its_brackets_are_counted():
+def test_of_an_agents_body_the_brackets_are_counted():
     body = '{"os":"é","x":[[1,-2.5e9,{"y":null}]],"z":[{}]}'.encode()
-    value = {"os": "é", "x": [[True, True, {"y": None}]], "z": [{}]}
+    value = {"os": "é", "x": [[1, -2.5e9, {"y": None}]], "z": [{}]}
     assert hostenroll.parse_agent_json(body) == value
     for text in ("{", "["):  # six in the body, two more, and three more
         more = body.replace("é".encode(), text.encode() * 2)
@@ -4034,7 +4042,8 @@ def test_the_strays_of_a_batch_are_found_whatever_its_size(world, clock, monkeyp
     world.sql("UPDATE heartbeat SET serial = 2 WHERE host_id = 5 << 8")
     world.sql("UPDATE heartbeat SET last_seen = last_seen + 1 WHERE host_id = 7 << 8")
     world.sql("DELETE FROM host WHERE id = 9 << 8")
-    expected = {(n << 8, 1 + (n == 5)) for n in range(1, 31) if n not in (3, 7, 9)}
+    world.sql("UPDATE heartbeat SET active = 2 WHERE host_id = 11 << 8")
+    expected = {(n << 8, 1 + (n == 5), 30) for n in range(1, 31) if n not in (3, 7, 9, 11)}
     for maximum in (1, 2, 7, 16, 29, 30, 31, 500):
         monkeypatch.setattr(hostenroll, "VARIABLES_MAXIMUM", maximum)
         beaten = world.registry.queries.beaten(clock.ms, [n << 8 for n in range(1, 31)])
@@ -4115,7 +4124,7 @@ def old_fleet(paths, clock):
     with old_pair(paths, SCHEMA_1) as (keyring, add):
         kid = keyring.first.kid
         add("signing_key", 1, kid, before)
-        add("service", 1, 0, clock.ms, 0, 30, "http://x")
+        add("service", 1, 0, clock.ms, 0, 45, "http://x")
         add("token", used.id, used.digest(), "default", "d", None, None, '{"a": "1"}', 9, 9, before,
             "cli:x", clock.ms + 60_000, None, None, None)  # fmt: skip
         for name, (issued, admitted, silence, serial, active) in OLD_HOSTS.items():
@@ -4132,12 +4141,6 @@ def old_fleet(paths, clock):
     return SimpleNamespace(ids=ids, keyring=keyring, used=used, credential=credential)
 
 
-def columns_added(version):
-    """The columns that a migration adds to tables that were there."""
-    words = " ".join(hostenroll.MIGRATIONS[version])
-    return re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", words)
-
-
 def test_what_agents_of_an_older_version_have_pinned_is_known(paths, clock):
     make_schema_2(paths, clock)
     sql(paths[0], "INSERT INTO service VALUES (1, 5, 5, 0, 30, 'https://x', 'a pin')")
@@ -4145,14 +4148,18 @@ def test_what_agents_of_an_older_version_have_pinned_is_known(paths, clock):
     assert sql(paths[0], "SELECT pin, pinned FROM service") == [("a pin", "a pin")]
 
 
+# By the migration from schema 2: tables and columns.
+ADDED = re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", "; ".join(hostenroll.MIGRATIONS[2]))
+
+
 def make_schema_2(paths, clock):
-    """A pair of schema 2, which lacks columns."""
+    """A pair of schema 2, which lacks the columns that its migration adds."""
     text = hostenroll.SCHEMA
-    for table, column in columns_added(2):
-        column = rf"(?s)(CREATE TABLE {table} .*?)\n +{column} [^\n]*"
-        text, count = re.subn(column, r"\1", text, count=1)
-        assert count == 1
-    text = re.sub(r",( *(?:--[^\n]*)?\n\);)", r"\1", text)  # what is the last column now
+    for name, column in ADDED:
+        start = text.index(f"CREATE TABLE {name} (")
+        end = text.index("\n);", start)
+        table = re.sub(rf"\n +{column} [^\n]*", "", text[start:end])
+        text = text[:start] + re.sub(r",( *(?:--[^\n]*)?)\Z", r"\1", table) + text[end:]
     with old_pair(paths, f"{text}; PRAGMA user_version = 2") as (keyring, add):
         add("signing_key", 1, keyring.first.kid, 5, None)
         add("host", 7, "default", "n", "n.lan", 0, "os", "a", "d", "{}", 1, 5, None, 1, 1, 5, 1,
@@ -4207,11 +4214,14 @@ def test_a_migrated_database_is_what_a_fresh_one_is(make, paths, clock, tmp_path
         assert {name: len(rows) for name, rows in after.items() if rows} == sizes
         for name in ("organization", "token", "api_key", "host", "signing_key", "service"):
             assert [row[: len(old)] for row, old in zip(after[name], before[name])] == before[name]
+        told = 45 if make is old_fleet else 30  # what the server told them; 30 where none has run
+        assert {row[-1] for row in after["heartbeat"]} == {told}
     if make is old_fleet:
         serials = [[row[2] for row in rows["heartbeat"]] for rows in (before, after)]
         assert serials == [[1, 3, 0, 0, 3, 1, 0], [1, 3, 1, 1, 3, 1, 1]]
     else:
-        assert after["heartbeat"] == before["heartbeat"] and after["audit"] == before["audit"]
+        beats = [row[:-1] for row in after["heartbeat"]]
+        assert beats == before["heartbeat"] and after["audit"] == before["audit"]
 
 
 def locked_engine(path):
@@ -5124,18 +5134,18 @@ NOON_MS = int(NOON * 1000)
 WEEK_MS = 7 * DAY_MS
 
 
-@pytest.mark.parametrize("interval, silence, status", [
+@pytest.mark.parametrize("told, silence, status", [
     (30, -5000, "online"), (30, 0, "online"), (30, 99_999, "online"), (30, 100_000, "online"),
     (30, 100_001, "offline"), (30, WEEK_MS - 1, "offline"), (30, WEEK_MS, "offline"),
     (30, WEEK_MS + 1, "missing"), (1, 13_000, "online"), (1, 13_001, "offline"),
     (3600, 10_810_000, "online"), (3600, 10_810_001, "offline"),
 ])  # fmt: skip
-def test_status_follows_from_silence_to_the_millisecond(interval, silence, status):
+def test_status_follows_from_silence_to_the_millisecond(told, silence, status):
+    """And from the interval that the host was told, whatever the server says now."""
     now = NOON_MS + silence
-    service = hostenroll.Service(NOON_MS - 1, now, NOON_MS - 1, interval, "")
-    for row in (service, None) if interval == 30 else (service,):
+    for row in (hostenroll.Service(NOON_MS - 1, now, NOON_MS - 1, 30, ""), None):
         judge = hostenroll.ServicePeriod(row, now).status
-        judged = judge(NOON_MS, None), judge(NOON_MS, NOON_MS), judge(0, None)
+        judged = judge(NOON_MS, None, told), judge(NOON_MS, NOON_MS, told), judge(0, None, told)
         assert judged == (status, "revoked", "pending")
 
 
@@ -5147,7 +5157,7 @@ def test_status_follows_from_silence_to_the_millisecond(interval, silence, statu
 ])  # fmt: skip
 def test_the_reason_is_a_sentence_with_the_numbers(silence, revoked_at, reason):
     period = hostenroll.ServicePeriod(None, NOON_MS + silence)
-    assert period.reason(NOON_MS, revoked_at) == reason
+    assert period.reason(NOON_MS, revoked_at, 30) == reason
 
 
 @pytest.mark.parametrize("gap, last_seen, silence", [
@@ -5159,17 +5169,7 @@ def test_silence_counts_what_a_server_could_hear_to_the_millisecond(gap, last_se
     """In a period that began at noon, 50 s ago; a gap below 0 is a clock that was set back."""
     now = NOON_MS + 50_000
     service = hostenroll.Service(NOON_MS, now, NOON_MS - gap, 30, "")
-    assert hostenroll.ServicePeriod(service, now).silence_ms(NOON_MS + last_seen) == silence
-
-
-@pytest.mark.parametrize("lived, previous, goes_on", [
-    (100_000, -1, True), (100_001, -1, False), (100_000, 0, True), (100_000, 1, False),
-])  # fmt: skip
-def test_the_gap_goes_on_after_a_period_too_short_to_hear_all(lived, previous, goes_on):
-    old = hostenroll.Service(NOON_MS, NOON_MS + lived, NOON_MS + previous, 30, "")
-    period = hostenroll.next_period(old, now := NOON_MS + DAY_MS)
-    assert (period.started, period.alive) == (now, now)
-    assert period.previous_alive == (old.previous_alive if goes_on else old.alive)
+    assert hostenroll.ServicePeriod(service, now).silence_ms(NOON_MS + last_seen, 30)[0] == silence
 
 
 def start(world, url="http://here"):
@@ -5313,6 +5313,7 @@ def play(world, script):
         "start": lambda _: start(world), "live": partial(live_on, world), "gap": world.advance,
         "full": full, "join": lambda _: hosts.append(world.join()),
         "beat": lambda _: world.beat(hosts[-1][1]),
+        "own": lambda seconds: world.act("edit-host", hosts[-1][0], intervalSeconds=int(seconds)),
     }  # fmt: skip
     for step in script.split(", "):
         word, _, seconds = step.partition(" ")
@@ -5325,22 +5326,42 @@ def play(world, script):
 
 @pytest.mark.parametrize("script, logged, reason", table({
     # what happens, how often the log has a clock that was set, the reason for the last status
-    "the server's own downtime": (  # 60 s of silence, the gap, and 40 s; then it no longer counts
-        "start, live 200, beat, live 60, gap 3600, online, start, online, live 40, online, "
+    "the server's own downtime": (  # 60 s, the gap, 40 s, and 300 s for the way back
+        "start, live 200, beat, live 60, gap 3600, online, start, online, live 340, online, "
         "live 0.0015, offline, beat, live 100, online, live 0.0015, offline", 0, ""),
     "a full disk for an hour": (
-        "start, live 300, beat, live 10, full 3600, online, live 5, online, live 101, offline", 1,
+        "start, live 300, beat, live 10, full 3600, online, live 5, online, live 401, offline", 1,
         ""),
-    "a crash loop": (  # a server that lives for seconds hears no host: the gap goes on
+    "a crash loop": (  # a server that lives for seconds hears few hosts
         "start, live 200, beat, gap 3600, start, online, gap 2, join, beat, live 2, "
         "gap 15, start, online, gap 2, join, beat, live 2, "
         "gap 3600, start, online, gap 2, join, beat, live 2, "
         "gap 15, start, online, gap 2, join, beat, live 2, "
-        "gap 15, start, online, live 101, offline", 0, ""),
+        "gap 15, start, online, live 731, offline", 0, ""),
+    "a host that was offline before an outage": (
+        "start, live 200, beat, live 100.001, offline, gap 360, start, offline, live 5, offline", 0,
+        "last seen 105 s ago, more than 3 x 30 s + 10 s"),
+    "the last millisecond online before an outage": (  # 20 s and 100 s; then the outage counts
+        "start, live 200, beat, live 20, gap 50, start, live 130, online, live 0.0015, offline", 0,
+        "last seen 150 s ago, more than 3 x 30 s + 10 s + 50 s after a pause of the server"),
+    "two outages in a row": (  # who waits for 300 s is online when the second one begins
+        "start, live 200, beat, gap 360, start, live 150, online, gap 360, start, online, "
+        "live 549, online, live 2, offline", 0, ""),
+    "two outages, and one who did not come back between them": (
+        "start, live 200, beat, gap 60, start, live 161, offline, gap 360, start, offline", 0, ""),
+    "an hour's interval, and periods that are too short for it": (
+        "start, own 3600, beat, live 20, gap 36000, start, live 500, online, gap 36000, start, "
+        "live 500, online", 0, ""),
+    "servers that live longer than they rest, in a loop": (
+        "start, live 200, beat" + ", gap 11, start, live 60" * 2 + ", online"
+        + ", gap 11, start, live 60" * 16 + ", offline", 0, ""),
+    "a server that hardly ever lives": (
+        "start, live 200, beat" + ", gap 20, start, live 15" * 18 + ", online, live 300, offline",
+        0, ""),
     "a gap soon after the clock was set back": (  # not the gap before it, which lies ahead now
         "start, live 200, gap -3600, live 0, beat, live 20, gap 7200, start, online", 1, ""),
     "a clock that is set ahead": (
-        "start, live 300, beat, live 10, gap 18000, online, live 5, online, live 101, offline", 1,
+        "start, live 300, beat, live 10, gap 18000, online, live 5, online, live 401, offline", 1,
         ""),
     "a clock that is set back": (
         "start, live 300, beat, live 10, gap -18000, online, live 5, online, live 30, beat, "
@@ -5353,7 +5374,7 @@ def play(world, script):
         "online, live 5, online, beat, live 101, offline", 2, ""),
     "a clock that is set back and ahead": (
         "start, live 300, beat, live 10, gap -18000, online, live 400, beat, live 10, gap 18000, "
-        "online, live 5, online, live 101, offline", 2, ""),
+        "online, live 5, online, live 401, offline", 2, ""),
     "a clock of before there were ids": (
         "start, live 300, beat, live 10, gap -1799999940, online, live 5, online, beat, live 101, "
         "offline", 1, ""),
@@ -5370,6 +5391,265 @@ def test_only_what_a_server_could_have_heard_is_a_hosts_silence(
 ):
     assert play(world, script) == reason or not reason
     assert caplog.text.count("the clock was set") == logged
+
+
+def lives_at(outages, now):
+    return not any(start <= now < end for start, end in outages)
+
+
+def service_rows(outages, until):
+    """The row that servers keep, for each second; outages: from when to when no server lives."""
+    row = hostenroll.Service(0, 0, 0, 30, "")
+    for now in range(until):
+        if lives_at(outages, now):
+            if now * 1000 - row.alive > 10_000:
+                row = hostenroll.next_period(row, now * 1000)
+            elif now % 10 == 0:
+                row = row._replace(alive=now * 1000)
+        yield row
+
+
+def live_by_the_rule(told, rows, draw, hears):
+    """An agent as the contract has it; before each attempt: when that is, and its status then.
+    Between two attempts no status is worse."""
+    seen, failures, now = 1, 0, draw.uniform(1, 1.15 * told)
+    longest = min(300, max(10, 2 * told))
+    while now < len(rows):
+        period = hostenroll.ServicePeriod(rows[int(now)], int(now * 1000))
+        yield now, period.status(seen, None, told)
+        if hears(now):
+            seen, failures = int(now * 1000), 0
+            now += draw.uniform(0.85 * told, 1.15 * told)
+        else:
+            now += draw.uniform(1, max(1, min(2**failures, longest)))
+            failures += 1
+
+
+@pytest.mark.parametrize("told, outages", table({
+    "six minutes": (30, [(400, 760)]),
+    "five seconds": (30, [(400, 405)]),
+    "an hour": (30, [(400, 4000)]),
+    "two in a row": (30, [(400, 760), (820, 1300)]),
+    "a crash loop": (30, [(400, 1000), *((n, n + 58) for n in range(1002, 3000, 60))]),
+    "a loop of longer lives": (30, [(n, n + 15) for n in range(400, 3000, 60)]),
+    "an interval of five minutes": (300, [(400, 760), (1000, 1100)]),
+    "an interval of an hour": (3600, [(4000, 24000), (24400, 30000), (30100, 30200)]),
+}))  # fmt: skip
+def test_after_an_outage_nobody_alive_is_offline_for_a_moment(told, outages):
+    rows = list(service_rows(outages, outages[-1][1] + 3 * told + 300))
+    for seed in range(30):
+        draw = random.Random(seed)
+        lives = live_by_the_rule(told, rows, draw, partial(lives_at, outages))
+        assert [now for now, status in lives if status != "online"] == [], seed
+
+
+def test_after_an_outage_of_the_network_hosts_are_offline_and_soon_back():
+    rows = list(service_rows([], 1200))
+    for seed in range(30):
+        lives = live_by_the_rule(30, rows, random.Random(seed), lambda now: not 400 <= now < 1000)
+        offline = [now for now, status in lives if status == "offline"]
+        assert 465 < offline[0] <= 400 + 101 + 60 and 1000 <= offline[-1] <= 1000 + 2 * 30 + 40
+
+
+@pytest.mark.parametrize("text, pauses", [
+    ("", 0), ("1799999000000-1799999100000", 1), ("junk 5-6 -7-8- 9-", 2), ("9" * 99, 0),
+])  # fmt: skip
+def test_pauses_that_we_never_wrote_break_nothing(text, pauses):
+    row = hostenroll.Service(NOON_MS, NOON_MS, NOON_MS, 30, "", pauses=text)
+    assert len(hostenroll.pauses_of(row)) == pauses
+    assert hostenroll.ServicePeriod(row, NOON_MS).status(1, None, 30) == "missing"
+    assert hostenroll.next_period(row, NOON_MS + 99_000).previous_alive == NOON_MS
+
+
+def test_so_many_pauses_are_kept_and_the_two_with_the_least_between_them_become_one():
+    row = hostenroll.Service(0, 0, 0, 30, "")
+    for n in range(1, 40):  # a minute in service, another without; once half a minute
+        now = n * 120_000
+        row = hostenroll.next_period(row._replace(alive=now - 60_000 - (n == 20) * 30_000), now)
+    pauses = hostenroll.pauses_of(row)
+    assert len(pauses) == hostenroll.PAUSES_KEPT + 1
+    assert pauses[-1] == (39 * 120_000 - 60_000, 39 * 120_000)
+    assert (18 * 120_000 + 60_000, 20 * 120_000) in pauses or pauses[0][1] >= 20 * 120_000
+    later = hostenroll.next_period(row._replace(alive=now + 8 * DAY_MS), now + 8 * DAY_MS + 60_000)
+    assert later.pauses == ""
+    back = hostenroll.next_period(row, 30 * 120_000)  # the clock: the later ones lie ahead
+    assert hostenroll.pauses_of(back)[-1][1] == 30 * 120_000
+
+
+# The interval of a host.
+
+
+def tells(door, credential, interval, **facts):
+    """Whether the answer to a heartbeat tells an interval, 15 % more or less."""
+    reply = door.beat(credential, **facts)
+    assert reply.status == 200, reply
+    return 85 * interval <= 100 * reply.document["nextHeartbeatSeconds"] <= 115 * interval
+
+
+def test_a_host_goes_by_its_rhythm_then_its_own_interval_then_that_of_the_server(door, clock):
+    minted = door.mint(intervalSeconds=1000).document
+    assert minted["intervalSeconds"] == 1000
+    enrolled = door.enroll(minted["token"]).document
+    host, credential = enrolled["hostId"], enrolled["credential"]
+    assert enrolled["heartbeatIntervalSeconds"] == 1000 and tells(door, credential, 1000)
+    shown = door.host(host).document
+    assert (shown["intervalSeconds"], shown["everySeconds"]) == (1000, None)
+
+    def edit(interval):
+        reply = door.ask("PATCH", f"/api/hosts/{host}", {"intervalSeconds": interval})
+        assert reply.document["intervalSeconds"] == interval
+
+    edit(300)
+    assert tells(door, credential, 300) and tells(door, credential, 300)
+    assert tells(door, credential, 60, everySeconds=60) and tells(door, credential, 60)
+    edit(5000)
+    assert tells(door, credential, 60)
+    assert tells(door, credential, 5000, everySeconds=None) and tells(door, credential, 5000)
+    edit(None)
+    assert tells(door, credential, 30) and tells(door, credential, 30)
+    assert door.host(host).document["statusReason"].endswith("within 3 x 30 s + 10 s")
+    enrolled = door.enroll(door.token(intervalSeconds=300), everySeconds=86400).document
+    assert enrolled["heartbeatIntervalSeconds"] == 86400
+    events = door.events(f"action=edit&subject=host:{host}").document["events"]
+    assert [event["detail"] for event in reversed(events)] == [
+        {"intervalSeconds": 300}, {"facts": {"everySeconds": 60}}, {"intervalSeconds": 5000},
+        {"facts": {"everySeconds": None}}, {"intervalSeconds": "none"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "60", 86_401, True, False, [], {}, 1e300, ""])
+def test_a_rhythm_that_is_none_is_refused(value, world):
+    host, credential = world.join(everySeconds=60)
+    assert world.enroll(world.token(), everySeconds=value).code == "invalid-body"
+    assert world.beat(credential, everySeconds=value, os="new").code == "invalid-body"
+    shown = world.host(host).document
+    assert (shown["lastSeen"], shown["everySeconds"], shown["os"]) == (None, 60, "")
+    for name in ("intervalSeconds", "everySeconds"):
+        assert world.mint(**{name: value}).code == "invalid-body"
+
+
+@pytest.mark.parametrize("value", [b"60", b"60.0", b"6e1"])
+def test_a_rhythm_is_read_as_json_may_write_it(value, world):
+    host, credential = world.join()
+    path = "/api/agent/heartbeat"
+    assert world.call("POST", path, b'{"everySeconds": %b}' % value, credential).status == 200
+    assert world.host(host).document["everySeconds"] == 60
+
+
+@pytest.mark.parametrize("old, new", [(300, 30), (30, 300), (30, 31)])
+def test_each_host_is_judged_by_the_interval_that_it_was_last_told(old, new, paths, clock):
+    """Of five, each is online until it was due by that, and 2 intervals and 10 s more; then by the
+    new one, which its next heartbeat brings."""
+    with World(paths, clock, interval=old) as world:
+        start(world)
+        hosts = [world.join(f"web-{n}") for n in range(5)]
+        for _, credential in hosts:
+            world.beat(credential)
+            live_on(world, old / 5)
+        assert tells(world, hosts[0][1], old)
+        world.reopen(interval=new)
+        start(world)
+        live_on(world, 3 * old + 10 - 4 * old / 5)
+        assert {status_of(world, host) for host, _ in hosts} == {"online"}
+        assert world.act("list-hosts", status="online").items[4].host.told_interval == old
+        world.advance(0.001)
+        assert counted(world).counts == {("default", "online"): 4, ("default", "offline"): 1}
+        for host, credential in hosts:
+            assert tells(world, credential, new)
+            assert world.act("show-host", host).host.told_interval == new
+        live_on(world, 3 * new + 10)
+        assert {status_of(world, host) for host, _ in hosts} == {"online"}
+        world.advance(0.002)
+        assert {status_of(world, host) for host, _ in hosts} == {"offline"}
+
+
+def test_a_fleet_hears_of_a_new_interval_in_few_statements_without_the_disk(paths, clock):
+    with World(paths, clock, interval=30) as world:
+        hosts = [world.join(f"web-{n}") for n in range(40)]
+        world.act("edit-host", hosts[0][0], intervalSeconds=60)
+        beats = [world.heartbeat(credential) for _, credential in hosts]
+        assert world.run(*beats) == [clock.ms] * 40
+        with faulty(world.registry) as plain:
+            assert world.run(*beats) == [clock.ms] * 40
+        events = world.audit()
+        world.reopen(interval=300)
+        with faulty(world.registry, only="PRAGMA synchronous = FULL") as corrected:
+            assert world.run(*beats) == [clock.ms] * 40
+        assert corrected.count == plain.count + 4 + 1  # the first tick sets PRAGMA synchronous
+        with faulty(world.registry) as again:
+            assert world.run(*beats) == [clock.ms] * 40
+        assert again.count == plain.count
+        assert world.audit() == events and world.registry.metrics.counts["heartbeats"] == 80
+        told = world.sql("SELECT told_interval, count(*) FROM heartbeat GROUP BY 1")
+        assert told == [(60, 1), (300, 39)]
+
+
+def test_two_servers_with_two_intervals_tell_each_their_own_and_an_edit_reaches_both(world, paths):
+    host, credential = world.join()
+    with World(paths, world.clock, interval=300) as other:
+        for _ in range(3):
+            assert tells(other, credential, 300) and tells(other, credential, 300)
+            assert world.act("show-host", host).host.told_interval == 300
+            assert tells(world, credential, 30) and tells(world, credential, 30)
+            assert other.act("show-host", host).host.told_interval == 30
+        other.act("edit-host", host, intervalSeconds=1000)
+        assert world.act("show-host", host).host.told_interval == 30
+        assert tells(world, credential, 1000) and tells(other, credential, 1000)
+        world.act("edit-host", host, intervalSeconds=None)
+        assert tells(other, credential, 300) and tells(world, credential, 30)
+        assert len(world.audit("edit")) == 2
+
+
+def test_an_edit_of_a_host_that_is_shut_out_lets_it_not_in_and_is_told_once_it_is_restored(world):
+    host, credential = world.join()
+    assert tells(world, credential, 30)
+    world.revoke(host)
+    world.act("edit-host", host, intervalSeconds=300)
+    assert [world.beat(credential).code for _ in range(2)] == ["host-revoked"] * 2
+    assert world.beat(credential, everySeconds=60).code == "host-revoked"
+    world.restore(host)
+    assert world.act("show-host", host).host.told_interval == 30
+    assert tells(world, credential, 300)
+
+
+def test_of_a_host_that_re_enrolls_the_interval_stays_unless_the_token_has_one(world):
+    host, old = world.join(everySeconds=60)
+    world.act("edit-host", host, intervalSeconds=300)
+    world.beat(old, everySeconds=None)
+    path = f"/api/hosts/{host}/reenroll"
+    for values, interval in (({}, 300), ({"intervalSeconds": 1000}, 1000), ({}, 1000)):
+        token = world.ask("POST", path, values).document["token"]
+        enrolled = world.enroll(token).document
+        assert enrolled["heartbeatIntervalSeconds"] == interval
+        # Its answer may be lost, and the old credential go on; it may arrive, and the host wait.
+        assert world.act("show-host", host).host.told_interval == max(300, interval)
+        assert tells(world, old, interval)
+        old = enrolled["credential"]
+        assert tells(world, old, interval)
+    token = world.ask("POST", path, {}).document["token"]
+    assert world.enroll(token, everySeconds=90).document["heartbeatIntervalSeconds"] == 90
+    token = world.ask("POST", path, {}).document["token"]
+    assert world.enroll(token, everySeconds=None).document["heartbeatIntervalSeconds"] == 1000
+
+
+def test_a_copy_with_an_old_credential_is_told_nothing_for_its_host(world):
+    host, credential = world.join()
+    newer = world.heartbeat(credential, serial=2)
+    assert world.run(newer) == [world.clock.ms]
+    world.act("edit-host", host, intervalSeconds=5)
+    assert world.beat(credential).code == "credential-superseded"
+    assert world.act("show-host", host).host.told_interval == 30
+    assert world.run(newer) == [world.clock.ms]
+    assert world.act("show-host", host).host.told_interval == 5
+
+
+def test_what_hosts_were_told_fills_no_memory_and_is_told_right_all_the_same(world, monkeypatch):
+    monkeypatch.setattr(hostenroll, "CREDENTIALS_CACHED", 3)
+    joined = [world.join(f"web-{n}", everySeconds=100 + n) for n in range(7)]
+    for _ in range(3):
+        for n, (_, credential) in enumerate(joined):
+            assert tells(world, credential, 100 + n)
+            assert len(world.registry.heartbeats._told) <= 3
 
 
 def test_a_second_server_beside_a_live_one_makes_no_gap(world, paths, clock):
@@ -5427,7 +5707,7 @@ def test_a_server_that_is_ready_has_written_that_it_lives_once_a_second(world):
 @pytest.mark.parametrize("interval, shortest, longest", [(1, 1, 1), (5, 5, 5), (100, 85, 115)])
 def test_the_interval_is_drawn_to_its_very_ends(interval, shortest, longest, paths, clock):
     with opened(paths, clock, interval=interval) as registry:
-        drawn = {registry.heartbeats.next_interval() for _ in range(2000)}
+        drawn = {registry.heartbeats.next_interval(1) for _ in range(2000)}
     assert (min(drawn), max(drawn)) == (shortest, longest)
 
 
@@ -5724,8 +6004,9 @@ def test_strays_of_a_batch_are_judged_apart_and_the_others_stay_one_statement(wo
     with faulty(world.registry) as mixed:
         outcomes = world.run(*beats)
     assert kinds(outcomes) == ["HostRevoked", "HostRevoked", *good]
-    # One that finds the strays; a beat and a look for each; the audit's last event and insert.
-    assert mixed.count == all_good.count + 1 + 2 * 2 + 2
+    # Four that find strays and tell them another interval; a look for each; the audit's last event
+    # and insert.
+    assert mixed.count == all_good.count + 4 + 2 + 2
     assert world.registry.metrics.counts["heartbeats"] == 3 * 38
     assert [event["code"] for event in world.audit("refuse")] == ["host-revoked"] * 2
 
@@ -5818,6 +6099,7 @@ class Model:
         self.tokens, self.hosts = {}, {}
         self.kids, self.retired = [], []  # the one that signs first
         self.paused = self.started = self.alive = 0  # the last gap in service, and its end
+        self.pauses = []  # all of them, but those that a clock that was set back undid
 
     def state(self, token):
         if token.revoked or token.uses == token.maxUses:
@@ -5848,29 +6130,30 @@ class Model:
     def status(self, host):
         if host.revoked or not host.last:
             return "revoked" if host.revoked else "pending"
-        silence = self.silence(host.last)
+        silence, allowed = self.silence(host.last, host.told)
         missing = "offline" if silence <= WEEK_MS else "missing"
-        return "online" if silence <= self.allowed else missing
+        return "online" if silence <= allowed else missing
 
-    @property
-    def allowed(self):
-        """How long an online host may be silent."""
-        return (3 * self.interval + 10) * 1000
+    def interval_of(self, host, server):
+        """What a server is to tell a host."""
+        own = host.shown["everySeconds"] or host.shown["intervalSeconds"]
+        return own or server.interval
 
-    def silence(self, seen):
-        """How long a server has been there and not heard a host that was last seen then."""
-        now = self.clock.ms
+    def silence(self, seen, told):
+        """How long a server has been there and not heard a host that was last seen then, and how
+        long it may be silent and online."""
+        now, allowed, silence = self.clock.ms, (3 * told + 10) * 1000, 0
         until = now if abs(now - self.alive) <= 25_000 else self.alive
-        was_set_back = self.paused > self.started
         if seen > max(now, self.alive) + 300_000:  # by a clock that is no more
-            if was_set_back:  # by so much at least
+            if self.paused > self.started:  # by so much at least
                 seen -= self.paused - self.started
             seen = min(seen, self.started)
-        if was_set_back or seen >= self.started:
-            return until - seen
-        if seen > self.paused:  # in a period that was too short to hear all
-            return until - self.started
-        return (self.paused - seen) + (until - self.started)
+        for begin, end in self.pauses if seen < self.started else ():
+            if seen < end:
+                silence, pause = silence + max(0, begin - seen), end - max(begin, seen)
+                allowed += min(300_000, pause) if silence <= allowed else 0
+                seen = end
+        return silence + until - seen, allowed
 
     def shown(self, thing):
         return self.token_shown(thing) if hasattr(thing, "uses") else self.host_shown(thing)
@@ -5931,7 +6214,8 @@ class Model:
         self.issue(host, 0, ttl, hostenroll.SERIALS_LOST + 1 if host.issued else 1)
         host.admitted, host.admitted_at = host.issued, self.clock.ms
         host.admitted_by, host.key = token.id, key
-        self.change(host, {name: text for name, text in facts.items() if text})
+        self.change(host, {name: text for name, text in facts.items() if text != ""})
+        host.shown["intervalSeconds"] = token.intervalSeconds or host.shown["intervalSeconds"]
         host.twin = self.twin(host)
 
     @staticmethod
@@ -5981,16 +6265,24 @@ class Model:
         self.interval = interval
 
     def keep_alive(self, grace=25_000):
-        """A server writes that it lives; after too long, or by another clock, a gap is over. One
-        that was only broken by too short a period is still the same; but where the clock was set
-        back there was none."""
+        """A server writes that it lives; after too long, or by another clock, a gap is over. Of
+        many, those with the least between them are one; where the clock was set back is none."""
         if abs(self.clock.ms - self.alive) <= grace:
             self.alive = max(self.alive, self.clock.ms)
             return
-        was_long = self.alive - self.started > self.allowed
-        if was_long or self.paused > self.started:
-            self.paused = self.alive
-        self.started = self.alive = self.clock.ms
+        ends = [*(begin for begin, _ in self.pauses[1:]), self.alive]
+        lived = [end - pause[1] for pause, end in zip(self.pauses, ends)]
+        self.pauses = [
+            pause for n, pause in enumerate(self.pauses)
+            if pause[1] <= self.clock.ms and sum(lived[n:]) <= WEEK_MS
+        ]  # fmt: skip
+        if len(self.pauses) > 16:
+            between = [after[0] - before[1] for before, after in zip(self.pauses, self.pauses[1:])]
+            n = between.index(min(between))
+            self.pauses[n : n + 2] = [(self.pauses[n][0], self.pauses[n + 1][1])]
+        self.paused, self.started = self.alive, self.clock.ms
+        self.pauses += [(self.paused, self.started)] if self.paused < self.started else []
+        self.alive = self.clock.ms
 
 
 class Life(Model):
@@ -6002,6 +6294,8 @@ class Life(Model):
         (2, "on_host", "revoke", "POST", "/revoke"), (5, "on_host", "restore", "POST", "/restore"),
         (2, "on_host", "edit", "PATCH", "", {}), (1, "on_host", "edit", "PATCH", "", {"name": "n"}),
         (1, "on_host", "edit", "PATCH", "", {"labels": {"a": "1"}, "name": "m"}),
+        (2, "on_host", "edit", "PATCH", "", {"intervalSeconds": 45}),
+        (1, "on_host", "edit", "PATCH", "", {"intervalSeconds": None, "name": "n"}),
         (3, "on_host", "delete", "DELETE"), (6, "on_host", "reenroll", "POST", "/reenroll",
                                              {"ttlSeconds": 600, "description": "again"}),
         (1, "rotate"), (2, "retire"), (2, "readyz"), (1, "housekeeping"), (2, "restart"),
@@ -6057,7 +6351,9 @@ class Life(Model):
 
     def facts(self):
         names = self.chance.sample(self.FACTS, self.chance.choice([0, 0, 1, 2]))
-        return {name: self.chance.choice(["x", "y", ""]) for name in names}
+        facts = {name: self.chance.choice(["x", "y", ""]) for name in names}
+        rhythms = [{}] * 8 + [{"everySeconds": 7}, {"everySeconds": None}]
+        return {**facts, **self.chance.choice(rhythms)}
 
     def ask(self, caller, method, path, body=None):
         return self.server.call(method, path, body, self.keys[caller])
@@ -6103,6 +6399,7 @@ class Life(Model):
         asked = choice([None, None, "default", "a-team", "b-team", "nowhere"])
         values = {"maxUses": choice([1, 1, 2, 5]), "description": choice("xy"),
                   "labels": choice([{}, {}, {"rack": "b4"}]), "organizationId": asked,
+                  "intervalSeconds": choice([None, None, None, 100]),
                   "hostname": choice([None, None, None, "web-1"])}  # fmt: skip
         body = {"ttlSeconds": ttl, **{name: it for name, it in values.items() if it}}
         reply = self.ask(caller, "POST", "/api/hosts/tokens", body)
@@ -6129,13 +6426,14 @@ class Life(Model):
             self.events[action, "host"] += self.issue(host, 0, server.ttl)
         else:
             self.admit(host, token, key, {**facts, "hostname": hostname}, server.ttl)
+            host.told = max(host.told, self.interval_of(host, server))
             self.events[action, "host"] += 1
         self.hosts[host.id] = host
         self.touched += [host, token]
         assert reply.status == 201 and reply.document == {
             "hostId": host.id, "organizationId": host.organizationId, "name": host.shown["name"],
             **self.took(reply.document["credential"], host, host.issued, server),
-            "heartbeatIntervalSeconds": server.interval,
+            "heartbeatIntervalSeconds": self.interval_of(host, server),
         }  # fmt: skip
 
     def newcomer(self, number, token, hostname):
@@ -6143,11 +6441,12 @@ class Life(Model):
         fixed = {"id": number, "organizationId": token.organizationId, "tokenId": token.id}
         shown = {
             **fixed, "name": hostname, "hostname": "", **dict.fromkeys(self.FACTS, ""),
-            "labels": token.labels, "enrolledAt": at(self.clock.ms),
+            "labels": token.labels, "enrolledAt": at(self.clock.ms), "everySeconds": None,
+            "intervalSeconds": None,
         }  # fmt: skip
         return SimpleNamespace(
             **fixed, shown=shown, is_bound=token.hostname is not None, issued=0, heard=0, last=0,
-            kid=self.kids[0], revoked=None, deleted=False,
+            kid=self.kids[0], revoked=None, deleted=False, told=0,
         )  # fmt: skip
 
     def beat(self, count):
@@ -6164,7 +6463,8 @@ class Life(Model):
             self.touched.append(host)
             if refused is None:
                 document = dict(reply.document)
-                assert 0.85 <= document.pop("nextHeartbeatSeconds") / server.interval <= 1.15
+                host.told = self.interval_of(host, server)
+                assert 0.85 <= document.pop("nextHeartbeatSeconds") / host.told <= 1.15
                 serial = self.renewal(credential, server.ttl)
                 wanted = {"hostId": host.id, "lastSeen": at(host.last)}
                 if serial is not None:
@@ -6181,6 +6481,7 @@ class Life(Model):
             return
         if action == "reenroll":
             asked = {"description": "again", "labels": {}, "maxUses": 1, "hostname": None}
+            asked["intervalSeconds"] = None
             asked.update(hostId=host.id, organizationId=host.organizationId)
             self.minted(reply, caller, 600, **asked)
             return
@@ -6257,8 +6558,9 @@ class Life(Model):
         """To the very millisecond at which something will be judged otherwise, or one beside."""
         bounds = [token.expires for token in [*self.tokens.values()][-5:]]
         for host in [*self.hosts.values()][-5:]:
-            since = max(host.last, self.started)
-            bounds += [since + self.allowed, since + WEEK_MS, host.issued_at + 3_600_000]
+            silence, allowed = self.silence(host.last, host.told)
+            bounds += [self.clock.ms - silence + it for it in (allowed, WEEK_MS)]
+            bounds += [host.issued_at + 3_600_000]
             bounds += [host.admitted_at + 600_000, host.admitted_at + DAY_MS]
         for credential in self.credentials[-5:]:
             if credential.expires is not None:
@@ -7104,6 +7406,8 @@ def test_an_edit_records_what_it_changes_and_one_that_changes_nothing_is_no_even
         ({"name": "a", "labels": {"r": "b4"}}, []), ({}, []),
         ({"name": "b", "labels": {"r": "2"}}, [{"name": "b", "labels": {"r": "2"}}]),
         ({"labels": {}}, [{"labels": {}}]), ({"name": "a", "labels": {}}, [{"name": "a"}]),
+        ({"intervalSeconds": None}, []), ({"intervalSeconds": 9}, [{"intervalSeconds": 9}]),
+        ({"intervalSeconds": 9}, []), ({"intervalSeconds": None}, [{"intervalSeconds": "none"}]),
     ):  # fmt: skip
         before = len(world.audit())
         world.act("edit-host", number, **given)
@@ -7872,8 +8176,8 @@ def test_new_keys_for_an_old_log_begin_it_again(paths, clock, caplog):
 def test_a_migration_that_is_had_again_makes_no_new_log_an_old_one(chronicle):
     falsify(chronicle)
     chronicle.registry.close()
-    for table, column in columns_added(2):
-        sql(chronicle.paths[0], f"ALTER TABLE {table} DROP COLUMN {column}")
+    for name, column in ADDED:
+        sql(chronicle.paths[0], f"ALTER TABLE {name} DROP COLUMN {column}")
     sql(chronicle.paths[0], "PRAGMA user_version = 2")
     chronicle.reopen(audit_keep=86400, purpose="serve")
     assert log_of(chronicle)[-1].action == "audit-format"
@@ -11115,7 +11419,7 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
         "description": "cellar", "hostname": None, "hostId": None, "labels": {"rack": "b4"},
         "maxUses": 2, "uses": 0, "createdAt": NOON_TEXT, "usedAt": None, "usedFrom": None,
         "createdBy": f"api-key:{estate.key_id('owner')}", "expiresAt": "2027-01-15T09:00:00.000Z",
-        "revokedAt": None,
+        "revokedAt": None, "intervalSeconds": None,
     }  # fmt: skip
     assert estate.minted == {**token, "token": estate.callers["token"]}
     token.update(uses=1, usedAt=NOON_TEXT, usedFrom=ADDRESS, hosts=[estate.host_id])
@@ -11124,15 +11428,17 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
     shown = estate.host(estate.host_id).document
     host = {
         "id": estate.host_id, "organizationId": "default", "name": "web-1", "hostname": "web-1",
-        "os": "", "architecture": "", "dockerVersion": "", "agentVersion": "",
-        "labels": {"rack": "b4"}, "status": "pending", "statusReason": shown["statusReason"],
+        "os": "", "architecture": "", "dockerVersion": "", "agentVersion": "", "everySeconds": None,
+        "labels": {"rack": "b4"}, "intervalSeconds": None, "status": "pending",
+        "statusReason": shown["statusReason"],
         "enrolledAt": NOON_TEXT, "lastSeen": None, "tokenId": estate.token_id, "revokedAt": None,
         "warnings": [],
     }  # fmt: skip
     assert list(shown.items()) == list(host.items())
     odd, later = '"\\/</script>\u00e9\U0001f600{}', "2027-01-15T08:00:01.234Z"
     facts = {fact.name: f"{fact.name} {odd}" for fact in hostenroll.FACTS}
-    changes = {"name": f"name {odd}", "labels": {"k": odd}}
+    facts["everySeconds"] = 60
+    changes = {"name": f"name {odd}", "labels": {"k": odd}, "intervalSeconds": 300}
     clock.advance(1.234)
     estate.beat(estate.credential, **facts)
     estate.ask("PATCH", f"/api/hosts/{estate.host_id}", changes)
@@ -11154,7 +11460,7 @@ def test_a_secret_is_shown_once(estate):
 
 
 def test_every_fact_is_reported_at_enrollment_and_by_a_heartbeat(world):
-    for name, *_ in hostenroll.FACTS:
+    for name in ("os", "architecture", "dockerVersion", "agentVersion"):
         longest = 64 if name == "agentVersion" else 128
         host, credential = world.join(**{name: "as it was"})
         assert world.host(host).document[name] == "as it was"
@@ -14951,7 +15257,7 @@ def test_tables_are_aligned_and_show_the_same(operator):
 
 def test_hosts_are_edited_and_found_by_what_they_are(operator):
     host = operator.enroll(agentVersion="0.2.0")
-    assert "\nagent version:   0.2.0\n" in operator("show-host", host).out
+    assert "\nagent version:     0.2.0\n" in operator("show-host", host).out
     assert operator("edit-host", host, "--label", "a=b", "--label", "c=").status == 0
     for words, count in (
         ("--label a=b", 1), ("--label a=x", 0), ("--q WEB", 1), ("--q xx", 0),
@@ -14960,6 +15266,15 @@ def test_hosts_are_edited_and_found_by_what_they_are(operator):
     ):  # fmt: skip
         assert len(operator.json("list-hosts", *words.split())["hosts"]) == count
     assert operator.json("edit-host", host, "--no-labels")["labels"] == {}
+    for typed, shown in (("5m", 300), ("none", None), ("1d", 86400)):
+        assert operator.json("edit-host", host, "--interval", typed)["intervalSeconds"] == shown
+    assert "\ninterval seconds:  86400\n" in operator("show-host", host).out
+    assert operator.json("edit-host", host, "--name", "none")["intervalSeconds"] == 86400
+    for words in (("mint-token",), ("reenroll-host", host)):
+        for typed, shown in ((["--interval", "90s"], 90), ([], None)):
+            token = operator.json(*words, *typed)
+            assert token["intervalSeconds"] == shown
+            assert operator("revoke-token", token["id"]).status == 0
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
     assert operator.json("list-tokens", "--state", "valid")["tokens"] == []
 
@@ -15019,6 +15334,9 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "takes no option --nope (see: hostenroll mint-token --help)", "mint-token --nope"),
     (2, "did you mean --max-uses?", "mint-token --max 3"),
     (2, "takes no argument berlin", "list-orgs berlin"),
+    (2, "'soon' is not a duration", "edit-host 0ca4f1b28e3d7a95 --interval soon"),
+    (2, "'none' is not a duration", "mint-token --interval none"),
+    (2, "2d is out of bounds: 1 s to 24 h", "mint-token --interval 2d"),
     (2, "needs ID (see: hostenroll show-host --help)", "show-host"),
     (2, "not one of valid, used, expired, revoked", "list-tokens --state dead"),
     (2, "--label: ", "mint-token --label x"),
