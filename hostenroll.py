@@ -181,6 +181,14 @@ REPLAY_LONGEST_MS = DAY * SECOND_MS  # the same, where the token itself lives on
 SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
 DUPLICATES_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
 
+# Copies of a credential, as of a machine that was cloned. Agents name their instance every hour.
+INSTANCES_KNOWN = 4  # of a host, the last: one of these that comes again returns
+COPY_RETURNS = 2  # a machine that is started again does not return; one that is restored does once
+COPY_NEW = 6  # more machines than are known, or one that is started often
+COPY_WINDOW_MS = 4 * HOUR * SECOND_MS  # in which either number is a sign of a copy
+SIGHTINGS_KEPT = 12  # of a host, the last: so many in the window are such a sign, whatever they are
+COPY_SHOWN_MS = DAY * SECOND_MS  # the warning, after the last sign
+
 # Files with secrets.
 PRIVATE_MODE = 0o600
 KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain: thousands of either
@@ -1604,6 +1612,8 @@ CREATE TABLE host (
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
     issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
+    copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
     own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
 );
@@ -1708,6 +1718,8 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE host ADD COLUMN issued_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN issued_hash BLOB",
+        "ALTER TABLE host ADD COLUMN instances TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE host ADD COLUMN copied_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE service ADD COLUMN pinned TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE service ADD COLUMN certificate_ends INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE service ADD COLUMN warned_at INTEGER NOT NULL DEFAULT 0",
@@ -1783,6 +1795,8 @@ class Host(NamedTuple):
     issued_at: int
     issued_hash: Optional[bytes]
     twin_id: Optional[int]
+    instances: str
+    copied_at: int
     every_seconds: Optional[int]
     own_interval: Optional[int]
     last_seen: int
@@ -2821,6 +2835,11 @@ class Queries:
         settings = ", ".join(f"{column} = ?" for column in changes)
         self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
 
+    def mark_copied(self, number: int, now: int) -> bool:
+        """Record a sign that a host's credential is copied; False: one was, within the hour."""
+        statement = "UPDATE host SET copied_at = ? WHERE id = ? AND copied_at NOT BETWEEN ? AND ?"
+        return self._run(statement, now, number, now - HOUR * SECOND_MS + 1, now) == 1
+
     def activate(self, number: int, revoked_at: Optional[int]) -> None:
         """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
         self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
@@ -3078,7 +3097,7 @@ class HostView(NamedTuple):
     host: Host
     status: str
     reason: str
-    warnings: Sequence[str] = ()
+    warnings: list[str]
 
 
 class DeletedHost(NamedTuple):
@@ -3108,6 +3127,7 @@ TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
+    "clone",
 )  # fmt: skip
 
 
@@ -4109,6 +4129,19 @@ def changed_facts(host: Host, facts: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
+class Sighting(NamedTuple):
+    """An instance of an agent begins to use a credential, or does so again after another (back)."""
+
+    kind: str
+    at: int  # Unix ms
+    instance: str  # of a machine, a boot of it and a folder
+    address: str
+    hostname: str
+
+
+_SEEN = re.compile(r"(?m)^(new|back) ([0-9]{1,15}) ([0-9a-f]{16}) (\S*) (\S*)$")
+
+
 class Enrollments(Rules):
     """Exchange a token for a host and its credential.
 
@@ -4185,7 +4218,7 @@ class Enrollments(Rules):
             name=call.values.get("name", hostname), hostname=hostname,
             bound=int(token.hostname is not None), labels=token.labels, **facts,
             enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
-            issued_at=now, issued_hash=None,
+            issued_at=now, issued_hash=None, instances="", copied_at=0,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
@@ -4210,6 +4243,7 @@ class Enrollments(Rules):
         changes.update(
             issued=serial, admitted_by=token.id, admitted_at=now, admitted_serial=serial,
             idempotency=key, twin_id=self._duplicate_of(owner, hostname, host.id, now),
+            instances="", copied_at=0,
             own_interval=token.own_interval or host.own_interval,
         )  # fmt: skip
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
@@ -4313,7 +4347,7 @@ class Heartbeats(Rules):
                 try:
                     outcome = self.accept(host, credential, now).last_seen
                 except Problem as problem:
-                    self._registry.audit.refuse(problem, origin, now, in_tick=True)
+                    self._registry.refuse(problem, origin, now, in_tick=True)
                     outcome = problem
                 except BadRow as error:
                     outcome = self._registry.unavailable(error, writes=False)
@@ -4382,12 +4416,14 @@ class Heartbeats(Rules):
     def beat(self, call: Call, now: int) -> HeartbeatResult:
         """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
         facts (by column), problem (of the body). Raises what accept() raises, then the problem."""
-        claims, facts = call.values["claims"], call.values.get("facts")
+        claims, facts = call.values["claims"], dict(call.values.get("facts") or {})
         host = self.accept(claims.host, heartbeat_of(claims).credential, now)
         if call.values.get("problem"):
             raise call.values["problem"]
         audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
-        changes, issued = changed_facts(host, facts or {}), None
+        if "instances" in facts:
+            self._sight(host, facts, address, now)
+        changes, issued = changed_facts(host, facts), None
         if changes:
             kind = self._kind("edit", host)
             if audit.successes.has_room(kind):
@@ -4404,6 +4440,30 @@ class Heartbeats(Rules):
             issued = keys.issue_again(host, claims.serial, kind, address, now)
         self._registry.metrics.tick["heartbeats"] += 1
         return HeartbeatResult(host.id, host.last_seen, issued, self.next_interval(host.id))
+
+    def _sight(self, host: Host, facts: dict[str, Any], address: str, now: int) -> None:
+        """Take the instance out of facts. Copies of a credential take turns, and return; of a
+        machine that is started again the instance before does not. Nothing waits for the disk."""
+        instance, hostname = facts.pop("instances"), facts.get("hostname", host.hostname)
+        seen = [Sighting(kind, int(at), *rest) for kind, at, *rest in _SEEN.findall(host.instances)]
+        known = list(dict.fromkeys(each.instance for each in seen))[:INSTANCES_KNOWN]
+        if known[:1] == [instance]:
+            return
+        kind = "back" if instance in known else "new"
+        seen.insert(0, Sighting(kind, now, instance, address, hostname))
+        lines = [" ".join(map(str, each)) for each in seen[:SIGHTINGS_KEPT]]
+        self._queries.edit_host(host.id, {"instances": "\n".join(lines)})
+        recent = Counter(each.kind for each in seen if 0 <= now - each.at <= COPY_WINDOW_MS)
+        is_copied = recent["back"] >= COPY_RETURNS or recent["new"] >= COPY_NEW
+        if is_copied and self.find_copy(host.id, now):
+            other = {"otherAddress": seen[1].address, "otherHostname": seen[1].hostname}
+            self._record("clone", tagged_id("host", host.id), host, hostname=hostname, **other)
+
+    def find_copy(self, number: int, now: int) -> bool:
+        """There is a sign that a host's credential is copied. False: there was one in this hour."""
+        is_first = self._queries.mark_copied(number, now)
+        self._registry.metrics.tick["clones"] += is_first
+        return is_first
 
     def is_plain(self, claims: Claims, facts: Mapping[str, Any], now: int) -> bool:
         """Before the tick: whether a heartbeat needs no renewal, and its facts (by column) change
@@ -4436,19 +4496,23 @@ class Hosts(Rules):
 
     def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
-        return self._view(self._own(call, Host), self._registry.service.period(now))
+        return self._view(self._own(call, Host), self._registry.service.period(now), now)
 
-    def _view(self, host: Host, period: ServicePeriod) -> HostView:
+    def _view(self, host: Host, period: ServicePeriod, now: int) -> HostView:
         seen = host.last_seen, host.revoked_at, host.told_interval
-        status, reason = period.status(*seen), period.reason(*seen)
+        view = HostView(host, period.status(*seen), period.reason(*seen), [])
         other = None if host.twin_id is None else self._queries.host(host.twin_id)
-        if other is None or other.revoked_at is not None:
-            return HostView(host, status, reason)
-        warning = (
-            f"when it enrolled, host {id_text(other.id)} with the same hostname was live: one of "
-            "them may be a clone, or an old record to delete"
-        )
-        return HostView(host, status, reason, [warning])
+        if other is not None and other.revoked_at is None:
+            view.warnings.append(
+                f"when it enrolled, host {id_text(other.id)} with the same hostname was live: one "
+                "of them may be a clone, or an old record to delete"
+            )
+        if host.copied_at and now - host.copied_at < COPY_SHOWN_MS:
+            view.warnings.append(
+                f"more than one machine uses this credential, seen {rfc3339(host.copied_at)}: give "
+                "each copy a token of its own, and re-enroll this host to shut out the rest"
+            )
+        return view
 
     def edit(self, call: Call, now: int) -> HostView:
         """values: name, labels, intervalSeconds (None: that of the server), or some of them. Raises
@@ -4524,7 +4588,7 @@ class Hosts(Rules):
             own = host.labels if labels else ""
             if '": "' in own:  # a row from schema 1 has a space after each colon
                 own = json_text(stored_object(own))
-            return self._view(host, period) if all(label in own for label in labels) else None
+            return self._view(host, period, now) if all(label in own for label in labels) else None
 
         return self._page(call, partial(self._queries.newest, Host), view)
 
@@ -4636,8 +4700,14 @@ class Registry:
         if isinstance(outcome, Exception):
             del self.audit.events[mark:]
         if isinstance(outcome, Problem):
-            self.audit.refuse(outcome, call.origin, now, in_tick=writes)
+            self.refuse(outcome, call.origin, now, in_tick=writes)
         return outcome
+
+    def refuse(self, problem: Problem, origin: Origin, now: int, in_tick: bool) -> None:
+        """A call was refused, and what it wrote is undone: write what stays of it."""
+        self.audit.refuse(problem, origin, now, in_tick)
+        if isinstance(problem, CredentialSuperseded):
+            self.heartbeats.find_copy(parse_id(problem.subject.partition(":")[2]), now)
 
     def _commit(self, writes: bool) -> None:
         if not writes:
@@ -5533,11 +5603,12 @@ UNIT=/etc/systemd/system/$SERVICE
 AUTHORITIES=/etc/hostenroll-agent.pem
 ACCOUNT=hostenroll-agent # the user of the service
 STATE=/var/lib/hostenroll-agent
+MACHINE_ID=/etc/machine-id
 
 # Seconds.
 FIRST_WAIT=1      # after a failure: a random wait from 1 to this, doubled with each more in a row
 LONGEST_WAIT=300  # but never more than this
-FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname
+FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname, and to send the facts
 CONNECT_TIMEOUT=10
 ANSWER_TIMEOUT=30
 LONGEST_ANSWER=65536 # bytes, with the head
@@ -5563,6 +5634,7 @@ Enrolls this machine if a token is given, and then sends heartbeats for as long 
   --once              send one heartbeat and end, for cron
   --install           install a systemd service; without systemd, print a line for cron
   --uninstall         undo --install; the credential stays
+  --seal              before an image of this machine is taken: remove the credential
   --help, --version
 
 Exit status: 0 done, 1 failed, 2 usage, 3 refused by the server.
@@ -5611,7 +5683,7 @@ read_arguments() {
         --version) echo "hostenroll-agent $VERSION" && exit 0 ;;
         --insecure-http) insecure=$1 ;;
         --once) once=yes ;;
-        --install | --uninstall) act=${1#--} ;;
+        --install | --uninstall | --seal) act=${1#--} ;;
         *) take "$1" "${2:-}" && shift ;;
         esac
         shift
@@ -5729,16 +5801,17 @@ put() { # FILE MODE [OWNER], from stdin
 }
 
 store_credential() { # CREDENTIAL
-    printf '%s\n' "$1" "$host_id" "$enrolled_with" | put "$state/credential" 600 "$owner"
+    printf '%s\n' "$1" "$host_id" "$enrolled_with" "${mark:-$machine}" |
+        put "$state/credential" 600 "$owner"
 }
 
-# The credential, the host's id and the id of the token that it enrolled with. Fails without one.
+# The credential, the ids of the host and of its token, the machine's mark. Fails without the first.
 read_credential() { # FILE
-    credential='' host_id='' enrolled_with=''
+    credential='' host_id='' enrolled_with='' mark=''
     [ -f "$1" ] || return 1 # a FIFO would never end
-    # shellcheck disable=SC2046 # three words
-    set -- $(head -c 2048 "$1" 2>/dev/null) '' '' ''
-    credential=$1 host_id=$2 enrolled_with=$3
+    # shellcheck disable=SC2046 # four words
+    set -- $(head -c 2048 "$1" 2>/dev/null) '' '' '' ''
+    credential=$1 host_id=$2 enrolled_with=$3 mark=$4
     is_credential "$credential"
 }
 
@@ -5750,11 +5823,11 @@ is_credential() {
     esac
 }
 
-# The service's own credential is a renewal of the one that root has given it, or older than that.
+# The service's own credential renews the one that root has given it, or is of an older enrollment.
 choose_credential() { # OWN GIVEN
-    given_with=''
-    ! read_credential "$2" || given_with=$enrolled_with
-    read_credential "$1" && [ "${given_with:-$enrolled_with}" = "$enrolled_with" ] && return
+    given_as=''
+    ! read_credential "$2" || given_as=$enrolled_with$host_id
+    ! read_credential "$1" || case $given_as in '' | "$enrolled_with$host_id") return 0 ;; esac
     read_credential "$2"
 }
 
@@ -5763,17 +5836,18 @@ load_credential() {
 }
 
 # One agent for each folder. The lock names its holder by process id and start time: the system may
-# have given the id to another process since. A system without /proc has no start time.
-start_time() {
-    sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+# have given the id to another process since. Where neither /proc nor ps tells start times, no lock
+# is heeded: two agents may beat then, but no stranger's process silences them or gets a signal.
+start_time() { # PROCESS
+    { sed 's/.*) \([^ ]* \)\{19\}\([0-9]*\).*/\2/' "/proc/$1/stat" ||
+        TZ=UTC0 ps -o lstart= -p "$1"; } 2>/dev/null | tr -dc 0-9
 }
 
 is_alive() { # PROCESS-STARTTIME
     case $1 in
-    [!1-9]* | *[!0-9-]*) return 1 ;;
+    '' | [!1-9]* | *[!0-9-]* | *-) return 1 ;;
     esac
-    [ "$(start_time "${1%%-*}")" = "${1#*-}" ] || return 1
-    [ -n "${1#*-}" ] || kill -0 "${1%%-*}" 2>/dev/null
+    [ "$(start_time "${1%%-*}")" = "${1#*-}" ]
 }
 
 target_of() { # LINK
@@ -5788,13 +5862,36 @@ take_lock() {
     until ln -s "$mine" "$state/lock" 2>/dev/null; do
         holder=$(target_of "$state/lock")
         [ -n "$holder" ] || return 0 # a full or read-only disk must not stop the heartbeats
-        ! is_alive "$holder" || return 1
+        [ "$holder" = "$mine" ] || ! is_alive "$holder" || return 1 # ours was left by another boot
         mv -f "$state/lock" "$state/lock.$$" 2>/dev/null || [ ! -L "$state/lock" ] || return 0
         taken=$(target_of "$state/lock.$$")
         rm -f "$state/lock.$$"
         [ "${taken:-$holder}" = "$holder" ] || ln -s "$taken" "$state/lock" 2>/dev/null
     done
     locked=yes
+}
+
+# The machine. A copy of the state, as on a cloned disk, would be the same host to the server. So a
+# credential, and an Idempotency-Key, is stored with a mark: a salted hash of the machine-id. Where
+# that is a mount or a link, it often differs with each boot: there is no mark then.
+
+find_machine() {
+    machine=$(head -n 1 "$MACHINE_ID" 2>/dev/null | tr -dc 0-9a-f)
+    [ ${#machine} -eq 32 ] && [ ! -L "$MACHINE_ID" ] || machine='' # such as "uninitialized"
+    case $LINE$(cut -d ' ' -f 5 /proc/self/mountinfo 2>/dev/null)$LINE in
+    *"$LINE$MACHINE_ID$LINE"*) machine='' ;;
+    esac
+    [ -z "$machine" ] || machine=$(printf %s "hostenroll-agent $machine" | digest)
+}
+
+# 16 hexadecimal digits for what is on stdin, by the first of these programs that is there.
+digest() {
+    { sha256sum || openssl dgst -sha256 -r || md5sum || cksum; } 2>/dev/null |
+        sed 's/ .*/0000000000000000/' | cut -c 1-16
+}
+
+is_mine() { # MARK
+    [ -z "$1" ] || [ -z "$machine" ] || [ "$1" = "$machine" ]
 }
 
 # The server.
@@ -5856,13 +5953,30 @@ gather_facts() {
     facts="\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
     facts="$facts,\"dockerVersion\":\"$(escape "$docker")\",\"agentVersion\":\"$VERSION\""
-    age=0
+    # The server sees copies by the instance: a machine, a boot of it and a folder.
+    boot=${boot:-$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)}
+    [ -n "$boot$once" ] || boot=$(head -c 16 /dev/urandom | digest)
+    instance=$(printf %s "$boot $(uname -n) $(cd "$state" && pwd -P)" | digest)
+    [ -z "$instance" ] || facts="$facts,\"instance\":\"$instance\""
+    age=0 sent_facts=''
 }
 
-# Those that the server has. Without the file they are sent again.
-store_facts() {
-    printf '%s\n' "$facts" | put "$state/facts" 600 || rm -f "$state/facts"
+# Those that the server has, and when a heartbeat told it. Without the file they are sent again.
+store_facts() { # [TIME]
+    printf '%s\n' "$facts" "${1:-}" | put "$state/facts" 600 || rm -f "$state/facts"
     sent_facts=$facts
+}
+
+# A copy goes on: a machine that beats is better than a silent one, and the server shows it.
+read_state() {
+    since=$(sed -n '2s/^\([1-9][0-9]\{0,11\}\)$/\1/p' "$state/facts" 2>/dev/null)
+    since=$(($(date +%s | tr -dc 0-9) - ${since:-0}))
+    [ -z "$once" ] || [ "$since" -lt 0 ] || [ "$since" -ge "$FACTS_EVERY" ] ||
+        sent_facts=$(head -n 1 "$state/facts")
+    load_credential || return 0
+    [ -n "$mark" ] || [ -z "$machine" ] || store_credential "$credential" # an older version's
+    is_mine "$mark" || [ "$facts" = "$sent_facts" ] || say "this state was copied from another" \
+        "machine: stop it, run --seal on the image, enroll with a new token"
 }
 
 # Enrollment. The Idempotency-Key is stored before it is used: if the answer is lost, because the
@@ -5873,7 +5987,7 @@ enroll() {
     read_token
     token_id=${token#het_}
     token_id=${token_id%%_*}
-    if load_credential && [ "$enrolled_with" = "$token_id" ]; then
+    if load_credential && is_mine "$mark" && [ "$enrolled_with" = "$token_id" ]; then
         token='' # this command has run before
         return
     fi
@@ -5902,13 +6016,14 @@ read_token() {
 }
 
 keep_key() {
-    key='' key_token=''
-    [ ! -f "$state/enrolling" ] || read -r key_token key <"$state/enrolling"
+    key_token='' key_mark=''
+    [ -n "$key" ] || [ ! -f "$state/enrolling" ] ||
+        read -r key_token key key_mark <"$state/enrolling"
     key=$(printf '%s' "$key" | tr -dc 0-9a-f)
-    [ "$key_token" != "$token_id" ] || [ ${#key} -ne 32 ] || return 0
+    is_mine "$key_mark" && [ "$key_token" = "$token_id" ] && [ ${#key} -eq 32 ] && return
     key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
     [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
-    printf '%s\n' "$token_id $key" | put "$state/enrolling" 600 ||
+    printf '%s\n' "$token_id $key $machine" | put "$state/enrolling" 600 ||
         end 1 "cannot write in $state: make room and run this again; the token has not been used"
 }
 
@@ -5925,7 +6040,12 @@ data-binary = \"$(escape "$body}")\""
         ;;
     000:*) fail "no answer from $server: $failure" ;;
     408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
-    4??:*) end 3 "refused (${code:-$status}): $(detail)" ;;
+    4??:*)
+        [ "$code$key_token" = "token-used$token_id" ] ||
+            end 3 "refused (${code:-$status}): $(detail)"
+        keep_key # with the old one, in a copy of this state, another machine was let in
+        ask_for_credential
+        ;;
     *) fail "unexpected answer from $server ($status${code:+ $code})" ;;
     esac
 }
@@ -5933,7 +6053,7 @@ data-binary = \"$(escape "$body}")\""
 keep_enrollment() {
     credential=$(member credential '"\([^"]*\)"[,}]')
     host_id=$(member hostId '"\([0-9a-f]\{1,64\}\)"')
-    enrolled_with=$token_id
+    enrolled_with=$token_id mark=''
     { is_credential "$credential" && [ -n "$host_id" ]; } ||
         fail "$server does not answer like a hostenroll server" || return
     store_credential "$credential" ||
@@ -5969,7 +6089,7 @@ accepted() {
     next=$(member nextHeartbeatSeconds '0*\([0-9]\{1,5\}\)[,}]')
     [ -n "$next" ] || fail "$server does not answer like a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
-    [ -z "$body" ] || store_facts
+    [ -z "$body" ] || store_facts "$(date +%s)"
     case $reply in
     *'"credential":'*) keep_renewal || return 0 ;;
     esac
@@ -6115,6 +6235,19 @@ take_back() { # FOLDER
     rm -rf "$1"
 }
 
+# Before an image of this machine is taken: else each copy of it is this host.
+seal() {
+    holder=$(target_of "$state/service/lock")
+    { ! is_alive "$holder" && take_lock; } || leave_to_holder
+    [ -z "$served" ] || [ "$(systemctl is-active "$SERVICE")" != active ] || end 1 "$SERVICE runs"
+    if [ "$user:$state" = "0:$STATE" ]; then
+        [ -L "$state/service" ] || take_back "$state/service"
+        rm -rf "${STATE%/*}/private/${STATE##*/}"
+    fi
+    rm -f "$state/credential" "$state/facts" "$state/enrolling" || end 1 "cannot write in $state"
+    end 0 "sealed: each machine that starts with this image needs a token"
+}
+
 # Quoted for a shell and for systemd.
 service_arguments() {
     printf %s "--server '$server' --state '$state${as_service:+/service}' --ask-again $ask_again"
@@ -6178,34 +6311,36 @@ main() {
     token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
-    as_service='' given='' served='' stopped=''
+    as_service='' given='' served='' stopped='' boot='' key=''
     umask 077
     set -fuC
     LC_ALL=C
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
     read_arguments "$@"
-    [ "$act" = uninstall ] || check_arguments
+    [ "$act" = uninstall ] || [ "$act" = seal ] || check_arguments
     case $(type printf) in
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
     command -v curl >/dev/null 2>&1 || end 1 "curl is missing: install it"
     find_state
+    find_machine
     [ "$act" != uninstall ] || uninstall
     [ "$act" != install ] || check_install
     open_state
+    [ "$act" != seal ] || seal
     [ -z "$as_service" ] || take_lock || leave_to_holder
     [ -z "$token_file" ] || enroll
     [ "$act" != install ] || install
     [ -z "$served" ] || leave_to_service
     take_lock || leave_to_holder
-    [ -n "$facts" ] || gather_facts
+    gather_facts
     [ -z "$enrolled" ] || [ -n "$once" ] ||
         say "sends heartbeats until stopped; --install makes a service"
     [ -n "$enrolled$once" ] || ! load_credential ||
         say "already enrolled as host $host_id, sending heartbeats"
-    sent_facts=$(cat "$state/facts" 2>/dev/null)
+    read_state
     beat_on
 }
 
@@ -6606,7 +6741,8 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
         <option>renew</option><option>supersede</option><option>refuse</option>
         <option>edit</option><option>revoke</option><option>restore</option><option>delete</option>
         <option>add</option><option>rotate</option><option>retire</option><option>init</option>
-        <option>audit-format</option><option>certificate</option></select></label>
+        <option>audit-format</option><option>certificate</option>
+        <option>clone</option></select></label>
     <label class="grow">About
       <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
              placeholder="host:<id> or token:<id>"></label>
@@ -7759,6 +7895,7 @@ NAME = Text(255, 1)  # of hosts that are there; the rule for names was laxer onc
 NEW_NAME = Name(255, 1)
 SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
+INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # of an agent
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
@@ -7791,13 +7928,15 @@ FACTS = (  # what an agent reports about its machine: in JSON, and as a column o
 )
 COLUMNS = {name: re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
            for name in ("hostname", *(fact.name for fact in FACTS))}
+COLUMNS["instance"] = "instances"  # which differs always: such a heartbeat is never a plain one
 
 # What bodies, queries and headers may hold.
 NO_MEMBERS = Schema()
 ENROLL_BODY = Schema(
     *required(token=SECRET_TEXT, hostname=HOSTNAME), Field("name", NEW_NAME), *FACTS, open=True)
 ENROLL_HEADERS = Schema(Field("Idempotency-Key", IDEMPOTENCY_KEY))
-HEARTBEAT_BODY = Schema(Field("hostname", HOSTNAME), *FACTS, open=True)
+HEARTBEAT_BODY = Schema(
+    Field("hostname", HOSTNAME), *FACTS, Field("instance", INSTANCE), open=True)
 REENROLL_FIELDS = (
     Field("ttlSeconds", Integer(TOKEN_TTL_RANGE, "seconds")), Field("description", DESCRIPTION),
     Field("intervalSeconds", INTERVAL))
@@ -8041,6 +8180,7 @@ COUNTERS = (  # of Metrics.counts
     ("enrollments", "Hosts enrolled or re-enrolled."),
     ("renewals", "Credentials renewed."),
     ("connections", "Connections accepted."),
+    ("clones", "Signs that more than one machine uses a credential, at most hourly of each."),
 )
 HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what they measure
     ("requests", "request_duration_seconds", "From the turn that takes a request to its answer."),

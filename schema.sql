@@ -68,6 +68,8 @@ CREATE TABLE host (
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
     issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
+    copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
     own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
 );

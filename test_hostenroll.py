@@ -1387,6 +1387,8 @@ MUTATED = {
     "begin_format": ("named_for_ever or 2_goes_on or migrated_database_is", 0, ""),
     "verify_events": ("no_event_can or verified_in_slices or 2_goes_on or named_for_ever", 1,
                       "the mac of the next finds it, too"),
+    "ServiceRecord.mind_certificate": (
+        "agents_have or pin_is_written or warned_of or set_back_keeps", 0, ""),
     "_body_length": ("well_formed_message_is_read or frame_differently", 0, ""),
     "ChunkedBody.feed": (
         "message_is_read or frame_differently or waits_for_the_rest or chunk and however_it_is_cut",
@@ -6163,7 +6165,8 @@ class Model:
         return {
             **host.shown, "status": self.status(host), "lastSeen": at(host.last),
             "revokedAt": at(host.revoked),
-            "warnings": int(twin is not None and not twin.deleted and not twin.revoked),
+            "warnings": int(twin is not None and not twin.deleted and not twin.revoked)
+            + (host.copied > 0 and self.clock.ms - host.copied < DAY_MS),
         }  # fmt: skip
 
     def twin(self, host):
@@ -6210,7 +6213,7 @@ class Model:
     def admit(self, host, token, key, facts, ttl):
         """A host enrolls with a token; again, where it was there."""
         token.uses, token.used = token.uses + 1, self.clock.ms
-        host.newest = None
+        host.newest, host.copied = None, 0
         self.issue(host, 0, ttl, hostenroll.SERIALS_LOST + 1 if host.issued else 1)
         host.admitted, host.admitted_at = host.issued, self.clock.ms
         host.admitted_by, host.key = token.id, key
@@ -6234,6 +6237,8 @@ class Model:
         if host.deleted:
             return "host-unknown"
         if credential.serial < host.heard:
+            if not 0 <= now - host.copied < 3_600_000:  # one sign of a copy an hour
+                host.copied = now
             return "credential-superseded"
         if host.revoked:
             return "host-revoked"
@@ -6562,6 +6567,7 @@ class Life(Model):
             bounds += [self.clock.ms - silence + it for it in (allowed, WEEK_MS)]
             bounds += [host.issued_at + 3_600_000]
             bounds += [host.admitted_at + 600_000, host.admitted_at + DAY_MS]
+            bounds += [host.copied + 3_600_000, host.copied + DAY_MS]
         for credential in self.credentials[-5:]:
             if credential.expires is not None:
                 end, life = credential.expires * 1000, credential.expires - credential.issued
@@ -7202,7 +7208,7 @@ ALTERED = {"audit": False, "integrity": False}
     # how it is spoiled, of the database and the key file; what is not as in SOUND; what is named
     "nothing": (lambda db, key: None, {}, None),
     "a row that lacks its host":
-        (lambda db, key: sql(db, "INSERT INTO heartbeat VALUES (5, 0, 1, 1, 1)"),
+        (lambda db, key: sql(db, "INSERT INTO heartbeat VALUES (5, 0, 1, 1, 1, 30)"),
          {"integrity": False}, "heartbeat"),
     "an index that lacks a row":
         (lambda db, key: drop_index_entries(db), {"integrity": False}, "host_token"),
@@ -7393,6 +7399,178 @@ def test_a_machine_of_a_live_hosts_name_gets_a_warning(world):
     shown = {host["id"]: host["warnings"] for host in world.hosts().document["hosts"]}
     assert [old in text for text in shown[new]] == [True] and shown[old] == []
     assert world.host(new).document["warnings"] == shown[new]
+
+
+# Copies of a credential.
+
+
+def name_instances(world, credential, letters):
+    """Machines A, B ... each from an address of its own, name their instances one by one."""
+    for letter in letters:
+        world.address = f"192.0.2.{ord(letter)}"
+        reply = world.beat(credential, instance=f"{ord(letter):016x}", hostname=f"web-{letter}")
+        assert reply.status == 200
+
+
+def clones_of(world):
+    """How many times the process has counted a sign of a copy."""
+    text = world.ask("GET", "/metrics").document
+    return int(re.search(r"^hostenroll_clones_total (\d+)$", text, re.M)[1])
+
+
+def warned(world, host):
+    (shown,) = [it for it in world.hosts().document["hosts"] if it["id"] == host]
+    assert world.host(host).document == shown
+    return ["more than one machine uses this credential" in text for text in shown["warnings"]]
+
+
+INSTANCES = {  # who names an instance, how many seconds from one to the next; whether it is a copy
+    "one machine": ("AAAAAAAA", 3600, False),
+    "one that is started ten times in a day": ("ABCDEFGHIJ", 8640, False),
+    "one that is started five times in four hours": ("ABCDE", 2880, False),
+    "six in more than four hours": ("ABCDEF", 2880.001, False),
+    "six in four hours": ("ABCDEF", 2880, True),
+    "one that was restored from a snapshot": ("ABA", 60, False),
+    "one that changes each day": ("ABABAB", 86400, False),
+    "one of five days that comes again": ("ABCDEABCDE", 86400, False),
+    "two returns in more than four hours": ("ABAB", 14400.001, False),
+    "two returns in four hours": ("ABAB", 14400, True),
+    "two machines": ("ABAB", 1800, True),
+    "two, of which one is said twice": ("AABAAB", 1800, True),
+    "three machines": ("ABCAB", 1200, True),
+    "five machines": ("ABCDEA", 720, True),
+    "seven machines": ("ABCDEF", 500, True),
+}
+
+
+@pytest.mark.parametrize("letters, step, is_copy", table(INSTANCES))
+def test_more_than_one_machine_with_one_credential_is_seen_by_instances(
+    letters, step, is_copy, world
+):
+    host, credential = world.join()
+    for n, letter in enumerate(letters):
+        world.clock.now = NOON + n * step
+        assert warned(world, host) == []
+        name_instances(world, credential, letter)
+    assert warned(world, host) == [True] * is_copy
+    assert len(world.audit("clone")) == clones_of(world) == is_copy
+    assert world.host(host).document["status"] == "online"
+
+
+@pytest.mark.parametrize("machines", [2, 3, 4, 7])
+def test_copies_that_name_their_instances_at_random_are_seen_within_four_hours(machines, world):
+    chance = random.Random(machines)
+    host, credential = world.join()
+    due = {letter: chance.uniform(0, 3600) for letter in "ABCDEFG"[:machines]}
+    for _ in range(3 * machines):
+        letter = min(due, key=due.get)
+        world.clock.now = NOON + due[letter]
+        name_instances(world, credential, letter)
+        due[letter] += 3600 + chance.uniform(-600, 600)
+    assert warned(world, host) == [True]
+    assert world.clock.now - NOON < 4 * 3600
+
+
+def test_the_event_of_a_copy_comes_once_an_hour_and_the_warning_stays_a_day(world):
+    host, credential = world.join()
+    name_instances(world, credential, "ABAB")
+    name_instances(world, credential, "ABABAB" * 5)
+    (event,) = world.audit("clone")
+    assert event["actor"] == event["subject"] == f"host:{host}"
+    assert (event["address"], event["detail"]) == ("192.0.2.66", {
+        "hostname": "web-B", "otherHostname": "web-A", "otherAddress": "192.0.2.65"})  # fmt: skip
+    world.clock.now = NOON + 3599.999
+    name_instances(world, credential, "A")
+    assert len(world.audit("clone")) == 1
+    world.clock.now = NOON + 3600
+    name_instances(world, credential, "B")
+    assert len(world.audit("clone")) == clones_of(world) == 2
+    world.clock.now = NOON + 3600 + 86399.999
+    assert warned(world, host) == [True]
+    world.clock.now = NOON + 3600 + 86400
+    assert warned(world, host) == []
+    assert verify_audit(world.registry).last == len(world.audit())
+
+
+def test_a_clock_that_is_set_back_hides_no_copy_and_shows_none(world):
+    other, its_own = world.join("db-1")
+    host, credential = world.join()
+    name_instances(world, its_own, "ABA")
+    name_instances(world, credential, "ABAB")
+    world.advance(-86400)
+    name_instances(world, its_own, "B")
+    assert warned(world, other) == []
+    assert warned(world, host) == [True]
+    name_instances(world, credential, "ABA")
+    assert len(world.audit("clone")) == 2
+    world.advance(86400)
+    assert warned(world, host) == []
+
+
+def test_an_instance_waits_for_no_disk_and_one_that_is_known_writes_nothing(world):
+    _, credential = world.join("web-A")
+    name_instances(world, credential, "A")
+    before = world.sql("SELECT * FROM host")
+    name_instances(world, credential, "AA")
+    assert world.sql("SELECT * FROM host") == before
+    for digit in "abcdabab":
+        assert world.beat(credential, instance=digit * 16).status == 200
+        assert world.sql("PRAGMA synchronous") == [(1,)]
+    assert len(world.audit("clone")) == 1
+    for digit in "0123456789":
+        world.beat(credential, instance=digit * 16)
+    assert len(world.sql("SELECT instances FROM host")[0][0].splitlines()) == 12
+
+
+@pytest.mark.parametrize("facts", [{}, {"os": "linux"}, {"instance": "a" * 16}], ids=str)
+def test_a_superseded_credential_that_is_seen_again_is_a_sign_of_a_copy(facts, world):
+    """Written at most once an hour, though the heartbeat is refused and what it wrote undone."""
+    host, old = world.join()
+    new = world.enroll(world.reenroll(host).document["token"]).document["credential"]
+    world.beat(new)
+    assert warned(world, host) == []
+    events = len(world.audit())
+    for seconds, count in ((0, 1), (3599.999, 1), (3600, 2)):
+        world.clock.now = NOON + seconds
+        for _ in range(2):
+            assert world.beat(old, **facts).code == "credential-superseded"
+            assert world.sql("PRAGMA synchronous") == [(1,)]
+            assert clones_of(world) == count and warned(world, host) == [True]
+    assert [event["code"] for event in world.audit()[events:]] == ["credential-superseded"] * 6
+    assert world.sql("SELECT instances FROM host") == [("",)]
+    world.clock.now = NOON + 3600 + 86400
+    assert warned(world, host) == []
+
+
+def test_a_host_that_enrolls_again_begins_without_signs_of_copies(world):
+    host, credential = world.join()
+    name_instances(world, credential, "ABAB")
+    new = world.enroll(world.reenroll(host).document["token"]).document["credential"]
+    assert warned(world, host) == []
+    name_instances(world, new, "ABA")
+    assert warned(world, host) == []
+    assert world.beat(credential).code == "credential-superseded"  # the copy is still there
+    assert warned(world, host) == [True]
+
+
+DAMAGED_SIGHTINGS = ("x", "\n\n", "new", "new 1 2 3 4", "back 9 " + "a" * 16 + "  ", "[[[[" * 999,
+                     "\0", f"new {'9' * 99} {'a' * 16} x y")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED_SIGHTINGS, ids=range(len(DAMAGED_SIGHTINGS)))
+def test_what_we_never_wrote_about_instances_refuses_no_heartbeat(text, world):
+    host, credential = world.join()
+    world.sql("UPDATE host SET instances = ?", text)
+    name_instances(world, credential, "ABAB")
+    assert warned(world, host) == [True]
+
+
+@pytest.mark.parametrize("value", ["", "a" * 15, "a" * 17, "A" * 16, "g" * 16, 7, None, ["a" * 16]])
+def test_an_instance_has_sixteen_hexadecimal_digits(value, world):
+    _, credential = world.join()
+    reply = world.beat(credential, instance=value)
+    assert reply.code == "invalid-body"
+    assert [error["field"] for error in reply.document["errors"]] == ["instance"]
 
 
 # The audit log.
@@ -9884,7 +10062,7 @@ def test_facts_are_sent_when_they_change_and_not_with_every_heartbeat(machine, b
     machine.script.write_text(hostenroll.AGENT_SCRIPT.replace(version, "VERSION=9.9.9\n"))
     for _ in range(2):
         machine.once("--hostname", "web-2")
-    assert middle.has_facts() == [True, False, True, False, True, False]
+    assert middle.has_facts() == [True, True, True, False, True, False]
     facts = {"dockerVersion": "27.1.0", "hostname": "web-2", "agentVersion": "9.9.9"}
     assert machine.host() == {**machine.host(), **facts}
     # Facts that the server refuses do not silence the host.
@@ -10081,6 +10259,244 @@ def test_a_lock_that_no_agent_made_is_taken_over_unseen(member):
         assert member.once() == "", text
 
 
+# Copies of the folder, as on the disks of cloned machines.
+
+
+def copy_of(machine, name, machine_id="", replaced=()):
+    """A machine with a machine-id of its own and a copy of another's folder. replaced: texts of the
+    agent's script, and others for them."""
+    folder = machine.folder / name
+    folder.mkdir()
+    copy = Machine(folder, machine.door, machine.shell)
+    copy.port, copy.machine_id, copy.mounts = machine.port, folder / "machine-id", folder / "mounts"
+    if machine.state.exists():
+        shutil.copytree(machine.state, copy.state, symlinks=True)
+    if machine_id:
+        copy.machine_id.write_text(f"{machine_id}\n")
+    own = ("/etc/machine-id", copy.machine_id), ("/proc/self/mountinfo", copy.mounts)
+    for old, new in (*own, *replaced):
+        assert old in copy.script.read_text()
+        copy.script.write_text(copy.script.read_text().replace(old, str(new)))
+    return copy
+
+
+def forget_time(*machines):
+    """As if they had last named their instances long ago."""
+    for machine in machines:
+        facts = machine.stored("facts").split("\n")[0]
+        (machine.state / "facts").write_text(f"{facts}\n1\n")
+
+
+IDS = [digit * 32 for digit in "0123456789abcdef"]
+COPIED = "this state was copied from another machine"
+
+
+def copy_warnings(machine):
+    text = "more than one machine uses this credential"
+    return [text in warning for host in machine.hosts() for warning in host["warnings"]]
+
+
+@in_every_shell
+def test_copies_of_a_folder_show_as_one_host_with_a_warning(machine):
+    one = copy_of(machine, "1")
+    one.once(token=machine.door.token())
+    two = copy_of(one, "2")
+    names = [("--hostname", "web-2"), ("--hostname", "web-1")]
+    for copy, words in ((two, names[0]), (one, names[1])):
+        copy.once(*words)
+    assert copy_warnings(machine) == []
+    forget_time(one, two)
+    two.once(*names[0])
+    assert machine.is_online() and copy_warnings(machine) == [True]
+    (event,) = machine.door.events("action=clone").document["events"]
+    names = {"hostname": "web-2", "otherHostname": "web-1", "otherAddress": "127.0.0.1"}
+    assert (event["detail"], event["address"]) == (names, "127.0.0.1")
+
+
+@slow
+def test_a_machine_that_is_run_again_and_again_names_one_instance_once_an_hour(member, behind):
+    forget_time(member)
+    middle = behind()
+    for _ in range(3):
+        member.once()
+    assert middle.has_facts() == [True, False, False]
+    text = rb'"instance":"([0-9a-f]{16})"}$'
+    assert re.search(text, middle.requests[0])
+    facts = member.stored("facts")
+    assert int(facts.split("\n")[1]) >= NOON - 10 * 365 * 86400
+    (member.state / "facts").write_text(facts.replace("\n", "\n08", 1))  # no time that we wrote
+    member.once()
+    forget_time(member)
+    member.once()
+    assert middle.has_facts()[3:] == [True, True]
+    assert len({re.search(text, middle.requests[n])[1] for n in (0, 3, 4)}) == 1
+    assert copy_warnings(member) == []
+
+
+@slow
+@pytest.mark.parametrize("shell", sample(SHELLS), indirect=True)
+def test_three_agents_with_one_credential_are_seen_while_they_run(member):
+    often = [("FACTS_EVERY=3600", "FACTS_EVERY=1")]
+    with contextlib.ExitStack() as stack:
+        for name in "abc":
+            stack.enter_context(copy_of(member, name, replaced=often).agent())
+        until(lambda: copy_warnings(member) == [True], 30)
+        assert member.is_online()
+    assert len(member.door.events("action=clone").document["events"]) == 1
+
+
+@slow
+def test_one_agent_that_is_started_five_times_is_no_copy(member):
+    """By another boot id each time."""
+    boot = member.folder / "boot-id"
+    member.script.write_text(
+        hostenroll.AGENT_SCRIPT.replace("/proc/sys/kernel/random/boot_id", str(boot))
+    )
+    forget_time(member)
+    for n in range(4):  # the member has named one already
+        boot.write_text(f"{n}\n")
+        member.once()
+    assert copy_warnings(member) == []
+    boot.write_text("5\n")
+    member.once()
+    assert copy_warnings(member) == [True]
+
+
+@in_every_shell
+def test_a_folder_from_another_machine_is_noticed(machine):
+    """Without a token it goes on; with one it is a host of its own."""
+    one = copy_of(machine, "1", IDS[1])
+    token = machine.door.token(maxUses=9)
+    one.once(token=token)
+    forget_time(one)
+    assert one.once() == ""
+    two = copy_of(one, "2", IDS[2])
+    assert COPIED in two.once() and two.once() == ""  # said once an hour
+    assert two.stored() == one.stored() and len(machine.hosts()) == 1
+    two.once(token=token, text="enrolled as host")
+    assert two.once(token=token) == one.once(token=token) == ""
+    numbers = {host["id"] for host in machine.hosts()}
+    assert len(numbers) == 2 and numbers == {it.stored().split()[1] for it in (one, two)}
+    assert IDS[1] not in one.stored()
+
+
+NO_MACHINE_IDS = {  # what the file is like, by a shell's lines
+    "missing": "rm $file", "empty": ": >$file", "not yet made": "echo uninitialized >$file",
+    "a link": "mv $file $file.1; ln -s $file.1 $file",
+    "a mount": "echo 30 24 0:26 /machine-id $file ro - tmpfs tmpfs rw >mounts",
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("lines", table(NO_MACHINE_IDS))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_machine_without_a_lasting_id_is_never_taken_for_another(first, lines, machine):
+    """As where nothing can write: there each boot may have another."""
+    one = copy_of(machine, "1", IDS[1])
+
+    def change(copy):
+        run_alone(["sh", "-c", f"file={copy.machine_id}; {lines}"], copy.folder)
+
+    if first:
+        change(one)
+    token = machine.door.token()
+    one.once(token=token)
+    two = copy_of(one, "2", IDS[2])
+    if not first:
+        change(two)
+    assert two.once() == two.once(token=token) == ""
+    assert len(machine.hosts()) == 1
+
+
+@slow
+def test_the_state_of_an_older_version_becomes_this_machines(machine):
+    one = copy_of(machine, "1", IDS[1])
+    one.once(token=machine.door.token())
+    (one.state / "credential").write_text("\n".join(one.stored().split()[:3]) + "\n")
+    forget_time(one)
+    assert one.once() == "" and len(one.stored().split()) == 4
+    assert COPIED in copy_of(one, "2", IDS[2]).once()
+
+
+@in_every_shell_slowly
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_an_unfinished_enrollment_in_an_image_makes_a_host_of_each_machine(with_ids, machine):
+    token, port = machine.door.token(maxUses=50), machine.port
+    image = copy_of(machine, "image", IDS[0] if with_ids else "")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        image.port = closed.getsockname()[1]
+        image.once(token=token, status=1, text="no answer from")
+    machines = [copy_of(image, str(n), IDS[n] if with_ids else "") for n in range(1, 5)]
+    for one in machines:
+        one.port = port
+        one.once(token=token)
+    assert len(machine.hosts()) == 4
+    assert len({one.stored("enrolling") for one in machines}) == 1  # they are gone
+
+
+@slow
+def test_an_enrollment_whose_answer_was_lost_goes_on_after_a_start_of_the_machine(machine, behind):
+    middle = behind("lose", "lose")
+    one = copy_of(machine, "1", IDS[1], [("/proc/sys/kernel/random/boot_id", "/nowhere")])
+    token = machine.door.token()
+    for status in (1, 1, 0):
+        one.once(token=token, status=status)
+    keys = {re.search(rb"(?i)idempotency-key: (\S+)", sent)[1] for sent in middle.requests[:3]}
+    assert len(keys) == 1 and len(machine.hosts()) == 1
+
+
+@slow
+def test_a_key_that_is_used_up_is_replaced_once(machine, behind):
+    """With a token for one host the second answer is the same: then that is it."""
+    token = machine.door.token()
+    middle = behind("lose")
+    machine.once(token=token, status=1)
+    machine.door.beat(machine.door.enroll(token, key=machine.stored("enrolling").split()[1],
+                      hostname=os.uname().nodename).document["credential"])  # fmt: skip
+    machine.once(token=token, status=3, text="refused (token-used)")
+    assert len(middle.requests) == 3
+
+
+@in_every_shell
+def test_sealing_leaves_nothing_that_makes_a_machine_a_host(member, shell):
+    with member.agent() as agent:
+        until(lambda: os.path.lexists(member.state / "lock"))
+        for _ in range(2):
+            member.run("--seal", status=1, text=f"process {agent.pid}, uses")
+        assert member.stored() is not None
+        agent.kill()
+        agent.wait(10)
+    assert os.path.lexists(member.state / "lock")
+    (member.state / "enrolling").write_text("a b\n")
+    (member.state / "precious").write_text("another's\n")
+    command = [*shell, str(member.script), "--seal", "--state", str(member.state)]
+    for _ in range(2):
+        run_alone(command, member.folder, text="sealed")
+    assert [path.name for path in member.state.iterdir()] == ["precious"]
+    member.once(status=1, text="no credential")
+    member.once(token=member.door.token())
+    assert len(member.hosts()) == 2
+
+
+DIGESTS = ("sha256sum", "openssl", "md5sum", "cksum")
+
+
+@in_every_shell
+def test_a_digest_is_sixteen_digits_whatever_program_makes_it(shell, tmp_path):
+    made = []
+    for count in range(len(DIGESTS) + 1):
+        missing = "\n".join(f"{name}() {{ return 127; }}" for name in DIGESTS[:count])
+        lines = f"{missing}\nfor text in a a b; do printf %s $text | digest; done"
+        made.append(in_agent(shell, tmp_path, lines))
+    assert made.pop() == []
+    for one, again, other in made:
+        assert one == again != other and re.fullmatch("[0-9a-f]{16}", one)
+    assert made[0][0] == hashlib.sha256(b"a").hexdigest()[:16]
+    if shutil.which("openssl"):
+        assert made[0] == made[1]
+
+
 # Secrets, signals, and other processes.
 
 
@@ -10163,6 +10579,51 @@ def test_one_agent_to_a_folder(member):
         lock.symlink_to(stale)
         member.once()
         assert not os.path.lexists(lock), stale
+
+
+PS = {  # a ps; whether it tells when a process began
+    "one that knows": ("", True), "one that does not": ("exit 1", False),
+    "one that is confused": ("echo PID USER COMMAND; exit 1", False),
+}  # fmt: skip
+
+
+@needs_proc
+@pytest.mark.parametrize("ps, tells", sample(PS, "one that does not"))
+def test_without_proc_a_lock_goes_by_the_holders_birth_and_no_stranger_gets_a_signal(
+    ps, tells, member
+):
+    if shutil.which("ps") is None:
+        pytest.skip("ps is not installed")
+    text = hostenroll.AGENT_SCRIPT
+    assert text.count("/proc/$1/stat") == 1
+    member.script.write_text(text.replace("/proc/$1/stat", "/nowhere/$1"))
+    if ps:
+        member.program("ps", ps)
+    lock = member.state / "lock"
+    token = member.door.reenroll(member.host()["id"]).document["token"]
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        for held in (f"{stranger.pid}-", f"{stranger.pid}-1", str(stranger.pid)):
+            lock.symlink_to(held)
+            member.once(token=token)  # the first enrolls, and would wake the holder
+            assert stranger.poll() is None and not os.path.lexists(lock), held
+        stranger.kill()
+    with member.agent() as agent:
+        until(lambda: os.path.lexists(lock))
+        holder = os.readlink(str(lock))
+        assert re.fullmatch(rf"{agent.pid}-[0-9]*", holder) and tells == (holder[-1] != "-")
+        if ps == "":
+            member.once(status=1, text=f"process {agent.pid}, uses")
+        elif not tells:
+            member.once()
+
+
+@slow
+def test_an_agent_takes_over_a_lock_with_its_own_id_that_another_boot_left(member):
+    ln = shutil.which("ln")
+    member.program("ln", f"""[ -e {member.folder}/left ] || {{
+        >{member.folder}/left; {ln} -s "$2" "$3"; }}; exec {ln} "$@" """)  # fmt: skip
+    assert member.once() == "" and (member.folder / "left").exists()
+    assert not os.path.lexists(member.state / "lock")
 
 
 def test_of_two_agents_that_find_a_stale_lock_one_runs(member):
@@ -10389,6 +10850,33 @@ def test_a_service_keeps_its_renewals_until_root_enrolls_again(service, member, 
     assert first != renewed == again and (listed, own) == ("facts", "none")
     assert member.door.beat(first).code == "credential-superseded"
     assert member.door.beat(new).status == 200 and new != renewed
+
+
+@slow
+@needs_root
+def test_a_clone_of_a_machine_with_the_service_enrolls_with_the_same_token_or_is_sealed(
+    service, machine
+):
+    """The service goes by its new credential, not by the renewals that were copied with it."""
+    token = machine.door.token(maxUses=9)
+    shown = service(f"""
+        root=/var/lib/hostenroll-agent
+        rm -f /etc/machine-id; echo {IDS[1]} >/etc/machine-id
+        printf %s {token} | agent --install --token-file - 2>&-
+        printf %s {token} | agent --token-file - || echo status $?
+        install -o hostenroll-agent -m 600 $root/credential {SERVICE_DIR}/credential
+        echo {IDS[2]} >/etc/machine-id
+        echo /; printf %s {token} | agent --token-file -
+        echo /; sed -n 2p $root/credential
+        echo /; agent --seal; find $root
+        echo /; agent --once || echo status $?
+        """)  # fmt: skip
+    again, enrolled, kept, sealed, after = re.split("^/\n", shown, flags=re.MULTILINE)
+    assert "enrolled" not in again and again.endswith("status 1\n")
+    assert [host["status"] for host in machine.hosts()] == ["online"] * 2
+    assert f"enrolled as host {kept}" in enrolled and "goes on with the new" in enrolled
+    assert "sealed: " in sealed and sealed.endswith("\n/var/lib/hostenroll-agent\n")
+    assert "status 1" in after and True not in copy_warnings(machine)
 
 
 LEFT = {  # what an older version's service has left as its credential
@@ -12397,6 +12885,9 @@ def test_every_act_is_in_the_log(paths, clock):
         happened("renew", host, host, serial=3)
         world.beat(renewed)
         happened("supersede", host, host, serial=3, superseded=2)
+        for digit in "abab":
+            world.beat(renewed, instance=digit * 16)
+        happened("clone", host, host, hostname="web-1", otherHostname="web-1", otherAddress=ADDRESS)
         bound = world.reenroll(number).document
         happened("mint", key, f"token:{bound['id']}", host=number, maxUses=1)
         world.enroll(bound["token"], "web-2")
@@ -12420,7 +12911,8 @@ def test_every_act_is_in_the_log(paths, clock):
         happened("rotate", "cli:test", f"signing-key:{new}", None)
         world.act("retire-signing-key", kid=old, force=True)
         happened("retire", "cli:test", f"signing-key:{old}", None)
-        assert set(actions) == set(hostenroll.ACTIONS) - {"refuse", "init", "audit-format"}
+        rest = {"refuse", "init", "audit-format", "certificate"}
+        assert set(actions) == set(hostenroll.ACTIONS) - rest
         assert verify_audit(world.registry, None).last == len(actions)
 
 
