@@ -5611,6 +5611,7 @@ LONGEST_WAIT=300  # but never more than this
 FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname, and to send the facts
 CONNECT_TIMEOUT=10
 ANSWER_TIMEOUT=30
+LONGEST_START=60 # how long --install waits until a heartbeat of the service is answered
 LONGEST_ANSWER=65536 # bytes, with the head
 LONGEST_CREDENTIAL=1024
 LINE='
@@ -5622,9 +5623,10 @@ usage: hostenroll-agent --server URL [--pin PIN | --cacert FILE] [options]
 Enrolls this machine if a token is given, and then sends heartbeats for as long as it runs.
 
   --server URL        the server: https://HOST:PORT
-  --pin PIN           trust only the server with this public key, sha256//...
+  --pin PIN           trust only the server with this public key, sha256//... (or 'PIN;PIN')
   --cacert FILE       trust servers whose certificate these authorities (PEM) have signed
   --insecure-http     allow http:// to other machines: the network between can read every secret
+  --proxy URL         ask through this proxy (that of https_proxy and so on)
   --token-file FILE   enroll with the token in FILE; - is stdin
   --hostname NAME     the name of this machine (uname -n)
   --name TEXT         the name of the host, when it enrolls (the hostname)
@@ -5632,7 +5634,8 @@ Enrolls this machine if a token is given, and then sends heartbeats for as long 
                       ~/.local/state/hostenroll-agent)
   --ask-again SECONDS how long to wait after a refusal (3600)
   --once              send one heartbeat and end, for cron
-  --install           install a systemd service; without systemd, print a line for cron
+  --install           install or update a systemd service; without systemd, print a line for cron
+  --prefix DIR        install the program below DIR (/usr/local, or ~/.local)
   --uninstall         undo --install; the credential stays
   --seal              before an image of this machine is taken: remove the credential
   --help, --version
@@ -5642,7 +5645,7 @@ END
 }
 
 say() {
-    printf 'hostenroll-agent: %s\n' "$*" >&2
+    printf 'hostenroll-agent: %s\n' "$*" >&2 || : # nobody may listen
 }
 
 # A failure is reported when it begins or changes, not with every heartbeat.
@@ -5699,6 +5702,11 @@ take() { # OPTION VALUE
     --hostname) hostname=$2 ;;
     --name) name=$2 ;;
     --state) state=$2 ;;
+    --proxy) # which curl takes from there; it may have a password
+        unset https_proxy HTTPS_PROXY http_proxy no_proxy NO_PROXY all_proxy ALL_PROXY
+        export all_proxy="$2" && proxy=given
+        ;;
+    --prefix) prefix=$2 ;;
     --ask-again) ask_again=$2 ;;
     *) end 2 "unknown option $1; see --help" ;;
     esac
@@ -5707,13 +5715,10 @@ take() { # OPTION VALUE
 
 check_arguments() {
     check_server
-    case $pin in # curl takes anything but a hash for the name of a file
-    *[!A-Za-z0-9+/=\;]*) pin=none ;;
-    esac
-    case $pin in
-    '' | sha256//?*) ;;
-    *) end 2 "--pin must look like sha256//..., as mint-token prints it" ;;
-    esac
+    hash='sha256//[A-Za-z0-9+/]\{43\}=' # curl takes anything else for the name of a file
+    hash=$(printf %s "$pin" | tr '\n' ' ' | sed -n "\|^$hash\(;$hash\)\{0,3\}$|p")
+    [ "$hash" = "$pin" ] ||
+        end 2 "--pin must look like sha256//..., or up to 4 of them with ; between"
     case $hostname in
     *[!A-Za-z0-9._-]*) end 2 "--hostname takes letters, digits, dots, - and _" ;;
     esac
@@ -5777,15 +5782,15 @@ find_state() {
 
 # For root, the folder and all above it must be root's, and writable by others in none but those
 # above it that have the sticky bit.
-open_state() {
-    mkdir -p "$state" 2>/dev/null || [ -d "$state" ] || end 1 "cannot make the folder $state"
+open_folder() { # FOLDER
+    mkdir -p "$1" 2>/dev/null || [ -d "$1" ] || end 1 "cannot make the folder $1"
     [ "$user" = 0 ] || return 0
-    folder=$state/.
+    folder=$1/.
     # shellcheck disable=SC2012 # not all systems have stat or find -printf
     others=$(while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done |
         sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
     [ -z "$others" ] ||
-        end 1 "others can write in $state: run this as its owner, or for a service with --install"
+        end 1 "others can write in $1: run this as its owner, or for a service with --install"
 }
 
 # Each file is written under another name and then moved into place, so that a full disk or a crash
@@ -6150,6 +6155,9 @@ beat_on() {
     while :; do
         beat
         outcome=$?
+        case $given:$outcome$answered in # root looks at the time of the file, and does not open it
+        /*:[03]) { printf '' >|"$state/answered" && answered=yes; } 2>/dev/null ;;
+        esac
         [ -z "$once" ] || end "$outcome"
         case $outcome in
         0) bound=$FIRST_WAIT && pause "$next" ;;
@@ -6166,9 +6174,22 @@ beat_on() {
 # its unit belong to root. What is installed is the text that was read at the start.
 install() {
     [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
-    (umask 022 && mkdir -p "${PROGRAM%/*}")
-    printf '%s\n' "$script" | put "$PROGRAM" 755 || end 1 "cannot write $PROGRAM"
+    # No credential is sent: the service's may be newer, and root's would look like a copy of it.
+    if [ -z "$enrolled" ] && [ -f "$installed" ]; then
+        updates=yes
+        ask /api/agent/heartbeat 'data-binary = "{}"'
+        [ "$code" = credential-missing ] ||
+            fail "no answer from $server: ${failure:-unexpected ($status)}" ||
+            end 1 "nothing was changed"
+        trap 'put_back interrupted' HUP INT TERM
+    fi
+    replace "$PROGRAM" 755 "$script"
+    replace "$state/program" 600 "$PROGRAM"
+    # As a shell and systemd read it.
+    replace "$state/proxy" 600 "$(env | sed -n 's/["\\$`]/\\&/g
+        s/^\([A-Za-z]*_[Pp][Rr][Oo][Xx][Yy]\)=\(..*\)/\1="\2"/p')"
     [ -z "$as_service" ] || install_service
+    keep_new
     draw 50 # each host gets its own second of the minute
     say "there is no systemd here that this can use: run crontab -e and add this line"
     printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
@@ -6184,21 +6205,69 @@ check_install() {
         as_service=yes
         [ "$state" = "$STATE" ] ||
             end 2 "--state cannot be used with --install: a service has $STATE"
+        systemd=$(systemctl --version | sed -n '1s/^[^0-9]*\([0-9]*\).*/\1/p')
         older=${STATE%/*}/private/${STATE##*/}
         case $(target_of "$STATE") in
         *private/*) leave_private ;;
         *) [ ! -f "$older/credential" ] || leave_private ;; # an upgrade that was interrupted
         esac
-        make_account
         return
     fi
     case $cacert in
     '' | /*) ;;
     *) cacert=$PWD/$cacert ;;
     esac
-    case $PROGRAM$state$cacert in
-    *[!A-Za-z0-9/._@+-]*) end 1 "cannot write a line for cron with $PROGRAM, $state and $cacert" ;;
+}
+
+# The program stays where it was installed, unless --prefix names another place.
+check_places() {
+    place=$prefix/${PROGRAM##*local/}
+    [ ! -f "$state/program" ] || read -r PROGRAM <"$state/program"
+    installed=$PROGRAM
+    [ -z "$prefix" ] || PROGRAM=$place
+    case $PROGRAM$state${as_service:-$cacert} in
+    [!/]* | *[!A-Za-z0-9/._@+-]*) end 1 "cannot install with $PROGRAM, $state and $cacert" ;;
     esac
+    [ -z "$prefix" ] || (umask 022 && open_folder "${PROGRAM%/*}") || exit 1
+    can_write "${PROGRAM%/*}" || {
+        [ -z "$prefix" ] || end 1 "cannot write in ${PROGRAM%/*}: no token was used"
+        say "cannot write in ${PROGRAM%/*} (--prefix DIR): the program is put in $state"
+        PROGRAM=$state/hostenroll-agent
+    }
+    place=$(df -P "$state" 2>/dev/null | sed -n '$s/.* //p')
+    case $(sed -n "s|^[^ ]* $place ||p" /proc/mounts 2>/dev/null | tail -n 1) in
+    tmpfs* | ramfs* | rootfs*) say "$state is on a RAM disk: the credential ends with this boot" ;;
+    esac
+    [ -n "$as_service" ] || return 0
+    { can_write "${UNIT%/*}" && can_write "${AUTHORITIES%/*}"; } ||
+        end 1 "cannot write in ${UNIT%/*}: no token was used"
+    make_account
+}
+
+can_write() { # FOLDER
+    (umask 022 && mkdir -p "$1") 2>/dev/null
+    echo | put "$1/hostenroll-agent.try" 600 && rm -f "$1/hostenroll-agent.try"
+}
+
+# What was there before lies beside it until the new way works.
+replace() { # FILE MODE TEXT
+    [ "$(cat "$1" 2>/dev/null)" != "$3" ] || return 0
+    rm -f "$1.old"
+    replaced="$replaced $1"
+    [ ! -f "$1" ] || cp -p "$1" "$1.old" || put_back "cannot write $1.old"
+    printf '%s\n' "$3" | put "$1" "$2" || put_back "cannot write $1"
+}
+
+keep_new() {
+    for file in $replaced; do rm -f "$file.old"; done
+    [ "$installed" = "$PROGRAM" ] || rm -f "$installed"
+}
+
+put_back() { # WHY
+    trap '' HUP INT TERM
+    for file in $replaced; do mv -f "$file.old" "$file" 2>/dev/null || rm -f "$file"; done
+    [ -z "$served" ] || { systemctl daemon-reload && systemctl restart "$SERVICE"; }
+    end 1 "$1: everything is as it was before"
 }
 
 # Where nothing can make a user, systemd does (DynamicUser=).
@@ -6210,8 +6279,8 @@ make_account() {
     elif command -v adduser >/dev/null 2>&1; then # of busybox
         adduser -S -D -H -h / -s /sbin/nologin "$owner"
     else
-        owner=''
-    fi || end 1 "cannot make the user $owner"
+        owner='' && [ "${systemd:-247}" -ge 247 ] # which hands it a credential
+    fi || end 1 "cannot make the user $ACCOUNT"
 }
 
 # An older version's service had DynamicUser=: its folder is elsewhere, its user not a lasting one.
@@ -6226,7 +6295,7 @@ leave_private() {
 # change what lies there; a FIFO, a link, and one more name of another's file are not read.
 take_back() { # FOLDER
     state=$STATE owner=''
-    open_state
+    open_folder "$state"
     [ -d "$1" ] || return 0
     { chown 0:0 "$1" && chmod 700 "$1"; } || end 1 "cannot take $1 from the service"
     own=$(find "$1/credential" -type f -links 1 2>/dev/null)
@@ -6258,31 +6327,58 @@ service_arguments() {
 }
 
 install_service() {
-    { chmod 711 "$state" && store_credential "$credential"; } || end 1 "cannot write in $state"
     if [ -n "$cacert" ]; then
-        put "$AUTHORITIES" 644 <"$cacert" || end 1 "cannot write $AUTHORITIES"
+        replace "$AUTHORITIES" 644 "$(cat "$cacert")"
         cacert=$AUTHORITIES
     fi
-    unit | put "$UNIT" 644 || end 1 "cannot write $UNIT"
-    stopped=''
-    { systemctl daemon-reload && systemctl enable "$SERVICE" && systemctl restart "$SERVICE"; } ||
-        end 1 "systemd does not start $SERVICE: systemctl status $SERVICE shows why"
+    replace "$UNIT" 644 "$(unit)"
+    waited=0
+    if [ -n "$replaced$enrolled" ] || ! systemctl -q is-active "$SERVICE"; then
+        [ "${systemd:-240}" -ge 240 ] || ! mkdir "$state/service" 2>/dev/null ||
+            chown "$owner" "$state/service"
+        { chmod 711 "$state" && store_credential "$credential"; } ||
+            put_back "cannot write in $state"
+        stopped=''
+        { systemctl daemon-reload && systemctl enable "$SERVICE" &&
+            systemctl restart "$SERVICE"; } || waited=$LONGEST_START
+    fi
+    # Answered since root gave it the credential. Without the file find prints that.
+    until [ -z "$(find "$STATE/credential" -newer "$STATE/service/answered" 2>&1)" ]; do
+        [ "$waited" -lt "$LONGEST_START" ] || leave_unanswered
+        sleep 1
+        waited=$((waited + 1))
+    done
+    keep_new
     end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
+}
+
+leave_unanswered() {
+    why=$(systemctl show -p ActiveState,SubState,Result "$SERVICE" | fact)
+    why="the server has answered no heartbeat of $SERVICE ($why)"
+    [ -z "$updates" ] || put_back "$why"
+    keep_new
+    end 1 "$why: it is installed and goes on trying; journalctl -u $SERVICE shows more"
 }
 
 # No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
 unit() {
     runs_as=User=$owner
     [ -n "$owner" ] || runs_as="DynamicUser=yes${LINE}LoadCredential=credential:$STATE/credential"
-    cat <<END
+    edits=''
+    [ "${systemd:-240}" -ge 240 ] || edits="/^Type=/d;s|^State.*/|ReadWriteDirectories=$STATE/|"
+    [ "${systemd:-240}" -ge 239 ] || edits="$edits;/^SystemCall[FE]/d" # no calls in an unknown set
+    sed "$edits" <<END
 [Unit]
 Description=hostenroll agent: heartbeats of this machine
 Wants=network-online.target
 After=network-online.target
+StartLimitIntervalSec=0
 
 [Service]
+Type=exec
 ExecStart=/bin/sh $PROGRAM $(service_arguments)
-Restart=on-failure
+EnvironmentFile=-$STATE/proxy
+Restart=always
 RestartSec=60
 StateDirectory=${STATE##*/}/service
 
@@ -6301,6 +6397,8 @@ uninstall() {
     else
         say "if there is a line for it in cron, remove that: crontab -e"
     fi
+    [ ! -f "$state/program" ] || ! (open_folder "$state") ||
+        { read -r PROGRAM <"$state/program" && rm -f "$state/program" "$state/proxy"; }
     rm -f "$PROGRAM"
     end 0 "uninstalled; the credential stays in $state: rm -r removes it"
 }
@@ -6311,7 +6409,8 @@ main() {
     token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
-    as_service='' given='' served='' stopped='' boot='' key=''
+    as_service='' given='' served='' stopped='' boot='' key='' proxy='' prefix=''
+    answered='' replaced='' updates=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -6328,8 +6427,11 @@ main() {
     find_machine
     [ "$act" != uninstall ] || uninstall
     [ "$act" != install ] || check_install
-    open_state
+    open_folder "$state"
+    [ -n "$act$proxy" ] || [ ! -f "$state/proxy" ] ||
+        eval "$(sed -n 's/^[A-Za-z]/export &/p' "$state/proxy")"
     [ "$act" != seal ] || seal
+    [ "$act" != install ] || check_places
     [ -z "$as_service" ] || take_lock || leave_to_holder
     [ -z "$token_file" ] || enroll
     [ "$act" != install ] || install
@@ -6404,14 +6506,17 @@ UNIT = string.Template(
     """\
 [Unit]
 Description=hostenroll: decides who may join the fleet and knows who is alive
-After=network.target
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
 ExecStart=$start
 ExecReload=/bin/kill -HUP $$MAINPID
 Restart=on-failure
-RestartSec=1
+RestartPreventExitStatus=2
+RestartSec=2
 TimeoutStartSec=infinity
 TimeoutStopSec=10
 LimitNOFILE=8192

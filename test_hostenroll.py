@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import configparser
 import contextlib
 import errno
 import fcntl
@@ -9982,6 +9983,11 @@ MISUSES = {  # arguments of the agent, and a part of its message
     "--server": "--server needs a value", "--server https://a --pin ''": "--pin needs a value",
     "--server https://a --pin /etc/passwd": "sha256//",  # curl would read it as a file
     "--server https://a --pin sha256//": "sha256//",
+    **{f"--server https://a --pin '{pins}'": "--pin must look like" for pins in (
+        "sha256//a", f"{PIN};/etc/passwd", f"/etc/passwd;{PIN}", f"{PIN};", f";{PIN}", f"{PIN}\n",
+        f"{PIN}\n{PIN}", f"{PIN} {PIN}", f"{PIN};;{PIN}", ";".join([PIN] * 5), f"{PIN}=")},
+    f"--server https://a --ask-again 0 --pin '{PIN}'": "takes seconds",  # the pin is accepted
+    f"--server https://a --ask-again 0 --pin '{';'.join([PIN] * 4)}'": "takes seconds",
     "--server http://192.0.2.1": "can read the secrets",
     "--server http://127.0.0.1.evil.test": "can read the secrets",
     "--server http://localhost.evil.test:80": "can read the secrets",
@@ -10725,7 +10731,8 @@ def in_a_new_root(machine, script):
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
     server = f"--server 'https://127.0.0.1:{machine.port}' {shlex.join(machine.trust)}"
-    lines = f'{IN_A_NEW_ROOT}\nagent() {{ sh {machine.script} {server} "$@"; }}\n{script}'
+    agent = f'agent() {{ {shlex.join(machine.shell)} {machine.script} {server} "$@"; }}'
+    lines = f"{IN_A_NEW_ROOT}\n{agent}\n{script}"
     command = ["unshare", "--mount", "sh", "-c", lines]
     shown = run_alone(command, machine.folder, environment=machine.environment, status=None)
     if "unshare failed" in shown or "mount: " in shown:
@@ -10736,14 +10743,25 @@ def in_a_new_root(machine, script):
 UNIT_FILE = "/etc/systemd/system/hostenroll-agent.service"
 
 
-# What systemd does with the unit of the agent: it runs once, and has ended when this has.
-SYSTEMD = f"""echo "systemctl $*" >>"$CALLS"
+# What systemd does with the unit of the agent: it runs once, and has ended when this has. A unit
+# with the text in $CALLS.denied fails, as in a container that denies unshare(2).
+SYSTEMD = f"""case $1 in
+--version) echo "systemd ${{SYSTEMD_VERSION:-252}} (252.38)"; exit ;;
+show) echo ActiveState=activating; echo SubState=auto-restart; echo Result=exit-code; exit ;;
+-q) exec test -e "$CALLS.active" ;;
+esac
+echo "systemctl $*" >>"$CALLS"
 value() {{ sed -n "s/^$1=//p" {UNIT_FILE}; }}
 case $1 in *restart)
-    folder=/var/lib/$(value StateDirectory)
-    install -d -o "$(value User)" -m "$(value StateDirectoryMode)" "$folder"
+    rm -f "$CALLS.active"
+    [ ! -e "$CALLS.denied" ] || ! grep -qf "$CALLS.denied" {UNIT_FILE} || exit 0
+    folder=$(value StateDirectory)
+    [ -z "$folder" ] ||
+        install -d -o "$(value User)" -m "$(value StateDirectoryMode)" "/var/lib/$folder"
+    file=$(value EnvironmentFile)
+    [ ! -f "${{file#-}}" ] || {{ set -a; . "${{file#-}}"; set +a; }}
     eval "set -- $(value ExecStart) --once"
-    runuser -u "$(value User)" -- "$@" </dev/null ;;
+    runuser -u "$(value User)" -- "$@" </dev/null && touch "$CALLS.active" ;;
 esac"""
 SERVICE_DIR = "/var/lib/hostenroll-agent/service"  # its folder
 
@@ -10836,7 +10854,7 @@ def test_a_service_keeps_its_renewals_until_root_enrolls_again(service, member, 
     root = "/var/lib/hostenroll-agent"
     first = member.credential()
     clock.advance(UNTIL_RENEWAL)
-    (_, renewed), (_, again), (listed,), (new, own) = (
+    (_, renewed), (_, again), listed, (new, own) = (
         part.split() for part in service(f"""
         mkdir -m 700 {root}; cp {member.state}/credential {root}/
         agent --install 2>&-; head -qn 1 {root}/credential {SERVICE_DIR}/credential
@@ -10847,7 +10865,7 @@ def test_a_service_keeps_its_renewals_until_root_enrolls_again(service, member, 
         head -qn 1 {root}/credential; [ -e {SERVICE_DIR}/credential ] || echo none
         """).split("/\n")
     )  # fmt: skip
-    assert first != renewed == again and (listed, own) == ("facts", "none")
+    assert first != renewed == again and (listed, own) == (["answered", "facts"], "none")
     assert member.door.beat(first).code == "credential-superseded"
     assert member.door.beat(new).status == 200 and new != renewed
 
@@ -10950,6 +10968,333 @@ def test_without_systemd_install_prints_a_line_for_cron_that_works(machine, tmp_
     assert (tmp_path / "logged").read_text() == ""
     assert machine.is_online()
     assert shown.splitlines()[-1].startswith("hostenroll-agent: uninstalled;")
+
+
+# What is on a machine of what --install puts there.
+INSTALLED = f"""installed() {{
+    cd /; for file in {UNIT_FILE} usr/local/sbin/* etc/hostenroll-agent.pem run/x/*/* \
+        var/lib/hostenroll-agent/*; do [ ! -f $file ] || cksum $file; done; cd - >/dev/null; }}"""
+DEAD_ENDS = {  # that do not work: to the server, and what is said of each
+    "nobody listens": ("https://127.0.0.1:9", "one", "no answer from https://127.0.0.1:9: "),
+    "another key": ("https://127.0.0.1:{port}", "other", "no answer from .*pinned public key"),
+    "another program": ("https://127.0.0.1:{other}", "one", r"unexpected .*404"),
+    "another path": ("https://127.0.0.1:{port}/elsewhere", "one", r"unexpected .*404"),
+}  # fmt: skip
+
+
+@slow
+@needs_root
+@in_every_shell_slowly
+def test_an_installed_agent_is_updated_without_a_token(service, machine, behind, tmp_path):
+    """By a new script, too, and it keeps its credential; the same again changes nothing. What does
+    not reach the server replaces nothing: not even the service is stopped."""
+    with Middle(machine.door, tmp_path, *[answer_of("404 Not Found", b'{"a":1}')] * 9) as other:
+        tries = "".join(
+            f"echo; {shlex.join(machine.shell)} {machine.script} --install --server "
+            f"{url.format(port=machine.port, other=other.port)} --pin '{pin_of(pair)}' 2>&1 || "
+            "echo status $?; installed | cksum; "
+            for url, pair, _ in DEAD_ENDS.values()
+        )
+        shown = service(f"""{INSTALLED}
+            printf %s {machine.door.token()} | agent --install --token-file - 2>&-
+            sed -i '1a# newer' {machine.script}
+            agent --install --ask-again 77 --pin '{pin_of("other")};{pin_of("one")}'
+            agent --install --ask-again 77 --pin '{pin_of("other")};{pin_of("one")}'
+            cat {UNIT_FILE}; cmp {machine.script} /usr/local/sbin/hostenroll-agent
+            echo; installed | cksum; {tries}""")  # fmt: skip
+    _, before, *after = shown.split("\n\n")[-len(DEAD_ENDS) - 2 :]
+    assert f" --ask-again 77 --pin '{pin_of('other')};{pin_of('one')}' " in shown
+    name = "hostenroll-agent.service"
+    calls = ["systemctl daemon-reload", f"systemctl enable {name}", f"systemctl restart {name}"]
+    assert (tmp_path / "calls").read_text().splitlines() == calls * 2
+    for text, (*_, why) in zip(after, DEAD_ENDS.values()):
+        *said, status, same = text.splitlines()
+        assert "nothing was changed" in said[-1] and status == "status 1", text
+        assert re.search(f"^hostenroll-agent: .*{why}", text, re.MULTILINE), text
+        assert same == before.strip()
+    assert machine.is_online() and len(machine.door.events("action=enroll").document["events"]) == 1
+
+
+@slow
+@needs_root
+def test_what_does_not_run_after_an_update_is_put_back(service, machine, tmp_path):
+    """The service is denied what its unit needs: all is as before, and the old one runs."""
+    machine.script.write_text(
+        machine.script.read_text().replace("LONGEST_START=60", "LONGEST_START=1")
+    )
+    shown = service(f"""{INSTALLED}
+        https_proxy=http://127.0.0.1:1 no_proxy='*'; export https_proxy no_proxy
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-; installed
+        echo; echo ask-again.77 >"$CALLS.denied"; sed -i '1a# newer' {machine.script}; >"$CALLS"
+        unset https_proxy no_proxy; agent --install --ask-again 77 --prefix /run/x || echo status $?
+        echo; installed; ls /etc/systemd/system
+        """)  # fmt: skip
+    before, said, after = shown.split("\n\n")
+    assert after.splitlines() == [*before.splitlines(), "hostenroll-agent.service"]
+    assert re.search(
+        "no heartbeat of hostenroll-agent.service .ActiveState=.* Result=exit-code", said
+    )
+    assert said.endswith("everything is as it was before\nstatus 1")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-2:] == ["systemctl daemon-reload", "systemctl restart hostenroll-agent.service"]
+    assert (tmp_path / "calls.active").exists()
+
+
+@slow
+@needs_root
+def test_a_service_that_does_not_start_is_installed_and_reported(service, machine, tmp_path):
+    """With exit status 1, because nobody would look again; it goes on trying. The next one that
+    works is an update."""
+    machine.script.write_text(
+        machine.script.read_text().replace("LONGEST_START=60", "LONGEST_START=1")
+    )
+    shown = service(f"""
+        echo ExecStart >"$CALLS.denied"
+        printf %s {machine.door.token()} | agent --install --token-file - || echo status $?
+        ls {UNIT_FILE} /usr/local/sbin/*; ls -A /etc/systemd/system
+        rm "$CALLS.denied"; agent --install && echo status 0; echo
+        ls -A /etc/systemd/system /usr/local/sbin /var/lib/hostenroll-agent""")  # fmt: skip
+    assert "Result=exit-code): it is installed and goes on trying; journalctl -u " in shown
+    assert f"\nstatus 1\n{UNIT_FILE}\n/usr/local/sbin/hostenroll-agent\n" in shown
+    assert "status 0\n" in shown and ".old" not in shown and ".try" not in shown
+    assert machine.is_online()
+
+
+@slow
+@needs_root
+def test_an_update_that_is_interrupted_puts_back_what_was_there(service, machine):
+    machine.program("sleep", "kill -INT $PPID")
+    shown = service(f"""{INSTALLED}
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-; installed
+        echo ask-again.77 >"$CALLS.denied"; echo
+        agent --install --ask-again 77 || echo status $?
+        echo; installed""")  # fmt: skip
+    before, said, after = shown.split("\n\n")
+    assert said.endswith("interrupted: everything is as it was before\nstatus 1"), shown
+    assert after.strip() == before
+
+
+@slow
+@needs_root
+def test_without_systemd_an_update_that_does_not_work_replaces_nothing(machine):
+    shown = in_a_new_root(machine, f"""
+        printf %s {machine.door.token()} | agent --install --token-file - >/run/line 2>&-
+        sed -i '1a# newer' {machine.script}
+        agent --install --pin '{pin_of("other")}' || echo status $?
+        cmp -s {machine.script} /usr/local/sbin/hostenroll-agent || echo old
+        agent --install && cmp {machine.script} /usr/local/sbin/hostenroll-agent && echo new
+        agent --install --prefix /run/x 2>&-; agent --install 2>&-; ls /run/x/sbin /usr/local/sbin
+        agent --uninstall 2>&-; ls /run/x/sbin; echo end""")  # fmt: skip
+    assert re.search("nothing was changed.*\nstatus 1\nold\n", shown) and "\nnew\n" in shown
+    assert shown.endswith("\n/run/x/sbin:\nhostenroll-agent\n\n/usr/local/sbin:\nend\n")
+
+
+READ_ONLY = {  # folders, arguments; where the program is, or why it is not installed
+    "/usr": ("/usr/local", "", "/var/lib/hostenroll-agent/hostenroll-agent"),
+    "/usr, and another place": ("/usr/local", "--prefix /opt/x", "/opt/x/sbin/hostenroll-agent"),
+    "nothing": ("", "--prefix /opt/x", "/opt/x/sbin/hostenroll-agent"),
+    "the other place": ("/opt", "--prefix /opt/x", "cannot make the folder /opt/x/sbin"),
+    "a place of others": ("", "--prefix /srv/theirs", "others can write in /srv/theirs/sbin"),
+    "a place that is nowhere": ("", "--prefix x", "cannot install with x/sbin/hostenroll-agent"),
+    "an odd place": ("", "--prefix '/opt/a b'", "cannot install with /opt/a b/sbin/"),
+    "systemd's": ("/etc/systemd/system", "", "cannot write in /etc/systemd/system: no token"),
+}  # fmt: skip
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("folders, words, outcome", table(READ_ONLY))
+@pytest.mark.parametrize("manager", ["systemd", "cron"])
+def test_no_token_is_used_for_what_cannot_be_installed(
+    folders, words, outcome, manager, service, machine
+):
+    lines = f"""mount -t tmpfs none /opt; mount -t tmpfs none /srv; mkdir /srv/theirs
+        chown {STRANGER} /srv/theirs
+        for folder in {folders}; do
+            mount --bind $folder $folder; mount -o remount,bind,ro $folder; done
+        printf %s {machine.door.token()} | agent --install {words} --token-file - || echo status $?
+        find / -xdev -path /proc -prune -o -name 'hostenroll-agent*' -type f -print 2>&- || :
+        find /opt /var/lib -name hostenroll-agent -type f; echo; agent --uninstall
+        find /opt /var/lib -name hostenroll-agent -type f; find /opt /var/lib -name '*.try'"""
+    shown = service(lines) if manager == "systemd" else in_a_new_root(machine, lines)
+    if manager == "cron" and folders == "/etc/systemd/system":
+        outcome = "/usr/local/sbin/hostenroll-agent"
+    before, after = shown.split("\n\n")
+    (token,) = machine.door.ask("GET", "/api/hosts/tokens").document["tokens"]
+    if outcome.startswith("/"):
+        assert "status" not in before and machine.hosts()
+        assert outcome in before.splitlines() or "/usr/local" in outcome
+        assert len(after.splitlines()) == 1 + (manager == "cron"), after  # it says so
+    else:
+        assert f"hostenroll-agent: {outcome}" in before and "\nstatus 1" in before, before
+        assert (token["state"], machine.hosts()) == ("valid", [])
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("kind, is_warned", [("tmpfs", True), ("ramfs", True), ("", False)])
+def test_a_credential_on_a_ram_disk_is_warned_of(kind, is_warned, machine, tmp_path):
+    machine.environment["HOME"] = str(tmp_path)
+    state = tmp_path / "kept"
+    state.mkdir()
+    mount = f"mount -t {kind} none {state}" if kind else ":"
+    shown = in_a_new_root(
+        machine,
+        f"""{mount}
+        printf %s {machine.door.token()} | agent --install --state {state}/agent --token-file -""",
+    )
+    assert (f"{state}/agent is on a RAM disk" in shown) == is_warned, shown
+
+
+# Proxies.
+
+
+class Proxy(threading.Thread):
+    """An HTTP proxy that asks for a password, and goes nowhere but to one port."""
+
+    USER, PASSWORD = "u", 'p"w$x`\\y%z'
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.target, self.tunnels, self.refused = port, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        secret = "".join(f"%{ord(c):02X}" if c in '%\\"`' else c for c in self.PASSWORD)
+        self.url = f"http://{self.USER}:{secret}@127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def run(self):
+        given = base64.b64encode(f"{self.USER}:{self.PASSWORD}".encode())
+        while True:
+            try:
+                peer, _ = self.listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), peer, peer.makefile("rb") as stream:
+                head = b"".join(itertools.takewhile(lambda line: line != b"\r\n", stream))
+                if b"Basic %b\r\n" % given not in head:
+                    self.refused += 1
+                    peer.sendall(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+                    continue
+                with socket.create_connection(("127.0.0.1", self.target)) as server:
+                    peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    self.tunnels += 1
+                    self.relay(peer, server)
+
+    @staticmethod
+    def relay(*ends):
+        while True:
+            for end in select.select(ends, [], [], 20)[0]:
+                data = end.recv(65536)
+                if not data:
+                    return
+                ends[end is ends[0]].sendall(data)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.join(10)
+        assert not self.is_alive()
+
+
+@pytest.fixture
+def walled(machine):
+    """A machine that reaches its server by a proxy only: there is no such port on it."""
+    with Proxy(machine.port) as proxy:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            machine.port = closed.getsockname()[1]
+        machine.proxy = proxy
+        yield machine
+
+
+def environment_of(text):
+    """What systemd makes of an EnvironmentFile (systemd.exec(5), and its env-file.c)."""
+    lines = re.findall(r'^(\w+)="((?:[^"\\]|\\.)*)"$', text, re.MULTILINE)
+    assert len(lines) == len(text.splitlines())
+    return {name: re.sub(r'\\(["\\$`])', r"\1", value) for name, value in lines}
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("manager", ["systemd", "cron"])
+@pytest.mark.parametrize("how", ["environment", "option"])
+def test_the_proxy_of_the_installation_is_the_services(how, manager, service, walled, tmp_path):
+    """And its password is where root alone reads it."""
+    if how == "environment":
+        said = f"env https_proxy='{walled.proxy.url}' no_proxy='10.0.0.0/8,\"$x\\`'"
+        words = ""
+    else:
+        said = "env https_proxy=http://127.0.0.1:1 NO_PROXY=127.0.0.1 no_proxy=127.0.0.1"
+        words = f"--proxy '{walled.proxy.url}'"
+    walled.program("logger", "cat")
+    file, agent = "/var/lib/hostenroll-agent/proxy", shlex.join(walled.command()[:-2])
+    run = service if manager == "systemd" else partial(in_a_new_root, walled)
+    shown = run(f"""agent="{agent} --token-file -"
+        printf %s {walled.door.token()} | {said} $agent --install {words} >/run/out 2>&1
+        cat /run/out {UNIT_FILE} 2>/dev/null || :; echo --
+        stat -c '%a %U' {file}; cat {file}; echo --
+        sh -c "$(sed -n 's/.* sleep [0-9]*; //p' /run/out)"
+        {agent} --token-file /dev/null || :
+        {agent} --uninstall; ls {file} || echo none""")  # fmt: skip
+    secret = walled.proxy.url.rpartition("@")[0]
+    public, kept, end = shown.split("\n--\n")
+    assert secret[-8:] not in public + end and "none\n" in end, shown
+    first, text = kept.split("\n", 1)
+    assert first == "600 root"
+    proxies = {"all_proxy": walled.proxy.url} if how == "option" else {
+        "https_proxy": walled.proxy.url, "no_proxy": '10.0.0.0/8,"$x\\`'}  # fmt: skip
+    assert environment_of(text) == proxies
+    assert walled.is_online() and walled.proxy.tunnels >= 2 and walled.proxy.refused <= 0
+
+
+@slow
+@in_every_shell_slowly
+def test_a_proxy_that_is_named_is_gone_by(walled):
+    """Whatever the environment says, and its password is in no argument of curl."""
+    walled.environment.update(https_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1", NO_PROXY="*")
+    curl = shutil.which("curl")
+    walled.program("curl", f'echo "$@" >>{walled.folder}/arguments; exec {curl} "$@"')
+    walled.once("--proxy", walled.proxy.url, token=walled.door.token())
+    assert walled.is_online() and walled.proxy.tunnels == 2
+    assert "127.0.0.1:" in (arguments := (walled.folder / "arguments").read_text())
+    assert walled.proxy.url[7:20] not in arguments
+
+
+# Versions of systemd.
+
+
+SYSTEMDS = {  # its version, and words that its unit has, and has not
+    "219": ("ReadWriteDirectories=/var/lib/hostenroll-agent/service",
+            "Type= StateDirectory= SystemCallFilter SystemCallErrorNumber"),
+    "237": ("ReadWriteDirectories=/var/lib/hostenroll-agent/service",
+            "Type= StateDirectory= SystemCallFilter SystemCallErrorNumber"),
+    "239": ("ReadWriteDirectories= SystemCallFilter=@system-service", "Type= StateDirectory="),
+    "240": ("Type=exec StateDirectory=hostenroll-agent/service SystemCallFilter=@system-service",
+            "ReadWriteDirectories"),
+    "257~rc1": ("Type=exec StateDirectory=hostenroll-agent/service", "ReadWriteDirectories"),
+}  # fmt: skip
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("version", SYSTEMDS)
+def test_each_systemd_gets_the_words_that_it_knows(version, service, machine, tmp_path):
+    machine.environment["SYSTEMD_VERSION"] = version
+    shown = service(f"""
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-
+        stat -c '%a %U' {SERVICE_DIR}; cat {UNIT_FILE}
+        systemd-analyze verify {UNIT_FILE} 2>&1 | grep hostenroll || :""")  # fmt: skip
+    there, missing = (words.split() for words in SYSTEMDS[version])
+    assert shown.startswith("700 hostenroll-agent\n[Unit]\n") and shown.endswith("user.target\n")
+    assert [word for word in there if f"\n{word}" not in shown] == []
+    assert [word for word in missing if f"\n{word}" in shown] == []
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read_string(shown.partition("\n")[2])
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0" and unit["Service"]["Restart"] == "always"
+    assert machine.is_online()
 
 
 # The page.
@@ -17878,6 +18223,21 @@ def test_systemd_finds_nothing_wrong_with_the_units(units):
     names = ["hostenroll.service", "hostenroll.socket", "odd.service", "dynamic.service"]
     found = analyze(units, "verify", "--man=no", *(str(units / name) for name in names))
     assert [line for line in found.splitlines() if re.search("hostenroll|odd|dyn", line)] == []
+
+
+def test_the_service_is_started_again_until_it_runs(units):
+    """An address or a key file may arrive long after the boot. A usage error ends it."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read_string((units / "hostenroll.service").read_text())
+    for name in ("After", "Wants"):
+        assert unit["Unit"][name] == "network-online.target"
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    service = {name: unit["Service"][name] for name in unit["Service"] if "Restart" in name}
+    prevented = str(hostenroll.EXIT_USAGE)
+    assert service == {
+        "Restart": "on-failure", "RestartSec": "2", "RestartPreventExitStatus": prevented,
+    }  # fmt: skip
 
 
 USERS = {  # the uid of a user hostenroll, and whether it must still be made
