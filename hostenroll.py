@@ -161,6 +161,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 # Contents: numbers by topic; Progress, Origin; how JSON, times, ids and peers' texts are written.
 
 __version__ = "0.2.0"
+RELEASED = "20261129"  # the day of it: a clock that shows an earlier one is not set
 
 SECOND_MS = 1000
 LAST_SECOND = 253_402_300_799  # of the year 9999: RFC 3339 has no later one
@@ -5597,6 +5598,7 @@ AGENT_SCRIPT = r"""#!/bin/sh
 # It is all functions, with one call in the last line: a download that was cut short runs nothing.
 
 VERSION=@VERSION@
+RELEASED=@RELEASED@ # a clock that shows an earlier day is not set
 PROGRAM=/usr/local/sbin/hostenroll-agent # where --install copies this script, for root
 SERVICE=hostenroll-agent.service
 UNIT=/etc/systemd/system/$SERVICE
@@ -5607,13 +5609,18 @@ MACHINE_ID=/etc/machine-id
 
 # Seconds.
 FIRST_WAIT=1      # after a failure: a random wait from 1 to this, doubled with each more in a row
+SHORT_WAIT=10     # up to twice the interval that the server told last, at least to this,
 LONGEST_WAIT=300  # but never more than this
+INTERVAL=30       # until the server tells one
+GIVE_UP=120       # how long --once and --install try
 FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname, and to send the facts
+FACT_TIMEOUT=5
 CONNECT_TIMEOUT=10
 ANSWER_TIMEOUT=30
 LONGEST_START=60 # how long --install waits until a heartbeat of the service is answered
 LONGEST_ANSWER=65536 # bytes, with the head
 LONGEST_CREDENTIAL=1024
+NUMBER='0*\([0-9]\{1,5\}\)[,}]' # in JSON
 LINE='
 '
 
@@ -5633,7 +5640,8 @@ Enrolls this machine if a token is given, and then sends heartbeats for as long 
   --state DIR         where to keep the credential (root: /var/lib/hostenroll-agent, others:
                       ~/.local/state/hostenroll-agent)
   --ask-again SECONDS how long to wait after a refusal (3600)
-  --once              send one heartbeat and end, for cron
+  --once              send one heartbeat and end, for cron; failures are tried again for 2 minutes
+  --every SECONDS     how often cron runs this: with --once, or with --install (60)
   --install           install or update a systemd service; without systemd, print a line for cron
   --prefix DIR        install the program below DIR (/usr/local, or ~/.local)
   --uninstall         undo --install; the credential stays
@@ -5662,11 +5670,15 @@ end() { # STATUS [TEXT]
     exit "$1"
 }
 
-# A random number from 1 to $1. It gets a 1 in front because some od print leading zeros: 08 is a
+# Random characters of a set. Small systems have no od.
+random() { # SET NUMBER
+    head -c 4096 /dev/urandom 2>/dev/null | tr -dc "$1" | cut -c "1-$2"
+}
+
+# A random number from 1 to $1. It gets a 1 in front because it may begin with zeros: 08 is a
 # syntax error in shell arithmetic, and ends the shell.
 draw() {
-    drawn=$(od -An -N2 -tu2 /dev/urandom 2>/dev/null | tr -dc 0-9)
-    drawn=$((1${drawn:-$$} % $1 + 1))
+    drawn=$((1$(random 0-9 5) % $1 + 1))
 }
 
 # For a string in JSON and for one in a curl config: both have the same escapes.
@@ -5708,6 +5720,7 @@ take() { # OPTION VALUE
         ;;
     --prefix) prefix=$2 ;;
     --ask-again) ask_again=$2 ;;
+    --every) every=$2 ;;
     *) end 2 "unknown option $1; see --help" ;;
     esac
     [ -n "$2" ] || end 2 "$1 needs a value; see --help"
@@ -5725,9 +5738,11 @@ check_arguments() {
     case $name in
     *[[:cntrl:]]*) end 2 "--name takes one line of text" ;;
     esac
-    case $ask_again in
-    *[!0-9]* | 0* | ??????*) end 2 "--ask-again takes seconds" ;;
+    case $ask_again:$every in
+    *[!0-9:]* | 0* | *:0* | ??????*:* | *:??????*) end 2 "--ask-again, --every: takes seconds" ;;
     esac
+    [ "${every:-1}" -le 86400 ] || end 2 "--every takes at most 86400 seconds"
+    [ -z "$every" ] || [ -n "$once" ] || [ "$act" = install ] || end 2 "--every goes with --once"
     [ -z "$cacert" ] || [ -r "$cacert" ] || end 2 "cannot read $cacert"
 }
 
@@ -5906,9 +5921,9 @@ is_mine() { # MARK
 # pipe: they are in no argument, no environment and no file. An answer that was cut off ends without
 # the exit status of curl.
 ask() { # PATH CONFIG
-    config=$2
+    url=$server$1 config=$2
     # -q works only as the first option. Without it a .curlrc could turn verification off.
-    set -- -q "$server$1" -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{http_code}'
+    set -- -q "$url" -sS -g -i -A "hostenroll-agent/$VERSION" -w '\n%{time_total} %{http_code}'
     set -- "$@" --connect-timeout "$CONNECT_TIMEOUT" --max-time "$ANSWER_TIMEOUT"
     set -- "$@" --proto "=${server%%:*}"
     [ -z "$loopback" ] || set -- "$@" --noproxy '*'
@@ -5924,7 +5939,7 @@ ask() { # PATH CONFIG
     case $exit_status in
     0)
         answer=${answer%"$LINE"*}
-        status=${answer##*"$LINE"}
+        status=${answer##* }
         reply=$(printf '%s\n' "${answer%"$LINE"*}" | tail -n 1)
         ;;
     [1-9] | [1-9][0-9] | [1-9][0-9][0-9])
@@ -5946,6 +5961,45 @@ detail() {
     member detail '"\([^"]*\)"' | fact
 }
 
+# Why there is no good answer, where the reason may pass.
+fail_for_now() {
+    case $status in
+    000)
+        ! is_untrusted || failure="not trusted, nothing was sent: $failure"
+        fail "no answer from $server: $failure"
+        ;;
+    408 | 429 | 503) fail "$server cannot answer now ($status${code:+ $code})" ;;
+    *) fail "unexpected answer from $url ($status${code:+ $code})" ;;
+    esac
+}
+
+# Curl does not trust the server, and no waiting helps. It does as long as the clock is behind: for
+# such a clock, certificates are not valid yet.
+is_untrusted() {
+    case $exit_status:$failure in
+    60:*'not yet '* | 60:*activat* | 60:*[Ff]uture* | 60:*FUTURE*) return 1 ;;
+    51:* | 60:* | 77:* | 83:* | 90:* | 91:*) [ "$(date -u +%Y%m%d)" -ge "$RELEASED" ] ;;
+    *) return 1 ;;
+    esac
+}
+
+# Runs a command that may hang, as docker does on a dead mount. When its time is over, it is ended,
+# with all that it has started where there is setsid, and what it has printed ends with a "?".
+limited() { # COMMAND...
+    command -v "$1" >&2 || return 0
+    sleep "$FACT_TIMEOUT" >/dev/null &
+    timer=$!
+    ! command -v setsid >&2 || set -- setsid "$@"
+    (
+        "$@" &
+        trap 'kill -9 "-$!" || kill -9 "$!"; exit' TERM
+        wait "$!"
+        kill -9 "$timer"
+    ) &
+    ! wait "$timer" || { kill "$!" && printf '?'; }
+    echo
+}
+
 # The facts about this machine, as members of a JSON object.
 gather_facts() {
     own=${hostname:-$(uname -n)}
@@ -5953,11 +6007,13 @@ gather_facts() {
     [ -n "$own" ] || end 1 "this machine has no usable hostname: give --hostname"
     os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
     os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
-    docker=$({ docker --version </dev/null; } 2>/dev/null |
-        sed -n 's/^Docker version \([^, ]*\).*/\1/p' | fact)
-    facts="\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
+    docker=$(limited docker --version </dev/null 2>/dev/null |
+        sed -n '/^[?]*$/{p;q;};/^Docker version /{s///;s/[, ].*//;p;q;}' | fact)
+    facts="\"agentVersion\":\"$VERSION\",\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
-    facts="$facts,\"dockerVersion\":\"$(escape "$docker")\",\"agentVersion\":\"$VERSION\""
+    [ "$docker" != '?' ] || say "docker --version hangs: the server keeps the version that it has"
+    [ "$docker" = '?' ] || facts="$facts,\"dockerVersion\":\"$(escape "$docker")\""
+    facts="$facts,\"everySeconds\":${every:-null}"
     # The server sees copies by the instance: a machine, a boot of it and a folder.
     boot=${boot:-$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)}
     [ -n "$boot$once" ] || boot=$(head -c 16 /dev/urandom | digest)
@@ -5989,22 +6045,27 @@ read_state() {
 
 enroll() {
     [ -z "$given" ] || end 2 "this folder is the service's: enroll as root, without --state"
-    read_token
-    token_id=${token#het_}
-    token_id=${token_id%%_*}
+    read_token || end 2 "there is no token in $token_file: a token begins with het_"
     if load_credential && is_mine "$mark" && [ "$enrolled_with" = "$token_id" ]; then
         token='' # this command has run before
         return
     fi
-    keep_key
+    keep_key || end 1
     gather_facts
     until ask_for_credential; do
-        [ -z "$once$act" ] || end 1
+        [ "$?" != 3 ] || end 3
+        ! is_untrusted || end 1
         back_off
     done
-    token='' reported='' bound=$FIRST_WAIT enrolled=yes
-    rm -f "$state/enrolling"
-    say "enrolled as host $host_id"
+}
+
+# A host that was deleted comes back, as a new one, with a token that can be read again.
+enroll_anew() {
+    [ "$code" = host-unknown ] && [ -f "$token_file" ] && read_token || return 3
+    [ "$token_id" != "$tried" ] || return 3
+    tried=$token_id
+    say "the host is deleted on the server: enrolling anew with $token_file"
+    keep_key && ask_for_credential
 }
 
 read_token() {
@@ -6013,11 +6074,13 @@ read_token() {
     *) [ -r "$token_file" ] && IFS= read -r token <"$token_file" ;;
     esac
     token=${token%"$(printf '\r')"}
+    token_id=${token#het_}
+    token_id=${token_id%%_*}
     case $token in
-    *[!A-Za-z0-9_-]*) ;;
-    het_*_*) return 0 ;;
+    *[!A-Za-z0-9_-]*) return 1 ;;
+    het_*_*) ;;
+    *) return 1 ;;
     esac
-    end 2 "there is no token in $token_file: a token begins with het_"
 }
 
 keep_key() {
@@ -6026,32 +6089,29 @@ keep_key() {
         read -r key_token key key_mark <"$state/enrolling"
     key=$(printf '%s' "$key" | tr -dc 0-9a-f)
     is_mine "$key_mark" && [ "$key_token" = "$token_id" ] && [ ${#key} -eq 32 ] && return
-    key=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
-    [ ${#key} -eq 32 ] || end 1 "cannot read /dev/urandom"
+    key=$(random 0-9a-f 32)
+    [ ${#key} -eq 32 ] || fail "head -c or tr cannot read /dev/urandom" || return
     printf '%s\n' "$token_id $key $machine" | put "$state/enrolling" 600 ||
-        end 1 "cannot write in $state: make room and run this again; the token has not been used"
+        fail "cannot write in $state: make room and run this again; the token has not been used"
 }
 
+# Returns 0 enrolled, 1 failed, 3 refused.
 ask_for_credential() {
     body="{\"token\":\"$token\",$facts"
     [ -z "$name" ] || body="$body,\"name\":\"$(escape "$name")\""
     ask /api/agent/enroll "header = \"Idempotency-Key: $key\"
 data-binary = \"$(escape "$body}")\""
     body=''
-    case $status:$exit_status in
+    case $status:$code in # a proxy's refusal has none of these codes, and may pass
     201:*) keep_enrollment ;;
-    000:51 | 000:60 | 000:77 | 000:83 | 000:90 | 000:91) # curl does not trust it, and never will
-        end 1 "not trusted, nothing was sent: $server: $failure"
-        ;;
-    000:*) fail "no answer from $server: $failure" ;;
-    408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
-    4??:*)
+    4??:token-* | 4??:host-* | 4??:invalid-body | 4??:malformed-request | 4??:not-found | \
+        413:body-too-large)
         [ "$code$key_token" = "token-used$token_id" ] ||
-            end 3 "refused (${code:-$status}): $(detail)"
-        keep_key # with the old one, in a copy of this state, another machine was let in
-        ask_for_credential
+            fail "refused ($code): $(detail)" || return 3
+        # With the key that lay here, in a copy of this state, another machine was let in.
+        keep_key && ask_for_credential
         ;;
-    *) fail "unexpected answer from $server ($status${code:+ $code})" ;;
+    *) fail_for_now ;;
     esac
 }
 
@@ -6064,6 +6124,10 @@ keep_enrollment() {
     store_credential "$credential" ||
         fail "cannot write in $state: make room; the same token then works again" || return
     store_facts
+    rm -f "$state/enrolling"
+    say "enrolled as host $host_id"
+    told=$(member heartbeatIntervalSeconds "$NUMBER")
+    token='' reported='' bound=$FIRST_WAIT enrolled=yes # and it succeeds where nobody reads stderr
 }
 
 # Heartbeats. Returns 0 accepted, 1 failed, 3 refused.
@@ -6076,24 +6140,24 @@ beat() {
 data-binary = \"$(escape "{$body}")\""
     case $status:$code:$body in
     200:*) accepted ;;
-    000:*) fail "no answer from $server: $failure" ;;
     4??:host-revoked:* | 4??:host-unknown:* | 4??:credential-*)
-        fail "refused ($code): $(detail)" || return 3
+        fail "refused ($code): $(detail)" || enroll_anew || return
+        beat
         ;;
     400:invalid-body:?*)
         say "the server does not accept the facts about this machine: $(detail)"
         sent_facts=$facts
         beat
         ;;
-    408:* | 429:* | 503:*) fail "$server cannot answer now ($status${code:+ $code})" ;;
-    *) fail "unexpected answer from $server ($status${code:+ $code})" ;;
+    *) fail_for_now ;;
     esac
 }
 
 accepted() {
-    next=$(member nextHeartbeatSeconds '0*\([0-9]\{1,5\}\)[,}]')
+    next=$(member nextHeartbeatSeconds "$NUMBER")
     [ -n "$next" ] || fail "$server does not answer like a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
+    told=$next
     [ -z "$body" ] || store_facts "$(date +%s)"
     case $reply in
     *'"credential":'*) keep_renewal || return 0 ;;
@@ -6114,15 +6178,28 @@ keep_renewal() {
 }
 
 # Wait after a failure: longer with each in a row, and random, because a fleet must not return all
-# at once. If a proxy has added a second Retry-After, the last one counts. One that is not a number
-# of seconds, such as a date, is ignored.
+# at once; what the server asks for, it allows. If a proxy has added a second Retry-After, the last
+# one counts. One that is not a number of seconds, such as a date, is ignored.
 back_off() {
+    longest=$((${told:-$INTERVAL} * 2))
+    [ "$longest" -ge "$SHORT_WAIT" ] || longest=$SHORT_WAIT
+    [ "$longest" -le "$LONGEST_WAIT" ] || longest=$LONGEST_WAIT
     asked=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/^[Rr]etry-[Aa]fter: *//p' |
         sed -n '$s/^0*\([0-9]\{1,4\}\) *$/\1/p')
+    [ "${asked:=0}" -le "$LONGEST_WAIT" ] || asked=$LONGEST_WAIT
+    longest=$((longest > asked ? longest - asked : 1))
+    [ "$bound" -le "$longest" ] || bound=$longest
     draw "$bound"
-    pause $((${asked:-0} + drawn))
+    took=$(printf '%s\n' "$answer" | sed -n 's/^0*\([0-9]\{1,2\}\)\.[0-9]* ...$/\1/p' | tail -n 1)
+    age=$((age + ${took:-0})) drawn=$((asked + drawn))
+    left=$((GIVE_UP - age))
+    if [ -n "$once$act" ]; then
+        [ "$left" -gt 0 ] || [ "$GIVE_UP" = 0 ] || say "gave up after $age s"
+        { [ "$left" -gt 0 ] && ! is_untrusted; } || end 1
+        [ "$drawn" -le "$left" ] || drawn=$left
+    fi
+    pause "$drawn"
     bound=$((bound * 2))
-    [ "$bound" -le "$LONGEST_WAIT" ] || bound=$LONGEST_WAIT
 }
 
 # A signal ends the wait and the sleep at once; TERM, INT and HUP also end the agent. USR1 comes
@@ -6158,10 +6235,10 @@ beat_on() {
         case $given:$outcome$answered in # root looks at the time of the file, and does not open it
         /*:[03]) { printf '' >|"$state/answered" && answered=yes; } 2>/dev/null ;;
         esac
-        [ -z "$once" ] || end "$outcome"
+        [ -z "$once" ] || [ "$outcome" = 1 ] || end "$outcome"
         case $outcome in
-        0) bound=$FIRST_WAIT && pause "$next" ;;
-        1) back_off ;;
+        0) tried='' bound=$FIRST_WAIT && pause "$next" ;;
+        1) tried='' && back_off ;;
         3) pause "$ask_again" ;;
         esac
         [ "$age" -lt "$FACTS_EVERY" ] || gather_facts
@@ -6192,8 +6269,8 @@ install() {
     keep_new
     draw 50 # each host gets its own second of the minute
     say "there is no systemd here that this can use: run crontab -e and add this line"
-    printf '* * * * * sleep %s; sh %s %s --once 2>&1 | logger -t hostenroll-agent\n' \
-        "$drawn" "$PROGRAM" "$(service_arguments)"
+    printf '%s * * * * sleep %s; sh %s %s --once --every %s 2>&1 | logger -t hostenroll-agent\n' \
+        "${minutes%/1}" "$drawn" "$PROGRAM" "$(service_arguments)" "$every"
     end 0
 }
 
@@ -6203,6 +6280,7 @@ check_install() {
     [ "${script##*"$LINE"}" = 'main "$@"' ] || end 1 "save this script in a file first"
     if [ "$user" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
+        [ -z "$every" ] || end 2 "--every is for cron: the server tells a service when to beat"
         [ "$state" = "$STATE" ] ||
             end 2 "--state cannot be used with --install: a service has $STATE"
         systemd=$(systemctl --version | sed -n '1s/^[^0-9]*\([0-9]*\).*/\1/p')
@@ -6213,6 +6291,10 @@ check_install() {
         esac
         return
     fi
+    every=${every:-60}
+    minutes="*/$((every / 60))"
+    { [ "$((every % 60))" = 0 ] && [ "$every" -le 1800 ]; } ||
+        end 2 "--every takes whole minutes for cron, 60 to 1800"
     case $cacert in
     '' | /*) ;;
     *) cacert=$PWD/$cacert ;;
@@ -6410,7 +6492,7 @@ main() {
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
     as_service='' given='' served='' stopped='' boot='' key='' proxy='' prefix=''
-    answered='' replaced='' updates=''
+    answered='' replaced='' updates='' every='' told='' tried=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -6422,7 +6504,10 @@ main() {
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
-    command -v curl >/dev/null 2>&1 || end 1 "curl is missing: install it"
+    for tool in cat chmod curl cut date head id ln ls mkdir mv rm sed sleep sync tail tr uname \
+        ${act:+chown find}; do
+        command -v "$tool" >/dev/null 2>&1 || end 1 "$tool is missing: install it"
+    done
     find_state
     find_machine
     [ "$act" != uninstall ] || uninstall
@@ -6453,6 +6538,7 @@ leave_to_service() {
 }
 
 leave_to_holder() {
+    [ -n "$enrolled" ] || [ -z "$every" ] || end 0 # the run before this one still tries
     [ -n "$enrolled" ] ||
         end 1 "another agent, process ${holder%%-*}, uses $state: end it, or give --state DIR"
     kill -USR1 "${holder%%-*}"
@@ -6461,6 +6547,7 @@ leave_to_holder() {
 
 main "$@"
 """.replace("@VERSION@", __version__).replace("@UNIT_END@", UNIT_END)
+AGENT_SCRIPT = AGENT_SCRIPT.replace("@RELEASED@", RELEASED)
 
 
 def join_command(url: str, pin: str, token: str = "") -> str:

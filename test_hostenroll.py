@@ -9423,10 +9423,18 @@ class Machine:
         self.log_file = folder / "log"
         self.programs = folder / "programs"  # before all others
         self.programs.mkdir()
-        self.script.write_text(hostenroll.AGENT_SCRIPT)
+        self.write_script()
         path = f"{self.programs}:{os.environ['PATH']}"
         self.environment = {"PATH": path, "HOME": str(folder)}
         self.trust = ("--pin", pin_of("one"))
+
+    def write_script(self, **constants):
+        """The agent's script with some constants changed: it does not try again by itself."""
+        text = hostenroll.AGENT_SCRIPT
+        for name, value in {"GIVE_UP": 0, "FACT_TIMEOUT": "05", **constants}.items():
+            text, found = re.subn(f"(?m)^{name}=[^ \n]*", f"{name}={value}", text)
+            assert found == 1, name
+        self.script.write_text(text)
 
     def command(self, *options, token=""):
         options += ("--token-file", "-") if token else ()
@@ -9716,11 +9724,41 @@ def test_a_refused_agent_reports_it_once_and_tries_hourly(code, member):
     assert member.stored() == before
 
 
+def test_a_deleted_host_comes_back_by_a_token_that_is_still_good(machine, behind):
+    file, middle = machine.folder / "token", behind()
+    file.write_text(machine.door.token(maxUses=2))
+    machine.once("--token-file", str(file), "--name", "web")
+    old = machine.host()["id"]
+    machine.door.delete(old)
+    shown = machine.once("--token-file", str(file), "--name", "web")
+    new = machine.host()
+    assert (new["name"], new["status"]) == ("web", "online") and new["id"] != old
+    assert re.search(f"refused .host-unknown(.*\n.*)anew with {file}\n.* host {new['id']}\n", shown)
+    keys = re.findall(rb"(?i)idempotency-key: (\S+)", b"".join(middle.requests))
+    assert len(keys) == 2 and keys[0] != keys[1]
+
+
+@slow
+def test_a_deleted_host_whose_token_is_refused_goes_on_asking_hourly(machine):
+    file = machine.folder / "token"
+    file.write_text(machine.door.token())
+    machine.once("--token-file", str(file))
+    machine.door.delete(machine.host()["id"])
+    assert recorded_sleeps(machine, 4, "--token-file", str(file)) == [3600] * 4
+    assert machine.refusals("token-used") == 1
+    assert [line.split(":")[1].strip() for line in machine.log()[1:]] == [
+        "refused (host-unknown)", "the host is deleted on the server",
+        "refused (token-used)", "refused (host-unknown)",
+    ]  # fmt: skip
+
+
 def recorded_sleeps(machine, count, *options):
     """The waits of the agent, without waiting."""
     log = machine.folder / "sleeps"
     machine.program(
-        "sleep", f'echo "$1" >>{log}\n[ "$(wc -l <{log})" -lt {count} ] || exec tail -f /dev/null'
+        "sleep",
+        f"""[ "$1" != 05 ] || exec {shutil.which("sleep")} 5 # for docker
+        echo "$1" >>{log}\n[ "$(wc -l <{log})" -lt {count} ] || exec tail -f /dev/null""",
     )
     machine.shell = ("dash",) if shutil.which("dash") else ("bash",)  # its sleep is a program
     with machine.agent(*options):
@@ -9745,11 +9783,58 @@ def test_after_failures_an_agent_waits_longer_and_at_random(member):
         closed.bind(("127.0.0.1", 0))  # and does not listen
         member.port = closed.getsockname()[1]
         waits = recorded_sleeps(member, 30)
-    bounds = [min(2**n, 300) for n in range(30)]
+    bounds = [min(2**n, 60) for n in range(30)]
     assert all(1 <= wait <= bound for wait, bound in zip(waits, bounds))
-    assert len(set(waits[9:])) > 10 and max(waits) > 150  # fails with a chance of 2 ** -21
+    assert len(set(waits[7:])) > 10 and max(waits) > 30  # fails with a chance of 2 ** -23
     (line,) = member.log()
     assert "no answer from" in line and " ms" not in line  # a duration would make each one new
+
+
+LONGEST_WAITS = {  # the interval that the server told last, and the agent's longest wait
+    "": 60, "1": 10, "5": 10, "6": 12, "34": 68, "150": 300, "151": 300, "86400": 300,
+}  # fmt: skip
+
+
+@in_every_shell
+def test_an_agent_waits_no_longer_than_a_server_expects_of_it(shell, tmp_path):
+    """The 5 s in a Retry-After of our server are part of it. Who asks for more gets up to 5 min."""
+    shown = in_agent(shell, tmp_path, f"""draw() {{ drawn=$1; }}
+        pause() {{ echo "$1"; }}
+        once='' act='' age=0
+        for told in {" ".join(map(repr, LONGEST_WAITS))}; do
+            for asked in '' 5 301; do answer="Retry-After: $asked" bound=999 && back_off; done
+        done
+        answer='' told=100 bound=1
+        for _ in 1 2 3 4 5 6 7 8 9 10; do back_off; done""")  # fmt: skip
+    waits = list(map(int, shown))
+    expected = [[longest, longest, 301] for longest in LONGEST_WAITS.values()]
+    assert waits[:-10] == list(itertools.chain(*expected))
+    assert waits[-10:] == [1, 2, 4, 8, 16, 32, 64, 128, 200, 200]
+
+
+@slow
+@pytest.mark.parametrize("way", ["the enrollment", "a heartbeat"])
+def test_an_agent_goes_by_the_interval_that_it_was_told_last(way, machine, behind):
+    file = machine.folder / "token"
+    file.write_text(machine.door.token())
+    if way == "a heartbeat":
+        machine.once("--token-file", str(file))
+    behind("pass", *[answer_of("503 Busy")] * 25)
+    waits = recorded_sleeps(machine, 25, "--token-file", str(file))
+    assert 5 < max(waits) <= 10  # of a server that wants a heartbeat every second
+
+
+@in_every_shell
+def test_the_time_of_an_unanswered_try_counts_when_an_agent_gives_up(shell, tmp_path):
+    shown = in_agent(shell, tmp_path, """draw() { drawn=$1; }
+        pause() { echo "$1" && age=$((age + $1)); }
+        once=yes act='' told='' age=0 bound=1 reported='' locked='' stopped=''
+        exit_status=28 failure=''
+        for line in "08.0 " "000" "30.0021 000 " "40.5 000${LINE}curl: (28) timed out"; do
+            answer="404 x${LINE}$line" && back_off
+        done
+        (while :; do back_off; done) || :""")  # fmt: skip
+    assert shown == ["1", "2", "4", "8", "16", "hostenroll-agent: gave up after 151 s"]
 
 
 BUSY = {  # the answer, and how it is reported
@@ -9803,6 +9888,7 @@ def test_no_number_from_outside_ends_the_agent(shell, tmp_path):
         answer = answer_of("503 Busy", b"", *fields.splitlines()) + b"\n503"
         (tmp_path / f"answer-{n:02}").write_bytes(answer)
     waits = in_agent(shell, tmp_path, """pause() { echo "$1"; }
+        told=99 once='' act='' age=0
         for n in $(seq -w 0 99); do
             [ ! -e "answer-$n" ] || (answer=$(cat "answer-$n") bound=1 && back_off)
         done; :""")  # fmt: skip
@@ -9814,7 +9900,7 @@ def test_no_number_from_outside_ends_the_agent(shell, tmp_path):
             (accepted && pause "$next" && echo "$next $age") 2>/dev/null || echo none
         done""", replies)  # fmt: skip
     assert dict(zip(INTERVALS, waits)) == INTERVALS
-    lines = 'od() { echo " 00089"; }\ndraw 1; echo "$drawn"\ndraw 300; echo "$drawn"'
+    lines = 'head() { echo " 00089"; }\ndraw 1; echo "$drawn"\ndraw 300; echo "$drawn"'
     one, some = map(int, in_agent(shell, tmp_path, lines))
     assert one == 1 and 1 <= some <= 300
 
@@ -9897,6 +9983,105 @@ def test_a_strange_answer_is_a_failure_and_changes_nothing(answer, machine, behi
 
 
 IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PASSING = {  # what a proxy answers in the server's place
+    "403": (403, answer_of("403 Forbidden", b"<html>This device is not known yet</html>")),
+    "404": (404, answer_of("404 Not Found", b"404 page not found\n")),
+    "407": (407, answer_of("407 Proxy Authentication Required", b'{"code":"forbidden"}')),
+    "421": (421, answer_of("421 Misdirected Request")),
+    "401": (401, answer_of("401 Unauthorized", b'{"error":{"code":"token_missing"}}')),
+}  # fmt: skip
+
+
+def without_waiting(machine):
+    """Its sleeps end at once, and are recorded; it tries for 2 minutes, as it is shipped."""
+    machine.write_script(GIVE_UP=120)
+    machine.shell = ("dash",) if shutil.which("dash") else ("bash",)  # its sleep is a program
+    slept = machine.folder / "slept"
+    machine.program("sleep", f'[ "$1" != 05 ] || exec tail -f /dev/null\necho "$1" >>{slept}')
+    return lambda: [int(line) for line in slept.read_text().split()] if slept.exists() else []
+
+
+@pytest.mark.parametrize("status, answer", sample(PASSING, "403"))
+def test_a_refusal_that_is_not_the_servers_is_waited_out(status, answer, machine, behind):
+    without_waiting(machine)
+    behind(*[answer] * 3, "pass", *[answer] * 3)
+    shown = machine.once(token=machine.door.token()).splitlines()
+    for line, path in ((shown[0], "enroll"), (shown[2], "heartbeat")):
+        url = f"https://127.0.0.1:{machine.port}/api/agent/{path}"
+        assert line.startswith(f"hostenroll-agent: unexpected answer from {url} ({status}")
+    assert "enrolled as host" in shown[1] and machine.is_online()
+    assert shown[3:] == ["hostenroll-agent: the server accepts heartbeats again"]
+
+
+@pytest.mark.parametrize("option, enrolled", sample({
+    "an enrollment": ("--once", False), "an installation": ("--install", False),
+    "a heartbeat": ("--once", True)}))  # fmt: skip
+def test_a_run_that_is_to_end_gives_up_after_two_minutes(option, enrolled, machine, behind):
+    token = machine.door.token()
+    if enrolled:
+        machine.once(token=token)
+    slept, middle = without_waiting(machine), behind(*[PASSING["403"][1]] * 200)
+    shown = machine.run(option, token="" if enrolled else token, status=1)
+    assert shown.count("\n") == 2 and shown.endswith(": gave up after 120 s\n")
+    assert sum(slept()) == 120 and len(middle.requests) == len(slept()) + 1 > 4
+
+
+@slow
+def test_what_is_final_is_not_tried_again(machine, behind):
+    slept, used = without_waiting(machine), machine.door.token()
+    machine.door.enroll(used)
+    machine.once(token=used, status=3, text="refused (token-used)")
+    machine.once("--name", "x" * 9000, token=machine.door.token(), status=3, text="body-too-large")
+    machine.once(token=machine.door.token())
+    machine.door.revoke(machine.stored().split()[1])
+    machine.once(status=3, text="refused (host-revoked)")
+    machine.trust = ("--pin", pin_of("other"))
+    for token in (machine.door.token(), ""):
+        shown = machine.once(token=token, status=1, text="not trusted, nothing was sent")
+        assert shown.count("\n") == 1
+    assert slept() == []
+
+
+TRUST_FAILURES = {  # what curl says with each TLS library, and whether it passes by itself
+    "60 (60) SSL certificate problem: certificate is not yet valid": True,  # OpenSSL
+    "60 (60) server certificate verification failed. certificate not activated": True,  # GnuTLS
+    "60 (60) Cert verify failed: BADCERT_FUTURE": True,  # mbed TLS
+    "60 (60) The certificate validity starts in the future": True,
+    "60 (60) SSL certificate problem: certificate has expired": False,
+    "60 (60) SSL certificate problem: unable to get local issuer certificate": False,
+    "90 (90) SSL: public key does not match pinned public key": False,
+    "77 (77) error setting certificate file": False,
+    "7 (7) Failed to connect": True, "35 (35) TLS connect error": True,
+}  # fmt: skip
+
+
+@in_every_shell
+def test_a_certificate_is_refused_for_good_only_by_a_clock_that_is_set(shell, tmp_path):
+    assert time.strptime(hostenroll.RELEASED, "%Y%m%d")
+    texts = "".join(f"{text}\n" for text in TRUST_FAILURES)
+    for day, passes in ((hostenroll.RELEASED, False), ("20251231", True), ("19700101", True)):
+        lines = f"""date() {{ echo {day}; }}; RELEASED={hostenroll.RELEASED}
+            while read -r exit_status failure; do
+                if is_untrusted; then echo False; else echo True; fi
+            done"""
+        shown = in_agent(shell, tmp_path, lines, texts)
+        assert shown == [str(passes or text) for text in TRUST_FAILURES.values()], day
+
+
+@slow
+def test_an_agent_whose_clock_is_not_set_waits_until_its_server_is_trusted(machine):
+    without_waiting(machine)
+    is_set = machine.folder / "is_set"
+    (bundle,) = trust(machine.folder, "--cacert", "one")[1:]
+    machine.program("date", "echo 20200101")
+    machine.program("sleep", f'[ "$1" != 05 ] || exec tail -f /dev/null\n>{is_set}')
+    machine.program("curl", f"""[ ! -e {is_set} ] || set -- "$@" --cacert {bundle}
+        exec {shutil.which("curl")} "$@" """)  # fmt: skip
+    machine.trust = ()
+    shown = machine.once(token=machine.door.token())
+    assert shown.count("\n") == 2 and "no answer" in shown and "enrolled as host" in shown
+
+
 ENDLESS = {  # how an answer begins, and what then comes for ever
     "chunks": (IN_CHUNKS, b"8000\r\n" + b"x" * 0x8000 + b"\r\n"),
     "binary chunks": (IN_CHUNKS, b"8000\r\n" + bytes(range(256)) * 0x80 + b"\r\n"),
@@ -10001,6 +10186,12 @@ MISUSES = {  # arguments of the agent, and a part of its message
     "--server https://a --hostname 'a b'": "--hostname takes",
     "--server https://a --name 'a\nb'": "one line",
     "--server https://a --cacert /nowhere": "cannot read",
+    "--server https://a --every 60": "--every goes with --once",
+    "--server https://a --once --every": "--every needs a value",
+    "--server https://a --once --every 0": "takes seconds",
+    "--server https://a --once --every 1.5": "takes seconds",
+    "--server https://a --once --every 60:60": "takes seconds",
+    "--server https://a --once --every 86401": "at most 86400",
 }  # fmt: skip
 
 
@@ -10074,6 +10265,89 @@ def test_facts_are_sent_when_they_change_and_not_with_every_heartbeat(machine, b
     # Facts that the server refuses do not silence the host.
     machine.once("--hostname", "web-9", text="is 'odd' '")
     assert middle.has_facts()[6:] == [True, False]
+
+
+def bodies(middle):
+    """The members of the requests that the agent has sent."""
+    return [json.loads(request.partition(b"\r\n\r\n")[2]) for request in middle.requests]
+
+
+@in_every_shell_slowly
+def test_an_agent_says_how_often_cron_runs_it(machine, behind):
+    """A service goes by what the server tells it, and so does a run of which nothing is known."""
+    middle = behind()
+    machine.once(token=machine.door.token())
+    for seconds in ("60", "60", "86400"):
+        machine.once("--every", seconds)
+    with machine.agent():
+        until(lambda: len(middle.requests) > 6)
+    machine.once("--every", "60")
+    said = [body.get("everySeconds", "nothing") for body in bodies(middle)]
+    assert said[:7] == [None, "nothing", 60, "nothing", 86400, None, "nothing"] and said[-1] == 60
+    assert machine.host()["everySeconds"] == 60
+
+
+@slow
+def test_a_run_by_cron_leaves_a_machine_to_the_run_before_it(member):
+    """Which may still try: that is no news for the system's log."""
+    with member.agent():
+        until(lambda: os.path.lexists(member.state / "lock"))
+        assert member.once("--every", "60") == ""
+        member.once(status=1, text="uses")
+
+
+TOOLS = re.search(r"(?s)for tool in ([a-z \\\n]+)", hostenroll.AGENT_SCRIPT)[1]
+TOOLS = TOOLS.replace("\\", "").split()
+
+
+@in_every_shell
+def test_an_agent_names_the_tool_that_it_misses(machine):
+    """And works with those alone: small systems have no od, hexdump, setsid or timeout."""
+    machine.shell = (shutil.which(machine.shell[0]), *machine.shell[1:])
+    machine.environment["PATH"] = str(machine.programs)
+    for tool in TOOLS:
+        has_it = machine.shell[1:] and tool != "curl"
+        (machine.programs / tool).symlink_to(machine.shell[0] if has_it else shutil.which(tool))
+    machine.once(token=machine.door.token())
+    for tool in TOOLS:
+        hidden = (machine.programs / tool).rename(machine.folder / "hidden")
+        shown = machine.once(status=None)
+        is_builtin = shown == "" and (machine.shell[0][-3:], tool) == ("ksh", "sleep")
+        assert is_builtin or shown == f"hostenroll-agent: {tool} is missing: install it\n"
+        hidden.rename(machine.programs / tool)
+    assert machine.once() == "" and machine.is_online()
+
+
+HUNG = {  # how docker hangs; what it starts notes its process
+    "itself": "echo $$ >>{pids}; exec sleep 100",
+    "what it starts": "sleep 100 & echo $! >>{pids}; wait",
+    "deaf": "trap '' TERM HUP INT; echo $$ >>{pids}; exec sleep 100",
+    "when it has answered": "echo $$ >>{pids}; echo Docker version 20.1, build 1; exec sleep 100",
+    "in a pipe": "sleep 100 | cat & echo $! >>{pids}; wait",
+}
+
+
+@in_every_shell
+@pytest.mark.parametrize("how", sample(HUNG, "what it starts"))
+def test_a_docker_that_hangs_costs_a_moment_and_nothing_of_it_stays(how, machine):
+    machine.program("docker", "echo Docker version 20.1, build 1")
+    machine.once(token=machine.door.token())
+    pids = machine.folder / "pids"
+    machine.program("docker", how.format(pids=pids))
+    machine.write_script(FACT_TIMEOUT=0.2)
+    began, shown = time.monotonic(), machine.once("--every", "60")
+    assert time.monotonic() - began < 5
+    assert ("docker --version hangs" in shown) == ("echo Docker" not in how)
+    assert machine.host()["dockerVersion"] == "20.1" and machine.is_online()
+    for pid in pids.read_text().split():
+        until(lambda pid=pid: not has_arguments(pid))
+
+
+def has_arguments(pid):
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
 
 
 HOSTILE = {
@@ -10666,6 +10940,42 @@ def test_agents_go_on_when_the_server_is_started_again(tmp_path):
     assert [line for line in machine.log() if "refused" in line] == []
 
 
+# One version apart. A server of 0.1.0 has no new members, and ignores those that it does not know.
+
+
+@in_every_shell
+def test_the_agent_of_the_version_before_enrolls_beats_and_renews(machine, clock):
+    machine.script.write_text((ROOT / ".github/tests/agent-0.1.0.sh").read_text())
+    assert machine.run("--version") == "hostenroll-agent 0.1.0\n"
+    machine.once("--name", "web", token=machine.door.token())
+    assert machine.is_online() and machine.host()["name"] == "web"
+    old = machine.credential()
+    clock.advance(UNTIL_RENEWAL)
+    machine.once()
+    assert machine.credential() != old
+    machine.once()
+    assert machine.door.beat(old).code == "credential-superseded" and machine.is_online()
+    machine.write_script()
+    assert machine.once() == ""  # the folder of the one is that of the other
+
+
+@slow
+def test_a_server_of_the_version_before_gets_the_facts_once(machine, behind):
+    enrolled = b'{"hostId":"0123456789abcdef","organizationId":"default","name":"web",'
+    enrolled += b'"credential":"a.b.c","credentialExpiresAt":null,"heartbeatIntervalSeconds":30}'
+    beat = b'{"hostId":"0123456789abcdef","lastSeen":"2026-01-01T00:00:00.000Z",'
+    beat += b'"nextHeartbeatSeconds":27'
+    renewal = beat + b',"credential":"d.e.f","credentialExpiresAt":null}'
+    beats = [answer_of("200 OK", text) for text in (beat + b"}", renewal, beat + b"}")]
+    middle = behind(answer_of("201 Created", enrolled), *beats)
+    machine.once("--every", "60", token=machine.door.token())
+    for _ in range(2):
+        assert machine.once("--every", "60") == ""
+    assert middle.has_facts() == [True, False, False, False]
+    used = re.findall(rb"(?i)authorization: Bearer (\S+)", b"".join(middle.requests))
+    assert used == [b"a.b.c", b"a.b.c", b"d.e.f"] and machine.credential() == "d.e.f"
+
+
 @in_every_shell
 def test_an_agent_that_is_started_again_says_which_host_it_is(machine):
     token = machine.door.token()
@@ -10960,11 +11270,19 @@ def test_without_systemd_install_prints_a_line_for_cron_that_works(machine, tmp_
     shown = in_a_new_root(machine, f"""
         printf %s {machine.door.token()} | agent --install --token-file - >/run/line
         cat /run/line; sh -c "$(sed 's/.* sleep [0-9]*; //' /run/line)"
+        for every in 120 660 1800; do agent --install --every $every; done
+        for every in 30 90 3600; do agent --install --every $every || echo status $?; done
         agent --uninstall
         ls /usr/local/sbin
         """)  # fmt: skip
-    line = re.search(r"^\* \* \* \* \* sleep (\d+); sh /\S+ --server .*$", shown, re.M)
+    line = re.search(
+        r"^\* \* \* \* \* sleep (\d+); sh /\S+ --server .* --once --every 60 2>.*$", shown, re.M
+    )
     assert line is not None and 1 <= int(line[1]) <= 50 and "het_" not in line[0]
+    for every, minutes in ((60, "*"), (120, "*/2"), (660, "*/11"), (1800, "*/30")):
+        assert f"\n{minutes} * * * * sleep" in shown, every
+        assert re.search(rf"--once --every {every} 2>", shown)
+    assert shown.count("status 2") == 3
     assert (tmp_path / "logged").read_text() == ""
     assert machine.is_online()
     assert shown.splitlines()[-1].startswith("hostenroll-agent: uninstalled;")
