@@ -144,6 +144,7 @@ from bisect import bisect_left
 from calendar import timegm
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -158,7 +159,8 @@ from urllib.parse import parse_qsl, quote, urlsplit
 # Law: every number that we chose stands here, with its unit and the reason for its size. Times are
 # in milliseconds where the name ends in _MS, else in seconds; sizes are in bytes.
 #
-# Contents: numbers by topic; Progress, Origin; how JSON, times, ids and peers' texts are written.
+# Contents: numbers by topic; Progress, Origin; in_background(); how JSON, times, ids and peers'
+# texts are written.
 
 __version__ = "0.2.0"
 RELEASED = "20261129"  # the day of it: a clock that shows an earlier one is not set
@@ -194,6 +196,7 @@ COPY_SHOWN_MS = DAY * SECOND_MS  # the warning, after the last sign
 PRIVATE_MODE = 0o600
 KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain: thousands of either
 LINKS_MAXIMUM = 40  # one behind the other: as many as Linux follows
+FILE_PATIENCE = 0.5  # of a server for its key file: a disk takes a thousandth, a mount may hang
 
 # Heartbeats and status.
 HEARTBEAT_INTERVAL = 30
@@ -285,8 +288,15 @@ BUFFERED_MAXIMUM = 32 * 1024 * 1024  # unfinished requests and answers not taken
 ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not hold up the others
 ACCEPT_PAUSE = 0.1  # when no descriptor is free
 JUDGING_TIME = 0.005  # in a turn: heartbeats wait no longer for other requests to be judged
-SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE less than the 5 s in which a server stops
+SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE and LOG_PATIENCE less than 5 s: then it has stopped
+SHUTDOWN_GRACE = 1  # for who is connected to bring a request: a handshake has two round trips
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
+
+# The log.
+LOG_MAXIMUM = 1024 * 1024  # that waits to be written, and as much again that is being written
+LOG_PIECE = 4096  # written at once: a pipe takes that whole, and nothing of others in between
+LOG_PAUSE = 0.01  # after each write; in it lines gather, so a busy access log is few writes
+LOG_PATIENCE = 0.4  # at the end of the process: a reader that lives takes LOG_MAXIMUM in less
 
 # The store.
 LOCK_PATIENCE = 5  # many times what a command holds the lock for; then something is wrong
@@ -343,6 +353,21 @@ class Origin(NamedTuple):
     def request(self) -> str:
         """The id of the request, and the X-Request-Id of its refusal; '' where there is none."""
         return f"{self.connection:x}-{self.number}" if self.number else ""
+
+
+def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
+    """The outcome of a function that reads files, run in a thread: where a mount hangs, that alone
+    hangs with it."""
+    outcome: futures.Future[Any] = futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(read())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 # Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
@@ -1430,7 +1455,9 @@ class KeyFile:
     def __init__(self, path: str, database: str) -> None:
         self.path, self._database = path, database
         self.trouble = ""  # why the keys in the file now are not used
+        self.patience: Optional[float] = None  # seconds for reload(); None: as long as it takes
         self._seen: Optional[tuple[int, ...]] = None
+        self._reading: Optional[futures.Future[Any]] = None
 
     def load(self) -> Keyring:
         """The keyring in it. Raises OperatorError."""
@@ -1461,25 +1488,29 @@ class KeyFile:
     def reload(self, current: Keyring) -> Optional[Keyring]:
         """The keyring in it, if it has changed since the last look, is a good one, and is of the
         same database as the current one: the audit key never changes."""
-        seen = self._look()
-        if seen == self._seen:
-            return None
-        self._seen = seen
+        patience: Optional[float] = 0  # for a read that is late; what it gives then is dropped
+        if self._reading is None or self._reading.done():
+            patience, known = self.patience, () if self.trouble else self._seen
+            self._reading = in_background(partial(self._read, known))
         try:
-            keyring = load_keyring(self.path, self._database)
-            if not equal_secrets(keyring.audit_key, current.audit_key):
+            seen, keyring = self._reading.result(patience)
+            if keyring is not None and not equal_secrets(keyring.audit_key, current.audit_key):
                 raise OperatorError(f"{self.path} is another database's: put the right one back")
-        except OperatorError as error:
-            if isinstance(error.__cause__, OSError):  # it may pass without a change of the file
-                self._seen = ()
-            if self.trouble != str(error):
-                log.error("%s; until then the keys that were loaded before are used", error)
-            self.trouble = str(error)
+        except (OperatorError, futures.TimeoutError) as error:
+            trouble = str(error) or f"cannot read the key file {self.path}: it takes too long"
+            if self.trouble != trouble:
+                log.error("%s; until then the keys that were loaded before are used", trouble)
+            self.trouble = trouble
             return None
         if self.trouble:
             log.info("the key file %s is as it should be again", self.path)
-        self.trouble = ""
-        return keyring
+        self.trouble, self._seen = "", seen
+        return keyring if isinstance(keyring, Keyring) else None
+
+    def _read(self, known: object) -> tuple[object, Optional[Keyring]]:
+        """How the file looks, and the keyring in it if that is not as it was known."""
+        seen = self._look()
+        return seen, None if seen == known else load_keyring(self.path, self._database)
 
     def _look(self) -> Optional[tuple[int, ...]]:
         try:
@@ -2159,6 +2190,10 @@ class Database:
     def version(self) -> int:
         return int(self.value("PRAGMA user_version"))
 
+    def data_version(self) -> int:
+        """Another number after each commit of another process."""
+        return int(self.value("PRAGMA data_version"))
+
     def _recognize(self) -> bool:
         """Whether the database has our schema; not, when it is empty. Raises StoreError."""
         application, version = self.value("PRAGMA application_id"), self.version()
@@ -2751,8 +2786,9 @@ class Queries:
     def signing_keys(self) -> list[SigningKeyRow]:
         return self._all(SigningKeyRow, "ORDER BY number DESC")
 
-    def kids(self) -> set[str]:
-        return {kid for (kid,) in self._rows("SELECT kid FROM signing_key")}
+    def kids(self, with_retired: bool = True) -> set[str]:
+        which = "" if with_retired else " WHERE retired_at IS NULL"
+        return {kid for (kid,) in self._rows(f"SELECT kid FROM signing_key{which}")}
 
     def add_signing_key(self, kid: str, now: int) -> None:
         """Give a kid a number; one that was retired is no longer."""
@@ -3553,7 +3589,8 @@ class SigningKeys(Rules):
     """The keys that sign and verify credentials, and their names in the database.
 
     The key file decides. It may be replaced while we run, by a command or from a backup: reload()
-    goes by what is in it, and learn() has the database know it.
+    goes by what is in it, and learn() has the database know it. A command commits what it has done
+    to the file, and follow() knows from then on. Housekeeping, and so SIGHUP, finds other changes.
     """
 
     def __init__(
@@ -3564,16 +3601,29 @@ class SigningKeys(Rules):
         self.keyring = keyring
         self.file = key_file
         self._ttl = ttl
+        self._version = -1  # of the database, when follow() last looked
 
     def reload(self) -> None:
         self.keyring = self.file.reload(self.keyring) or self.keyring
 
+    def follow(self) -> None:
+        """Read the key file, if the database has other keys since another process committed. Else
+        every tick would look at the file, and hang with its mount."""
+        version = self._registry.engine.data_version()
+        if version != self._version:
+            self._version = version
+            if self._queries.kids(with_retired=False) != set(self.keyring.kids):
+                self.reload()
+
     def authenticate(self, credential: str, now: int) -> Claims:
         """The claims of a credential, by its signature and expiry. The time of issue is not judged:
-        a clock an hour back would refuse all. Raises CredentialInvalid, CredentialExpired."""
+        a clock an hour back would refuse all. Raises CredentialInvalid, CredentialExpired,
+        StorageUnavailable."""
         claims = self.keyring.verify(credential.encode("ascii", "replace"))
-        if claims is None:
-            raise CredentialInvalid()
+        if claims is None:  # who is told so waits for an hour: not if a key can just not be read
+            with self._registry.reading():
+                has_all = self._queries.kids(with_retired=False).issubset(self.keyring.kids)
+            raise CredentialInvalid() if has_all else StorageUnavailable()
         expires_at = claims.expires_at
         if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
             name = tagged_id("host", claims.host)
@@ -3668,11 +3718,13 @@ class SigningKeys(Rules):
 
     def rotate(self, call: Call, now: int) -> SigningKeyView:
         """A new key signs from now on, and the others verify."""
+        self.reload()
         return self._replace(self.keyring.rotated(), call, now)[0]
 
     def retire(self, call: Call, now: int) -> SigningKeyView:
         """Stop verifying by a key; values: kid, force. hosts of the view: how many that locks out
         at most. Raises NotFound; Conflict for the key that signs, or one in use without force."""
+        self.reload()
         kid = call.values["kid"]
         if kid not in self.keyring.kids:
             raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
@@ -3873,6 +3925,7 @@ class ServiceRecord(Rules):
         """A server that can write is ready: so it writes. Raises StorageUnavailable for bad keys:
         they refuse no host yet, but a restart would fail."""
         self.keep_alive(now)
+        self._registry.keys.reload()
         if self._registry.keys.file.trouble:
             raise StorageUnavailable(
                 "The key file is missing or bad. The keys that were loaded before are in use; the "
@@ -4316,14 +4369,14 @@ class Heartbeats(Rules):
     def _remember(self, host: int, interval: int) -> None:
         if interval == self._registry.interval:
             self._told.pop(host, None)
-            return
-        if len(self._told) >= CREDENTIALS_CACHED:  # most may be of hosts that have been deleted
-            self._told.clear()
-        self._told[host] = interval
+        else:
+            self._told[host] = interval
 
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
         kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
+        if len(self._told) >= CREDENTIALS_CACHED:  # not later, when answers are to tell what it has
+            self._told.clear()
         told, interval = self._told.get, self._registry.interval
         rows = [
             (now, host, ref.serial, now, told(host, interval))
@@ -4647,13 +4700,14 @@ class Registry:
         try:
             if not self.engine.begin(writes, durable):
                 return None
+            if requests:
+                self.keys.follow()
             if writes:
                 self.audit.begin(now)
             outcomes: list[Any] = []
             if beats:
                 outcomes += self.heartbeats.batch(cast("Sequence[Heartbeat]", beats), now)
             if requests:
-                self.keys.reload()
                 beat_outcomes = iter(outcomes)
                 outcomes = [
                     self._run_one(call, now) if isinstance(call, Call) else next(beat_outcomes)
@@ -4779,6 +4833,11 @@ class Registry:
         """Stop waiting for another writer: what refuses the calls that waited."""
         return self.unavailable(self.engine.stop_waiting(), writes=True)
 
+    def follow(self) -> None:
+        """Between ticks: go by the keys as other processes have changed them."""
+        with suppress(StoreError):  # the tick meets it, too
+            self.keys.follow()
+
     def after_tick(self) -> None:
         """Between ticks: a checkpoint. No answer waits for it; it may make room on a full disk."""
         if not self.storage_trouble:
@@ -4794,6 +4853,7 @@ class Registry:
         self.engine.require_our_schema()
         self.service.keep_alive(now)
         self.service.mind_certificate(now)
+        self.keys.reload()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
         has_more_tokens = self.tokens.prune(now)
@@ -6016,7 +6076,7 @@ gather_facts() {
     facts="$facts,\"everySeconds\":${every:-null}"
     # The server sees copies by the instance: a machine, a boot of it and a folder.
     boot=${boot:-$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)}
-    [ -n "$boot$once" ] || boot=$(head -c 16 /dev/urandom | digest)
+    [ -n "$boot$once" ] || boot=$(random 0-9a-f 32)
     instance=$(printf %s "$boot $(uname -n) $(cd "$state" && pwd -P)" | digest)
     [ -z "$instance" ] || facts="$facts,\"instance\":\"$instance\""
     age=0 sent_facts=''
@@ -6084,9 +6144,8 @@ read_token() {
 }
 
 keep_key() {
-    key_token='' key_mark=''
-    [ -n "$key" ] || [ ! -f "$state/enrolling" ] ||
-        read -r key_token key key_mark <"$state/enrolling"
+    key='' key_token='' key_mark=''
+    [ ! -f "$state/enrolling" ] || read -r key_token key key_mark <"$state/enrolling"
     key=$(printf '%s' "$key" | tr -dc 0-9a-f)
     is_mine "$key_mark" && [ "$key_token" = "$token_id" ] && [ ${#key} -eq 32 ] && return
     key=$(random 0-9a-f 32)
@@ -6106,9 +6165,9 @@ data-binary = \"$(escape "$body}")\""
     201:*) keep_enrollment ;;
     4??:token-* | 4??:host-* | 4??:invalid-body | 4??:malformed-request | 4??:not-found | \
         413:body-too-large)
-        [ "$code$key_token" = "token-used$token_id" ] ||
+        [ "$code:$key_token" = "token-used:$token_id" ] ||
             fail "refused ($code): $(detail)" || return 3
-        # With the key that lay here, in a copy of this state, another machine was let in.
+        rm -f "$state/enrolling" # with that key, in a copy of this state, another was let in
         keep_key && ask_for_credential
         ;;
     *) fail_for_now ;;
@@ -6127,7 +6186,8 @@ keep_enrollment() {
     rm -f "$state/enrolling"
     say "enrolled as host $host_id"
     told=$(member heartbeatIntervalSeconds "$NUMBER")
-    token='' reported='' bound=$FIRST_WAIT enrolled=yes # and it succeeds where nobody reads stderr
+    # The first heartbeat sends the facts again. And this succeeds where nobody reads stderr.
+    token='' reported='' bound=$FIRST_WAIT enrolled=yes sent_facts=''
 }
 
 # Heartbeats. Returns 0 accepted, 1 failed, 3 refused.
@@ -6255,9 +6315,7 @@ install() {
     if [ -z "$enrolled" ] && [ -f "$installed" ]; then
         updates=yes
         ask /api/agent/heartbeat 'data-binary = "{}"'
-        [ "$code" = credential-missing ] ||
-            fail "no answer from $server: ${failure:-unexpected ($status)}" ||
-            end 1 "nothing was changed"
+        [ "$code" = credential-missing ] || fail_for_now || end 1 "nothing was changed"
         trap 'put_back interrupted' HUP INT TERM
     fi
     replace "$PROGRAM" 755 "$script"
@@ -6491,7 +6549,7 @@ main() {
     token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
-    as_service='' given='' served='' stopped='' boot='' key='' proxy='' prefix=''
+    as_service='' given='' served='' stopped='' boot='' proxy='' prefix=''
     answered='' replaced='' updates='' every='' told='' tried=''
     umask 077
     set -fuC
@@ -6499,15 +6557,15 @@ main() {
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
     read_arguments "$@"
-    [ "$act" = uninstall ] || [ "$act" = seal ] || check_arguments
     case $(type printf) in
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
     for tool in cat chmod curl cut date head id ln ls mkdir mv rm sed sleep sync tail tr uname \
-        ${act:+chown find}; do
+        ${act:+chown cp env find}; do
         command -v "$tool" >/dev/null 2>&1 || end 1 "$tool is missing: install it"
     done
+    [ "$act" = uninstall ] || [ "$act" = seal ] || check_arguments
     find_state
     find_machine
     [ "$act" != uninstall ] || uninstall
@@ -6522,7 +6580,7 @@ main() {
     [ "$act" != install ] || install
     [ -z "$served" ] || leave_to_service
     take_lock || leave_to_holder
-    gather_facts
+    [ -n "$facts" ] || gather_facts
     [ -z "$enrolled" ] || [ -n "$once" ] ||
         say "sends heartbeats until stopped; --install makes a service"
     [ -n "$enrolled$once" ] || ! load_credential ||
@@ -6606,6 +6664,7 @@ RestartPreventExitStatus=2
 RestartSec=2
 TimeoutStartSec=infinity
 TimeoutStopSec=10
+SyslogIdentifier=hostenroll
 LimitNOFILE=8192
 
 # Options go into /etc/default/hostenroll, one on each line: HOSTENROLL_PORT=8443 and so on.
@@ -8372,6 +8431,7 @@ COUNTERS = (  # of Metrics.counts
     ("enrollments", "Hosts enrolled or re-enrolled."),
     ("renewals", "Credentials renewed."),
     ("connections", "Connections accepted."),
+    ("log_lines_dropped", "Lines of the log that could not be written."),
     ("clones", "Signs that more than one machine uses a credential, at most hourly of each."),
 )
 HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what they measure
@@ -9031,8 +9091,9 @@ class Api:
 # 10. Server
 #
 # Law: the loop waits for the selector, the write lock and the disk (a commit, a checkpoint), and
-# for nothing else. One thread and non-blocking sockets; http.server is the frame, but neither its
-# threads, nor its parser, nor the name look-up with which it starts are used.
+# for nothing else; threads write the log, and read files that may be on a mount which hangs. Its
+# sockets do not block; http.server is the frame, but neither its threads, nor its parser, nor the
+# name look-up with which it starts are used.
 #
 # Contents: connection states; TLS; Connections, which keeps them, receives and sends; Exchanges,
 # from requests to answers; Server, whose _turn() is the loop; service managers; bench's client.
@@ -9226,9 +9287,14 @@ class Connection:
 class Connections:
     """All connections, by state; and their sockets, to receive and to send."""
 
-    def __init__(self, deadlines: Mapping[State, float], metrics: Metrics) -> None:
-        """deadlines: seconds, where they differ from the table."""
-        self.metrics = metrics
+    def __init__(
+        self, deadlines: Mapping[State, float], metrics: Metrics,
+        maximum: int = CONNECTIONS_MAXIMUM, number: int = 0,
+    ) -> None:  # fmt: skip
+        """deadlines: seconds, where they differ from the table. number: that no connection has."""
+        self.metrics, self._maximum, self._number = metrics, maximum, number
+        self.is_crowded = False  # a new connection waits for a place or a descriptor
+        self._short_at = -math.inf  # when no descriptor was free
         # By state, when each of its connections entered it; the longest waiting first.
         self._queues: dict[State, OrderedDict[Connection, float]] = {
             state: OrderedDict() for state in STATES
@@ -9240,6 +9306,34 @@ class Connections:
         self.selector = selectors.DefaultSelector()
         self.moment = time.monotonic()  # of this turn
         self.buffered = 0  # bytes, with the output, of all connections together
+
+    def accept(self, listener: socket.socket, most: int, state: State) -> list[Connection]:
+        """Take new connections, in a state, while there is room. They are read after the tick."""
+        accepted: list[Connection] = []
+        most = min(most, self._maximum - self.metrics.open_connections)
+        self.is_crowded = most <= 0
+        while len(accepted) < most:
+            try:
+                peer, address = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                break
+            except ConnectionError:  # it was gone before we came
+                continue
+            except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
+                if accepted:  # perhaps no further connection waits: accept() looks later
+                    break
+                self.is_crowded = True
+                if self.moment - self._short_at > TROUBLE_OVER:
+                    advice = "raise the limit, ulimit -Hn or LimitNOFILE"
+                    log.warning("cannot accept connections: %s: %s", error.strerror, advice)
+                self._short_at = self.moment
+                break
+            peer.setblocking(False)
+            self._number += 1
+            reader = RequestReader(plain_address(address[0]), self._number)
+            accepted.append(Connection(peer, reader, state))
+            self.add(accepted[-1])
+        return accepted
 
     def add(self, connection: Connection) -> None:
         """Begin with a connection that was accepted; the first move() watches it."""
@@ -9768,43 +9862,46 @@ class Server(HTTPServer):
     def __init__(
         self, api: Api, host: str, port: int, *, clock: Callable[[], float],
         connections: int = CONNECTIONS_MAXIMUM, deadlines: Optional[Mapping[State, float]] = None,
-        load_tls: Optional[Callable[[str], Optional[ssl.SSLContext]]] = None,
+        load_tls: Optional[
+            Callable[[str], tuple[Optional[ssl.SSLContext], Callable[[], None]]]] = None,
         listener: Optional[socket.socket] = None, proxies: Networks = (), access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
     ) -> None:  # fmt: skip
         """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
-        is called with our host, at once and at each reload. listener: a socket that a service
-        manager has bound. proxies: believed in X-Forwarded-For. notify is given our states, as in
-        sd_notify(3). Raises OSError."""
+        is called with our host, at once and in a thread at each reload; it gives the TLS, and what
+        the loop calls when it uses that. listener: a socket that a service manager has bound.
+        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3).
+        Raises OSError."""
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listening_socket(host, port)
+        self._is_inherited = listener is not None
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
         self.socket.setblocking(False)
         self.socket.listen(BACKLOG)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-        self._load_tls = load_tls
+        self._load_tls = partial(load_tls, self.host) if load_tls else None
         try:
-            self._tls = load_tls(self.host) if load_tls else None
+            self._tls, announce = self._load_tls() if self._load_tls else (None, lambda: None)
+            announce()
         except BaseException:
             self.socket.close()
             raise
         self._registry = api.registry
+        self._registry.keys.file.patience = FILE_PATIENCE
         self._clock = clock
         self._proxies = proxies
         self._notify = notify
-        self._connections = Connections(deadlines or {}, api.metrics)
-        self._connections_maximum = connections
+        number = int(clock() * SECOND_MS) << 20  # no earlier start has used it, or one above
+        self._connections = Connections(deadlines or {}, api.metrics, connections, number)
         self._exchanges = Exchanges(api, self._connections, access_log)
-        self._is_crowded = False  # a new connection waits for a place or a descriptor
-        self._short_at = -math.inf  # when no descriptor was free
         self._accept_at = math.inf  # when to accept again; inf: all the time
         self._housekeeping_at = 0.0
         self._stop_before: Optional[float] = None
         self._is_audit_flushed = False
         self._reload_requested = False
-        self._accepted = int(clock() * SECOND_MS) << 20  # numbers that no earlier start has used
+        self._loading: Optional[futures.Future[Any]] = None  # the certificate
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
@@ -9863,19 +9960,32 @@ class Server(HTTPServer):
             self._turn(self._timeout())
         self._notify("STOPPING=1")
         self._stop_listening()
-        while self._has_work_left() and time.monotonic() < self._stop_before:
-            self._turn(self._timeout())
+        deadline = self._stop_before
+        self._finish(deadline - SHUTDOWN_DEADLINE + SHUTDOWN_GRACE)
+        self._close_silent()
+        self._finish(deadline)
         if self._exchanges.waiting_since:
             self._exchanges.stop_waiting()
 
     def _stop_listening(self) -> None:
-        """Accept the connections that wait, and close the ones that have sent nothing."""
+        """Accept the connections that wait, unless another process is to: it has the socket."""
         self._exchanges.is_stopping = True
-        for connection in self._accept(BACKLOG):
-            self._exchanges.guard(self._on_accept, connection)
+        if not self._is_inherited:
+            for connection in self._accept(BACKLOG):
+                self._exchanges.guard(self._on_accept, connection)
         self._watch_listener(False)
-        self._is_crowded, self._accept_at = False, math.inf
+        self._connections.is_crowded, self._accept_at = False, math.inf
         self.socket.close()
+
+    def _finish(self, deadline: float) -> None:
+        """Turn until all that arrived is answered, or a deadline has passed."""
+        self._stop_before = deadline
+        while self._has_work_left() and time.monotonic() < deadline:
+            self._turn(self._timeout())
+
+    def _close_silent(self) -> None:
+        """Close the connections without a request. None was closed before: its peer may just have
+        sent one, and a request that is lost cannot be told from one that was run."""
         self._turn(0)  # reads what has arrived
         for connection in self._connections.within((IDLE, HANDSHAKE, HEAD)):
             if connection.state is HANDSHAKE or not connection.buffered:
@@ -9908,10 +10018,8 @@ class Server(HTTPServer):
         events = connections.selector.select(timeout)
         moment = connections.moment = time.monotonic()
         exchanges.now = int(self._clock() * SECOND_MS)
-        # 2. Use the key file as it is now, and the certificate if we were asked to.
-        self._registry.keys.reload()
-        if self._reload_requested:
-            self._reload()
+        # 2. Go by the keys as other processes have changed them.
+        self._registry.follow()
         # 3. Read on in what arrived in an earlier turn: pipelined requests, bodies in tiny chunks.
         ready, exchanges.ready = exchanges.ready, []
         for connection in ready:
@@ -9934,8 +10042,11 @@ class Server(HTTPServer):
             else:
                 self._wakened.recv(RECEIVE_SIZE)
         exchanges.judge()
-        # 5. Add the server's own calls: housekeeping every ALIVE_EVERY seconds; if nothing else is
-        #    to be run, a tick that writes the refusals which wait to be audited.
+        # 5. Use the certificate when it is read again. Add the server's own calls: housekeeping
+        #    every ALIVE_EVERY seconds; if nothing else is to be run, a tick that writes the
+        #    refusals which wait to be audited.
+        if self._reload_requested or self._loading is not None:
+            self._reload()
         if moment >= self._housekeeping_at:
             self._housekeeping_at = moment + ALIVE_EVERY
             exchanges.add_internal(HOUSEKEEPING)
@@ -9954,7 +10065,7 @@ class Server(HTTPServer):
         for connection in handshakes:
             exchanges.guard(exchanges.on_ready, connection)
         # 9. Make room for a new connection; close those whose deadline has passed.
-        if self._is_crowded:
+        if connections.is_crowded:
             self._make_room()
         for connection in connections.overdue():
             exchanges.guard(self._expire, connection)
@@ -9985,47 +10096,28 @@ class Server(HTTPServer):
         return max(0.0, nearest - time.monotonic())
 
     def _reload(self) -> None:
-        """Load the certificate for the connections to come; a bad one changes nothing."""
-        self._reload_requested = False
-        self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._connections.moment * 1e6)}")
-        if self._load_tls is not None:
+        """Have the certificate read, or use it from now on; a bad one changes nothing."""
+        if self._loading is None:
+            self._reload_requested = False
+            self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._connections.moment * 1e6)}")
+            self._loading = in_background(self._load_tls or (lambda: None))
+            self._loading.add_done_callback(lambda _: self._wake())
+        elif self._loading.done():
+            loading, self._loading = self._loading, None
             try:
-                self._tls = self._load_tls(self.host)
-                log.info("loaded the certificate again")
+                if loaded := loading.result():
+                    self._tls, announce = loaded
+                    announce()
+                    log.info("loaded the certificate again")
             except OperatorError as error:
                 log.error("%s; the certificate in use stays", error)
-        self._housekeeping_at = 0.0  # writes what is new of it
-        self._notify("READY=1")
+            self._housekeeping_at = 0.0  # reads the key file, and writes what is new
+            self._notify("READY=1")
 
     # Accepting and expiring.
 
     def _accept(self, most: int) -> list[Connection]:
-        """Take new connections while there is room. They are read after the tick."""
-        accepted: list[Connection] = []
-        most = min(most, self._connections_maximum - self._connections.metrics.open_connections)
-        self._is_crowded = most <= 0
-        while len(accepted) < most:
-            try:
-                peer, address = self.socket.accept()
-            except (BlockingIOError, InterruptedError):
-                break
-            except ConnectionError:  # it was gone before we came
-                continue
-            except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
-                if accepted:  # perhaps no further connection waits: accept() looks later
-                    break
-                self._is_crowded = True
-                if self._connections.moment - self._short_at > TROUBLE_OVER:
-                    advice = "raise the limit, ulimit -Hn or LimitNOFILE"
-                    log.warning("cannot accept connections: %s: %s", error.strerror, advice)
-                self._short_at = self._connections.moment
-                break
-            peer.setblocking(False)
-            self._accepted += 1
-            reader = RequestReader(plain_address(address[0]), self._accepted)
-            accepted.append(Connection(peer, reader, HANDSHAKE if self._tls else HEAD))
-            self._connections.add(accepted[-1])
-        return accepted
+        return self._connections.accept(self.socket, most, HANDSHAKE if self._tls else HEAD)
 
     def _on_accept(self, connection: Connection) -> None:
         if self._tls is not None:
@@ -10048,7 +10140,7 @@ class Server(HTTPServer):
     def _make_room(self) -> None:
         """Close a connection for the new one that waits. If none can be closed, new ones wait: the
         listener would stay readable, and the loop would spin."""
-        self._is_crowded = False
+        self._connections.is_crowded = False
         connection = self._connections.evictable()
         if connection is not None:
             self._connections.close(connection)
@@ -10407,17 +10499,20 @@ def discard(stream: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def inform(*lines: str) -> None:
-    """Facts on stderr. A closed one or a full disk stops no command."""
+def inform(*lines: str, level: int = logging.INFO) -> None:
+    """Facts on stderr, of a server in its log. A closed one or a full disk stops no command."""
+    handler = server_log()
     with suppress(OSError):
-        if lines and sys.stderr is not None:  # print() to None prints to stdout
+        if lines and handler:
+            handler.put("\n".join(lines), level)
+        elif lines and sys.stderr is not None:  # print() to None prints to stdout
             print(*lines, sep="\n", file=sys.stderr)
 
 
 def complain(text: str) -> None:
     """One line on stderr, whatever was typed or pasted: no secret, no escape sequence."""
     line = UNPRINTABLE.sub("?", redact(text))
-    inform(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}")
+    inform(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}", level=logging.ERROR)
 
 
 def output(text: str, end: str = "\n") -> None:
@@ -10441,12 +10536,25 @@ def output_secret(session: Session, document: Mapping[str, Any], member: str, ti
         ) from error
 
 
-class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not before Python 3.11
-    """The log on stderr: a line for people, or a JSON object, for each record."""
+class LogHandler(logging.Handler):
+    """The log on stderr: a line for people, or a JSON object, for each record. A thread writes it,
+    because nobody may be reading; what it cannot write in time is dropped, and counted there."""
 
-    def __init__(self, is_json: bool) -> None:
-        super().__init__(sys.stderr)
+    def __init__(self, is_json: bool, environment: Mapping[str, str] = os.environ) -> None:
+        super().__init__()
         self._is_json = is_json
+        try:
+            self._descriptor, self.has_file = sys.stderr.fileno(), True
+        except (AttributeError, OSError):  # it is closed, or in memory
+            self._descriptor, self.has_file = os.open(os.devnull, os.O_WRONLY), False
+        status = os.fstat(self._descriptor)
+        self._is_journal = environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        self.counts: Counter[str] = Counter()
+        self._waiting, self._dropped = bytearray(), 0  # lines
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and the traceback of a defect. JSON escapes line ends."""
@@ -10454,19 +10562,66 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not before
         request = getattr(record, "request", "")
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         if not self._is_json:
+            start = "" if self._is_journal else f"{time} {record.levelname} "
             request = f" [{request}]" if request else ""
-            return f"{time} {record.levelname} {message}{request}" + (f"\n{trace}" if trace else "")
-        line = {"time": time, "level": record.levelname.lower(), "message": message}
+            return f"{start}{message}{request}" + (f"\n{trace}" if trace else "")
         event = EVENT.of(record.event) if hasattr(record, "event") else None
-        access = getattr(record, "access", None)
-        more = {"request": request, "event": event, "access": access, "traceback": trace}
-        return json.dumps({**line, **{name: value for name, value in more.items() if value}})
+        line = {"time": time, "level": record.levelname.lower(), "message": message,
+                "request": request, "event": event, "access": getattr(record, "access", None),
+                "traceback": trace}  # fmt: skip
+        return json.dumps({name: value for name, value in line.items() if value})
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A line that cannot be written is dropped: there is nowhere to report it. But no memory is
-        the end of the process, and not for the log to swallow."""
-        if isinstance(sys.exc_info()[1], MemoryError):
-            raise
+    def emit(self, record: logging.LogRecord) -> None:
+        self.put(self.format(record), record.levelno)
+
+    def put(self, text: str, level: int = logging.INFO) -> None:
+        """Have a text written, or drop it. The journal takes the level of a line from a prefix, and
+        cuts that off, also where a JSON object follows: sd-daemon(3)."""
+        if self._is_journal:
+            prefix = f"<{3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6}>"
+            text = prefix + text.replace("\n", f"\n{prefix}")
+        line = f"{text}\n".encode("utf-8", "backslashreplace")
+        with self._changed:
+            if not self._waiting:
+                self._changed.notify()
+            if len(self._waiting) + len(line) <= LOG_MAXIMUM:
+                self._waiting += line
+            else:
+                self._dropped += 1
+                self.counts["log_lines_dropped"] += 1
+
+    def _run(self) -> None:
+        """The thread that writes."""
+        while not self._is_closed or self._waiting:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                lines, self._waiting = self._waiting, bytearray()
+                if self._dropped:
+                    text = f"{self._dropped} lines of the log are missing here: nobody read them"
+                    record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
+                    self._dropped = 0
+                    self.put(self.format(record), record.levelno)
+            at = 0
+            with suppress(OSError):  # the reader has gone, or the disk is full
+                while at < len(lines):
+                    end = lines.rfind(b"\n", at, at + LOG_PIECE) + 1 or lines.find(b"\n", at) + 1
+                    at += os.write(self._descriptor, lines[at:end])
+            self.counts["log_lines_dropped"] += lines.count(b"\n", at)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, LOG_PAUSE)
+
+    def close(self) -> None:
+        """Write what waits, within LOG_PATIENCE: logging.shutdown() calls it at the end."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(LOG_PATIENCE)
+
+
+def server_log() -> Optional[LogHandler]:
+    """The handler of the log, in a server."""
+    handlers = (each for each in log.handlers if isinstance(each, LogHandler) and each.has_file)
+    return next(handlers, None)
 
 
 class Session(NamedTuple):
@@ -10768,7 +10923,13 @@ def serve(session: Session) -> None:
     wants_pin = arguments.next_pin or arguments.pin == "always"
     if wants_pin and not (arguments.tls_cert or arguments.tls_pin_cert):
         raise UsageError("--next-pin and --pin always go with --tls-cert or --tls-pin-cert")
-    log.addHandler(LogHandler(is_json=arguments.log_format == "json"))
+    with suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)  # what compiling this file took: glibc keeps it
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: each thread would have 64 MiB of addresses
+    handler = LogHandler(arguments.log_format == "json", session.environment)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
     for warning in unknown_settings(session.environment):
@@ -10776,6 +10937,7 @@ def serve(session: Session) -> None:
     options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
     options["interval"] = arguments.heartbeat_interval
     with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
+        registry.metrics.counts = handler.counts
         for folder in folders_open_to_all(registry.engine.path, registry.keys.file.path):
             log.warning("anybody can replace files in %s: chmod o-w %s", folder, folder)
         for number in STOP_SIGNALS:
@@ -10784,10 +10946,6 @@ def serve(session: Session) -> None:
         place = {"url": arguments.public_url or server.url}
         registry.perform(Call(START_SERVICE, values=place), session.now())
         greet(session, server)
-        with suppress(OSError, AttributeError):
-            import ctypes
-
-            ctypes.CDLL(None).malloc_trim(0)  # what compiling this file took: glibc keeps it
         with server.woken_by_signals():
             server.serve_forever()
         for number in STOP_SIGNALS:  # a second one must not spoil the exit status
@@ -10818,8 +10976,8 @@ def listen(session: Session, registry: Registry) -> Server:
                 "agents the authority with --cacert", reason)  # fmt: skip
         is_pinned = reason or arguments.pin == "always"
         pins = filter(None, dict.fromkeys((certificate.pin, next_pin)))
-        registry.service.announce(certificate, ";".join(pins) if is_pinned else "")
-        return context
+        pin = ";".join(pins) if is_pinned else ""
+        return context, partial(registry.service.announce, certificate, pin)
 
     try:
         return Server(
@@ -11465,8 +11623,8 @@ def end_process(error: BaseException) -> NoReturn:
         text = str(error)
         if isinstance(error, MemoryError):
             text = "out of memory: raise its limit, and start again"
-        is_serving = any(isinstance(handler, LogHandler) for handler in log.handlers)
-        (log.error if is_serving else complain)(text)
+        (log.error if server_log() else complain)(text)
+        logging.shutdown()
     finally:  # even where there is no memory for the line
         os._exit(EXIT_FAILED)
 
