@@ -4356,6 +4356,7 @@ class Heartbeats(Rules):
         # Of hosts that are told another interval than the server's: what they were told last. It
         # may be wrong, as when another server told them something else since.
         self._told: dict[int, int] = {}
+        self._usual = interval_range(registry.interval)
 
     def interval_of(self, host: Host) -> int:
         """The interval in seconds that a host is to be told."""
@@ -4363,7 +4364,8 @@ class Heartbeats(Rules):
 
     def next_interval(self, host: int) -> int:
         """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
-        shortest, choices = interval_range(self._told.get(host, self._registry.interval))
+        told = self._told.get(host)
+        shortest, choices = self._usual if told is None else interval_range(told)
         return shortest + int(random.random() * choices)
 
     def _remember(self, host: int, interval: int) -> None:
@@ -4377,12 +4379,8 @@ class Heartbeats(Rules):
         kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
         if len(self._told) >= CREDENTIALS_CACHED:  # not later, when answers are to tell what it has
             self._told.clear()
-        told, interval = self._told.get, self._registry.interval
-        rows = [
-            (now, host, ref.serial, now, told(host, interval))
-            for host, ref, _ in beats
-            if ref.kid in kids
-        ]
+        told, usual = self._told.get, self._registry.interval
+        rows = [(now, n, ref.serial, now, told(n, usual)) for n, ref, _ in beats if ref.kid in kids]
         counts = self._registry.metrics.tick
         if self._queries.beat(rows) == len(beats):
             counts["heartbeats"] += len(beats)
@@ -5651,7 +5649,7 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target"""
 
-AGENT_SCRIPT = r"""#!/bin/sh
+_SCRIPT = r"""#!/bin/sh
 # hostenroll-agent: enrolls this machine at a hostenroll server, once, and then sends heartbeats.
 # It needs a POSIX shell with its usual tools, and curl 7.58 or newer.
 #
@@ -6474,8 +6472,7 @@ install_service() {
     replace "$UNIT" 644 "$(unit)"
     waited=0
     if [ -n "$replaced$enrolled" ] || ! systemctl -q is-active "$SERVICE"; then
-        [ "${systemd:-240}" -ge 240 ] || ! mkdir "$state/service" 2>/dev/null ||
-            chown "$owner" "$state/service"
+        [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
         { chmod 711 "$state" && store_credential "$credential"; } ||
             put_back "cannot write in $state"
         stopped=''
@@ -6591,6 +6588,7 @@ main() {
 
 leave_to_service() {
     [ -n "$enrolled" ] || end 1 "$SERVICE uses $state: systemctl status $SERVICE shows how it is"
+    [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
     systemctl try-restart "$SERVICE" || end 1 "systemd does not restart $SERVICE"
     end 0 "$SERVICE goes on with the new credential"
 }
@@ -6605,7 +6603,7 @@ leave_to_holder() {
 
 main "$@"
 """.replace("@VERSION@", __version__).replace("@UNIT_END@", UNIT_END)
-AGENT_SCRIPT = AGENT_SCRIPT.replace("@RELEASED@", RELEASED)
+AGENT_SCRIPT = _SCRIPT.replace("@RELEASED@", RELEASED)
 
 
 def join_command(url: str, pin: str, token: str = "") -> str:

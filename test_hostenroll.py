@@ -5610,13 +5610,16 @@ def test_two_servers_with_two_intervals_tell_each_their_own_and_an_edit_reaches_
         assert len(world.audit("edit")) == 2
 
 
-def test_an_edit_of_a_host_that_is_shut_out_lets_it_not_in_and_is_told_once_it_is_restored(world):
+@pytest.mark.parametrize("beats", [0, 2])
+def test_an_edit_of_a_host_that_is_shut_out_lets_it_not_in_and_is_told_once_it_is_restored(
+    beats, world
+):
     host, credential = world.join()
     assert tells(world, credential, 30)
     world.revoke(host)
     world.act("edit-host", host, intervalSeconds=300)
-    assert [world.beat(credential).code for _ in range(2)] == ["host-revoked"] * 2
-    assert world.beat(credential, everySeconds=60).code == "host-revoked"
+    assert [world.beat(credential).code for _ in range(beats)] == ["host-revoked"] * beats
+    assert not beats or world.beat(credential, everySeconds=60).code == "host-revoked"
     world.restore(host)
     assert world.act("show-host", host).host.told_interval == 30
     assert tells(world, credential, 300)
@@ -5627,19 +5630,21 @@ def test_of_a_host_that_re_enrolls_the_interval_stays_unless_the_token_has_one(w
     world.act("edit-host", host, intervalSeconds=300)
     world.beat(old, everySeconds=None)
     path = f"/api/hosts/{host}/reenroll"
-    for values, interval in (({}, 300), ({"intervalSeconds": 1000}, 1000), ({}, 1000)):
+    before = 300
+    for values, interval in (({}, 300), ({"intervalSeconds": 1000}, 1000), ({}, 1000),
+                             ({"intervalSeconds": 90}, 90)):  # fmt: skip
         token = world.ask("POST", path, values).document["token"]
         enrolled = world.enroll(token).document
         assert enrolled["heartbeatIntervalSeconds"] == interval
         # Its answer may be lost, and the old credential go on; it may arrive, and the host wait.
-        assert world.act("show-host", host).host.told_interval == max(300, interval)
+        assert world.act("show-host", host).host.told_interval == max(before, interval)
         assert tells(world, old, interval)
-        old = enrolled["credential"]
+        old, before = enrolled["credential"], interval
         assert tells(world, old, interval)
-    token = world.ask("POST", path, {}).document["token"]
-    assert world.enroll(token, everySeconds=90).document["heartbeatIntervalSeconds"] == 90
-    token = world.ask("POST", path, {}).document["token"]
-    assert world.enroll(token, everySeconds=None).document["heartbeatIntervalSeconds"] == 1000
+    for every, interval in ((50, 50), (None, 90)):
+        token = world.ask("POST", path, {}).document["token"]
+        answer = world.enroll(token, everySeconds=every).document
+        assert answer["heartbeatIntervalSeconds"] == interval
 
 
 def test_a_copy_with_an_old_credential_is_told_nothing_for_its_host(world):
@@ -10210,8 +10215,8 @@ def test_a_server_that_is_not_trusted_gets_nothing(words, why, machine, behind, 
     # When it is enrolled, it waits for the right server.
     (machine.state / "credential").write_text("a.b.c\n0\n0\n")
     assert recorded_sleeps(machine, 3)[0] == 1
-    enrolled, waits = machine.log()
-    assert "already enrolled as host 0" in enrolled and "no answer" in waits and why in waits
+    (waits,) = machine.log()
+    assert "no answer" in waits and why in waits
     assert machine.hosts() == [] and all(request == b"" for request in middle.requests)
 
 
@@ -10348,8 +10353,7 @@ def test_a_run_by_cron_leaves_a_machine_to_the_run_before_it(member):
         member.once(status=1, text="uses")
 
 
-TOOLS = re.search(r"(?s)for tool in ([a-z \\\n]+)", hostenroll.AGENT_SCRIPT)[1]
-TOOLS = TOOLS.replace("\\", "").split()
+TOOLS = re.search(r"(?s)for tool in ([a-z \\\n]+)", hostenroll.AGENT_SCRIPT)[1].split()
 
 
 @in_every_shell
@@ -10357,11 +10361,11 @@ def test_an_agent_names_the_tool_that_it_misses(machine):
     """And works with those alone: small systems have no od, hexdump, setsid or timeout."""
     machine.shell = (shutil.which(machine.shell[0]), *machine.shell[1:])
     machine.environment["PATH"] = str(machine.programs)
-    for tool in TOOLS:
+    for tool in filter(str.isalpha, TOOLS):
         has_it = machine.shell[1:] and tool != "curl"
         (machine.programs / tool).symlink_to(machine.shell[0] if has_it else shutil.which(tool))
     machine.once(token=machine.door.token())
-    for tool in TOOLS:
+    for tool in filter(str.isalpha, TOOLS):
         hidden = (machine.programs / tool).rename(machine.folder / "hidden")
         shown = machine.once(status=None)
         is_builtin = shown == "" and (machine.shell[0][-3:], tool) == ("ksh", "sleep")
@@ -10495,6 +10499,7 @@ def test_a_full_disk_costs_no_token_and_no_credential(machine, fill_disk, behind
     machine.once(token=token)
     assert machine.is_online()
     old = machine.stored()
+    (machine.state / "facts").unlink()  # which would make room
     fill_disk()
     clock.advance(UNTIL_RENEWAL)
     with machine.agent():
@@ -10507,7 +10512,6 @@ def test_a_full_disk_costs_no_token_and_no_credential(machine, fill_disk, behind
         until(lambda: machine.stored() != old)
         until(lambda: machine.door.beat(old.split()[0]).code == "credential-superseded")
     assert machine.log()[1:] == ["hostenroll-agent: the server accepts heartbeats again"]
-    assert sorted(path.name for path in machine.state.iterdir())[:2] == ["credential", "facts"]
     # Facts that could not be stored do not leave older ones, which the server no longer has.
     fill_disk()
     machine.once("--hostname", "web-2")
@@ -10620,7 +10624,7 @@ def forget_time(*machines):
 
 
 IDS = [digit * 32 for digit in "0123456789abcdef"]
-COPIED = "this state was copied from another machine"
+WAS_COPIED = "this state was copied from another machine"
 
 
 def copy_warnings(machine):
@@ -10703,7 +10707,7 @@ def test_a_folder_from_another_machine_is_noticed(machine):
     forget_time(one)
     assert one.once() == ""
     two = copy_of(one, "2", IDS[2])
-    assert COPIED in two.once() and two.once() == ""  # said once an hour
+    assert WAS_COPIED in two.once() and two.once() == ""  # said once an hour
     assert two.stored() == one.stored() and len(machine.hosts()) == 1
     two.once(token=token, text="enrolled as host")
     assert two.once(token=token) == one.once(token=token) == ""
@@ -10747,7 +10751,7 @@ def test_the_state_of_an_older_version_becomes_this_machines(machine):
     (one.state / "credential").write_text("\n".join(one.stored().split()[:3]) + "\n")
     forget_time(one)
     assert one.once() == "" and len(one.stored().split()) == 4
-    assert COPIED in copy_of(one, "2", IDS[2]).once()
+    assert WAS_COPIED in copy_of(one, "2", IDS[2]).once()
 
 
 @in_every_shell_slowly
@@ -10791,7 +10795,7 @@ def test_a_key_that_is_used_up_is_replaced_once(machine, behind):
     assert len(middle.requests) == 3
 
 
-@in_every_shell
+@in_every_shell_slowly
 def test_sealing_leaves_nothing_that_makes_a_machine_a_host(member, shell):
     with member.agent() as agent:
         until(lambda: os.path.lexists(member.state / "lock"))
@@ -11659,7 +11663,12 @@ def test_each_systemd_gets_the_words_that_it_knows(version, service, machine, tm
     shown = service(f"""
         printf %s {machine.door.token()} | agent --install --token-file - 2>&-
         stat -c '%a %U' {SERVICE_DIR}; cat {UNIT_FILE}
-        systemd-analyze verify {UNIT_FILE} 2>&1 | grep hostenroll || :""")  # fmt: skip
+        systemd-analyze verify {UNIT_FILE} 2>&1 | grep hostenroll || :
+        agent --seal 2>&-; exec >{tmp_path}/again 2>&1
+        printf %s {machine.door.token()} | agent --token-file -
+        """)  # fmt: skip
+    assert "goes on with the new credential" in (tmp_path / "again").read_text()
+    assert [host["status"] for host in machine.hosts()] == ["online"] * 2
     there, missing = (words.split() for words in SYSTEMDS[version])
     assert shown.startswith("700 hostenroll-agent\n[Unit]\n") and shown.endswith("user.target\n")
     assert [word for word in there if f"\n{word}" not in shown] == []
@@ -11668,7 +11677,6 @@ def test_each_systemd_gets_the_words_that_it_knows(version, service, machine, tm
     unit.optionxform = str
     unit.read_string(shown.partition("\n")[2])
     assert unit["Unit"]["StartLimitIntervalSec"] == "0" and unit["Service"]["Restart"] == "always"
-    assert machine.is_online()
 
 
 # The page.
@@ -18989,7 +18997,7 @@ def log_record(text, level=logging.INFO, error=None):
     return logging.LogRecord("hostenroll", level, "", 0, text, (), error)
 
 
-def messages(lines, is_json=False):
+def messages_of(lines, is_json=False):
     return [json.loads(line)["message"] if is_json else line.split(" ", 2)[2] for line in lines]
 
 
@@ -19004,7 +19012,7 @@ def test_a_log_that_nobody_reads_is_bounded_and_tells_where_lines_are_missing(
     counted, read, after = handler.counts["log_lines_dropped"], 0, 0
     assert counted > 500
     while after < 2000:
-        [text] = messages([reader.readline().rstrip("\n")], is_json)
+        [text] = messages_of([reader.readline().rstrip("\n")], is_json)
         missing = re.fullmatch(r"(\d+) lines of the log are missing here: nobody read them", text)
         assert missing or text == f"line {after}"
         after += int(missing[1]) if missing else 1
@@ -19012,7 +19020,7 @@ def test_a_log_that_nobody_reads_is_bounded_and_tells_where_lines_are_missing(
     assert after == 2000 == counted + read
     handler.emit(log_record("and on"))
     handler.close()
-    assert messages([reader.readline().rstrip("\n")], is_json) == ["and on"]
+    assert messages_of([reader.readline().rstrip("\n")], is_json) == ["and on"]
 
 
 def test_a_log_goes_on_after_an_error_and_writes_whole_lines(log_pipe, monkeypatch):
