@@ -3844,11 +3844,12 @@ class ServicePeriod:
         if last_seen > self._ahead:
             last_seen = min(self._started, last_seen + self._set_back)
         silence, allowance, since = 0, 0, last_seen
+        allowed = allowed_silence_ms(told_interval)  # once: a dead host has many pauses behind it
         for end, start in self._pauses if since < self._started else ():
             if since < start:
-                end = max(end, since)
+                end = end if end > since else since
                 silence += end - since
-                if silence <= allowed_silence_ms(told_interval) + allowance:
+                if silence <= allowed + allowance:
                     allowance += min(start - end, PAUSE_ALLOWANCE * SECOND_MS)
                 since = start
         silence += self._until - since
@@ -5134,7 +5135,9 @@ def examine(
             name = "certificate"
             service = Queries(engine).service() if is_ours else None
             if service and (ends := service.certificate_ends):
-                yield Finding(name, ends > now, f"the server's is valid until {rfc3339(ends)}")
+                is_valid = ends > now
+                word = "is valid until" if is_valid else "has ended at"
+                yield Finding(name, is_valid, f"the server's {word} {rfc3339(ends)}")
         except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
         paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
@@ -9966,14 +9969,15 @@ class Server(HTTPServer):
             self._exchanges.stop_waiting()
 
     def _stop_listening(self) -> None:
-        """Accept the connections that wait, unless another process is to: it has the socket."""
+        """Accept the connections that wait, unless another process is to: it has the socket. Who
+        came between that and the close would be reset, so their handshakes come after it."""
         self._exchanges.is_stopping = True
-        if not self._is_inherited:
-            for connection in self._accept(BACKLOG):
-                self._exchanges.guard(self._on_accept, connection)
         self._watch_listener(False)
-        self._connections.is_crowded, self._accept_at = False, math.inf
+        accepted = [] if self._is_inherited else self._accept(BACKLOG)
         self.socket.close()
+        self._connections.is_crowded, self._accept_at = False, math.inf
+        for connection in accepted:
+            self._exchanges.guard(self._on_accept, connection)
 
     def _finish(self, deadline: float) -> None:
         """Turn until all that arrived is answered, or a deadline has passed."""
@@ -11296,9 +11300,9 @@ SERVE_OPTIONS = (
            within(CREDENTIAL_TTL_RANGE, duration, format_duration)),
     option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
     option("--tls-key", "FILE", "its key, in PEM; SIGHUP reloads both", file_name),
-    option("--pin", "WHEN", "pin its key in join commands: always, never, or auto, unless this "
-           "machine's trust store verifies it (%(default)s)", one_of("auto", "always", "never"),
-           "auto"),
+    option("--pin", "WHEN", "pin its key in join commands: always, never, or auto: where this "
+           "machine's trust store does not verify it (%(default)s)",
+           one_of("auto", "always", "never"), "auto"),
     option("--next-pin", "PIN|CERT", "pin the key of the next certificate too", file_name),
     option("--tls-pin-cert", "FILE", "the certificate chain of the proxy in front", file_name),
     option("--public-url", "URL", "where agents find the server, for mint-token", web_address),

@@ -14648,6 +14648,27 @@ def test_a_stop_refuses_nobody_who_is_connected(tls, inherits, served, bound, mo
             bound.accept()[0].close()
 
 
+def test_while_a_stopping_server_shakes_hands_its_port_is_closed(served):
+    """Who connected meanwhile would be reset, and not know whether its request was run."""
+    live, refused = served(tls=True), []
+    client, hello = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        live.tls.wrap_bio(client, hello, server_hostname="enroll.lan").do_handshake()
+    late = socket.socket()
+
+    def on_hello(*_):
+        if not refused:  # one more comes, and waits in the backlog when the stop begins
+            late.connect(("127.0.0.1", live.port))
+            late.sendall(hello.read())
+            live.server.stop()
+        refused.append(is_refused(live.port))
+
+    live.server._tls.sni_callback = on_hello
+    with late, contextlib.suppress(OSError), SocketDoor(live.port, tls=live.tls).connect():
+        until(lambda: len(refused) == 2)
+    assert refused == [False, True]
+
+
 class Load:
     """Clients that send a request again and again: half of them on a connection each time, the
     others on one for as long as it is kept."""
