@@ -5916,6 +5916,15 @@ load_credential() {
     choose_credential "$state/credential" "$given"
 }
 
+# What --install has put there. No shell runs it: others may write in the folder of a user.
+read_proxy() {
+    while IFS='=' read -r variable value; do
+        case $variable in *[!A-Za-z_]*) continue ;; *_[Pp][Rr][Oo][Xx][Yy]) ;; *) continue ;; esac
+        value=$(printf %s "$value" | sed 's/^"//; s/"$//; s/\\\(.\)/\1/g')
+        export "$variable=$value"
+    done <"$state/proxy"
+}
+
 # One agent for each folder. The lock names its holder by process id and start time: the system may
 # have given the id to another process since. Where neither /proc nor ps tells start times, no lock
 # is heeded: two agents may beat then, but no stranger's process silences them or gets a signal.
@@ -5967,7 +5976,7 @@ find_machine() {
 
 # 16 hexadecimal digits for what is on stdin, by the first of these programs that is there.
 digest() {
-    { sha256sum || openssl dgst -sha256 -r || md5sum || cksum; } 2>/dev/null |
+    { sha256sum || openssl dgst -sha256 -r || md5sum || cksum || cat >/dev/null; } 2>/dev/null |
         sed 's/ .*/0000000000000000/' | cut -c 1-16
 }
 
@@ -5980,7 +5989,7 @@ is_mine() { # MARK
 # Sets reply (the JSON text of the answer), status (of HTTP; 000 without an answer), code (of a
 # refusal) and failure (the message of curl). All secrets are in the config, which goes through a
 # pipe: they are in no argument, no environment and no file. An answer that was cut off ends without
-# the exit status of curl.
+# the exit status of curl, though a server can make it look otherwise.
 ask() { # PATH CONFIG
     url=$server$1 config=$2
     # -q works only as the first option. Without it a .curlrc could turn verification off.
@@ -5997,6 +6006,7 @@ ask() { # PATH CONFIG
     } 2>/dev/null | head -c "$LONGEST_ANSWER" | tr '\000' ' ')
     config='' status=000 reply='' failure=''
     exit_status=$(printf '%s\n' "$answer" | tail -n 1)
+    [ "${#answer}" != "$LONGEST_ANSWER" ] || exit_status=''
     case $exit_status in
     0)
         answer=${answer%"$LINE"*}
@@ -6168,7 +6178,8 @@ data-binary = \"$(escape "$body}")\""
         413:body-too-large)
         [ "$code:$key_token" = "token-used:$token_id" ] ||
             fail "refused ($code): $(detail)" || return 3
-        rm -f "$state/enrolling" # with that key, in a copy of this state, another was let in
+        # With that key, in a copy of this state, another was let in.
+        rm -f "$state/enrolling" || fail "cannot write in $state" || return
         keep_key && ask_for_credential
         ;;
     *) fail_for_now ;;
@@ -6321,7 +6332,7 @@ install() {
     fi
     replace "$PROGRAM" 755 "$script"
     replace "$state/program" 600 "$PROGRAM"
-    # As a shell and systemd read it.
+    # As systemd reads it.
     replace "$state/proxy" 600 "$(env | sed -n 's/["\\$`]/\\&/g
         s/^\([A-Za-z]*_[Pp][Rr][Oo][Xx][Yy]\)=\(..*\)/\1="\2"/p')"
     [ -z "$as_service" ] || install_service
@@ -6390,12 +6401,12 @@ can_write() { # FOLDER
     echo | put "$1/hostenroll-agent.try" 600 && rm -f "$1/hostenroll-agent.try"
 }
 
-# What was there before lies beside it until the new way works.
+# What was there before lies beside it until the new way works. What a run that was killed has left
+# there is kept: the service may never have run what is there now.
 replace() { # FILE MODE TEXT
-    [ "$(cat "$1" 2>/dev/null)" != "$3" ] || return 0
-    rm -f "$1.old"
+    [ -f "$1.old" ] || [ "$(cat "$1" 2>/dev/null)" != "$3" ] || return 0
+    [ -f "$1.old" ] || [ ! -f "$1" ] || put "$1.old" "$2" <"$1" || put_back "cannot write $1.old"
     replaced="$replaced $1"
-    [ ! -f "$1" ] || cp -p "$1" "$1.old" || put_back "cannot write $1.old"
     printf '%s\n' "$3" | put "$1" "$2" || put_back "cannot write $1"
 }
 
@@ -6454,7 +6465,8 @@ seal() {
         [ -L "$state/service" ] || take_back "$state/service"
         rm -rf "${STATE%/*}/private/${STATE##*/}"
     fi
-    rm -f "$state/credential" "$state/facts" "$state/enrolling" || end 1 "cannot write in $state"
+    rm -f "$state/credential" "$state/credential.new" "$state/facts" "$state/enrolling" ||
+        end 1 "cannot write in $state"
     end 0 "sealed: each machine that starts with this image needs a token"
 }
 
@@ -6474,7 +6486,7 @@ install_service() {
     fi
     replace "$UNIT" 644 "$(unit)"
     waited=0
-    if [ -n "$replaced$enrolled" ] || ! systemctl -q is-active "$SERVICE"; then
+    if [ -n "$replaced$enrolled" ] || ! is_answered || ! systemctl -q is-active "$SERVICE"; then
         [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
         { chmod 711 "$state" && store_credential "$credential"; } ||
             put_back "cannot write in $state"
@@ -6482,14 +6494,18 @@ install_service() {
         { systemctl daemon-reload && systemctl enable "$SERVICE" &&
             systemctl restart "$SERVICE"; } || waited=$LONGEST_START
     fi
-    # Answered since root gave it the credential. Without the file find prints that.
-    until [ -z "$(find "$STATE/credential" -newer "$STATE/service/answered" 2>&1)" ]; do
+    until is_answered; do
         [ "$waited" -lt "$LONGEST_START" ] || leave_unanswered
         sleep 1
         waited=$((waited + 1))
     done
     keep_new
     end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
+}
+
+# Since root has given the service its credential. Without the file find prints that.
+is_answered() {
+    [ -z "$(find "$STATE/credential" -newer "$STATE/service/answered" 2>&1)" ]
 }
 
 leave_unanswered() {
@@ -6556,13 +6572,14 @@ main() {
     LC_ALL=C
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
+    trap '' PIPE # of a log that has ended
     read_arguments "$@"
     case $(type printf) in
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
     for tool in cat chmod curl cut date head id ln ls mkdir mv rm sed sleep sync tail tr uname \
-        ${act:+chown cp env find}; do
+        ${act:+chown env find}; do
         command -v "$tool" >/dev/null 2>&1 || end 1 "$tool is missing: install it"
     done
     [ "$act" = uninstall ] || [ "$act" = seal ] || check_arguments
@@ -6571,8 +6588,7 @@ main() {
     [ "$act" != uninstall ] || uninstall
     [ "$act" != install ] || check_install
     open_folder "$state"
-    [ -n "$act$proxy" ] || [ ! -f "$state/proxy" ] ||
-        eval "$(sed -n 's/^[A-Za-z]/export &/p' "$state/proxy")"
+    [ -n "$act$proxy" ] || [ ! -f "$state/proxy" ] || read_proxy
     [ "$act" != seal ] || seal
     [ "$act" != install ] || check_places
     [ -z "$as_service" ] || take_lock || leave_to_holder

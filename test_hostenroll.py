@@ -9824,6 +9824,24 @@ def recorded_sleeps(machine, count, *options):
 
 
 @slow
+@in_every_shell_slowly
+def test_an_agent_outlives_the_program_that_reads_its_log(member, behind):
+    middle = behind("pass", *[answer_of("403 Forbidden")] * 2)
+    ours, its = os.pipe()
+    agent = subprocess.Popen(
+        member.command(), env=member.environment, stderr=its, start_new_session=True
+    )
+    os.close(its)
+    os.close(ours)
+    try:
+        until(lambda: len(middle.requests) > 4)
+        assert agent.poll() is None and member.is_online()
+    finally:
+        os.killpg(agent.pid, signal.SIGKILL)
+        agent.wait(10)
+
+
+@slow
 def test_once_an_hour_the_agent_looks_for_new_facts(machine):
     looked = machine.folder / "looked"
     machine.program("docker", f"echo >>{looked}; echo Docker version 1, build 1")
@@ -10145,6 +10163,10 @@ ENDLESS = {  # how an answer begins, and what then comes for ever
     "lines": (b"HTTP/1.1 200 OK\r\n\r\n", b"\n200\n" * 5000),
     "fields": (b"HTTP/1.1 200 OK\r\n", b"Retry-After: 9\r\n" * 2000),
     "heads": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+    "what looks like its end where it is cut": (
+        b"HTTP/1.1 200 OK\r\n\r\n".ljust(65524, b"x") + b" \x1b[2J 200\n\n0",
+        b"x" * 0x8000,
+    ),
 }
 
 
@@ -10294,6 +10316,17 @@ def test_a_script_that_was_cut_short_runs_nothing(tmp_path):
         (tmp_path / "cut.sh").write_text(whole[:cut])
         assert "usage: host" not in run_alone(["sh", "cut.sh", "--help"], tmp_path, status=None)
     run_script(tmp_path, "--help", text="usage: host")
+
+
+@slow
+def test_a_key_that_was_used_elsewhere_is_tried_once_more_where_nothing_can_be_written(member):
+    token = member.door.token()
+    token_id = token.split("_")[1]
+    member.door.enroll(token)
+    (member.state / "enrolling").write_text(f"{token_id} {'0' * 32}\n")
+    member.program("rm", f'[ "${{2##*/}}" != enrolling ] || exit 1; exec {shutil.which("rm")} "$@"')
+    member.once(token=token, status=1, text="cannot write in ")
+    assert member.refusals("token-used") == 1
 
 
 # Facts.
@@ -10806,6 +10839,7 @@ def test_sealing_leaves_nothing_that_makes_a_machine_a_host(member, shell):
         agent.wait(10)
     assert os.path.lexists(member.state / "lock")
     (member.state / "enrolling").write_text("a b\n")
+    (member.state / "credential.new").write_text(member.stored())  # of a run that was killed
     (member.state / "precious").write_text("another's\n")
     command = [*shell, str(member.script), "--seal", "--state", str(member.state)]
     for _ in range(2):
@@ -11454,6 +11488,62 @@ def test_an_update_that_is_interrupted_puts_back_what_was_there(service, machine
 
 @slow
 @needs_root
+@pytest.mark.parametrize("file", ["credential", "service/answered"])
+def test_an_update_is_done_though_the_clock_has_been_set_since(file, service, machine):
+    machine.write_script(LONGEST_START=3)
+    when = "tomorrow" if file == "credential" else "yesterday"
+    shown = service(f"""
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-
+        touch -d {when} /var/lib/hostenroll-agent/{file}
+        agent --install && echo done""")  # fmt: skip
+    assert shown.endswith("\ndone\n"), shown
+
+
+@slow
+@needs_root
+def test_an_update_for_which_there_is_no_room_leaves_what_was_there(service, machine):
+    shown = service(f"""{INSTALLED}
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-; installed; echo
+        mount -o remount,size=60k /usr/local
+        sed -i '1a# newer' {machine.script}; agent --install || echo status $?
+        echo; installed; ls /usr/local/sbin""")  # fmt: skip
+    before, said, after = shown.split("\n\n")
+    assert "cannot write /usr/local/sbin/hostenroll-agent" in said and "\nstatus 1" in said, said
+    assert after.splitlines() == [*before.splitlines(), "hostenroll-agent"]
+
+
+@slow
+@needs_root
+def test_an_update_that_was_killed_anywhere_is_done_by_the_next_one(service, machine):
+    """The next one restarts the service: it may still run what was there before."""
+    machine.program(
+        "mv",
+        f"""count=$(cat "$CALLS.count" 2>/dev/null); echo $((count - 1)) >"$CALLS.count"
+        [ "$count" = 1 ] || exec {shutil.which("mv")} "$@"
+        next=$PPID all=
+        while tr '\\0' '\\n' </proc/$next/cmdline | grep -qx -e --install; do
+            all="$next $all" next=$(cut -d ' ' -f 4 /proc/$next/stat); done
+        kill -9 $all""",
+    )
+    shown = service(f"""
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-
+        for step in 1 2 3 4 5 6 7 8 9; do
+            sed -i "1a# $step" {machine.script}; >"$CALLS"
+            echo $step >"$CALLS.count"
+            agent --install --ask-again 5$step 2>&- && status=0 || status=$?
+            echo 0 >"$CALLS.count"; agent --install --ask-again 5$step 2>&-
+            grep -q "ask-again 5$step" {UNIT_FILE}
+            cmp {machine.script} /usr/local/sbin/hostenroll-agent
+            echo $step $status $(grep -c '.*restart' "$CALLS" || :)
+        done; ls /etc/systemd/system /usr/local/sbin /var/lib/hostenroll-agent""")  # fmt: skip
+    steps = re.findall(r"(?m)^\d (\d+) (\d+)$", shown)
+    killed = [restarts for status, restarts in steps if status == "137"]
+    assert len(killed) > 4 and len(steps) == 9, shown
+    assert set(killed) == {"1"} and ".old" not in shown, shown
+
+
+@slow
+@needs_root
 def test_without_systemd_an_update_that_does_not_work_replaces_nothing(machine):
     shown = in_a_new_root(machine, f"""
         printf %s {machine.door.token()} | agent --install --token-file - >/run/line 2>&-
@@ -11638,6 +11728,20 @@ def test_a_proxy_that_is_named_is_gone_by(walled):
     assert walled.is_online() and walled.proxy.tunnels == 2
     assert "127.0.0.1:" in (arguments := (walled.folder / "arguments").read_text())
     assert walled.proxy.url[7:20] not in arguments
+
+
+@in_every_shell_slowly
+def test_what_lies_in_the_file_of_the_proxy_is_not_run(walled):
+    """Others may be able to write in the folder of a user."""
+    proxy, ran = walled.proxy.url, walled.folder / "ran"
+    token = walled.door.token()
+    walled.once("--proxy", proxy, token=token)
+    (walled.state / "proxy").write_text(
+        f"""a_proxy="$(echo >{ran})"\nx=`echo >{ran}`\nPATH="/"\nb_proxy=c; echo >{ran}\n"""
+        + f"""all_proxy="{proxy}"\n"; echo >{ran}\n"""
+    )
+    walled.once()
+    assert walled.proxy.tunnels == 3 and not ran.exists()
 
 
 # Versions of systemd.
