@@ -28,7 +28,9 @@ Words, each with one meaning, in code, SQL, API and command line alike:
     operation       what can be asked for, by HTTP, by a command or both: a row of a table
     call            an operation with its caller and its values, from either door
     engine          SQLite and its files; queries: the plain SQL that runs in it
+    interval        seconds between heartbeats; a host is judged by the one that it was last told
     service period  the time since servers began to listen without a pause, which is no silence
+    instance        a machine, a boot of it and the agent's folder: two that take turns are copies
     event           what happened, as a row of the audit log
 
 Contents; each section uses only those above it, and a test checks that:
@@ -58,6 +60,7 @@ Laws that the code keeps, each explained where it is kept:
     What cannot pass by itself ends the process: one line, exit status 1, and it is started again.
     Nothing is written through a link or a file that another user prepared.
     Memory and time are bounded for whatever a peer sends.
+    The loop waits for the selector, the write lock and the commit, and for nothing else.
 
 A tour, by function names. A heartbeat, the same bytes every 30 s:
 
@@ -65,7 +68,8 @@ A tour, by function names. A heartbeat, the same bytes every 30 s:
     HeartbeatFastPath.match recognizes it by its bytes and finds its credential verified: a
       Heartbeat. Else RequestReader.next parses it and Api.admit judges it (Keyring.verify).
     Exchanges.run_tick hands all that may write to Registry.run, in one transaction.
-    Heartbeats.batch runs one statement for all heartbeats; Heartbeats.accept judges each stray.
+    Heartbeats.batch runs one statement for all heartbeats, and one for those of hosts with another
+      interval than before; Heartbeats.accept judges each that is left.
     Registry._commit commits; then Api.heartbeat_answer writes each answer.
 
 An enrollment, and every other request:
@@ -185,11 +189,11 @@ SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could
 DUPLICATES_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
 
 # Copies of a credential, as of a machine that was cloned. Agents name their instance every hour.
-INSTANCES_KNOWN = 4  # of a host, the last: one of these that comes again returns
+INSTANCES_KNOWN = 4  # of a host, the newest: one of these that is named again has returned
 COPY_RETURNS = 2  # a machine that is started again does not return; one that is restored does once
 COPY_NEW = 6  # more machines than are known, or one that is started often
 COPY_WINDOW_MS = 4 * HOUR * SECOND_MS  # in which either number is a sign of a copy
-SIGHTINGS_KEPT = 12  # of a host, the last: so many in the window are such a sign, whatever they are
+SIGHTINGS_KEPT = 12  # of a host, the newest: among so many, one of the two numbers is reached
 COPY_SHOWN_MS = DAY * SECOND_MS  # the warning, after the last sign
 
 # Files with secrets.
@@ -356,8 +360,7 @@ class Origin(NamedTuple):
 
 
 def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
-    """The outcome of a function that reads files, run in a thread: where a mount hangs, that alone
-    hangs with it."""
+    """Run a function that reads files in a thread: where a mount hangs, only the thread hangs."""
     outcome: futures.Future[Any] = futures.Future()
 
     def run() -> None:
@@ -1488,7 +1491,7 @@ class KeyFile:
     def reload(self, current: Keyring) -> Optional[Keyring]:
         """The keyring in it, if it has changed since the last look, is a good one, and is of the
         same database as the current one: the audit key never changes."""
-        patience: Optional[float] = 0  # for a read that is late; what it gives then is dropped
+        patience: Optional[float] = 0  # an earlier read is late: it is not waited for again
         if self._reading is None or self._reading.done():
             patience, known = self.patience, () if self.trouble else self._seen
             self._reading = in_background(partial(self._read, known))
@@ -1540,11 +1543,11 @@ PIN = "sha256//[A-Za-z0-9+/]{43}="  # of a key, as curl's --pinnedpubkey takes i
 class Certificate(NamedTuple):
     pin: str  # SHA-256 of its SubjectPublicKeyInfo
     ends: int  # its notAfter, Unix ms, at least 1
-    is_self_signed: bool  # as its names say
+    is_self_signed: bool  # its issuer and its subject have one name
 
 
 def read_certificate(octets: bytes, path: str = "it") -> Certificate:
-    """A certificate in DER (RFC 5280 section 4.1). Raises OperatorError: OpenSSL reads more."""
+    """A certificate in DER (RFC 5280 section 4.1). Raises OperatorError, where OpenSSL may not."""
     try:
         _, _, contents = next(_der_elements(octets))
         _, _, signed = next(_der_elements(contents))
@@ -2787,6 +2790,7 @@ class Queries:
         return self._all(SigningKeyRow, "ORDER BY number DESC")
 
     def kids(self, with_retired: bool = True) -> set[str]:
+        """Without retired ones: what the database takes for the keys of the key file."""
         which = "" if with_retired else " WHERE retired_at IS NULL"
         return {kid for (kid,) in self._rows(f"SELECT kid FROM signing_key{which}")}
 
@@ -2848,9 +2852,6 @@ class Queries:
         self._insert("heartbeat", ("host_id", *Host._fields[end:]), (host.id, *host[end:]))
         return True
 
-    def host(self, number: int) -> Optional[Host]:
-        return self.get(Host, number)
-
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
         """The host that a token admitted last, with an Idempotency-Key."""
         return self._one(Host, "WHERE admitted_by = ? AND idempotency = ?", token, idempotency)
@@ -2898,20 +2899,19 @@ class Queries:
         return self._many(_TELL, rows)
 
     def tell_next(self, number: int, told_interval: int) -> None:
-        """Have the next heartbeat of a host told its interval; until then it has this one."""
+        """Have a host's next heartbeat answered with its interval; until then it has this one."""
         statement = """UPDATE heartbeat SET active = CASE active WHEN 0 THEN 0 ELSE 2 END,
              told_interval = ? WHERE host_id = ?"""
         self._run(statement, told_interval, number)
 
     def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int, int]]:
-        """Of these hosts, id, serial and told_interval of the active ones that were last seen now:
-        the matches."""
+        """Which of these hosts beat() wrote now, with their serial and told_interval."""
         statement = """SELECT host_id, serial, told_interval FROM heartbeat
              WHERE last_seen = ? AND active = 1 AND host_id IN"""
         return set(self._rows_of(hosts, statement, now))
 
     def own_intervals(self, hosts: Sequence[int]) -> dict[int, int]:
-        """What goes before the server's interval, of those of these hosts that have it."""
+        """Of these hosts, the intervals that go before the server's: Heartbeats.interval_of()."""
         statement = """SELECT id, coalesce(every_seconds, own_interval) FROM host
              WHERE coalesce(every_seconds, own_interval) > 0 AND id IN"""
         return dict(self._rows_of(hosts, statement))
@@ -3138,7 +3138,7 @@ class HostView(NamedTuple):
 
 
 class DeletedHost(NamedTuple):
-    """A host that is gone, and the token that it came in by last if that still lets hosts in."""
+    """A host that was deleted, and the token that admitted it last if that still admits hosts."""
 
     host: Host
     token: Optional[Token]
@@ -3589,8 +3589,8 @@ class SigningKeys(Rules):
     """The keys that sign and verify credentials, and their names in the database.
 
     The key file decides. It may be replaced while we run, by a command or from a backup: reload()
-    goes by what is in it, and learn() has the database know it. A command commits what it has done
-    to the file, and follow() knows from then on. Housekeeping, and so SIGHUP, finds other changes.
+    goes by what is in it, and learn() has the database know it. A command commits after it has
+    changed the file, so follow() looks after commits. Housekeeping, and so SIGHUP, finds the rest.
     """
 
     def __init__(
@@ -3607,8 +3607,8 @@ class SigningKeys(Rules):
         self.keyring = self.file.reload(self.keyring) or self.keyring
 
     def follow(self) -> None:
-        """Read the key file, if the database has other keys since another process committed. Else
-        every tick would look at the file, and hang with its mount."""
+        """Read the key file, if another process has committed and the database has other keys. To
+        look at the file in every tick would hang with its mount."""
         version = self._registry.engine.data_version()
         if version != self._version:
             self._version = version
@@ -3620,7 +3620,7 @@ class SigningKeys(Rules):
         a clock an hour back would refuse all. Raises CredentialInvalid, CredentialExpired,
         StorageUnavailable."""
         claims = self.keyring.verify(credential.encode("ascii", "replace"))
-        if claims is None:  # who is told so waits for an hour: not if a key can just not be read
+        if claims is None:  # an agent would wait an hour, where perhaps only a key cannot be read
             with self._registry.reading():
                 has_all = self._queries.kids(with_retired=False).issubset(self.keyring.kids)
             raise CredentialInvalid() if has_all else StorageUnavailable()
@@ -3695,14 +3695,10 @@ class SigningKeys(Rules):
             assert number is not None, "it is a key of the keyring"
         return number
 
-    def known_kids(self) -> set[str]:
-        """The names of the keys that the database takes for those of the key file."""
-        return {row.kid for row in self._queries.signing_keys() if row.retired_at is None}
-
     def learn(self, actor: str, now: int, restarts_audit: bool = False) -> None:
         """Have the database know the keys of the key file alone. The call that runs did not cause
         that, so its origin is not recorded."""
-        audit, known = self._registry.audit, self.known_kids()
+        audit, known = self._registry.audit, self._queries.kids(with_retired=False)
         if restarts_audit:  # the audit key is a new one: only what follows can be verified with it
             put_anchor(self._queries, self.keyring, *self._queries.last_event())
             audit.record("init", "key-file", "audit", None)
@@ -3779,11 +3775,11 @@ class SigningKeys(Rules):
 #
 #     silence   = the time in service since last_seen
 #     allowance = MISSED_BEATS * told_interval + ONLINE_SLACK
-#               + min(pause, PAUSE_ALLOWANCE), of each pause in whose beginning silence <= allowance
+#               + min(pause, PAUSE_ALLOWANCE), for each pause that began with silence <= allowance
 #
 # In a crash loop, servers live for seconds and hear few hosts: each pause allows for more than what
 # the period before it adds. Of more than PAUSES_KEPT pauses, the two with the shortest period
-# between them are taken as one, and who was last seen between them as seen at its end.
+# between them are taken as one, and a host last seen between them counts as seen at its end.
 #
 # Where no server lives, alive takes the place of now: the fleet looks as the server left it. A
 # last_seen far ahead of now was written before the clock was set back. It is moved back by as much
@@ -3810,8 +3806,8 @@ def pauses_of(service: Service) -> list[tuple[int, int]]:
 
 
 def next_period(old: Service, now: int) -> Service:
-    """The service row when a new service period begins, in Unix ms. What is forgotten are pauses
-    with MISSING_AFTER in service since, and those that lie ahead of a clock that was set back."""
+    """The service row when a new service period begins, in Unix ms. It forgets pauses before the
+    last MISSING_AFTER in service, and pauses that a clock which was set back has yet to reach."""
     pauses: list[tuple[int, int]] = []
     served, until = 0, old.alive
     for end, start in reversed(pauses_of(old)):
@@ -3839,8 +3835,8 @@ class ServicePeriod:
         self._ago = "ago" if is_served(row, now) else "before the server stopped"
 
     def silence_ms(self, last_seen: int, told_interval: int) -> tuple[int, int]:
-        """How long a host has been silent while a server could hear it, and how much of that pauses
-        allow for, beside its interval in seconds."""
+        """How long a host has been silent while a server could hear it, and how much of that is
+        allowed because of pauses. told_interval: in seconds."""
         if last_seen > self._ahead:
             last_seen = min(self._started, last_seen + self._set_back)
         silence, allowance, since = 0, 0, last_seen
@@ -3893,7 +3889,7 @@ class ServiceRecord(Rules):
         super().__init__(registry)
         self.certificate: Optional[Certificate] = None  # in use; None without TLS
         self._pin = ""  # what join commands are to pin
-        self._is_new = False  # and not in the row yet
+        self._is_new = False  # whether the row does not have these yet
 
     def get(self) -> Optional[Service]:
         """None before the first server ran."""
@@ -3953,16 +3949,16 @@ class ServiceRecord(Rules):
         row = row._replace(certificate_ends=ends, warned_at=warned_at)
         return row._replace(pin=self._pin, pinned=self._pin or pinned)
 
-    def mind_certificate(self, now: int) -> None:
+    def watch_certificate(self, now: int) -> None:
         """Write a new certificate to the row. It counts as written when a later turn reads it: a
-        tick may fail. Near its end, warn once a day, whatever is restarted meanwhile."""
+        tick may fail. Near its end, warn once a day, however often servers start."""
         row = self.get()
         if row is None:
             return
         fresh = self._certified(row) if self._is_new else row
         self._is_new = fresh != row
-        ends, is_told = fresh.certificate_ends, 0 <= now - fresh.warned_at < DAY * SECOND_MS
-        if ends and ends - now <= CERTIFICATE_WARNING * SECOND_MS and not is_told:
+        ends, has_warned = fresh.certificate_ends, 0 <= now - fresh.warned_at < DAY * SECOND_MS
+        if ends and ends - now <= CERTIFICATE_WARNING * SECOND_MS and not has_warned:
             log.warning("the certificate's end is %s: renew it, and send SIGHUP", rfc3339(ends))
             self._registry.audit.record("certificate", "server", "", None, endsAt=rfc3339(ends))
             fresh = fresh._replace(warned_at=now)
@@ -4286,7 +4282,7 @@ class Enrollments(Rules):
         return self._admitted("enroll", token, host, issued, call)
 
     def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
-        host = self._queries.host(token.host_id) if token.host_id is not None else None
+        host = self._queries.get(Host, token.host_id) if token.host_id is not None else None
         if host is None:
             raise HostUnknown()
         if host.revoked_at is not None:
@@ -4303,7 +4299,7 @@ class Enrollments(Rules):
         )  # fmt: skip
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
         host = host._replace(**changes)
-        # The answer may be lost, and the host go on by what it was told before.
+        # The answer may be lost: then the host goes on with the interval that it has.
         told = self._registry.heartbeats.interval_of(host)
         self._queries.tell_next(host.id, max(told, host.told_interval))
         return self._admitted("re-enroll", token, host, issued, call)
@@ -4343,21 +4339,20 @@ class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
     Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
-    What it does not match may be a host that is to be told another interval: those go in a second
-    one, Queries.tell(). What is left is judged by accept(), one by one: the first use of a newer
-    credential, a clock that went back, or a refusal. Heartbeats with facts or a renewal due are
-    calls: beat().
+    Where it does not match because a host's interval has changed, a second does, Queries.tell().
+    What is left is judged by accept(), one by one: the first use of a newer credential, a clock
+    that went back, or a refusal. Heartbeats with facts or a renewal due are calls: beat().
 
-    Law: the interval that an answer tells is in the host's row before, for its status follows from
-    it. Plain heartbeats are answered from memory, so the statement compares that with the row.
+    Law: an interval is in the host's row before it is sent, for its status follows from the row.
+    Plain heartbeats are answered from memory, so the statement compares that with the row.
     """
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        # Of hosts that are told another interval than the server's: what they were told last. It
-        # may be wrong, as when another server told them something else since.
+        # The told interval of each host, where it is not the server's. It may be wrong: another
+        # server may have answered since. Then the statement does not match.
         self._told: dict[int, int] = {}
-        self._usual = interval_range(registry.interval)
+        self._usual_range = interval_range(registry.interval)
 
     def interval_of(self, host: Host) -> int:
         """The interval in seconds that a host is to be told."""
@@ -4366,7 +4361,7 @@ class Heartbeats(Rules):
     def next_interval(self, host: int) -> int:
         """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
         told = self._told.get(host)
-        shortest, choices = self._usual if told is None else interval_range(told)
+        shortest, choices = self._usual_range if told is None else interval_range(told)
         return shortest + int(random.random() * choices)
 
     def _remember(self, host: int, interval: int) -> None:
@@ -4378,7 +4373,7 @@ class Heartbeats(Rules):
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
         kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
-        if len(self._told) >= CREDENTIALS_CACHED:  # not later, when answers are to tell what it has
+        if len(self._told) >= CREDENTIALS_CACHED:  # not later: the answers need it
             self._told.clear()
         told, usual = self._told.get, self._registry.interval
         rows = [(now, n, ref.serial, now, told(n, usual)) for n, ref, _ in beats if ref.kid in kids]
@@ -4409,9 +4404,9 @@ class Heartbeats(Rules):
         return outcomes
 
     def _tell_strays(self, rows: Sequence[BeatRow], now: int) -> set[tuple[int, int]]:
-        """Of the rows of a batch, write those of hosts that are to be told another interval; host
-        and serial of all that are written. A new --heartbeat-interval brings the whole fleet here
-        once: so it is a few statements, with no event."""
+        """Of a batch's rows that did not match, write those with a wrong told_interval; host and
+        serial of all that are written. A new --heartbeat-interval brings the whole fleet here once:
+        so it is a few statements, with no event."""
         written = self._queries.beaten(now, [row[1] for row in rows])
         strays = [row[1:3] for row in rows if (row[1], row[2], row[4]) not in written]
         hosts = [host for host, _ in strays]
@@ -4446,7 +4441,7 @@ class Heartbeats(Rules):
         name = tagged_id("host", number)
         if kid not in self._registry.keys.keyring.kids:
             raise CredentialInvalid()
-        host = self._queries.host(number)
+        host = self._queries.get(Host, number)
         if host is None:
             raise HostUnknown().with_audit(name, name, owner)
         if serial < host.serial:
@@ -4495,8 +4490,8 @@ class Heartbeats(Rules):
         return HeartbeatResult(host.id, host.last_seen, issued, self.next_interval(host.id))
 
     def _sight(self, host: Host, facts: dict[str, Any], address: str, now: int) -> None:
-        """Take the instance out of facts. Copies of a credential take turns, and return; of a
-        machine that is started again the instance before does not. Nothing waits for the disk."""
+        """Take the instance out of facts, and judge it: copies of a credential take turns, so
+        theirs return; a machine that is started again has a new one. Does not wait for the disk."""
         instance, hostname = facts.pop("instances"), facts.get("hostname", host.hostname)
         seen = [Sighting(kind, int(at), *rest) for kind, at, *rest in _SEEN.findall(host.instances)]
         known = list(dict.fromkeys(each.instance for each in seen))[:INSTANCES_KNOWN]
@@ -4508,12 +4503,12 @@ class Heartbeats(Rules):
         self._queries.edit_host(host.id, {"instances": "\n".join(lines)})
         recent = Counter(each.kind for each in seen if 0 <= now - each.at <= COPY_WINDOW_MS)
         is_copied = recent["back"] >= COPY_RETURNS or recent["new"] >= COPY_NEW
-        if is_copied and self.find_copy(host.id, now):
+        if is_copied and self.note_copy(host.id, now):
             other = {"otherAddress": seen[1].address, "otherHostname": seen[1].hostname}
             self._record("clone", tagged_id("host", host.id), host, hostname=hostname, **other)
 
-    def find_copy(self, number: int, now: int) -> bool:
-        """There is a sign that a host's credential is copied. False: there was one in this hour."""
+    def note_copy(self, number: int, now: int) -> bool:
+        """Count a sign that a host's credential is copied. False: there was one in this hour."""
         is_first = self._queries.mark_copied(number, now)
         self._registry.metrics.tick["clones"] += is_first
         return is_first
@@ -4526,7 +4521,7 @@ class Heartbeats(Rules):
         if not facts:
             return True
         with self._registry.reading():
-            host = self._queries.host(claims.host)
+            host = self._queries.get(Host, claims.host)
         return host is None or not changed_facts(host, facts)
 
 
@@ -4554,7 +4549,7 @@ class Hosts(Rules):
     def _view(self, host: Host, period: ServicePeriod, now: int) -> HostView:
         seen = host.last_seen, host.revoked_at, host.told_interval
         view = HostView(host, period.status(*seen), period.reason(*seen), [])
-        other = None if host.twin_id is None else self._queries.host(host.twin_id)
+        other = None if host.twin_id is None else self._queries.get(Host, host.twin_id)
         if other is not None and other.revoked_at is None:
             view.warnings.append(
                 f"when it enrolled, host {id_text(other.id)} with the same hostname was live: one "
@@ -4568,8 +4563,7 @@ class Hosts(Rules):
         return view
 
     def edit(self, call: Call, now: int) -> HostView:
-        """values: name, labels, intervalSeconds (None: that of the server), or some of them. Raises
-        NotFound."""
+        """values: name, labels, intervalSeconds (None: the server's), or some. Raises NotFound."""
         host, changes, detail = self._own(call, Host), {}, {}
         for name, value in call.values.items():
             column = "own_interval" if name == "intervalSeconds" else name
@@ -4758,10 +4752,10 @@ class Registry:
         return outcome
 
     def refuse(self, problem: Problem, origin: Origin, now: int, in_tick: bool) -> None:
-        """A call was refused, and what it wrote is undone: write what stays of it."""
+        """Record that a call was refused; what it wrote has been undone."""
         self.audit.refuse(problem, origin, now, in_tick)
         if isinstance(problem, CredentialSuperseded):
-            self.heartbeats.find_copy(parse_id(problem.subject.partition(":")[2]), now)
+            self.heartbeats.note_copy(parse_id(problem.subject.partition(":")[2]), now)
 
     def _commit(self, writes: bool) -> None:
         if not writes:
@@ -4794,7 +4788,7 @@ class Registry:
             self.storage_trouble = trouble
 
     def unavailable(self, error: StoreError, writes: bool) -> Problem:
-        """The refusal of calls that the database failed. Raises Unrecoverable: it was migrated."""
+        """The refusal of calls that the database failed. Raises Unrecoverable if migrated."""
         with suppress(StoreError):
             self.engine.require_our_schema()
         self._note_failure(str(error), writes)
@@ -4851,7 +4845,7 @@ class Registry:
         self.engine.require_unchanged(durable=True)
         self.engine.require_our_schema()
         self.service.keep_alive(now)
-        self.service.mind_certificate(now)
+        self.service.watch_certificate(now)
         self.keys.reload()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
@@ -4919,7 +4913,8 @@ WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick
 FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.sum_up(now, True))
 START_SERVICE = InternalRule(
     lambda registry, call, now: registry.service.start(**call.values, now=now), durable=True)
-KNOWN_KIDS = InternalRule(lambda registry, call, now: registry.keys.known_kids(), writes=False)
+KNOWN_KIDS = InternalRule(
+    lambda registry, call, now: registry.queries.kids(with_retired=False), writes=False)
 LEARN_KEYS = InternalRule(
     lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
 # fmt: on
@@ -6093,7 +6088,7 @@ gather_facts() {
     age=0 sent_facts=''
 }
 
-# Those that the server has, and when a heartbeat told it. Without the file they are sent again.
+# Those that the server has, and when a heartbeat sent them. Without the file they are sent again.
 store_facts() { # [TIME]
     printf '%s\n' "$facts" "${1:-}" | put "$state/facts" 600 || rm -f "$state/facts"
     sent_facts=$facts
@@ -6327,7 +6322,10 @@ install() {
     if [ -z "$enrolled" ] && [ -f "$installed" ]; then
         updates=yes
         ask /api/agent/heartbeat 'data-binary = "{}"'
-        [ "$code" = credential-missing ] || fail_for_now || end 1 "nothing was changed"
+        case $code in # the server's own answers, also where it cannot do more now
+        credential-missing | too-many-requests | overloaded | storage-unavailable) ;;
+        *) fail_for_now || end 1 "nothing was changed" ;;
+        esac
         trap 'put_back interrupted' HUP INT TERM
     fi
     replace "$PROGRAM" 755 "$script"
@@ -8196,7 +8194,7 @@ FACTS = (  # what an agent reports about its machine: in JSON, and as a column o
 )
 COLUMNS = {name: re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
            for name in ("hostname", *(fact.name for fact in FACTS))}
-COLUMNS["instance"] = "instances"  # which differs always: such a heartbeat is never a plain one
+COLUMNS["instance"] = "instances"  # never equal to one: such a heartbeat is not plain
 
 # What bodies, queries and headers may hold.
 NO_MEMBERS = Schema()
@@ -8287,13 +8285,13 @@ class ServicePlace(NamedTuple):
 
 
 def service_place(service: Any) -> ServicePlace:
-    """Of a Service; None: before the first server ran. Not all that a database may have is safe to
-    paste into a shell. Raises StorageUnavailable."""
+    """Of a Service; None: before the first server ran. Raises StorageUnavailable for a URL or a pin
+    that serve never writes: people paste them into a shell."""
     if service is None:
         return ServicePlace()
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
     if not re.fullmatch(ours, f"{service.public_url} {service.pin}"):
-        raise StorageUnavailable("The URL or the pin in the database is odd: start serve again.")
+        raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
     return ServicePlace(service.public_url, service.pin, service.interval)
 
 
@@ -9262,6 +9260,10 @@ def load_tls(certificate: str, key: Optional[str]) -> tuple[Optional[ssl.SSLCont
         raise OperatorError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
+# By the host of the server: its TLS, and what the loop calls when it begins to use that.
+TlsLoader = Callable[[str], tuple[Optional[ssl.SSLContext], Callable[[], None]]]
+
+
 def distrust(chain: Sequence[bytes], host: str) -> str:
     """Why this machine's own trust store does not verify a chain, in DER, for a host; "" if it
     does. A client is given the messages in which a server of TLS 1.2 shows its chain: they are in
@@ -9308,7 +9310,7 @@ class Connections:
         self, deadlines: Mapping[State, float], metrics: Metrics,
         maximum: int = CONNECTIONS_MAXIMUM, number: int = 0,
     ) -> None:  # fmt: skip
-        """deadlines: seconds, where they differ from the table. number: that no connection has."""
+        """deadlines: seconds, where they differ from the table. number: before the first one's."""
         self.metrics, self._maximum, self._number = metrics, maximum, number
         self.is_crowded = False  # a new connection waits for a place or a descriptor
         self._short_at = -math.inf  # when no descriptor was free
@@ -9879,16 +9881,14 @@ class Server(HTTPServer):
     def __init__(
         self, api: Api, host: str, port: int, *, clock: Callable[[], float],
         connections: int = CONNECTIONS_MAXIMUM, deadlines: Optional[Mapping[State, float]] = None,
-        load_tls: Optional[
-            Callable[[str], tuple[Optional[ssl.SSLContext], Callable[[], None]]]] = None,
+        load_tls: Optional[TlsLoader] = None,
         listener: Optional[socket.socket] = None, proxies: Networks = (), access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
     ) -> None:  # fmt: skip
         """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
-        is called with our host, at once and in a thread at each reload; it gives the TLS, and what
-        the loop calls when it uses that. listener: a socket that a service manager has bound.
-        proxies: believed in X-Forwarded-For. notify is given our states, as in sd_notify(3).
-        Raises OSError."""
+        is called with our host, at once and in a thread at each reload. listener: a socket that a
+        service manager has bound. proxies: believed in X-Forwarded-For. notify is given our states,
+        as in sd_notify(3). Raises OSError."""
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listening_socket(host, port)
@@ -10002,8 +10002,8 @@ class Server(HTTPServer):
             self._turn(self._timeout())
 
     def _close_silent(self) -> None:
-        """Close the connections without a request. None was closed before: its peer may just have
-        sent one, and a request that is lost cannot be told from one that was run."""
+        """Close the connections without a request. Not before: a peer may just have sent one, and
+        without an answer it cannot know whether that was run."""
         self._turn(0)  # reads what has arrived
         for connection in self._connections.within((IDLE, HANDSHAKE, HEAD)):
             if connection.state is HANDSHAKE or not connection.buffered:
@@ -10518,7 +10518,7 @@ def discard(stream: Any) -> None:
 
 
 def inform(*lines: str, level: int = logging.INFO) -> None:
-    """Facts on stderr, of a server in its log. A closed one or a full disk stops no command."""
+    """Facts on stderr, for a server through its log. A closed one or a full disk stops nothing."""
     handler = server_log()
     with suppress(OSError):
         if lines and handler:
@@ -10556,7 +10556,7 @@ def output_secret(session: Session, document: Mapping[str, Any], member: str, ti
 
 class LogHandler(logging.Handler):
     """The log on stderr: a line for people, or a JSON object, for each record. A thread writes it,
-    because nobody may be reading; what it cannot write in time is dropped, and counted there."""
+    because its reader may hang; lines that it cannot write in time are dropped and counted."""
 
     def __init__(self, is_json: bool, environment: Mapping[str, str] = os.environ) -> None:
         super().__init__()
@@ -10615,7 +10615,7 @@ class LogHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
                 lines, self._waiting = self._waiting, bytearray()
                 if self._dropped:
-                    text = f"{self._dropped} lines of the log are missing here: nobody read them"
+                    text = f"{self._dropped} lines of the log are missing here: its reader was slow"
                     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
                     self._dropped = 0
                     self.put(self.format(record), record.levelno)
@@ -10710,8 +10710,6 @@ class Session(NamedTuple):
         inform(*facts)
 
 
-# The files that a command works with.
-
 DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key")  # commands
 
 
@@ -10745,8 +10743,8 @@ def key_file_beside(database: str) -> str:
 
 
 def refusal_of_strangers(folder: str) -> str:
-    """Why root does not take the files here, or "": who can write the database or knows the keys
-    lets in whom he likes, so they must be root's, or of the owner of the service's folder."""
+    """Why root does not take the files here, or "". Who can write the database or knows the keys
+    can let in any host: so they must belong to root, or to the owner of the service's folder."""
     trusted = {0}
     if os.path.isdir(folder):
         trusted.add(os.stat(folder).st_uid)
@@ -10859,7 +10857,7 @@ def mint_api_key(session: Session) -> None:
 def agent_command(session: Session) -> None:
     with session.open(purpose="read") as registry:
         place = service_place(registry.perform(CURRENT_SERVICE, session.now()))
-    facts = "for machines that are enrolled, as root: it renews the agent, and where it finds us"
+    facts = "run it as root on enrolled machines: it renews the agent, and the URL and pins it uses"
     session.report(SERVICE.of(place), place.agent_line, facts)
 
 
@@ -10935,8 +10933,8 @@ def serve(session: Session) -> None:
     arguments = session.arguments
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together: make-cert makes a pair")
-    is_far = "https:" in (arguments.public_url or "")
-    if arguments.tls_pin_cert and (arguments.tls_cert or not is_far):
+    is_https = "https:" in (arguments.public_url or "")
+    if arguments.tls_pin_cert and (arguments.tls_cert or not is_https):
         raise UsageError("--tls-pin-cert goes with --public-url https://..., and not --tls-cert")
     wants_pin = arguments.next_pin or arguments.pin == "always"
     if wants_pin and not (arguments.tls_cert or arguments.tls_pin_cert):
@@ -10977,7 +10975,24 @@ def listen(session: Session, registry: Registry) -> Server:
     if connections < CONNECTIONS_MAXIMUM:
         log.warning("the limit of open files allows %d connections: ulimit -Hn", connections)
     manager = environment.get("NOTIFY_SOCKET")
+    try:
+        return Server(
+            Api(registry), arguments.host, arguments.port, clock=session.clock,
+            connections=connections, load_tls=tls_loader(arguments, registry.service),
+            listener=inherited_listener(
+                environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")),
+            proxies=tuple(arguments.trusted_proxy), access_log=arguments.access_log,
+            notify=partial(notify_service_manager, manager) if manager else lambda state: None,
+        )  # fmt: skip
+    except (OSError, OverflowError) as error:
+        raise OperatorError(
+            f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose another "
+            "with --host and --port"
+        ) from error
 
+
+def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optional[TlsLoader]:
+    """What reads the certificate, and decides what join commands pin. Raises OperatorError."""
     public_host = urlsplit(arguments.public_url or "").hostname
     file, next_pin = arguments.tls_cert or arguments.tls_pin_cert, arguments.next_pin or ""
     if next_pin and not re.fullmatch(PIN, next_pin):
@@ -10994,23 +11009,9 @@ def listen(session: Session, registry: Registry) -> Server:
                 "agents the authority with --cacert", reason)  # fmt: skip
         is_pinned = reason or arguments.pin == "always"
         pins = filter(None, dict.fromkeys((certificate.pin, next_pin)))
-        pin = ";".join(pins) if is_pinned else ""
-        return context, partial(registry.service.announce, certificate, pin)
+        return context, partial(service.announce, certificate, ";".join(pins) if is_pinned else "")
 
-    try:
-        return Server(
-            Api(registry), arguments.host, arguments.port, clock=session.clock,
-            connections=connections, load_tls=load if file else None,
-            listener=inherited_listener(
-                environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")),
-            proxies=tuple(arguments.trusted_proxy), access_log=arguments.access_log,
-            notify=partial(notify_service_manager, manager) if manager else lambda state: None,
-        )  # fmt: skip
-    except (OSError, OverflowError) as error:
-        raise OperatorError(
-            f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose another "
-            "with --host and --port"
-        ) from error
+    return load if file else None
 
 
 def greet(session: Session, server: Server) -> None:
@@ -11108,7 +11109,8 @@ def make_cert(session: Session) -> None:
     make_pair(certificate, key, arguments.name[0], names, arguments.days)
     pin = read_certificate(load_tls(certificate, key)[1][0], certificate).pin
     made = {"certificate": certificate, "key": key, "pin": pin}
-    command = f"serve --tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}"
+    files = f"--tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}"
+    command = f"{session.program} serve {files}"
     session.report(made, None, f"made {certificate} and {key}; its pin is {pin}; now", command)
 
 
