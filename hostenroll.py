@@ -225,6 +225,7 @@ PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 host
 ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more counts as several
 COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census, which compares them one by one
 CENSUS_KEPT = 5  # a census that took more than one slice is good for so long
+ACTED_AT_ONCE = 1000  # hosts, in one tick; half as many by commands, which servers wait for
 VERIFIED_AT_ONCE = 1000  # events, in one read transaction: a longer one holds up the WAL
 PRUNED_AT_ONCE = 500  # rows a turn, a few ms; again in the next turn while there are more
 VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a statement
@@ -809,9 +810,10 @@ class Labels(FieldType):
 
     COUNT = 32
     KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", "letters, digits, . _ / -")
-    VALUE = Text(255)
+    TEXT = Text(255)
+    VALUE: FieldType = TEXT
 
-    def check(self, value: Any) -> dict[str, str]:
+    def check(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("must be an object")
         if len(value) > self.COUNT:
@@ -826,7 +828,7 @@ class Labels(FieldType):
                 raise ValueError(f"{subject} {error}") from None
         return value
 
-    def parse(self, text: str) -> tuple[str, str]:
+    def parse(self, text: str) -> tuple[str, Optional[str]]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError("must be written key=value")
@@ -842,7 +844,7 @@ class Labels(FieldType):
         }
 
     def parameter_schema(self) -> dict[str, Any]:
-        return {"type": "string", "pattern": f"^{self.KEY.pattern}={self.VALUE.pattern}$"}
+        return {"type": "string", "pattern": f"^{self.KEY.pattern}={self.TEXT.pattern}$"}
 
 
 class Nullable(FieldType):
@@ -856,6 +858,18 @@ class Nullable(FieldType):
 
     def json_schema(self) -> dict[str, Any]:
         return {"anyOf": [self._type.json_schema(), {"type": "null"}]}
+
+
+class LabelChanges(Labels):
+    """Labels to set, and with null to remove; typed, one key=value or key-."""
+
+    VALUE = Nullable(Labels.VALUE)
+
+    def parse(self, text: str) -> tuple[str, Optional[str]]:
+        if "=" in text or not text.endswith("-"):
+            return super().parse(text)
+        self.check({text[:-1]: None})
+        return text[:-1], None
 
 
 class ListOf(FieldType):
@@ -1543,7 +1557,6 @@ PIN = "sha256//[A-Za-z0-9+/]{43}="  # of a key, as curl's --pinnedpubkey takes i
 class Certificate(NamedTuple):
     pin: str  # SHA-256 of its SubjectPublicKeyInfo
     ends: int  # its notAfter, Unix ms, at least 1
-    is_self_signed: bool  # its issuer and its subject have one name
 
 
 def read_certificate(octets: bytes, path: str = "it") -> Certificate:
@@ -1553,7 +1566,7 @@ def read_certificate(octets: bytes, path: str = "it") -> Certificate:
         _, _, signed = next(_der_elements(contents))
         kinds, members, contents_of = zip(*_der_elements(signed))
         first = 3 if kinds[0] == 0xA0 else 2  # a version stands before the others, unless it is 1
-        issuer, _, subject, key = members[first : first + 4]
+        key = members[first + 3]
         _, (kind, _, after) = _der_elements(contents_of[first + 1])
         text = after.decode("ascii")
         if kind == 0x17:  # UTCTime has two digits of the year: section 4.1.2.5.1
@@ -1562,7 +1575,7 @@ def read_certificate(octets: bytes, path: str = "it") -> Certificate:
     except (IndexError, StopIteration, ValueError) as error:
         raise OperatorError(f"cannot read {path}: not a certificate of X.509") from error
     pin = f"sha256//{base64.b64encode(sha256(key)).decode('ascii')}"
-    return Certificate(pin, max(1, ends * SECOND_MS), issuer == subject)
+    return Certificate(pin, max(1, ends * SECOND_MS))
 
 
 # 5. Store
@@ -1655,6 +1668,7 @@ CREATE TABLE host (
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
+CREATE INDEX host_token_live ON host (token_id) WHERE revoked_at IS NULL;
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
 
@@ -2844,6 +2858,19 @@ class Queries:
         statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
         return [row[0] for row in self._rows(statement, number, limit)]
 
+    def hosts_of_token(self, token: int, owner: Optional[str], *page: int) -> list[Host]:
+        """The newest that enrolled with a token, as in lists: an id before, and so many."""
+        rest = """WHERE token_id = ? AND coalesce(?, organization_id) = organization_id AND id < ?
+             ORDER BY id DESC LIMIT ?"""
+        return self._all(Host, rest, token, owner, *page)
+
+    def live_hosts_of_token(self, token: Token, limit: int) -> list[int]:
+        """Some that it let in, or that were last let in again by it, and are not revoked."""
+        statement = """SELECT id FROM host WHERE revoked_at IS NULL
+             AND (token_id = ? OR (id = ? AND admitted_by = ?)) LIMIT ?"""
+        values = token.id, token.host_id, token.id
+        return [row[0] for row in self._rows(statement, *values, limit)]
+
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
         end = Host._fields.index("last_seen")  # the first column of heartbeat
@@ -3081,7 +3108,7 @@ class Call(NamedTuple):
 
 
 Work = Union[Heartbeat, Call]  # what a tick runs
-UNFINISHED = object()  # the outcome of a read that must be run again, in a later tick
+UNFINISHED = object()  # the outcome of a call that must be run again, in a later tick
 
 
 class IssuedCredential(NamedTuple):
@@ -3144,6 +3171,13 @@ class DeletedHost(NamedTuple):
     token: Optional[Token]
 
 
+class Acted(NamedTuple):
+    """How many hosts an act on many found, and the ids that are no host's."""
+
+    done: int
+    not_found: list[str]
+
+
 class SigningKeyView(NamedTuple):
     """A signing key, its state, and how many hosts hold a credential that it signed."""
 
@@ -3160,6 +3194,7 @@ class Page(NamedTuple):
 
 
 STATUSES = ("pending", "online", "offline", "missing", "revoked")
+EDITED = ("name", "labels", "intervalSeconds")  # of a host
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
@@ -4125,11 +4160,19 @@ class Tokens(Rules):
             hosts = [token.host_id] if token.uses else []
         return TokenView(token, token_state(token, now), hosts)
 
-    def revoke(self, call: Call, now: int) -> TokenView:
-        """Idempotent. Raises NotFound."""
+    def revoke(self, call: Call, now: int) -> Any:
+        """Idempotent. values: withHosts, whether to shut out those that came in by it: UNFINISHED
+        while there may be more. Raises NotFound."""
         token = self._own(call, Token)
         if self._queries.revoke(Token, token.id, now):
             self._record("revoke", call.by.name, token)
+        if call.values.get("withHosts") == "true":
+            hosts = self._queries.live_hosts_of_token(token, ACTED_AT_ONCE)
+            each = call._replace(values={"reason": f"it came in by token {id_text(token.id)}"})
+            for number in hosts:
+                self._registry.hosts.revoke(each._replace(id=number), now)
+            if len(hosts) == ACTED_AT_ONCE:
+                return UNFINISHED
         return self.get(call, now)
 
     def prove(self, text: str, hostname: str, origin: Origin, now: int) -> Token:
@@ -4536,7 +4579,8 @@ class Census:
 
 
 class Hosts(Rules):
-    """The machines that have enrolled, as operators see and change them."""
+    """The machines that have enrolled, as operators see and change them. What changes them takes a
+    reason, for the audit log."""
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
@@ -4563,19 +4607,33 @@ class Hosts(Rules):
         return view
 
     def edit(self, call: Call, now: int) -> HostView:
-        """values: name, labels, intervalSeconds (None: the server's), or some. Raises NotFound."""
+        """values: name, labels (where it merges, changes of them), intervalSeconds (None: that of
+        the server), or some of them. Raises NotFound, InvalidBody."""
         host, changes, detail = self._own(call, Host), {}, {}
-        for name, value in call.values.items():
+        for name in filter(call.values.__contains__, EDITED):
             column = "own_interval" if name == "intervalSeconds" else name
+            value = call.values[name]
+            if name == "labels" and call.values.get("merges"):
+                value = self._merged(host, value)
             stored = json_text(value) if name == "labels" else value
             if stored != getattr(host, column):
                 changes[column], detail[name] = stored, "none" if value is None else value
         if changes:
             self._queries.edit_host(host.id, changes)
-            self._record("edit", call.by.name, host, **detail)
+            self._record("edit", call.by.name, host, **detail, reason=call.values.get("reason"))
         if "own_interval" in changes:
             self._queries.tell_next(host.id, host.told_interval)
         return self.get(call, now)
+
+    @staticmethod
+    def _merged(host: Host, changes: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+        """A host's labels after changes: by RFC 7396, None removes one, or all."""
+        both = {} if changes is None else {**stored_object(host.labels), **changes}
+        labels = {key: value for key, value in both.items() if value is not None}
+        if len(labels) > Labels.COUNT:
+            detail = f"would be {len(labels)} of host {id_text(host.id)}, more than {Labels.COUNT}"
+            raise InvalidBody(errors=[FieldError("labels", detail)])
+        return labels
 
     def revoke(self, call: Call, now: int) -> HostView:
         """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
@@ -4589,17 +4647,32 @@ class Hosts(Rules):
         host = self._own(call, Host)
         if (host.revoked_at is None) != (revoked_at is None):
             self._queries.activate(host.id, revoked_at)
-            self._record(action, call.by.name, host)
+            self._record(action, call.by.name, host, reason=call.values.get("reason"))
         return self.get(call, now)
 
     def delete(self, call: Call, now: int) -> DeletedHost:
         """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
-        host = self._own(call, Host)
+        host, reason = self._own(call, Host), call.values.get("reason")
         self._queries.delete_host(host.id, now)
-        self._record("delete", call.by.name, host, hostname=host.hostname)
+        self._record("delete", call.by.name, host, hostname=host.hostname, reason=reason)
         token = self._queries.get(Token, host.admitted_by)
         is_good = token is not None and token_state(token, now) == "valid"
         return DeletedHost(host, token if is_good else None)
+
+    def act(self, call: Call, now: int) -> Acted:
+        """An act above on each of many hosts; where it is refused for one, on none. values:
+        action, hosts, and of edit labels (changes), intervalSeconds. Raises InvalidBody."""
+        hosts, not_found = dict.fromkeys(call.values["hosts"]), []
+        act = getattr(self, call.values["action"])
+        if act != self.edit and any(name in call.values for name in EDITED):
+            raise InvalidBody("Only the action edit takes labels and intervalSeconds.")
+        each = call._replace(values={**call.values, "merges": True})
+        for text in hosts:
+            try:
+                act(each._replace(id=parse_id(text)), now)
+            except NotFound:
+                not_found.append(text)
+        return Acted(len(hosts) - len(not_found), not_found)
 
     def census(self, by: Principal, now: int) -> Optional[Census]:
         """The hosts that a caller sees, counted; None: a slice was counted, ask again in a later
@@ -4620,7 +4693,7 @@ class Hosts(Rules):
         return census if census.is_finished else None
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, status, q, label (pairs). Raises InvalidQuery, NotFound."""
+        """values: organization, status, q, label (pairs), token. Raises InvalidQuery, NotFound."""
         period = self._registry.service.period(now)
         wanted, text = call.values.get("status"), call.values.get("q", "").casefold()
         # No other text in labels can match: names have no quotes, in values they are escaped.
@@ -4637,6 +4710,9 @@ class Hosts(Rules):
                 own = json_text(stored_object(own))
             return self._view(host, period, now) if all(label in own for label in labels) else None
 
+        if "token" in call.values:
+            read = partial(self._queries.hosts_of_token, parse_id(call.values["token"]))
+            return self._page(call, read, view)
         return self._page(call, partial(self._queries.newest, Host), view)
 
 
@@ -4807,17 +4883,15 @@ class Registry:
 
     def perform(self, call: Call, now: int) -> Any:
         """The value of one call: a tick of its own, or as many as it takes, waiting up to
-        LOCK_PATIENCE seconds for other writers. Raises the Problem or OperatorError."""
-        deadline = time.monotonic() + LOCK_PATIENCE
+        LOCK_PATIENCE seconds in each for other writers. Raises the Problem or OperatorError."""
         outcome = UNFINISHED
         while outcome is UNFINISHED:
-            outcomes = self.run([call], now)
-            if outcomes is not None:
-                outcome = outcomes[0]
-            elif time.monotonic() > deadline:
-                raise self.stop_waiting()
-            else:
+            deadline = time.monotonic() + LOCK_PATIENCE
+            while (outcomes := self.run([call], now)) is None:
+                if time.monotonic() > deadline:
+                    raise self.stop_waiting()
                 time.sleep(LOCK_POLL)
+            outcome = outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -5198,6 +5272,7 @@ _CHUNK_LINE = re.compile(
 _TOKEN68_BYTES = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
 
 CHUNKED = -1  # as the length of a body
+MERGE_PATCH = b"application/merge-patch+json"
 AGENT_PATHS = "/api/agent/"  # the paths of what agents send begin so
 # One server would take the first of two, another the last: a second one is refused.
 _SINGLE_FIELDS = (
@@ -5216,6 +5291,7 @@ class Head(NamedTuple):
     expects: bool  # "Expect: 100-continue" was sent, and a body follows
     authorization: Optional[str]  # None also where parse_head() returns the credential apart
     idempotency_key: Optional[str]
+    merges: bool = False  # the body is a merge patch (RFC 7396)
 
     @property
     def body_maximum(self) -> int:
@@ -5302,7 +5378,9 @@ def _parse_head(data: bytes) -> Head:
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
     last_two = single.get("authorization"), single.get("idempotency-key")
-    return Head(method, path, query, length, keep_alive, expects, *last_two)
+    media_type = b",".join(fields.get("content-type", ())).partition(b";")[0].strip().lower()
+    last = *last_two, media_type == MERGE_PATCH
+    return Head(method, path, query, length, keep_alive, expects, *last)
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
@@ -8165,6 +8243,7 @@ INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # of an agent
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
+LABEL_CHANGES = LabelChanges()
 DESCRIPTION = Text(1000)
 IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
@@ -8210,13 +8289,20 @@ REENROLL_BODY = Schema(*REENROLL_FIELDS)
 MINT_BODY = Schema(
     *REENROLL_FIELDS, Field("maxUses", Integer(TOKEN_USES_RANGE)), Field("hostname", HOSTNAME),
     Field("labels", LABELS), Field("organizationId", SLUG))
-EDIT_BODY = Schema(
-    Field("name", NEW_NAME), Field("labels", LABELS), Field("intervalSeconds", MAYBE_INTERVAL))
+REASON = Schema(Field("reason", DESCRIPTION))
+EDIT_FIELDS = (Field("intervalSeconds", MAYBE_INTERVAL), *REASON.fields.values())
+EDIT_BODY = Schema(Field("name", NEW_NAME), Field("labels", LABELS), *EDIT_FIELDS)
+MERGED_FIELDS = (Field("labels", Nullable(LABEL_CHANGES)), *EDIT_FIELDS)
+EDIT_PATCH = Schema(Field("name", NEW_NAME), *MERGED_FIELDS)
+ACTION_BODY = Schema(
+    *required(action=Choice("delete", "revoke", "restore", "edit"),
+              hosts=ListOf(ID_TEXT, ACTED_AT_ONCE)), *MERGED_FIELDS)
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
     Field("status", Choice(*STATUSES)), Field("organization", SLUG),
-    Field("label", LABELS, repeats=True), Field("q", Text(255)), *PAGE_FIELDS)
+    Field("label", LABELS, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
+    *PAGE_FIELDS)
 AUDIT_QUERY = Schema(
     Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
     Field("code", Text(64)), *PAGE_FIELDS)
@@ -8340,6 +8426,8 @@ HOST = Document(  # of a HostView
     Member("revokedAt",      MAYBE_TIME,           "host.revoked_at", _or_null(rfc3339)),
     Member("warnings",       ListOf(SENTENCE, 10), "warnings"),
 )
+ACTED = Document("Acted", Member("done", Integer((0, ACTED_AT_ONCE)), "done"),
+                 Member("notFound", ListOf(ID_TEXT, ACTED_AT_ONCE), "not_found"))
 DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "host.id", id_text))
 EVENT = Document(  # of an Event
     "Event",
@@ -8566,6 +8654,7 @@ class Operation(NamedTuple):
     rule: Union[str, Callable[[Registry, Call, int], Any]]  # by name: a noun's method
     summary: str
     body: Optional[Schema] = None
+    patch: Optional[Schema] = None  # the body where its type is MERGE_PATCH
     query: Schema = NO_MEMBERS
     headers: Schema = NO_MEMBERS
     status: int = 200
@@ -8583,6 +8672,13 @@ class Operation(NamedTuple):
         if isinstance(self.rule, str):
             return attrgetter(self.rule)(registry)(call, now)
         return self.rule(registry, call, now)
+
+    def check(self, members: Any, merges: bool) -> dict[str, Any]:
+        """The values of a body; merges: of a merge patch, if there is one. Raises InvalidBody."""
+        if merges and self.patch is not None:
+            return {**self.patch.check(members), "merges": True}
+        assert self.body is not None
+        return self.body.check(members)
 
     def problems(self) -> list[type[Problem]]:
         """What HTTP may refuse it for, by status and code."""
@@ -8638,7 +8734,8 @@ OPERATIONS = (
     Operation("show-token", "GET", "/api/hosts/tokens/{id}", "viewer", "tokens.get",
               "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
     Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
-              "make a token useless", status=204, answer=TOKEN),
+              "make a token useless, with its hosts if asked to",
+              query=Schema(Field("withHosts", Choice("true", "false"))), status=204, answer=TOKEN),
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, the newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts", raises=(NotFound,),
@@ -8646,13 +8743,17 @@ OPERATIONS = (
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
-              "name or label a host, or set its interval", body=EDIT_BODY, answer=HOST),
+              "name or label a host, or set its interval",
+              body=EDIT_BODY, patch=EDIT_PATCH, answer=HOST),
     Operation("delete-host", "DELETE", "/api/hosts/{id}", "admin", "hosts.delete",
-              "remove a host; it must enroll again", status=204, answer=DELETED_HOST),
+              "remove a host; it must enroll again",
+              query=REASON, status=204, answer=DELETED_HOST),
     Operation("revoke-host", "POST", "/api/hosts/{id}/revoke", "admin", "hosts.revoke",
-              "shut a host out until restored", body=NO_MEMBERS, answer=HOST),
+              "shut a host out until restored", body=REASON, answer=HOST),
     Operation("restore-host", "POST", "/api/hosts/{id}/restore", "admin", "hosts.restore",
-              "let a revoked host in again", body=NO_MEMBERS, answer=HOST),
+              "let a revoked host in again", body=REASON, answer=HOST),
+    Operation("act-on-hosts", "POST", "/api/hosts/actions", "admin", "hosts.act",
+              "delete, revoke, restore or edit many hosts", body=ACTION_BODY, answer=ACTED),
     Operation("reenroll-host", "POST", "/api/hosts/{id}/reenroll", "admin", "tokens.reenroll",
               "make a token that gives a host a new credential",
               body=REENROLL_BODY, status=201, answer=MINTED_TOKEN),
@@ -8772,6 +8873,8 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
     if operation.body is not None:
         schema = operation.body.json_schema()
         content = {JSON: {"schema": schema}}
+        if operation.patch is not None:
+            content[MERGE_PATCH.decode()] = {"schema": operation.patch.json_schema()}
         document["requestBody"] = {"required": bool(schema["required"]), "content": content}
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.status != HTTPStatus.NO_CONTENT:
@@ -9030,7 +9133,7 @@ class Api:
             ) from None
         values = operation.query.parse(pairs)
         if operation.body is not None:
-            values = operation.body.check(parse_json(request.body or b"{}"))
+            values = operation.check(parse_json(request.body or b"{}"), request.head.merges)
         return Call(operation, by, parse_id(identifier), values, request.origin)
 
     def _admit_enrollment(self, operation: Operation, request: Request, now: int) -> Call:
@@ -9766,8 +9869,8 @@ class Exchanges:
                         self._connections.restart(connection)
                 except Exception as error:
                     self.fail(connection, error)
-            else:
-                self._answer_one(pending, outcome)
+            elif not self._answer_one(pending, outcome):
+                self.pending.append(pending)
         if requests:
             self._api.metrics.ticks.observe(requests)
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
@@ -10686,8 +10789,9 @@ class Session(NamedTuple):
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
         values = typed_values(self.operation, self.arguments)
-        text = getattr(self.arguments, "id", "")
-        if secret := re.match("(?:het|hak)_([0-7][0-9a-f]{15})_", text):
+        given = getattr(self.arguments, "id", "")
+        text = given if isinstance(given, str) else " ".join(given)
+        if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", text):
             raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
         by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
         return Call(self.operation, by, parse_id(text), values)
@@ -10757,8 +10861,8 @@ def refusal_of_strangers(folder: str) -> str:
 
 # What the command line calls those members of bodies and queries that it names otherwise.
 OPTION_NAMES = {
-    "intervalSeconds": "interval", "labels": "label", "maxUses": "max_uses", "organization": "org",
-    "organizationId": "org", "ttlSeconds": "ttl",
+    "intervalSeconds": "interval", "label": "where", "labels": "label", "maxUses": "max_uses",
+    "organization": "org", "organizationId": "org", "ttlSeconds": "ttl", "withHosts": "with_hosts",
 }  # fmt: skip
 
 
@@ -10773,14 +10877,16 @@ def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[st
         return schema.parse((name, text) for name in lists for text in lists[name])
     if typed.get("intervalSeconds") == "none":
         typed["intervalSeconds"] = None
+    merges = operation.patch is not None and arguments.label != [] and not arguments.set_labels
     if "labels" in typed:
         try:
-            typed["labels"] = dict(map(LABELS.parse, arguments.label))
+            parse = LABEL_CHANGES.parse if merges else LABELS.parse
+            typed["labels"] = dict(map(parse, arguments.label))
         except ValueError as error:
             raise UsageError(f"--label: {error}") from None
         if len(typed["labels"]) < len(arguments.label):
             raise UsageError("--label: one key comes twice")
-    return schema.check(typed)
+    return operation.check(typed, merges)
 
 
 def user_name(environment: Mapping[str, str]) -> str:
@@ -10827,6 +10933,50 @@ def delete_host(session: Session) -> None:
             f"keeps it out, and so does revoke-token {id}"
         )
     session.report(document, None, *facts)
+
+
+def act_on_hosts(session: Session) -> Optional[int]:
+    """On the host of one id at once; on several, or on those that filters find, after a yes and in
+    short ticks, beside a server. Exit status 3 where some ids are no host's."""
+    arguments, call, action = session.arguments, session.call(), session.command.name.split("-")[0]
+    filters, ids = typed_values(OPERATION["list-hosts"], arguments), [*dict.fromkeys(arguments.id)]
+    if bool(ids) == bool(filters):
+        raise UsageError("this needs ID, or else filters that find hosts")
+    if len(ids) == 1 and not arguments.dry_run:
+        (delete_host if action == "delete" else show)(session)
+        return None
+    if "name" in call.values or (session.operation.patch and "merges" not in call.values):
+        raise UsageError("--name, --set-labels and --no-labels are for one host")
+    act, listed = (call._replace(operation=OPERATION[n]) for n in ("act-on-hosts", "list-hosts"))
+    total = Acted(0, [])
+    with session.open(purpose="read" if arguments.dry_run else "act") as registry:
+        if filters:
+            found = pages(session, registry, listed._replace(values=filters))
+            ids = [host["id"] for hosts in found for host in hosts]
+        count = f"hosts to {action}: {len(ids)}"
+        if arguments.dry_run:
+            session.report({"hosts": ids}, "\n".join(ids) or None, count)
+            return None
+        if not arguments.yes and not is_confirmed(count):
+            raise UsageError(f"{count}; nothing is done: --dry-run shows them, --yes goes on")
+        step = ACTED_AT_ONCE // 2
+        try:
+            for start in range(0, len(ids), step):
+                values = {**call.values, "action": action, "hosts": ids[start : start + step]}
+                acted = registry.perform(act._replace(values=values), session.now())
+                total = Acted(total.done + acted.done, total.not_found + acted.not_found)
+        finally:  # what is done stays, when a later tick is refused
+            missing = [f"there is no host {sanitize(id)}" for id in total.not_found]
+            session.report(ACTED.of(total), None, f"{count}; done: {total.done}", *missing)
+    return EXIT_REFUSED if total.not_found else None
+
+
+def is_confirmed(what: str) -> bool:
+    """Whether somebody at a terminal says yes."""
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        return False
+    print(f"{what}; go on? [y/N]", end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def mint_token(session: Session) -> None:
@@ -10939,6 +11089,8 @@ def serve(session: Session) -> None:
     wants_pin = arguments.next_pin or arguments.pin == "always"
     if wants_pin and not (arguments.tls_cert or arguments.tls_pin_cert):
         raise UsageError("--next-pin and --pin always go with --tls-cert or --tls-pin-cert")
+    if arguments.next_pin and arguments.pin == "never":
+        raise UsageError("--pin never pins no --next-pin either: leave one of them out")
     with suppress(OSError, AttributeError):
         import ctypes
 
@@ -11002,11 +11154,13 @@ def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optiona
         context, chain = load_tls(file, arguments.tls_key)
         certificate = read_certificate(chain[0], file)
         reason = distrust(chain, public_host or host) if arguments.pin == "auto" else ""
-        if reason and not certificate.is_self_signed:
+        if reason:
             log.warning(
                 "join commands pin the certificate's key (%s): renewed with another key it shuts "
-                "agents out. Keep the key (certbot --reuse-key), or serve --pin never and give "
-                "agents the authority with --cacert", reason)  # fmt: skip
+                "agents out. Keep the key (certbot --reuse-key), name the next by --next-pin, or "
+                "serve --pin never, and give agents the authority with --cacert",
+                reason,
+            )
         is_pinned = reason or arguments.pin == "always"
         pins = filter(None, dict.fromkeys((certificate.pin, next_pin)))
         return context, partial(service.announce, certificate, ";".join(pins) if is_pinned else "")
@@ -11340,6 +11494,15 @@ JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
+WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
+                         const="true")
+MANY_ARGUMENTS = (
+    Argument("id", {"metavar": "ID", "nargs": "*", "help": "of hosts; or filters that find them"}),
+    ORG_OPTION, choice("--status", "STATUS", STATUSES),
+    option("--where", "K=V", "with this label; repeatable", action="append"),
+    option("--token", "ID", "that came in by this token"),
+    option("--reason", "TEXT", "for the audit log"),
+    flag("--dry-run", "only show which hosts"), flag("--yes", "do not ask"))
 INTERVAL_OPTION = option("--interval", "TIME", "how often its hosts are to beat (the server's)",
                          interval)
 # fmt: on
@@ -11377,8 +11540,9 @@ class Command(NamedTuple):
 
 
 # fmt: off
-def by_id(name: str, outcome: str = "") -> Command:
-    return Command(name, f"{name} 0ca4f1b28e3d7a95", show, (ID_OPERAND,), outcome)
+def by_id(name: str, outcome: str = "", run: Callable[[Session], Optional[int]] = show,
+          arguments: Sequence[Argument] = (ID_OPERAND,)) -> Command:
+    return Command(name, f"{name} 0ca4f1b28e3d7a95", run, arguments, outcome)
 
 
 GROUPS = {
@@ -11397,26 +11561,31 @@ GROUPS = {
         Command("agent-command", "agent-command", agent_command,
                 own_summary="print the command that updates or moves enrolled agents"),
         by_id("show-token"),
-        by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay"),
+        by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay, unless "
+              "--with-hosts is given", arguments=(ID_OPERAND, WITH_HOSTS_OPTION)),
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
             ORG_OPTION, choice("--status", "STATUS", STATUSES),
-            option("--label", "K=V", action="append"),
-            option("--q", "TEXT", "a part of name, hostname or id"), LIMIT_OPTION)),
+            option("--label", "K=V", action="append", dest="where"),
+            option("--q", "TEXT", "a part of name, hostname or id"),
+            option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
         by_id("show-host"),
-        Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", show, (
-            ID_OPERAND, option("--name", "NAME"),
-            option("--label", "K=V", "labels that replace all others; repeatable", group="labels",
+        Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (
+            *MANY_ARGUMENTS, option("--name", "NAME"),
+            option("--label", "K=V", "K=V sets a label, K- removes it; repeatable", group="labels",
                    action="append"),
+            flag("--set-labels", "the labels replace all others"),
             flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
                  dest="label"),
             option("--interval", "TIME", "how often it is to beat; none: the server's",
                    lambda text: text if text == "none" else interval(text)))),
-        by_id("revoke-host", "host {id} is shut out; restore-host lets it in again"),
-        by_id("restore-host", "host {id} is let in again; its agent asks once an hour"),
-        Command("delete-host", "delete-host 0ca4f1b28e3d7a95", delete_host, (ID_OPERAND,),
-                "host {id} is deleted; the machine must enroll again"),
+        by_id("revoke-host", "host {id} is shut out; restore-host lets it in again",
+              act_on_hosts, MANY_ARGUMENTS),
+        by_id("restore-host", "host {id} is let in again; its agent asks once an hour",
+              act_on_hosts, MANY_ARGUMENTS),
+        by_id("delete-host", "host {id} is deleted; the machine must enroll again",
+              act_on_hosts, MANY_ARGUMENTS),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
                 (ID_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),

@@ -76,6 +76,7 @@ CREATE TABLE host (
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
+CREATE INDEX host_token_live ON host (token_id) WHERE revoked_at IS NULL;
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
 

@@ -1376,7 +1376,8 @@ MUTATED = {
         "serial or copied_cred or locked_out or api and (lives_and_dies or never_goes_back)", 0,
         ""),
     "Heartbeats._tell_strays": (
-        "two_intervals or few_statements or strays_of or neighbours", 0, ""),
+        "two_intervals or few_statements or strays_of or neighbours", 3,
+        "what had matched is written once more, and is the same"),
     "SigningKeys.is_due": ("in_its_last_third or another_lifetime or lives_from_rotation", 0, ""),
     "SigningKeys.retire": ("lives_from_rotation or locked_out", 0, ""),
     "ServicePeriod.silence_ms": ("silence_counts or hosts_silence or nobody_alive", 4,
@@ -2704,7 +2705,7 @@ PIN = "sha256//k6hhnPvLMepU9qR29TqU64VNimlwgKGrtghuqd261Ys="  # computed by open
 def test_a_pin_is_the_hash_of_the_key_and_bytes_that_are_no_certificate_have_none():
     ends = 4_733_510_400_000  # 2120-01-01
     for data in (WHOLE, OLD):
-        assert hostenroll.read_certificate(data) == (PIN, ends, True)
+        assert hostenroll.read_certificate(data) == (PIN, ends)
     seed = random.Random(7)
     junk = [WHOLE[:length] for length in range(len(WHOLE))]
     junk += [bytes([octet]) * size for octet in (0, 0x30, 0x80, 0x84, 0xFF) for size in range(9)]
@@ -2724,29 +2725,34 @@ def der(tag, *parts):
     return bytes([tag, len(b"".join(parts))]) + b"".join(parts)
 
 
-@pytest.mark.parametrize("kind, text, ends, is_self_signed", [
+@pytest.mark.parametrize("kind, text, ends", [
     # kind and text of notAfter, the end in seconds
-    (0x17, b"491231235959Z", 2_524_607_999, True), (0x17, b"500101000000Z", 1, False),
-    (0x17, b"991231235959Z", 946_684_799, True), (0x17, b"000229120000Z", 951_825_600, False),
-    (0x18, b"20500101000000Z", 2_524_608_000, True), (0x18, b"19700101000000Z", 1, True),
-    (0x18, b"99991231235959Z", hostenroll.LAST_SECOND, True),  # none: RFC 5280 section 4.1.2.5
-    (0x18, b"20501301000000Z", None, True), (0x18, b"2050010100Z", None, True),
-    (0x17, b"\xff0101000000Z", None, True), (0x18, b"", None, True),
+    (0x17, b"491231235959Z", 2_524_607_999), (0x17, b"500101000000Z", 1),
+    (0x17, b"991231235959Z", 946_684_799), (0x17, b"000229120000Z", 951_825_600),
+    (0x18, b"20500101000000Z", 2_524_608_000), (0x18, b"19700101000000Z", 1),
+    (0x18, b"99991231235959Z", hostenroll.LAST_SECOND),  # none: RFC 5280 section 4.1.2.5
+    (0x18, b"20501301000000Z", None), (0x18, b"2050010100Z", None),
+    (0x17, b"\xff0101000000Z", None), (0x18, b"", None),
 ])  # fmt: skip
-def test_the_end_of_a_certificate_is_read_as_rfc_5280_has_it(kind, text, ends, is_self_signed):
+def test_the_end_of_a_certificate_is_read_as_rfc_5280_has_it(kind, text, ends):
     validity = der(0x30, der(0x17, b"200101000000Z"), der(kind, text))
-    subject = b"issuer" if is_self_signed else b"subject"
-    names = der(0x30, b"issuer"), der(0x30, subject)
     for version in (b"", der(0xA0, b"\2\1\2")):
-        members = version, der(2, b"1"), der(0x30), names[0], validity, names[1], der(0x30, b"key")
+        members = (
+            version,
+            der(2, b"1"),
+            der(0x30),
+            der(0x30, b"issuer"),
+            validity,
+            der(0x30),
+            der(0x30, b"key"),
+        )
         octets = der(0x30, der(0x30, *members), der(0x30), der(3))
         if ends is None:
             with pytest.raises(hostenroll.OperatorError, match="cannot read a: "):
                 hostenroll.read_certificate(octets, "a")
             continue
         read = hostenroll.read_certificate(octets)
-        assert (read.ends, read.is_self_signed) == (max(1, ends * 1000 if ends > 1 else 1),
-                                                    is_self_signed)  # fmt: skip
+        assert read.ends == max(1, ends * 1000 if ends > 1 else 1)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
@@ -3741,7 +3747,7 @@ STARTING = Call(hostenroll.START_SERVICE, values={"url": "http://here"})
 def announce(world, key, pin=None, ends=1 << 60):
     """The server has a certificate of this key, which join commands pin unless another is given."""
     pin = key if pin is None else pin
-    world.registry.service.announce(hostenroll.Certificate(key, ends, True), pin)
+    world.registry.service.announce(hostenroll.Certificate(key, ends), pin)
 
 
 def test_a_new_pin_is_written_though_the_tick_that_wrote_it_has_died(world):
@@ -7628,6 +7634,162 @@ def test_an_instance_has_sixteen_hexadecimal_digits(value, world):
     reply = world.beat(credential, instance=value)
     assert reply.code == "invalid-body"
     assert [error["field"] for error in reply.document["errors"]] == ["instance"]
+
+
+# Acts on many hosts.
+
+ACTIONS_PATH = "/api/hosts/actions"
+ON_MANY = {  # the action, what more the body has, how it shows, what the audit log has of each host
+    "delete": ({}, None, {"hostname": "web-1", "reason": "moved"}),
+    "revoke": ({}, ("revoked", {"a": "1"}), {"reason": "moved"}),
+    "edit": ({"labels": {"a": None, "b": "2"}}, ("pending", {"b": "2"}),
+             {"labels": {"b": "2"}, "reason": "moved"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ON_MANY)
+def test_an_act_on_many_is_done_to_each_once_and_names_what_is_no_host(action, world):
+    more, shown, detail = ON_MANY[action]
+    token = world.token(maxUses=9, labels={"a": "1"})
+    hosts = [world.enroll(token).document["hostId"] for _ in range(3)]
+    body = {
+        "action": action,
+        "reason": "moved",
+        **more,
+        "hosts": [*hosts[:2], hosts[0], UNKNOWN_ID],
+    }
+    before = len(world.audit())
+    reply = world.ask("POST", ACTIONS_PATH, body)
+    assert (reply.status, reply.document) == (200, {"done": 2, "notFound": [UNKNOWN_ID]})
+    replies = [world.host(host).document for host in hosts]
+    found = [(one["status"], one["labels"]) if "status" in one and "id" in one else None
+             for one in replies]  # fmt: skip
+    assert found == [shown, shown, ("pending", {"a": "1"})]
+    events = world.audit()[before:]
+    assert [(e["action"], e["subject"], e["detail"]) for e in events] == [
+        (action, f"host:{host}", detail) for host in hosts[:2]
+    ]
+
+
+def test_an_act_that_is_refused_for_one_of_many_is_done_to_none(world):
+    full, other = (world.enroll(world.token(labels=labels)).document["hostId"] for labels in (
+        {f"k{n}": "" for n in range(32)}, {}))  # fmt: skip
+    before = world.snapshot()
+    for body in (
+        {"action": "edit", "hosts": [other, full], "labels": {"one": "more"}},
+        {"action": "revoke", "hosts": [other], "labels": {}},
+        {"action": "revoke", "hosts": [other], "intervalSeconds": 9},
+        {"action": "get", "hosts": [other]}, {"action": "delete", "hosts": [other] * 1001},
+        {"action": "delete", "hosts": [other, "web-1"]}, {"action": "delete"},
+        {"action": "edit", "hosts": [other], "name": "x"},
+    ):  # fmt: skip
+        assert world.ask("POST", ACTIONS_PATH, body).code == "invalid-body", body
+        assert world.snapshot() == before
+    body = {"action": "edit", "hosts": [full], "labels": {"k1": None, "one": "more"}}
+    assert world.ask("POST", ACTIONS_PATH, body).document["done"] == 1
+    assert len(world.host(full).document["labels"]) == 32
+
+
+def test_a_reason_is_in_the_audit_log(world):
+    host, _ = world.join()
+    for method, path, body in (
+        ("POST", "/revoke", {"reason": "a"}), ("POST", "/restore", {"reason": "b"}),
+        ("PATCH", "", {"name": "x", "reason": "c"}), ("DELETE", "?reason=d", None),
+    ):  # fmt: skip
+        assert world.ask(method, f"/api/hosts/{host}{path}", body).status in (200, 204)
+    assert [event["detail"]["reason"] for event in world.audit()[-4:]] == ["a", "b", "c", "d"]
+
+
+MERGE_PATCHES = {  # a patch of {"a": "1", "b": "2"}, its media type, and what the labels are then
+    "one is set": ({"labels": {"c": "3"}}, "", {"a": "1", "b": "2", "c": "3"}),
+    "one is removed": ({"labels": {"a": None}}, "", {"b": "2"}),
+    "one that is not there": ({"labels": {"x": None}}, "", {"a": "1", "b": "2"}),
+    "one is changed": ({"labels": {"a": ""}}, "", {"a": "", "b": "2"}),
+    "all are removed": ({"labels": None}, "", {}),
+    "none is named": ({"name": "x"}, "", {"a": "1", "b": "2"}),
+    "a parameter": ({"labels": {"a": None}}, "Application/Merge-Patch+JSON; charset=utf-8",
+                    {"b": "2"}),
+    "other JSON": ({"labels": {"c": "3"}}, "application/json", {"c": "3"}),
+    "another patch": ({"labels": {"c": "3"}}, "application/json-patch+json", {"c": "3"}),
+    "null in other JSON": ({"labels": {"a": None}}, "application/json", None),
+    "a number": ({"labels": {"a": 0}}, "", None),
+    "a bad name": ({"labels": {"-": None}}, "", None),
+    "no object": ({"labels": []}, "", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("patch, media_type, labels", table(MERGE_PATCHES))
+def test_a_merge_patch_changes_the_labels_that_it_names(patch, media_type, labels, world):
+    """RFC 7396."""
+    reply = world.enroll(world.token(labels={"a": "1", "b": "2"}))
+    headers = [("Content-Type", media_type or "application/merge-patch+json")]
+    path = f"/api/hosts/{reply.document['hostId']}"
+    edited = world.call("PATCH", path, patch, world.api_key, headers)
+    assert edited.code == (None if labels is not None else "invalid-body")
+    assert labels is None or edited.document["labels"] == labels
+
+
+def test_with_a_leaked_token_all_hosts_are_shut_out_that_came_in_by_it(world, monkeypatch):
+    """In slices, each a tick; once it is repeated nothing more is done."""
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 2)
+    leaked, other = world.mint(maxUses=9).document, world.mint(maxUses=9).document
+    own = [world.enroll(leaked["token"]).document["hostId"] for _ in range(5)]
+    bystander = world.enroll(other["token"]).document["hostId"]
+    world.revoke(own[3])
+    for _ in range(2):
+        path = f"{TOKENS_PATH}/{leaked['id']}?withHosts="
+        assert world.ask("DELETE", f"{path}false").status == 204
+        assert world.ask("DELETE", f"{path}true").status == 204
+        shown = {host["id"]: host["status"] for host in world.hosts().document["hosts"]}
+        assert shown == {**dict.fromkeys(own, "revoked"), bystander: "pending"}
+    events = [event for event in world.audit() if event["action"] == "revoke"]
+    assert len(events) == 6 and leaked["id"] in events[-1]["detail"]["reason"]
+
+
+@pytest.mark.parametrize("since, status", [("", "revoked"), ("it is let in again", "pending")])
+def test_a_token_bound_to_a_host_is_revoked_with_it_while_it_is_its_last(since, status, world):
+    host, _ = world.join()
+    bound = world.reenroll(host).document
+    assert world.enroll(bound["token"]).status == 201
+    if since:
+        assert world.enroll(world.reenroll(host).document["token"]).status == 201
+    assert world.ask("DELETE", f"{TOKENS_PATH}/{bound['id']}?withHosts=true").status == 204
+    assert world.host(host).document["status"] == status
+
+
+def test_a_server_answers_when_the_last_slice_of_a_leaked_token_is_done(live, monkeypatch):
+    """Each slice is a tick of its own, so hosts that beat wait for one of them at most. The answer
+    is for all of them."""
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 2)
+    leaked = live.mint(maxUses=9).document
+    credentials = [live.enroll(leaked["token"]).document["credential"] for _ in range(5)]
+    other = live.join()[1]
+    assert live.ask("DELETE", f"{TOKENS_PATH}/{leaked['id']}?withHosts=true").status == 204
+    assert {live.beat(one).code for one in credentials} == {"host-revoked"}
+    assert live.beat(other).status == 200
+
+
+def test_no_slice_of_a_leaked_tokens_hosts_looks_at_those_that_are_shut_out(world):
+    """Else a million hosts would take half a million million looks."""
+    token = world.registry.queries.get(hostenroll.Token, number_of(world.token()))
+    statements = []
+    world.registry.engine._connection.set_trace_callback(statements.append)
+    world.registry.queries.live_hosts_of_token(token, 9)
+    world.registry.engine._connection.set_trace_callback(None)
+    plan = " ".join(row[3] for row in world.sql(f"EXPLAIN QUERY PLAN {statements[-1]}"))
+    assert "host_token_live (token_id=?)" in plan and "SCAN" not in plan
+
+
+def test_hosts_are_listed_by_their_token_in_pages(world):
+    minted = [world.mint(maxUses=9).document for _ in range(2)]
+    own = [[world.enroll(token["token"]).document["hostId"] for _ in range(3)] for token in minted]
+    for token, hosts in zip(minted, own):
+        first = world.hosts(f"token={token['id']}&limit=2").document
+        rest = world.hosts(f"token={token['id']}&cursor={first['nextCursor']}").document
+        found = [host["id"] for page in (first, rest) for host in page["hosts"]]
+        assert found == sorted(hosts, reverse=True) and rest["nextCursor"] is None
+    assert world.hosts(f"token={UNKNOWN_ID}").document["hosts"] == []
+    assert world.hosts("token=web").code == "invalid-query"
 
 
 # The audit log.
@@ -13447,6 +13609,7 @@ def visit_user_operations(door):
     for path in ("/api/hosts?organization=other", "/api/audit?organization=other"):
         door.call("GET", path, bearer=viewer)
     door.call("POST", TOKENS_PATH, {"organizationId": "other"}, admin)
+    door.ask("POST", ACTIONS_PATH, {"action": "delete", "hosts": [UNKNOWN_ID]})
 
 
 def test_every_answer_fits_its_schema_and_every_refusal_is_declared(paths, clock):
@@ -13586,11 +13749,13 @@ PEEKS = {
     "organization": "default nothing", "cursor": "7fffffffffffffff {host} {token}",
     "q": "web {host}", "label": "rack=b4", "status": "pending online", "state": "valid used",
     "subject": "host:{host} token:{token} organization:default", "action": "mint enroll refuse",
-    "code": "token-unknown", "limit": "1 1000",
+    "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
+    "reason": "mine",
 }  # fmt: skip
 CLAIMED = {
     "organizationId": "default", "hostname": "web-1", "name": "mine", "labels": {"mine": "1"},
     "ttlSeconds": 60, "maxUses": 2, "description": "mine", "intervalSeconds": 60,
+    "action": "edit", "reason": "mine",
 }  # fmt: skip
 
 
@@ -13604,13 +13769,16 @@ def remembered(estate):
 
 def intrusions(operation, estate):
     """Every way in which an operation lets a caller name something: a path and a body."""
-    path, body = estate.path(operation.path), None if operation.body is None else {}
+    claimed = {**CLAIMED, "hosts": [estate.host_id]}
+    fields = operation.body.fields if operation.body else {}
+    needed = {name: claimed[name] for name, field in fields.items() if field.required}
+    path, body = estate.path(operation.path), None if operation.body is None else needed
     yield path, body
     for name in operation.query.fields:
         for text in PEEKS[name].format(host=estate.host_id, token=estate.token_id).split():
             yield f"{path}?{name}={text}", body
-    for name in operation.body.fields if operation.body else ():
-        yield path, {name: CLAIMED[name]}
+    for name in fields:
+        yield path, {**needed, name: claimed[name]}
 
 
 def attempts_of_strangers(operation, estate):
@@ -13647,7 +13815,8 @@ def test_who_may_call_what(operation, estate):
     assert {estate.call_as(caller, method, path).status for caller in readers} <= {200}
     assert remembered(estate) == before
     if operation.caller in ("admin", "viewer"):
-        assert estate.call_as("admin", method, path).status in (200, 201, 204)
+        way = next(intrusions(operation, estate))
+        assert estate.call_as("admin", method, *way).status in (200, 201, 204)
 
 
 @each_operation(USER_OPERATIONS)
@@ -13665,6 +13834,8 @@ def test_the_key_of_another_organization_reaches_nothing(operation, estate):
     before = remembered(estate)
     for path, body in intrusions(operation, estate):
         reply = ask(path, body)
+        if operation.name == "act-on-hosts":  # it says which ids of the request are nothing here
+            assert reply.document.pop("notFound") == [estate.host_id] and not reply.document["done"]
         shown = json.dumps([reply.document, reply.headers])
         assert [text for text in treasures if text in shown] == [], path
         assert remembered(estate) == before, path
@@ -16743,7 +16914,12 @@ def test_tables_are_aligned_and_show_the_same(operator):
 def test_hosts_are_edited_and_found_by_what_they_are(operator):
     host = operator.enroll(agentVersion="0.2.0")
     assert "\nagent version:     0.2.0\n" in operator("show-host", host).out
-    assert operator("edit-host", host, "--label", "a=b", "--label", "c=").status == 0
+    for words, labels in (
+        ("--label x=y --label c=", {"x": "y", "c": ""}), ("--label c- --label z-", {"x": "y"}),
+        ("--set-labels --label q=1", {"q": "1"}),
+        ("--label a=b- --label q-", {"a": "b-"}), ("--label a=b --label c=", {"a": "b", "c": ""}),
+    ):  # fmt: skip
+        assert operator.json("edit-host", host, *words.split())["labels"] == labels
     for words, count in (
         ("--label a=b", 1), ("--label a=x", 0), ("--q WEB", 1), ("--q xx", 0),
         ("--label a=b --label c=", 1), ("--label a=b --label c=d", 0), ("--status online", 0),
@@ -16762,6 +16938,61 @@ def test_hosts_are_edited_and_found_by_what_they_are(operator):
             assert operator("revoke-token", token["id"]).status == 0
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
     assert operator.json("list-tokens", "--state", "valid")["tokens"] == []
+
+
+def test_an_act_on_many_is_asked_about_and_done_to_those_that_filters_find(operator):
+    token = operator.mint("--max-uses", "9", "--label", "pool=web")
+    web = [operator.enroll(token, hostname=f"web-{n}") for n in range(3)]
+    other = operator.enroll()
+    refused = operator("revoke-host", "--where", "pool=web")
+    require_one_line(refused, 2, "hosts to revoke: 3; nothing is done: --dry-run shows them, --yes")
+    dry = operator("delete-host", "--where", "pool=web", "--dry-run")
+    found = sorted(web, reverse=True)
+    assert (dry.status, dry.out.split(), dry.err) == (0, found, "hosts to delete: 3\n")
+    assert operator.json("delete-host", other, "--dry-run") == {"hosts": [other]}
+    revoked = operator("revoke-host", "--where=pool=web", "--yes", "--reason", "sold")
+    assert (revoked.status, revoked.err) == (0, "hosts to revoke: 3; done: 3\n")
+    assert '"reason": "sold"' in operator("show-audit", "--limit", "1", "--json").out
+    restored = operator.json("restore-host", "--token", token.split("_")[1], "--yes")
+    assert restored == {"done": 3, "notFound": []}
+    edited = operator.json("edit-host", *web[:2], "--label", "pool-", "--label", "b=1", "--yes")
+    assert edited["done"] == 2
+    deleted = operator("delete-host", "--yes", web[0], UNKNOWN, "bogus\x1b")
+    assert deleted.status == 3 and f"no host {UNKNOWN}\n" in deleted.err
+    assert "done: 1\n" in deleted.err and "\x1b" not in deleted.err
+    assert operator("delete-host", "--where", "b=1", "--status", "pending", "--yes").status == 0
+    left = {host["id"] for host in operator.json("list-hosts")["hosts"]}
+    assert left == {web[2], other}
+    assert operator.json("delete-host", "--org", "default", "--yes")["done"] == 2
+
+
+def test_on_a_terminal_a_person_says_whether_to_go_on(operator, monkeypatch):
+    token = operator.mint("--max-uses", "2")
+    hosts = [operator.enroll(token) for _ in range(2)]
+    for typed, status in (("\n", 2), ("n\n", 2), ("", 2), ("Yes\n", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        done = operator("delete-host", *hosts)
+        assert done.status == status and done.err.startswith("hosts to delete: 2; go on? [y/N] ")
+        assert ("done: 2" in done.err) == (status == 0)
+
+
+def test_what_is_done_before_a_refusal_is_told(operator, monkeypatch):
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 2)
+    full = operator.enroll(operator.mint(*(f"--label=k{n}=" for n in range(32))))
+    hosts = [operator.enroll(), full, operator.enroll()]
+    refused = operator("edit-host", *hosts, "--label", "one=more", "--yes")
+    assert refused.status == 3 and full in refused.err
+    assert refused.err.startswith("hosts to edit: 3; done: 1\n")
+
+
+def test_a_token_is_revoked_with_its_hosts(operator):
+    token = operator.mint()
+    host = operator.enroll(token)
+    assert operator("revoke-token", token.split("_")[1], "--with-hosts").status == 0
+    assert operator.json("show-host", host)["status"] == "revoked"
+    assert operator.json("list-hosts", "--token", token.split("_")[1])["hosts"][0]["id"] == host
 
 
 WAYS_BACK = {  # how a host's last token was minted, what happened since, and its uses left
@@ -16836,7 +17067,19 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (1, "no folder", ("list-orgs", "--db", f"{'x' * 200}/" * 100 + "y")),
     (2, "--label: one key comes twice (see: hostenroll mint-token --help)",
      "mint-token --label a=b --label a=c"),
-    (2, "--label: one key comes twice", f"edit-host {UNKNOWN} --label a=b --label a=b"),
+    (2, "--label: one key comes twice", f"edit-host {UNKNOWN} --label a=b --label a-"),
+    (2, "--label: ", f"edit-host {UNKNOWN} --set-labels --label a-"),
+    (2, "--label: ", f"edit-host {UNKNOWN} --label a"),
+    (2, "are for one host", f"edit-host {UNKNOWN} {UNKNOWN[::-1]} --name x --yes"),
+    (2, "are for one host", "edit-host --org default --no-labels --yes"),
+    (2, "are for one host", "edit-host --org default --set-labels --label a=b --yes"),
+    *((2, "needs ID, or else filters", f"{name}{words}")
+      for name in ("delete-host", "revoke-host", "restore-host", "edit-host")
+      for words in ("", " --yes", f" {UNKNOWN} --status missing")),
+    (3, "--where: ", "delete-host --where pool --yes"),
+    (3, "--org: ", ("delete-host", "--org=", "--yes")),
+    (3, "--token: ", ("delete-host", "--token=", "--yes")),
+    (3, "This is a secret", f"delete-host {UNKNOWN} het_{UNKNOWN}_x --yes"),
     (3, "--name: must be visible at both ends", ("edit-host", UNKNOWN, "--name", "\u3164")),
     (2, "--label: not allowed with --no-labels (see: hostenroll edit-host ",
      f"edit-host {UNKNOWN} --no-labels --label a=b"),
@@ -16855,6 +17098,8 @@ STATUSES = [  # the exit status, what the line has, the words typed
      "serve --tls-pin-cert x --public-url https://a --tls-cert x --tls-key x"),
     (2, "--pin always go with", "serve --pin always --public-url https://a"),
     (2, "--pin always go with", f"serve --next-pin {PINS[0]}"),
+    (2, "--pin never pins no --next-pin",
+     f"serve --tls-cert a --tls-key b --pin never --next-pin {PINS[0]}"),
     (2, "--pin: 'no' is not one of auto, always, never", "serve --pin no"),
     (2, "--days: 0 is out of bounds: 1 to 36500", "make-cert --name a --days 0"),
     (2, "--port: 65536 is out of bounds", "serve --port 65536"),
@@ -18568,14 +18813,15 @@ def quoted(pins):
     return f'"{pins}"' if ";" in pins else pins
 
 
-def test_a_certificate_that_signs_itself_is_pinned_without_a_word(operator, caplog):
-    """There is no other way to trust it."""
+def test_a_certificate_that_signs_itself_is_pinned_and_renewing_it_is_warned_of(operator, caplog):
     files = write_pair(operator.folder)
     words = ("serve", "--port=0", f"--tls-cert={files[0]}", f"--tls-key={files[1]}")
     with operator.world() as world:
         with hostenroll.listen(session_of(operator, *words), world.registry) as server:
             world.registry.perform(Call(hostenroll.START_SERVICE, values={"url": server.url}), 5)
-    assert operator.json("agent-command")["pin"] == PINS[0] and caplog.messages == []
+    assert operator.json("agent-command")["pin"] == PINS[0]
+    (warning,) = caplog.messages
+    assert "self-signed" in warning and "--next-pin" in warning
 
 
 BAD_NEXT = {  # --next-pin, a part of the line
