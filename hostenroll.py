@@ -213,6 +213,7 @@ PAUSE_ALLOWANCE = 300  # after a pause of the servers: agents wait no longer bet
 PAUSES_KEPT = 16  # of the servers; more, within MISSING_AFTER, are restarts in a loop
 ALIVE_EVERY = 10  # how often a server writes that it lives
 ALIVE_GRACE = 25  # longer than two such writes: no server lives
+ADDRESS_KEPT_MS = 10 * MINUTE * SECOND_MS  # of a host whose address changes again and again
 CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
 READY_EVERY = 1  # between two writes by /readyz, which is open to all
 
@@ -232,7 +233,7 @@ VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a stat
 
 # The audit log.
 PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
-REFUSALS_AUDITED = 60  # of one code and organization in a minute; more are counted in one event
+REFUSALS_AUDITED = 60  # of one code and organization in a minute, and moves; more are one event
 SUCCESSES_AUDITED = 12  # in an hour, of each thing that a host can do as often as it likes
 KIND_SLOTS = 1 << 17  # counts, a byte each: kinds of events in one slot share its maximum
 KINDS_COUNTED = 2000  # of events that are not listed, 1 MiB; more are counted by organization
@@ -269,7 +270,7 @@ ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # in a query; int() of thousands of digits is slow before Python 3.11
 HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
 HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
-HOPS_CACHED = 4096  # 0.3 KiB each; to parse an address takes as long as half a heartbeat's tick
+HOPS_CACHED = 4096  # 0.3 KiB each, and their keys; to parse one is half of a heartbeat's tick
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
 HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
 CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 for the longest: 22 to 32 MiB; as many intervals
@@ -314,7 +315,7 @@ CHECKPOINT_AFTER = 8192  # rows, of heartbeats at most 8 MiB: to move them holds
 CHECKPOINT_AT_ONCE = 32768  # rows, of heartbeats at most 32 MiB: then all is moved at once
 CHECKPOINT_REST = 512  # rows: so few are moved while the loop waits for the disk
 WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
-PAGE_SIZE = 1024  # a heartbeat changes one row of 23 bytes, and writes the whole page of it twice
+PAGE_SIZE = 1024  # a heartbeat changes one row of 30 bytes, and writes the whole page of it twice
 PAGE_CACHE_KIB = 7168  # the heartbeats of some 200,000 hosts
 
 # What a terminal shows.
@@ -767,6 +768,13 @@ class Name(Text):
         """Its pattern ends at U+FFFF, for engines that know UTF-16 alone; the words do not."""
         pattern = json.dumps(_INVISIBLE)[1:-1]
         return {**super().json_schema(), "not": {"pattern": pattern}, "description": self.RULE}
+
+
+class Network(Text):
+    """An address, or a network of them, in a query; its value is one of ipaddress."""
+
+    def check(self, value: Any) -> Any:
+        return ipaddress.ip_network(super().check(value), strict=False)
 
 
 class Integer(FieldType):
@@ -1663,7 +1671,13 @@ CREATE TABLE host (
     instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
-    own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
+    own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
+    enrolled_from    TEXT    NOT NULL DEFAULT '',  -- the address that it enrolled from
+    address          TEXT    NOT NULL DEFAULT '',  -- of its last heartbeat; empty: not known
+    address_since    INTEGER NOT NULL DEFAULT 0,
+    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
+    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
+    refused_code     TEXT    NOT NULL DEFAULT ''  -- the code of that
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -1687,7 +1701,8 @@ CREATE TABLE heartbeat (
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
-    told_interval  INTEGER NOT NULL DEFAULT 30  -- the interval that it was last told, in seconds
+    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
+    address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
@@ -1779,6 +1794,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE service ADD COLUMN pauses TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE heartbeat ADD COLUMN told_interval INTEGER NOT NULL DEFAULT 30",
         "UPDATE heartbeat SET told_interval = coalesce((SELECT interval FROM service), 30)",
+        "ALTER TABLE host ADD COLUMN enrolled_from TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE host ADD COLUMN address TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE host ADD COLUMN address_since INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN moved_at INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN refused_at INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN refused_code TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE heartbeat ADD COLUMN address_key INTEGER NOT NULL DEFAULT 0",
     ),
 }
 
@@ -1848,11 +1870,18 @@ class Host(NamedTuple):
     copied_at: int
     every_seconds: Optional[int]
     own_interval: Optional[int]
+    enrolled_from: str
+    address: str
+    address_since: int
+    moved_at: int
+    refused_at: int
+    refused_code: str
     last_seen: int
     serial: int
     key_number: int
     active: int
     told_interval: int
+    address_key: int
 
 
 class HostState(NamedTuple):
@@ -2721,12 +2750,12 @@ SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
 # and a clock that was set back, match nothing: the general path judges them. Nor does a host match
-# that is to be told another interval than before: the second statement is for those.
-_BEAT = """UPDATE heartbeat SET last_seen = ? WHERE host_id = ? AND serial = ? AND last_seen <= ?
-            AND told_interval = ? AND active = 1"""
-_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, active = 1
+# that is to be told another interval, or has another address: the second statement is for those.
+_BEAT = """UPDATE heartbeat SET last_seen = ? WHERE last_seen <= ? AND host_id = ? AND serial = ?
+            AND told_interval = ? AND (address_key = ? OR address_key < ?) AND active = 1"""
+_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?, active = 1
             WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active > 0"""
-BeatRow = tuple[int, int, int, int, int]  # the values of either
+BeatRow = tuple[int, ...]  # the values of either
 
 
 class Queries:
@@ -2922,7 +2951,7 @@ class Queries:
         return self._many(_BEAT, rows)
 
     def tell(self, rows: Sequence[BeatRow]) -> int:
-        """Write heartbeats that are answered with another interval, as _TELL has their values."""
+        """Write heartbeats that change what the next is compared with, as _TELL has the values."""
         return self._many(_TELL, rows)
 
     def tell_next(self, number: int, told_interval: int) -> None:
@@ -2931,17 +2960,26 @@ class Queries:
              told_interval = ? WHERE host_id = ?"""
         self._run(statement, told_interval, number)
 
-    def beaten(self, now: int, hosts: Sequence[int]) -> set[tuple[int, int, int]]:
-        """Which of these hosts beat() wrote now, with their serial and told_interval."""
-        statement = """SELECT host_id, serial, told_interval FROM heartbeat
+    def beaten(self, now: int, hosts: Sequence[int]) -> set[BeatRow]:
+        """Which of these hosts beat() wrote now, with serial, told_interval and address_key."""
+        statement = """SELECT host_id, serial, told_interval, address_key FROM heartbeat
              WHERE last_seen = ? AND active = 1 AND host_id IN"""
         return set(self._rows_of(hosts, statement, now))
 
-    def own_intervals(self, hosts: Sequence[int]) -> dict[int, int]:
-        """Of these hosts, the intervals that go before the server's: Heartbeats.interval_of()."""
-        statement = """SELECT id, coalesce(every_seconds, own_interval) FROM host
-             WHERE coalesce(every_seconds, own_interval) > 0 AND id IN"""
-        return dict(self._rows_of(hosts, statement))
+    def hosts(self, numbers: Sequence[int]) -> list[Host]:
+        """In no order; without those whose rows hold what we never write."""
+        rows = self._rows_of(numbers, f"{SELECT[Host]} WHERE id IN")
+        return [Host._make(row) for row in rows if _fits(Host, tuple(map(type, row)))]
+
+    def move(self, rows: Sequence[tuple[str, int, int, int]]) -> None:
+        statement = "UPDATE host SET address = ?, address_since = ?, moved_at = ? WHERE id = ?"
+        self._many(statement, rows)
+
+    def trace_refusals(self, rows: Sequence[tuple[int, str, int, int, int]]) -> None:
+        """Write time and code of a refusal, then host and twice the time; of each one a minute."""
+        statement = f"""UPDATE host SET refused_at = ?, refused_code = ?
+             WHERE id = ? AND refused_at NOT BETWEEN ? - {MINUTE * SECOND_MS - 1} AND ?"""
+        self._many(statement, rows)
 
     def _rows_of(self, hosts: Sequence[int], statement: str, *values: Any) -> Iterator[Any]:
         for start in range(0, len(hosts), VARIABLES_MAXIMUM):
@@ -3199,7 +3237,7 @@ TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
-    "clone",
+    "clone", "move",
 )  # fmt: skip
 
 
@@ -3375,7 +3413,9 @@ class AuditLog(Rules):
         self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
         self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)
         self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
-        self.limits = self.refusals, self.successes
+        self.moves = EventLimit(REFUSALS_AUDITED, MINUTE)  # a new proxy moves a whole fleet
+        self.limits = self.refusals, self.successes, self.moves
+        self.refused: list[tuple[int, str, int, int, int]] = []  # hosts, see trace_refusals()
         self._trouble = ""  # why the log cannot be pruned
 
     def begin(self, now: int) -> None:
@@ -3403,6 +3443,8 @@ class AuditLog(Rules):
         """A call or a request was refused; in_tick: in the tick that runs, and writes."""
         if not problem.is_audited:
             return
+        if problem.subject[:5] == "host:" and len(self.refused) < PENDING_REFUSALS_MAXIMUM:
+            self.refused.append((now, problem.code, parse_id(problem.subject[5:]), now, now))
         kind = "refuse", "anonymous", "", problem.organization, problem.code
         is_full = len(self.pending) >= PENDING_REFUSALS_MAXIMUM
         if not self.refusals.takes(kind, is_full, in_tick):
@@ -3423,6 +3465,8 @@ class AuditLog(Rules):
                 limit.begin(now)
 
     def write(self, keyring: Keyring) -> None:
+        if self.refused:
+            self._queries.trace_refusals(self.refused)
         if not self.events:
             return
         number, mac = self._queries.last_event()
@@ -3436,6 +3480,7 @@ class AuditLog(Rules):
         self._queries.add_events([event for event, _ in self.events])
 
     def emit(self) -> None:
+        self.refused.clear()
         for limit in self.limits:
             limit.settle()
         events, self.events = self.events, []
@@ -4316,7 +4361,8 @@ class Enrollments(Rules):
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
-            own_interval=token.own_interval, told_interval=0,
+            own_interval=token.own_interval, told_interval=0, enrolled_from=call.origin.address,
+            address="", address_since=0, address_key=0, moved_at=0, refused_at=0, refused_code="",
         )  # fmt: skip
         issued, told = keys.sign(host), self._registry.heartbeats.interval_of(host)
         host = host._replace(issued_hash=issued.hash(0), told_interval=told)
@@ -4378,11 +4424,21 @@ def interval_range(interval: int) -> tuple[int, int]:
     return shortest, interval * (100 + HEARTBEAT_SPREAD) // 100 - shortest + 1
 
 
+@lru_cache(maxsize=HOPS_CACHED)
+def address_key(address: str) -> int:
+    """What heartbeats from an address are compared by: an IPv4 address as a number; of an IPv6
+    address, as Origin spells it, 63 bits of the SHA-256; 0: not known."""
+    try:
+        return int.from_bytes(map(int, address.split(".")), "big") if address else 0
+    except ValueError:
+        return int.from_bytes(sha256(address)[-8:], "big") & LAST_ID
+
+
 class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
     Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
-    Where it does not match because a host's interval has changed, a second does, Queries.tell().
+    Where it does not match because interval or address has changed, a second does, Queries.tell().
     What is left is judged by accept(), one by one: the first use of a newer credential, a clock
     that went back, or a refusal. Heartbeats with facts or a renewal due are calls: beat().
 
@@ -4407,11 +4463,14 @@ class Heartbeats(Rules):
         shortest, choices = self._usual_range if told is None else interval_range(told)
         return shortest + int(random.random() * choices)
 
-    def _remember(self, host: int, interval: int) -> None:
+    def _remember(self, host: Host) -> int:
+        """The interval that a host is told from now on."""
+        interval = self.interval_of(host)
         if interval == self._registry.interval:
-            self._told.pop(host, None)
+            self._told.pop(host.id, None)
         else:
-            self._told[host] = interval
+            self._told[host.id] = interval
+        return interval
 
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
@@ -4419,14 +4478,19 @@ class Heartbeats(Rules):
         if len(self._told) >= CREDENTIALS_CACHED:  # not later: the answers need it
             self._told.clear()
         told, usual = self._told.get, self._registry.interval
-        rows = [(now, n, ref.serial, now, told(n, usual)) for n, ref, _ in beats if ref.kid in kids]
+        rows: list[BeatRow] = [
+            (now, now, host, ref.serial, told(host, usual), address_key(origin.address), -now)
+            for host, ref, origin in beats
+            if ref.kid in kids
+        ]
         counts = self._registry.metrics.tick
         if self._queries.beat(rows) == len(beats):
             counts["heartbeats"] += len(beats)
             return [now] * len(beats)
         # A query finds what the statement did match: active, with this serial and lastSeen now.
         # Of a host with another heartbeat that it did not match, later ones are judged after it.
-        written = self._tell_strays(rows, now)
+        origins = [origin for _, ref, origin in beats if ref.kid in kids]
+        written = self._tell_strays(rows, origins, now)
         strays: set[int] = set()
         outcomes: list[Union[int, Problem]] = []
         for host, credential, origin in beats:
@@ -4436,7 +4500,7 @@ class Heartbeats(Rules):
                 strays.add(host)
                 self._registry.audit.origin = origin
                 try:
-                    outcome = self.accept(host, credential, now).last_seen
+                    outcome = self.accept(Heartbeat(host, credential, origin), now).last_seen
                 except Problem as problem:
                     self._registry.refuse(problem, origin, now, in_tick=True)
                     outcome = problem
@@ -4446,29 +4510,57 @@ class Heartbeats(Rules):
         counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def _tell_strays(self, rows: Sequence[BeatRow], now: int) -> set[tuple[int, int]]:
-        """Of a batch's rows that did not match, write those with a wrong told_interval; host and
-        serial of all that are written. A new --heartbeat-interval brings the whole fleet here once:
-        so it is a few statements, with no event."""
-        written = self._queries.beaten(now, [row[1] for row in rows])
-        strays = [row[1:3] for row in rows if (row[1], row[2], row[4]) not in written]
-        hosts = [host for host, _ in strays]
-        intervals = dict.fromkeys(hosts, self._registry.interval)
-        intervals.update(self._queries.own_intervals(hosts))
-        for host, interval in intervals.items():
-            self._remember(host, interval)
-        self._queries.tell([(now, intervals[host], host, serial, now) for host, serial in strays])
-        written |= self._queries.beaten(now, hosts)
-        return {(host, serial) for host, serial, _ in written}
+    def _tell_strays(self, rows: list[BeatRow], origins: list[Origin], now: int) -> set[BeatRow]:
+        """Of the rows of a batch, write those of hosts that are to be told another interval, or
+        have moved; host and serial of all that are written. A new --heartbeat-interval or a new
+        proxy brings the whole fleet here at once: so it is a few statements, and few events."""
+        written = self._queries.beaten(now, [row[2] for row in rows])
+        strays = {row[2:4]: o for row, o in zip(rows, origins) if row[2:6] not in written}
+        heard = [
+            (self._place(host, origin, now), origin)
+            for host in self._queries.hosts([host for host, _ in strays])
+            if (origin := strays.get((host.id, host.serial)))
+        ]
+        told = [(now, self._remember(h), h.address_key, h.id, h.serial, now) for h, _ in heard]
+        self._queries.tell(told)
+        written |= self._queries.beaten(now, [host.id for host, _ in heard])
+        accepted = {row[:2] for row in written}
+        self._move([(h, o) for h, o in heard if (h.id, h.serial) in accepted], now)
+        return accepted
+
+    def _place(self, host: Host, origin: Origin, now: int) -> Host:
+        """A host with the address_key that a heartbeat leaves. One that moves again is heard from
+        any address for a while: else each of its heartbeats would go the general way."""
+        is_other = origin.address not in ("", host.address) and host.moved_at > 0
+        if 0 <= now - host.address_since < ADDRESS_KEPT_MS and (is_other or host.address_key < 0):
+            return host._replace(address_key=-(host.address_since + ADDRESS_KEPT_MS))
+        return host._replace(address_key=address_key(origin.address or host.address))
+
+    def _move(self, heard: Sequence[tuple[Host, Origin]], now: int) -> None:
+        """Write the addresses that are new of hosts, as _place() left them. The first one that is
+        known is no event; further ones within the hour are summed up."""
+        audit, rows = self._registry.audit, []
+        for host, origin in heard:
+            if origin.address in ("", host.address) or host.address_key < 0:
+                continue
+            is_due = host.address != "" and not 0 <= now - host.moved_at < HOUR * SECOND_MS
+            limit = audit.moves if is_due else audit.successes
+            kind = "move", "server", "", host.organization_id, ""
+            if host.address and limit.takes(kind, is_full=not is_due):
+                audit.origin = origin
+                ends = {"from": host.address, "to": origin.address}
+                self._record("move", tagged_id("host", host.id), host, **ends)
+            rows.append((origin.address, now, now if is_due else host.moved_at, host.id))
+        if rows:
+            self._queries.move(rows)
 
     def _tell(self, host: Host, last_seen: int) -> Host:
         """Write a heartbeat that was accepted; the host as it is then."""
-        interval = self.interval_of(host)
-        self._queries.tell([(last_seen, interval, host.id, host.serial, host.last_seen)])
-        self._remember(host.id, interval)
+        told = self._remember(host), host.address_key
+        self._queries.tell([(last_seen, *told, host.id, host.serial, host.last_seen)])
         return host._replace(last_seen=last_seen)
 
-    def accept(self, number: int, credential: CredentialRef, now: int) -> Host:
+    def accept(self, beat: Heartbeat, now: int) -> Host:
         """Judge and write one heartbeat; the host as it is then. Raises, in this order:
 
         CredentialInvalid     its key was retired since the credential was verified
@@ -4480,7 +4572,7 @@ class Heartbeats(Rules):
         CredentialInvalid     its serial is beyond all that a restored backup can have lost: it was
                               forged with a stolen key, and no re-enrollment could exceed it
         """
-        serial, owner, kid = credential
+        number, (serial, owner, kid), origin = beat
         name = tagged_id("host", number)
         if kid not in self._registry.keys.keyring.kids:
             raise CredentialInvalid()
@@ -4499,6 +4591,8 @@ class Heartbeats(Rules):
             self._queries.supersede(host.id, serial, key_number)
             self._record("supersede", name, host, serial=serial, superseded=host.serial)
             host = host._replace(serial=serial, key_number=key_number)
+        host = self._place(host, origin, now)
+        self._move([(host, origin)], now)
         # lastSeen does not go back, unless it was written by a clock that was far ahead: a host
         # that falls silent would else be online until the clock is there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
@@ -4508,7 +4602,7 @@ class Heartbeats(Rules):
         """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
         facts (by column), problem (of the body). Raises what accept() raises, then the problem."""
         claims, facts = call.values["claims"], dict(call.values.get("facts") or {})
-        host = self.accept(claims.host, heartbeat_of(claims).credential, now)
+        host = self.accept(heartbeat_of(claims, call.origin), now)
         if call.values.get("problem"):
             raise call.values["problem"]
         audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
@@ -4693,9 +4787,11 @@ class Hosts(Rules):
         return census if census.is_finished else None
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, status, q, label (pairs), token. Raises InvalidQuery, NotFound."""
+        """values: organization, status, address (a network), q, label (pairs), token. Raises
+        InvalidQuery, NotFound."""
         period = self._registry.service.period(now)
         wanted, text = call.values.get("status"), call.values.get("q", "").casefold()
+        network = call.values.get("address")
         # No other text in labels can match: names have no quotes, in values they are escaped.
         labels = [f'"{key}":{json_text(value)}' for key, value in call.values.get("label", ())]
 
@@ -4703,7 +4799,10 @@ class Hosts(Rules):
             seen = host.last_seen, host.revoked_at, host.told_interval
             if wanted and wanted != period.status(*seen):
                 return None
-            if text and text not in f"{host.name}\n{host.hostname}\n{id_text(host.id)}".casefold():
+            names = host.name, host.hostname, id_text(host.id), host.address
+            if text and text not in "\n".join(names).casefold():
+                return None
+            if network and not (host.address and ipaddress.ip_address(host.address) in network):
                 return None
             own = host.labels if labels else ""
             if '": "' in own:  # a row from schema 1 has a space after each colon
@@ -7061,7 +7160,7 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
   <form class="row" role="search" data-filters>
     <label class="grow">Search
       <input type="search" name="q" maxlength="255" autocomplete="off" spellcheck="false"
-             placeholder="name, hostname, id, or label=value" aria-keyshortcuts="/"></label>
+             placeholder="name, hostname, id, address, label=value" aria-keyshortcuts="/"></label>
     <label data-organizations hidden>Organization
       <select name="organization"><option value="">all</option></select></label>
     <button class="main" type="button" data-admin data-mint>Mint a token</button>
@@ -7086,7 +7185,7 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
         <option>edit</option><option>revoke</option><option>restore</option><option>delete</option>
         <option>add</option><option>rotate</option><option>retire</option><option>init</option>
         <option>audit-format</option><option>certificate</option>
-        <option>clone</option></select></label>
+        <option>clone</option><option>move</option></select></label>
     <label class="grow">About
       <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
              placeholder="host:<id> or token:<id>"></label>
@@ -7900,6 +7999,7 @@ function showHost(found) {
   show($("host-facts"),
     ...fact("Hostname", host.hostname), ...fact("Organization", host.organizationId),
     ...fact("Last seen", ...moment(host.lastSeen)),
+    ...(host.address ? fact("Address", host.address, " since ", when(host.addressSince)) : []),
     ...fact("Enrolled", ...moment(host.enrolledAt)),
     ...(host.revokedAt ? fact("Revoked", ...moment(host.revokedAt)) : []),
     ...fact("System", system(host) || "unknown"),
@@ -8244,6 +8344,7 @@ CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
 LABEL_CHANGES = LabelChanges()
+NETWORK = Network(64, 2, "[0-9A-Fa-f:.]+(/[0-9.]+)?", "an address or a network, as 192.0.2.0/24")
 DESCRIPTION = Text(1000)
 IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
@@ -8260,6 +8361,7 @@ SENTENCE = Text(1000, 1)
 CREDENTIAL = Text(CREDENTIAL_MAXIMUM, 1, r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", "a JWT")
 INTERVAL = Integer(HEARTBEAT_INTERVAL_RANGE, "seconds")
 MAYBE_INTERVAL = Nullable(INTERVAL)
+REFUSAL_CODE = Nullable(Choice(*(problem.code for problem in problems())))
 NEXT_INTERVAL = Integer((1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREAD) // 100))
 
 
@@ -8300,7 +8402,7 @@ ACTION_BODY = Schema(
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
-    Field("status", Choice(*STATUSES)), Field("organization", SLUG),
+    Field("status", Choice(*STATUSES)), Field("organization", SLUG), Field("address", NETWORK),
     Field("label", LABELS, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
     *PAGE_FIELDS)
 AUDIT_QUERY = Schema(
@@ -8422,8 +8524,13 @@ HOST = Document(  # of a HostView
     Member("statusReason",   SENTENCE,             "reason"),
     Member("enrolledAt",     TIME,                 "host.enrolled_at", rfc3339),
     Member("lastSeen",       MAYBE_TIME,           "host.last_seen", _or_null(rfc3339)),
+    Member("address",        Nullable(ADDRESS),    "host.address", _or_null(str)),
+    Member("addressSince",   MAYBE_TIME,           "host.address_since", _or_null(rfc3339)),
+    Member("enrolledFrom",   Nullable(ADDRESS),    "host.enrolled_from", _or_null(str)),
     Member("tokenId",        ID_TEXT,              "host.token_id", id_text),
     Member("revokedAt",      MAYBE_TIME,           "host.revoked_at", _or_null(rfc3339)),
+    Member("refusedAt",      MAYBE_TIME,           "host.refused_at", _or_null(rfc3339)),
+    Member("refusedCode",    REFUSAL_CODE,         "host.refused_code", _or_null(str)),
     Member("warnings",       ListOf(SENTENCE, 10), "warnings"),
 )
 ACTED = Document("Acted", Member("done", Integer((0, ACTED_AT_ONCE)), "done"),
@@ -8438,7 +8545,7 @@ EVENT = Document(  # of an Event
     Member("address",        Nullable(ADDRESS),     "address", _or_null(str)),
     Member("organizationId", Nullable(SLUG),        "organization_id"),
     Member("subject",        Nullable(ACTOR),       "subject", _or_null(str)),
-    Member("code",           Nullable(Choice(*(problem.code for problem in problems()))), "code"),
+    Member("code",           REFUSAL_CODE,          "code"),
     Member("detail",         ObjectOf(Schema(open=True)), "detail", stored_object),
 )
 ORGANIZATION = Document(  # of an Organization
@@ -8739,7 +8846,8 @@ OPERATIONS = (
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, the newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts", raises=(NotFound,),
-              columns=("id", "name", "status", "lastSeen", "labels", "hostname", "organizationId")),
+              columns=("id", "name", "status", "lastSeen", "address", "labels", "hostname",
+                       "organizationId")),
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
@@ -10460,7 +10568,7 @@ COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else h
     "missing": "33",
 }
 STATE_COLUMNS = ("state", "status", "ok")
-TIME_NAME = re.compile("At$|^lastSeen$")  # of members that people see from now
+TIME_NAME = re.compile("At$|^lastSeen$|Since$")  # of members that people see from now
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
     "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s",
@@ -11362,6 +11470,8 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
     facts = {COLUMNS[fact.name]: fact.name for fact in FACTS}
     facts["every_seconds"], fleet, now = "", array("q"), session.now()
     registry = open_registry(files[0], files[1], now)
+    key, origin = registry.keys.keyring.first, Origin(DEFAULT_HOST)
+    claims = Claims(0, DEFAULT_ORGANIZATION, now // SECOND_MS, 1, None, key.kid)
     with session.progress("making the fleet") as progress:
         while len(fleet) < hosts:
             names = [f"host-{n:07d}.example.net" for n in range(len(fleet), hosts)[:BENCH_BATCH]]
@@ -11369,13 +11479,13 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
             token = registry.tokens.prove(registry.perform(mint, now).text, "", LOCAL, now)
             values = ({"token": token, "hostname": name, "facts": facts} for name in names)
             batch = [Call(OPERATION["enroll"], values=each) for each in values]
-            fleet.extend(enrolled.host.id for enrolled in registry.run(batch, now) or ())
+            new = [enrolled.host.id for enrolled in registry.run(batch, now) or ()]
+            fleet.extend(new)  # and where they are is known by a first heartbeat:
+            registry.run([heartbeat_of(claims._replace(host=host), origin) for host in new], now)
             registry.after_tick()
             progress(len(fleet), hosts)
-    key = registry.keys.keyring.first
     registry.close()
     random.shuffle(fleet)
-    claims = Claims(0, DEFAULT_ORGANIZATION, now // SECOND_MS, 1, None, key.kid)
     credentials = (key.sign(claims._replace(host=host)) for host in cycle(fleet))
     return (HEARTBEAT_REQUEST % credential.encode("ascii") for credential in credentials)
 
@@ -11568,7 +11678,8 @@ GROUPS = {
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
             ORG_OPTION, choice("--status", "STATUS", STATUSES),
             option("--label", "K=V", action="append", dest="where"),
-            option("--q", "TEXT", "a part of name, hostname or id"),
+            option("--q", "TEXT", "a part of name, hostname, id or address"),
+            option("--address", "CIDR", "of this address or network"),
             option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
         by_id("show-host"),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (

@@ -71,7 +71,13 @@ CREATE TABLE host (
     instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
-    own_interval     INTEGER            -- seconds between its heartbeats; NULL: the server's
+    own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
+    enrolled_from    TEXT    NOT NULL DEFAULT '',  -- the address that it enrolled from
+    address          TEXT    NOT NULL DEFAULT '',  -- of its last heartbeat; empty: not known
+    address_since    INTEGER NOT NULL DEFAULT 0,
+    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
+    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
+    refused_code     TEXT    NOT NULL DEFAULT ''  -- the code of that
 );
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
@@ -95,7 +101,8 @@ CREATE TABLE heartbeat (
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
-    told_interval  INTEGER NOT NULL DEFAULT 30  -- the interval that it was last told, in seconds
+    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
+    address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 

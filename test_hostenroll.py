@@ -1053,7 +1053,7 @@ WITHOUT_PROC = "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && e
     "as a module": ((), "-m hostenroll", False),
     "without memfd_create": (("env", "PYTHONPATH=strange"), "{}", False),
     "without /proc": (WITHOUT_PROC, "{}", False),
-}, "without site-packages", "as a module", "without memfd_create"))  # fmt: skip
+}, "without site-packages", "without memfd_create"))  # fmt: skip
 def test_one_file_alone_in_a_folder_is_the_whole_program(before, after, restarts, tmp_path):
     """A server starts itself again from compiled code, which saves memory, where the system can."""
     hides = shutil.which("unshare") and subprocess.call([*WITHOUT_PROC, "true"], stderr=-3) == 0
@@ -1359,8 +1359,8 @@ MUTATED = {
                        "the second look is for a name that is swapped meanwhile"),
     "WriteLock.try_acquire": (
         "lock or writer or free", 4, "both files are open, or none; a lock can be taken again"),
-    "_BEAT": ("strays_of or serial or api and (lives_and_dies or never_goes_back) or two_intervals",
-              0, ""),
+    "_BEAT": ("strays_of or serial or api and (lives_and_dies or never_goes_back) or two_intervals "
+              "or that_moves_is or alternates", 0, ""),
     "_TELL": ("strays_of or two_intervals or shut_out_lets or few_statements or old_credential_is",
               1, "lastSeen is not behind by more than a tick"),
     "Queries.use_token": ("use_that_may_not_be_taken", 0, ""),
@@ -1376,8 +1376,10 @@ MUTATED = {
         "serial or copied_cred or locked_out or api and (lives_and_dies or never_goes_back)", 0,
         ""),
     "Heartbeats._tell_strays": (
-        "two_intervals or few_statements or strays_of or neighbours", 3,
+        "two_intervals or few_statements or strays_of or neighbours or moves_no_host", 3,
         "what had matched is written once more, and is the same"),
+    "Heartbeats._place": ("alternates or was_ahead_keeps or last_heartbeat_and_where", 0, ""),
+    "Heartbeats._move": ("alternates or moves_of_a_host or last_heartbeat_and_where", 0, ""),
     "SigningKeys.is_due": ("in_its_last_third or another_lifetime or lives_from_rotation", 0, ""),
     "SigningKeys.retire": ("lives_from_rotation or locked_out", 0, ""),
     "ServicePeriod.silence_ms": ("silence_counts or hosts_silence or nobody_alive", 4,
@@ -3085,7 +3087,7 @@ def swap(paths, clock, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["beat", "mint", "host", "housekeeping"])
-@pytest.mark.parametrize("suffix, by, words", table({
+@pytest.mark.parametrize("suffix, by, words", sample({
     # which file, what is in its place then, and what the line says
     "database removed": ("", None, "removed"),
     "replaced by a backup": ("", "backup.db", "replaced"),
@@ -3095,7 +3097,7 @@ def swap(paths, clock, tmp_path):
     "lock removed": (".lock", None, "the lock beside"),
     "gate removed": (".gate", None, "the lock beside"),
     "lock replaced": (".lock", "empty", "the lock beside"),
-}))  # fmt: skip
+}, "replaced by a backup", "WAL removed", "lock replaced", "gate removed"))  # fmt: skip
 def test_a_file_that_is_removed_or_replaced_ends_the_process_and_loses_nothing(
     suffix, by, words, how, swap, paths, clock, tmp_path, fork
 ):
@@ -3171,14 +3173,14 @@ def test_two_processes_whose_wal_is_removed_lose_nothing_of_either(paths, clock,
 
 
 @pytest.mark.parametrize("checkpoints", [0, 1, 20])
-@pytest.mark.parametrize("make", table({  # what takes the place of a WAL
+@pytest.mark.parametrize("make", sample({  # what takes the place of a WAL
     "an empty file": lambda wal, older: Path(wal).touch(),
     "a text": lambda wal, older: Path(wal).write_text("a text" * 9999),
     "a copy of it": lambda wal, older: shutil.copy(f"{wal}.away", wal),
     "an older copy of it": lambda wal, older: shutil.copy(older, wal),
     "a folder": lambda wal, older: os.mkdir(wal),
     "a link": lambda wal, older: os.symlink("elsewhere", wal),
-}))  # fmt: skip
+}, "an older copy of it", "a folder", "a link"))  # fmt: skip
 @needs_proc
 def test_a_wal_that_was_replaced_is_saved_and_the_other_not_mixed_in(
     make, checkpoints, paths, clock, fork, tmp_path, monkeypatch
@@ -4059,7 +4061,8 @@ def test_the_strays_of_a_batch_are_found_whatever_its_size(world, clock, monkeyp
     world.sql("UPDATE heartbeat SET last_seen = last_seen + 1 WHERE host_id = 7 << 8")
     world.sql("DELETE FROM host WHERE id = 9 << 8")
     world.sql("UPDATE heartbeat SET active = 2 WHERE host_id = 11 << 8")
-    expected = {(n << 8, 1 + (n == 5), 30) for n in range(1, 31) if n not in (3, 7, 9, 11)}
+    key = hostenroll.address_key(ADDRESS)
+    expected = {(n << 8, 1 + (n == 5), 30, key) for n in range(1, 31) if n not in (3, 7, 9, 11)}
     for maximum in (1, 2, 7, 16, 29, 30, 31, 500):
         monkeypatch.setattr(hostenroll, "VARIABLES_MAXIMUM", maximum)
         beaten = world.registry.queries.beaten(clock.ms, [n << 8 for n in range(1, 31)])
@@ -4231,12 +4234,12 @@ def test_a_migrated_database_is_what_a_fresh_one_is(make, paths, clock, tmp_path
         for name in ("organization", "token", "api_key", "host", "signing_key", "service"):
             assert [row[: len(old)] for row, old in zip(after[name], before[name])] == before[name]
         told = 45 if make is old_fleet else 30  # what the server told them; 30 where none has run
-        assert {row[-1] for row in after["heartbeat"]} == {told}
+        assert {row[-2:] for row in after["heartbeat"]} == {(told, 0)}
     if make is old_fleet:
         serials = [[row[2] for row in rows["heartbeat"]] for rows in (before, after)]
         assert serials == [[1, 3, 0, 0, 3, 1, 0], [1, 3, 1, 1, 3, 1, 1]]
     else:
-        beats = [row[:-1] for row in after["heartbeat"]]
+        beats = [row[:-2] for row in after["heartbeat"]]
         assert beats == before["heartbeat"] and after["audit"] == before["audit"]
 
 
@@ -4504,7 +4507,7 @@ ALTERED_SCHEMAS = {  # how the database's schema is altered, and what is named
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("alter, word", table(ALTERED_SCHEMAS))
+@pytest.mark.parametrize("alter, word", sample(ALTERED_SCHEMAS, *[*ALTERED_SCHEMAS][::3]))
 def test_what_writes_refuses_a_schema_that_was_altered_and_what_reads_warns(
     alter, word, paths, clock
 ):
@@ -5674,6 +5677,209 @@ def test_what_hosts_were_told_fills_no_memory_and_is_told_right_all_the_same(wor
             assert len(world.registry.heartbeats._told) <= 3
 
 
+BERLIN, PARIS, ROME = (Origin(f"198.51.100.{n}") for n in (1, 2, 3))
+
+
+def beat_from(world, credential, origin):
+    beat = world.heartbeat(credential)._replace(origin=origin)
+    assert world.run(beat) == [world.clock.ms]
+
+
+def place_of(world, host):
+    """Where it is, since when, and by which key its heartbeats are compared."""
+    row = world.act("show-host", host).host
+    return row.address, row.address_since, row.address_key
+
+
+def place(origin, since):
+    return origin.address, since, hostenroll.address_key(origin.address)
+
+
+ADDRESS_KEYS = {
+    "none": ("", 0), "IPv4": ("192.0.2.7", 0xC0000207), "the last": ("255.255.255.255", 2**32 - 1),
+    "IPv6": ("2001:db8::1", int(hashlib.sha256(b"2001:db8::1").hexdigest()[-16:], 16) % 2**63),
+    "of a link": ("fe80::1%eth0", int(hashlib.sha256(b"fe80::1%eth0").hexdigest(), 16) % 2**63),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("address, key", table(ADDRESS_KEYS))
+def test_an_address_is_compared_as_a_number_of_63_bits(address, key):
+    assert hostenroll.address_key(address) == key
+
+
+def test_a_host_has_the_address_of_its_last_heartbeat_and_where_it_enrolled(door, clock):
+    host, credential = door.join()
+    shown = door.host(host).document
+    origin = shown["enrolledFrom"]
+    assert ipaddress.ip_address(origin)
+    assert (shown["address"], shown["addressSince"]) == (None, None)
+    assert (shown["refusedAt"], shown["refusedCode"]) == (None, None)
+    assert door.beat(credential).status == 200
+    since = clock.ms
+    clock.advance(40)
+    assert door.beat(credential).status == 200
+    shown = door.host(host).document
+    assert (shown["address"], shown["addressSince"]) == (origin, hostenroll.rfc3339(since))
+    assert door.events("action=move").document["events"] == []
+
+
+@pytest.mark.parametrize("brings", [{}, {"os": "new"}], ids=["plain", "facts"])
+def test_a_host_that_moves_is_where_it_is_now_and_that_is_an_event(brings, world):
+    host, credential = world.join()
+    world.beat(credential)
+    world.advance(30)
+    world.address = "198.51.100.2"
+    assert world.beat(credential, **brings).status == 200
+    assert place_of(world, host) == place(PARIS, world.clock.ms)
+    assert world.host(host).document["enrolledFrom"] == ADDRESS
+    (event,) = world.audit("move")
+    assert event["detail"] == {"from": ADDRESS, "to": "198.51.100.2"}
+    assert (
+        event["address"] == world.address and event["actor"] == event["subject"] == f"host:{host}"
+    )
+    world.beat(credential)
+    with faulty(world.registry) as plain:
+        assert world.beat(credential).status == 200
+    assert plain.count == 3
+
+
+def test_a_host_that_alternates_is_written_once_in_ten_minutes_and_costs_what_others_cost(world):
+    host, credential = world.join()
+    for origin in (BERLIN, PARIS):
+        beat_from(world, credential, origin)
+    since = world.clock.ms
+    assert place_of(world, host) == place(PARIS, since)
+    beat_from(world, credential, BERLIN)
+    assert place_of(world, host)[:2] == (PARIS.address, since)
+    with faulty(world.registry) as plain:
+        for origin in (BERLIN, PARIS, ROME, BERLIN):
+            beat_from(world, credential, origin)
+    assert plain.count == 4 * 3
+    # A stray that has all of a tick looked at changes nothing of it.
+    stranger = world.heartbeat(credential, host=1)
+    world.run(world.heartbeat(credential)._replace(origin=PARIS), stranger)
+    with faulty(world.registry) as plain:
+        beat_from(world, credential, BERLIN)
+    assert plain.count == 3
+    world.clock.now = (since + 599_999) / 1000
+    beat_from(world, credential, BERLIN)
+    assert place_of(world, host)[:2] == (PARIS.address, since)
+    world.advance(0.001)
+    beat_from(world, credential, BERLIN)
+    assert place_of(world, host) == place(BERLIN, since + 600_000)
+    beat_from(world, credential, PARIS)
+    world.advance(600)  # who stays there from now on is compared by it again
+    beat_from(world, credential, BERLIN)
+    assert place_of(world, host) == place(BERLIN, since + 600_000)
+
+
+def test_the_moves_of_a_host_are_one_event_an_hour_and_the_others_a_number(world):
+    _, credential = world.join()
+    beat_from(world, credential, BERLIN)
+    for n, wait in enumerate((700, 700, 700, 700, 799.999, 600.001, 3600)):
+        beat_from(world, credential, (PARIS, BERLIN)[n % 2])
+        assert len([it for it in world.audit("move") if "from" in it["detail"]]) == 1 + (n > 5)
+        world.advance(wait)
+    world.housekeeping()
+    moves = world.audit("move")
+    assert [it["detail"]["to"] for it in moves if "to" in it["detail"]] == [PARIS.address] * 2
+    summed = [event for event in moves if "more" in event["detail"]]
+    assert sum(event["detail"]["more"] for event in summed) == 5
+    assert {event["actor"] for event in summed} == {"server"}
+
+
+def test_a_new_proxy_moves_a_fleet_in_few_statements_without_the_disk_and_with_sixty_events(world):
+    fill(world, 80)
+    assert beat_all(world, range(1, 81)) == [world.clock.ms] * 80
+    assert world.audit("move") == []
+    world.advance(61)
+    reference = hostenroll.CredentialRef(1, "default", world.registry.keys.keyring.first.kid)
+    beats = [hostenroll.Heartbeat(n << 8, reference, PARIS) for n in range(1, 81)]
+    with faulty(world.registry, only="PRAGMA synchronous = FULL") as moved:
+        assert world.run(*beats) == [world.clock.ms] * 80
+    assert moved.count <= 3 + 4 + 1 + 4
+    with faulty(world.registry) as plain:
+        assert world.run(*beats) == [world.clock.ms] * 80
+    assert plain.count == 3
+    assert world.sql("SELECT address, count(*) FROM host GROUP BY 1") == [(PARIS.address, 80)]
+    assert len(world.audit("move")) == 60
+    world.advance(61)
+    world.housekeeping()
+    assert world.audit("move")[60]["detail"]["more"] == 20 and len(world.audit("move")) == 61
+
+
+def test_who_is_refused_moves_no_host(world):
+    host, credential = world.join()
+    newer = world.heartbeat(credential, serial=2)
+    world.run(newer)
+    before = world.host(host).document["lastSeen"]
+    world.advance(30)
+    assert kinds(world.run(world.heartbeat(credential))) == ["CredentialSuperseded"]
+    assert world.host(host).document["lastSeen"] == before
+    copy = world.heartbeat(credential)._replace(origin=PARIS)
+    here = newer._replace(origin=BERLIN)
+    assert kinds(world.run(copy, here)) == ["CredentialSuperseded", world.clock.ms]
+    assert place_of(world, host)[0] == BERLIN.address
+    before = place_of(world, host)
+    world.revoke(host)
+    assert kinds(world.run(newer._replace(origin=PARIS))) == ["HostRevoked"]
+    assert place_of(world, host) == before and len(world.audit("move")) == 1
+
+
+def test_a_clock_that_was_ahead_keeps_no_address(world):
+    host, credential = world.join()
+    world.advance(86400)
+    for origin in (BERLIN, PARIS, BERLIN):
+        beat_from(world, credential, origin)
+    assert place_of(world, host)[0] == PARIS.address
+    world.advance(-86400)
+    beat_from(world, credential, BERLIN)
+    assert place_of(world, host) == place(BERLIN, world.clock.ms)
+
+
+def test_a_row_with_a_forged_address_is_its_hosts_trouble_alone(world):
+    hosts = [world.join(f"web-{n}") for n in range(3)]
+    world.sql("UPDATE host SET address = x'00' WHERE name = 'web-1'")
+    outcomes = world.run(*(world.heartbeat(credential) for _, credential in hosts))
+    assert kinds(outcomes) == [world.clock.ms, "StorageUnavailable", world.clock.ms]
+
+
+def refused(world, host):
+    shown = world.host(host).document
+    return shown["refusedAt"], shown["refusedCode"]
+
+
+def test_a_refusal_leaves_a_trace_on_its_host_once_a_minute(world):
+    host, credential = world.join()
+    other, _ = world.join("web-2")
+    world.beat(credential)
+    world.revoke(host)
+    at = world.clock.ms
+    for _ in range(3):
+        assert world.beat(credential).code == "host-revoked"
+        assert world.beat(credential, os="new").code == "host-revoked"
+        world.advance(19.9)
+    assert refused(world, host) == (hostenroll.rfc3339(at), "host-revoked")
+    world.restore(host)
+    world.run(world.heartbeat(credential, serial=2))
+    assert world.beat(credential).code == "credential-superseded"
+    assert refused(world, host) == (hostenroll.rfc3339(at), "host-revoked")
+    world.advance(0.3)
+    assert world.beat(credential).code == "credential-superseded"
+    assert refused(world, host) == (hostenroll.rfc3339(at + 60_000), "credential-superseded")
+    assert refused(world, other) == (None, None)
+
+
+def test_a_refusal_before_the_tick_leaves_its_trace_with_the_next(paths, clock):
+    with World(paths, clock, credential_ttl=60) as world:
+        host, credential = world.join()
+        world.advance(60 + 7 * 86400 + 1)
+        assert world.beat(credential).code == "credential-expired"
+        at = clock.ms
+        world.housekeeping()
+        assert refused(world, host) == (hostenroll.rfc3339(at), "credential-expired")
+
+
 def test_a_second_server_beside_a_live_one_makes_no_gap(world, paths, clock):
     start(world, "http://one")
     host, credential = world.join()
@@ -5863,6 +6069,52 @@ def test_a_filter_finds_what_it_names(world):
         assert shown == expected, name
 
 
+NETWORKS = {  # what is asked for, and which of the hosts below it finds
+    "an address": ("192.0.2.7", "a"),
+    "another": ("192.0.2.70", ""),
+    "a network": ("192.0.2.0/24", "ab"),
+    "with bits of the host": ("192.0.2.200/24", "ab"),
+    "with a netmask": ("192.0.2.0/255.255.255.248", "a"),
+    "all of IPv4": ("0.0.0.0/0", "ab"),
+    "all of IPv6": ("::/0", "cd"),
+    "IPv6": ("2001:db8:0:0::/64", "c"),
+    "IPv6 of a link": ("FE80::/10", "d"),
+}
+
+
+@pytest.mark.parametrize("asked, expected", table(NETWORKS))
+def test_hosts_are_found_by_address_and_network(asked, expected, world):
+    places = {"a": "192.0.2.7", "b": "192.0.2.77", "c": "2001:db8::7", "d": "fe80::1%eth0", "e": ""}
+    for name, address in places.items():
+        world.join(name)
+        world.sql("UPDATE host SET address = ? WHERE name = ?", address, name)
+    found = world.hosts(f"address={asked.replace('%', '%25')}").document["hosts"]
+    assert "".join(sorted(host["name"] for host in found)) == expected
+    assert [host["name"] for host in world.hosts("q=2.77").document["hosts"]] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "",
+        "1",
+        "web-1",
+        "192.0.2.7/33",
+        "192.0.2.0/-1",
+        "::/129",
+        "192.0.2",
+        "010.0.0.1",
+        "192.0.2.1/24/8",
+        "1" * 65,
+        ":",
+    ],
+)
+def test_what_is_no_address_is_an_invalid_query(asked, world):
+    reply = world.hosts(f"address={asked}")
+    assert reply.code == "invalid-query"
+    assert [error["field"] for error in reply.document["errors"]] == ["address"]
+
+
 def test_a_label_is_found_by_the_whole_of_it_and_however_it_is_kept(world):
     chance = random.Random(3)
     # What may look like other labels, and what JSON may write in two ways.
@@ -5904,7 +6156,7 @@ def test_no_call_looks_at_the_whole_fleet(world):
     calls = {
         "hosts": (200_000, lambda: world.act("list-hosts", q="-")),
         "a page of hosts": (10_000, lambda: world.act("list-hosts")),
-        "one host": (4_000, lambda: world.act("list-hosts", limit=1)),
+        "one host": (5_000, lambda: world.act("list-hosts", limit=1)),
         "tokens": (20_000, lambda: world.act("list-tokens", state="valid")),
         "token": (5_000, lambda: world.act("show-token", minted["id"])),
         "enroll": (5_000, lambda: world.enroll(minted["token"], key="k")),
@@ -6027,8 +6279,8 @@ def test_strays_of_a_batch_are_judged_apart_and_the_others_stay_one_statement(wo
         outcomes = world.run(*beats)
     assert kinds(outcomes) == ["HostRevoked", "HostRevoked", *good]
     # Four that find strays and tell them another interval; a look for each; the audit's last event
-    # and insert.
-    assert mixed.count == all_good.count + 4 + 2 + 2
+    # and insert; the trace on the hosts.
+    assert mixed.count == all_good.count + 4 + 2 + 2 + 1
     assert world.registry.metrics.counts["heartbeats"] == 3 * 38
     assert [event["code"] for event in world.audit("refuse")] == ["host-revoked"] * 2
 
@@ -6601,7 +6853,10 @@ class Life(Model):
 
     @staticmethod
     def plain(document):
-        """A document without the sentences about a host, which have tests of their own."""
+        """A document without the sentences about a host, and without where it is and what it was
+        refused for, which have tests of their own."""
+        for name in ("address", "addressSince", "enrolledFrom", "refusedAt", "refusedCode"):
+            document.pop(name, None)
         if document.pop("statusReason", ""):
             document["warnings"] = len(document["warnings"])
         return document
@@ -6674,7 +6929,7 @@ class Life(Model):
         self.look_at_log()
 
 
-@pytest.mark.parametrize("acts", [500, pytest.param(10_000, marks=slow)])
+@pytest.mark.parametrize("acts", [300, pytest.param(10_000, marks=slow)])
 def test_a_long_random_life_is_as_the_model_says(acts, paths, clock):
     seed = int(os.environ.get("HOSTENROLL_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"to see it again: HOSTENROLL_SEED={seed}")
@@ -7271,7 +7526,7 @@ ALTERED = {"audit": False, "integrity": False}
     # how it is spoiled, of the database and the key file; what is not as in SOUND; what is named
     "nothing": (lambda db, key: None, {}, None),
     "a row that lacks its host":
-        (lambda db, key: sql(db, "INSERT INTO heartbeat VALUES (5, 0, 1, 1, 1, 30)"),
+        (lambda db, key: sql(db, "INSERT INTO heartbeat VALUES (5, 0, 1, 1, 1, 30, 0)"),
          {"integrity": False}, "heartbeat"),
     "an index that lacks a row":
         (lambda db, key: drop_index_entries(db), {"integrity": False}, "host_token"),
@@ -8720,7 +8975,7 @@ def is_quiet(caplog):
     return "Traceback" not in caplog.text and "a defect" not in caplog.text
 
 
-@pytest.mark.parametrize("change", table(HOSTILE_EVENTS))
+@pytest.mark.parametrize("change", sample(HOSTILE_EVENTS, *[*HOSTILE_EVENTS][::3]))
 @pytest.mark.parametrize("number", sample({"amid": 3, "at the end": 7}, "at the end"))
 def test_a_hostile_event_is_named_and_hinders_nothing(number, change, chronicle, caplog):
     (_, credential), change = chronicle.join(), f"UPDATE audit SET {change} WHERE number = {number}"
@@ -8764,8 +9019,8 @@ def tries(world, token, credential, number):
 
 
 @pytest.mark.parametrize("name", [
-    "host", "heartbeat", pytest.param("token", marks=slow), "api_key", "organization",
-    "signing_key", "service",
+    "host", "heartbeat", "organization",
+    *(pytest.param(name, marks=slow) for name in ("token", "api_key", "signing_key", "service")),
 ])  # fmt: skip
 def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, world, caplog):
     """The others of a tick stand."""
@@ -10386,7 +10641,7 @@ def trust(folder, *words):
     return tuple(options)
 
 
-@pytest.mark.parametrize("words, why", sample(TRUSTS, *list(TRUSTS)[:3]))
+@pytest.mark.parametrize("words, why", sample(TRUSTS, *[*TRUSTS][:1]))
 def test_a_server_that_is_not_trusted_gets_nothing(words, why, machine, behind, tmp_path):
     machine.trust = trust(tmp_path, *words)
     (tmp_path / ".curlrc").write_text("insecure\n")
@@ -12936,8 +13191,9 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
         "os": "", "architecture": "", "dockerVersion": "", "agentVersion": "", "everySeconds": None,
         "labels": {"rack": "b4"}, "intervalSeconds": None, "status": "pending",
         "statusReason": shown["statusReason"],
-        "enrolledAt": NOON_TEXT, "lastSeen": None, "tokenId": estate.token_id, "revokedAt": None,
-        "warnings": [],
+        "enrolledAt": NOON_TEXT, "lastSeen": None, "address": None, "addressSince": None,
+        "enrolledFrom": ADDRESS, "tokenId": estate.token_id, "revokedAt": None, "refusedAt": None,
+        "refusedCode": None, "warnings": [],
     }  # fmt: skip
     assert list(shown.items()) == list(host.items())
     odd, later = '"\\/</script>\u00e9\U0001f600{}', "2027-01-15T08:00:01.234Z"
@@ -12950,6 +13206,7 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
     revoked = estate.revoke(estate.host_id).document
     reason = revoked["statusReason"]
     host.update(status="revoked", statusReason=reason, lastSeen=later, revokedAt=later)
+    host.update(address=ADDRESS, addressSince=later)
     assert revoked == {**host, **facts, **changes}
     assert estate.hosts().document == {"hosts": [revoked], "nextCursor": None}
 
@@ -13748,6 +14005,7 @@ NO_KEYS = ("none", "junk", "forged", "revoked", "token", "credential")
 PEEKS = {
     "organization": "default nothing", "cursor": "7fffffffffffffff {host} {token}",
     "q": "web {host}", "label": "rack=b4", "status": "pending online", "state": "valid used",
+    "address": "::/0 0.0.0.0/0",
     "subject": "host:{host} token:{token} organization:default", "action": "mint enroll refuse",
     "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
     "reason": "mine",
@@ -13884,7 +14142,8 @@ def test_every_act_is_in_the_log(paths, clock):
             """The newest event is this, and no other came with it."""
             actions.append(action)
             events = world.audit()
-            address = None if "signing-key" in subject else ADDRESS  # keys are the machine's own
+            address = more.get("to", ADDRESS)
+            address = None if "signing-key" in subject else address  # keys are the machine's own
             assert [event["action"] for event in events] == actions
             assert events[-1] == {
                 "number": len(events), "time": hostenroll.rfc3339(clock.ms), "action": action,
@@ -13914,6 +14173,10 @@ def test_every_act_is_in_the_log(paths, clock):
         for digit in "abab":
             world.beat(renewed, instance=digit * 16)
         happened("clone", host, host, hostname="web-1", otherHostname="web-1", otherAddress=ADDRESS)
+        world.address = "192.0.2.8"
+        world.beat(renewed)
+        happened("move", host, host, **{"from": ADDRESS, "to": world.address})
+        world.address = ADDRESS
         bound = world.reenroll(number).document
         happened("mint", key, f"token:{bound['id']}", host=number, maxUses=1)
         world.enroll(bound["token"], "web-2")
@@ -14866,7 +15129,7 @@ STOPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("number, program", sample(STOPS, "SIGINT", "SIGTERM just before"))
+@pytest.mark.parametrize("number, program", sample(STOPS, "SIGTERM just before"))
 def test_an_idle_server_stops_soon_and_without_a_word(number, program, tmp_path):
     options = {"program": program, "env": {"PYTHONPATH": str(ROOT)}}
     with start_server(tmp_path, how="process", **options) as server:
@@ -14918,7 +15181,7 @@ STOPPED = {  # whether it speaks TLS, and inherits its socket
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tls, inherits", sample(STOPPED, "plain", "tls, inherited"))
+@pytest.mark.parametrize("tls, inherits", sample(STOPPED, "tls, inherited"))
 def test_a_stop_refuses_nobody_who_is_connected(tls, inherits, served, bound, monkeypatch):
     """Neither who has just come, nor who keeps a connection: a request that is on its way when its
     connection is closed is lost. Who waits in the backlog of an inherited socket is left to the
@@ -15898,12 +16161,12 @@ def narrow_lists(live, count, times):
 
 @pytest.mark.parametrize("n, times", [(1, 6), (4, 6), (4, 1), pytest.param(30, 16, marks=slow)])
 def test_answers_that_are_not_taken_hold_only_so_much_memory(n, times, served):
-    live, ended = served(400_000, hosts=1000), 0
+    live, ended = served(600_000, hosts=1000), 0
     peers = narrow_lists(live, n, times)
     assert live.call("GET", "/healthz").status == 200
     exchanges = live.server._exchanges
     until(lambda: not exchanges.reads and not exchanges.ready)  # no peer takes more
-    assert buffered(live) <= 800_000
+    assert buffered(live) <= 1_200_000
     for peer in peers:
         with contextlib.suppress(OSError, AssertionError), peer.makefile("rb") as stream:
             ended -= None not in [read_reply(stream) for _ in range(times)]
@@ -15913,7 +16176,7 @@ def test_answers_that_are_not_taken_hold_only_so_much_memory(n, times, served):
 
 def test_the_connection_that_buffers_most_is_closed_in_whatever_state(served):
     """One that does not take a large answer, and four that sent a part of a small request."""
-    live = served(400_000, hosts=1000)
+    live = served(600_000, hosts=1000)
     narrow_lists(live, 1, 1)
     until(lambda: buffered(live) > 200_000)
     small = live.peers(4, POST + b"Content-Length: 60000\r\n\r\n" + b"x" * 59_000)
@@ -16422,7 +16685,7 @@ def test_through_tls_a_stream_is_answered_as_without(data, codes, twins):
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@pytest.mark.parametrize("data, status", table(ENDINGS))
+@pytest.mark.parametrize("data, status", sample(ENDINGS, *[*ENDINGS][::2]))
 def test_every_end_is_behind_a_whole_answer(data, status, tls, served):
     """Through TLS a close_notify. Else a client takes it for an attack that truncates answers."""
     live = served(tls=tls, deadlines=all_states(0.1))
@@ -16500,7 +16763,7 @@ def stall(peer, where):
 
 
 @pytest.mark.parametrize("where", STALLED)
-@pytest.mark.parametrize("n", [1, 2], ids=["at its deadline", "for new connections"])
+@pytest.mark.parametrize("n", sample({"at its deadline": 1, "for new": 2}, "at its deadline"))
 def test_a_handshake_that_stalls_ends_at_its_deadline_or_for_a_new_connection(n, where, served):
     live = served(tls=True, deadlines=in_states(handshake=0.2 if n == 1 else 30), connections=2)
     peers = live.peers(n, connect=lambda: Peer(live.port))
@@ -16894,7 +17157,7 @@ def test_lists_in_json_have_what_shows_each_item(operator):
 
 
 def test_tables_are_aligned_and_show_the_same(operator):
-    headings = ["ID", "NAME", "STATUS", "LAST", "SEEN", "LABELS", "HOSTNAME", "ORG"]
+    headings = ["ID", "NAME", "STATUS", "LAST", "SEEN", "ADDRESS", "LABELS", "HOSTNAME", "ORG"]
     operator.make_database()
     assert operator("list-hosts").out.split() == headings
     assert operator("list-hosts").err.startswith("no host yet: mint-token ")
