@@ -6175,7 +6175,7 @@ ask() { # PATH CONFIG
     answer=$({
         printf '%s\n' "$config" | curl "$@" -K - 2>&1
         printf '\n%s' "$?"
-    } 2>/dev/null | head -c "$LONGEST_ANSWER" | tr '\000' ' ')
+    } 2>/dev/null | head -c "$LONGEST_ANSWER" | tr '\000' ' ' 2>/dev/null) # TERM may end its reader
     config='' status=000 reply='' failure=''
     exit_status=$(printf '%s\n' "$answer" | tail -n 1)
     [ "${#answer}" != "$LONGEST_ANSWER" ] || exit_status=''
