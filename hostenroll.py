@@ -4672,6 +4672,13 @@ class Census:
         self.after = -1  # the id of its last host
 
 
+def is_within(address: str, network: Any) -> bool:
+    """Whether a host's address is in a network; a forger may have put any text into the column."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(address) in network
+    return False
+
+
 class Hosts(Rules):
     """The machines that have enrolled, as operators see and change them. What changes them takes a
     reason, for the audit log."""
@@ -4802,7 +4809,7 @@ class Hosts(Rules):
             names = host.name, host.hostname, id_text(host.id), host.address
             if text and text not in "\n".join(names).casefold():
                 return None
-            if network and not (host.address and ipaddress.ip_address(host.address) in network):
+            if network and not is_within(host.address, network):
                 return None
             own = host.labels if labels else ""
             if '": "' in own:  # a row from schema 1 has a space after each colon

@@ -6093,6 +6093,18 @@ def test_hosts_are_found_by_address_and_network(asked, expected, world):
     assert [host["name"] for host in world.hosts("q=2.77").document["hosts"]] == ["b"]
 
 
+@pytest.mark.parametrize("forged", ["", "here", "10.0.0.1/8", "10.0.0.300", "\u00b2.0.0.1"])
+def test_a_forged_address_is_in_no_network_and_hinders_no_search(forged, world):
+    world.beat(world.join("web-1")[1])
+    other, credential = world.join("web-2")
+    world.beat(credential)
+    world.sql("UPDATE host SET address = ? WHERE id <> ?", forged, int(other, 16))
+    for network in ("::/0", "0.0.0.0/0"):
+        reply = world.hosts(f"address={network}")
+        assert reply.status == 200, reply.document
+        assert [host["id"] for host in reply.document["hosts"]] == [other] * ("." in network)
+
+
 @pytest.mark.parametrize(
     "asked",
     [
