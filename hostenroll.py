@@ -1076,6 +1076,11 @@ def new_id(now: int) -> int:
     return first_id(now) | secrets.randbits(22)
 
 
+def new_history() -> str:
+    """The name of a history of changes, which no other has."""
+    return secrets.token_hex(8)
+
+
 class Secret(NamedTuple):
     """A token or an API key: its id, which the database knows, and its text, shown once."""
 
@@ -1639,7 +1644,8 @@ CREATE TABLE token (
     used_at          INTEGER,           -- the last use
     used_from        TEXT,              -- the address of the last use
     revoked_at       INTEGER,
-    own_interval     INTEGER            -- seconds between the heartbeats of its hosts, or NULL
+    own_interval     INTEGER,           -- seconds between the heartbeats of its hosts, or NULL
+    ephemeral        INTEGER            -- seconds of silence that end its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -1677,8 +1683,13 @@ CREATE TABLE host (
     address_since    INTEGER NOT NULL DEFAULT 0,
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
-    refused_code     TEXT    NOT NULL DEFAULT ''  -- the code of that
+    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
+    status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
+    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
+    ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
+CREATE INDEX host_state ON host (state, status_since);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
@@ -1700,11 +1711,32 @@ CREATE TABLE heartbeat (
     last_seen      INTEGER NOT NULL,  -- 0: never
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
-    active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
+    state          INTEGER NOT NULL,  -- the status that was last reported: see change
     told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
     address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
+
+CREATE TABLE change (
+    -- What was reported of a host: 1 online, 2 pending, 3 offline, 4 missing, 5 revoked, 6 deleted.
+    number           INTEGER PRIMARY KEY,  -- in the order of the commits; the last is never pruned
+    at               INTEGER NOT NULL,  -- when it became true
+    host_id          INTEGER NOT NULL,  -- of a host that may be deleted by now
+    organization_id  TEXT    NOT NULL,
+    name             TEXT    NOT NULL,  -- as it was then
+    labels           TEXT    NOT NULL,  -- as they were then
+    was              INTEGER NOT NULL,  -- 0: it has just enrolled
+    status           INTEGER NOT NULL,
+    seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
+    actor            TEXT    NOT NULL   -- as in audit; empty: time, or a heartbeat
+);
+CREATE INDEX change_host ON change (host_id, number);
+
+CREATE TABLE feed (
+    -- One row. Numbers of changes are given out again after a restore, so each copy has its own.
+    id       INTEGER PRIMARY KEY CHECK (id = 1),
+    history  TEXT    NOT NULL  -- random: the first part of every cursor
+);
 
 CREATE TABLE service (
     -- One row: what the servers on this database write about themselves, to compute status.
@@ -1801,6 +1833,16 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE host ADD COLUMN refused_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN refused_code TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE heartbeat ADD COLUMN address_key INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN state INTEGER NOT NULL DEFAULT 2",
+        "ALTER TABLE host ADD COLUMN status_since INTEGER NOT NULL DEFAULT 0",
+        "UPDATE host SET status_since = enrolled_at",
+        "ALTER TABLE host ADD COLUMN muted_until INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN ephemeral INTEGER",
+        "ALTER TABLE token ADD COLUMN ephemeral INTEGER",
+        "ALTER TABLE heartbeat RENAME COLUMN active TO state",
+        # Then begin_feed() computes the states of hosts that have beaten.
+        "UPDATE heartbeat SET state = CASE WHEN state = 0 THEN 5 WHEN last_seen = 0 THEN 2 ELSE 1"
+        " END",
     ),
 }
 
@@ -1839,6 +1881,7 @@ class Token(NamedTuple):  # like the records below: a row, with the columns of S
     used_from: Optional[str]
     revoked_at: Optional[int]
     own_interval: Optional[int]
+    ephemeral: Optional[int]
 
 
 class Host(NamedTuple):
@@ -1876,22 +1919,48 @@ class Host(NamedTuple):
     moved_at: int
     refused_at: int
     refused_code: str
+    status_since: int
+    muted_until: int
+    ephemeral: Optional[int]
     last_seen: int
     serial: int
     key_number: int
-    active: int
+    state: int
     told_interval: int
     address_key: int
 
 
 class HostState(NamedTuple):
-    """What of a host its status follows from."""
+    """What of a host its status follows from, and the one that was last reported."""
 
     id: int
     organization_id: str
     last_seen: int
     revoked_at: Optional[int]
     told_interval: int
+    state: int
+
+
+ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
+
+
+class Change(NamedTuple):
+    """A row of change. It gets its number when it is written."""
+
+    number: int
+    at: int
+    host_id: int
+    organization_id: str
+    name: str
+    labels: str
+    was: int
+    status: int
+    seen: int
+    actor: str
+
+
+class Feed(NamedTuple):
+    history: str
 
 
 class ApiKey(NamedTuple):
@@ -2737,7 +2806,7 @@ T = TypeVar("T")
 # Of each record its table, and the statement that reads all of its columns.
 TABLES: Mapping[Any, str] = {
     Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
-    Service: "service", Event: "audit", Anchor: "audit_anchor",
+    Service: "service", Event: "audit", Anchor: "audit_anchor", Change: "change", Feed: "feed",
     **dict.fromkeys((Host, HostState), "host JOIN heartbeat ON host_id = id"),
 }  # fmt: skip
 
@@ -2746,22 +2815,26 @@ def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
 
 
-SELECT = {row: f"SELECT {', '.join(row._fields)} FROM {table}" for row, table in TABLES.items()}
+def _columns(record: Any) -> list[str]:
+    """Of a record, as a statement names them. Host and heartbeat both have the state."""
+    return ["heartbeat.state" if name == "state" else name for name in record._fields]
+
+
+SELECT = {row: f"SELECT {', '.join(_columns(row))} FROM {table}" for row, table in TABLES.items()}
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
 # and a clock that was set back, match nothing: the general path judges them. Nor does a host match
-# that is to be told another interval, or has another address: the second statement is for those.
+# that is to be told another interval, has another address or was reported as not online: the second
+# statement is for those.
 _BEAT = """UPDATE heartbeat SET last_seen = ? WHERE last_seen <= ? AND host_id = ? AND serial = ?
-            AND told_interval = ? AND (address_key = ? OR address_key < ?) AND active = 1"""
-_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?, active = 1
-            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND active > 0"""
+            AND told_interval = ? AND (address_key = ? OR address_key < ?) AND state = 1"""
+_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?, state = 1
+            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND state <> 5"""
 BeatRow = tuple[int, ...]  # the values of either
 
 
-class Queries:
-    """The statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
-    values, = 1 for truth, no RETURNING. None stands for all organizations. Lists begin with the
-    newest, and take those with an id below before. Raises StoreError and Unrecoverable."""
+class Records:
+    """What the statements of all tables have in common. Raises StoreError and Unrecoverable."""
 
     def __init__(self, engine: Engine) -> None:
         self._run, self._many = engine.run, engine.many
@@ -2817,11 +2890,42 @@ class Queries:
         self._insert(table, columns, values)
         return True
 
-    def put(self, row: Union[Service, Anchor]) -> None:
+    def put(self, row: Union[Service, Anchor, Feed]) -> None:
         """Replace the only row. What is not after an anchor may be pruned then."""
         table = TABLES[type(row)]
         self._run(f"DELETE FROM {table}")
         self._insert(table, ("id", *row._fields), (1, *row))
+
+
+class Changes(Records):
+    """The statements about what was reported of hosts."""
+
+    def history(self) -> str:
+        """The first part of cursors of the feed."""
+        return str(self._value("SELECT history FROM feed"))
+
+    def add_changes(self, changes: Sequence[Change]) -> None:
+        self._insert("change", Change._fields[1:], *(change[1:] for change in changes))
+
+    def set_states(self, states: Sequence[tuple[int, int, int]]) -> None:
+        """Of hosts: what was last reported, since when (Unix ms), and the id."""
+        self._many("UPDATE host SET state = ?, status_since = ? WHERE id = ?", states)
+        statement = "UPDATE heartbeat SET state = ? WHERE host_id = ?"
+        self._many(statement, ((state, host) for state, _, host in states))
+
+    def changes_after(self, number: int, limit: int) -> list[Change]:
+        """The oldest first."""
+        return self._all(Change, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
+
+    def last_change(self) -> int:
+        """Its number; 0: there was none."""
+        return int(self._value("SELECT max(number) FROM change") or 0)
+
+
+class Queries(Changes):
+    """The statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
+    values, = 1 for truth, no RETURNING. None stands for all organizations. Lists begin with the
+    newest, and take those with an id below before. Raises StoreError and Unrecoverable."""
 
     def organizations(self) -> list[Organization]:
         return self._all(Organization, "ORDER BY id")
@@ -2934,12 +3038,6 @@ class Queries:
         statement = "UPDATE host SET copied_at = ? WHERE id = ? AND copied_at NOT BETWEEN ? AND ?"
         return self._run(statement, now, number, now - HOUR * SECOND_MS + 1, now) == 1
 
-    def activate(self, number: int, revoked_at: Optional[int]) -> None:
-        """Restore a host (None), or shut it out since a time: at once, for the next heartbeat."""
-        self._run("UPDATE host SET revoked_at = ? WHERE id = ?", revoked_at, number)
-        statement = "UPDATE heartbeat SET active = ? WHERE host_id = ?"
-        self._run(statement, 2 if revoked_at is None else 0, number)
-
     def delete_host(self, number: int, now: int) -> None:
         """Remove a host and its heartbeat, and revoke the tokens that are bound to it."""
         statement = "UPDATE token SET revoked_at = ? WHERE host_id = ? AND revoked_at IS NULL"
@@ -2955,15 +3053,15 @@ class Queries:
         return self._many(_TELL, rows)
 
     def tell_next(self, number: int, told_interval: int) -> None:
-        """Have a host's next heartbeat answered with its interval; until then it has this one."""
-        statement = """UPDATE heartbeat SET active = CASE active WHEN 0 THEN 0 ELSE 2 END,
-             told_interval = ? WHERE host_id = ?"""
-        self._run(statement, told_interval, number)
+        """Have a host's next heartbeat answered with its interval; until then it has this one. No
+        address has the key LAST_ID: so that heartbeat matches the second statement alone."""
+        statement = "UPDATE heartbeat SET address_key = ?, told_interval = ? WHERE host_id = ?"
+        self._run(statement, LAST_ID, told_interval, number)
 
     def beaten(self, now: int, hosts: Sequence[int]) -> set[BeatRow]:
         """Which of these hosts beat() wrote now, with serial, told_interval and address_key."""
         statement = """SELECT host_id, serial, told_interval, address_key FROM heartbeat
-             WHERE last_seen = ? AND active = 1 AND host_id IN"""
+             WHERE last_seen = ? AND state = 1 AND host_id IN"""
         return set(self._rows_of(hosts, statement, now))
 
     def hosts(self, numbers: Sequence[int]) -> list[Host]:
@@ -3059,7 +3157,7 @@ def bad_rows(engine: Engine, limit: int) -> list[str]:
             continue
         wrong = " OR ".join(
             f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds)})"
-            for column, kinds in zip(record._fields, _kinds(record))
+            for column, kinds in zip(_columns(record), _kinds(record))
         )
         of = f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}"
         names += [f"{table.partition(' ')[0]} {_name(row[0])}" for row in engine.rows(of)]
@@ -3231,7 +3329,9 @@ class Page(NamedTuple):
     next: Optional[int] = None  # the cursor: the list goes on below this id
 
 
-STATUSES = ("pending", "online", "offline", "missing", "revoked")
+# The states by their numbers; 0 is what was reported of a host that has just enrolled.
+STATUS_NAMES = ("", "online", "pending", "offline", "missing", "revoked", "deleted")
+STATUSES = STATUS_NAMES[ONLINE:DELETED]
 EDITED = ("name", "labels", "intervalSeconds")  # of a host
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 ACTIONS = (
@@ -3931,6 +4031,18 @@ class ServicePeriod:
         silence += self._until - since
         return silence if silence > 0 else 0, allowance
 
+    def since(self, last_seen: int, told_interval: int) -> int:
+        """When a host that is silent became offline, or then missing, in Unix ms."""
+        silence, allowance = self.silence_ms(last_seen, told_interval)
+        missing = MISSING_AFTER * SECOND_MS
+        limit = allowed_silence_ms(told_interval) + allowance
+        excess, at = silence - (missing if silence > missing else limit), self._until
+        for end, start in reversed(self._pauses):  # they are no silence
+            if at - excess >= start:
+                break
+            excess, at = excess - (at - start), end
+        return at - excess
+
     def status(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
         """One of STATUSES: the one function that computes it."""
         if revoked_at is not None:
@@ -4044,6 +4156,48 @@ class ServiceRecord(Rules):
             fresh = fresh._replace(warned_at=now)
         if fresh != row:
             self._queries.put(fresh)
+
+
+class Reports(Rules):
+    """What is reported of hosts, as changes. A rule sets the state of a host at once; its changes
+    are written with the tick, and then the tick waits for the disk: who follows the feed misses
+    none. A plain heartbeat is only of a host that was reported as online."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self.changes: list[Change] = []  # of the tick
+
+    def report(
+        self, hosts: Sequence[tuple[Host, int, int]], actor: str = "", is_new: bool = False
+    ) -> None:
+        """Hosts have other states: each with its state, and since when in Unix ms. actor: who did
+        it, in the words of the audit log; is_new: they have just enrolled."""
+        for host, state, at in hosts:
+            was, about = 0 if is_new else host.state, (host.name, host.labels)
+            change = 0, at, host.id, host.organization_id, *about, was, state, host.last_seen, actor
+            self.changes.append(Change._make(change))
+        if not is_new:
+            self._queries.set_states([(state, at, host.id) for host, state, at in hosts])
+
+    def write(self) -> None:
+        if self.changes:
+            self._registry.engine.require_durable()
+            self._queries.add_changes(self.changes)
+
+
+def begin_feed(queries: Queries, now: int) -> None:
+    """End a migration: what was reported of each host is what it is now, and no change."""
+    queries.put(Feed(new_history()))
+    period, after = ServicePeriod(queries.service(), now), -1
+    while rows := queries.census_slice(None, after, COUNTED_AT_ONCE):
+        states = []
+        for after, _, last_seen, revoked_at, told_interval, _ in rows:
+            status, since = period.status(last_seen, revoked_at, told_interval), now
+            if status in ("offline", "missing"):
+                since = period.since(last_seen, told_interval)
+            if status != "pending":
+                states.append((STATUS_NAMES.index(status), revoked_at or since, after))
+        queries.set_states(states)
 
 
 class Organizations(Rules):
@@ -4182,7 +4336,7 @@ class Tokens(Rules):
             created_at=now, created_by=call.by.name,
             expires_at=now + values.get("ttlSeconds", TOKEN_TTL) * SECOND_MS,
             used_at=None, used_from=None, revoked_at=None,
-            own_interval=values.get("intervalSeconds"),
+            own_interval=values.get("intervalSeconds"), ephemeral=values.get("ephemeralSeconds"),
         )  # fmt: skip
         if not self._queries.add(token):
             return self._mint(call, owner, host, now)  # the id is taken
@@ -4360,7 +4514,8 @@ class Enrollments(Rules):
             issued_at=now, issued_hash=None, instances="", copied_at=0,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
-            last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now), active=1,
+            last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now),
+            state=PENDING, status_since=now, muted_until=0, ephemeral=token.ephemeral,
             own_interval=token.own_interval, told_interval=0, enrolled_from=call.origin.address,
             address="", address_since=0, address_key=0, moved_at=0, refused_at=0, refused_code="",
         )  # fmt: skip
@@ -4368,6 +4523,8 @@ class Enrollments(Rules):
         host = host._replace(issued_hash=issued.hash(0), told_interval=told)
         if not self._queries.add_host(host):
             return self._admit(token, key, call, now)  # the id is taken
+        actor = tagged_id("token", token.id)
+        self._registry.reports.report([(host, PENDING, now)], actor, is_new=True)
         return self._admitted("enroll", token, host, issued, call)
 
     def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
@@ -4427,11 +4584,11 @@ def interval_range(interval: int) -> tuple[int, int]:
 @lru_cache(maxsize=HOPS_CACHED)
 def address_key(address: str) -> int:
     """What heartbeats from an address are compared by: an IPv4 address as a number; of an IPv6
-    address, as Origin spells it, 63 bits of the SHA-256; 0: not known."""
+    address, as Origin spells it, 62 bits of the SHA-256; 0: not known."""
     try:
         return int.from_bytes(map(int, address.split(".")), "big") if address else 0
     except ValueError:
-        return int.from_bytes(sha256(address)[-8:], "big") & LAST_ID
+        return int.from_bytes(sha256(address)[-8:], "big") & (LAST_ID >> 1)
 
 
 class Heartbeats(Rules):
@@ -4487,7 +4644,7 @@ class Heartbeats(Rules):
         if self._queries.beat(rows) == len(beats):
             counts["heartbeats"] += len(beats)
             return [now] * len(beats)
-        # A query finds what the statement did match: active, with this serial and lastSeen now.
+        # A query finds what the statement did match: online, with this serial and lastSeen now.
         # Of a host with another heartbeat that it did not match, later ones are judged after it.
         origins = [origin for _, ref, origin in beats if ref.kid in kids]
         written = self._tell_strays(rows, origins, now)
@@ -4525,6 +4682,13 @@ class Heartbeats(Rules):
         self._queries.tell(told)
         written |= self._queries.beaten(now, [host.id for host, _ in heard])
         accepted = {row[:2] for row in written}
+        back = [
+            (host._replace(last_seen=now), ONLINE, now)
+            for host, _ in heard
+            if host.state != ONLINE and (host.id, host.serial) in accepted
+        ]
+        if back:
+            self._registry.reports.report(back)
         self._move([(h, o) for h, o in heard if (h.id, h.serial) in accepted], now)
         return accepted
 
@@ -4558,7 +4722,10 @@ class Heartbeats(Rules):
         """Write a heartbeat that was accepted; the host as it is then."""
         told = self._remember(host), host.address_key
         self._queries.tell([(last_seen, *told, host.id, host.serial, host.last_seen)])
-        return host._replace(last_seen=last_seen)
+        host = host._replace(last_seen=last_seen)
+        if host.state != ONLINE:
+            self._registry.reports.report([(host, ONLINE, last_seen)])
+        return host._replace(state=ONLINE)
 
     def accept(self, beat: Heartbeat, now: int) -> Host:
         """Judge and write one heartbeat; the host as it is then. Raises, in this order:
@@ -4582,7 +4749,7 @@ class Heartbeats(Rules):
         if serial < host.serial:
             detail = {"serial": serial, "newest": host.serial, "newestIssuedTo": host.issued_to}
             raise CredentialSuperseded().with_audit(name, name, owner, **detail)
-        if not host.active:
+        if host.state == REVOKED:
             raise HostRevoked().with_audit(name, name, owner)
         if serial > host.issued + SERIALS_LOST:
             raise CredentialInvalid().with_audit(name, name, owner)
@@ -4747,13 +4914,18 @@ class Hosts(Rules):
     def _activate(self, action: str, revoked_at: Optional[int], call: Call, now: int) -> HostView:
         host = self._own(call, Host)
         if (host.revoked_at is None) != (revoked_at is None):
-            self._queries.activate(host.id, revoked_at)
+            self._queries.edit_host(host.id, {"revoked_at": revoked_at})
+            period = self._registry.service.period(now)
+            status = period.status(host.last_seen, revoked_at, host.told_interval)
+            state = STATUS_NAMES.index(status)
+            self._registry.reports.report([(host, state, now)], call.by.name)
             self._record(action, call.by.name, host, reason=call.values.get("reason"))
         return self.get(call, now)
 
     def delete(self, call: Call, now: int) -> DeletedHost:
         """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
         host, reason = self._own(call, Host), call.values.get("reason")
+        self._registry.reports.report([(host, DELETED, now)], call.by.name)
         self._queries.delete_host(host.id, now)
         self._record("delete", call.by.name, host, hostname=host.hostname, reason=reason)
         token = self._queries.get(Token, host.admitted_by)
@@ -4785,7 +4957,7 @@ class Hosts(Rules):
         if not census.is_finished:
             period = self._registry.service.period(now)
             rows = self._queries.census_slice(by.organization, census.after, COUNTED_AT_ONCE)
-            for number, organization, *seen in rows:
+            for number, organization, *seen, _ in rows:
                 census.counts[organization, period.status(*seen)] += 1
                 census.after = number
             census.at, census.is_finished = now, len(rows) < COUNTED_AT_ONCE
@@ -4853,6 +5025,7 @@ class Registry:
         self.audit = AuditLog(self, audit_keep)
         self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
         self.service = ServiceRecord(self)
+        self.reports = Reports(self)
         self.organizations = Organizations(self)
         self.api_keys = ApiKeys(self)
         self.tokens = Tokens(self)
@@ -4907,7 +5080,8 @@ class Registry:
     def _run_one(self, call: Call, now: int) -> Any:
         """The outcome of one call of the tick."""
         self.audit.origin = call.origin
-        mark, writes = len(self.audit.events), call.operation.writes
+        marks = len(self.audit.events), len(self.reports.changes)
+        writes = call.operation.writes
         if writes:
             self.engine.savepoint()
         try:
@@ -4928,7 +5102,7 @@ class Registry:
         if writes:
             self.engine.end_savepoint(keeps=not isinstance(outcome, Exception))
         if isinstance(outcome, Exception):
-            del self.audit.events[mark:]
+            del self.audit.events[marks[0] :], self.reports.changes[marks[1] :]
         if isinstance(outcome, Problem):
             self.refuse(outcome, call.origin, now, in_tick=writes)
         return outcome
@@ -4943,12 +5117,14 @@ class Registry:
         if not writes:
             self.engine.commit()
             return
+        self.reports.write()
         self.audit.write(self.keys.keyring)
         started = time.perf_counter()
         self.engine.commit()
         self.metrics.commits.observe(time.perf_counter() - started)
         self.metrics.counts.update(self.metrics.tick)
         self.metrics.tick.clear()
+        self.reports.changes.clear()
         self.audit.emit()
         self.storage_trouble = ""
         # On a disk that is nearly full some ticks succeed, and others do not.
@@ -4959,6 +5135,7 @@ class Registry:
     def _roll_back(self) -> None:
         self.engine.rollback()
         self.audit.forget()
+        self.reports.changes.clear()
         self.metrics.tick.clear()
 
     def _note_failure(self, trouble: str, writes: bool) -> None:
@@ -5189,9 +5366,14 @@ def _open_pair(
     if purpose == "serve" and engine.version() < SCHEMA_VERSION:
         engine.require_alone(LOCK_PATIENCE)
         _copy_older(engine)
-        # With keys that are adopted the log begins again: nothing of it can be verified by them.
-        finish = partial(begin_format, Queries(engine), keyring, now)
-        engine.migrate((lambda older: None) if is_adopted else finish)
+
+        def finish(older: int) -> None:
+            # With keys that are adopted the log begins again: they verify nothing of it.
+            if not is_adopted:
+                begin_format(Queries(engine), keyring, now, older)
+            begin_feed(Queries(engine), now)
+
+        engine.migrate(finish)
     if is_adopted and is_served(Queries(engine).service(), now):
         # It would go on with the keys that it has, until it reads the new ones.
         raise OperatorError(f"a server is running on {database}: stop it, and wait 30 s")
@@ -5231,6 +5413,7 @@ def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool
         engine.create_schema()
         queries = Queries(engine)
         queries.add(Organization(DEFAULT_ORGANIZATION, now))
+        queries.put(Feed(new_history()))
         for kid in keyring.kids:
             queries.add_signing_key(kid, now)
         engine.commit()

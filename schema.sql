@@ -39,7 +39,8 @@ CREATE TABLE token (
     used_at          INTEGER,           -- the last use
     used_from        TEXT,              -- the address of the last use
     revoked_at       INTEGER,
-    own_interval     INTEGER            -- seconds between the heartbeats of its hosts, or NULL
+    own_interval     INTEGER,           -- seconds between the heartbeats of its hosts, or NULL
+    ephemeral        INTEGER            -- seconds of silence that end its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -77,8 +78,13 @@ CREATE TABLE host (
     address_since    INTEGER NOT NULL DEFAULT 0,
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
-    refused_code     TEXT    NOT NULL DEFAULT ''  -- the code of that
+    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
+    status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
+    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
+    ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
+CREATE INDEX host_state ON host (state, status_since);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
@@ -100,11 +106,32 @@ CREATE TABLE heartbeat (
     last_seen      INTEGER NOT NULL,  -- 0: never
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
-    active         INTEGER NOT NULL,  -- 0: revoked; 2: it is to be told another interval
+    state          INTEGER NOT NULL,  -- the status that was last reported: see change
     told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
     address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
+
+CREATE TABLE change (
+    -- What was reported of a host: 1 online, 2 pending, 3 offline, 4 missing, 5 revoked, 6 deleted.
+    number           INTEGER PRIMARY KEY,  -- in the order of the commits; the last is never pruned
+    at               INTEGER NOT NULL,  -- when it became true
+    host_id          INTEGER NOT NULL,  -- of a host that may be deleted by now
+    organization_id  TEXT    NOT NULL,
+    name             TEXT    NOT NULL,  -- as it was then
+    labels           TEXT    NOT NULL,  -- as they were then
+    was              INTEGER NOT NULL,  -- 0: it has just enrolled
+    status           INTEGER NOT NULL,
+    seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
+    actor            TEXT    NOT NULL   -- as in audit; empty: time, or a heartbeat
+);
+CREATE INDEX change_host ON change (host_id, number);
+
+CREATE TABLE feed (
+    -- One row. Numbers of changes are given out again after a restore, so each copy has its own.
+    id       INTEGER PRIMARY KEY CHECK (id = 1),
+    history  TEXT    NOT NULL  -- random: the first part of every cursor
+);
 
 CREATE TABLE service (
     -- One row: what the servers on this database write about themselves, to compute status.
