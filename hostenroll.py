@@ -45,7 +45,8 @@ Contents; each section uses only those above it, and a test checks that:
      8. Assets         texts for people to copy; the agent, in shell; the page, for browsers
      9. Operations     OPERATIONS: one row each; the documents they answer with; OpenAPI; metrics
     10. Server         the loop: sockets, TLS, connection states, deadlines, shutdown
-    11. Command line   what people type and see around OPERATIONS; main()
+    11. Watch          a client of HTTP; from what a server says has changed to people
+    12. Command line   what people type and see around OPERATIONS; main()
 
 Laws that the code keeps, each explained where it is kept:
 
@@ -117,6 +118,7 @@ import errno
 import fcntl
 import hashlib
 import hmac
+import http.client
 import io
 import ipaddress
 import json
@@ -156,7 +158,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import chain, cycle, groupby, product, repeat, starmap, takewhile
 from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 # 1. Limits
 #
@@ -304,6 +306,10 @@ LOG_PIECE = 4096  # written at once: a pipe takes that whole, and nothing of oth
 LOG_PAUSE = 0.01  # after each write; in it lines gather, so a busy access log is few writes
 LOG_PATIENCE = 0.4  # at the end of the process: a reader that lives takes LOG_MAXIMUM in less
 
+# Requests of ours to other servers.
+CLIENT_PATIENCE = 30  # for a connection, and for a whole answer beyond what it was to be held
+CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # of inventories: 10,000 hosts with many labels
+
 # The store.
 LOCK_PATIENCE = 5  # many times what a command holds the lock for; then something is wrong
 CLOSE_PATIENCE = 0.5  # a server that stops leaves the last checkpoint to the next one
@@ -359,6 +365,12 @@ class Origin(NamedTuple):
     def request(self) -> str:
         """The id of the request, and the X-Request-Id of its refusal; '' where there is none."""
         return f"{self.connection:x}-{self.number}" if self.number else ""
+
+
+def is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
@@ -1441,40 +1453,53 @@ def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
     return use, kid, octets
 
 
-def load_keyring(path: str, database: str) -> Keyring:
-    """The keyring of the key file of a database. Raises OperatorError for a file that is bad, open
-    to others, or belongs to neither root, us nor the database's owner. Links are followed, since
-    mounted secrets are links: the file that was opened is judged."""
+def read_private(
+    path: str, kind: str, owner: int = 0, maximum: int = KEY_FILE_MAXIMUM
+) -> tuple[bytes, os.stat_result]:
+    """A file of secrets, and its status. Raises OperatorError for what cannot be read, is open to
+    others, or belongs to neither root, us nor the owner. Links are followed, since mounted secrets
+    are links: the file that was opened is judged."""
     try:
-        # The owner of the folder counts where there is no database, or anybody may have put it.
-        folder = owner = os.stat(os.path.dirname(database) or ".")
-        if not folder.st_mode & 0o002:
-            with suppress(FileNotFoundError):
-                owner = os.lstat(database)
         # Without O_NONBLOCK a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             status = os.fstat(f.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_MAXIMUM:
-                raise ValueError("not a file, or far too large")
-            keys = [_parse_jwk(jwk) for jwk in json.load(f)["keys"]]
-        signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
-        audit = [octets for use, _, octets in keys if use == "audit"]
-        if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
-            raise ValueError("it needs one audit key, and signing keys with a kid each")
+            if not stat.S_ISREG(status.st_mode) or status.st_size > maximum:
+                raise OSError(errno.EINVAL, "not a file, or far too large")
+            octets = f.read()
     except OSError as error:
-        raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OperatorError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    if status.st_uid not in (0, os.geteuid(), owner):
         raise OperatorError(
-            f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
-        ) from error
-    if status.st_uid not in (0, os.geteuid(), owner.st_uid):
-        raise OperatorError(
-            f"the key file {path} belongs to another user, of id {status.st_uid}: run this as that "
+            f"the {kind} {path} belongs to another user, of id {status.st_uid}: run this as that "
             "user, or put the right file back and chown it to root or the database's owner"
         )
     # What is mounted for a service belongs to root, and the service's group may read it.
     if status.st_mode & (0o077 if status.st_uid else 0o027):
-        raise OperatorError(f"the key file {path} is open to others: chmod 600 {path}")
+        raise OperatorError(f"the {kind} {path} is open to others: chmod 600 {path}")
+    return octets, status
+
+
+def load_keyring(path: str, database: str) -> Keyring:
+    """The keyring of the key file of a database, whose owner may own it. Raises OperatorError."""
+    # The owner of the folder counts where there is no database, or anybody may have put it.
+    try:
+        folder = owner = os.stat(os.path.dirname(database) or ".")
+        if not folder.st_mode & 0o002:
+            with suppress(FileNotFoundError):
+                owner = os.lstat(database)
+    except OSError as error:
+        raise OperatorError(f"cannot read the key file {path}: {error.strerror}") from error
+    octets, status = read_private(path, "key file", owner.st_uid)
+    try:
+        keys = [_parse_jwk(jwk) for jwk in json.loads(octets)["keys"]]
+        signing = [SigningKey(kid, octets) for use, kid, octets in keys if use == "sig"]
+        audit = [octets for use, _, octets in keys if use == "audit"]
+        if not signing or len(audit) != 1 or len({key.kid for key in signing}) < len(signing):
+            raise ValueError("it needs one audit key, and signing keys with a kid each")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OperatorError(
+            f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
+        ) from error
     return Keyring(signing, audit[0], status)
 
 
@@ -7008,7 +7033,7 @@ def join_command(url: str, pin: str, token: str = "") -> str:
     if server.scheme == "https" and pin:
         fetch += ["-k", "--pinnedpubkey", pin]
         trust += ["--pin", pin]
-    elif server.scheme == "http" and not _is_loopback(server.hostname or ""):
+    elif server.scheme == "http" and not is_loopback(server.hostname or ""):
         trust += ["--insecure-http"]
     # No URL and no pin has a character that double quotes do not quote.
     fetch_words = shlex.join([*fetch, f"{url}/agent.sh"]).replace("'", '"')
@@ -7020,12 +7045,6 @@ def join_command(url: str, pin: str, token: str = "") -> str:
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' hostenroll-agent '
         f"{shlex.join(trust)}"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 SERVICE_USER = "hostenroll"
@@ -8957,7 +8976,7 @@ class Operation(NamedTuple):
     status: int = 200
     answer: Optional[Document] = None  # of what the rule returns, or of each item of a list
     list_of: str = ""  # the rule returns a Page: the member that holds its items
-    columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 11 knows
+    columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 12 knows
     content_type: str = JSON
     raises: tuple[type[Problem], ...] = ()  # beside what problems() adds
     writes: bool = True
@@ -10649,7 +10668,149 @@ def closed_loop(
     return answered
 
 
-# 11. Command line
+# 11. Watch
+#
+# Law: this section asks other servers, and nothing here answers one. It trusts what it was told to
+# trust: a pinned key, an authority, or the trust store of this machine. A secret goes over TLS, or
+# to this machine. Nobody is sent elsewhere: redirects are not followed.
+#
+# Contents: Client.
+
+
+class NoAnswer(OperatorError):
+    """Another server could not be asked, or its answer is none of ours."""
+
+
+class Answer(NamedTuple):
+    status: int
+    content_type: str
+    body: bytes
+
+
+def proxy_of(url: str, environment: Mapping[str, str]) -> str:
+    """The proxy through which a URL of https is to be asked, as curl finds it; "" for none."""
+
+    def named(name: str) -> str:
+        return environment.get(name) or environment.get(name.upper(), "")
+
+    server, proxy = urlsplit(url), named("https_proxy") or named("all_proxy")
+    direct = named("no_proxy").lower().replace(",", " ").split()
+    ends = [f".{name.lstrip('*.')}" if name != "*" else "" for name in direct]
+    if server.scheme != "https" or not proxy or f".{server.hostname}".endswith(tuple(ends)):
+        return ""
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def problem_of(document: Any) -> Problem:
+    """The refusal that another server sent. Raises LookupError, TypeError for what is none."""
+    code, errors = document["code"], document.get("errors", ())
+    kind = next((kind for kind in problems() if kind.code == code), Problem)
+    wrong = (f"{error['field']}: {error['detail']}" for error in errors)
+    problem = kind("; ".join(wrong) or str(document["detail"]))
+    problem.code, problem.status = str(code), int(document["status"])
+    return problem
+
+
+class Client:
+    """Asks one server: a connection for each request, since none is asked often."""
+
+    def __init__(
+        self, url: str, api_key: str = "", *, pins: Sequence[str] = (), cacert: str = "",
+        insecure_http: bool = False, proxy: str = "",
+    ) -> None:  # fmt: skip
+        """pins: of keys, one of which the server must have; cacert: a file of authorities, in PEM.
+        Without either the trust store of this machine decides. Raises OperatorError."""
+        server, self._pins, self._proxy = urlsplit(url), pins, urlsplit(proxy)
+        self.name = f"{server.scheme}://{server.netloc}"  # the path of a webhook is a secret
+        self._path = f"{server.path}?{server.query}" if server.query else server.path
+        self._is_https = server.scheme == "https"
+        self._place = server.hostname or "", server.port or (443 if self._is_https else 80)
+        own = {"User-Agent": f"hostenroll/{__version__}", "Connection": "close"}
+        self._headers = {**own, "Authorization": f"Bearer {api_key}"} if api_key else own
+        if not self._is_https and not insecure_http and not is_loopback(self._place[0]):
+            remedy = "name it by https, or allow that by --insecure-http"
+            raise OperatorError(f"{self.name} would be sent secrets in the clear: {remedy}")
+        if self._proxy.scheme not in ("", "http"):
+            raise OperatorError(f"{self.name} has a proxy of {self._proxy.scheme}: it must be http")
+        try:
+            self._context = ssl.create_default_context(cafile=cacert or None)
+        except OSError as error:  # a file that OpenSSL cannot parse, too
+            raise OperatorError(f"cannot read {cacert}: {error.strerror or error}") from error
+        self._context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as distrust()
+        if pins and not cacert:
+            self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
+
+    def get(self, path: str, query: Mapping[str, Any] = {}, patience: float = 0) -> Any:
+        """The document at a path, which may take so many seconds longer than CLIENT_PATIENCE.
+        Raises NoAnswer, and the Problem of a refusal."""
+        words = urlencode(query, doseq=True)
+        return self._document(self.request("GET", f"{path}?{words}", patience=patience))
+
+    def post(self, path: str, document: Any) -> Any:
+        """The document of the answer, or None. Raises NoAnswer, and the Problem of a refusal."""
+        body = json_text(document).encode("ascii")
+        return self._document(self.request("POST", path, body, {"Content-Type": JSON}))
+
+    def _document(self, answer: Answer) -> Any:
+        try:
+            document = None if answer.status == 204 else parse_json(answer.body)
+            if 200 <= answer.status < 300:
+                return document
+            problem = problem_of(document)
+        except (InvalidBody, LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{self.name} answered {answer.status}, not as one of ours"
+            raise NoAnswer(f"{reason}: is this the URL of a hostenroll server?") from error
+        raise problem
+
+    def request(
+        self, method: str, path: str, body: Optional[bytes] = None,
+        headers: Mapping[str, str] = {}, patience: float = 0,
+    ) -> Answer:  # fmt: skip
+        """Whatever the server answers; a redirect is not followed. Raises OperatorError."""
+        patience += CLIENT_PATIENCE
+        try:
+            with closing(self._connection(patience)) as connection:
+                connection.connect()
+                self._require_pin(connection.sock)
+                # All of it has this time: a server might send a byte now and then, for ever.
+                end = partial(socket.socket.shutdown, connection.sock, socket.SHUT_RDWR)
+                timer, target = threading.Timer(1.1 * patience, end), self._path + path or "/"
+                try:
+                    timer.start()
+                    connection.request(method, target, body, {**self._headers, **headers})
+                    with connection.getresponse() as response:
+                        octets = response.read(CLIENT_ANSWER_MAXIMUM + 1)
+                finally:
+                    timer.cancel()
+            if response.length or len(octets) > CLIENT_ANSWER_MAXIMUM:
+                raise ValueError("its answer is cut short, or too long")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
+            said = UNPRINTABLE.sub("?", redact(str(reason).strip()))
+            raise NoAnswer(f"cannot ask {self.name}: {said}") from error
+        return Answer(response.status, response.headers.get_content_type(), octets)
+
+    def _connection(self, patience: float) -> http.client.HTTPConnection:
+        kind = cast("Any", http.client.HTTPConnection)
+        if self._is_https:
+            kind = partial(http.client.HTTPSConnection, context=self._context)
+        if not self._proxy.hostname:
+            return cast("http.client.HTTPConnection", kind(*self._place, timeout=patience))
+        user = unquote(self._proxy.netloc.rpartition("@")[0]).encode()
+        basic = f"Basic {base64.b64encode(user).decode('ascii')}"
+        tunnel = kind(self._proxy.hostname, self._proxy.port or 80, timeout=patience)
+        tunnel.set_tunnel(*self._place, {"Proxy-Authorization": basic} if user else {})
+        return cast("http.client.HTTPConnection", tunnel)
+
+    def _require_pin(self, connected: Any) -> None:
+        """Before anything is sent. Raises ValueError, OperatorError."""
+        if self._pins:
+            certificate = read_certificate(connected.getpeercert(True) or b"", self.name)
+            if certificate.pin not in self._pins:
+                raise ValueError("its key is none of those that are pinned")
+
+
+# 12. Command line
 #
 # What people type and see around OPERATIONS. A secret or a requested value stands alone on stdout;
 # facts for people go to stderr. This section alone prints, starts other programs, and reads the
@@ -10696,6 +10857,7 @@ duration = matching(
     "is not a duration: write 90s, 30m, 24h or 7d",
     lambda text: int(text.rstrip("smhd")) * UNITS.get(text[-1], 1),
 )
+pins = matching(rf"{PIN}(;{PIN}){{0,3}}", "is not sha256//...", lambda text: text.split(";"))
 audit_head = matching("[0-9a-f]{64}", "is not what verify-audit prints", bytes.fromhex)
 
 
@@ -11110,6 +11272,22 @@ class Session(NamedTuple):
         if shown is not None:
             output(shown)
         inform(*facts)
+
+
+def client_of(session: Session) -> Optional[Client]:
+    """Of the server that --server names. Raises OperatorError, UsageError."""
+    arguments = session.arguments
+    url, path = arguments.server, arguments.api_key_file
+    if bool(url) != bool(path) or (not url and (arguments.pin or arguments.cacert)):
+        raise UsageError("--server goes with --api-key-file, and --pin and --cacert go with both")
+    if not url:
+        return None
+    text = read_private(path, "API key file")[0].decode("latin-1").strip()
+    if parse_secret(API_KEY_PREFIX, text) is None:
+        raise OperatorError(f"there is no API key in {path}: mint-api-key prints one")
+    proxy, cacert = proxy_of(url, session.environment), arguments.cacert or ""
+    is_open, allowed = arguments.insecure_http, arguments.pin or ()
+    return Client(url, text, pins=allowed, cacert=cacert, insecure_http=is_open, proxy=proxy)
 
 
 DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key")  # commands
@@ -11787,7 +11965,14 @@ SERVE_OPTIONS = (
     flag("--init", "make what is missing of database and key file, though the other is there",
          **SWITCH),
 )
-SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS)
+CLIENT_OPTIONS = (
+    option("--server", "URL", "ask this server (the database on this machine)", web_address),
+    option("--api-key-file", "FILE", "an API key, in a file of mode 0600", file_name),
+    option("--pin", "PIN", "the key that the server must have", pins),
+    option("--cacert", "FILE", "the authority of its certificate, in PEM", file_name),
+    flag("--insecure-http", "send secrets over plain http to other machines"),
+)
+SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS, *CLIENT_OPTIONS[:2])
 
 ID_OPERAND = Argument("id", {"metavar": "ID"})
 JSON_OPTION = flag("--json", "print JSON, in the API's shapes")

@@ -932,17 +932,18 @@ def test_the_story_of_one_host(tmp_path):
 
 SECTIONS = (
     "Limits", "Problems", "Schemas", "Secrets", "Store", "Registry",
-    "Messages", "Assets", "Operations", "Server", "Command line",
+    "Messages", "Assets", "Operations", "Server", "Watch", "Command line",
 )  # fmt: skip
 # The table of the design: which sections each may use, beside itself.
 MAY_USE = {
     0: (), 1: (), 2: (1,), 3: (1, 2), 4: (1, 2), 5: (1, 2, 4), 6: (1, 2, 3, 4, 5), 7: (1, 2),
-    8: (1,), 9: (1, 2, 3, 4, 6, 7, 8), 10: (1, 2, 6, 7, 9), 11: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
+    8: (1,), 9: (1, 2, 3, 4, 6, 7, 8), 10: (1, 2, 6, 7, 9), 11: (1, 2, 3, 4, 7),
+    12: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
 }  # fmt: skip
 POWERS = {
-    "sqlite3": 5, "fcntl": 5, "secrets": 4, "hmac": 4, "hashlib": 4, "selectors": 10,
-    "socket": 10, "ssl": 10, "argparse": 11, "subprocess": 11, "print": 11,
-    "os.environ": 11, "os._exit": 11, "time.time": 11,
+    "sqlite3": {5}, "fcntl": {5}, "secrets": {4}, "hmac": {4}, "hashlib": {4}, "selectors": {10},
+    "socket": {10, 11}, "ssl": {10, 11}, "http.client": {11}, "subprocess": {11, 12},
+    "argparse": {12}, "print": {12}, "os.environ": {12}, "os._exit": {12}, "time.time": {12},
 }  # fmt: skip
 TREE = ast.parse(SOURCE)
 BANNERS = [
@@ -1025,7 +1026,7 @@ def test_sections_only_look_up_and_only_where_they_may():
     assert strayed == []
 
 
-def test_each_power_stands_in_one_section():
+def test_each_power_stands_in_one_section_or_two():
     seen = {}
     for node in TREE.body:
         for inner in ast.walk(node):
@@ -1036,7 +1037,7 @@ def test_each_power_stands_in_one_section():
             elif isinstance(inner, ast.ImportFrom):
                 assert inner.module not in POWERS, f"line {inner.lineno} hides a power"
     assert seen["sqlite3"] and seen["print"] and seen["time.time"] and seen["os._exit"]
-    strayed = {power: seen[power] - {home} for power, home in POWERS.items() if power in seen}
+    strayed = {power: seen[power] - homes for power, homes in POWERS.items() if power in seen}
     assert {power: where for power, where in strayed.items() if where} == {}
 
 
@@ -17266,7 +17267,266 @@ def test_no_two_requests_have_one_name(paths, clock):
     assert len(names) == len(set(names)) == 36
 
 
-# 11. Command line
+# 11. Watch
+
+WATCH_KEY = hostenroll.mint_secret("hak", 1).text
+
+
+class Receiver:
+    """A server of HTTP that keeps the requests it gets, and answers as it is told: a status, bytes,
+    or what a function of the request returns."""
+
+    def __init__(self, answer=200, tls=None, closes=False):
+        self.closes, self.answer = closes, answer
+        self.requests, self.connections, self.peers = [], 0, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.tls = self.listener.getsockname()[1], tls
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                peer = self.listener.accept()[0]
+                self.connections += 1
+                self.peers.append(peer)
+                threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer):
+        with contextlib.suppress(OSError):  # it went away
+            if self.tls:
+                peer = self.tls.wrap_socket(peer, server_side=True)
+            with peer, peer.makefile("rb") as stream:
+                while line := stream.readline():
+                    fields = iter(stream.readline, b"\r\n")
+                    headers = {name.lower(): text.strip() for name, _, text in
+                               (field.decode().partition(":") for field in fields)}  # fmt: skip
+                    body = stream.read(int(headers.get("content-length", 0)))
+                    method, target, _ = line.decode().split()
+                    request = SimpleNamespace(
+                        method=method, target=target, headers=headers, body=body
+                    )
+                    self.requests.append(request)
+                    answer = self.answer(request) if callable(self.answer) else self.answer
+                    if isinstance(answer, int):
+                        answer = b"HTTP/1.1 %d Some\r\nContent-Length: 0\r\n\r\n" % answer
+                    peer.sendall(answer)
+                    if self.closes:
+                        return
+
+    def close(self):
+        self.listener.close()
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.close()
+
+
+@pytest.fixture
+def receive():
+    """Makes a Receiver."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments, **options):
+            receiver = Receiver(*arguments, **options)
+            stack.callback(receiver.close)
+            return receiver
+
+        yield make
+
+
+def answer_with(status, body, content_type="application/json"):
+    """The bytes of an answer."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}"
+    return f"{head}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("how", ["socket", "tls"])
+def test_a_client_asks_a_server_and_is_refused_by_name(how, paths):
+    with start_server(paths, tls=how == "tls") as server:
+        pins = [pin_of("one")] if how == "tls" else []
+        client = hostenroll.Client(server.url, server.api_key, pins=pins)
+        assert client.get("/api/me")["role"] == "admin"
+        assert client.get("/api/hosts", {"label": ["a=b", "c=d"], "limit": 1})["hosts"] == []
+        token = client.post("/api/hosts/tokens", {"labels": {"k": "\xe4"}})
+        assert token["labels"] == {"k": "\xe4"}
+        with pytest.raises(hostenroll.InvalidQuery, match="limit: must be an integer"):
+            client.get("/api/hosts", {"limit": 0})
+        with pytest.raises(hostenroll.NotFound) as refused:
+            client.get(f"/api/hosts/{UNKNOWN_ID}")
+        assert (refused.value.code, refused.value.status) == ("not-found", 404)
+        with pytest.raises(hostenroll.ApiKeyInvalid):
+            hostenroll.Client(server.url, WATCH_KEY, pins=pins).get("/api/me")
+
+
+PROBLEM = answer_with(
+    418, {"code": "brand-new", "detail": "Do.", "status": 418, "errors": [
+        {"field": "x", "detail": "y"}, {"field": "z", "detail": "no"}]},
+    "application/problem+json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, complaint", table({
+    "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\n"
+                   b"Content-Length: 0\r\n\r\n", "answered 302, not as one of ours"),
+    "a page of a proxy": (answer_with(200, b"<html>", "text/html"), "answered 200, not as"),
+    "a failure without a document": (answer_with(502, {}), "answered 502"),
+    "a list in place of a problem": (answer_with(400, [], "application/problem+json"), "400"),
+    "a problem without a code": (answer_with(400, {"detail": "x", "status": 400}), "answered 400"),
+    "a problem with bad errors": (answer_with(400, {"code": "x", "errors": [1]}), "answered 400"),
+    "a number in place of a problem": (answer_with(400, b"1"), "answered 400"),
+    "JSON that nobody agrees on": (answer_with(200, b'{"a":1,"a":2}'), "answered 200"),
+    "nothing": (b" ", "cannot ask"), "no HTTP": (b"SSH-2.0-x\r\n", "cannot ask"),
+    "less than it says": (answer_with(200, {})[:-1], "cut short"),
+    "a head that is cut off": (b"HTTP/1.1 200 X\r\nA: b\r\n", "answered 200, not as"),
+    "too little": (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", "cannot ask"),
+    "too much": (answer_with(200, b"9" * 1001), "cut short, or too long"),
+    "a head without end": (b"HTTP/1.1 200 X\r\n" + b"A: b\r\n" * 200 + b"\r\n", "more than 100"),
+}))  # fmt: skip
+def test_what_is_no_answer_of_ours_is_said_in_one_line(answer, complaint, receive, monkeypatch):
+    monkeypatch.setattr(hostenroll, "CLIENT_ANSWER_MAXIMUM", 1000)
+    server = receive(answer, closes=True)
+    with pytest.raises(hostenroll.NoAnswer, match=complaint) as failed:
+        hostenroll.Client(server.url, WATCH_KEY).get("/secret/path")
+    assert server.url in str(failed.value) and "\n" not in str(failed.value)
+    assert "secret" not in str(failed.value) and len(server.requests) == 1
+
+
+def test_a_refusal_that_this_version_does_not_know_keeps_its_name(receive):
+    with pytest.raises(hostenroll.Problem, match=r"^x: y; z: no$") as refused:
+        hostenroll.Client(receive(PROBLEM).url).get("/")
+    assert (refused.value.code, refused.value.status) == ("brand-new", 418)
+    assert hostenroll.Problem.code == "internal"
+
+
+@pytest.mark.parametrize("answer", table({
+    "nothing": b"", "a byte now and then": b"HTTP/1.1 200 X\r\nA: ",
+    "half a body": b"HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n",
+}))  # fmt: skip
+def test_a_server_has_so_much_time_for_all_of_an_answer(answer, receive, monkeypatch):
+    over = threading.Event()
+
+    def drip(request):
+        peer = server.peers[-1]
+        with contextlib.suppress(OSError):
+            peer.sendall(answer)
+            while answer and not over.wait(0.05):
+                peer.sendall(b"x")
+        return over.wait(10) and 200
+
+    monkeypatch.setattr(hostenroll, "CLIENT_PATIENCE", 0.1)
+    server, started = receive(drip), time.monotonic()
+    with pytest.raises(hostenroll.NoAnswer):
+        hostenroll.Client(server.url).get("/")
+    over.set()
+    assert time.monotonic() - started < 1
+
+
+def test_a_server_that_is_not_there_is_said_to_refuse():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(hostenroll.NoAnswer, match="Connection refused"):
+        hostenroll.Client(f"http://127.0.0.1:{port}").get("/")
+
+
+@pytest.mark.parametrize("trust, complaint", table({
+    "the authority": ({"cacert": "one"}, ""),
+    "another authority": ({"cacert": "other"}, "certificate"),
+    "the pin": ({"pins": ["other", "one"]}, ""), "another pin": ({"pins": ["other"]}, "pinned"),
+    "both": ({"cacert": "one", "pins": ["one"]}, ""),
+    "the pin, and another authority": ({"cacert": "other", "pins": ["one"]}, "certificate"),
+    "the authority, and another pin": ({"cacert": "one", "pins": ["other"]}, "pinned"),
+    "nothing that is known here": ({}, "certificate"),
+    "the authority, by another name": ({"cacert": "one", "host": "127.0.0.2"}, "mismatch|not val"),
+    "the pin, by another name": ({"pins": ["one"], "host": "127.0.0.2"}, ""),
+}))  # fmt: skip
+def test_a_secret_is_sent_only_to_a_server_that_is_trusted(trust, complaint, receive, tmp_path):
+    server = receive(answer_with(200, {}), tls=hostenroll.load_tls(*write_pair(tmp_path))[0])
+    if "cacert" in trust:
+        (tmp_path / "ca.pem").write_text(certificate_of(trust["cacert"]))
+        trust = {**trust, "cacert": str(tmp_path / "ca.pem")}
+    trust = {**trust, "pins": [pin_of(name) for name in trust.get("pins", ())]}
+    url = server.url.replace("127.0.0.1", trust.pop("host", "127.0.0.1"))
+    if url != server.url:
+        server = receive(answer_with(200, {}), tls=server.tls)
+        server.listener.close()
+        server.listener = socket.create_server(("127.0.0.2", 0))
+        url = f"https://127.0.0.2:{server.listener.getsockname()[1]}"
+        threading.Thread(target=server._accept, daemon=True).start()
+    client = hostenroll.Client(url, WATCH_KEY, **trust)
+    if not complaint:
+        assert client.get("/") == {}
+        return
+    with pytest.raises(hostenroll.NoAnswer, match=complaint):
+        client.get("/")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("url, environment, proxy", [
+    ("https://a.lan", {}, ""), ("https://a.lan", {"https_proxy": "http://p:3128"}, "http://p:3128"),
+    ("https://a.lan", {"HTTPS_PROXY": "p:3128"}, "http://p:3128"),
+    ("https://a.lan", {"HTTPS_PROXY": "no", "https_proxy": "p"}, "http://p"),
+    ("https://a.lan", {"all_proxy": "p"}, "http://p"), ("http://a.lan", {"https_proxy": "p"}, ""),
+    ("http://127.0.0.1", {"http_proxy": "p", "all_proxy": "p"}, ""),
+    *[("https://a.lan:8443", {"https_proxy": "p", "no_proxy": names}, "") for names in (
+        "a.lan", "lan", ".lan", "*.lan", "b.example, A.LAN", "*")],
+    *[("https://a.lan", {"https_proxy": "p", "no_proxy": names}, "http://p") for names in (
+        "", ",", "b.lan", "an", "x.a.lan", "127.0.0.1")],
+])  # fmt: skip
+def test_a_proxy_is_taken_from_the_environment_as_curl_does(url, environment, proxy):
+    assert hostenroll.proxy_of(url, environment) == proxy
+
+
+def test_a_server_is_asked_through_a_proxy_that_learns_nothing(receive, tmp_path):
+    def tunnel(request):
+        with socket.create_connection(("127.0.0.1", server.port)) as far:
+            near = proxy.peers[-1]
+            near.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            seen.append(near.recv(65536))
+            far.sendall(seen[0])
+            threading.Thread(
+                target=lambda: [near.sendall(d) for d in iter(partial(far.recv, 65536), b"")],
+                daemon=True,
+            ).start()
+            for data in iter(partial(near.recv, 65536), b""):
+                far.sendall(data)
+                seen.append(data)
+        return b""
+
+    seen = []
+    server = receive(answer_with(200, {}), tls=hostenroll.load_tls(*write_pair(tmp_path))[0])
+    proxy = receive(tunnel, closes=True)
+    through = f"http://joe:a%20b@127.0.0.1:{proxy.port}"
+    client = hostenroll.Client(server.url, WATCH_KEY, pins=[pin_of("one")], proxy=through)
+    assert client.get("/") == {}
+    assert proxy.requests[0].target == f"127.0.0.1:{server.port}"
+    assert proxy.requests[0].headers["proxy-authorization"] == "Basic am9lOmEgYg=="
+    assert (
+        WATCH_KEY.encode() not in b"".join(seen)
+        and "authorization" not in proxy.requests[0].headers
+    )
+    refusing = receive(407)
+    with pytest.raises(hostenroll.NoAnswer, match="407"):
+        hostenroll.Client(server.url, proxy=refusing.url).get("/")
+    with pytest.raises(hostenroll.OperatorError, match="must be http"):
+        hostenroll.Client(server.url, proxy="socks5://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("url, is_allowed", [
+    ("http://127.0.0.1:1", True), ("http://localhost", True), ("http://[::1]:1", True),
+    ("http://127.9.9.9", True), ("https://enroll.lan", True), ("http://enroll.lan", False),
+    ("http://10.0.0.1", False), ("http://localhost.evil", False), ("http://127.0.0.1.evil", False),
+])  # fmt: skip
+def test_secrets_go_in_the_clear_to_this_machine_alone(url, is_allowed):
+    hostenroll.Client(url, WATCH_KEY, insecure_http=True)
+    if is_allowed:
+        hostenroll.Client(url, WATCH_KEY)
+        return
+    with pytest.raises(hostenroll.OperatorError, match=r"in the clear: .*--insecure-http"):
+        hostenroll.Client(url, WATCH_KEY)
+
+
+# 12. Command line
 
 
 class Operator:
