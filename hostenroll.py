@@ -178,6 +178,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 # Tokens and credentials.
 TOKEN_TTL = HOUR  # long enough to walk to the machine
 TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
+API_KEY_TTL_RANGE = (MINUTE, 3650 * DAY)
 TOKEN_USES_RANGE = (1, 1_000_000)
 TOKEN_HOSTS_SHOWN = 1000  # the newest hosts that a token let in: a token may let in a million
 TOKEN_KEPT = 30 * DAY  # after its end, so that show-token can still tell what became of it
@@ -1649,8 +1650,12 @@ CREATE TABLE api_key (
     description      TEXT    NOT NULL,
     created_at       INTEGER NOT NULL,
     created_by       TEXT    NOT NULL,
-    revoked_at       INTEGER
+    revoked_at       INTEGER,
+    maker_id         INTEGER,           -- the API key that made it, or NULL
+    expires_at       INTEGER,           -- NULL: never
+    last_used_at     INTEGER            -- within the hour; NULL: never
 );
+CREATE INDEX api_key_maker ON api_key (maker_id) WHERE maker_id IS NOT NULL;
 
 CREATE TABLE token (
     -- Lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.
@@ -1864,6 +1869,9 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE host ADD COLUMN muted_until INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN ephemeral INTEGER",
         "ALTER TABLE token ADD COLUMN ephemeral INTEGER",
+        "ALTER TABLE api_key ADD COLUMN maker_id INTEGER",
+        "ALTER TABLE api_key ADD COLUMN expires_at INTEGER",
+        "ALTER TABLE api_key ADD COLUMN last_used_at INTEGER",
         "ALTER TABLE heartbeat RENAME COLUMN active TO state",
         # Then begin_feed() computes the states of hosts that have beaten.
         "UPDATE heartbeat SET state = CASE WHEN state = 0 THEN 5 WHEN last_seen = 0 THEN 2 ELSE 1"
@@ -1997,6 +2005,9 @@ class ApiKey(NamedTuple):
     created_at: int
     created_by: str
     revoked_at: Optional[int]
+    maker_id: Optional[int]
+    expires_at: Optional[int]
+    last_used_at: Optional[int]
 
 
 class Organization(NamedTuple):
@@ -2955,8 +2966,19 @@ class Queries(Changes):
     def organizations(self) -> list[Organization]:
         return self._all(Organization, "ORDER BY id")
 
-    def api_keys(self) -> list[ApiKey]:
-        return self._all(ApiKey, "ORDER BY id DESC")
+    def live_keys_of(self, maker: int, now: int, limit: int) -> list[ApiKey]:
+        """Some that an API key made, or one that it made, and so on, and that are good."""
+        rest = """WHERE id IN (WITH RECURSIVE made(id) AS (SELECT id FROM api_key WHERE maker_id = ?
+             UNION SELECT api_key.id FROM api_key JOIN made ON maker_id = made.id) SELECT id FROM
+             made) AND revoked_at IS NULL AND coalesce(expires_at, ?) > ? LIMIT ?"""
+        return self._all(ApiKey, rest, maker, now + 1, now, limit)
+
+    def use_api_keys(self, uses: Mapping[int, int]) -> None:
+        """Record when keys were used, in Unix ms by their ids; of each once an hour."""
+        hour = HOUR * SECOND_MS
+        statement = """UPDATE api_key SET last_used_at = ?
+             WHERE id = ? AND coalesce(last_used_at, 0) NOT BETWEEN ? AND ?"""
+        self._many(statement, ((at, key, at - hour + 1, at) for key, at in uses.items()))
 
     def signing_keys(self) -> list[SigningKeyRow]:
         return self._all(SigningKeyRow, "ORDER BY number DESC")
@@ -3310,9 +3332,10 @@ class TokenView(NamedTuple):
 
 
 class ApiKeyView(NamedTuple):
-    """An API key; its text only when it is minted."""
+    """An API key with its state; its text only when it is minted."""
 
     key: ApiKey
+    state: str
     text: Optional[str] = None
 
 
@@ -3359,6 +3382,7 @@ STATUS_NAMES = ("", "online", "pending", "offline", "missing", "revoked", "delet
 STATUSES = STATUS_NAMES[ONLINE:DELETED]
 EDITED = ("name", "labels", "intervalSeconds")  # of a host
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
+KEY_STATES = ("valid", "expired", "revoked")  # of API keys
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
@@ -3532,7 +3556,7 @@ class AuditLog(Rules):
         super().__init__(registry)
         self.origin = LOCAL  # of the call that runs
         self._now = 0  # the time of the tick
-        self._keep = keep
+        self.keep = keep
         self.events: list[tuple[Event, str]] = []  # of the tick, with the ids of the requests
         self._taken = 0  # how many of them, the first, were pending before it
         self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
@@ -3617,9 +3641,9 @@ class AuditLog(Rules):
 
     def prune(self, keyring: Keyring, now: int) -> bool:
         """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
-        if self._keep is None:
+        if self.keep is None:
             return False
-        old = self._queries.oldest_events(now - self._keep * SECOND_MS, now, PRUNED_AT_ONCE)
+        old = self._queries.oldest_events(now - self.keep * SECOND_MS, now, PRUNED_AT_ONCE)
         if not old:
             return False
         # Only what is as it was written: a thief of the database alone could else make events old,
@@ -3805,7 +3829,7 @@ class SigningKeys(Rules):
         super().__init__(registry)
         self.keyring = keyring
         self.file = key_file
-        self._ttl = ttl
+        self.ttl = ttl
         self._version = -1  # of the database, when follow() last looked
 
     def reload(self) -> None:
@@ -3841,9 +3865,9 @@ class SigningKeys(Rules):
         if claims.kid != self.keyring.first.kid:
             return True
         if claims.expires_at is None:
-            return self._ttl is not None
+            return self.ttl is not None
         life = claims.expires_at - claims.issued_at
-        if self._ttl is not None and life > self._ttl:
+        if self.ttl is not None and life > self.ttl:
             return True
         return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
 
@@ -3858,7 +3882,7 @@ class SigningKeys(Rules):
     def sign(self, host: Host) -> IssuedCredential:
         """The credential with the highest serial of a host."""
         issued_at, first = host.issued_at // SECOND_MS, self.keyring.first
-        expires_at = None if self._ttl is None else issued_at + self._ttl
+        expires_at = None if self.ttl is None else issued_at + self.ttl
         about = host.id, host.organization_id, issued_at, host.issued, expires_at, first.kid
         return IssuedCredential(first.sign(Claims(*about)), (expires_at or 0) * SECOND_MS)
 
@@ -4238,7 +4262,9 @@ class Organizations(Rules):
         return organization
 
     def list(self, call: Call, now: int) -> Page:
-        return Page(self._queries.organizations())
+        """Those that the caller sees."""
+        own = call.by.organization
+        return Page([it for it in self._queries.organizations() if own in (None, it.id)])
 
 
 class FailedAuthLimiter:
@@ -4270,28 +4296,52 @@ class FailedAuthLimiter:
         return limited
 
 
+def key_state(key: ApiKey, now: int) -> str:
+    """One of KEY_STATES, at a time in Unix ms."""
+    if key.revoked_at is not None:
+        return "revoked"
+    return "valid" if key.expires_at is None or now < key.expires_at else "expired"
+
+
 class ApiKeys(Rules):
-    """What lets a person or a script use the user API."""
+    """What lets a person or a script use the user API. A key makes keys of its organization alone,
+    or of any if it is one of all. What it made stays good when it expires or is revoked."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self.uses: dict[int, int] = {}  # by the id of a key, in Unix ms: for housekeeping
 
     def mint(self, call: Call, now: int) -> ApiKeyView:
-        """A key and its text, shown this once; values: organizationId (None: all), role,
-        description. Raises InvalidBody for an unknown organization."""
+        """A key and its text, shown this once; values: organizationId (None: the caller's scope),
+        role, description, ttlSeconds (None: no end). Raises InvalidBody, NotFound."""
         values, owner = call.values, self._scope(call, InvalidBody, "organizationId")
-        secret = mint_secret(API_KEY_PREFIX, new_id(now))
-        about = owner, values.get("role", "admin"), values.get("description", "")
-        key = ApiKey(secret.id, secret.digest(), *about, now, call.by.name, None)
+        secret, ttl = mint_secret(API_KEY_PREFIX, new_id(now)), values.get("ttlSeconds")
+        key = ApiKey(
+            id=secret.id, secret_hash=secret.digest(), organization_id=owner,
+            role=values.get("role", "admin"), description=values.get("description", ""),
+            created_at=now, created_by=call.by.name, revoked_at=None,
+            maker_id=call.by.id if call.by.id >= 0 else None,
+            expires_at=None if ttl is None else now + ttl * SECOND_MS, last_used_at=None,
+        )  # fmt: skip
         if not self._queries.add(key):
             return self.mint(call, now)  # two ids of one millisecond may be the same
         self._record("mint", call.by.name, key, role=key.role)
-        return ApiKeyView(key, secret.text)
+        return ApiKeyView(key, key_state(key, now), secret.text)
 
-    def revoke(self, call: Call, now: int) -> ApiKeyView:
-        """Idempotent. Raises NotFound."""
-        key = self._own(call, ApiKey)
-        if self._queries.revoke(ApiKey, key.id, now):
-            self._record("revoke", call.by.name, key)
-            key = key._replace(revoked_at=now)
-        return ApiKeyView(key)
+    def revoke(self, call: Call, now: int) -> Any:
+        """Idempotent. values: withKeys, whether also what it made, and what that made: UNFINISHED
+        while there may be more; self, whether also the caller's key. Raises NotFound, Conflict."""
+        key, keys = self._own(call, ApiKey), []
+        if call.values.get("withKeys") == "true":
+            keys = self._queries.live_keys_of(key.id, now, ACTED_AT_ONCE)
+        for each in (*keys, key):
+            if each.id == call.by.id and call.values.get("self") != "true":
+                raise Conflict("This would revoke the API key that asks: say so with self=true.")
+            if self._queries.revoke(ApiKey, each.id, now):
+                self._record("revoke", call.by.name, each)
+        if len(keys) == ACTED_AT_ONCE:
+            return UNFINISHED
+        return ApiKeyView(key._replace(revoked_at=key.revoked_at or now), "revoked")
 
     def identify(self, text: str, request: str, origin: Origin, now: int) -> Principal:
         """The caller that presents an API key with a request, before the tick: see Api.admit().
@@ -4304,23 +4354,31 @@ class ApiKeys(Rules):
             problem = self._registry.failures.judge(ApiKeyInvalid(), origin.address, now)
             raise problem.with_audit("anonymous", name, None, request=request)
         by = Principal(name, key.organization_id, key.role, key.id)
-        if key.revoked_at is not None:
-            raise self._revoked(by, request)
+        self._require_good(key, by, request, now)
+        self.uses[key.id] = now
         return by
 
-    def require_live(self, by: Principal) -> None:
+    def require_live(self, by: Principal, now: int) -> None:
         """In the tick: the key may have been revoked since identify(). Raises ApiKeyInvalid."""
-        key = self._queries.get(ApiKey, by.id)
-        if key is None or key.revoked_at is not None:
-            raise self._revoked(by, "")
+        self._require_good(self._queries.get(ApiKey, by.id), by, "", now)
 
     @staticmethod
-    def _revoked(by: Principal, request: str) -> Problem:
-        problem = ApiKeyInvalid("The API key has been revoked; mint-api-key makes another.")
-        return problem.with_audit(by.name, by.name, by.organization, request=request)
+    def _require_good(key: Optional[ApiKey], by: Principal, request: str, now: int) -> None:
+        state = "revoked" if key is None else key_state(key, now)
+        if state != "valid":
+            word = "has expired" if state == "expired" else "has been revoked"
+            problem = ApiKeyInvalid(f"The API key {word}; mint-api-key makes another.")
+            raise problem.with_audit(by.name, by.name, by.organization, request=request)
+
+    def record_uses(self) -> None:
+        """As housekeeping, which does not wait for the disk: no request waits for this."""
+        self._queries.use_api_keys(self.uses)
+        self.uses.clear()
 
     def list(self, call: Call, now: int) -> Page:
-        return Page([ApiKeyView(key) for key in self._queries.api_keys()])
+        """values: organization. Raises InvalidQuery, NotFound."""
+        view = lambda key: ApiKeyView(key, key_state(key, now))  # noqa: E731
+        return self._page(call, partial(self._queries.newest, ApiKey), view, "description")
 
 
 def token_state(token: Token, now: int) -> str:
@@ -5111,7 +5169,7 @@ class Registry:
             self.engine.savepoint()
         try:
             if call.by.id >= 0:
-                self.api_keys.require_live(call.by)
+                self.api_keys.require_live(call.by, now)
             outcome = call.operation.run(self, call, now)
         except BadRow as error:  # of this call, and not of the tick
             outcome = self.unavailable(error, writes=False)
@@ -5228,6 +5286,7 @@ class Registry:
         self.engine.require_our_schema()
         self.service.keep_alive(now)
         self.service.watch_certificate(now)
+        self.api_keys.record_uses()
         self.keys.reload()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
@@ -8609,6 +8668,7 @@ ACTION_BODY = Schema(
     *required(action=Choice("delete", "revoke", "restore", "edit"),
               hosts=ListOf(ID_TEXT, ACTED_AT_ONCE)), *MERGED_FIELDS)
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
+KEYS_QUERY = Schema(Field("organization", SLUG), *PAGE_FIELDS)
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
     Field("status", Choice(*STATUSES)), Field("organization", SLUG), Field("address", NETWORK),
@@ -8619,7 +8679,9 @@ AUDIT_QUERY = Schema(
     Field("code", Text(64)), *PAGE_FIELDS)
 ORGANIZATION_BODY = Schema(*required(name=SLUG))
 API_KEY_BODY = Schema(
-    Field("organizationId", Nullable(SLUG)), Field("role", ROLE), Field("description", DESCRIPTION))
+    Field("organizationId", Nullable(SLUG)), Field("role", ROLE), Field("description", DESCRIPTION),
+    Field("ttlSeconds", Nullable(Integer(API_KEY_TTL_RANGE, "seconds"))))
+YES = Choice("true", "false")
 RETIRE_BODY = Schema(*required(kid=Text(64, 1)), Field("force", Choice("yes")))
 # fmt: on
 
@@ -8669,6 +8731,9 @@ class ServicePlace(NamedTuple):
     url: str = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"  # until a server has run
     pin: str = ""  # one or more, as curl takes them; "" for none
     interval: int = HEARTBEAT_INTERVAL
+    certificate_ends: int = 0  # Unix ms; 0: there is none
+    credential_ttl: Optional[int] = None  # options of this server, in seconds; None: no end
+    audit_keep: Optional[int] = None
 
     @property
     def join_line(self) -> str:
@@ -8681,7 +8746,7 @@ class ServicePlace(NamedTuple):
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin))
 
 
-def service_place(service: Any) -> ServicePlace:
+def service_place(service: Any, *options: Optional[int]) -> ServicePlace:
     """Of a Service; None: before the first server ran. Raises StorageUnavailable for a URL or a pin
     that serve never writes: people paste them into a shell."""
     if service is None:
@@ -8689,7 +8754,13 @@ def service_place(service: Any) -> ServicePlace:
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
     if not re.fullmatch(ours, f"{service.public_url} {service.pin}"):
         raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
-    return ServicePlace(service.public_url, service.pin, service.interval)
+    place = service.public_url, service.pin, service.interval, service.certificate_ends
+    return ServicePlace(*place, *options)
+
+
+def _service(registry: Registry, call: Call, now: int) -> ServicePlace:
+    options = registry.keys.ttl, registry.audit.keep
+    return service_place(registry.service.get(), *options)
 
 
 def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -8769,6 +8840,9 @@ API_KEY_MEMBERS = (  # of an ApiKeyView
     Member("description",    DESCRIPTION,          "key.description"),
     Member("createdAt",      TIME,                 "key.created_at", rfc3339),
     Member("createdBy",      ACTOR,                "key.created_by"),
+    Member("state",          Choice(*KEY_STATES),  "state"),
+    Member("expiresAt",      MAYBE_TIME,           "key.expires_at", _or_null(rfc3339)),
+    Member("lastUsedAt",     MAYBE_TIME,           "key.last_used_at", _or_null(rfc3339)),
     Member("revokedAt",      MAYBE_TIME,           "key.revoked_at", _or_null(rfc3339)),
 )
 API_KEY = Document("ApiKey", *API_KEY_MEMBERS)
@@ -8813,6 +8887,9 @@ SERVICE = Document(  # of a ServicePlace
     Member("publicUrl",                Text(2048, 1),         "url"),
     Member("pin",                      Nullable(Text(256, 1)), "pin", _or_null(str)),
     Member("heartbeatIntervalSeconds", INTERVAL,              "interval"),
+    Member("certificateEndsAt",        MAYBE_TIME, "certificate_ends", _or_null(rfc3339)),
+    Member("credentialTtlSeconds",     Nullable(Integer((0, LAST_ID))), "credential_ttl"),
+    Member("auditKeepSeconds",         Nullable(Integer((0, LAST_ID))), "audit_keep"),
     Member("joinCommand",              Text(8192, 1),         "join_line"),
     Member("agentCommand",             Text(8192, 1),         "agent_line"),
 )
@@ -8956,6 +9033,7 @@ CALLERS = {
         *AGENT_PROBLEMS)),
     "viewer":     Caller("user", "apiKey", USER_PROBLEMS),  # any API key
     "admin":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
+    "owner":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),  # an admin of all
 }
 # fmt: on
 
@@ -9051,7 +9129,7 @@ OPERATIONS = (
               "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
     Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
               "make a token useless, with its hosts if asked to",
-              query=Schema(Field("withHosts", Choice("true", "false"))), status=204, answer=TOKEN),
+              query=Schema(Field("withHosts", YES)), status=204, answer=TOKEN),
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, the newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts", raises=(NotFound,),
@@ -9081,8 +9159,7 @@ OPERATIONS = (
                        "time")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
-    Operation("show-service", "GET", "/api/service", "viewer",
-              lambda registry, call, now: service_place(registry.service.get()),
+    Operation("show-service", "GET", "/api/service", "viewer", _service,
               "show how hosts find the server", writes=False, answer=SERVICE),
     Operation("metrics", "GET", "/metrics", "viewer", _metrics,
               "count, for Prometheus", writes=False, content_type=EXPOSITION),
@@ -9098,19 +9175,26 @@ OPERATIONS = (
               static=lambda: Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)),
     Operation("page", "GET", "/", "open", "", "show all of this to people",
               static=_page_response, content_type=HTML),
-    # Commands only: who may run them has the key file, or could read the database anyway.
-    Operation("add-org", "", "", "admin", "organizations.add",
-              "add an organization", body=ORGANIZATION_BODY, answer=ORGANIZATION),
-    Operation("list-orgs", "", "", "admin", "organizations.list", "list organizations",
+    Operation("add-org", "POST", "/api/organizations", "owner", "organizations.add",
+              "add an organization", body=ORGANIZATION_BODY, status=201, answer=ORGANIZATION,
+              raises=(Conflict,)),
+    Operation("list-orgs", "GET", "/api/organizations", "viewer", "organizations.list",
+              "list organizations",
               writes=False, answer=ORGANIZATION, list_of="organizations",
               columns=("id", "createdAt")),
-    Operation("mint-api-key", "", "", "admin", "api_keys.mint",
-              "make a key for the user API", body=API_KEY_BODY, answer=MINTED_API_KEY),
-    Operation("list-api-keys", "", "", "admin", "api_keys.list", "list API keys",
-              writes=False, answer=API_KEY, list_of="apiKeys",
-              columns=("id", "role", "organizationId", "state", "createdAt", "description")),
-    Operation("revoke-api-key", "", "", "admin", "api_keys.revoke",
-              "make an API key useless", answer=API_KEY),
+    Operation("mint-api-key", "POST", "/api/keys", "admin", "api_keys.mint",
+              "make a key for the user API", body=API_KEY_BODY, status=201, answer=MINTED_API_KEY,
+              raises=(NotFound,)),
+    Operation("list-api-keys", "GET", "/api/keys", "admin", "api_keys.list",
+              "list API keys, the newest first",
+              writes=False, query=KEYS_QUERY, answer=API_KEY, list_of="apiKeys", raises=(NotFound,),
+              columns=("id", "state", "role", "organizationId", "createdAt", "createdBy",
+                       "expiresAt", "lastUsedAt", "description")),
+    Operation("revoke-api-key", "DELETE", "/api/keys/{id}", "admin", "api_keys.revoke",
+              "make an API key useless, with what it made if asked to",
+              query=Schema(Field("withKeys", YES), Field("self", YES)), status=204,
+              answer=API_KEY, raises=(Conflict,)),
+    # Commands only: who may run them has the key file, or could read the database anyway.
     Operation("list-signing-keys", "", "", "admin", "keys.list",
               "list the keys that sign credentials",
               writes=False, answer=SIGNING_KEY, list_of="signingKeys",
@@ -9439,7 +9523,8 @@ class Api:
         if not request.authorization:
             raise ApiKeyMissing().with_audit("anonymous", "", None, request=asked)
         by = self.registry.api_keys.identify(request.authorization, asked, request.origin, now)
-        if operation.caller == "admin" and by.role != "admin":
+        may = operation.caller == "viewer" or by.role == "admin"
+        if not may or (operation.caller == "owner" and by.organization is not ALL_ORGANIZATIONS):
             raise Forbidden().with_audit(by.name, by.name, by.organization, request=asked)
         options: dict[str, Any] = {"errors": "strict", "max_num_fields": PARAMETERS_MAXIMUM}
         try:
@@ -11023,7 +11108,6 @@ def cell(document: Mapping[str, Any], name: str, now: int) -> str:
 CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "uses": lambda token, now: f"{token['uses']} of {token['maxUses']}",
     "when": lambda event, now: relative_time(event["time"], now),
-    "state": lambda api_key, now: "revoked" if api_key["revokedAt"] else "valid",
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
 }
@@ -11339,6 +11423,7 @@ def refusal_of_strangers(folder: str) -> str:
 OPTION_NAMES = {
     "intervalSeconds": "interval", "label": "where", "labels": "label", "maxUses": "max_uses",
     "organization": "org", "organizationId": "org", "ttlSeconds": "ttl", "withHosts": "with_hosts",
+    "withKeys": "with_keys",
 }  # fmt: skip
 
 
@@ -12084,9 +12169,12 @@ GROUPS = {
             flag("--all-orgs", "for all organizations", "org", action="store_const", const=None,
                  dest="org"),
             choice("--role", "ROLE", ("admin", "viewer"), "admin"),
+            option("--ttl", "TIME", "until it expires (never)", duration),
             option("--description", "TEXT", default=""))),
-        Command("list-api-keys", "list-api-keys", list_items),
-        by_id("revoke-api-key", "API key {id} is revoked"),
+        Command("list-api-keys", "list-api-keys", list_items, (ORG_OPTION, LIMIT_OPTION)),
+        by_id("revoke-api-key", "API key {id} is revoked", arguments=(
+            ID_OPERAND, flag("--with-keys", "and the keys that it made, and so on",
+                             action="store_const", const="true"))),
     ),
     "signing keys": (
         Command("list-signing-keys", "list-signing-keys", list_items),

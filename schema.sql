@@ -19,8 +19,12 @@ CREATE TABLE api_key (
     description      TEXT    NOT NULL,
     created_at       INTEGER NOT NULL,
     created_by       TEXT    NOT NULL,
-    revoked_at       INTEGER
+    revoked_at       INTEGER,
+    maker_id         INTEGER,           -- the API key that made it, or NULL
+    expires_at       INTEGER,           -- NULL: never
+    last_used_at     INTEGER            -- within the hour; NULL: never
 );
+CREATE INDEX api_key_maker ON api_key (maker_id) WHERE maker_id IS NOT NULL;
 
 CREATE TABLE token (
     -- Lets hosts in. Rows stay for 30 days when they are used up, expired or revoked.

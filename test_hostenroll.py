@@ -4188,7 +4188,7 @@ def make_schema_2(paths, clock):
         text = text[:start] + re.sub(r",( *(?:--[^\n]*)?)\Z", r"\1", table) + text[end:]
     start = text.index("CREATE TABLE heartbeat (")
     text = text[:start] + text[start:].replace(" state ", " active ", 1)
-    for name in ("change", "change_host", "feed", "host_state"):
+    for name in ("change", "change_host", "feed", "host_state", "api_key_maker"):
         text = text.replace(f"{hostenroll.SCHEMA_OBJECTS[name]};", "")
     with old_pair(paths, f"{text}; PRAGMA user_version = 2") as (keyring, add):
         add("signing_key", 1, keyring.first.kid, 5, None)
@@ -9021,6 +9021,7 @@ def test_a_migration_that_is_had_again_makes_no_new_log_an_old_one(chronicle):
     falsify(chronicle)
     chronicle.registry.close()
     sql(chronicle.paths[0], "DROP INDEX host_state")
+    sql(chronicle.paths[0], "DROP INDEX api_key_maker")
     sql(chronicle.paths[0], "ALTER TABLE heartbeat RENAME COLUMN state TO active")
     for name, column in ADDED:
         sql(chronicle.paths[0], f"ALTER TABLE {name} DROP COLUMN {column}")
@@ -9312,7 +9313,7 @@ def test_an_insert_that_a_trigger_ignores_kills_the_tick(name, world, caplog):
 
 
 MINTED = """INSERT INTO api_key
-    SELECT {}, secret_hash, NULL, 'admin', '', {}, '', NULL FROM api_key"""
+    SELECT {}, secret_hash, NULL, 'admin', '', {}, '', NULL, NULL, NULL, NULL FROM api_key"""
 
 
 @pytest.mark.parametrize("statement, named", table({
@@ -13216,7 +13217,7 @@ TOKENS_PATH, HOST_PATH = "/api/hosts/tokens", "/api/hosts/{id}"
 UNKNOWN_ID, GONE = "0" * 16, "/api/hosts/" + "0" * 16
 NOON_TEXT = "2027-01-15T08:00:00.000Z"
 HTTP_OPERATIONS = hostenroll.HTTP_OPERATIONS
-USER_OPERATIONS = [row for row in HTTP_OPERATIONS if row.caller in ("admin", "viewer")]
+USER_OPERATIONS = [row for row in HTTP_OPERATIONS if row.caller in ("admin", "viewer", "owner")]
 each_operation = partial(pytest.mark.parametrize, "operation", ids=lambda row: row.name)
 
 
@@ -13236,6 +13237,7 @@ class Estate(World):
             "junk": "hak_junk",
             "forged": key[:-9] + "AB"[key[-9] == "A"] + key[-8:],
             "revoked": make_api_key(registry, clock),
+            "spare": make_api_key(registry, clock, "default"),
         }
         self.act("revoke-api-key", self.key_id("revoked"))
         self.minted = self.mint(maxUses=2, labels={"rack": "b4"}, description="cellar").document
@@ -13249,7 +13251,9 @@ class Estate(World):
 
     def path(self, template):
         """A path with an id that exists."""
-        return template.replace("{id}", self.token_id if "tokens" in template else self.host_id)
+        ids = {"tokens": self.token_id, "hosts": self.host_id, "keys": self.key_id("spare")}
+        kind = next((kind for kind in ids if kind in template), "hosts")
+        return template.replace("{id}", ids[kind])
 
     def call_as(self, caller, method, path, body=None):
         return self.call(method, path, body, self.callers[caller])
@@ -14064,6 +14068,16 @@ def visit_user_operations(door):
         door.call("GET", path, bearer=viewer)
     door.call("POST", TOKENS_PATH, {"organizationId": "other"}, admin)
     door.ask("POST", ACTIONS_PATH, {"action": "delete", "hosts": [UNKNOWN_ID]})
+    for _ in range(2):  # the second is a conflict
+        door.ask("POST", "/api/organizations", {"name": "berlin"})
+    key = door.ask("POST", "/api/keys", {"organizationId": "berlin"}).document["id"]
+    for path in ("organization=nothing", "limit=1"):
+        door.ask("GET", f"/api/keys?{path}")
+    door.ask("POST", "/api/keys", {"organizationId": "nothing"})
+    door.call("GET", "/api/keys?organization=berlin", bearer=admin)
+    door.call("POST", "/api/keys", {"organizationId": "berlin"}, admin)
+    for path in (door.api_key.split("_")[1], key):
+        door.ask("DELETE", f"/api/keys/{path}")
 
 
 def test_every_answer_fits_its_schema_and_every_refusal_is_declared(paths, clock):
@@ -14215,11 +14229,11 @@ PEEKS = {
     "address": "::/0 0.0.0.0/0",
     "subject": "host:{host} token:{token} organization:default", "action": "mint enroll refuse",
     "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
-    "reason": "mine",
+    "reason": "mine", "withKeys": "true", "self": "true",
 }  # fmt: skip
 CLAIMED = {
     "organizationId": "default", "hostname": "web-1", "name": "mine", "labels": {"mine": "1"},
-    "ttlSeconds": 60, "maxUses": 2, "description": "mine", "intervalSeconds": 60,
+    "ttlSeconds": 60, "maxUses": 2, "description": "mine", "intervalSeconds": 60, "role": "admin",
     "action": "edit", "reason": "mine",
 }  # fmt: skip
 
@@ -14263,8 +14277,9 @@ def attempts_of_strangers(operation, estate):
     elif operation.caller != "open":
         ways = list(intrusions(operation, estate))
         yield from ((caller, *way, "api-key-invalid") for caller in NO_KEYS for way in ways)
-        if operation.caller == "admin":
-            yield from (("viewer", *way, "forbidden") for way in ways)
+        few = {"admin": ["viewer"], "owner": ["viewer", "admin", "stranger"]}
+        for caller in few.get(operation.caller, ()):
+            yield from ((caller, *way, "forbidden") for way in ways)
 
 
 @each_operation(HTTP_OPERATIONS)
@@ -14279,9 +14294,10 @@ def test_who_may_call_what(operation, estate):
     readers = {"open": estate.callers, "viewer": ["viewer"]}.get(operation.caller, ())
     assert {estate.call_as(caller, method, path).status for caller in readers} <= {200}
     assert remembered(estate) == before
-    if operation.caller in ("admin", "viewer"):
-        way = next(intrusions(operation, estate))
-        assert estate.call_as("admin", method, *way).status in (200, 201, 204)
+    if operation.caller in ("admin", "viewer", "owner"):
+        way, caller = next(intrusions(operation, estate)), operation.caller
+        caller = "admin" if caller == "viewer" else caller
+        assert estate.call_as(caller, method, *way).status in (200, 201, 204)
 
 
 @each_operation(USER_OPERATIONS)
@@ -14305,12 +14321,13 @@ def test_the_key_of_another_organization_reaches_nothing(operation, estate):
         assert [text for text in treasures if text in shown] == [], path
         assert remembered(estate) == before, path
         if "{id}" in operation.path or re.search("organization(=|Id)", f"{path}{body}"):
-            nothing = re.sub(f"{estate.host_id}|{estate.token_id}", UNKNOWN_ID, path)
+            known = f"{estate.host_id}|{estate.token_id}|{estate.key_id('spare')}"
+            nothing = re.sub(known, UNKNOWN_ID, path)
             nowhere = json.loads(json.dumps(body).replace('"default"', '"nothing"'))
             assert reply.status == 404
             assert reply == ask(nothing.replace("=default", "=nothing"), nowhere), path
         else:
-            assert reply.status in (200, 201), path
+            assert reply.status in ((403,) if operation.caller == "owner" else (200, 201)), path
     assert estate.read_as("admin", "/api/hosts")["hosts"][0]["id"] == estate.host_id
 
 
@@ -14336,6 +14353,160 @@ def test_an_organizations_key_reads_its_own_log_and_counts_its_own_hosts(estate)
     counted = {name.format("berlin", status): 0 for status in hostenroll.STATUSES}
     counted[name.format("berlin", "pending")] = 1
     assert samples(estate.read_as("stranger", "/metrics")) == counted
+
+
+# API keys that make API keys.
+
+
+def mint_key(estate, caller="admin", **body):
+    """A key that another made: its id, and the new caller's name is that."""
+    reply = estate.call_as(caller, "POST", "/api/keys", body)
+    assert reply.status == 201, reply
+    key = reply.document["id"]
+    estate.callers[key] = reply.document["apiKey"]
+    return key
+
+
+def works(estate, caller):
+    code = estate.call_as(caller, "GET", "/api/me").code
+    assert code in (None, "api-key-invalid")
+    return code is None
+
+
+def listed_keys(estate, caller):
+    document = estate.read_as(caller, "/api/keys?limit=1000")
+    return {key["id"]: key for key in document["apiKeys"]}
+
+
+WIDER = {
+    # who asks, for what, and what comes of it: the organization and the role, or a refusal
+    "its own by default": ("admin", {}, ("default", "admin")),
+    "its own, and no more than it": ("admin", {"organizationId": None}, ("default", "admin")),
+    "its own by name": ("admin", {"organizationId": "default"}, ("default", "admin")),
+    "another": ("admin", {"organizationId": "berlin"}, "not-found"),
+    "one that is not there": ("admin", {"organizationId": "nothing"}, "not-found"),
+    "a viewer's": ("admin", {"role": "viewer"}, ("default", "viewer")),
+    "by a viewer": ("viewer", {"role": "viewer"}, "forbidden"),
+    "of all by one of all": ("owner", {}, (None, "admin")),
+    "of one by one of all": ("owner", {"organizationId": "berlin"}, ("berlin", "admin")),
+    "of none by one of all": ("owner", {"organizationId": "nothing"}, "invalid-body"),
+    "another role": ("owner", {"role": "owner"}, "invalid-body"),
+    "no time at all": ("admin", {"ttlSeconds": 0}, "invalid-body"),
+}
+
+
+@pytest.mark.parametrize("caller, body, expected", table(WIDER))
+def test_no_key_makes_one_that_may_more_or_sees_more(caller, body, expected, estate):
+    before = remembered(estate)
+    reply = estate.call_as(caller, "POST", "/api/keys", body)
+    if isinstance(expected, str):
+        assert reply.code == expected and remembered(estate) == before
+        return
+    document = reply.document
+    assert (document["organizationId"], document["role"]) == expected
+    assert document["createdBy"] == f"api-key:{estate.key_id(caller)}"
+    estate.callers["new"] = document.pop("apiKey")
+    me = estate.read_as("new", "/api/me")
+    assert (me["organizationId"], me["role"]) == expected
+    assert listed_keys(estate, caller)[document["id"]]["createdBy"] == document["createdBy"]
+    event = estate.audit("mint")[-1]
+    assert (event["actor"], event["subject"]) == (
+        document["createdBy"], f"api-key:{document['id']}")  # fmt: skip
+
+
+def test_a_key_lists_and_revokes_those_of_its_organization_alone(estate):
+    own = {estate.key_id(name) for name in ("admin", "viewer", "spare")}
+    assert set(listed_keys(estate, "admin")) == own
+    assert set(listed_keys(estate, "owner")) > own | {estate.key_id("stranger")}
+    for name in ("owner", "stranger"):
+        reply = estate.call_as("admin", "DELETE", f"/api/keys/{estate.key_id(name)}?withKeys=true")
+        assert reply.code == "not-found" and works(estate, name)
+    assert estate.call_as("admin", "DELETE", f"/api/keys/{estate.key_id('spare')}").status == 204
+    assert not works(estate, "spare")
+    assert listed_keys(estate, "admin")[estate.key_id("spare")]["state"] == "revoked"
+
+
+def test_a_key_is_revoked_with_all_that_came_of_it(estate):
+    """Also of one between that is revoked already; and by the command."""
+    first = mint_key(estate)
+    second = mint_key(estate, first)
+    third = mint_key(estate, second, role="viewer")
+    other = mint_key(estate)
+    assert estate.call_as("admin", "DELETE", f"/api/keys/{second}").status == 204
+    assert [works(estate, name) for name in (first, second, third)] == [True, False, True]
+    assert estate.call_as("admin", "DELETE", f"/api/keys/{first}?withKeys=true").status == 204
+    assert [works(estate, name) for name in (first, third, other, "admin")] == [
+        False, False, True, True]  # fmt: skip
+    revoked = [event["subject"] for event in estate.audit("revoke")[-3:]]
+    assert revoked == [f"api-key:{key}" for key in (second, third, first)]
+    estate.act("revoke-api-key", int(estate.key_id("admin"), 16), withKeys="true")
+    assert not works(estate, other)
+
+
+def test_many_keys_are_revoked_some_at_a_time(estate, monkeypatch):
+    first = mint_key(estate)
+    made = [mint_key(estate, first) for _ in range(7)]
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 3)
+    estate.act("revoke-api-key", int(first, 16), withKeys="true")
+    assert [works(estate, name) for name in (first, *made)] == [False] * 8
+
+
+def test_a_key_does_not_revoke_itself_by_mistake(estate):
+    """Nor by what made it, with all that came of that."""
+    child = mint_key(estate)
+    before = remembered(estate)
+    own = f"/api/keys/{estate.key_id('admin')}"
+    for caller, path in (("admin", own), ("admin", f"{own}?self=false"),
+                         (child, f"{own}?withKeys=true")):  # fmt: skip
+        reply = estate.call_as(caller, "DELETE", path)
+        assert reply.code == "conflict" and "self=true" in reply.document["detail"]
+        assert remembered(estate) == before
+    assert estate.call_as(child, "DELETE", f"{own}?withKeys=true&self=true").status == 204
+    assert [works(estate, name) for name in ("admin", child)] == [False, False]
+
+
+def test_a_key_with_an_end_is_refused_from_then_on(estate):
+    key = mint_key(estate, ttlSeconds=3600)
+    document = listed_keys(estate, "admin")[key]
+    assert document["expiresAt"] == "2027-01-15T09:00:00.000Z" and document["state"] == "valid"
+    estate.advance(3599.999)
+    assert works(estate, key)
+    text = "GET /api/me HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {}\r\n\r\n"
+    late = estate.admit(text.format(estate.callers[key]).encode())
+    estate.advance(0.001)
+    (outcome,) = estate.run(late)
+    assert isinstance(outcome, hostenroll.ApiKeyInvalid)  # though it was good before the tick
+    reply = estate.call_as(key, "GET", "/api/me")
+    assert reply.code == "api-key-invalid" and "expired" in reply.document["detail"]
+    assert listed_keys(estate, "admin")[key]["state"] == "expired"
+    lasting = mint_key(estate, ttlSeconds=None)
+    assert listed_keys(estate, "admin")[lasting]["expiresAt"] is None
+
+
+def test_when_a_key_was_used_is_known_to_the_hour_and_costs_no_request_a_write(estate):
+    assert listed_keys(estate, "owner")[estate.key_id("viewer")]["lastUsedAt"] is None
+    writes = estate.sql("PRAGMA data_version"), estate.registry.metrics.commits.sum
+    assert works(estate, "viewer")
+    assert (estate.sql("PRAGMA data_version"), estate.registry.metrics.commits.sum) == writes
+    times = []
+    for seconds in (0, 10, 3580, 20):
+        estate.advance(seconds)
+        assert works(estate, "viewer")
+        estate.housekeeping()
+        assert estate.sql("PRAGMA synchronous") == [(1,)]
+        times.append(listed_keys(estate, "owner")[estate.key_id("viewer")]["lastUsedAt"])
+    first, second = "2027-01-15T08:00:00.000Z", "2027-01-15T09:00:10.000Z"
+    assert times == [first, first, first, second]
+
+
+def test_organizations_are_listed_and_added_over_http(estate):
+    for caller, expected in (("owner", ["berlin", "default"]), ("stranger", ["berlin"]),
+                             ("viewer", ["default"])):  # fmt: skip
+        listed = estate.read_as(caller, "/api/organizations")["organizations"]
+        assert [each["id"] for each in listed] == expected
+    assert estate.call_as("admin", "POST", "/api/organizations", {"name": "x"}).code == "forbidden"
+    assert estate.call_as("owner", "POST", "/api/organizations", {"name": "x"}).status == 201
+    assert estate.call_as("owner", "POST", "/api/organizations", {"name": "x"}).code == "conflict"
 
 
 # The audit log.
@@ -14649,7 +14820,8 @@ def test_me_shows_whose_a_key_is_and_the_service_how_hosts_find_it(estate):
     command, renewal = shown.pop("joinCommand"), shown.pop("agentCommand")
     assert shown == {
         "version": hostenroll.__version__, "publicUrl": "https://enroll.lan:8443",
-        "pin": pins, "heartbeatIntervalSeconds": 30,
+        "pin": pins, "heartbeatIntervalSeconds": 30, "auditKeepSeconds": None,
+        "credentialTtlSeconds": None, "certificateEndsAt": "9999-12-31T23:59:59.976Z",
     }  # fmt: skip
     whole = hostenroll.join_command(shown["publicUrl"], shown["pin"], "het_x").replace("\n ", "")
     assert command.replace("TOKEN", "het_x") == whole and "\n" not in command
@@ -18026,7 +18198,7 @@ def test_organizations_are_added_once_and_by_slugs(operator):
         assert len(operator.json("list-tokens", "--org", org)["tokens"]) == count
     for words, owner in (("", "default"), ("--org berlin", "berlin"), ("--all-orgs", None)):
         assert operator.json("mint-api-key", *words.split())["organizationId"] == owner
-    listed = [line.split()[2] for line in operator("list-api-keys").out.splitlines()]
+    listed = [line.split()[3] for line in operator("list-api-keys").out.splitlines()]
     assert sorted(listed) == ["ORG", "all", "berlin", "default"]
 
 
