@@ -249,6 +249,13 @@ FAILURES_ALLOWED = 20  # of one network, in a minute: a third of what the audit 
 FAILING_REMEMBERED = 4096  # networks, about 0.3 KiB each; the one that began first is forgotten
 NETWORK_BITS = 64  # of an IPv6 address: who has one of such a network has all of them
 
+# Feeds: changes and events, the oldest first, for who goes on from a cursor.
+WAIT_RANGE = (0, 50)  # seconds; most proxies wait 60 for an answer
+WAITING_MAXIMUM = 256  # requests that wait for more of a feed: few beside CONNECTIONS_MAXIMUM
+WAITING_OF_KEY = 16  # of an API key, so that no other is kept out
+FOLLOW_EVERY = 0.5  # between two looks for what other processes have committed
+ROWS_OF_READ = 30  # to examine so many takes as long as what surrounds them: auth, transaction
+
 # Metrics: upper bounds of histogram buckets.
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -500,6 +507,7 @@ class Problem(Exception):
     closes = False  # the connection: the start of the next message is not known
     challenge = ""  # the error attribute of WWW-Authenticate: RFC 6750 section 3
     names_errors = False  # the document lists what is wrong with a body or a query
+    names_cursor = False  # the document has the cursor to go on from
     is_audited = False  # the caller asked for what is not theirs
     retry_after = 0  # seconds, in Retry-After; 0: no such field
 
@@ -509,11 +517,13 @@ class Problem(Exception):
     audit_detail: Mapping[str, Any] = {}
 
     def __init__(
-        self, detail: str = "", *, errors: Sequence[FieldError] = (), headers: Headers = ()
-    ) -> None:
+        self, detail: str = "", *, errors: Sequence[FieldError] = (), headers: Headers = (),
+        cursor: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(detail or self.remedy)
         self.detail = detail or self.remedy
         self.errors = tuple(errors[:ERRORS_NAMED])
+        self.cursor = cursor
         self._headers = headers
 
     def with_audit(
@@ -525,7 +535,7 @@ class Problem(Exception):
         return self
 
     def document(self) -> dict[str, Any]:
-        """The members of RFC 9457 section 3.1, then code, then errors for a body or a query."""
+        """The members of RFC 9457 section 3.1, then code, then errors or cursor where it has it."""
         document: dict[str, Any] = {
             "type": f"urn:hostenroll:problem:{self.code}",
             "title": self.title,
@@ -535,6 +545,8 @@ class Problem(Exception):
         }
         if self.names_errors:
             document["errors"] = [error._asdict() for error in self.errors]
+        if self.names_cursor:
+            document["cursor"] = self.cursor
         return document
 
     def headers(self) -> Headers:
@@ -620,6 +632,10 @@ MethodNotAllowed = _refusal("method-not-allowed", 405, "The path does not have t
 Conflict = _refusal("conflict", 409, "The request conflicts with what exists",
     "Choose another name, or do first what the detail names.")
 
+ChangesPruned = _refusal("changes-pruned", 410, "What follows the cursor is not kept",
+    "Use the member cursor to go on, and look at the lists for what may be missing.",
+    names_cursor=True)
+
 # Tokens. Only a caller who proved its secret learns that a token has expired, was revoked or is
 # used up. The bound hostname is a guard against mistakes, not a proof: a machine states its own.
 TokenUnknown = _refusal("token-unknown", 401, "The token is not known", GET_TOKEN, Unauthorized)
@@ -657,10 +673,13 @@ Forbidden = _refusal("forbidden", 403, "The API key may not do this",
 
 # Limits and troubles. An address with too many wrong secrets gets too-many-requests in place of
 # token-unknown and api-key-invalid (RFC 6585 section 4); a good one is let in from there as ever.
-TooManyRequests = _refusal("too-many-requests", 429,
-    "Too many wrong secrets came from this address",
-    "Send a good secret, or try again after the time that Retry-After names.",
-    is_audited=True, retry_after=MINUTE)
+TooManyRequests = _refusal("too-many-requests", 429, "Too many requests",
+    "Too many wrong secrets came from this address. Send a good one, or try again after the time "
+    "that Retry-After names.", is_audited=True, retry_after=MINUTE)
+TooManyWaiting = _refusal(TooManyRequests.code, 429, TooManyRequests.title,
+    f"At most {WAITING_OF_KEY} requests of an API key wait, and {WAITING_MAXIMUM} in all. Try "
+    "again after the time that Retry-After names, or without wait.", TooManyRequests,
+    name="TooManyWaiting", is_audited=False, retry_after=RETRY_AFTER)
 Overloaded = _refusal("overloaded", 503, "The server is overloaded", RETRY_LATER, Unframed,
     retry_after=RETRY_AFTER)
 StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot be used now",
@@ -826,6 +845,18 @@ class Choice(FieldType):
         return {"type": "string", "enum": list(self._words)}
 
 
+class Truth(FieldType):
+    """true or false."""
+
+    def check(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+
 class Labels(FieldType):
     """An object of short keys and printable values; in a query, one key=value."""
 
@@ -891,6 +922,21 @@ class LabelChanges(Labels):
             return super().parse(text)
         self.check({text[:-1]: None})
         return text[:-1], None
+
+
+class LabelFilter(Labels):
+    """In a query, one key=value, or a key with whatever value: None."""
+
+    def parse(self, text: str) -> tuple[str, Optional[str]]:
+        return super().parse(text) if "=" in text else (self.KEY.check(text), None)
+
+    def parameter_schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": f"^{self.KEY.pattern}(={self.TEXT.pattern})?$"}
+
+
+def has_labels(own: Mapping[str, Any], wanted: Iterable[tuple[str, Optional[str]]]) -> bool:
+    """Whether labels have all that a LabelFilter names."""
+    return all(key in own and value in (None, own[key]) for key, value in wanted)
 
 
 class ListOf(FieldType):
@@ -1090,7 +1136,7 @@ def new_id(now: int) -> int:
 
 
 def new_history() -> str:
-    """The name of a history of changes, which no other has."""
+    """The name of a history of changes and events, which no other has."""
     return secrets.token_hex(8)
 
 
@@ -1763,9 +1809,12 @@ CREATE TABLE change (
 CREATE INDEX change_host ON change (host_id, number);
 
 CREATE TABLE feed (
-    -- One row. Numbers of changes are given out again after a restore, so each copy has its own.
+    -- One row. The numbers of changes and events are given out again after a restore: so a new
+    -- database and each copy begin a history of their own.
     id       INTEGER PRIMARY KEY CHECK (id = 1),
-    history  TEXT    NOT NULL  -- random: the first part of every cursor
+    history  TEXT    NOT NULL,  -- random: the first part of every cursor
+    change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
+    event    INTEGER NOT NULL   -- the same
 );
 
 CREATE TABLE service (
@@ -1994,6 +2043,8 @@ class Change(NamedTuple):
 
 class Feed(NamedTuple):
     history: str
+    change: int
+    event: int
 
 
 class ApiKey(NamedTuple):
@@ -2700,22 +2751,32 @@ class Engine(Database):
 
     def copy_to(self, copy: BinaryIO, pause: Progress) -> None:
         """Copy the database as the caller's read transaction sees it, while others go on writing,
-        into the empty file of replacing(). SQLite opens it by its name: nothing is written unless
-        it has opened that one. pause() is called after each BACKUP_PAGES."""
+        into the empty file of replacing(). pause() is called after each BACKUP_PAGES."""
+        with self.opened_copy(copy) as target:
+            show = lambda _, left, total: pause(total - left, total)  # noqa: E731
+            self.db.backup(target.db, pages=BACKUP_PAGES, progress=show)
+        # Not a WAL database for now: else SQLite would make files beside it when it is opened
+        # (sqlite.org/fileformat2.html, section 1.3.3). Who uses the copy makes it one again.
+        os.pwrite(copy.fileno(), b"\1\1", 18)
+
+    @contextmanager
+    def opened_copy(self, copy: BinaryIO) -> Iterator[Database]:
+        """The file of replacing(), to be written by SQLite, which opens it by its name: nothing is
+        written unless it has opened that one, and no file is made beside it."""
         file = file_id(copy.fileno())
         before = descriptors_of(file)
-        target = self.connect(copy.name, "mode=rw")
+        target = Database(copy.name)
+        target._connection = self.connect(copy.name, "mode=rw")
         try:
             if before and len(descriptors_of(file)) == len(before):
                 raise StoreError(f"{copy.name} has been replaced")
-            target.execute("PRAGMA journal_mode = OFF")
-            target.execute("PRAGMA synchronous = OFF")  # the caller syncs
-            show = lambda _, left, total: pause(total - left, total)  # noqa: E731
-            self.db.backup(target, pages=BACKUP_PAGES, progress=show)
+            target.db.execute("PRAGMA journal_mode = OFF")
+            target.db.execute("PRAGMA synchronous = OFF")  # the caller syncs
+            yield target
         except sqlite3.Error as error:
             raise StoreError(f"cannot copy {describe_error(self.path, error)}") from error
         finally:
-            target.close()
+            target.db.close()
 
 
 class Checkpoints:
@@ -2872,7 +2933,7 @@ BeatRow = tuple[int, ...]  # the values of either
 class Records:
     """What the statements of all tables have in common. Raises StoreError and Unrecoverable."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Database) -> None:
         self._run, self._many = engine.run, engine.many
         self._rows, self._value = engine.rows, engine.value
 
@@ -2936,9 +2997,11 @@ class Records:
 class Changes(Records):
     """The statements about what was reported of hosts."""
 
-    def history(self) -> str:
-        """The first part of cursors of the feed."""
-        return str(self._value("SELECT history FROM feed"))
+    def feed(self) -> Feed:
+        """Raises StoreError where somebody has removed it."""
+        for feed in self._all(Feed, ""):
+            return feed
+        raise StoreError(f"the database has no row of feed: {RESTORE}")
 
     def add_changes(self, changes: Sequence[Change]) -> None:
         self._insert("change", Change._fields[1:], *(change[1:] for change in changes))
@@ -2949,9 +3012,14 @@ class Changes(Records):
         statement = "UPDATE heartbeat SET state = ? WHERE host_id = ?"
         self._many(statement, ((state, host) for state, _, host in states))
 
-    def changes_after(self, number: int, limit: int) -> list[Change]:
-        """The oldest first."""
-        return self._all(Change, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
+    def changes_after(self, number: int, limit: int, host: Optional[int] = None) -> list[Change]:
+        """The oldest first; of all hosts, or of one."""
+        owned, owner = ("", ()) if host is None else ("host_id = ? AND", (host,))
+        rest = f"WHERE {owned} number > ? ORDER BY number LIMIT ?"
+        return self._all(Change, rest, *owner, number, limit)
+
+    def oldest_change(self) -> Optional[int]:
+        return cast(Optional[int], self._value("SELECT min(number) FROM change"))
 
     def last_change(self) -> int:
         """Its number; 0: there was none."""
@@ -3150,6 +3218,15 @@ class Queries(Changes):
 
     def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
         return [event.legible() for event in self.newest(Event, organization, before, limit)]
+
+    def begin_history(self) -> None:
+        """Of a new database, or of a copy: cursors of another history are none of this one."""
+        self.put(Feed(new_history(), self.last_change(), self.last_event()[0]))
+
+    def muted(self, hosts: Sequence[int], now: int) -> set[int]:
+        """Which of these hosts are muted at a time."""
+        statement = "SELECT id FROM host WHERE muted_until > ? AND id IN"
+        return {row[0] for row in self._rows_of(hosts, statement, now)}
 
     def events_after(self, number: int, limit: int) -> list[Event]:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
@@ -3377,9 +3454,31 @@ class Page(NamedTuple):
     next: Optional[int] = None  # the cursor: the list goes on below this id
 
 
+class ChangeView(NamedTuple):
+    """A change, its cursor, and whether its host is muted now."""
+
+    change: Change
+    cursor: str
+    muted: bool
+
+
+class FeedPage(NamedTuple):
+    """A part of a feed, the oldest first. It may be empty and not the last: the next one goes on
+    from the cursor, up to which this one has looked."""
+
+    feed: str  # changes or events
+    items: list[Any]
+    cursor: str
+    number: int  # in the cursor
+    is_last: bool
+    examined: int = 0  # rows
+    next: None = None  # as in a Page
+
+
 # The states by their numbers; 0 is what was reported of a host that has just enrolled.
 STATUS_NAMES = ("", "online", "pending", "offline", "missing", "revoked", "deleted")
 STATUSES = STATUS_NAMES[ONLINE:DELETED]
+CHANGED_TO = STATUS_NAMES[ONLINE:]
 EDITED = ("name", "labels", "intervalSeconds")  # of a host
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 KEY_STATES = ("valid", "expired", "revoked")  # of API keys
@@ -3411,6 +3510,7 @@ class Metrics:
         self.tick: Counter[str] = Counter()  # of the tick that runs: joins counts at its commit
         self.refusals: Counter[str] = Counter()  # by code
         self.open_connections = 0
+        self.waiting_requests = 0
         self.requests = Histogram(SECONDS_BUCKETS)
         self.commits = Histogram(SECONDS_BUCKETS)
         self.lock_waits = Histogram(SECONDS_BUCKETS)
@@ -3662,14 +3762,17 @@ class AuditLog(Rules):
             put_anchor(self._queries, keyring, old[-1].number, old[-1].mac)
         return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
-    def list(self, call: Call, now: int) -> Page:
-        """values: organization, action, subject, code. Raises InvalidQuery, NotFound."""
+    def list(self, call: Call, now: int) -> Union[Page, FeedPage]:
+        """values: organization, action, subject, code; after: then it is a FeedPage. Raises
+        InvalidQuery, NotFound, ChangesPruned."""
         asked = [call.values.get(name) for name in ("action", "subject", "code")]
 
         def view(event: Event) -> Optional[Event]:
             pairs = zip(asked, (event.action, event.subject, event.code))
             return event if all(wanted in (None, own) for wanted, own in pairs) else None
 
+        if "after" in call.values:
+            return self._registry.feeds.events(call, view)
         return self._page(call, self._queries.events, view, "detail")
 
 
@@ -3840,7 +3943,7 @@ class SigningKeys(Rules):
         look at the file in every tick would hang with its mount."""
         version = self._registry.engine.data_version()
         if version != self._version:
-            self._version = version
+            self._version, self._registry.has_news = version, True
             if self._queries.kids(with_retired=False) != set(self.keyring.kids):
                 self.reload()
 
@@ -4236,7 +4339,7 @@ class Reports(Rules):
 
 def begin_feed(queries: Queries, now: int) -> None:
     """End a migration: what was reported of each host is what it is now, and no change."""
-    queries.put(Feed(new_history()))
+    queries.begin_history()
     period, after = ServicePeriod(queries.service(), now), -1
     while rows := queries.census_slice(None, after, COUNTED_AT_ONCE):
         states = []
@@ -4247,6 +4350,80 @@ def begin_feed(queries: Queries, now: int) -> None:
             if status != "pending":
                 states.append((STATUS_NAMES.index(status), revoked_at or since, after))
         queries.set_states(states)
+
+
+class Feeds(Rules):
+    """Changes and events, the oldest first, for who goes on from a cursor, <history>-<number>. It
+    is good in the history in which it was given, up to the last number of that, and from the oldest
+    that is kept; any other is refused, with one to go on from: nobody misses anything in silence.
+    Of another history, that is where this one began: what is newer, no cursor of another has seen.
+    """
+
+    def changes(self, call: Call, now: int) -> FeedPage:
+        """values: after, organization, status and label (several), host, limit. Raises
+        InvalidQuery, NotFound, ChangesPruned."""
+        queries, wanted = self._queries, call.values.get("status")
+        host = parse_id(call.values["host"]) if "host" in call.values else None
+        labels = call.values.get("label", ())
+
+        def view(change: Change) -> Optional[Change]:
+            own = stored_object(change.labels) if labels else {}
+            is_wanted = wanted is None or STATUS_NAMES[change.status] in wanted
+            return change if is_wanted and has_labels(own, labels) else None
+
+        kept = queries.oldest_change(), queries.last_change(), queries.feed().change
+        read = partial(queries.changes_after, host=host)
+        page, history = self._after(call, "changes", kept, read, view), queries.feed().history
+        muted = queries.muted(list({change.host_id for change in page.items}), now)
+        views = [
+            ChangeView(change, f"{history}-{change.number}", change.host_id in muted)
+            for change in page.items
+        ]
+        return page._replace(items=views)
+
+    def events(self, call: Call, view: Callable[[Event], Optional[Event]]) -> FeedPage:
+        """The same of the audit log. In its cursors the history may be left out."""
+        if "cursor" in call.values:
+            detail = "is for lists that begin with the newest, and after is not"
+            raise InvalidQuery(errors=[FieldError("cursor", detail)])
+        queries = self._queries
+        kept = queries.oldest_event(), queries.last_event()[0], queries.feed().event
+        read = lambda *after: [event.legible() for event in queries.events_after(*after)]  # noqa: E731
+        return self._after(call, "events", kept, read, view)
+
+    def _after(
+        self, call: Call, feed: str, kept: tuple[Optional[int], int, int],
+        read: Callable[[int, int], Sequence[Any]], view: Callable[[Any], Any],
+    ) -> FeedPage:  # fmt: skip
+        """What follows a cursor. kept: the oldest number and the last, and the last one before this
+        history began. read and view are as in _page()."""
+        text = {"changes": "labels", "events": "detail"}[feed]
+        history, (oldest, last, began) = self._queries.feed().history, kept
+        owner = self._scope(call, InvalidQuery, "organization")
+        floor = last if oldest is None else oldest - 1
+        after = call.values.get("after", f"{history}-{floor}")
+        if after == "now":
+            return FeedPage(feed, [], f"{history}-{last}", last, True)
+        named, _, digits = after.rpartition("-")
+        is_ours = named in ("", history)
+        number = max(floor, min(int(digits), last if is_ours else began))
+        if not is_ours or number != int(digits):
+            cursor = f"{history}-{number}"
+            raise ChangesPruned(f"{ChangesPruned.remedy} It is {cursor}.", cursor=cursor)
+        items: list[Any] = []
+        limit, examined, is_last = call.values.get("limit", PAGE_DEFAULT), 0, False
+        while not is_last and len(items) < limit and examined < ROWS_EXAMINED:
+            rows = read(number, ROWS_READ)
+            for row in rows:
+                number, examined = row.number, examined + 1 + len(getattr(row, text)) // ROW_BYTES
+                if owner in (ALL_ORGANIZATIONS, row.organization_id) and view(row) is not None:
+                    items.append(row)
+                if len(items) == limit or examined >= ROWS_EXAMINED:
+                    break
+            else:
+                is_last = len(rows) < ROWS_READ
+        number = last if is_last else number
+        return FeedPage(feed, items, f"{history}-{number}", number, number == last, examined)
 
 
 class Organizations(Rules):
@@ -5109,12 +5286,14 @@ class Registry:
         self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
         self.service = ServiceRecord(self)
         self.reports = Reports(self)
+        self.feeds = Feeds(self)
         self.organizations = Organizations(self)
         self.api_keys = ApiKeys(self)
         self.tokens = Tokens(self)
         self.enrollments = Enrollments(self)
         self.heartbeats = Heartbeats(self)
         self.hosts = Hosts(self)
+        self.has_news = True  # something may have been committed since feed_ends()
         self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
         self._logged: set[str] = set()  # troubles: each once, not once for each tick
         self._failed_at = 0.0
@@ -5207,6 +5386,7 @@ class Registry:
         self.metrics.commits.observe(time.perf_counter() - started)
         self.metrics.counts.update(self.metrics.tick)
         self.metrics.tick.clear()
+        self.has_news |= bool(self.reports.changes or self.audit.events)
         self.reports.changes.clear()
         self.audit.emit()
         self.storage_trouble = ""
@@ -5270,6 +5450,13 @@ class Registry:
         """Between ticks: go by the keys as other processes have changed them."""
         with suppress(StoreError):  # the tick meets it, too
             self.keys.follow()
+
+    def feed_ends(self) -> dict[str, int]:
+        """Between ticks: by the list of its answer, the last number of each feed."""
+        self.has_news, ends = False, {"changes": LAST_ID, "events": LAST_ID}
+        with suppress(StoreError):  # then whoever waits is to meet it
+            ends = {"changes": self.queries.last_change(), "events": self.queries.last_event()[0]}
+        return ends
 
     def after_tick(self) -> None:
         """Between ticks: a checkpoint. No answer waits for it; it may make room on a full disk."""
@@ -5336,6 +5523,9 @@ class Registry:
                 self.engine.copy_to(copy, pause)
             finally:
                 self.engine.rollback()
+            with self.engine.opened_copy(copy) as opened:
+                if opened.value("SELECT 1 FROM sqlite_master WHERE name = 'feed'"):
+                    Queries(opened).begin_history()
             os.fsync(copy.fileno())
             keyring = self.keys.file.load()
             if not kids.intersection(keyring.kids):
@@ -5497,7 +5687,7 @@ def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool
         engine.create_schema()
         queries = Queries(engine)
         queries.add(Organization(DEFAULT_ORGANIZATION, now))
-        queries.put(Feed(new_history()))
+        queries.begin_history()
         for kid in keyring.kids:
             queries.add_signing_key(kid, now)
         engine.commit()
@@ -8609,8 +8799,15 @@ SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
 INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # of an agent
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
+HISTORY_CURSOR = "[0-9a-f]{16}-[0-9]{1,19}"
+FEED_CURSOR = Text(36, 18, HISTORY_CURSOR, "a cursor")
+AFTER_CHANGE = Text(36, 1, f"now|{HISTORY_CURSOR}", "a cursor, or now")
+AFTER_EVENT = Text(36, 1, f"now|{HISTORY_CURSOR}|[0-9]{{1,19}}",
+                   "a cursor, the number of an event, or now")  # fmt: skip
+WAIT = Integer(WAIT_RANGE, "seconds")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
+LABEL_FILTER = LabelFilter()
 LABEL_CHANGES = LabelChanges()
 NETWORK = Network(64, 2, "[0-9A-Fa-f:.]+(/[0-9.]+)?", "an address or a network, as 192.0.2.0/24")
 DESCRIPTION = Text(1000)
@@ -8618,6 +8815,7 @@ IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
 
 # These stand in answers only.
+TRUTH = Truth()
 TIME = Text(  # as rfc3339() writes it
     24, 24, r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z",
     "like 2027-01-15T08:00:00.000Z", format="date-time",
@@ -8676,7 +8874,11 @@ HOSTS_QUERY = Schema(
     *PAGE_FIELDS)
 AUDIT_QUERY = Schema(
     Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
-    Field("code", Text(64)), *PAGE_FIELDS)
+    Field("code", Text(64)), Field("after", AFTER_EVENT), Field("wait", WAIT), *PAGE_FIELDS)
+CHANGES_QUERY = Schema(
+    Field("after", AFTER_CHANGE), Field("wait", WAIT), Field("organization", SLUG),
+    Field("status", Choice(*CHANGED_TO), repeats=True), Field("label", LABEL_FILTER, repeats=True),
+    Field("host", ID_TEXT), PAGE_FIELDS[0])
 ORGANIZATION_BODY = Schema(*required(name=SLUG))
 API_KEY_BODY = Schema(
     Field("organizationId", Nullable(SLUG)), Field("role", ROLE), Field("description", DESCRIPTION),
@@ -8828,6 +9030,25 @@ EVENT = Document(  # of an Event
     Member("code",           REFUSAL_CODE,          "code"),
     Member("detail",         ObjectOf(Schema(open=True)), "detail", stored_object),
 )
+CHANGED_HOST = Document(  # of a Change
+    "",
+    Member("id",             ID_TEXT,              "host_id", id_text),
+    Member("name",           NAME,                 "name"),
+    Member("organizationId", SLUG,                 "organization_id"),
+    Member("labels",         LABELS,               "labels", stored_object),
+)
+CHANGE = Document(  # of a ChangeView
+    "Change",
+    Member("cursor",         FEED_CURSOR,          "cursor"),
+    Member("at",             TIME,                 "change.at", rfc3339),
+    Member("host",           ObjectOf(CHANGED_HOST.schema), "change", CHANGED_HOST.of),
+    Member("was",            Nullable(Choice(*STATUSES)), "change.was",
+           _or_null(STATUS_NAMES.__getitem__)),
+    Member("status",         Choice(*CHANGED_TO),  "change.status", STATUS_NAMES.__getitem__),
+    Member("seen",           MAYBE_TIME,           "change.seen", _or_null(rfc3339)),
+    Member("by",             Nullable(ACTOR),      "change.actor", _or_null(str)),
+    Member("muted",          TRUTH,                "muted"),
+)
 ORGANIZATION = Document(  # of an Organization
     "Organization",
     Member("id",             SLUG,                 "id"),
@@ -8977,6 +9198,8 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     for name, kind, help, end, value in (
         ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
+        ("hostenroll_waiting_requests", "gauge", "Requests that wait for changes or events.", "",
+         metrics.waiting_requests),
         ("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", "",
          int(not registry.keys.file.trouble)),
         ("hostenroll_build_info", "gauge", "What runs.", build, 1),
@@ -9088,8 +9311,12 @@ class Operation(NamedTuple):
         assert self.answer is not None
         if not self.list_of:
             return self.answer.of(record)
-        items = list(map(self.answer.of, record.items))
-        return {self.list_of: items, "nextCursor": _or_null(id_text)(record.next)}
+        document: dict[str, Any] = {self.list_of: list(map(self.answer.of, record.items))}
+        if self.list_of != "changes":
+            document["nextCursor"] = _or_null(id_text)(record.next)
+        if isinstance(record, FeedPage):
+            document["cursor"] = record.cursor
+        return document
 
     def response(self, record: Any) -> Response:
         """The same as the answer of HTTP."""
@@ -9106,9 +9333,12 @@ class Operation(NamedTuple):
         item = self.answer.schema
         if not self.list_of:
             return item
-        items = ListOf(ObjectOf(item), PAGE_MAXIMUM)
-        members = {self.list_of: items, "nextCursor": Nullable(CURSOR)}
-        return Schema(*required(**members), name=f"{item.name}List")
+        fields = required(**{self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)})
+        if self.list_of != "changes":
+            fields += required(nextCursor=Nullable(CURSOR))
+        if "after" in self.query.fields:
+            fields.append(Field("cursor", FEED_CURSOR, required=self.list_of == "changes"))
+        return Schema(*fields, name=f"{item.name}List")
 
 
 # fmt: off
@@ -9154,9 +9384,15 @@ OPERATIONS = (
               body=REENROLL_BODY, status=201, answer=MINTED_TOKEN),
     Operation("show-audit", "GET", "/api/audit", "viewer", "audit.list",
               "list what happened, the newest first",
-              writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events", raises=(NotFound,),
+              writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events",
+              raises=(NotFound, ChangesPruned),
               columns=("number", "when", "action", "code", "subject", "actor", "address", "detail",
                        "time")),
+    Operation("list-changes", "GET", "/api/changes", "viewer", "feeds.changes",
+              "list what hosts' statuses became, the oldest first",
+              writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
+              raises=(NotFound, ChangesPruned),
+              columns=("at", "id", "name", "was", "status", "by", "labels", "organizationId")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
     Operation("show-service", "GET", "/api/service", "viewer", _service,
@@ -9236,7 +9472,9 @@ def problem_schema(kind: type[Problem]) -> Schema:
         type=Choice(f"urn:hostenroll:problem:{kind.code}"), title=Choice(kind.title),
         status=Integer((kind.status, kind.status)), detail=SENTENCE, code=Choice(kind.code),
     )  # fmt: skip
-    return Schema(*members, *(required(errors=errors) if kind.names_errors else ()), name=kind.code)
+    more = required(errors=errors) if kind.names_errors else []
+    more += required(cursor=FEED_CURSOR) if kind.names_cursor else []
+    return Schema(*members, *more, name=kind.code)
 
 
 def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Problem]]]]:
@@ -9623,8 +9861,9 @@ class Api:
 #
 # A connection is in one state, which says what the server waits for: bytes of the peer (HANDSHAKE,
 # HEAD, BODY, IDLE, LINGER), the peer to take ours (WRITING), or nothing of the peer's (BUSY: its
-# request is run, or waits for its turn; CLOSED). It begins in HEAD, with TLS in HANDSHAKE. STATES
-# has a row for each, TRANSITIONS those that may follow; only Connections.move() changes the state.
+# request is run, or waits for its turn; HELD: it waits for more of a feed; CLOSED). It begins in
+# HEAD, with TLS in HANDSHAKE. STATES has a row for each, TRANSITIONS those that may follow; only
+# Connections.move() changes the state.
 #
 # All connections in a state have the same time for it. So each state has a queue, the longest
 # waiting first, and a turn looks at eight heads, not at thousands of connections. To enter a state
@@ -9635,6 +9874,9 @@ class Api:
 # socket is not read, so a peer cannot pile up requests; but the selector watches it until the peer
 # sends more, because most requests are answered before that. So, too, a plain heartbeat stays IDLE
 # in the turn that answers it, and becomes BUSY only if that turn does not get the write lock.
+#
+# HELD has a deadline for each request, which Exchanges keeps. Its socket is read, to see that the
+# peer has gone; a next request is taken too, up to RECEIVE_SIZE, and waits for the answer.
 #
 # Output that the socket does not take at once makes the connection WRITING. When all is taken,
 # Connection.next_state follows: the state that was interrupted (by a part of the handshake, or 100
@@ -9661,17 +9903,19 @@ IDLE      = State("idle",      IDLE_DEADLINE,      READ,   1)
 BODY      = State("body",      BODY_DEADLINE,      READ,   2)
 LINGER    = State("linger",    LINGER_DEADLINE,    READ,   3)
 WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  0)
+HELD      = State("held",      math.inf,           READ,   4)
 BUSY      = State("busy",      math.inf,           0,      0)
 CLOSED    = State("closed",    math.inf,           0,      0)
 
-STATES = (HANDSHAKE, HEAD, IDLE, BODY, LINGER, WRITING, BUSY, CLOSED)
+STATES = (HANDSHAKE, HEAD, IDLE, BODY, LINGER, WRITING, HELD, BUSY, CLOSED)
 
 TRANSITIONS = {
     HANDSHAKE: (HEAD, WRITING, LINGER, CLOSED),
     HEAD:      (BODY, BUSY, WRITING, IDLE, LINGER, CLOSED),
     IDLE:      (HEAD, BODY, BUSY, WRITING, LINGER, CLOSED),
     BODY:      (BUSY, WRITING, IDLE, LINGER, CLOSED),
-    BUSY:      (HEAD, BODY, WRITING, IDLE, LINGER, CLOSED),
+    BUSY:      (HEAD, BODY, WRITING, HELD, IDLE, LINGER, CLOSED),
+    HELD:      (BUSY, WRITING, IDLE, LINGER, CLOSED),
     WRITING:   (HANDSHAKE, HEAD, BODY, BUSY, IDLE, LINGER, CLOSED),
     LINGER:    (CLOSED,),
     CLOSED:    (),
@@ -9877,6 +10121,8 @@ class Connections:
             connection.state = state
             if state is not CLOSED:
                 self._queues[state][connection] = self.moment
+            if state is HELD or before is HELD:
+                self.metrics.waiting_requests = len(self._queues[HELD])
         events = state.events
         if state is BODY and connection.reader.has_more:
             events = 0  # until it is read: no more may arrive meanwhile
@@ -10051,6 +10297,12 @@ class Connections:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
 # most. After LOCK_PATIENCE all that is pending is answered 503.
 #
+# A read with a wait that finds nothing at the end of its feed makes its connection HELD. It is run
+# again when the feed goes on (wake() looks when this process has committed changes or events, or
+# another one anything), and the last time when its time is over or the server stops: then it is
+# answered. So the API key is judged again each time. Of reads that examine little, several are run
+# in a turn: together about 2,000 rows at most, however many wait.
+#
 # A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
 # happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
 # survived: the process ends, and whatever supervises it starts it again. If a tick or a read meets
@@ -10059,6 +10311,16 @@ class Connections:
 # What waits to be run: the connection (None: the server's own call), its call, the head of its
 # request, and when that arrived, by the monotonic clock.
 Pending = tuple[Optional[Connection], Work, Head, float]
+
+
+class Held(NamedTuple):
+    """A request that waits for more of a feed."""
+
+    pending: Pending
+    key: int  # the id of its API key
+    feed: str
+    number: int  # up to which it has looked; LAST_ID: it is to be run again already
+    until: float  # by the monotonic clock
 
 
 class Exchanges:
@@ -10075,6 +10337,8 @@ class Exchanges:
         self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
         self.now = 0  # of this turn, Unix time in milliseconds
         self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
+        self.held: dict[Connection, Held] = {}  # and some whose connection has ended
+        self.wake_at = math.inf  # when the time of a request that waits is over
         self.is_stopping = False  # each answer is then the last of its connection
 
     # Requests.
@@ -10091,6 +10355,11 @@ class Exchanges:
                 self._answered(connection)
         elif state is LINGER:
             self._connections.receive(connection, DROP_SIZE)
+        elif state is HELD:
+            if data := self._connections.receive(connection):
+                connection.reader.buffer += data
+                self._connections.account(connection, connection.reader.buffered)
+                self._connections.watch(connection, 0)
         else:  # BUSY: what it sends now waits in its socket
             self._connections.watch(connection, 0)
 
@@ -10186,7 +10455,8 @@ class Exchanges:
         """More than BUFFERED_MAXIMUM is buffered, and a connection wants to add to it: refuse or
         close the one that buffers most, but none whose call is run. So a crowd that buffers all it
         can keeps out only itself. True if it was that connection."""
-        waiting = self._connections.within(state for state in STATES if state is not BUSY)
+        is_run = BUSY, HELD
+        waiting = self._connections.within(state for state in STATES if state not in is_run)
         largest = max((*waiting, connection), key=lambda each: each.buffered + len(each.output))
         if largest.output or largest.state is HANDSHAKE:
             self._connections.close(largest)
@@ -10221,17 +10491,69 @@ class Exchanges:
     def stop_waiting(self) -> None:
         self._answer_pending(repeat(self._registry.stop_waiting()))
 
-    def run_read(self) -> None:
-        """Run one call that only reads, or a slice of it: it needs no lock."""
-        if not self.reads:
+    def run_reads(self) -> None:
+        """Run a call that only reads, or a slice of it: it needs no lock. Go on with the next where
+        that has examined little."""
+        examined = 0
+        while self.reads and examined < ROWS_EXAMINED:
+            pending = self.reads.popleft()
+            connection, _, _, since = pending
+            is_held = connection is not None and bool(self.held.pop(connection, None))
+            if is_held and connection and connection.state is not HELD:  # its peer has gone
+                continue
+            outcomes = self._run([pending])
+            assert outcomes is not None, "only writers wait for other writers"
+            outcome = outcomes[0]
+            if isinstance(outcome, FeedPage):
+                examined += outcome.examined + ROWS_OF_READ
+                outcome = self._hold(pending, outcome)
+            else:
+                examined = ROWS_EXAMINED
+            if outcome is None:
+                continue
+            if not self._answer_one(pending, outcome):
+                self.reads.append(pending)
+            elif not is_held:
+                self._api.metrics.requests.observe(time.monotonic() - since)
+
+    def _hold(self, pending: Pending, page: FeedPage) -> Union[FeedPage, Problem, None]:
+        """What to answer to a request for a feed; None: it waits, or goes on to look."""
+        connection, call, head, since = pending
+        assert connection is not None and isinstance(call, Call)
+        until = since + call.values.get("wait", 0)
+        is_over = self.is_stopping or self._connections.moment >= until
+        if page.items or is_over or call.values.get("after") == "now":
+            return page
+        if connection.state is not HELD:
+            self.held = {each: held for each, held in self.held.items() if each.state is HELD}
+            of_key = sum(held.key == call.by.id for held in self.held.values())
+            if len(self.held) >= WAITING_MAXIMUM or of_key >= WAITING_OF_KEY:
+                return TooManyWaiting()
+            self._connections.move(connection, HELD)
+        call = call._replace(values={**call.values, "after": page.cursor})
+        number = page.number if page.is_last else LAST_ID
+        held = Held((connection, call, head, since), call.by.id, page.feed, number, until)
+        self.held[connection], self.wake_at = held, min(self.wake_at, until)
+        if not page.is_last:
+            self.reads.append(held.pending)
+        return None
+
+    def wake(self) -> None:
+        """Run those held requests again whose feed goes on, or whose time is over."""
+        moment, registry = self._connections.moment, self._registry
+        is_due = registry.has_news or self.is_stopping or moment >= self.wake_at
+        if not (is_due and self._api.metrics.waiting_requests):
             return
-        pending = self.reads.popleft()
-        outcomes = self._run([pending])
-        assert outcomes is not None, "only writers wait for other writers"
-        if self._answer_one(pending, outcomes[0]):
-            self._api.metrics.requests.observe(time.monotonic() - pending[3])
-        else:
-            self.reads.append(pending)
+        ends, self.wake_at = registry.feed_ends(), math.inf
+        for connection in self._connections.within((HELD,)):
+            held = self.held[connection]
+            if held.number == LAST_ID:
+                continue
+            if ends[held.feed] > held.number or self.is_stopping or moment >= held.until:
+                self.reads.append(held.pending)
+                self.held[connection] = held._replace(number=LAST_ID)
+            else:
+                self.wake_at = min(self.wake_at, held.until)
 
     def _run(self, pending: Sequence[Pending]) -> Optional[list[Any]]:
         try:
@@ -10493,6 +10815,7 @@ class Server(HTTPServer):
         """Accept the connections that wait, unless another process is to: it has the socket. Who
         came between that and the close would be reset, so their handshakes come after it."""
         self._exchanges.is_stopping = True
+        self._exchanges.wake()
         self._watch_listener(False)
         accepted = [] if self._is_inherited else self._accept(BACKLOG)
         self.socket.close()
@@ -10578,8 +10901,9 @@ class Server(HTTPServer):
         # 6. Run what may write as one tick, and answer.
         if exchanges.pending and exchanges.run_tick():
             self._housekeeping_at = 0.0
-        # 7. Run one call that only reads.
-        exchanges.run_read()
+        # 7. Run one call that only reads, or several that find little.
+        exchanges.wake()
+        exchanges.run_reads()
         # 8. Read the new connections. They had the time of the tick to send their requests, so the
         #    selector never hears of most connections that bring one request. Handshakes come last,
         #    because one takes as long as many heartbeats.
@@ -10610,8 +10934,11 @@ class Server(HTTPServer):
             return LOCK_POLL
         if exchanges.pending or self._has_refusals:
             return 0
+        is_followed = self._connections.metrics.waiting_requests > 0
         nearest = min(
             self._connections.next_deadline(),
+            self._connections.moment + FOLLOW_EVERY if is_followed else math.inf,
+            exchanges.wake_at,
             self._housekeeping_at,
             self._accept_at,
             math.inf if self._stop_before is None else self._stop_before,

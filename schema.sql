@@ -132,9 +132,12 @@ CREATE TABLE change (
 CREATE INDEX change_host ON change (host_id, number);
 
 CREATE TABLE feed (
-    -- One row. Numbers of changes are given out again after a restore, so each copy has its own.
+    -- One row. The numbers of changes and events are given out again after a restore: so a new
+    -- database and each copy begin a history of their own.
     id       INTEGER PRIMARY KEY CHECK (id = 1),
-    history  TEXT    NOT NULL  -- random: the first part of every cursor
+    history  TEXT    NOT NULL,  -- random: the first part of every cursor
+    change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
+    event    INTEGER NOT NULL   -- the same
 );
 
 CREATE TABLE service (

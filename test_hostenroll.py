@@ -1465,7 +1465,8 @@ CODES = {  # the wire contract
     401: "token-unknown token-expired token-revoked token-used credential-missing "
          "credential-invalid credential-expired credential-superseded api-key-invalid",
     403: "forbidden token-host-mismatch host-revoked", 405: "method-not-allowed",
-    408: "request-timeout", 409: "conflict", 410: "host-unknown", 413: "body-too-large",
+    408: "request-timeout", 409: "conflict", 410: "changes-pruned host-unknown",
+    413: "body-too-large",
     417: "expectation-failed", 429: "too-many-requests", 431: "head-too-large", 500: "internal",
     501: "not-implemented", 503: "overloaded storage-unavailable", 505: "http-version",
 }  # fmt: skip
@@ -1502,6 +1503,7 @@ def test_a_problem_document_has_the_members_of_rfc_9457_and_names_an_action(kind
     document = kind().document()
     lists = {"errors": []} if kind.code in ("invalid-body", "invalid-query") else {}
     names = {"type": f"urn:hostenroll:problem:{kind.code}", "title": kind.title}
+    lists = {"cursor": ""} if kind.code == "changes-pruned" else lists
     rest = {"status": kind.status, "detail": kind.remedy, "code": kind.code, **lists}
     assert list(document.items()) == [*names.items(), *rest.items()]
     assert kind("Do that.").document() == {**document, "detail": "Do that."}
@@ -6456,6 +6458,229 @@ def test_a_silence_counts_from_when_it_was_too_long(ago, pauses, expected):
     assert (now - since) / 1000 == expected
 
 
+# Feeds: changes and events, for who goes on from a cursor.
+
+
+def read_feed(door, query="", path="changes", bearer=None):
+    """The items of an answer, and its cursor."""
+    reply = door.call("GET", f"/api/{path}?{query}", bearer=bearer or door.api_key)
+    assert reply.status == 200, reply
+    return next(iter(reply.document.values())), reply.document["cursor"]
+
+
+def let_in(world, hostname, **minted):
+    """A host of a token with these labels or of this organization, and its credential."""
+    enrolled = world.enroll(world.token(**minted), hostname).document
+    return enrolled["hostId"], enrolled["credential"]
+
+
+def told(changes):
+    """What changes say, in short."""
+    return [f"{it['host']['name']} {it['was']} {it['status']} {it['by']}" for it in changes]
+
+
+def test_the_feed_tells_what_became_of_hosts_and_goes_on_from_a_cursor(world):
+    _, empty = read_feed(world)
+    host, credential = let_in(world, "web-1", labels={"rack": "b4"})
+    first, cursor = read_feed(world, f"after={empty}")
+    history, number = cursor.split("-")
+    token = world.host(host).document["tokenId"]
+    assert first == [{
+        "cursor": f"{history}-1", "at": NOON_TEXT, "was": None, "status": "pending", "seen": None,
+        "host": {"id": host, "name": "web-1", "organizationId": "default",
+                 "labels": {"rack": "b4"}},
+        "by": f"token:{token}", "muted": False,
+    }]  # fmt: skip
+    assert (empty, cursor, number) == (f"{history}-0", f"{history}-1", "1")
+    world.beat(credential)
+    world.revoke(host)
+    world.act("delete-host", host)
+    rest, end = read_feed(world, f"after={cursor}")
+    key = f"api-key:{world.events().document['events'][-1]['subject'][8:]}"
+    assert told(rest) == [
+        "web-1 pending online None", f"web-1 online revoked {key}",
+        "web-1 revoked deleted cli:test",
+    ]  # fmt: skip
+    assert [it["seen"] for it in rest] == [NOON_TEXT] * 3
+    assert (rest[-1]["cursor"], end) == (f"{history}-4",) * 2
+    assert read_feed(world, f"after={end}") == ([], end)
+    assert read_feed(world, "after=now&wait=50") == ([], end)
+    assert read_feed(world, f"after={cursor}&limit=2") == (rest[:2], rest[1]["cursor"])
+    assert read_feed(world) == ([*first, *rest], end)
+
+
+def test_a_host_that_is_muted_now_is_marked_in_the_feed(world):
+    hosts = [world.join(f"web-{n}")[0] for n in range(2)]
+    rows = [(world.clock.ms + 1, int(hosts[0], 16)), (world.clock.ms, int(hosts[1], 16))]
+    for row in rows:
+        world.sql("UPDATE host SET muted_until = ? WHERE id = ?", *row)
+    marks = lambda: [change["muted"] for change in read_feed(world)[0]]  # noqa: E731
+    assert marks() == [True, False]
+    world.advance(0.001)
+    assert marks() == [False, False]
+
+
+FEED_FILTERS = {
+    "a status": ("status=online", [2, 6]),
+    "one of two": ("status=online&status=revoked", [2, 5, 6]),
+    "deleted": ("status=deleted", [7]),
+    "a label": ("label=rack=b4", [1, 2, 7]),
+    "a label's name": ("label=rack", [1, 2, 3, 7]),
+    "an empty label": ("label=empty=", [3]),
+    "two labels": ("label=rack&label=empty", [3]),
+    "none has it": ("label=rac", []),
+    "a host": ("host={web-1}", [1, 2, 7]),
+    "a host, from a number on": ("host={web-1}&limit=2", [1, 2]),
+    "no host": ("host=7fffffffffffffff", []),
+    "an organization": ("organization=berlin", [4, 5, 6]),
+    "all at once": ("organization=default&status=pending&label=rack=b5&host={web-2}", [3]),
+}
+
+
+@pytest.mark.parametrize(
+    "query, numbers", sample(FEED_FILTERS, "two labels", "an organization", "all at once")
+)
+def test_the_feed_is_filtered_and_an_organizations_key_sees_its_own(query, numbers, world):
+    world.act("add-org", name="berlin")
+    hosts, labels = {}, ({"rack": "b4"}, {"rack": "b5", "empty": ""})
+    for n in (1, 2):
+        hosts[f"web-{n}"], credential = let_in(world, f"web-{n}", labels=labels[n - 1])
+        world.beat(credential) if n == 1 else None
+    hosts["spree"], credential = let_in(world, "spree", organizationId="berlin")
+    world.revoke(hosts["spree"])
+    world.restore(hosts["spree"]), world.beat(credential)
+    world.sql("DELETE FROM change WHERE status = 2 AND was = 5")
+    world.sql("UPDATE change SET number = 6 WHERE number = 7")
+    world.act("delete-host", hosts["web-1"])
+    query = query.format(**hosts)
+    seen, end = read_feed(world, query)
+    assert [int(it["cursor"].split("-")[1]) for it in seen] == numbers
+    assert end.endswith("-2" if "limit" in query else "-7")
+    if "default" not in query:
+        key = make_api_key(world.registry, world.clock, "berlin", "viewer")
+        seen, end = read_feed(world, query, bearer=key)
+        assert [int(it["cursor"].split("-")[1]) for it in seen] == [
+            number for number in numbers if 3 < number < 7
+        ]
+        assert end.endswith("-7")
+
+
+def test_the_feed_looks_at_a_thousand_rows_at_once_and_says_how_far(world):
+    """Filters find the last of 2,500 changes in three answers; long labels end one sooner."""
+    world.join()
+    columns = "at, host_id, organization_id, name, labels, was, status, seen, actor"
+    world.sql(f"""WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < 2500)
+        INSERT INTO change (number, {columns}) SELECT i, {columns} FROM change, n""")
+    world.sql("UPDATE change SET status = 5 WHERE number = 2500")
+    cursor, ends, found = "", [], []
+    for _ in range(4):
+        seen, cursor = read_feed(world, f"status=revoked{cursor and f'&after={cursor}'}")
+        found += seen
+        ends.append(int(cursor.split("-")[1]))
+    assert (ends, len(found)) == ([1000, 2000, 2500, 2500], 1)
+    assert len(read_feed(world, "limit=1000")[0]) == 1000
+    text = json.dumps({"k": "v" * 110 * 1024})
+    world.sql("UPDATE change SET labels = ? WHERE number < 20", text)
+    assert len(read_feed(world, "limit=1000")[0]) == 10
+
+
+def test_a_cursor_of_what_is_not_kept_is_refused_with_one_to_go_on_from(world):
+    host, _ = world.join()
+    for _ in range(4):
+        world.revoke(host), world.restore(host)
+    seen, end = read_feed(world)
+    history = end.split("-")[0]
+
+    def refused(cursor, path="changes"):
+        reply = world.ask("GET", f"/api/{path}?after={cursor}&wait=50")
+        assert (reply.status, reply.code) == (410, "changes-pruned"), reply
+        assert reply.document["cursor"] in reply.document["detail"]
+        return reply.document["cursor"]
+
+    world.sql("DELETE FROM change WHERE number < 4")
+    assert refused(f"{history}-2") == refused(f"{history}-0") == f"{history}-3"
+    assert read_feed(world, f"after={history}-3")[0] == seen[3:] == read_feed(world)[0]
+    assert refused(f"{history}-10") == refused(f"{history}-{10**19 - 1}") == end
+    assert read_feed(world, f"after={refused(end.replace(history, '0' * 16))}")[0] == seen[3:]
+    # All but the last are pruned, and what a heartbeat brings comes after that.
+    world.sql("DELETE FROM change WHERE number < 9")
+    assert read_feed(world)[0] == seen[8:] and refused(f"{history}-7") == f"{history}-8"
+    # The same of the audit log, where a number is enough.
+    world.sql("INSERT INTO audit_anchor VALUES (1, 3, x'', x'')")
+    world.sql("DELETE FROM audit WHERE number < 4")
+    last = world.events().document["events"][0]["number"]
+    assert refused(2, "audit") == refused(f"{history}-2", "audit") == f"{history}-3"
+    assert refused(last + 1, "audit") == f"{history}-{last}"
+    world.sql("UPDATE audit_anchor SET number = ?", last)
+    world.sql("DELETE FROM audit")
+    assert refused(3, "audit") == f"{history}-{last}"
+    assert read_feed(world, f"after={last}", "audit") == ([], f"{history}-{last}")
+
+
+BAD_CURSORS = {
+    "no cursor": "x", "empty": "", "a number": "5", "no number": "{}-", "no history": "-5",
+    "a sign": "{}--5", "twenty digits": "{}-12345678901234567890", "in capitals": "NOW",
+    "a blank": "{}-5%20", "another alphabet": "{}-%D9%A5", "a line": "{}-5%0A",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", sample(BAD_CURSORS, "a number", "twenty digits"))
+def test_what_is_no_cursor_is_a_bad_query(text, world):
+    cursor = read_feed(world)[1].split("-")[0]
+    for path in ("changes", "audit"):
+        reply = world.ask("GET", f"/api/{path}?after={text.format(cursor)}")
+        is_good = (path, text) == ("audit", "5")  # though there is no such event
+        assert reply.code == ("changes-pruned" if is_good else "invalid-query")
+    for query in ("wait=51", "wait=-1", "wait=1.5", "status=none", "host=x", "label=", "cursor=0"):
+        assert world.ask("GET", f"/api/changes?{query}").code == "invalid-query"
+
+
+def test_the_audit_log_goes_on_from_a_cursor_the_oldest_first(world):
+    """Also for an organization's key, and by the filters of the list."""
+    host, _ = world.join()
+    events = world.audit()
+    world.act("add-org", name="berlin")
+    world.revoke(host)
+    _, end = read_feed(world, "after=now", "audit")
+    history = end.split("-")[0]
+    seen = world.audit()
+    for after in (len(events), f"{history}-{len(events)}"):
+        assert read_feed(world, f"after={after}", "audit") == (seen[len(events) :], end)
+    assert read_feed(world, "after=0&limit=2", "audit") == (seen[:2], f"{history}-2")
+    assert read_feed(world, f"after=0&action=revoke&subject=host:{host}", "audit") == (
+        [it for it in seen if it["action"] == "revoke"], end)  # fmt: skip
+    key = make_api_key(world.registry, world.clock, "berlin", "viewer")
+    owned, end = read_feed(world, "after=0", "audit", key)
+    assert {it["organizationId"] for it in owned} == {"berlin"} and len(owned) == 2
+    assert end == f"{history}-{len(seen) + 1}"
+    reply = world.ask("GET", f"/api/audit?after=0&cursor={UNKNOWN_ID}")
+    assert reply.code == "invalid-query" and reply.document["errors"][0]["field"] == "cursor"
+
+
+def test_a_backup_begins_a_history_at_its_end(world):
+    """A cursor from before goes on where that began: what is newer than it, nobody has seen."""
+    folder = world.paths[0].rpartition("/")[0] + "/copy"
+    os.mkdir(folder, 0o700)
+    host, _ = world.join()
+    _, seen = read_feed(world)
+    world.revoke(host)
+    _, newer = read_feed(world)
+    old = read_feed(world, "after=now", "audit")[1]
+    with World(world.registry.backup(folder), world.clock) as copy:
+        first, events = read_feed(copy)[1], read_feed(copy, "after=now", "audit")[1]
+        assert first[:16] == events[:16] != seen[:16]
+        copy.act("restore-host", host)
+        world.restore(host), world.revoke(host)
+        for cursor, path, whole in (
+            (newer, "changes", first), (read_feed(world)[1], "changes", first),
+            (seen, "changes", first.replace("-2", "-1")), (old, "audit", first[:17] + old[17:]),
+        ):  # fmt: skip
+            reply = copy.ask("GET", f"/api/{path}?after={cursor}")
+            assert (reply.code, reply.document["cursor"]) == ("changes-pruned", whole)
+        assert told(read_feed(copy, f"after={first}")[0]) == ["web-1 revoked pending cli:test"]
+        assert len(read_feed(copy, f"after={events}", "audit")[0]) >= 1
+
+
 def test_strays_of_a_batch_are_judged_apart_and_the_others_stay_one_statement(world):
     hosts = [world.join(f"web-{n}") for n in range(40)]
     beats = [world.heartbeat(credential) for _, credential in hosts]
@@ -7423,12 +7648,22 @@ def test_a_backup_is_a_pair_that_works(world, folder):
     assert backup(world, folder) == copies
     assert sorted(os.listdir(folder)) == ["hostenroll.db", "hostenroll.key"]
     assert {stat.S_IMODE(os.stat(path).st_mode) for path in copies} == {0o600}
-    assert contents(copies[0]) == (sorted(anatomy(world.paths[0])), world.snapshot())
+    histories = [look(world.registry, "SELECT history FROM feed")]
+
+    def copied():
+        """What the copy has: all but the history."""
+        what, rows = contents(copies[0])
+        histories.append([rows["feed"][0][1:2]])
+        assert rows["feed"][0][2:] == (rows["change"][-1][0], rows["audit"][-1][0])
+        return what, {**rows, "feed": world.snapshot()["feed"]}
+
+    assert copied() == (sorted(anatomy(world.paths[0])), world.snapshot())
     assert bad_in(copies) == []
     world.join()
     assert is_free(world.paths) and not world.registry.engine._connection.in_transaction
     backup(world, folder)  # over the older one
-    assert contents(copies[0])[1] == world.snapshot()
+    assert copied()[1] == world.snapshot()
+    assert len(set(map(str, histories))) == 3
     with World(copies, world.clock) as copy:
         assert copy.host(number).document["status"] == "online"
         assert copy.beat(credential).status == 200
@@ -14064,8 +14299,10 @@ def visit_user_operations(door):
             door.call(row.method, path, bearer=key)
         for asked, body in ((f"{path}?x=1", None), (unknown, None), (unknown, [])):
             door.ask(row.method, asked, body)
-    for path in ("/api/hosts?organization=other", "/api/audit?organization=other"):
-        door.call("GET", path, bearer=viewer)
+    for path in ("/api/hosts", "/api/audit", "/api/changes"):
+        door.call("GET", f"{path}?organization=other", bearer=viewer)
+    for path, after in itertools.product(("audit", "changes"), ("now", f"{UNKNOWN_ID}-0")):
+        door.ask("GET", f"/api/{path}?after={after}")
     door.call("POST", TOKENS_PATH, {"organizationId": "other"}, admin)
     door.ask("POST", ACTIONS_PATH, {"action": "delete", "hosts": [UNKNOWN_ID]})
     for _ in range(2):  # the second is a conflict
@@ -14229,7 +14466,8 @@ PEEKS = {
     "address": "::/0 0.0.0.0/0",
     "subject": "host:{host} token:{token} organization:default", "action": "mint enroll refuse",
     "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
-    "reason": "mine", "withKeys": "true", "self": "true",
+    "reason": "mine", "withKeys": "true", "self": "true", "after": "now", "wait": "0",
+    "host": "{host}",
 }  # fmt: skip
 CLAIMED = {
     "organizationId": "default", "hostname": "web-1", "name": "mine", "labels": {"mine": "1"},
@@ -14984,7 +15222,8 @@ def test_only_an_idle_connection_gets_more_time_when_its_state_is_entered_again(
         connections.move(connection, state)
         assert connections.next_deadline() == end
         for connections.moment, overdue in ((end - 0.001, []), (end, [connection])):
-            assert state is hostenroll.BUSY or connections.overdue() == overdue
+            is_endless = state in (hostenroll.BUSY, hostenroll.HELD)
+            assert is_endless or connections.overdue() == overdue
 
 
 def test_pipelined_requests_are_answered_in_order_and_each_in_full(live):
@@ -15463,6 +15702,138 @@ def test_a_peer_that_resets_hurts_no_other(served):
                 peer.recv(1000)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETS)
         assert live.call("GET", "/readyz").status == 200
+
+
+# Requests that wait for more of a feed.
+
+
+class Waiting:
+    """A request that waits, on a connection of its own; its answer."""
+
+    def __init__(self, live, query="wait=50", path="changes", key=None, method="GET", behind=b""):
+        self.method, self.peer = method, live.connect()
+        self.stream = self.peer.makefile("rb")
+        cursor = read_feed(live, "after=now", path)[1]
+        asked = f"/api/{path}?{query}" + ("" if "after=" in query else f"&after={cursor}")
+        self.peer.sendall(request_bytes(method, asked, bearer=key or live.api_key) + behind)
+
+    def answer(self):
+        return read_reply(self.stream, head_only=self.method == "HEAD")
+
+    def close(self):
+        self.stream.close(), self.peer.close()
+
+
+@pytest.fixture
+def wait(live):
+    """Has a request wait, and sees to it that it does."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*arguments, on=live, **options):
+            before = places(on)
+            waiting = Waiting(on, *arguments, **options)
+            stack.callback(waiting.close)
+            until(lambda: places(on) == before + 1)
+            return waiting
+
+        yield begin
+
+
+def places(live):
+    return live.registry.metrics.waiting_requests
+
+
+def test_a_request_waits_for_a_change_that_it_asks_for(live, wait):
+    """And for no other. The same connection goes on, also with a request that came meanwhile."""
+    host, credential = live.join()
+    one, any, events = wait("wait=50&status=online"), wait(), wait("wait=50", "audit")
+    head, next = wait(method="HEAD"), wait(behind=request_bytes("GET", "/api/me", bearer="x"))
+    live.revoke(host)
+    assert told(any.answer().document["changes"])[0].startswith("web-1 pending revoked")
+    assert [it["action"] for it in events.answer().document["events"]] == ["revoke"]
+    reply = head.answer()
+    assert (reply.status, reply.document) == (200, None) and int(reply.headers["content-length"])
+    assert [next.answer().status for _ in range(2)] == [200, 401]
+    live.restore(host)
+    until(lambda: places(live) == 1)
+    assert live.beat(credential).status == 200
+    (change,) = one.answer().document["changes"]
+    assert told([change]) == ["web-1 pending online None"]
+    until(lambda: places(live) == 0)
+    any.peer.sendall(request_bytes("GET", "/api/me", bearer=live.api_key))
+    assert any.answer().status == 200
+
+
+def test_what_is_there_or_asked_from_now_is_answered_at_once(live):
+    live.join()
+    for query in ("wait=50", "wait=50&after=now", "wait=0&status=missing", "status=missing"):
+        read_feed(live, query)
+
+
+def test_a_change_by_another_process_ends_the_wait(live, wait):
+    host, _ = live.join()
+    waiting, other = wait("wait=50&status=deleted"), wait("wait=50&status=online")
+    with opened(live.paths, live.clock) as registry:
+        act(registry, live.clock, "delete-host", host)
+    assert told(waiting.answer().document["changes"]) == ["web-1 pending deleted cli:test"]
+    live.terminate()
+    assert other.answer().document["changes"] == []
+
+
+@slow
+def test_a_wait_ends_at_its_time_and_its_cursor_has_moved_on(live, wait):
+    began = time.monotonic()
+    waiting = wait("wait=1&status=missing")
+    live.join()
+    reply = waiting.answer()
+    assert 0.9 < time.monotonic() - began < 2
+    assert (reply.status, reply.document["changes"]) == (200, [])
+    assert reply.document["cursor"] == read_feed(live, "after=now")[1]
+    counts = live.registry.metrics.requests.counts
+    assert sum(counts[-4:]) == 0  # a wait is no slow request
+
+
+def test_a_server_that_stops_answers_who_waits_at_once(live, wait):
+    waiting = [wait() for _ in range(3)]
+    began = time.monotonic()
+    live.terminate()
+    assert time.monotonic() - began < 1
+    for each in waiting:
+        reply = each.answer()
+        assert (reply.status, reply.document["changes"]) == (200, [])
+        assert reply.headers["connection"] == "close" and each.answer() is None
+
+
+def test_the_key_is_judged_again_when_the_answer_is_made(live, wait):
+    host, _ = live.join()
+    with opened(live.paths, live.clock) as beside:
+        key = make_api_key(beside, live.clock)
+        waiting = wait(key=key)
+        act(beside, live.clock, "revoke-api-key", key.split("_")[1])
+    live.revoke(host)
+    assert waiting.answer().code == "api-key-invalid"
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_who_waits_and_goes_frees_a_place(tls, paths, clock, wait, monkeypatch):
+    """Sixteen of a key wait, and the next are refused until one has gone."""
+    monkeypatch.setattr(hostenroll, "WAITING_OF_KEY", 2)
+    with start_server(paths, clock=clock, tls=tls) as live:
+        first, second = wait(on=live), wait(on=live)
+        path = f"/api/changes?wait=50&after={read_feed(live)[1]}"
+        for _ in range(2):
+            reply = live.ask("GET", path)
+            assert (reply.status, reply.code) == (429, "too-many-requests")
+            assert reply.headers["retry-after"] == "5"
+        read_feed(live, "wait=50&after=now")
+        first.close()
+        until(lambda: places(live) == 1)
+        third = wait(on=live)
+        live.join()
+        assert [len(each.answer().document["changes"]) for each in (second, third)] == [1, 1]
+        assert len(live.server._exchanges.held) <= 1
+        assert live.registry.metrics.refusals["too-many-requests"] == 2
+        assert live.events("action=refuse").document["events"] == []
 
 
 # Another process that writes.
