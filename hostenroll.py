@@ -9031,7 +9031,7 @@ EVENT = Document(  # of an Event
     Member("detail",         ObjectOf(Schema(open=True)), "detail", stored_object),
 )
 CHANGED_HOST = Document(  # of a Change
-    "",
+    "ChangedHost",
     Member("id",             ID_TEXT,              "host_id", id_text),
     Member("name",           NAME,                 "name"),
     Member("organizationId", SLUG,                 "organization_id"),
@@ -9100,8 +9100,8 @@ HEARTBEAT = Document(  # of a HeartbeatResult
     Member("credentialExpiresAt",  MAYBE_TIME,    "issued", required=False,
            convert=lambda issued: _or_null(rfc3339)(issued.expires_at)),
 )
-HEALTH = Document("", Member("status", Choice("ok"), CONSTANT, lambda _: "ok"))
-READINESS = Document("", Member("status", Choice("ready"), CONSTANT, lambda _: "ready"))
+HEALTH = Document("Health", Member("status", Choice("ok"), CONSTANT, lambda _: "ok"))
+READINESS = Document("Readiness", Member("status", Choice("ready"), CONSTANT, lambda _: "ready"))
 SERVICE = Document(  # of a ServicePlace
     "Service",
     Member("version",                  Text(64, 1),           CONSTANT, lambda _: __version__),
@@ -9463,18 +9463,199 @@ HEADER_TYPES: Mapping[str, FieldType] = {
 }
 ID_PATH = Schema(*required(id=ID_TEXT))
 FIELD_ERROR = Schema(*required(field=Text(64), detail=SENTENCE), name="FieldError")
+PROBLEM = Schema(  # as Problem.document() makes it
+    *required(
+        type=Text(255, 1), title=Text(255, 1), status=Integer((400, 599)), detail=SENTENCE,
+        code=Choice(*(kind.code for kind in problems())),
+    ),
+    Field("errors", ListOf(ObjectOf(FIELD_ERROR), ERRORS_NAMED)), Field("cursor", FEED_CURSOR),
+    name="Problem",
+)  # fmt: skip
 
 
-def problem_schema(kind: type[Problem]) -> Schema:
-    """The schema of Problem.document()."""
-    errors = ListOf(ObjectOf(FIELD_ERROR), ERRORS_NAMED)
-    members = required(
-        type=Choice(f"urn:hostenroll:problem:{kind.code}"), title=Choice(kind.title),
-        status=Integer((kind.status, kind.status)), detail=SENTENCE, code=Choice(kind.code),
-    )  # fmt: skip
-    more = required(errors=errors) if kind.names_errors else []
-    more += required(cursor=FEED_CURSOR) if kind.names_cursor else []
-    return Schema(*members, *more, name=kind.code)
+AN_ID, A_TIME, AN_ORGANIZATION = "0ca4f1b28e3d7a95", "2027-01-15T08:00:00.000Z", "default"
+# By the name of a member or a parameter what it says, an example, and what it is where a request
+# leaves it out. Where it says something else in one document or operation, that is before its name.
+# fmt: off
+MEANINGS: Mapping[str, tuple[Any, ...]] = {
+    "Idempotency-Key": ("sent again with the same token, it gets the same host", "b1946ac9"),
+    "action": ("what is done to each host", "revoke"),
+    "Event.action": ("what happened", "enroll"),
+    "show-audit.action": ("events of this action alone", "enroll"),
+    "actor": ("who did it: cli:<user>, api-key:<id>, token:<id>, host:<id> or server", "cli:alice"),
+    "address": ("the address of the last heartbeat; null: not known", "192.0.2.7"),
+    "Event.address": ("where it came from; null: this machine", "192.0.2.7"),
+    "list-hosts.address": ("hosts at this address or in this network", "192.0.2.0/24"),
+    "addressSince": ("since when the host has this address", A_TIME),
+    "after": ("what came after this cursor; now: what comes from now on", "5e0ff1ce5e0ff1ce-7"),
+    "agentCommand": ("updates or moves the agent of an enrolled machine", "curl ..."),
+    "agentVersion": ("the version of the agent", "0.2.0"),
+    "apiKey": ("the key itself, shown this once", "hak_0ca4f1b28e3d7a95_..."),
+    "apiKeys": ("a part of the list, the newest first", []),
+    "architecture": ("of the machine, as uname -m prints it", "x86_64"),
+    "at": ("when it became true", A_TIME),
+    "auditKeepSeconds": ("how long events are kept; null: for ever", 7776000),
+    "by": ("who did it; null: time, or a heartbeat", "cli:alice"),
+    "certificateEndsAt": ("when the server's certificate ends; null: it has none", A_TIME),
+    "changes": ("what changed, the oldest first", []),
+    "code": ("which problem it is", "not-found"),
+    "Event.code": ("of a refusal: the code of the problem", "token-used"),
+    "show-audit.code": ("refusals with this code alone", "token-used"),
+    "createdAt": ("when it was made", A_TIME),
+    "createdBy": ("who made it", "cli:alice"),
+    "credential": ("what the host sends with each heartbeat from now on", "eyJh..."),
+    "credentialExpiresAt": ("when the credential expires; null: never", A_TIME),
+    "credentialTtlSeconds": ("how long credentials are good; null: without end", 2592000),
+    "cursor": ("the nextCursor of the page before", AN_ID),
+    "Change.cursor": ("names it, to go on after it", "5e0ff1ce5e0ff1ce-7"),
+    "ChangeList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
+    "EventList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
+    "Problem.cursor": ("where to go on, having missed what is not kept", "5e0ff1ce5e0ff1ce-7"),
+    "description": ("what it is for", "the cellar", ""),
+    "detail": ("what to do about it", "Get a new token."),
+    "Event.detail": ("more of what happened, by the action", {"hostname": "web-1"}),
+    "FieldError.detail": ("what is wrong with it", "must be a string"),
+    "dockerVersion": ("of the machine's Docker; empty: none", "27.3.1"),
+    "done": ("how many hosts were found, and acted on", 2),
+    "enrolledAt": ("when the host enrolled", A_TIME),
+    "enrolledFrom": ("the address that it enrolled from", "192.0.2.7"),
+    "errors": ("what is wrong with a body or a query, field by field", []),
+    "events": ("a part of the log, the newest first", []),
+    "everySeconds": ("the rhythm of an agent that cron starts; null: it has none", 300),
+    "expiresAt": ("until when it is good; null: without end", A_TIME),
+    "field": ("the member or parameter", "hostname"),
+    "heartbeatIntervalSeconds": ("how often a heartbeat is expected", 30),
+    "host": ("the host, as it was then", {"id": AN_ID, "name": "web-1"}),
+    "list-changes.host": ("changes of this host alone", AN_ID),
+    "hostId": ("the id of the host", AN_ID),
+    "Token.hostId": ("the only host that it lets in again; null: it lets in new ones", AN_ID),
+    "hostname": ("as the machine says it", "web-1.example.net"),
+    "Token.hostname": ("the only hostname that it lets in; null: any", "web-1.example.net"),
+    "MintTokenRequest.hostname": ("let in this hostname alone", "web-1.example.net"),
+    "hosts": ("a part of the list", []),
+    "Token.hosts": ("the ids of some that it let in", [AN_ID]),
+    "ActOnHostsRequest.hosts": ("their ids", [AN_ID]),
+    "id": ("names it for good", AN_ID),
+    "Organization.id": ("its name", AN_ORGANIZATION),
+    "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
+    "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
+    "joinCommand": ("makes a machine a host, with TOKEN in place of a token", "curl ..."),
+    "label": ("hosts with this label; may come more than once", "rack=b4"),
+    "labels": ("key and value, for people and tools", {"rack": "b4"}, {}),
+    "EditHostPatch.labels": ("labels to set, or with null to remove; null: all", {"rack": None}),
+    "ActOnHostsRequest.labels": ("labels to set, or with null to remove", {"rack": None}),
+    "lastSeen": ("when the last heartbeat came; null: none has", A_TIME),
+    "lastUsedAt": ("when it was last used, to the hour; null: never", A_TIME),
+    "limit": ("how many at most", 100, PAGE_DEFAULT),
+    "maxUses": ("how many hosts it lets in", 1, 1),
+    "muted": ("whether nobody is to be told of it now", False),
+    "name": ("what people call the host", "web-1"),
+    "EnrollRequest.name": ("what people call the host (its hostname)", "web-1"),
+    "AddOrgRequest.name": ("of the new organization", AN_ORGANIZATION),
+    "nextCursor": ("where the list goes on; null: it ends here", AN_ID),
+    "nextHeartbeatSeconds": ("when to send the next", 29),
+    "notFound": ("ids that are no host's", [AN_ID]),
+    "number": ("1, 2, 3 ... without a gap", 7),
+    "organization": ("of this organization alone", AN_ORGANIZATION),
+    "organizationId": ("whose it is; null: it is for all", AN_ORGANIZATION),
+    "organizations": ("those that the key sees", []),
+    "os": ("the operating system", "Debian GNU/Linux 12"),
+    "pin": ("the keys that agents trust, as curl's --pinnedpubkey; null: any", "sha256//..."),
+    "publicUrl": ("where agents find the server", "https://enroll.lan:8443"),
+    "q": ("a part of name, hostname, id or address", "web"),
+    "reason": ("why, for the audit log", "sold"),
+    "refusedAt": ("when a request of the host was last refused; null: never", A_TIME),
+    "refusedCode": ("and what for", "credential-superseded"),
+    "revokedAt": ("when it was revoked; null: it is not", A_TIME),
+    "role": ("what the key may do: admin may change, viewer may look", "viewer"),
+    "seen": ("the last heartbeat before it; null: there was none", A_TIME),
+    "MintApiKeyRequest.role": ("what the key may do", "viewer", "admin"),
+    "self": ("also if it is the key that asks", "true", "false"),
+    "state": ("whether it is good, and if not, why", "valid"),
+    "status": ("what the host is, by its heartbeats", "online"),
+    "Problem.status": ("the status of the answer", 404),
+    "Change.status": ("what the host became", "offline"),
+    "list-changes.status": ("hosts that became this alone; may come more than once", "offline"),
+    "list-hosts.status": ("hosts of this status alone", "offline"),
+    "Health.status": ("it answers", "ok"),
+    "Readiness.status": ("it can do its work", "ready"),
+    "statusReason": ("why the host has its status, in a sentence", "last seen 5 s ago"),
+    "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
+    "show-audit.subject": ("events about this alone", f"host:{AN_ID}"),
+    "time": ("when it happened", A_TIME),
+    "title": ("the problem in a few words", "There is no such thing"),
+    "token": ("the token itself, shown this once", "het_0ca4f1b28e3d7a95_..."),
+    "EnrollRequest.token": ("what lets the machine in", "het_0ca4f1b28e3d7a95_..."),
+    "list-hosts.token": ("hosts that came in by the token with this id", AN_ID),
+    "tokenId": ("the id of the token that let it in first", AN_ID),
+    "tokens": ("a part of the list, the newest first", []),
+    "ttlSeconds": ("how long it is good", 3600, TOKEN_TTL),
+    "MintApiKeyRequest.ttlSeconds": ("how long it is good; null: without end", 43200),
+    "type": ("urn:hostenroll:problem: and the code", "urn:hostenroll:problem:not-found"),
+    "usedAt": ("when it last let a host in; null: never", A_TIME),
+    "usedFrom": ("the address that it was last used from", "192.0.2.7"),
+    "uses": ("how many hosts it has let in", 1),
+    "version": ("of the server", __version__),
+    "wait": ("how long to wait for what is not there yet", 30, 0),
+    "warnings": ("what people should know of the host, in sentences", []),
+    "was": ("what the host was; null: it has enrolled", "online"),
+    "withHosts": ("also shut out the hosts that came in by it", "true", "false"),
+    "withKeys": ("also revoke the keys that it made, and what those made", "true", "false"),
+}
+# fmt: on
+
+
+def _described(owner: str, name: str, schema: dict[str, Any], is_asked: bool) -> dict[str, Any]:
+    """The schema of a member or a parameter with its meaning; is_asked: it is of a request."""
+    text, example, *default = MEANINGS.get(f"{owner}.{name}") or MEANINGS[name]
+    rule = schema.get("description")
+    described = {**schema, "description": f"{text}; {rule}" if rule else text}
+    more = {"default": default[0]} if default and is_asked else {}
+    return {**described, "examples": [example], **more}
+
+
+def _opened(schema: Any) -> Any:
+    """The schema of an answer as clients may rely on it: members and words may be added, in newer
+    versions. The tests hold answers to the closed one."""
+    if isinstance(schema, list):
+        return [*map(_opened, schema)]
+    if not isinstance(schema, dict):
+        return schema
+    names = {"enum": "x-extensible-enum"}
+    opened = {names.get(name, name): _opened(value) for name, value in schema.items()}
+    if opened.get("additionalProperties") is False:
+        del opened["additionalProperties"]
+    return opened
+
+
+def _object_schema(name: str, schema: Schema, is_asked: bool) -> dict[str, Any]:
+    """A body or an answer, as its component."""
+    document = schema.json_schema() if is_asked else _opened(schema.json_schema())
+    members, owner = document["properties"], name.replace("Minted", "")
+    document["properties"] = {n: _described(owner, n, members[n], is_asked) for n in members}
+    return cast("dict[str, Any]", document)
+
+
+def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
+    for place, schema in (
+        ("path", ID_PATH if "{id}" in operation.path else NO_MEMBERS),
+        ("query", operation.query),
+        ("header", operation.headers),
+    ):
+        for parameter in schema.parameters(place):
+            name, one = parameter["name"], parameter.pop("schema")
+            described = _described(operation.name, name, one, True)
+            text, (example,) = described.pop("description"), described.pop("examples")
+            yield {**parameter, "description": text, "schema": described, "example": example}
+
+
+def _request_bodies(operation: Operation) -> Iterator[tuple[bytes, str, Schema]]:
+    """Of each media type its name, and the name and the schema of its bodies."""
+    name = "".join(word.capitalize() for word in operation.name.split("-"))
+    if operation.body is not None:
+        yield JSON.encode(), f"{name}Request", operation.body
+    if operation.patch is not None:
+        yield MERGE_PATCH, f"{name}Patch", operation.patch
 
 
 def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Problem]]]]:
@@ -9487,12 +9668,15 @@ def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Proble
 def _refusal_response(kinds: Sequence[type[Problem]]) -> dict[str, Any]:
     names = sorted({name for kind in kinds for name, _ in kind().headers()})
     headers = {n: {"required": True, "schema": HEADER_TYPES[n].json_schema()} for n in names}
-    schemas = [problem_schema(kind).reference() for kind in kinds]
-    schema = schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
+    mistake = [FieldError("hostname", "must be a string")]
+    examples = {
+        kind.code: {"value": kind(errors=mistake if kind.names_errors else ()).document()}
+        for kind in kinds
+    }
     return {
         "description": "\n\n".join(f"{kind.code}: {kind.remedy}" for kind in kinds),
         **({"headers": headers} if headers else {}),
-        "content": {PROBLEM_JSON: {"schema": schema}},
+        "content": {PROBLEM_JSON: {"schema": PROBLEM.reference(), "examples": examples}},
     }
 
 
@@ -9503,23 +9687,20 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
         "summary": operation.summary,
         "tags": [tag],
         "security": [{scheme: []}] if scheme else [],
-        "parameters": [
-            *(ID_PATH.parameters("path") if "{id}" in operation.path else ()),
-            *operation.query.parameters("query"),
-            *operation.headers.parameters("header"),
-        ],
+        "parameters": [*_parameters(operation)],
     }
     if operation.body is not None:
-        schema = operation.body.json_schema()
-        content = {JSON: {"schema": schema}}
-        if operation.patch is not None:
-            content[MERGE_PATCH.decode()] = {"schema": operation.patch.json_schema()}
-        document["requestBody"] = {"required": bool(schema["required"]), "content": content}
+        is_required = any(field.required for field in operation.body.fields.values())
+        content = {
+            media.decode(): {"schema": {"$ref": f"#/components/schemas/{name}"}}
+            for media, name, _ in _request_bodies(operation)
+        }
+        document["requestBody"] = {"required": is_required, "content": content}
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.status != HTTPStatus.NO_CONTENT:
         answer = operation.schema()
-        reference = {"type": "string"} if answer is None else answer.reference()
-        success["content"] = {operation.content_type: {"schema": reference}}
+        schema = {"type": "string"} if answer is None else answer.reference()
+        success["content"] = {operation.content_type: {"schema": schema}}
     document["responses"] = {str(operation.status): success}
     for status, name, _ in _refusals(operation):
         document["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
@@ -9527,28 +9708,41 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
 
 
 def openapi_document() -> dict[str, Any]:
-    """The HTTP API in OpenAPI 3.1."""
+    """The HTTP API in OpenAPI 3.1. Answers are open to additions, requests are as they are judged;
+    words of an answer that stand in x-extensible-enum may become more."""
     paths: dict[str, dict[str, Any]] = {}
     responses: dict[str, Any] = {}
-    schemas: dict[str, Schema] = {}
+    answers: dict[str, Schema] = {}
+    requests: dict[str, Any] = {}
     for operation in HTTP_OPERATIONS:
         methods = paths.setdefault(operation.path, {})
         methods[operation.method.lower()] = _openapi_operation(operation)
         schema = operation.schema()
         if operation.answer is not None and schema is not None:
-            schemas.update({one.name: one for one in (operation.answer.schema, schema) if one.name})
+            answers.update({one.name: one for one in (operation.answer.schema, schema) if one.name})
+        for _, name, body in _request_bodies(operation):
+            requests[name] = _object_schema(name, body, True)
         for _, name, kinds in _refusals(operation):
             responses[name] = _refusal_response(kinds)
-            schemas.update({kind.code: problem_schema(kind) for kind in kinds})
-    schemas[FIELD_ERROR.name] = FIELD_ERROR
+    parts = PROBLEM, FIELD_ERROR, CHANGED_HOST.schema
+    answers.update({schema.name: schema for schema in parts})
     return {
         "openapi": "3.1.0",
-        "info": {"title": "hostenroll", "version": __version__},
-        "servers": [{"url": "."}],  # where this document is: a proxy may strip a prefix
+        "info": {
+            "title": "hostenroll",
+            "version": __version__,
+            "summary": "Decides who may join a fleet of machines, and knows which are alive.",
+            "description": "Members and words may be added to answers in newer versions.",
+        },
+        # Relative to this document, since a proxy may take a prefix off.
+        "servers": [{"url": ".", "description": "the server that this document is of"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": {name: schema.json_schema() for name, schema in schemas.items()},
+            "schemas": {
+                **{n: _object_schema(n, one, False) for n, one in answers.items()},
+                **requests,
+            },
             "responses": responses,
             "securitySchemes": SECURITY_SCHEMES,
         },

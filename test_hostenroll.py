@@ -13594,7 +13594,11 @@ def test_an_unknown_path_is_not_found(estate):
 def require_declared(reply, kinds):
     """The reply is what one of these kinds of problems declares."""
     kind = next(kind for kind in kinds if kind.code == reply.code)
-    hostenroll.problem_schema(kind).check(reply.document)
+    hostenroll.PROBLEM.check(reply.document)
+    document = reply.document
+    assert document["type"] == f"urn:hostenroll:problem:{kind.code}"
+    assert (document["title"], document["status"]) == (kind.title, kind.status)
+    assert ("errors" in document, "cursor" in document) == (kind.names_errors, kind.names_cursor)
     assert reply.status == kind.status
     assert {name.lower() for name, _ in kind().headers()} <= set(reply.headers)
     assert reply.headers["content-type"] == "application/problem+json"
@@ -14345,7 +14349,7 @@ def references(document):
 def test_the_openapi_document_has_exactly_the_operations_and_their_refusals():
     """And it refers to all components that it has and to nothing else."""
     document = hostenroll.openapi_document()
-    assert document["info"] == {"title": "hostenroll", "version": hostenroll.__version__}
+    assert document["info"]["version"] == hostenroll.__version__
     components = document["components"]
     there = {f"#/components/{kind}/{name}" for kind in components for name in components[kind]}
     schemes = {name for name in there if "/securitySchemes/" in name}
@@ -14363,11 +14367,68 @@ def test_the_openapi_document_has_exactly_the_operations_and_their_refusals():
         assert responses.pop(str(row.status))
         for status, reference in responses.items():
             response = components["responses"][reference["$ref"].rpartition("/")[2]]
-            named = [reference.rpartition("/")[2] for reference in references(response)]
+            assert set(references(response)) == {"#/components/schemas/Problem"}
+            named = list(response["content"]["application/problem+json"]["examples"])
             assert {statuses[code] for code in named} == {status}
             assert set(response.get("headers", ())) == headers.get(status, set())
             codes += named
         assert codes == [kind.code for kind in row.problems()]
+
+
+def members_of(schema):
+    """All members of a schema of OpenAPI, and of what is within it."""
+    for name, member in schema.get("properties", {}).items():
+        yield name, member
+    for inner in schema.values():
+        for one in inner if isinstance(inner, list) else [inner]:
+            if isinstance(one, dict):
+                yield from members_of(one)
+
+
+def test_each_member_and_parameter_is_described_with_an_example_that_fits():
+    """And no meaning is there for nothing."""
+    document = hostenroll.openapi_document()
+    schemas, used = document["components"]["schemas"], set()
+    for name, schema in schemas.items():
+        for member, described in members_of(schema):
+            assert described["description"] and "examples" in described, (name, member)
+            used.add(member)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for parameter in operation["parameters"]:
+                assert parameter["description"] and "example" in parameter, parameter
+                used.add(parameter["name"])
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                assert content["schema"]["$ref"].endswith(("Request", "Patch"))
+    owners = {*schemas, *hostenroll.OPERATION}
+    for name in hostenroll.MEANINGS:
+        owner, _, member = name.rpartition(".")
+        assert member in used and (not owner or owner in owners), name
+    for row in HTTP_OPERATIONS:
+        for name, field in row.body.fields.items() if row.body else ():
+            owner = "".join(word.capitalize() for word in row.name.split("-")) + "Request"
+            _, example, *default = hostenroll.MEANINGS.get(f"{owner}.{name}") or (
+                hostenroll.MEANINGS[name])  # fmt: skip
+            for value in [example, *default]:
+                field.type.check(value)
+        for name, field in row.query.fields.items():
+            _, example, *default = hostenroll.MEANINGS.get(f"{row.name}.{name}") or (
+                hostenroll.MEANINGS[name])  # fmt: skip
+            for value in [example, *default]:
+                field.type.parse(str(value))
+
+
+def test_the_description_of_answers_is_open_to_additions_and_that_of_requests_is_exact():
+    schemas = hostenroll.openapi_document()["components"]["schemas"]
+    for name, schema in schemas.items():
+        text = json.dumps(schema)
+        if name.endswith(("Request", "Patch")):
+            is_open = name in ("EnrollRequest", "BeatRequest")
+            assert schema["additionalProperties"] is is_open
+        else:
+            assert '"enum"' not in text and '"additionalProperties": false' not in text
+    assert schemas["Host"]["properties"]["status"]["x-extensible-enum"] == list(hostenroll.STATUSES)
+    assert schemas["Problem"]["properties"]["title"]["type"] == "string"
 
 
 def beside_python(tool):
@@ -14388,6 +14449,69 @@ def test_openapi_spec_validator_finds_nothing(tmp_path):
     command = [beside_python("openapi-spec-validator"), str(path)]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+# A client that was made of the description before a newer server.
+
+AHEAD = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import hostenroll as h
+old = h.HOST.of
+h.HOST.of = lambda view: {**old(view), "status": "dormant", "parts": [{"a": 1}], "warmth": 7}
+for kind in h.problems():
+    kind.title = "Another title"
+before = h.Problem.document
+h.Problem.document = lambda problem: {**before(problem), "code": "brand-new", "help": "x"}
+sys.exit(h.main())
+"""
+USES_CLIENT = """
+import sys
+from client import AuthenticatedClient
+from client.api.user import list_hosts, mint_token, show_host, edit_host
+from client.models import MintTokenRequest, EditHostRequest, HostList, Problem
+client = AuthenticatedClient(base_url=sys.argv[1], token=sys.argv[2])
+listed = list_hosts.sync(client=client)
+assert isinstance(listed, HostList) and listed.hosts[0].status == "dormant", listed
+assert listed.hosts[0].additional_properties["warmth"] == 7
+minted = mint_token.sync(client=client, body=MintTokenRequest(max_uses=2, description="x"))
+assert minted.token.startswith("het_") and minted.max_uses == 2, minted
+refused = show_host.sync(client=client, id="0" * 16)
+assert isinstance(refused, Problem) and refused.code == "brand-new", refused
+print("done")
+"""
+
+
+@slow
+@needs("openapi-python-client")
+def test_a_client_that_was_generated_today_works_with_a_newer_server(tmp_path):
+    """Which has more members, words, titles and problems than are known today."""
+    (tmp_path / "openapi.json").write_text(cli(tmp_path, "openapi").stdout)
+    command = [
+        beside_python("openapi-python-client"), "generate", "--path", "openapi.json",
+        "--meta", "none", "--output-path", "client",
+    ]  # fmt: skip
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0 and "unable to" not in made.stdout.lower(), made.stdout
+    (tmp_path / "ahead.py").write_text(AHEAD)
+    (tmp_path / "uses.py").write_text(USES_CLIENT)
+    key = cli(tmp_path, "mint-api-key").stdout.strip()
+    token = cli(tmp_path, "mint-token").stdout.strip()
+    with start_server(tmp_path, how="process", api_key=False) as today:
+        today.enroll(token, "web-1")
+    log = (tmp_path / "log").open("w+")
+    ahead = subprocess.Popen(
+        [sys.executable, "ahead.py", str(ROOT), "serve", "--port", "0"], cwd=tmp_path,
+        stdout=log, stderr=log)  # fmt: skip
+    try:
+        url = until(lambda: re.search("http://[0-9.]+:[0-9]+", (tmp_path / "log").read_text()))[0]
+        used = subprocess.run([sys.executable, "uses.py", url, key], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=60)  # fmt: skip
+        assert used.stdout == "done\n", used.stderr[-3000:]
+    finally:
+        ahead.terminate()
+        ahead.wait()
+        log.close()
 
 
 # DELETE revokes a token, and a revoked one can still be looked at. The credential is that of a
