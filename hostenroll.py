@@ -156,7 +156,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import chain, cycle, groupby, product, repeat, starmap, takewhile
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -220,6 +220,16 @@ ADDRESS_KEPT_MS = 10 * MINUTE * SECOND_MS  # of a host whose address changes aga
 CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
 READY_EVERY = 1  # between two writes by /readyz, which is open to all
 
+# Changes, and the sweep that finds who fell silent.
+SWEPT_AT_ONCE = 2000  # hosts looked at in a slice, in SQL: half a millisecond
+JUDGED_AT_ONCE = 250  # of these, in Python: a slice in which all have fallen silent takes 10 ms
+CHANGES_MANY = 8  # in a tick: to run the next one twice costs more than to wait for the disk
+SWEEP_REST = 3  # between two sweeps: what a small fleet is told after this is soon
+SWEEP_RESTS = 40  # or as many times what the last one took: at most 2.5 % of a core
+CHANGES_KEPT = 30 * DAY
+CHANGES_KEEP_RANGE = (HOUR, 3650 * DAY)
+CHANGES_MAXIMUM = 1_000_000  # kept: some 200 MiB
+
 # Lists. No request examines more rows than this, so that a heartbeat behind it waits a few ms.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
@@ -227,8 +237,7 @@ ROWS_EXAMINED = 1000
 ROWS_READ = 100  # of a list, at once: a page of PAGE_DEFAULT without a filter
 PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 hosts may be 100 MiB
 ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more counts as several
-COUNTED_AT_ONCE = 1000  # hosts, in one slice of a census, which compares them one by one
-CENSUS_KEPT = 5  # a census that took more than one slice is good for so long
+COUNTED_AT_ONCE = 1000  # hosts, in one slice of what goes through all of them
 ACTED_AT_ONCE = 1000  # hosts, in one tick; half as many by commands, which servers wait for
 VERIFIED_AT_ONCE = 1000  # events, in one read transaction: a longer one holds up the WAL
 PRUNED_AT_ONCE = 500  # rows a turn, a few ms; again in the next turn while there are more
@@ -924,19 +933,28 @@ class LabelChanges(Labels):
         return text[:-1], None
 
 
-class LabelFilter(Labels):
-    """In a query, one key=value, or a key with whatever value: None."""
+LabelTerm = tuple[str, Optional[str], bool]  # key, value or None, whether a host is to have it
 
-    def parse(self, text: str) -> tuple[str, Optional[str]]:
-        return super().parse(text) if "=" in text else (self.KEY.check(text), None)
+
+class LabelFilter(Labels):
+    """In a query, of a host's labels: key=value, key!=value (all hosts but these), or a key with
+    whatever value: None."""
+
+    def parse(self, text: str) -> Any:  # a LabelTerm
+        key, equals, value = text.partition("=")
+        name = key[:-1] if key.endswith("!") else key
+        self.check({name: value})
+        return name, value if equals else None, name == key
 
     def parameter_schema(self) -> dict[str, Any]:
-        return {"type": "string", "pattern": f"^{self.KEY.pattern}(={self.TEXT.pattern})?$"}
+        return {"type": "string", "pattern": f"^{self.KEY.pattern}(!?={self.TEXT.pattern}|!)?$"}
 
 
-def has_labels(own: Mapping[str, Any], wanted: Iterable[tuple[str, Optional[str]]]) -> bool:
-    """Whether labels have all that a LabelFilter names."""
-    return all(key in own and value in (None, own[key]) for key, value in wanted)
+def has_labels(own: Mapping[str, Any], wanted: Iterable[LabelTerm]) -> bool:
+    """Whether labels are as a LabelFilter says."""
+    return all(
+        (key in own and value in (None, own[key])) is has_it for key, value, has_it in wanted
+    )
 
 
 class ListOf(FieldType):
@@ -1766,12 +1784,23 @@ CREATE TABLE host (
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
+CREATE INDEX host_name ON host (name);
+CREATE INDEX host_owner_state ON host (organization_id, state, status_since);
+CREATE INDEX host_owner_name ON host (organization_id, name);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
 CREATE INDEX host_token_live ON host (token_id) WHERE revoked_at IS NULL;
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
+
+CREATE TABLE census (
+    -- How many hosts an organization has in each state. The triggers below keep it.
+    organization_id  TEXT    NOT NULL,
+    state            INTEGER NOT NULL,
+    hosts            INTEGER NOT NULL,
+    PRIMARY KEY (organization_id, state)
+) WITHOUT ROWID;
 
 CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.
@@ -1856,6 +1885,26 @@ CREATE TABLE audit_anchor (
     mac     BLOB    NOT NULL,  -- its mac
     proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
 );
+
+CREATE TRIGGER census_adds AFTER INSERT ON host
+BEGIN
+    INSERT INTO census VALUES (NEW.organization_id, NEW.state, 1)
+        ON CONFLICT (organization_id, state) DO UPDATE SET hosts = hosts + 1;
+END;
+
+CREATE TRIGGER census_moves AFTER UPDATE OF state ON host
+WHEN OLD.state <> NEW.state
+BEGIN
+    INSERT INTO census VALUES (OLD.organization_id, OLD.state, -1),
+        (NEW.organization_id, NEW.state, 1)
+        ON CONFLICT (organization_id, state) DO UPDATE SET hosts = hosts + excluded.hosts;
+END;
+
+CREATE TRIGGER census_removes AFTER DELETE ON host
+BEGIN
+    UPDATE census SET hosts = hosts - 1
+        WHERE organization_id = OLD.organization_id AND state = OLD.state;
+END;
 
 CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
 BEGIN
@@ -2024,6 +2073,15 @@ class HostState(NamedTuple):
 
 
 ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
+
+
+class Silence(NamedTuple):
+    """What the sweep judges a host by: columns of heartbeat."""
+
+    host_id: int
+    last_seen: int
+    told_interval: int
+    state: int
 
 
 class Change(NamedTuple):
@@ -2960,6 +3018,15 @@ class Records:
     def get(self, record: Callable[..., T], id: Union[int, str]) -> Optional[T]:
         return self._one(record, "WHERE id = ?", id)
 
+    def oldest(self, record: Any, before: int, now: int, limit: int) -> list[Any]:
+        """The first events or changes, as long as they are older than a time. One of a clock that
+        was ahead counts as old as those after it."""
+        rows = self._all(record, "ORDER BY number LIMIT ?", limit)
+        old = [*takewhile(lambda it: isinstance(it.at, int) and not before <= it.at <= now, rows)]
+        while old and old[-1].at >= before:
+            old.pop()
+        return old
+
     def newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
         key, (owned, owners) = record._fields[0], _owned_by(owner)
         rest = f"WHERE {owned} {key} < ? ORDER BY {key} DESC LIMIT ?"
@@ -3012,6 +3079,35 @@ class Changes(Records):
         statement = "UPDATE heartbeat SET state = ? WHERE host_id = ?"
         self._many(statement, ((state, host) for state, _, host in states))
 
+    def count_hosts(self) -> None:
+        """Fill the census of a database that was migrated; then its triggers keep it."""
+        columns = "organization_id, state"
+        self._run(f"INSERT INTO census SELECT {columns}, count(*) FROM host GROUP BY {columns}")
+
+    def census(self, organization: Optional[str]) -> list[tuple[str, int, int]]:
+        """Organizations, states, and how many hosts of it are in that."""
+        owned, owner = _owned_by(organization)
+        statement = "SELECT organization_id, state, hosts FROM census WHERE"
+        return self._rows(f"{statement} {owned} hosts > 0", *owner)
+
+    def hosts_by(
+        self, column: str, states: Sequence[int], owner: Optional[str], after: Sequence[Any],
+        limit: int,
+    ) -> list[Host]:  # fmt: skip
+        """Hosts in the order of a column and then by id, after these two values: by name those in
+        any state, by status_since those in some, the latest first. Each part of the union is read
+        in the order of an index. A part of its own has equal values: for row values SQLite would
+        walk through all of those."""
+        owned, owners = _owned_by(owner)
+        sign, way = (">", "ASC") if column == "name" else ("<", "DESC")
+        parts, values = [], []
+        for state in ("",) if column == "name" else [f"host.state = {it} AND" for it in states]:
+            for bound in (f"{column} = ? AND id {sign} ?", f"{column} {sign} ?"):
+                parts.append(f"WHERE {owned} {state} {bound}")
+                values += [*owners, *after[: bound.count("?")]]
+        rest = f" UNION ALL {SELECT[Host]} ".join(parts)
+        return self._all(Host, f"{rest} ORDER BY {column} {way}, id {way} LIMIT ?", *values, limit)
+
     def changes_after(self, number: int, limit: int, host: Optional[int] = None) -> list[Change]:
         """The oldest first; of all hosts, or of one."""
         owned, owner = ("", ()) if host is None else ("host_id = ? AND", (host,))
@@ -3024,6 +3120,38 @@ class Changes(Records):
     def last_change(self) -> int:
         """Its number; 0: there was none."""
         return int(self._value("SELECT max(number) FROM change") or 0)
+
+    def prune_changes(self, before: int, now: int, most: int, limit: int) -> bool:
+        """Delete the first changes, so many at once, while they are older than a time, or more
+        than so many; never the last. True: there may be more."""
+        last, old = self.last_change(), self.oldest(Change, before, now, limit)
+        many = min(last - most, (self.oldest_change() or 0) + limit - 1)
+        end = max(old[-1].number if old else 0, many)
+        statement = "DELETE FROM change WHERE number <= ? AND number < ?"
+        return self._run(statement, end, last) >= limit
+
+    def silences(
+        self, after: int, examined: int, limit: int, now: int, is_new_period: bool
+    ) -> tuple[list[Silence], Optional[int]]:
+        """Look at so many hosts with an id above after: of these, at most limit that may have
+        another state than the one reported. The id to go on after; None when there are no more.
+
+        SQL knows no pauses, so to it a silence looks as long as it is or longer. In a new service
+        period, one that was too long may not be so any more. A last_seen that is far ahead says
+        nothing by itself, see ServicePeriod."""
+        statement = "SELECT host_id FROM heartbeat WHERE host_id > ? ORDER BY host_id LIMIT 1"
+        end = self._value(f"{statement} OFFSET ?", after, examined - 1)
+        # Hosts that are pending or revoked stay so: no time changes that.
+        statement = f"""SELECT {", ".join(Silence._fields)} FROM heartbeat
+             WHERE host_id > ? AND host_id <= ? AND state IN (1, 3, 4)
+             AND ((? = 1 AND state <> 1) OR last_seen > ? OR state <> CASE
+                 WHEN last_seen >= ? - (told_interval * {MISSED_BEATS} + {ONLINE_SLACK}) * 1000
+                 THEN 1 WHEN last_seen >= ? THEN 3 ELSE 4 END) ORDER BY host_id LIMIT ?"""
+        limits = now + CLOCK_SLACK * SECOND_MS, now, now - MISSING_AFTER * SECOND_MS
+        ends = after, LAST_ID if end is None else end
+        rows = self._rows(statement, *ends, int(is_new_period), *limits, limit)
+        fitting = [Silence._make(row) for row in rows if _fits(Silence, tuple(map(type, row)))]
+        return fitting, rows[-1][0] if len(rows) == limit else end
 
 
 class Queries(Changes):
@@ -3259,15 +3387,6 @@ class Queries(Changes):
         """What the first event is chained to, where older ones have been pruned."""
         return self._one(Anchor, "")
 
-    def oldest_events(self, before: int, now: int, limit: int) -> list[Event]:
-        """The first events of the log, as long as they are older than a time. An event of a clock
-        that was ahead counts as old as the events after it."""
-        rows = self._all(Event, "ORDER BY number LIMIT ?", limit)
-        events = [*takewhile(lambda e: isinstance(e.at, int) and not before <= e.at <= now, rows)]
-        while events and events[-1].at >= before:
-            events.pop()
-        return events
-
     def prune_events(self, last: int) -> int:
         """Delete the first events up to a number that is not after the anchor; how many."""
         return self._run("DELETE FROM audit WHERE number <= ?", last)
@@ -3451,7 +3570,19 @@ class Page(NamedTuple):
     """A part of a list. It may be empty and not the last: only next None ends a list."""
 
     items: list[Any]
-    next: Optional[int] = None  # the cursor: the list goes on below this id
+    next: Optional[str] = None  # the cursor: where the list goes on
+    more: Mapping[str, Any] = {}  # what else the answer has
+
+
+class Order(NamedTuple):
+    """Where a list goes on: a place, which a row begins with, and as the text of a cursor."""
+
+    start: Any = LAST_ID  # of the newest: they come first, by their ids
+    cursor: Callable[[Any], str] = id_text
+    parse: Callable[[str], Any] = partial(int, base=16)  # raises ValueError, IndexError
+
+
+NEWEST = Order()
 
 
 class ChangeView(NamedTuple):
@@ -3473,6 +3604,7 @@ class FeedPage(NamedTuple):
     is_last: bool
     examined: int = 0  # rows
     next: None = None  # as in a Page
+    more: Mapping[str, Any] = {}
 
 
 # The states by their numbers; 0 is what was reported of a host that has just enrolled.
@@ -3515,6 +3647,8 @@ class Metrics:
         self.commits = Histogram(SECONDS_BUCKETS)
         self.lock_waits = Histogram(SECONDS_BUCKETS)
         self.ticks = Histogram(SIZE_BUCKETS)
+        self.sweep_seconds = 0.0  # what the last sweep took
+        self.swept_at = time.monotonic()  # when it ended, or we started
 
 
 Row = Union[ApiKey, Host, Token]
@@ -3564,25 +3698,28 @@ class Rules:
         return row
 
     def _page(
-        self, call: Call, read: Callable[[Owner, int, int], Sequence[Any]],
-        view: Callable[[Any], Any], text: str = "labels",
+        self, call: Call, read: Callable[[Owner, Any, int], Sequence[Any]],
+        view: Callable[[Any], Any], text: str = "labels", order: Order = NEWEST,
     ) -> Page:  # fmt: skip
-        """One page of a list, the newest first. values: organization, limit, cursor. It ends at its
-        limit or after ROWS_EXAMINED rows. Raises InvalidQuery, NotFound.
+        """One page of a list. values: organization, limit, cursor. It ends at its limit or after
+        ROWS_EXAMINED rows. Raises InvalidQuery, NotFound.
 
-        read(owner, before, limit) gives rows, which begin with their id, with ids below before;
+        read(owner, place, limit) gives the rows after a place, each of which begins with its own;
         view(row) the item, or None for a row that does not match. A row with a long text (the name
         of its column), and a token with many hosts, count as several rows.
         """
         owner = self._scope(call, InvalidQuery, "organization")
         limit, cursor = call.values.get("limit", PAGE_DEFAULT), call.values.get("cursor")
-        before = LAST_ID if cursor is None else int(cursor, 16)
+        try:
+            place = order.start if cursor is None else order.parse(cursor)
+        except (ValueError, IndexError):
+            error = FieldError("cursor", "must be a nextCursor of a list in this order")
+            raise InvalidQuery(errors=[error]) from None
         items: list[Any] = []
         examined = 0
         while True:
-            rows = read(owner, before, ROWS_READ + 1)
+            rows = read(owner, place, ROWS_READ + 1)
             for row in rows[:ROWS_READ]:
-                before = row[0]
                 examined += 1
                 item = view(row)
                 if item is not None:
@@ -3590,9 +3727,11 @@ class Rules:
                     examined += len(getattr(row, text)) // ROW_BYTES
                     examined += len(getattr(item, "hosts", ()))
                 if len(items) == limit or examined >= ROWS_EXAMINED:
-                    return Page(items, None if row is rows[-1] else before)
+                    is_last = row is rows[-1]
+                    return Page(items, None if is_last else order.cursor(row[0]))
             if len(rows) <= ROWS_READ:
                 return Page(items)
+            place = row[0]
 
 
 class EventLimit:
@@ -3743,7 +3882,7 @@ class AuditLog(Rules):
         """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
         if self.keep is None:
             return False
-        old = self._queries.oldest_events(now - self.keep * SECOND_MS, now, PRUNED_AT_ONCE)
+        old = self._queries.oldest(Event, now - self.keep * SECOND_MS, now, PRUNED_AT_ONCE)
         if not old:
             return False
         # Only what is as it was written: a thief of the database alone could else make events old,
@@ -4162,9 +4301,10 @@ class ServicePeriod:
         row = service or Service(0, now, 0, HEARTBEAT_INTERVAL, "")
         self._now, self._started, self._pauses = now, row.started, pauses_of(row)
         self._set_back = min(row.started - row.previous_alive, 0)  # the clock
-        self._until = now if is_served(row, now) else row.alive
+        self.is_live = is_served(row, now)  # whether a server hears hosts
+        self._until = now if self.is_live else row.alive
         self._ahead = max(now, row.alive) + CLOCK_SLACK * SECOND_MS if service else LAST_ID
-        self._ago = "ago" if is_served(row, now) else "before the server stopped"
+        self._ago = "ago" if self.is_live else "before the server stopped"
 
     def silence_ms(self, last_seen: int, told_interval: int) -> tuple[int, int]:
         """How long a host has been silent while a server could hear it, and how much of that is
@@ -4310,14 +4450,53 @@ class ServiceRecord(Rules):
             self._queries.put(fresh)
 
 
+# What is reported of hosts: theory of operation
+#
+# The status of a host is computed. Others are told when it changes, and for that the database has
+# the state of each host: the status that was last reported. Where the two differ there is a change,
+# which is written in one transaction with the new state: so each is reported once, by however many
+# servers. Lists, their filters and counts go by the state, too: they show what was reported.
+#
+# An act of an operator reports at once. So does a heartbeat, of a host that was not online: the
+# statement of plain heartbeats matches none of those. That a host falls silent nobody does: so a
+# sweep looks at all of them, again and again. It goes by id in slices, each a call in a tick: so
+# that no heartbeat waits for more than a slice, and a tick that is rolled back, as on a full disk,
+# is done again from where it was. SQL leaves out those whose state is as last_seen looks; what
+# remains is judged by the service period. Where a new period has begun, as after a start or when
+# the clock was set, who was silent for too long may not be so any more: the next sweep judges all
+# who were reported as offline or missing.
+#
+# While no server lives by the clock, nobody can tell who is silent, and the sweep waits: when
+# housekeeping has begun a service period, the time before is a pause. After a sweep comes a rest,
+# the longer the more it took: it uses a fixed share of the processor, whatever the fleet.
+
+
+class Sweep(NamedTuple):
+    """How far a sweep has come."""
+
+    after: int = -1  # the id of the last host that it has looked at; -1: it begins
+    seconds: float = 0.0  # of the processor for its slices; before it begins: for the last one
+    started: int = -1  # of the service period in which it began
+    judged: int = -1  # that of the last one: who was offline is judged by that period
+
+    @property
+    def rest(self) -> float:
+        """Seconds until the next slice is due."""
+        return 0.0 if self.after >= 0 else max(SWEEP_REST, SWEEP_RESTS * self.seconds)
+
+
 class Reports(Rules):
     """What is reported of hosts, as changes. A rule sets the state of a host at once; its changes
     are written with the tick, and then the tick waits for the disk: who follows the feed misses
     none. A plain heartbeat is only of a host that was reported as online."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, keep: int) -> None:
+        """keep: for how many seconds changes are kept."""
         super().__init__(registry)
+        self._keep = keep
         self.changes: list[Change] = []  # of the tick
+        self.are_many = False  # in the last tick: as a fleet comes back in many ticks, the next
+        # is durable from its beginning
 
     def report(
         self, hosts: Sequence[tuple[Host, int, int]], actor: str = "", is_new: bool = False
@@ -4332,14 +4511,52 @@ class Reports(Rules):
             self._queries.set_states([(state, at, host.id) for host, state, at in hosts])
 
     def write(self) -> None:
+        self.are_many = len(self.changes) >= CHANGES_MANY
         if self.changes:
             self._registry.engine.require_durable()
             self._queries.add_changes(self.changes)
+
+    def sweep(self, call: Call, now: int) -> Optional[Sweep]:
+        """Report who of a slice of hosts has fallen silent. values: sweep, how far it has come. How
+        far it has come then; None: no server lives by the clock, so it waits."""
+        began, service = time.thread_time(), self._registry.service.get()
+        sweep: Sweep = call.values["sweep"]
+        period = ServicePeriod(service, now)
+        if not period.is_live:
+            return None
+        started = service.started if service else 0
+        if sweep.after < 0:
+            sweep = sweep._replace(seconds=0.0, started=started)
+        limits = SWEPT_AT_ONCE, JUDGED_AT_ONCE, now, started != sweep.judged
+        silences, after = self._queries.silences(sweep.after, *limits)
+        self._report_silent(silences, period, now)
+        seconds = sweep.seconds + time.thread_time() - began
+        if after is None:
+            return Sweep(seconds=seconds, judged=sweep.started)
+        return sweep._replace(after=after, seconds=seconds)
+
+    def _report_silent(self, silences: Sequence[Silence], period: ServicePeriod, now: int) -> None:
+        others: dict[int, tuple[int, int]] = {}
+        for host, last_seen, told_interval, was in silences:
+            state = STATUS_NAMES.index(period.status(last_seen, None, told_interval))
+            if state > was:  # offline or missing: by time
+                others[host] = state, period.since(last_seen, told_interval)
+            elif state < was:  # by a pause that was not known then, or a clock that was set back
+                others[host] = state, now
+        if others:
+            reports = [(host, *others[host.id]) for host in self._queries.hosts([*others])]
+            self.report(sorted(reports, key=itemgetter(2)))
+
+    def prune(self, now: int) -> bool:
+        """Delete up to PRUNED_AT_ONCE changes that are too old or too many. True: go on."""
+        before = now - self._keep * SECOND_MS
+        return self._queries.prune_changes(before, now, CHANGES_MAXIMUM, PRUNED_AT_ONCE)
 
 
 def begin_feed(queries: Queries, now: int) -> None:
     """End a migration: what was reported of each host is what it is now, and no change."""
     queries.begin_history()
+    queries.count_hosts()
     period, after = ServicePeriod(queries.service(), now), -1
     while rows := queries.census_slice(None, after, COUNTED_AT_ONCE):
         states = []
@@ -5089,21 +5306,106 @@ class Heartbeats(Rules):
         return host is None or not changed_facts(host, facts)
 
 
-class Census:
-    """The hosts counted by organization and status, in slices: there may be a million."""
-
-    def __init__(self, now: int) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.is_finished = False
-        self.at = now  # of the last slice
-        self.after = -1  # the id of its last host
-
-
 def is_within(address: str, network: Any) -> bool:
     """Whether a host's address is in a network; a forger may have put any text into the column."""
     with suppress(ValueError):
         return ipaddress.ip_address(address) in network
     return False
+
+
+def _asked_states(values: Mapping[str, Any]) -> set[int]:
+    return {STATUS_NAMES.index(status) for status in values.get("status", STATUSES)}
+
+
+def host_filter(values: Mapping[str, Any]) -> Callable[[Host], bool]:
+    """Whether a host is one that a list is about, by the values of Hosts.list()."""
+    states = _asked_states(values)
+    text, network = values.get("q", "").casefold(), values.get("address")
+    token = parse_id(values["token"]) if "token" in values else None
+    # No other text in labels can match: names have no quotes, in values they are escaped.
+    labels = [
+        (f'"{key}":{"" if value is None else json_text(value)}', has_it is (name == "label"))
+        for name in ("label", "label!")
+        for key, value, has_it in values.get(name, ())
+    ]
+
+    def is_wanted(host: Host) -> bool:
+        if host.state not in states or token not in (None, host.token_id):
+            return False
+        if network and not is_within(host.address, network):
+            return False
+        own = host.labels if labels else ""
+        if '": "' in own:  # a row from schema 1 has a space after each colon
+            own = json_text(stored_object(own))
+        if not all((label in own) is has_it for label, has_it in labels):
+            return False
+        return not text or text in _searched_text(host)
+
+    return is_wanted
+
+
+def _searched_text(host: Host) -> str:
+    """What a list of hosts is searched by: no query has an end of line."""
+    names = host.name, host.hostname, id_text(host.id), host.address, host.os, host.architecture
+    return "\n".join((*names, *map(str, stored_object(host.labels).values()))).casefold()
+
+
+# Of a list of hosts, but for enrolledAt: the states that come one after the other, or together, and
+# the column that each group is ordered by.
+ORDERS: Mapping[str, Sequence[tuple[Sequence[int], str]]] = {
+    "attention": (
+        *(((state,), "status_since") for state in (OFFLINE, MISSING, PENDING, REVOKED)),
+        ((ONLINE,), "name"),
+    ),
+    "name": ((range(ONLINE, DELETED), "name"),),
+    "statusSince": ((range(ONLINE, DELETED), "status_since"),),
+}
+FIRST = {"name": ("", -1), "status_since": (LAST_ID, LAST_ID)}  # before all hosts
+
+
+class PlacedHost(NamedTuple):
+    """A row of a list that HostOrder reads."""
+
+    place: tuple[int, Any, int]  # the number of a group, a value of its column, and an id
+    host: Host
+    labels: str
+    is_of_group: bool  # False: it only stands where the group is read
+
+
+class HostOrder:
+    """An order of hosts that indexes have."""
+
+    def __init__(self, queries: Queries, sort: str, asked: set[int]) -> None:
+        """asked: the states that a list is about."""
+        groups = [([it for it in states if it in asked], column) for states, column in ORDERS[sort]]
+        self._queries, self._groups = queries, [group for group in groups if group[0]]
+        self.order = Order((0, *FIRST[self._groups[0][1]]), self._cursor, self._parse)
+
+    def read(self, owner: Owner, place: tuple[int, Any, int], limit: int) -> list[PlacedHost]:
+        first, *after = place
+        rows: list[PlacedHost] = []
+        for number, (states, column) in enumerate(self._groups[first:], first):
+            begin = after if number == first else FIRST[column]
+            found = self._queries.hosts_by(column, states, owner, begin, limit - len(rows))
+            for host in found:
+                at = number, getattr(host, column), host.id
+                rows.append(PlacedHost(at, host, host.labels, host.state in states))
+            if len(rows) == limit:
+                break
+        return rows
+
+    def _cursor(self, place: tuple[int, Any, int]) -> str:
+        number, value, id = place
+        key = value.encode().hex() if isinstance(value, str) else id_text(value)
+        return f"{number}.{id_text(id)}.{key}"
+
+    def _parse(self, cursor: str) -> tuple[int, Any, int]:
+        number, id, key = cursor.split(".")
+        is_name = self._groups[int(number)][1] == "name"
+        if not is_name and not ID.fullmatch(key):
+            raise ValueError
+        value = bytes.fromhex(key).decode() if is_name else int(key, 16)
+        return int(number), value, int(id, 16)
 
 
 class Hosts(Rules):
@@ -5112,15 +5414,18 @@ class Hosts(Rules):
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self._censuses: dict[Owner, Census] = {}
 
     def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
         return self._view(self._own(call, Host), self._registry.service.period(now), now)
 
-    def _view(self, host: Host, period: ServicePeriod, now: int) -> HostView:
+    def _view(self, host: Host, period: ServicePeriod, now: int, reported: str = "") -> HostView:
+        """reported: its status in lists, which go by that, so that counts and rows agree."""
         seen = host.last_seen, host.revoked_at, host.told_interval
-        view = HostView(host, period.status(*seen), period.reason(*seen), [])
+        status, reason = period.status(*seen), period.reason(*seen)
+        if reported not in ("", status):  # until the next sweep
+            reason = f"reported as {reported} at {rfc3339(host.status_since)}"
+        view = HostView(host, reported or status, reason, [])
         other = None if host.twin_id is None else self._queries.get(Host, host.twin_id)
         if other is not None and other.revoked_at is None:
             view.warnings.append(
@@ -5207,51 +5512,41 @@ class Hosts(Rules):
                 not_found.append(text)
         return Acted(len(hosts) - len(not_found), not_found)
 
-    def census(self, by: Principal, now: int) -> Optional[Census]:
-        """The hosts that a caller sees, counted; None: a slice was counted, ask again in a later
-        tick. One that took more than a slice is the answer for CENSUS_KEPT s."""
-        census = self._censuses.pop(by.organization, None)
-        if census is None or not 0 <= now - census.at <= CENSUS_KEPT * SECOND_MS:
-            census = Census(now)
-        is_first = census.after < 0
-        if not census.is_finished:
-            period = self._registry.service.period(now)
-            rows = self._queries.census_slice(by.organization, census.after, COUNTED_AT_ONCE)
-            for number, organization, *seen, _ in rows:
-                census.counts[organization, period.status(*seen)] += 1
-                census.after = number
-            census.at, census.is_finished = now, len(rows) < COUNTED_AT_ONCE
-        if not (is_first and census.is_finished):
-            self._censuses[by.organization] = census
-        return census if census.is_finished else None
+    def census(self, owner: Owner) -> Counter[tuple[str, str]]:
+        """How many hosts each organization that is in sight has in each status, as reported."""
+        rows = self._queries.census(owner)
+        return Counter({(slug, STATUS_NAMES[state]): hosts for slug, state, hosts in rows})
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, status, address (a network), q, label (pairs), token. Raises
+        """values: organization, status (some), address (a network), q, label (values of a
+        LabelFilter), label! (the opposite), token, sort (of ORDERS, or enrolledAt). Raises
         InvalidQuery, NotFound."""
-        period = self._registry.service.period(now)
-        wanted, text = call.values.get("status"), call.values.get("q", "").casefold()
-        network = call.values.get("address")
-        # No other text in labels can match: names have no quotes, in values they are escaped.
-        labels = [f'"{key}":{json_text(value)}' for key, value in call.values.get("label", ())]
+        values, queries = call.values, self._queries
+        period, is_wanted = self._registry.service.period(now), host_filter(values)
 
         def view(host: Host) -> Optional[HostView]:
-            seen = host.last_seen, host.revoked_at, host.told_interval
-            if wanted and wanted != period.status(*seen):
+            if not is_wanted(host):
                 return None
-            names = host.name, host.hostname, id_text(host.id), host.address
-            if text and text not in "\n".join(names).casefold():
-                return None
-            if network and not is_within(host.address, network):
-                return None
-            own = host.labels if labels else ""
-            if '": "' in own:  # a row from schema 1 has a space after each colon
-                own = json_text(stored_object(own))
-            return self._view(host, period, now) if all(label in own for label in labels) else None
+            return self._view(host, period, now, STATUS_NAMES[host.state])
 
-        if "token" in call.values:
-            read = partial(self._queries.hosts_of_token, parse_id(call.values["token"]))
-            return self._page(call, read, view)
-        return self._page(call, partial(self._queries.newest, Host), view)
+        sort = values.get("sort", "enrolledAt")
+        if sort != "enrolledAt":
+            order = HostOrder(queries, sort, _asked_states(values))
+            page = self._page(
+                call, order.read, lambda row: view(row.host) if row.is_of_group else None,
+                order=order.order,
+            )  # fmt: skip
+        elif "token" in values:
+            page = self._page(
+                call, partial(queries.hosts_of_token, parse_id(values["token"])), view
+            )
+        else:
+            page = self._page(call, partial(queries.newest, Host), view)
+        counts = dict.fromkeys(STATUSES, 0)
+        census = self.census(values.get("organization", call.by.organization))
+        for (_, status), hosts in census.items():
+            counts[status] += hosts
+        return page._replace(more={"counts": counts})
 
 
 # The registry.
@@ -5274,7 +5569,7 @@ class Registry:
     def __init__(
         self, engine: Engine, key_file: KeyFile, keyring: Keyring, *,
         interval: int = HEARTBEAT_INTERVAL, credential_ttl: Optional[int] = None,
-        audit_keep: Optional[int] = None,
+        audit_keep: Optional[int] = None, changes_keep: int = CHANGES_KEPT,
     ) -> None:  # fmt: skip
         """All in seconds; None: credentials do not expire, events are kept for ever."""
         self.engine = engine
@@ -5285,7 +5580,7 @@ class Registry:
         self.audit = AuditLog(self, audit_keep)
         self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
         self.service = ServiceRecord(self)
-        self.reports = Reports(self)
+        self.reports = Reports(self, changes_keep)
         self.feeds = Feeds(self)
         self.organizations = Organizations(self)
         self.api_keys = ApiKeys(self)
@@ -5307,6 +5602,7 @@ class Registry:
         beats = [call for call in calls if isinstance(call, Heartbeat)] if requests else calls
         writes = bool(beats) or any(call.operation.writes for call in requests)
         durable |= any(call.operation.writes and call.operation.durable for call in requests)
+        durable |= writes and self.reports.are_many
         try:
             if not self.engine.begin(writes, durable):
                 return None
@@ -5477,8 +5773,9 @@ class Registry:
         self.keys.reload()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
-        has_more_tokens = self.tokens.prune(now)
-        return self.audit.prune(self.keys.keyring, now) or has_more_tokens
+        # All of them, also where the first has more to do.
+        pruned = self.tokens.prune(now), self.reports.prune(now)
+        return self.audit.prune(self.keys.keyring, now) or any(pruned)
 
     def backup(self, folder: str, progress: Progress = no_progress) -> tuple[str, str]:
         """Copy database and key file into a folder, whole or not at all; their paths there. It must
@@ -5537,9 +5834,10 @@ class Registry:
         self.engine.close()
 
 
-# Calls of the program itself. START_SERVICE: value url. LEARN_KEYS: restarts_audit.
+# Calls of the program itself. START_SERVICE: value url. SWEEP: sweep. LEARN_KEYS: restarts_audit.
 # fmt: off
 HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
+SWEEP = InternalRule(lambda registry, call, now: registry.reports.sweep(call, now))
 WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
 FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.sum_up(now, True))
 START_SERVICE = InternalRule(
@@ -8799,6 +9097,9 @@ SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
 INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # of an agent
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
+HOST_CURSOR = Text(  # of a list by name, the name: 255 characters of 4 octets, in hexadecimal
+    2100, 16, rf"({ID.pattern}|[0-9]\.{ID.pattern}\.[0-9a-f]*)", "a nextCursor"
+)
 HISTORY_CURSOR = "[0-9a-f]{16}-[0-9]{1,19}"
 FEED_CURSOR = Text(36, 18, HISTORY_CURSOR, "a cursor")
 AFTER_CHANGE = Text(36, 1, f"now|{HISTORY_CURSOR}", "a cursor, or now")
@@ -8869,9 +9170,12 @@ PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSO
 KEYS_QUERY = Schema(Field("organization", SLUG), *PAGE_FIELDS)
 TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
-    Field("status", Choice(*STATUSES)), Field("organization", SLUG), Field("address", NETWORK),
-    Field("label", LABELS, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
-    *PAGE_FIELDS)
+    Field("status", Choice(*STATUSES), repeats=True), Field("organization", SLUG),
+    Field("address", NETWORK), Field("label", LABEL_FILTER, repeats=True),
+    Field("label!", LABEL_FILTER, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
+    Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0], Field("cursor", HOST_CURSOR))
+HOST_COUNTS = Schema(
+    *required(**dict.fromkeys(STATUSES, Integer((0, LAST_ID)))), name="HostCounts")
 AUDIT_QUERY = Schema(
     Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
     Field("code", Text(64)), Field("after", AFTER_EVENT), Field("wait", WAIT), *PAGE_FIELDS)
@@ -9004,6 +9308,7 @@ HOST = Document(  # of a HostView
     Member("intervalSeconds", MAYBE_INTERVAL,      "host.own_interval"),
     Member("status",         Choice(*STATUSES),    "status"),
     Member("statusReason",   SENTENCE,             "reason"),
+    Member("statusSince",    MAYBE_TIME,           "host.status_since", _or_null(rfc3339)),
     Member("enrolledAt",     TIME,                 "host.enrolled_at", rfc3339),
     Member("lastSeen",       MAYBE_TIME,           "host.last_seen", _or_null(rfc3339)),
     Member("address",        Nullable(ADDRESS),    "host.address", _or_null(str)),
@@ -9161,14 +9466,12 @@ HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what th
 
 def _metrics(registry: Registry, call: Call, now: int) -> Any:
     """The caller's hosts by organization and status; for an API key of all organizations also what
-    the process has counted. UNFINISHED while the census goes on."""
-    census = registry.hosts.census(call.by, now)
-    if census is None:
-        return UNFINISHED
+    the process has counted."""
     owner = call.by.organization
+    census = registry.hosts.census(owner)
     slugs = [owner] if owner else [row.id for row in registry.organizations.list(call, now).items]
     hosts = [
-        (metric_labels(organization=slug, status=status), census.counts[slug, status])
+        (metric_labels(organization=slug, status=status), census[slug, status])
         for slug, status in product(slugs, STATUSES)
     ]
     help = "Hosts by organization and status."
@@ -9198,6 +9501,10 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     for name, kind, help, end, value in (
         ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
+        ("hostenroll_sweep_age_seconds", "gauge", "Since the last sweep for silent hosts.", "",
+         time.monotonic() - metrics.swept_at),
+        ("hostenroll_sweep_seconds", "gauge", "What the last sweep took.", "",
+         metrics.sweep_seconds),
         ("hostenroll_waiting_requests", "gauge", "Requests that wait for changes or events.", "",
          metrics.waiting_requests),
         ("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", "",
@@ -9277,6 +9584,7 @@ class Operation(NamedTuple):
     status: int = 200
     answer: Optional[Document] = None  # of what the rule returns, or of each item of a list
     list_of: str = ""  # the rule returns a Page: the member that holds its items
+    more: Mapping[str, FieldType] = {}  # members of its answer beside these
     columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 12 knows
     content_type: str = JSON
     raises: tuple[type[Problem], ...] = ()  # beside what problems() adds
@@ -9313,10 +9621,10 @@ class Operation(NamedTuple):
             return self.answer.of(record)
         document: dict[str, Any] = {self.list_of: list(map(self.answer.of, record.items))}
         if self.list_of != "changes":
-            document["nextCursor"] = _or_null(id_text)(record.next)
+            document["nextCursor"] = record.next
         if isinstance(record, FeedPage):
             document["cursor"] = record.cursor
-        return document
+        return {**document, **record.more}
 
     def response(self, record: Any) -> Response:
         """The same as the answer of HTTP."""
@@ -9335,7 +9643,8 @@ class Operation(NamedTuple):
             return item
         fields = required(**{self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)})
         if self.list_of != "changes":
-            fields += required(nextCursor=Nullable(CURSOR))
+            cursor = self.query.fields.get("cursor", Field("", CURSOR))
+            fields += required(nextCursor=Nullable(cursor.type), **self.more)
         if "after" in self.query.fields:
             fields.append(Field("cursor", FEED_CURSOR, required=self.list_of == "changes"))
         return Schema(*fields, name=f"{item.name}List")
@@ -9362,7 +9671,8 @@ OPERATIONS = (
               query=Schema(Field("withHosts", YES)), status=204, answer=TOKEN),
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, the newest first",
-              writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts", raises=(NotFound,),
+              writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts",
+              more={"counts": ObjectOf(HOST_COUNTS)}, raises=(NotFound,),
               columns=("id", "name", "status", "lastSeen", "address", "labels", "hostname",
                        "organizationId")),
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
@@ -9501,6 +9811,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "code": ("which problem it is", "not-found"),
     "Event.code": ("of a refusal: the code of the problem", "token-used"),
     "show-audit.code": ("refusals with this code alone", "token-used"),
+    "counts": ("how many hosts have each status, whatever else the list is about",
+               dict.fromkeys(STATUSES, 7)),
     "createdAt": ("when it was made", A_TIME),
     "createdBy": ("who made it", "cli:alice"),
     "credential": ("what the host sends with each heartbeat from now on", "eyJh..."),
@@ -9540,7 +9852,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
     "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
     "joinCommand": ("makes a machine a host, with TOKEN in place of a token", "curl ..."),
-    "label": ("hosts with this label; may come more than once", "rack=b4"),
+    "label": ("hosts with this label, or one of this name; may come more than once", "rack=b4"),
+    "label!": ("hosts without; may come more than once", "rack=b4"),
     "labels": ("key and value, for people and tools", {"rack": "b4"}, {}),
     "EditHostPatch.labels": ("labels to set, or with null to remove; null: all", {"rack": None}),
     "ActOnHostsRequest.labels": ("labels to set, or with null to remove", {"rack": None}),
@@ -9562,7 +9875,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "os": ("the operating system", "Debian GNU/Linux 12"),
     "pin": ("the keys that agents trust, as curl's --pinnedpubkey; null: any", "sha256//..."),
     "publicUrl": ("where agents find the server", "https://enroll.lan:8443"),
-    "q": ("a part of name, hostname, id or address", "web"),
+    "q": ("a part of name, hostname, id, address, system or a label's value", "web"),
     "reason": ("why, for the audit log", "sold"),
     "refusedAt": ("when a request of the host was last refused; null: never", A_TIME),
     "refusedCode": ("and what for", "credential-superseded"),
@@ -9571,14 +9884,16 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "seen": ("the last heartbeat before it; null: there was none", A_TIME),
     "MintApiKeyRequest.role": ("what the key may do", "viewer", "admin"),
     "self": ("also if it is the key that asks", "true", "false"),
+    "sort": ("the order; attention: what is down comes first", "attention", "enrolledAt"),
     "state": ("whether it is good, and if not, why", "valid"),
     "status": ("what the host is, by its heartbeats", "online"),
     "Problem.status": ("the status of the answer", 404),
     "Change.status": ("what the host became", "offline"),
     "list-changes.status": ("hosts that became this alone; may come more than once", "offline"),
-    "list-hosts.status": ("hosts of this status alone", "offline"),
+    "list-hosts.status": ("hosts of this status alone; may come more than once", "offline"),
     "Health.status": ("it answers", "ok"),
     "Readiness.status": ("it can do its work", "ready"),
+    "statusSince": ("since when; null: not known", A_TIME),
     "statusReason": ("why the host has its status, in a sentence", "last seen 5 s ago"),
     "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
     "show-audit.subject": ("events about this alone", f"host:{AN_ID}"),
@@ -9591,6 +9906,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "tokens": ("a part of the list, the newest first", []),
     "ttlSeconds": ("how long it is good", 3600, TOKEN_TTL),
     "MintApiKeyRequest.ttlSeconds": ("how long it is good; null: without end", 43200),
+    **{f"HostCounts.{status}": ("how many hosts are", 7) for status in STATUSES},
     "type": ("urn:hostenroll:problem: and the code", "urn:hostenroll:problem:not-found"),
     "usedAt": ("when it last let a host in; null: never", A_TIME),
     "usedFrom": ("the address that it was last used from", "192.0.2.7"),
@@ -9724,7 +10040,7 @@ def openapi_document() -> dict[str, Any]:
             requests[name] = _object_schema(name, body, True)
         for _, name, kinds in _refusals(operation):
             responses[name] = _refusal_response(kinds)
-    parts = PROBLEM, FIELD_ERROR, CHANGED_HOST.schema
+    parts = PROBLEM, FIELD_ERROR, CHANGED_HOST.schema, HOST_COUNTS
     answers.update({schema.name: schema for schema in parts})
     return {
         "openapi": "3.1.0",
@@ -10662,12 +10978,14 @@ class Exchanges:
 
     # Ticks.
 
-    def add_internal(self, rule: InternalRule) -> None:
+    def add_internal(self, rule: InternalRule, **values: Any) -> None:
         """Have a call of the server's own run in the next tick."""
-        self.pending.append((None, Call(rule), INTERNAL_REQUEST.head, self._connections.moment))
+        call, head = Call(rule, values=values), INTERNAL_REQUEST.head
+        self.pending.append((None, call, head, self._connections.moment))
 
-    def run_tick(self) -> bool:
-        """Run what may write, unless another process does. True if housekeeping has more to do."""
+    def run_tick(self) -> dict[Rule, Any]:
+        """Run what may write, unless another process does. The outcomes of the server's own calls,
+        by their rules."""
         moment = self._connections.moment
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
         if outcomes is None:
@@ -10676,11 +10994,11 @@ class Exchanges:
                 for connection, _, _, _ in self.pending:
                     if connection is not None and connection.state is IDLE:
                         self._connections.move(connection, BUSY)
-                return False
+                return {}
             outcomes = repeat(self._registry.stop_waiting())
-        has_more = self._answer_pending(outcomes)
+        own = self._answer_pending(outcomes)
         self._registry.after_tick()
-        return has_more
+        return own
 
     def stop_waiting(self) -> None:
         self._answer_pending(repeat(self._registry.stop_waiting()))
@@ -10760,19 +11078,19 @@ class Exchanges:
         except Exception as error:
             return [self._log_defect("a tick failed", error)] * len(pending)
 
-    def _answer_pending(self, outcomes: Iterable[Any]) -> bool:
+    def _answer_pending(self, outcomes: Iterable[Any]) -> dict[Rule, Any]:
         began = self._connections.moment
         if self.waiting_since:
             self._api.metrics.lock_waits.observe(began - self.waiting_since)
             began, self.waiting_since = self.waiting_since, 0.0
         answered, self.pending = self.pending, []
-        requests, has_more = len(answered), False
+        requests, own = len(answered), {}
         beat_answer, seconds = self._api.heartbeat_answer, self.now // SECOND_MS
         for pending, outcome in zip(answered, outcomes):
             connection, work, head, since = pending
             if connection is None:
                 requests -= 1
-                has_more |= outcome is True
+                own[cast(Call, work).operation] = outcome
             elif isinstance(work, Heartbeat) and isinstance(outcome, int):
                 closes = self.is_stopping or not head.keep_alive
                 data = beat_answer(work.host, outcome, seconds, closes)
@@ -10792,7 +11110,7 @@ class Exchanges:
         if requests:
             self._api.metrics.ticks.observe(requests)
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
-        return has_more
+        return own
 
     def _answer_one(self, pending: Pending, outcome: Any) -> bool:
         """Answer a call; False if it is to be run again."""
@@ -10867,6 +11185,50 @@ class Exchanges:
         return Internal()
 
 
+class Upkeep:
+    """The server's own calls that come again and again, and when each is due, by the monotonic
+    clock: housekeeping every ALIVE_EVERY seconds, and at once while it has more to do; the sweep, a
+    slice in each turn until all hosts are looked at, and after its rest again."""
+
+    def __init__(self, registry: Registry, moment: float) -> None:
+        self._registry = registry
+        self.housekeeping_at = 0.0
+        # Not at once: those that waited for the server to start come first.
+        self._sweep, self._sweep_at = Sweep(), moment + SWEEP_REST
+
+    @property
+    def due(self) -> float:
+        return min(self.housekeeping_at, self._sweep_due)
+
+    @property
+    def _sweep_due(self) -> float:
+        """While nothing can be written the sweep stays where it is; housekeeping tries it again."""
+        return math.inf if self._registry.storage_trouble else self._sweep_at
+
+    def add(self, exchanges: Exchanges, moment: float) -> None:
+        """Have run what is due."""
+        if moment >= self.housekeeping_at:
+            self.housekeeping_at = moment + ALIVE_EVERY
+            exchanges.add_internal(HOUSEKEEPING)
+        if moment >= self._sweep_due and not exchanges.is_stopping:
+            self._sweep_at = math.inf  # until this slice has run
+            exchanges.add_internal(SWEEP, sweep=self._sweep)
+
+    def note(self, outcomes: Mapping[Rule, Any], moment: float) -> None:
+        """Of calls that have run. A slice of the sweep that failed is to be run again."""
+        if outcomes.get(HOUSEKEEPING) is True:
+            self.housekeeping_at = 0.0
+        if SWEEP not in outcomes:
+            return
+        outcome, rest = outcomes[SWEEP], float(SWEEP_REST)
+        if isinstance(outcome, Sweep):
+            self._sweep, rest = outcome, outcome.rest
+            if rest:
+                metrics = self._registry.metrics
+                metrics.sweep_seconds, metrics.swept_at = outcome.seconds, moment
+        self._sweep_at = moment + rest
+
+
 def log_access(head: Head, origin: Origin, status: int, length: int, since: float) -> None:
     """A line of the access log. length: of the content, in bytes; since: by the monotonic clock."""
     access = {
@@ -10935,7 +11297,7 @@ class Server(HTTPServer):
         self._connections = Connections(deadlines or {}, api.metrics, connections, number)
         self._exchanges = Exchanges(api, self._connections, access_log)
         self._accept_at = math.inf  # when to accept again; inf: all the time
-        self._housekeeping_at = 0.0
+        self._upkeep = Upkeep(api.registry, self._connections.moment)
         self._stop_before: Optional[float] = None
         self._is_audit_flushed = False
         self._reload_requested = False
@@ -11083,18 +11445,16 @@ class Server(HTTPServer):
                 self._wakened.recv(RECEIVE_SIZE)
         exchanges.judge()
         # 5. Use the certificate when it is read again. Add the server's own calls: housekeeping
-        #    every ALIVE_EVERY seconds; if nothing else is to be run, a tick that writes the
-        #    refusals which wait to be audited.
+        #    every ALIVE_EVERY seconds; a slice of the sweep; if nothing else is to be run, a tick
+        #    that writes the refusals which wait to be audited.
         if self._reload_requested or self._loading is not None:
             self._reload()
-        if moment >= self._housekeeping_at:
-            self._housekeeping_at = moment + ALIVE_EVERY
-            exchanges.add_internal(HOUSEKEEPING)
-        elif self._has_refusals and not exchanges.pending:
+        self._upkeep.add(exchanges, moment)
+        if self._has_refusals and not exchanges.pending:
             exchanges.add_internal(WRITE_REFUSALS)
         # 6. Run what may write as one tick, and answer.
-        if exchanges.pending and exchanges.run_tick():
-            self._housekeeping_at = 0.0
+        if exchanges.pending:
+            self._upkeep.note(exchanges.run_tick(), moment)
         # 7. Run one call that only reads, or several that find little.
         exchanges.wake()
         exchanges.run_reads()
@@ -11133,7 +11493,7 @@ class Server(HTTPServer):
             self._connections.next_deadline(),
             self._connections.moment + FOLLOW_EVERY if is_followed else math.inf,
             exchanges.wake_at,
-            self._housekeeping_at,
+            self._upkeep.due,
             self._accept_at,
             math.inf if self._stop_before is None else self._stop_before,
         )
@@ -11155,7 +11515,7 @@ class Server(HTTPServer):
                     log.info("loaded the certificate again")
             except OperatorError as error:
                 log.error("%s; the certificate in use stays", error)
-            self._housekeeping_at = 0.0  # reads the key file, and writes what is new
+            self._upkeep.housekeeping_at = 0.0  # reads the key file, and writes what is new
             self._notify("READY=1")
 
     # Accepting and expiring.
@@ -12141,7 +12501,7 @@ def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dic
                 documents += map(session.document, page.items)
                 left -= len(page.items)
                 is_last = page.next is None or left <= 0
-                values["cursor"] = id_text(page.next or 0)
+                values["cursor"] = page.next
                 progress(len(documents), 0)
         if documents:
             yield documents
@@ -12184,7 +12544,8 @@ def serve(session: Session) -> None:
     log.propagate = False
     for warning in unknown_settings(session.environment):
         log.warning("%s", warning)
-    options = {n: getattr(arguments, n) for n in ("init", "credential_ttl", "audit_keep")}
+    names = "init", "credential_ttl", "audit_keep", "changes_keep"
+    options = {name: getattr(arguments, name) for name in names}
     options["interval"] = arguments.heartbeat_interval
     with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
         registry.metrics.counts = handler.counts
@@ -12566,6 +12927,8 @@ SERVE_OPTIONS = (
            "(none)", networks, [], action="extend"),
     option("--audit-keep", "TIME", "how long the audit log is kept (forever)",
            within(AUDIT_KEEP_RANGE, duration, format_duration)),
+    option("--changes-keep", "TIME", "how long changes of status are kept (30d)",
+           within(CHANGES_KEEP_RANGE, duration, format_duration), CHANGES_KEPT),
     choice("--log-format", "FORMAT", ("text", "json"), "text"),
     flag("--access-log", "log every request, heartbeats too", **SWITCH),
     flag("--init", "make what is missing of database and key file, though the other is there",
@@ -12587,10 +12950,12 @@ ORG_OPTION = option("--org", "NAME", "only this organization")
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
 WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
                          const="true")
+STATUS_OPTION = option("--status", "STATUS", ", ".join(STATUSES) + "; repeatable",
+                       one_of(*STATUSES), action="append")
 MANY_ARGUMENTS = (
     Argument("id", {"metavar": "ID", "nargs": "*", "help": "of hosts; or filters that find them"}),
-    ORG_OPTION, choice("--status", "STATUS", STATUSES),
-    option("--where", "K=V", "with this label; repeatable", action="append"),
+    ORG_OPTION, STATUS_OPTION,
+    option("--where", "K=V", "with this label: also K, K!=V; repeatable", action="append"),
     option("--token", "ID", "that came in by this token"),
     option("--reason", "TEXT", "for the audit log"),
     flag("--dry-run", "only show which hosts"), flag("--yes", "do not ask"))
@@ -12657,9 +13022,11 @@ GROUPS = {
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
-            ORG_OPTION, choice("--status", "STATUS", STATUSES),
-            option("--label", "K=V", action="append", dest="where"),
-            option("--q", "TEXT", "a part of name, hostname, id or address"),
+            ORG_OPTION, STATUS_OPTION,
+            option("--label", "K=V", "with this label: also K, K!=V; repeatable", action="append",
+                   dest="where"),
+            option("--q", "TEXT", "a part of names, id, address, system or a label's value"),
+            choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
             option("--address", "CIDR", "of this address or network"),
             option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
         by_id("show-host"),

@@ -89,12 +89,23 @@ CREATE TABLE host (
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
+CREATE INDEX host_name ON host (name);
+CREATE INDEX host_owner_state ON host (organization_id, state, status_since);
+CREATE INDEX host_owner_name ON host (organization_id, name);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
 CREATE INDEX host_token_live ON host (token_id) WHERE revoked_at IS NULL;
 CREATE UNIQUE INDEX host_idempotency ON host (admitted_by, idempotency)
     WHERE idempotency IS NOT NULL;
+
+CREATE TABLE census (
+    -- How many hosts an organization has in each state. The triggers below keep it.
+    organization_id  TEXT    NOT NULL,
+    state            INTEGER NOT NULL,
+    hosts            INTEGER NOT NULL,
+    PRIMARY KEY (organization_id, state)
+) WITHOUT ROWID;
 
 CREATE TABLE signing_key (
     -- The keys of the key file by name, never the keys themselves.
@@ -179,6 +190,26 @@ CREATE TABLE audit_anchor (
     mac     BLOB    NOT NULL,  -- its mac
     proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
 );
+
+CREATE TRIGGER census_adds AFTER INSERT ON host
+BEGIN
+    INSERT INTO census VALUES (NEW.organization_id, NEW.state, 1)
+        ON CONFLICT (organization_id, state) DO UPDATE SET hosts = hosts + 1;
+END;
+
+CREATE TRIGGER census_moves AFTER UPDATE OF state ON host
+WHEN OLD.state <> NEW.state
+BEGIN
+    INSERT INTO census VALUES (OLD.organization_id, OLD.state, -1),
+        (NEW.organization_id, NEW.state, 1)
+        ON CONFLICT (organization_id, state) DO UPDATE SET hosts = hosts + excluded.hosts;
+END;
+
+CREATE TRIGGER census_removes AFTER DELETE ON host
+BEGIN
+    UPDATE census SET hosts = hosts - 1
+        WHERE organization_id = OLD.organization_id AND state = OLD.state;
+END;
 
 CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
 BEGIN

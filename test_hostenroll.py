@@ -474,7 +474,7 @@ class ApiDoor(Door):
 
     def _reply(self, outcome, work):
         response = outcome if outcome is work else self.api.answer(work, outcome)
-        while response is None:  # the census goes in slices, one in a tick
+        while response is None:  # some calls go in slices, one in a tick
             (outcome,) = self.api.registry.run([work], self.clock.ms)
             response = self.api.answer(work, outcome)
         headers = {name.lower(): value for name, value in response.headers}
@@ -518,6 +518,22 @@ class World(ApiDoor):
     def housekeeping(self):
         """What the server does now and then; True when it wants to go on at once."""
         return self.registry.perform(Call(hostenroll.HOUSEKEEPING), self.clock.ms)
+
+    def sweep(self, sweep=None):
+        """A whole sweep, as after a start of the server, or the one after another; how far it has
+        come, and how many slices it took. None: it waits."""
+        sweep, slices = sweep or hostenroll.Sweep(), 0
+        while not slices or (sweep is not None and sweep.after >= 0):
+            call = Call(hostenroll.SWEEP, values={"sweep": sweep})
+            sweep, slices = self.registry.perform(call, self.clock.ms), slices + 1
+        return sweep, slices
+
+    def live(self, seconds):
+        """Time goes by, and a server lives all the while."""
+        if self.registry.service.get() is None:
+            self.perform(partial(self.registry.service.start, "http://here"))
+        self.clock.advance(seconds)
+        self.sql("UPDATE service SET alive = ?", self.clock.ms)
 
     def heartbeat(self, credential, **claims):
         """The plain heartbeat of who has a credential, or one with other claims."""
@@ -606,7 +622,7 @@ class ServerThread(SocketDoor):
     def __init__(self, paths, clock, tls, api_key, options):
         self.paths, self.clock = paths, clock
         # A test that makes its registry's options knows them from the server's by these names.
-        names = ("interval", "credential_ttl", "audit_keep")
+        names = ("interval", "credential_ttl", "audit_keep", "changes_keep")
         self._registry_options = {name: options.pop(name) for name in names if name in options}
         self._options = options
         self.log, self.failure, self.server, self.registry = [], None, None, None
@@ -4180,6 +4196,10 @@ def test_what_agents_of_an_older_version_have_pinned_is_known(paths, clock):
 ADDED = re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", "; ".join(hostenroll.MIGRATIONS[2]))
 
 
+OF_3 = "change|feed|census|host_state|host_owner|host_name|api_key_"
+NEWER = [name for name in hostenroll.SCHEMA_OBJECTS if re.match(OF_3, name)]
+
+
 def make_schema_2(paths, clock):
     """A pair of schema 2, which lacks the columns that its migration adds."""
     text = hostenroll.SCHEMA
@@ -4190,7 +4210,7 @@ def make_schema_2(paths, clock):
         text = text[:start] + re.sub(r",( *(?:--[^\n]*)?)\Z", r"\1", table) + text[end:]
     start = text.index("CREATE TABLE heartbeat (")
     text = text[:start] + text[start:].replace(" state ", " active ", 1)
-    for name in ("change", "change_host", "feed", "host_state", "api_key_maker"):
+    for name in NEWER:
         text = text.replace(f"{hostenroll.SCHEMA_OBJECTS[name]};", "")
     with old_pair(paths, f"{text}; PRAGMA user_version = 2") as (keyring, add):
         add("signing_key", 1, keyring.first.kid, 5, None)
@@ -4243,6 +4263,9 @@ def test_a_migrated_database_is_what_a_fresh_one_is(make, paths, clock, tmp_path
         open_registry(*paths, clock.ms).close()
         assert anatomy(paths[0]) == anatomy(fresh[0]) and Path(paths[1]).read_bytes() == key
         after = contents(paths[0])[1]
+        census = hostenroll.Counter((row[1], row[-4]) for row in after["host"])
+        counts = [row for row in after.pop("census") if row[2]]
+        assert counts == [(*key, hosts) for key, hosts in sorted(census.items())]
         assert {name: len(rows) for name, rows in after.items() if rows} == sizes
         for name in ("organization", "token", "api_key", "host", "signing_key", "service"):
             assert [row[: len(old)] for row, old in zip(after[name], before[name])] == before[name]
@@ -5592,9 +5615,11 @@ def test_each_host_is_judged_by_the_interval_that_it_was_last_told(old, new, pat
         start(world)
         live_on(world, 3 * old + 10 - 4 * old / 5)
         assert {status_of(world, host) for host, _ in hosts} == {"online"}
-        assert world.act("list-hosts", status="online").items[4].host.told_interval == old
+        assert world.act("list-hosts", status=["online"]).items[4].host.told_interval == old
         world.advance(0.001)
-        assert counted(world).counts == {("default", "online"): 4, ("default", "offline"): 1}
+        world.sweep()
+        counts = {("default", "online"): 4, ("default", "offline"): 1}
+        assert world.registry.hosts.census(None) == counts
         for host, credential in hosts:
             assert tells(world, credential, new)
             assert world.act("show-host", host).host.told_interval == new
@@ -5609,7 +5634,7 @@ def test_a_fleet_hears_of_a_new_interval_in_few_statements_without_the_disk(path
         hosts = [world.join(f"web-{n}") for n in range(40)]
         world.act("edit-host", hosts[0][0], intervalSeconds=60)
         beats = [world.heartbeat(credential) for _, credential in hosts]
-        for _ in range(2):  # the first is durable
+        for _ in range(3):  # the first is durable, and so is the next
             assert world.run(*beats) == [clock.ms] * 40
         with faulty(world.registry) as plain:
             assert world.run(*beats) == [clock.ms] * 40
@@ -5812,7 +5837,8 @@ def test_the_moves_of_a_host_are_one_event_an_hour_and_the_others_a_number(world
 
 def test_a_new_proxy_moves_a_fleet_in_few_statements_without_the_disk_and_with_sixty_events(world):
     fill(world, 80)
-    assert beat_all(world, range(1, 81)) == [world.clock.ms] * 80
+    for _ in range(3):  # the first is durable, and so is the next
+        assert beat_all(world, range(1, 81)) == [world.clock.ms] * 80
     assert world.audit("move") == []
     world.advance(61)
     reference = hostenroll.CredentialRef(1, "default", world.registry.keys.keyring.first.kid)
@@ -6004,31 +6030,22 @@ def test_an_api_key_is_good_until_it_is_revoked(world):
 
 def pages(world, name, **values):
     """Every page of a list."""
-    found = []
+    found, cursors = [], set()
     while not found or found[-1].next is not None:
         found.append(world.act(name, **values))
-        cursor = hostenroll.id_text(found[-1].next or 0)
-        assert cursor < values.get("cursor", "8"), "a list that never ends"
-        values["cursor"] = cursor
+        values["cursor"] = found[-1].next
+        assert found[-1].next not in cursors, "a list that never ends"
+        cursors.add(found[-1].next)
     return found
+
+
+def asked(query):
+    """The values of a query for hosts."""
+    return hostenroll.HOSTS_QUERY.parse(hostenroll.parse_qsl(query, keep_blank_values=True))
 
 
 def ids(found):
     return [item[0].id for page in found for item in page.items]
-
-
-def counted(world, by=OPERATOR):
-    """A tick of a census: None while it goes on."""
-    return world.perform(partial(world.registry.hosts.census, by), writes=False)
-
-
-def census_of(world, by=OPERATOR):
-    """A whole census, and how many ticks it took."""
-    census, ticks = None, 0
-    while census is None:
-        census, ticks = counted(world, by), ticks + 1
-        assert ticks < 1000
-    return census, ticks
 
 
 def test_lists_and_the_census_have_each_host_once_the_newest_first(world):
@@ -6042,16 +6059,23 @@ def test_lists_and_the_census_have_each_host_once_the_newest_first(world):
             world.beat(host["credential"])
         if n < 60 and chance.random() < 0.2:
             world.revoke(host["hostId"])
-        assert sum(census_of(world)[0].counts.values()) == n + 1  # of a small fleet, never old
+        assert sum(world.registry.hosts.census(None).values()) == n + 1
+    world.sweep()
     views = [view for page in pages(world, "list-hosts") for view in page.items]
     assert [world.act("show-host", number) for number in made] == views
     assert {bool(view.warnings) for view in views} == {False, True}
     groups = [(view.host.organization_id, view.status) for view in views]
     assert {status for _, status in groups} == set(hostenroll.STATUSES)
-    census, ticks = census_of(world)
-    assert (census.counts, ticks) == (hostenroll.Counter(groups), 1)
-    census, _ = census_of(world, Principal("api-key:1", "berlin", "viewer"))
-    assert census.counts == hostenroll.Counter(it for it in groups if it[0] == "berlin")
+    census = world.registry.hosts.census
+    assert census(None) == hostenroll.Counter(groups)
+    assert census("berlin") == hostenroll.Counter(it for it in groups if it[0] == "berlin")
+    for owner in ("berlin", "default", None):
+        by = Principal("api-key:1", owner, "viewer")
+        statuses = hostenroll.Counter(status for slug, status in groups if owner in (None, slug))
+        for counts in (world.act("list-hosts", by=by, limit=1).more["counts"],
+                       world.act("list-hosts", q="-", **{"organization": owner} if owner else {})
+                       .more["counts"]):  # fmt: skip
+            assert counts == {status: statuses[status] for status in hostenroll.STATUSES}
     for limit in (1, 7, 61, 100):
         found = pages(world, "list-hosts", limit=limit)
         assert ids(found) == made
@@ -6060,35 +6084,54 @@ def test_lists_and_the_census_have_each_host_once_the_newest_first(world):
         assert len(set(tokens)) == 61 and tokens == sorted(tokens, reverse=True)
         assert ids(pages(world, "list-tokens", limit=limit, state="used")) == tokens
         for group in set(groups):
-            asked = {"limit": limit, "organization": group[0], "status": group[1]}
+            wanted = {"limit": limit, "organization": group[0], "status": [group[1]]}
             own = [number for number, its in zip(made, groups) if its == group]
-            assert ids(pages(world, "list-hosts", **asked)) == own
+            assert ids(pages(world, "list-hosts", **wanted)) == own
 
 
-FILTERS = {
-    "a status": ({"status": "revoked"}, ["c"]),
-    "a label": ({"label": [("k", "1")]}, ["b", "a"]),
-    "two labels": ({"label": [("k", "1"), ("m", "x y")]}, ["b"]),
-    "a label of another value": ({"label": [("k", "2")]}, []),
-    "a part of the name": ({"q": "ALPH"}, ["a"]),
-    "a part of the hostname": ({"q": ".lan"}, ["c", "b", "a"]),
-    "what spans name and hostname": ({"q": "alphaa.lan"}, []),
-    "a label and a text": ({"label": [("k", "1")], "q": "b.lan"}, ["b"]),
-    "an SQL wildcard": ({"q": "%"}, []),
+FILTERS = {  # what is asked for, and which of the hosts below it finds
+    "a status": ("status=revoked", "c"),
+    "two statuses": ("status=revoked&status=pending", "cba"),
+    "one of two": ("status=online&status=revoked", "c"),
+    "a label": ("label=k=1", "ba"),
+    "two labels": ("label=k=1&label=m=x y", "b"),
+    "a label of another value": ("label=k=2", ""),
+    "a label of an empty value": ("label=k=", ""),
+    "the name of a label": ("label=m", "b"),
+    "that of none": ("label=x", ""),
+    "another value, or none": ("label!=k=1", "c"),
+    "no label of the name": ("label!=m", "ca"),
+    "the same in one text": ("label=m!=x y", "ca"),
+    "this, and not that": ("label=k&label!=m=x y", "a"),
+    "a value that is a name": ("label=1", ""),
+    "a part of the name": ("q=ALPH", "a"),
+    "a part of the hostname": ("q=.lan", "cba"),
+    "what spans name and hostname": ("q=alphaa.lan", ""),
+    "a value of a label": ("q=X Y", "b"),
+    "the name of a label as a text": ("q=k", ""),
+    "the system": ("q=freebsd", "c"),
+    "the architecture": ("q=RISCV", "c"),
+    "a label and a text": ("label=k=1&q=b.lan", "b"),
+    "an SQL wildcard": ("q=%25", ""),
 }
 
 
 def test_a_filter_finds_what_it_names(world):
     hosts = []
     for name, labels in (("a", {"k": "1"}), ("b", {"k": "1", "m": "x y"}), ("c", {})):
-        hosts.append(enrolled(world, f"{name}.lan", labels=labels)["hostId"])
+        token = world.token(labels=labels)
+        facts = {"os": "FreeBSD 14", "architecture": "riscv64"} if name == "c" else {}
+        hosts.append(world.enroll(token, f"{name}.lan", **facts).document["hostId"])
         world.advance(1)
     world.act("edit-host", hosts[0], name="alpha")
     world.revoke(hosts[2])
     for name, (query, expected) in FILTERS.items():
-        found = pages(world, "list-hosts", **query)
-        shown = [view.host.hostname[0] for page in found for view in page.items]
-        assert shown == expected, name
+        for sort in ("", "&sort=name", "&sort=statusSince", "&sort=attention"):
+            found = pages(world, "list-hosts", **asked(query + sort))
+            shown = [view.host.hostname[0] for page in found for view in page.items]
+            assert (sorted(shown) if sort else shown) == (
+                sorted(expected) if sort else [*expected]
+            ), (name, sort)
 
 
 NETWORKS = {  # what is asked for, and which of the hosts below it finds
@@ -6164,21 +6207,153 @@ def test_a_label_is_found_by_the_whole_of_it_and_however_it_is_kept(world):
         world.sql("UPDATE host SET labels = ?", kept)
         sought = [*pairs.items(), *((name, odd_text()) for name in "abc")]
         for wanted in [*([pair] for pair in sought), sought[:2], sought[-2:]]:
-            found = world.act("list-hosts", label=wanted).items
+            found = world.act("list-hosts", label=[(*pair, True) for pair in wanted]).items
             assert bool(found) == (set(wanted) <= set(pairs.items())), (kept, wanted)
 
 
 def test_a_page_examines_so_many_rows_and_may_be_empty(world):
     """Only next None ends a list."""
     fill(world, 5000)
-    nothing = ({"q": "nowhere"}, {"status": "missing", "organization": "default"},
-               {"label": [("a", "2")]})  # fmt: skip
+    nothing = "q=nowhere", "status=missing&organization=default", "label=a=2", "q=no&sort=name"
     for query in nothing:
-        found = pages(world, "list-hosts", **query)
+        found = pages(world, "list-hosts", **asked(query))
         assert [len(page.items) for page in found] == [0] * -(-5000 // hostenroll.ROWS_EXAMINED)
         assert found[0].next is not None
     assert ids(pages(world, "list-hosts", q=f"{1 << 8:016x}")) == [1 << 8]
     assert len(ids(pages(world, "list-hosts", limit=1000))) == 5000
+
+
+SORTS = {  # of rows: id, name, state, status_since, organization
+    "attention": lambda it: (
+        [3, 4, 2, 5, 1].index(it[2]),
+        (it[1], it[0]) if it[2] == 1 else (-it[3], -it[0]),
+    ),
+    "name": lambda it: (it[1], it[0]),
+    "statusSince": lambda it: (-it[3], -it[0]),
+    "enrolledAt": lambda it: -it[0],
+}
+
+
+def dress(world, count=40):
+    """Hosts of two organizations with names, states and times that many of them share; as rows."""
+    fill(world, count)
+    chance, engine = random.Random(7), world.registry.engine
+    names = ["web", "Web", "w", "\u00fc", "\U0001f600" * 255, "web-10", "web-9"]
+    rows = [
+        (n << 8, chance.choice(names), chance.choice([1, 1, 2, 3, 4, 5]),
+         NOON_MS + chance.choice([0, 1, 5]), chance.choice(["default", "berlin"]))
+        for n in range(1, count + 1)
+    ]  # fmt: skip
+
+    def run(now):
+        world.registry.queries.add(hostenroll.Organization("berlin", now))
+        engine.run("UPDATE host SET state = 0")
+        changed = "name = ?, state = ?, status_since = ?, organization_id = ?"
+        engine.many(f"UPDATE host SET {changed} WHERE id = ?", [(*it[1:], it[0]) for it in rows])
+        states = [(it[2], it[0]) for it in rows]
+        engine.many("UPDATE heartbeat SET state = ? WHERE host_id = ?", states)
+
+    world.perform(run)
+    return rows
+
+
+def test_a_list_is_in_the_order_asked_for_page_by_page(world):
+    rows = dress(world)
+    for sort, owner, statuses in itertools.product(
+        SORTS, (None, "berlin"), ([], ["offline"], ["online", "missing"])
+    ):
+        states = [hostenroll.STATUS_NAMES.index(it) for it in statuses] or range(1, 6)
+        fitting = [it for it in rows if owner in (None, it[4]) and it[2] in states]
+        expected = [it[0] for it in sorted(fitting, key=SORTS[sort])]
+        values = {"sort": sort, **({"status": statuses} if statuses else {})}
+        by = Principal("api-key:1", owner, "viewer")
+        for limit in (1, 7) if statuses or owner else (1, 100):
+            found = pages(world, "list-hosts", by=by, limit=limit, **values)
+            assert ids(found) == expected, (sort, owner, statuses, limit)
+    query = "organization=berlin&sort=name&limit=1000"
+    shown = [host["id"] for host in world.hosts(query).document["hosts"]]
+    expected = sorted((it for it in rows if it[4] == "berlin"), key=SORTS["name"])
+    assert shown == [hostenroll.id_text(it[0]) for it in expected]
+
+
+def test_a_list_goes_on_where_it_was_whatever_happens_meanwhile(world):
+    """The host that the cursor names is deleted, or has another status by then."""
+    rows = sorted(dress(world), key=SORTS["attention"])
+    for act in (world.revoke, world.delete):
+        first = world.hosts("sort=attention&limit=5").document
+        act(first["hosts"][-1]["id"])
+        rest = world.hosts(f"sort=attention&limit=9&cursor={first['nextCursor']}").document
+        assert [host["id"] for host in rest["hosts"]] == [
+            hostenroll.id_text(it[0]) for it in rows[5:14]
+        ]
+        rows = rows[:4] + rows[5:]
+
+
+CURSORS = {
+    "sort=name": ["0.0000000000000100.zz", "0.0000000000000100.f", "0.0000000000000100.ff",
+                  "1.0000000000000100.77", "0000000000000100", "0.0000000000000100", "0"],
+    "sort=statusSince": ["0.0000000000000100.77", "0.0000000000000100.ffffffffffffffff",
+                         "0.0000000000000100." + "1" * 17, "0.0000000000000100."],
+    "sort=attention": ["5.0000000000000100.77", "0.0000000000000100.77"],
+    "status=online&sort=attention": ["4.0000000000000100.77"],
+    "": ["0.0000000000000100.77", "00000000000000", "f000000000000000"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("query", CURSORS)
+def test_a_cursor_of_another_order_or_of_none_is_an_invalid_query(query, world):
+    fill(world, 1)
+    for cursor in CURSORS[query]:
+        reply = world.hosts(f"{query}&cursor={cursor}")
+        assert reply.code == "invalid-query", cursor
+        assert [error["field"] for error in reply.document["errors"]] == ["cursor"]
+
+
+def test_each_order_has_an_index_and_begins_anywhere_at_once(world):
+    """However many hosts have one name, or one time; the cost is in steps of SQLite's machine."""
+    fill(world, 5000)
+    world.sql("UPDATE host SET state = 1 + 2 * (id > 900000)")
+    world.sql("UPDATE heartbeat SET state = 1 + 2 * (host_id > 900000)")
+    since, name = f"{world.sql('SELECT max(status_since) FROM host')[0][0]:016x}", b"web".hex()
+    places = {
+        "attention": [f"0.00000000000ec000.{since}", f"4.0000000000080000.{name}"],
+        "name": [f"0.00000000000a0000.{name}"], "statusSince": [f"0.00000000000a0000.{since}"],
+        "enrolledAt": ["00000000000a0000"],
+    }  # fmt: skip
+    db, statements, steps = world.registry.engine._connection, [], []
+    for sort, owner in itertools.product(SORTS, (None, "default")):
+        by = Principal("api-key:1", owner, "viewer")
+        for cursor in ({}, *({"cursor": place} for place in places[sort])):
+            statements.clear()
+            steps.clear()
+            db.set_trace_callback(statements.append)
+            db.set_progress_handler(lambda: steps.append(10), 10)
+            page = world.act("list-hosts", by=by, sort=sort, limit=1, **cursor)
+            db.set_trace_callback(None)
+            db.set_progress_handler(None, 0)
+            assert page.items and sum(steps) < 9000, (sort, by, cursor, sum(steps))
+        read = [text for text in statements if text.startswith("SELECT") and "FROM host " in text]
+        for text in read:
+            plan = [row[3] for row in world.sql(f"EXPLAIN QUERY PLAN {text}")]
+            wrong = [step for step in plan if re.search("SCAN (?!.*PRIMARY KEY)|TEMP B-TREE", step)]
+            assert not wrong and len(plan) > 1, (sort, plan)
+        assert read
+
+
+def test_the_census_is_right_whoever_writes(world):
+    rows = dress(world, 20)
+    census = world.registry.hosts.census
+    expected = hostenroll.Counter((it[4], hostenroll.STATUS_NAMES[it[2]]) for it in rows)
+    assert census(None) == expected
+    world.sql("DELETE FROM host WHERE state = 1")
+    expected = {key: n for key, n in expected.items() if key[1] != "online"}
+    assert census(None) == expected
+    # What is refused, or fails, is not counted.
+    token = world.token()
+    for _ in range(2):
+        with faulty(world.registry, n=9):
+            world.enroll(token)
+        assert census(None) == expected
 
 
 def test_no_call_looks_at_the_whole_fleet(world):
@@ -6196,7 +6371,10 @@ def test_no_call_looks_at_the_whole_fleet(world):
         "enroll": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "replay": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "delete": (5_000, lambda: world.act("delete-host", 1 << 8)),
+        "a slice of the sweep": (50_000, lambda: world.run(sweep)),
+        "a housekeeping": (10_000, world.housekeeping),
     }  # fmt: skip
+    sweep = Call(hostenroll.SWEEP, values={"sweep": hostenroll.Sweep(judged=0)})
     for name, (_, run) in calls.items():
         steps.clear()
         world.registry.engine._connection.set_progress_handler(lambda: steps.append(10), 10)
@@ -6204,28 +6382,6 @@ def test_no_call_looks_at_the_whole_fleet(world):
         taken[name] = sum(steps)
     assert {name: n for name, n in taken.items() if n > calls[name][0]} == {}
     assert min(taken.values()) > 0
-
-
-def test_a_census_of_a_large_fleet_goes_in_slices_and_is_kept_for_a_while(world, monkeypatch):
-    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 100)
-    fill(world, 400)
-    # All that ask share it; 100, 200, 300, 400, and the look that finds no more.
-    asked = [counted(world, by) for by in (OPERATOR, OPERATOR._replace(name="cli:other")) * 3]
-    assert asked[:4] == [None] * 4 and asked[4] == asked[5]
-    assert asked[4].counts == {("default", "pending"): 400}
-    world.join()
-    world.advance(hostenroll.CENSUS_KEPT)
-    assert census_of(world) == (asked[4], 1)
-    world.advance(0.001)
-    assert counted(world) is None
-    fresh, ticks = census_of(world)
-    assert (1 + ticks, fresh.counts) == (5, {("default", "pending"): 401})
-    # One that was left alone begins again.
-    world.advance(3600)
-    assert counted(world) is None
-    world.sql("DELETE FROM host")
-    world.advance(3600)
-    assert census_of(world)[0].counts == {}
 
 
 # The tick.
@@ -6458,6 +6614,248 @@ def test_a_silence_counts_from_when_it_was_too_long(ago, pauses, expected):
     assert (now - since) / 1000 == expected
 
 
+# The sweep. A host is offline after 100 s without a pause, and missing after a week.
+WEEK = 7 * 86400
+SWEPT = {
+    # seconds between the last heartbeat and each sweep; the changes that they report
+    "it is in time": ([100], []),
+    "it is offline": ([100.001], [("online", "offline", "", 100)]),
+    "it is offline for long": ([50, 5000], [("online", "offline", "", 100)]),
+    "it is reported once": ([101, 102, 5000, WEEK], [("online", "offline", "", 100)]),
+    "it is offline, then missing": (
+        [101, WEEK, WEEK + 0.001],
+        [("online", "offline", "", 100), ("offline", "missing", "", WEEK)]),
+    "it is missing at once": ([WEEK + 60], [("online", "missing", "", WEEK)]),
+    "it is missing once": ([WEEK + 60, 2 * WEEK], [("online", "missing", "", WEEK)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("times, expected", table(SWEPT))
+@pytest.mark.parametrize("is_first", [True, False], ids=["by the first sweep", "by later ones"])
+def test_a_sweep_reports_who_has_fallen_silent_and_since_when(is_first, times, expected, world):
+    host, credential = world.joined()
+    waiting, _ = world.join()
+    shut, _ = world.joined()
+    world.revoke(shut)
+    world.live(0)
+    sweep, _ = world.sweep()
+    for before, after in zip([0, *times], times):
+        world.live(after - before)
+        sweep, _ = world.sweep(None if is_first else sweep)
+        assert_states_agree(world)
+    assert changes_of(world, host) == [ENROLLED, ARRIVED, *expected]
+    world.beat(credential)
+    back = [(was, "online", "", 0) for _, was, _, _ in expected[-1:]]
+    assert changes_of(world, host) == [ENROLLED, ARRIVED, *expected, *back]
+    assert changes_of(world, waiting) == [ENROLLED]
+    assert [status for _, status, *_ in changes_of(world, shut)][2:] == ["revoked"]
+
+
+def paused(world, seconds):
+    """No server lives for so long, and then one does."""
+    world.clock.advance(seconds)
+    assert world.sweep() == (None, 1)
+    world.housekeeping()
+
+
+def test_a_pause_of_the_server_is_nobodys_change(world):
+    world.live(0)
+    dead, _ = world.joined()
+    world.live(150)
+    alive, _ = world.joined()
+    sweep, _ = world.sweep()
+    before = changes_of(world)
+    for seconds in (30, 86400, 3 * WEEK):
+        paused(world, seconds)
+        for of in (None, sweep):
+            sweep, _ = world.sweep(of)
+        assert changes_of(world) == before
+    world.live(100 + hostenroll.PAUSE_ALLOWANCE * 3)
+    world.sweep(sweep)
+    assert [was for was, *_ in changes_of(world, alive)][2:] == ["online"]
+    assert [was for was, *_ in changes_of(world, dead)][2:] == ["online"]
+
+
+def test_who_was_offline_by_the_last_look_and_is_not_by_the_pause_is_reported_as_online(world):
+    """The server ends between two times that it writes: what came after the last is a pause."""
+    world.live(0)
+    host, _ = world.joined()
+    world.live(95)
+    world.clock.advance(6)
+    sweep, _ = world.sweep()
+    paused(world, 60)
+    sweep, _ = world.sweep(sweep)
+    assert changes_of(world, host)[2:] == [
+        ("online", "offline", "", 100), ("offline", "online", "", 161)]  # fmt: skip
+    world.live(72)
+    sweep, _ = world.sweep(sweep)
+    assert [status for _, status, *_ in changes_of(world, host)][2:] == [
+        "offline", "online", "offline"]  # fmt: skip
+    assert_states_agree(world)
+
+
+@pytest.mark.parametrize("back, was, status", [
+    (100, "online", "offline"), (3600, "online", "offline"), (2 * WEEK, "online", "offline"),
+])  # fmt: skip
+def test_a_clock_that_is_set_back_leaves_silent_hosts_silent(back, was, status, world):
+    """And none that was silent for a moment is thought to beat in a future for ever."""
+    world.live(0)
+    host, _ = world.joined()
+    world.live(200)
+    sweep, _ = world.sweep()
+    paused(world, -back)
+    for seconds in (0, 101, back):
+        world.live(seconds)
+        sweep, _ = world.sweep(sweep)
+        assert_states_agree(world)
+        view = world.act("show-host", host)
+        assert view.host.state == hostenroll.STATUS_NAMES.index(view.status)
+    assert [it[:2] for it in changes_of(world, host)][2:3] == [(was, status)]
+    assert [it[1] for it in changes_of(world, host)][-1] == "offline"
+
+
+def test_two_servers_report_each_change_once(paths, clock):
+    with World(paths, clock) as one, World(paths, clock) as other:
+        hosts = [one.joined()[0] for _ in range(3)]
+        one.live(200)
+        assert [world.sweep()[1] for world in (one, other, one)] == [1, 1, 1]
+        assert [len(changes_of(one, host)) for host in hosts] == [3] * 3
+
+
+def test_a_sweep_goes_in_slices_and_judges_few_hosts_in_each(world, monkeypatch):
+    monkeypatch.setattr(hostenroll, "SWEPT_AT_ONCE", 50)
+    monkeypatch.setattr(hostenroll, "JUDGED_AT_ONCE", 10)
+    world.joined()
+    world.live(1000)
+    _, credential = world.joined()
+    fill(world, 120)  # all as the one before the last: of those that are online none is silent
+    world.sql(
+        "UPDATE heartbeat SET state = 1, last_seen = ? WHERE host_id < 999999", world.clock.ms
+    )
+    assert world.sweep(hostenroll.Sweep(judged=world.registry.service.get().started))[1] == 3
+    world.sql("UPDATE heartbeat SET last_seen = last_seen - 200000")
+    world.sql("UPDATE host SET state = 1")
+    world.beat(credential)
+    assert world.sweep()[1] == 13
+    rows = world.sql("SELECT host_id, count(*) FROM change WHERE status = 3 GROUP BY host_id")
+    assert sorted({count for _, count in rows}) == [1] and len(rows) == 121
+    assert world.sweep(hostenroll.Sweep(judged=world.registry.service.get().started))[1] == 3
+
+
+def test_a_slice_that_fails_is_done_again_from_where_it_was(world, monkeypatch):
+    monkeypatch.setattr(hostenroll, "SWEPT_AT_ONCE", 2)
+    hosts = [world.joined()[0] for _ in range(6)]
+    world.live(200)
+    first = Call(hostenroll.SWEEP, values={"sweep": hostenroll.Sweep()})
+    (sweep,) = world.run(first)
+    again = Call(hostenroll.SWEEP, values={"sweep": sweep})
+    before = world.snapshot()
+    with faulty(world.registry, only="COMMIT", error=FULL):
+        assert are_unavailable(world.run(again))
+    assert world.snapshot() == before
+    assert world.sweep(sweep)[1] == 3
+    assert [len(changes_of(world, host)) for host in hosts] == [3] * 6
+
+
+def test_a_row_that_we_never_wrote_is_passed_over(world):
+    hosts = [world.joined()[0] for _ in range(3)]
+    world.live(200)
+    world.sql("UPDATE heartbeat SET told_interval = 'x' WHERE host_id = ?", int(hosts[0], 16))
+    world.sql("UPDATE host SET labels = x'00' WHERE id = ?", int(hosts[1], 16))
+    world.sweep()
+    assert [len(changes_of(world, host)) for host in hosts] == [2, 2, 3]
+
+
+def test_a_sweep_that_reports_nothing_waits_for_no_disk(world):
+    host, credential = world.joined()
+    world.live(50)
+    for of in (None, hostenroll.Sweep(judged=world.registry.service.get().started)):
+        world.run(Call(hostenroll.SWEEP, values={"sweep": of or hostenroll.Sweep()}))
+        assert world.registry.engine._synchronous == "NORMAL"
+    world.live(51)
+    world.sweep()
+    assert world.registry.engine._synchronous == "FULL"
+    world.beat(credential)
+    assert changes_of(world, host)[-1] == ("offline", "online", "", 0)
+
+
+@pytest.mark.parametrize("seconds, rest", [(0.001, 3), (0.075, 3), (0.1, 4), (1.5, 60)])
+def test_the_longer_a_sweep_takes_the_longer_is_the_rest(seconds, rest):
+    assert hostenroll.Sweep(after=-1, seconds=seconds).rest == pytest.approx(rest)
+    assert hostenroll.Sweep(after=0, seconds=seconds).rest == 0
+
+
+def test_lists_counts_and_the_filter_agree_between_two_sweeps(world):
+    """A host by its id has its status of now."""
+    host, _ = world.joined()
+    world.joined()
+    world.live(200)
+
+    def shown():
+        views = {
+            status: world.act("list-hosts", status=[status]).items for status in hostenroll.STATUSES
+        }
+        counts = world.registry.hosts.census(None)
+        assert {("default", name): len(rows) for name, rows in views.items() if rows} == counts
+        ((status, rows),) = [each for each in views.items() if each[1]]
+        assert [view.status for view in rows] == [status, status]
+        return next(view for view in rows if hostenroll.id_text(view.host.id) == host)
+
+    before, now = shown(), world.act("show-host", host)
+    assert (before.status, now.status) == ("online", "offline")
+    assert before.reason == f"reported as online at {hostenroll.rfc3339(NOON_MS)}"
+    world.sweep()
+    after = shown()
+    assert (after.status, after.reason) == ("offline", now.reason)
+
+
+def made_changes(world, ages):
+    """Rows of so many days ago, the oldest first, in place of all."""
+    world.sql("DELETE FROM change")
+    for age in ages:
+        world.sql(
+            "INSERT INTO change (at, host_id, organization_id, name, labels, was, status, seen, "
+            "actor) VALUES (?, 1, 'default', '', '{}', 1, 3, 0, '')",
+            world.clock.ms - int(age * DAY_MS),
+        )
+
+
+def ages_left(world):
+    rows = world.sql("SELECT at FROM change ORDER BY number")
+    return [(world.clock.ms - at) / DAY_MS for (at,) in rows]
+
+
+@pytest.mark.parametrize("ages, kept", table({
+    "none": ([], []),
+    "the last": ([90], [90]),
+    "old ones": ([40, 31, 30, 29, 1], [30, 29, 1]),
+    "all are old": ([90, 40, 31], [31]),
+    "the clock was ahead": ([40, -400, 35, 20, 1], [20, 1]),
+    "the clock is behind": ([-1, -2], [-1, -2]),
+    "they became true late": ([40, 29, 40, 1], [29, 40, 1]),
+}))  # fmt: skip
+def test_changes_are_kept_for_thirty_days_and_the_last_for_ever(ages, kept, world):
+    made_changes(world, ages)
+    world.housekeeping()
+    assert ages_left(world) == kept
+    made_changes(world, ages)
+    world.reopen(changes_keep=365 * 86400)
+    world.housekeeping()
+    assert ages_left(world) == ages
+
+
+def test_changes_beyond_a_million_are_pruned_in_slices(world, monkeypatch):
+    monkeypatch.setattr(hostenroll, "CHANGES_MAXIMUM", 5)
+    monkeypatch.setattr(hostenroll, "PRUNED_AT_ONCE", 3)
+    made_changes(world, range(12, 0, -1))
+    turns = [(world.housekeeping(), len(ages_left(world))) for _ in range(4)]
+    assert turns == [(True, 9), (True, 6), (False, 5), (False, 5)]
+    made_changes(world, range(50, 30, -1))
+    while world.housekeeping():
+        pass
+    assert ages_left(world) == [31]
+
+
 # Feeds: changes and events, for who goes on from a cursor.
 
 
@@ -6688,7 +7086,7 @@ def test_strays_of_a_batch_are_judged_apart_and_the_others_stay_one_statement(wo
         world.revoke(host)
     world.advance(61)
     good = [world.clock.ms] * 38
-    for _ in range(2):  # the first is durable
+    for _ in range(3):  # the first is durable, and so is the next
         world.run(*beats[2:])
     with faulty(world.registry) as all_good:
         assert world.run(*beats[2:]) == good
@@ -6698,7 +7096,7 @@ def test_strays_of_a_batch_are_judged_apart_and_the_others_stay_one_statement(wo
     # Four that find strays and tell them another interval; a look for each; the audit's last event
     # and insert; the trace on the hosts.
     assert mixed.count == all_good.count + 4 + 2 + 2 + 1
-    assert world.registry.metrics.counts["heartbeats"] == 4 * 38
+    assert world.registry.metrics.counts["heartbeats"] == 5 * 38
     assert [event["code"] for event in world.audit("refuse")] == ["host-revoked"] * 2
 
 
@@ -7297,6 +7695,7 @@ class Life(Model):
 
     def look_at_all(self):
         """At every list, by each who sees another part of the fleet, and at the counts."""
+        self.server.sweep()
         hosts, tokens = self.living(), self.living(self.tokens)
         for scope in (None, "a-team", "b-team"):
             mine = [it for it in (*hosts, *tokens) if scope in (None, it.organizationId)]
@@ -8164,6 +8563,7 @@ def clones_of(world):
 
 
 def warned(world, host):
+    world.sweep()
     (shown,) = [it for it in world.hosts().document["hosts"] if it["id"] == host]
     assert world.host(host).document == shown
     return ["more than one machine uses this credential" in text for text in shown["warnings"]]
@@ -9255,8 +9655,9 @@ def test_new_keys_for_an_old_log_begin_it_again(paths, clock, caplog):
 def test_a_migration_that_is_had_again_makes_no_new_log_an_old_one(chronicle):
     falsify(chronicle)
     chronicle.registry.close()
-    sql(chronicle.paths[0], "DROP INDEX host_state")
-    sql(chronicle.paths[0], "DROP INDEX api_key_maker")
+    for name in reversed(NEWER):
+        kind = hostenroll.SCHEMA_OBJECTS[name].split()[1]
+        sql(chronicle.paths[0], f"DROP {kind} IF EXISTS {name}")
     sql(chronicle.paths[0], "ALTER TABLE heartbeat RENAME COLUMN state TO active")
     for name, column in ADDED:
         sql(chronicle.paths[0], f"ALTER TABLE {name} DROP COLUMN {column}")
@@ -13645,7 +14046,8 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
     host.update(status="revoked", statusReason=reason, lastSeen=later, revokedAt=later)
     host.update(address=ADDRESS, addressSince=later)
     assert revoked == {**host, **facts, **changes}
-    assert estate.hosts().document == {"hosts": [revoked], "nextCursor": None}
+    counts = {**dict.fromkeys(hostenroll.STATUSES, 0), "revoked": 1}
+    assert estate.hosts().document == {"hosts": [revoked], "nextCursor": None, "counts": counts}
 
 
 def test_a_secret_is_shown_once(estate):
@@ -14082,6 +14484,7 @@ def walk(door, key, path, cursor="", pages=50):
     """A whole list, to its nextCursor null, in at most 50 pages."""
     assert pages > 0, "the list has no end"
     page = door.call("GET", path + cursor, bearer=key).document
+    page.pop("counts", None)
     following, (items,) = page.pop("nextCursor"), page.values()
     rest = walk(door, key, path, f"&cursor={following}", pages - 1) if following else []
     return items + rest
@@ -14586,10 +14989,11 @@ NO_KEYS = ("none", "junk", "forged", "revoked", "token", "credential")
 # What a query or a body could hold to reach what is another's.
 PEEKS = {
     "organization": "default nothing", "cursor": "7fffffffffffffff {host} {token}",
-    "q": "web {host}", "label": "rack=b4", "status": "pending online", "state": "valid used",
+    "q": "web {host}", "label": "rack=b4 rack", "status": "pending online", "state": "valid used",
     "address": "::/0 0.0.0.0/0",
     "subject": "host:{host} token:{token} organization:default", "action": "mint enroll refuse",
     "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
+    "label!": "rack=b4 rack", "sort": "attention name statusSince enrolledAt",
     "reason": "mine", "withKeys": "true", "self": "true", "after": "now", "wait": "0",
     "host": "{host}",
 }  # fmt: skip
@@ -17014,18 +17418,6 @@ def test_a_flood_of_lists_does_not_hold_up_a_heartbeat(served):
         assert behind == [{"status": "ok"}] * 60
 
 
-def test_a_census_in_many_slices_is_answered_and_others_meanwhile(served, monkeypatch):
-    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 5)
-    live = served(hosts=1000)
-    with live.connect() as peer, peer.makefile("rb") as stream:
-        peer.sendall(request_bytes("GET", "/metrics", bearer=live.api_key))
-        time.sleep(0.002)  # it is being counted
-        peer.sendall(HEALTH)
-        assert live.call("GET", "/healthz").status == 200
-        assert 'status="pending"} 1000' in read_reply(stream).document
-        assert read_reply(stream).document == {"status": "ok"}
-
-
 def narrow_lists(live, count, times):
     """Peers that ask for lists and take nothing: each answer is more than the kernel takes."""
     live.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # of all it accepts
@@ -17888,7 +18280,7 @@ def test_a_service_manager_is_notified_of_start_reload_and_stop(tls, served):
     for count in (1, 3, 5):
         until(lambda count=count: len(states) >= count)
         assert live.call("GET", "/healthz").status == 200 and len(states) == count
-        assert live.server._timeout() > 5  # idle, it sleeps
+        assert live.server._timeout() > 2  # idle, it sleeps
         if count < 5:
             live.server.reload()
     live.terminate()
@@ -18474,7 +18866,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
     *((2, "needs ID, or else filters", f"{name}{words}")
       for name in ("delete-host", "revoke-host", "restore-host", "edit-host")
       for words in ("", " --yes", f" {UNKNOWN} --status missing")),
-    (3, "--where: ", "delete-host --where pool --yes"),
+    (3, "--where: ", "delete-host --where =pool --yes"),
     (3, "--org: ", ("delete-host", "--org=", "--yes")),
     (3, "--token: ", ("delete-host", "--token=", "--yes")),
     (3, "This is a secret", f"delete-host {UNKNOWN} het_{UNKNOWN}_x --yes"),
@@ -18513,7 +18905,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (3, "--hostname", ("mint-token", "--hostname", "a b")),
     (3, "--description", "mint-token --description \a"),
     (3, "--description", "mint-api-key --description \a"),
-    (3, "--label: ", "list-hosts --label rack"),
+    (3, "--label: ", "list-hosts --label =b4"),
     (3, "--org", "mint-token --org="),
     *((3, "--org", f"{command} --org nope")
       for command in ("mint-token", "mint-api-key", "list-hosts", "list-tokens", "show-audit")),
@@ -19117,6 +19509,8 @@ def motley(operator):
     for host, silence in zip(hosts[1:4], (8 * 86400, 200, 0)):
         number, seen = int(host["hostId"], 16), clock.ms - silence * 1000
         sql(database, "UPDATE heartbeat SET last_seen = ? WHERE host_id = ?", seen, number)
+    with operator.world() as world:
+        world.sweep()
     return operator
 
 
