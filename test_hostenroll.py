@@ -482,6 +482,9 @@ class ApiDoor(Door):
         return Reply(response.status, read_content(response.content_type, response.body), headers)
 
 
+SWEEP = Call(hostenroll.SWEEP)
+
+
 class World(ApiDoor):
     """An ApiDoor with its registry, its clock and its files."""
 
@@ -517,16 +520,19 @@ class World(ApiDoor):
 
     def housekeeping(self):
         """What the server does now and then; True when it wants to go on at once."""
-        return self.registry.perform(Call(hostenroll.HOUSEKEEPING), self.clock.ms)
+        return self.registry.perform(Call(hostenroll.HOUSEKEEPING), self.clock.ms) == 0
 
-    def sweep(self, sweep=None):
-        """A whole sweep, as after a start of the server, or the one after another; how far it has
-        come, and how many slices it took. None: it waits."""
-        sweep, slices = sweep or hostenroll.Sweep(), 0
-        while not slices or (sweep is not None and sweep.after >= 0):
-            call = Call(hostenroll.SWEEP, values={"sweep": sweep})
-            sweep, slices = self.registry.perform(call, self.clock.ms), slices + 1
-        return sweep, slices
+    def sweep(self):
+        """A whole sweep; how many slices it took."""
+        slices, rest = 0, 0
+        while rest == 0:
+            slices, rest = slices + 1, self.registry.perform(SWEEP, self.clock.ms)
+        return slices
+
+    def forget_sweeps(self):
+        """As a server that has just started."""
+        reports = self.registry.reports
+        reports.swept = reports._sweep = hostenroll.Sweep(-1, 0.0, 0.0)
 
     def live(self, seconds):
         """Time goes by, and a server lives all the while."""
@@ -6371,10 +6377,9 @@ def test_no_call_looks_at_the_whole_fleet(world):
         "enroll": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "replay": (5_000, lambda: world.enroll(minted["token"], key="k")),
         "delete": (5_000, lambda: world.act("delete-host", 1 << 8)),
-        "a slice of the sweep": (50_000, lambda: world.run(sweep)),
+        "a slice of the sweep": (50_000, lambda: world.run(SWEEP)),
         "a housekeeping": (10_000, world.housekeeping),
     }  # fmt: skip
-    sweep = Call(hostenroll.SWEEP, values={"sweep": hostenroll.Sweep(judged=0)})
     for name, (_, run) in calls.items():
         steps.clear()
         world.registry.engine._connection.set_progress_handler(lambda: steps.append(10), 10)
@@ -6638,10 +6643,12 @@ def test_a_sweep_reports_who_has_fallen_silent_and_since_when(is_first, times, e
     shut, _ = world.joined()
     world.revoke(shut)
     world.live(0)
-    sweep, _ = world.sweep()
+    world.sweep()
     for before, after in zip([0, *times], times):
         world.live(after - before)
-        sweep, _ = world.sweep(None if is_first else sweep)
+        if is_first:
+            world.forget_sweeps()
+        world.sweep()
         assert_states_agree(world)
     assert changes_of(world, host) == [ENROLLED, ARRIVED, *expected]
     world.beat(credential)
@@ -6654,7 +6661,7 @@ def test_a_sweep_reports_who_has_fallen_silent_and_since_when(is_first, times, e
 def paused(world, seconds):
     """No server lives for so long, and then one does."""
     world.clock.advance(seconds)
-    assert world.sweep() == (None, 1)
+    assert world.sweep() == 1
     world.housekeeping()
 
 
@@ -6663,15 +6670,17 @@ def test_a_pause_of_the_server_is_nobodys_change(world):
     dead, _ = world.joined()
     world.live(150)
     alive, _ = world.joined()
-    sweep, _ = world.sweep()
+    world.sweep()
     before = changes_of(world)
     for seconds in (30, 86400, 3 * WEEK):
         paused(world, seconds)
-        for of in (None, sweep):
-            sweep, _ = world.sweep(of)
+        for _ in range(2):
+            world.sweep()
+        world.forget_sweeps()
+        world.sweep()
         assert changes_of(world) == before
     world.live(100 + hostenroll.PAUSE_ALLOWANCE * 3)
-    world.sweep(sweep)
+    world.sweep()
     assert [was for was, *_ in changes_of(world, alive)][2:] == ["online"]
     assert [was for was, *_ in changes_of(world, dead)][2:] == ["online"]
 
@@ -6682,13 +6691,13 @@ def test_who_was_offline_by_the_last_look_and_is_not_by_the_pause_is_reported_as
     host, _ = world.joined()
     world.live(95)
     world.clock.advance(6)
-    sweep, _ = world.sweep()
+    world.sweep()
     paused(world, 60)
-    sweep, _ = world.sweep(sweep)
+    world.sweep()
     assert changes_of(world, host)[2:] == [
         ("online", "offline", "", 100), ("offline", "online", "", 161)]  # fmt: skip
     world.live(72)
-    sweep, _ = world.sweep(sweep)
+    world.sweep()
     assert [status for _, status, *_ in changes_of(world, host)][2:] == [
         "offline", "online", "offline"]  # fmt: skip
     assert_states_agree(world)
@@ -6702,11 +6711,11 @@ def test_a_clock_that_is_set_back_leaves_silent_hosts_silent(back, was, status, 
     world.live(0)
     host, _ = world.joined()
     world.live(200)
-    sweep, _ = world.sweep()
+    world.sweep()
     paused(world, -back)
     for seconds in (0, 101, back):
         world.live(seconds)
-        sweep, _ = world.sweep(sweep)
+        world.sweep()
         assert_states_agree(world)
         view = world.act("show-host", host)
         assert view.host.state == hostenroll.STATUS_NAMES.index(view.status)
@@ -6718,7 +6727,7 @@ def test_two_servers_report_each_change_once(paths, clock):
     with World(paths, clock) as one, World(paths, clock) as other:
         hosts = [one.joined()[0] for _ in range(3)]
         one.live(200)
-        assert [world.sweep()[1] for world in (one, other, one)] == [1, 1, 1]
+        assert [world.sweep() for world in (one, other, one)] == [1, 1, 1]
         assert [len(changes_of(one, host)) for host in hosts] == [3] * 3
 
 
@@ -6732,28 +6741,29 @@ def test_a_sweep_goes_in_slices_and_judges_few_hosts_in_each(world, monkeypatch)
     world.sql(
         "UPDATE heartbeat SET state = 1, last_seen = ? WHERE host_id < 999999", world.clock.ms
     )
-    assert world.sweep(hostenroll.Sweep(judged=world.registry.service.get().started))[1] == 3
+    assert world.sweep() == 3
     world.sql("UPDATE heartbeat SET last_seen = last_seen - 200000")
     world.sql("UPDATE host SET state = 1")
     world.beat(credential)
-    assert world.sweep()[1] == 13
+    assert world.sweep() == 13
     rows = world.sql("SELECT host_id, count(*) FROM change WHERE status = 3 GROUP BY host_id")
     assert sorted({count for _, count in rows}) == [1] and len(rows) == 121
-    assert world.sweep(hostenroll.Sweep(judged=world.registry.service.get().started))[1] == 3
+    assert world.sweep() == 3
+    world.forget_sweeps()
+    assert world.sweep() == 13
 
 
 def test_a_slice_that_fails_is_done_again_from_where_it_was(world, monkeypatch):
     monkeypatch.setattr(hostenroll, "SWEPT_AT_ONCE", 2)
     hosts = [world.joined()[0] for _ in range(6)]
     world.live(200)
-    first = Call(hostenroll.SWEEP, values={"sweep": hostenroll.Sweep()})
-    (sweep,) = world.run(first)
-    again = Call(hostenroll.SWEEP, values={"sweep": sweep})
+    assert world.run(SWEEP) == [0]
     before = world.snapshot()
-    with faulty(world.registry, only="COMMIT", error=FULL):
-        assert are_unavailable(world.run(again))
+    for _ in range(2):
+        with faulty(world.registry, only="COMMIT", error=FULL):
+            assert are_unavailable(world.run(SWEEP))
     assert world.snapshot() == before
-    assert world.sweep(sweep)[1] == 3
+    assert world.sweep() == 3
     assert [len(changes_of(world, host)) for host in hosts] == [3] * 6
 
 
@@ -6769,8 +6779,8 @@ def test_a_row_that_we_never_wrote_is_passed_over(world):
 def test_a_sweep_that_reports_nothing_waits_for_no_disk(world):
     host, credential = world.joined()
     world.live(50)
-    for of in (None, hostenroll.Sweep(judged=world.registry.service.get().started)):
-        world.run(Call(hostenroll.SWEEP, values={"sweep": of or hostenroll.Sweep()}))
+    for _ in range(2):
+        world.sweep()
         assert world.registry.engine._synchronous == "NORMAL"
     world.live(51)
     world.sweep()
@@ -6779,10 +6789,13 @@ def test_a_sweep_that_reports_nothing_waits_for_no_disk(world):
     assert changes_of(world, host)[-1] == ("offline", "online", "", 0)
 
 
-@pytest.mark.parametrize("seconds, rest", [(0.001, 3), (0.075, 3), (0.1, 4), (1.5, 60)])
-def test_the_longer_a_sweep_takes_the_longer_is_the_rest(seconds, rest):
-    assert hostenroll.Sweep(after=-1, seconds=seconds).rest == pytest.approx(rest)
-    assert hostenroll.Sweep(after=0, seconds=seconds).rest == 0
+@pytest.mark.parametrize("spent, rest", [(0, 3), (0.05, 3), (0.1, 4), (1.5, 60)])
+def test_the_longer_a_sweep_takes_the_longer_is_the_rest(spent, rest, world):
+    reports = world.registry.reports
+    reports.swept = hostenroll.Sweep(-1, 0.0, 0.0, after=1, spent=spent)
+    assert world.run(SWEEP) == [pytest.approx(rest, abs=0.5)]
+    assert reports.swept.last_spent == pytest.approx(spent, abs=0.01)
+    assert (reports.swept.after, reports.swept.spent) == (-1, 0)
 
 
 def test_lists_counts_and_the_filter_agree_between_two_sweeps(world):
@@ -16612,8 +16625,8 @@ class Spoilt:
     def recv(self, size):
         return self.real.recv(self.listener.meet("recv", size))
 
-    def send(self, data):
-        return self.real.send(data[: self.listener.meet("send", len(data))])
+    def send(self, data, flags=0):
+        return self.real.send(data[: self.listener.meet("send", len(data))], flags)
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -17961,6 +17974,20 @@ def test_every_end_is_behind_a_whole_answer(data, status, tls, served):
         assert (reply.status, reply.headers.get("connection")) == (
             status, None if status == 200 else "close")  # fmt: skip
         assert stream.read() == b""
+
+
+@pytest.mark.skipif(not hasattr(socket, "MSG_MORE"), reason="sends no bytes that wait")
+@pytest.mark.parametrize("n", [0, 1], ids=["plain", "tls"])
+def test_the_last_bytes_of_an_answer_come_with_the_end_of_the_connection(n, twins):
+    """Whoever is woken by them sees both, and is woken once."""
+    for _ in range(5):
+        with twins[n].connect() as peer, peer.makefile("rb") as stream:
+            peer.sendall(request_bytes("GET", "/healthz", headers=[("Connection", "close")]))
+            poll = select.poll()
+            poll.register(peer, select.POLLIN | select.POLLRDHUP)
+            ((_, seen),) = poll.poll(10_000)
+            assert seen & select.POLLRDHUP
+            assert read_reply(stream).status == 200 and stream.read() == b""
 
 
 def test_a_connection_closed_for_another_or_at_the_stop_gets_a_close_notify(served):
