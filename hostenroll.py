@@ -92,7 +92,7 @@ from __future__ import annotations
 import marshal
 import os
 import sys
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from importlib.util import MAGIC_NUMBER
 
 # Python keeps the syntax tree of its main script for as long as that runs: 20 of the 47 MiB of an
@@ -155,7 +155,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import chain, cycle, groupby, product, repeat, starmap, takewhile
+from itertools import chain, cycle, groupby, islice, product, repeat, starmap, takewhile
 from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -263,6 +263,15 @@ WAITING_OF_KEY = 16  # of an API key, so that no other is kept out
 FOLLOW_EVERY = 0.5  # between two looks for what other processes have committed
 ROWS_OF_READ = 30  # to examine so many takes as long as what surrounds them: auth, transaction
 
+# Incidents: hosts that fell silent together, of the last day.
+INCIDENT_SMALLEST = 3
+INCIDENT_INTERVALS = 2  # from the first to any other: hosts of one cause beat in turn
+INCIDENTS_OPEN = 4  # the newest, which one more host may be of: a sweep goes by ids, not by time
+INCIDENT_HOSTS_SHOWN = 100
+TRAITS_COUNTED = 1000  # of an incident: what most of its hosts share is among the first
+SHARES_KEPT = MINUTE  # what was counted and found, while somebody asks
+SHARES_MAXIMUM = 100_000  # hosts: to go through more each minute would take a share of a core
+
 # Metrics: upper bounds of histogram buckets.
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -324,6 +333,17 @@ LOG_PATIENCE = 0.4  # at the end of the process: a reader that lives takes LOG_M
 # Requests of ours to other servers.
 CLIENT_PATIENCE = 30  # for a connection, and for a whole answer beyond what it was to be held
 CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # of inventories: 10,000 hosts with many labels
+
+# What people are told.
+PENDING_TOLD_AFTER = 10 * MINUTE  # a machine that is being installed may start once more
+FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is told once an hour
+BATCH_GROWS_AT, BATCH_LONGEST = 3, MINUTE  # so many hosts may be an incident that grows
+MUTED_FOR = MINUTE  # at least: then the feed is asked again
+TOLD_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
+WATCH_WAIT = 10  # for changes: events are read in between
+RETRY_LONGEST = 300
+EXEC_PATIENCE, EXEC_GRACE = 60, 5  # of a command that tells people: then TERM, then KILL
+WATCH_STATE_MAXIMUM = 256 * 1024 * 1024  # a million hosts that are down
 
 # The store.
 LOCK_PATIENCE = 5  # many times what a command holds the lock for; then something is wrong
@@ -1127,6 +1147,106 @@ def stored_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"unreadable": text[:UNREADABLE_MAXIMUM]}
 
 
+# Incidents: hosts that fell silent together, as found in changes.
+
+DOWN = ("offline", "missing")
+Fleet = tuple[int, Counter[str]]  # how many hosts there are, and how many of them have a trait
+
+
+@lru_cache(maxsize=HOPS_CACHED)
+def network_of(address: str) -> list[str]:
+    """The network of a host and its neighbours, /24 or /64; none where its address is none."""
+    with suppress(ValueError):
+        bits = NETWORK_BITS if ":" in address else 24
+        return [str(ipaddress.ip_network(f"{address}/{bits}", strict=False))]
+    return []
+
+
+def traits_of(labels: Mapping[str, Any], address: str) -> list[str]:
+    """What a host may share with others: labels as key=value, and its network."""
+    return [*(f"{key}={value}" for key, value in labels.items()), *network_of(address)]
+
+
+class Incident:
+    """Hosts that fell silent within some time of the first."""
+
+    fleet: Optional[Fleet] = None  # what it is compared with
+
+    def __init__(self, id: Any, at: int) -> None:
+        self.id, self.at = id, at  # of its first change
+        self.until: Optional[int] = None  # when the last of them was back
+        self.hosts: dict[Any, None] = {}  # in the order in which they fell silent
+        self.down = 0  # how many of them still are
+        self.traits: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return len(self.hosts)
+
+    def common(self) -> list[str]:
+        """The traits that most of its hosts have, the most frequent first."""
+        return [trait for trait, hosts in self.traits.most_common() if 2 * hosts > self.count]
+
+    def _elsewhere(self, trait: str) -> float:
+        """Which part of all other hosts has a trait. Where there are none, no trait is special."""
+        if self.fleet is None:
+            return 0.0
+        others = self.fleet[0] - self.count
+        return max(0, self.fleet[1][trait] - self.traits[trait]) / others if others > 0 else 1.0
+
+    @property
+    def text(self) -> str:
+        """It in a sentence, with the trait that most of its hosts have and most others do not."""
+        count, text = self.count, f"{self.count} hosts went offline together"
+        own = [trait for trait in self.common() if self._elsewhere(trait) <= 0.5]
+        if own:
+            trait = max(own, key=lambda it: self.traits[it] / count - self._elsewhere(it))
+            verb = "have" if "=" in trait else "are in"
+            text += f", {self.traits[trait]} of the {count} {verb} {sanitize(trait)}"
+            if self.fleet is not None:
+                text += f", {self.fleet[1][trait]} of {self.fleet[0]} in the fleet"
+        if self.down == count:
+            return text
+        return text + (f"; {self.down} still down" if self.down else "; all are back or gone")
+
+
+class Incidents:
+    """Finds incidents in changes, which come in the order of the feed. Times are of one unit."""
+
+    def __init__(self, window: float) -> None:
+        """window: how long after the first, or before it, a host falls silent that is one more."""
+        self._window = window
+        self._of_host: dict[Any, Incident] = {}  # of those that are down
+        self.found: list[Incident] = []  # the oldest first; those of few hosts are none yet
+
+    def add(
+        self, id: Any, at: int, host: Any, was: str, status: str, by_time: bool,
+        traits: Iterable[str],
+    ) -> None:  # fmt: skip
+        """A change: id names it; was and status are words."""
+        if was in DOWN and status in DOWN:
+            return
+        if incident := self._of_host.pop(host, None):
+            incident.down -= 1
+            incident.until = None if incident.down else at
+        if status in DOWN and by_time:
+            newest = self.found[-INCIDENTS_OPEN:]
+            incident = next((it for it in newest if abs(at - it.at) <= self._window), None)
+            if incident is None:
+                incident = Incident(id, at)
+                self.found.append(incident)
+            self._of_host[host], incident.until = incident, None
+            incident.down += 1
+            if host not in incident.hosts:
+                incident.hosts[host], known = None, incident.traits
+                known.update(it for it in traits if it in known or len(known) < TRAITS_COUNTED)
+
+    def since(self, at: int) -> list[Incident]:
+        """The newest first; older ones are forgotten."""
+        self.found = [it for it in self.found if it.at >= at]
+        return [it for it in reversed(self.found) if it.count >= INCIDENT_SMALLEST]
+
+
 # 4. Secrets
 #
 # Law: secret randomness, cryptography and safe files stand here alone. Tokens and API keys are 256
@@ -1198,6 +1318,11 @@ _TO_URL, _FROM_URL = bytes.maketrans(b"+/", b"-_"), bytes.maketrans(b"-_", b"+/"
 def base64url(data: bytes) -> bytes:
     """RFC 7515 section 2: base64url without padding."""
     return binascii.b2a_base64(data, newline=False).translate(_TO_URL, b"=")
+
+
+def webhook_signature(secret: bytes, at: int, body: bytes) -> str:
+    """Shows a receiver who sent a body, and when (Unix time): others may send it again later."""
+    return f"t={at},v1={hmac.new(secret, b'%d.%b' % (at, body), hashlib.sha256).hexdigest()}"
 
 
 def _decode_base64url(text: bytes) -> bytes:
@@ -3109,6 +3234,17 @@ class Changes(Records):
         rest = f"WHERE {owned} number > ? ORDER BY number LIMIT ?"
         return self._all(Change, rest, *owner, number, limit)
 
+    def change_before(self, at: int) -> int:
+        """The number before the first change since a time: numbers rise with time, but for clocks
+        that were set, and for what is found late."""
+        low, high = self.oldest_change() or 0, self.last_change()
+        statement = "SELECT at FROM change WHERE number >= ? ORDER BY number LIMIT 1"
+        while low < high:
+            middle = (low + high) // 2
+            is_before = self._value(statement, middle) < at
+            low, high = (middle + 1, high) if is_before else (low, middle)
+        return low - 1
+
     def oldest_change(self) -> Optional[int]:
         return cast(Optional[int], self._value("SELECT min(number) FROM change"))
 
@@ -3344,6 +3480,15 @@ class Queries(Changes):
     def begin_history(self) -> None:
         """Of a new database, or of a copy: cursors of another history are none of this one."""
         self.put(Feed(new_history(), self.last_change(), self.last_event()[0]))
+
+    def addresses(self, hosts: Sequence[int]) -> dict[int, str]:
+        return dict(self._rows_of(hosts, "SELECT id, address FROM host WHERE id IN"))
+
+    def labels_slice(self, owner: Optional[str], after: int, limit: int) -> list[Any]:
+        """Of so many hosts with an id above after: id, labels and address."""
+        owned, owners = _owned_by(owner)
+        statement = f"SELECT id, labels, address FROM host WHERE {owned} id > ? ORDER BY id LIMIT ?"
+        return self._rows(statement, *owners, after, limit)
 
     def muted(self, hosts: Sequence[int], now: int) -> set[int]:
         """Which of these hosts are muted at a time."""
@@ -3611,7 +3756,7 @@ KEY_STATES = ("valid", "expired", "revoked")  # of API keys
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
-    "clone", "move",
+    "clone", "move", "key-file",
 )  # fmt: skip
 
 
@@ -4065,9 +4210,17 @@ class SigningKeys(Rules):
         self.file = key_file
         self.ttl = ttl
         self._version = -1  # of the database, when follow() last looked
+        self._noted = ""  # a trouble of the file that is in the audit log
 
     def reload(self) -> None:
         self.keyring = self.file.reload(self.keyring) or self.keyring
+
+    def note_trouble(self) -> None:
+        """In the audit log, once: the trouble refuses nobody yet, but a restart would fail."""
+        trouble = self.file.trouble
+        if trouble not in ("", self._noted):
+            self._registry.audit.record("key-file", "server", "", None, trouble=trouble)
+        self._noted = trouble
 
     def follow(self) -> None:
         """Read the key file, if another process has committed and the database has other keys. To
@@ -4629,6 +4782,84 @@ class Feeds(Rules):
                 is_last = len(rows) < ROWS_READ
         number = last if is_last else number
         return FeedPage(feed, items, f"{history}-{number}", number, number == last, examined)
+
+
+class Outlook:
+    """What is known of incidents to who sees an organization, or all of them."""
+
+    def __init__(self, after: int, window: int) -> None:
+        self.after, self.incidents = after, Incidents(window)  # after: the last change looked at
+        self.asked_at = self.counted_at = 0
+        self.asked: set[str] = set()  # the traits that are counted
+        self.shares: Counter[str] = Counter()
+        self.last, self.hosts = -1, 0  # counted: the id of the last one, and how many
+
+
+class IncidentLog(Rules):
+    """The incidents of the last day. What was found in changes is kept in memory while somebody
+    asks for it: then only newer changes are looked at, and what hosts share is counted again."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self._outlooks: dict[Owner, Outlook] = {}
+
+    def list(self, call: Call, now: int) -> Any:
+        """The newest first; UNFINISHED after a slice. values: organization. Raises InvalidQuery,
+        NotFound."""
+        owner = self._scope(call, InvalidQuery, "organization")
+        outlook = self._outlook(owner, now)
+        if not self._look(outlook, owner):
+            return UNFINISHED
+        found = outlook.incidents.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
+        asked = {trait for incident in found for trait in incident.common()}
+        fleet: Optional[Fleet] = None
+        if asked and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM:
+            if not self._count(outlook, owner, asked, now):
+                return UNFINISHED
+            fleet = outlook.hosts, outlook.shares
+        for incident in found:
+            incident.fleet = fleet
+        return Page(found)
+
+    def _outlook(self, owner: Owner, now: int) -> Outlook:
+        kept = SHARES_KEPT * SECOND_MS
+        each = self._outlooks.items()
+        self._outlooks = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
+        if owner not in self._outlooks:
+            service = self._registry.service.get()
+            interval = service.interval if service else self._registry.interval
+            # An hour more: a change at its beginning may belong to an incident before.
+            after = self._queries.change_before(now - (DAY + HOUR) * SECOND_MS)
+            self._outlooks[owner] = Outlook(after, INCIDENT_INTERVALS * interval * SECOND_MS)
+        self._outlooks[owner].asked_at = now
+        return self._outlooks[owner]
+
+    def _look(self, outlook: Outlook, owner: Owner) -> bool:
+        """At a slice of changes; whether it was the last one."""
+        changes = self._queries.changes_after(outlook.after, COUNTED_AT_ONCE)
+        own = [it for it in changes if owner in (ALL_ORGANIZATIONS, it.organization_id)]
+        silent = {it.host_id for it in own if it.status in (OFFLINE, MISSING)}
+        addresses, history = self._queries.addresses([*silent]), self._queries.feed().history
+        for it in own:
+            words = STATUS_NAMES[it.was], STATUS_NAMES[it.status]
+            labels = stored_object(it.labels) if it.host_id in silent else {}
+            traits = traits_of(labels, addresses.get(it.host_id, ""))
+            cursor = f"{history}-{it.number}"
+            outlook.incidents.add(cursor, it.at, it.host_id, *words, not it.actor, traits)
+        outlook.after = changes[-1].number if changes else outlook.after
+        return len(changes) < COUNTED_AT_ONCE
+
+    def _count(self, outlook: Outlook, owner: Owner, asked: set[str], now: int) -> bool:
+        """Who in the fleet has these traits, a slice of it; whether it was the last one."""
+        is_kept = 0 <= now - outlook.counted_at <= SHARES_KEPT * SECOND_MS
+        if not (is_kept and asked <= outlook.asked):
+            outlook.counted_at, outlook.asked, outlook.shares = now, asked, Counter()
+            outlook.last, outlook.hosts = -1, 0
+        rows = self._queries.labels_slice(owner, outlook.last, COUNTED_AT_ONCE)
+        for outlook.last, labels, address in rows:
+            outlook.shares.update(asked.intersection(traits_of(stored_object(labels), address)))
+        outlook.hosts += len(rows)
+        return len(rows) < COUNTED_AT_ONCE
 
 
 class Organizations(Rules):
@@ -5570,6 +5801,7 @@ class Registry:
         self.service = ServiceRecord(self)
         self.reports = Reports(self, changes_keep)
         self.feeds = Feeds(self)
+        self.incidents = IncidentLog(self)
         self.organizations = Organizations(self)
         self.api_keys = ApiKeys(self)
         self.tokens = Tokens(self)
@@ -5760,6 +5992,7 @@ class Registry:
         self.service.watch_certificate(now)
         self.api_keys.record_uses()
         self.keys.reload()
+        self.keys.note_trouble()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
         has_more = self.tokens.prune(now), self.reports.prune(now)
@@ -7618,6 +7851,12 @@ ProtectProc=invisible
 """.replace("@UNIT_END@", UNIT_END)
 )
 
+WATCH_LINES = {  # of the unit of watch, in the place of others
+    "decides who may join the fleet and knows who is alive": "tells people what changes",
+    "Type=notify": "Type=exec", "ExecReload=/bin/kill -HUP $MAINPID\n": "",
+    "SyslogIdentifier=hostenroll": "SyslogIdentifier=hostenroll-watch",
+}  # fmt: skip
+
 SOCKET_UNIT = """\
 [Unit]
 Description=socket of hostenroll
@@ -9344,6 +9583,17 @@ CHANGE = Document(  # of a ChangeView
     Member("by",             Nullable(ACTOR),      "change.actor", _or_null(str)),
     Member("muted",          TRUTH,                "muted"),
 )
+INCIDENT = Document(
+    "Incident",
+    Member("id",             FEED_CURSOR,           "id"),
+    Member("at",             TIME,                  "at", rfc3339),
+    Member("until",          MAYBE_TIME,            "until", _or_null(rfc3339)),
+    Member("count",          Integer((1, LAST_ID)), "count"),
+    Member("down",           Integer((0, LAST_ID)), "down"),
+    Member("text",           SENTENCE,              "text"),
+    Member("hosts",          ListOf(ID_TEXT, INCIDENT_HOSTS_SHOWN), "hosts",
+           lambda numbers: list(map(id_text, islice(numbers, INCIDENT_HOSTS_SHOWN)))),
+)
 ORGANIZATION = Document(  # of an Organization
     "Organization",
     Member("id",             SLUG,                 "id"),
@@ -9693,6 +9943,10 @@ OPERATIONS = (
               writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
               raises=(NotFound, ChangesPruned),
               columns=("at", "id", "name", "was", "status", "by", "labels", "organizationId")),
+    Operation("list-incidents", "GET", "/api/incidents", "viewer", "incidents.list",
+              "list which hosts went offline together, in the last day",
+              writes=False, query=Schema(Field("organization", SLUG)), answer=INCIDENT,
+              list_of="incidents", raises=(NotFound,), columns=("at", "count", "down", "text")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
     Operation("show-service", "GET", "/api/service", "viewer", _service,
@@ -9794,6 +10048,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "apiKeys": ("a part of the list, the newest first", []),
     "architecture": ("of the machine, as uname -m prints it", "x86_64"),
     "at": ("when it became true", A_TIME),
+    "Incident.at": ("when the first host went offline", A_TIME),
     "auditKeepSeconds": ("how long events are kept; null: for ever", 7776000),
     "by": ("who did it; null: time, or a heartbeat", "cli:alice"),
     "certificateEndsAt": ("when the server's certificate ends; null: it has none", A_TIME),
@@ -9813,6 +10068,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "ChangeList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
     "EventList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
     "Problem.cursor": ("where to go on, having missed what is not kept", "5e0ff1ce5e0ff1ce-7"),
+    "count": ("how many hosts", 7),
+    "down": ("how many of them still are", 5),
     "description": ("what it is for", "the cellar", ""),
     "detail": ("what to do about it", "Get a new token."),
     "Event.detail": ("more of what happened, by the action", {"hostname": "web-1"}),
@@ -9838,6 +10095,9 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "Token.hosts": ("the ids of some that it let in", [AN_ID]),
     "ActOnHostsRequest.hosts": ("their ids", [AN_ID]),
     "id": ("names it for good", AN_ID),
+    "Incident.hosts": ("the ids of the first of them", [AN_ID]),
+    "Incident.id": ("the cursor of its first change", "5e0ff1ce5e0ff1ce-7"),
+    "incidents": ("hosts that went offline together, the newest first", []),
     "Organization.id": ("its name", AN_ORGANIZATION),
     "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
     "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
@@ -9888,6 +10148,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
     "show-audit.subject": ("events about this alone", f"host:{AN_ID}"),
     "time": ("when it happened", A_TIME),
+    "text": ("it in a sentence", "7 hosts went offline together"),
     "title": ("the problem in a few words", "There is no such thing"),
     "token": ("the token itself, shown this once", "het_0ca4f1b28e3d7a95_..."),
     "EnrollRequest.token": ("what lets the machine in", "het_0ca4f1b28e3d7a95_..."),
@@ -9898,6 +10159,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "MintApiKeyRequest.ttlSeconds": ("how long it is good; null: without end", 43200),
     **{f"HostCounts.{status}": ("how many hosts are", 7) for status in STATUSES},
     "type": ("urn:hostenroll:problem: and the code", "urn:hostenroll:problem:not-found"),
+    "until": ("when the last of them was back; null: some are down", A_TIME),
     "usedAt": ("when it last let a host in; null: never", A_TIME),
     "usedFrom": ("the address that it was last used from", "192.0.2.7"),
     "uses": ("how many hosts it has let in", 1),
@@ -11613,49 +11875,26 @@ def closed_loop(
 
 # 11. Watch
 #
-# Law: this section asks other servers, and nothing here answers one. It trusts what it was told to
-# trust: a pinned key, an authority, or the trust store of this machine. A secret goes over TLS, or
-# to this machine. Nobody is sent elsewhere: redirects are not followed.
+# Law: this section asks other servers, and answers none. A secret goes to this machine, or over TLS
+# to whom we were told to trust: a pinned key, an authority, or the trust store of this machine.
 #
-# Contents: Client.
-
-
-class NoAnswer(OperatorError):
-    """Another server could not be asked, or its answer is none of ours."""
-
-
-class Answer(NamedTuple):
-    status: int
-    content_type: str
-    body: bytes
+# Contents: Client, which commands use too; what is worth telling, as pure functions; Watch, from
+# the feed to people; ways to tell them.
 
 
 def proxy_of(url: str, environment: Mapping[str, str]) -> str:
     """The proxy through which a URL of https is to be asked, as curl finds it; "" for none."""
-
-    def named(name: str) -> str:
-        return environment.get(name) or environment.get(name.upper(), "")
-
-    server, proxy = urlsplit(url), named("https_proxy") or named("all_proxy")
-    direct = named("no_proxy").lower().replace(",", " ").split()
+    named = {name.lower(): text for name, text in sorted(environment.items())}  # aB after AB
+    host, proxy = urlsplit(url).hostname, named.get("https_proxy") or named.get("all_proxy", "")
+    direct = named.get("no_proxy", "").lower().replace(",", " ").split()
     ends = [f".{name.lstrip('*.')}" if name != "*" else "" for name in direct]
-    if server.scheme != "https" or not proxy or f".{server.hostname}".endswith(tuple(ends)):
+    if not url.startswith("https:") or f".{host}".endswith(tuple(ends)):
         return ""
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def problem_of(document: Any) -> Problem:
-    """The refusal that another server sent. Raises LookupError, TypeError for what is none."""
-    code, errors = document["code"], document.get("errors", ())
-    kind = next((kind for kind in problems() if kind.code == code), Problem)
-    wrong = (f"{error['field']}: {error['detail']}" for error in errors)
-    problem = kind("; ".join(wrong) or str(document["detail"]))
-    problem.code, problem.status = str(code), int(document["status"])
-    return problem
+    return proxy if "://" in proxy or not proxy else f"http://{proxy}"
 
 
 class Client:
-    """Asks one server: a connection for each request, since none is asked often."""
+    """Asks one server, which redirects nobody. Each request has a connection of its own."""
 
     def __init__(
         self, url: str, api_key: str = "", *, pins: Sequence[str] = (), cacert: str = "",
@@ -11670,7 +11909,8 @@ class Client:
         self._place = server.hostname or "", server.port or (443 if self._is_https else 80)
         own = {"User-Agent": f"hostenroll/{__version__}", "Connection": "close"}
         self._headers = {**own, "Authorization": f"Bearer {api_key}"} if api_key else own
-        if not self._is_https and not insecure_http and not is_loopback(self._place[0]):
+        is_allowed = insecure_http or is_loopback(self._place[0])
+        if not self._is_https and (pins or not is_allowed):
             remedy = "name it by https, or allow that by --insecure-http"
             raise OperatorError(f"{self.name} would be sent secrets in the clear: {remedy}")
         if self._proxy.scheme not in ("", "http"):
@@ -11683,38 +11923,43 @@ class Client:
         if pins and not cacert:
             self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
 
-    def get(self, path: str, query: Mapping[str, Any] = {}, patience: float = 0) -> Any:
+    def get(self, path: str, query: Sequence[tuple[str, str]] = (), patience: float = 0) -> Any:
         """The document at a path, which may take so many seconds longer than CLIENT_PATIENCE.
-        Raises NoAnswer, and the Problem of a refusal."""
-        words = urlencode(query, doseq=True)
-        return self._document(self.request("GET", f"{path}?{words}", patience=patience))
+        Raises OperatorError, and the Problem of a refusal."""
+        return self._document(*self.request("GET", f"{path}?{urlencode(query)}", patience=patience))
 
     def post(self, path: str, document: Any) -> Any:
-        """The document of the answer, or None. Raises NoAnswer, and the Problem of a refusal."""
+        """The document of the answer, or None. Raises as get()."""
         body = json_text(document).encode("ascii")
-        return self._document(self.request("POST", path, body, {"Content-Type": JSON}))
+        return self._document(*self.request("POST", path, body, {"Content-Type": JSON}))
 
-    def _document(self, answer: Answer) -> Any:
+    def _document(self, status: int, body: bytes) -> Any:
         try:
-            document = None if answer.status == 204 else parse_json(answer.body)
-            if 200 <= answer.status < 300:
+            document = cast("Any", None if status == 204 else parse_json(body))
+            if 200 <= status < 300:
                 return document
-            problem = problem_of(document)
+            errors = [FieldError(**error) for error in document.get("errors", ())]
+            kind = next((kind for kind in problems() if kind.code == document["code"]), Problem)
+            problem = kind(document["detail"], errors=errors, cursor=document.get("cursor", ""))
+            problem.code, problem.status = document["code"], status
         except (InvalidBody, LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{self.name} answered {answer.status}, not as one of ours"
-            raise NoAnswer(f"{reason}: is this the URL of a hostenroll server?") from error
+            remedy = "is this the URL of a hostenroll server?"
+            raise OperatorError(f"{self.name} answers {status}, not as ours: {remedy}") from error
         raise problem
 
     def request(
         self, method: str, path: str, body: Optional[bytes] = None,
-        headers: Mapping[str, str] = {}, patience: float = 0,
-    ) -> Answer:  # fmt: skip
-        """Whatever the server answers; a redirect is not followed. Raises OperatorError."""
+        headers: Mapping[str, str] = {}, patience: float = 0, reads: bool = True,
+    ) -> tuple[int, bytes]:  # fmt: skip
+        """The status of whatever is answered, and its body, if it reads. Raises OperatorError."""
         patience += CLIENT_PATIENCE
         try:
             with closing(self._connection(patience)) as connection:
                 connection.connect()
-                self._require_pin(connection.sock)
+                if self._pins:
+                    shown = cast("ssl.SSLSocket", connection.sock).getpeercert(True) or b""
+                    if read_certificate(shown, self.name).pin not in self._pins:
+                        raise ValueError("its key is none of those that are pinned")
                 # All of it has this time: a server might send a byte now and then, for ever.
                 end = partial(socket.socket.shutdown, connection.sock, socket.SHUT_RDWR)
                 timer, target = threading.Timer(1.1 * patience, end), self._path + path or "/"
@@ -11722,35 +11967,308 @@ class Client:
                     timer.start()
                     connection.request(method, target, body, {**self._headers, **headers})
                     with connection.getresponse() as response:
-                        octets = response.read(CLIENT_ANSWER_MAXIMUM + 1)
+                        octets = response.read(CLIENT_ANSWER_MAXIMUM + 1) if reads else b""
                 finally:
                     timer.cancel()
-            if response.length or len(octets) > CLIENT_ANSWER_MAXIMUM:
+            if reads and (response.length or len(octets) > CLIENT_ANSWER_MAXIMUM):
                 raise ValueError("its answer is cut short, or too long")
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
             said = UNPRINTABLE.sub("?", redact(str(reason).strip()))
-            raise NoAnswer(f"cannot ask {self.name}: {said}") from error
-        return Answer(response.status, response.headers.get_content_type(), octets)
+            raise OperatorError(f"cannot ask {self.name}: {said}") from error
+        return response.status, octets
 
     def _connection(self, patience: float) -> http.client.HTTPConnection:
-        kind = cast("Any", http.client.HTTPConnection)
+        proxy, kind = self._proxy, cast("Any", http.client.HTTPConnection)
         if self._is_https:
             kind = partial(http.client.HTTPSConnection, context=self._context)
-        if not self._proxy.hostname:
-            return cast("http.client.HTTPConnection", kind(*self._place, timeout=patience))
-        user = unquote(self._proxy.netloc.rpartition("@")[0]).encode()
-        basic = f"Basic {base64.b64encode(user).decode('ascii')}"
-        tunnel = kind(self._proxy.hostname, self._proxy.port or 80, timeout=patience)
-        tunnel.set_tunnel(*self._place, {"Proxy-Authorization": basic} if user else {})
-        return cast("http.client.HTTPConnection", tunnel)
+        place = (proxy.hostname, proxy.port or 80) if proxy.hostname else self._place
+        connection: http.client.HTTPConnection = kind(*place, timeout=patience)
+        if proxy.hostname:
+            user = base64.b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
+            own = {"Proxy-Authorization": f"Basic {user}"} if user else {}
+            connection.set_tunnel(*self._place, own)
+        return connection
 
-    def _require_pin(self, connected: Any) -> None:
-        """Before anything is sent. Raises ValueError, OperatorError."""
-        if self._pins:
-            certificate = read_certificate(connected.getpeercert(True) or b"", self.name)
-            if certificate.pin not in self._pins:
-                raise ValueError("its key is none of those that are pinned")
+
+# Watching: theory of operation
+#
+# Watch reads the feeds on from their cursors. Of each host it keeps what people were told, and when
+# to tell them what has changed since: after the delay that it is down, at once that it is back. So
+# what ends in time is not told at all. What is due gathers in a batch, which stays open while more
+# and more hosts fall silent; then it is a message in the outbox.
+#
+# Cursors, hosts and outbox are the state. It is in its file before a message is sent, and again
+# when that was taken. A message whose fate is not known is sent again, in the same bytes with the
+# same Idempotency-Key, and the next batch grows meanwhile. So everything is told at least once, and
+# what concerns one host in order.
+
+CHANGES_PATH, EVENTS_PATH = "/api/changes", "/api/audit"
+TROUBLES = ("offline", "missing", "pending")  # statuses
+STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
+WAKING = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
+
+
+class Wanted(NamedTuple):
+    """What people want to be told, and when, in seconds."""
+
+    delay: int
+    batch: int
+    statuses: Sequence[str] = TROUBLES
+    events: Sequence[str] = WAKING  # words of words_for()
+    query: Sequence[tuple[str, str]] = ()  # organization and labels
+
+
+class Tracked(NamedTuple):
+    """A host that was told to be down, or has changed within the hour. Times are Unix time."""
+
+    told: str = ""  # one of TROUBLES or flapping, if that was told last
+    due: float = 0  # when the last change is to be told; 0: never
+    change: Mapping[str, Any] = {}  # as the feed has it, while it is due
+    before: str = ""  # the cursor that it comes after
+    times: Sequence[float] = ()  # of changes within the hour
+
+
+def track(host: Tracked, change: Mapping[str, Any], before: str, now: float,
+          wanted: Wanted) -> Tracked:  # fmt: skip
+    """A host after a change."""
+    status, told, due = change["status"], host.told, 0.0
+    times = [*(at for at in host.times if at > now - HOUR), now]
+    if status in ("revoked", "deleted") and status not in wanted.statuses:
+        told = ""  # somebody did it, and knows
+    elif told == "flapping":
+        due = host.due
+    elif len(times) > FLAPPING_ABOVE or (status == "online" and told):
+        due = now
+    elif status in wanted.statuses:
+        due = now + (
+            PENDING_TOLD_AFTER if status == "pending" else wanted.delay * (status in TROUBLES)
+        )
+    return Tracked(told, due, change if due else {}, before, times)
+
+
+def settle(host: Tracked, now: float) -> tuple[Tracked, list[Mapping[str, Any]]]:
+    """A host that is due, once that is told; and what is told, if it is news."""
+    status, times = host.change["status"], [at for at in host.times if at > now - HOUR]
+    if len(times) > FLAPPING_ABOVE:
+        told = {**host.change, "flapping": len(times)}
+        return host._replace(told="flapping", due=now + HOUR, times=times), [told]
+    news = [host.change] if status != host.told else []
+    return Tracked(status if status in TROUBLES else "", times=times), news
+
+
+def closes_at(dues: Sequence[float], batch: float) -> float:
+    """When a batch is told, by the times at which what is in it was due."""
+    if len(dues) < BATCH_GROWS_AT:
+        return min(dues) + batch
+    return min(max(dues) + batch, min(dues) + max(batch, BATCH_LONGEST))
+
+
+def words_for(event: Mapping[str, Any]) -> set[str]:
+    """What names an event in --audit: its action, its code; a burst is many that were summed up."""
+    burst = f"{event['action']}-burst" if "more" in event["detail"] else ""
+    return {event["action"], event["code"] or "", burst}
+
+
+def clause(status: str, changes: Sequence[Mapping[str, Any]]) -> str:
+    """What has become of hosts, in words. A machine chooses its name, and may be no friend: none
+    calls everybody in a chat, or looks like a link."""
+    safe, what = partial(re.sub, r"[^\w .=+-]", "?"), STATUS_WORDS.get(status, status)
+    hosts, count = [change["host"] for change in changes], len(changes)
+    if count <= BATCH_GROWS_AT:
+        *names, last = (safe(sanitize(host["name"])) for host in hosts)
+        return f"{', '.join(names)} and {last} are {what}" if names else f"{last} is {what}"
+    labels = Counter(f"{key}={value}" for host in hosts for key, value in host["labels"].items())
+    for label, most in labels.most_common(1):
+        if 2 * most > count:
+            what += f", {most} of them {safe(sanitize(label))}"
+    return f"{count} hosts are {what}"
+
+
+def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any]] = (),
+            events: Sequence[Mapping[str, Any]] = ()) -> str:  # fmt: skip
+    """What is delivered: a line of JSON."""
+    groups: dict[str, list[Any]] = {}
+    for change in changes:
+        status = "flapping" if "flapping" in change else change["status"]
+        groups.setdefault(status, []).append(change)
+    actions = Counter(event["action"] for event in events)
+    noticed = ", ".join(f"{count} {action}" for action, count in actions.items())
+    texts = [text, *starmap(clause, groups.items()), noticed and f"events: {noticed}"]
+    times = [each["at"] for each in changes] + [each["time"] for each in events]
+    times = times or [rfc3339(int(now * SECOND_MS))]
+    return json_text({
+        "kind": kind, "from": min(times), "to": max(times),
+        "counts": {**{status: len(group) for status, group in groups.items()}, **actions},
+        "text": "; ".join(filter(None, texts)), "incidents": [],
+        "changes": changes[:TOLD_MAXIMUM], "events": events[:TOLD_MAXIMUM],
+        "truncated": max(len(changes), len(events)) > TOLD_MAXIMUM,
+    })  # fmt: skip
+
+
+class Watch:
+    """From the feeds to people. read(path, query, seconds to wait) gives a document, deliver(line)
+    tells people; they raise OperatorError, OSError or a Problem when they fail."""
+
+    def __init__(
+        self, read: Callable[[str, Sequence[tuple[str, str]], float], Any],
+        deliver: Callable[[str], Any], wanted: Wanted, path: str, clock: Callable[[], float],
+        sleep: Callable[[float], Any],
+    ) -> None:  # fmt: skip
+        """path: of the file of the state, which no other watch uses; "": none. Raises
+        OperatorError."""
+        self._read, self._deliver, self._wanted, self._path = read, deliver, wanted, path
+        self._clock, self._sleep = clock, sleep
+        self._is_current = self._is_saved = False
+        self._hosts: dict[str, Tracked] = {}
+        self._state: dict[str, Any] = {
+            CHANGES_PATH: "now", EVENTS_PATH: "now", "events": [], "outbox": []
+        }  # fmt: skip
+        if path and os.path.lexists(path):
+            octets = read_private(path, "state file", maximum=WATCH_STATE_MAXIMUM)[0]
+            try:
+                self._state = json.loads(octets)
+                hosts = self._state.pop("hosts").items()
+                self._hosts = {id: Tracked(*host) for id, host in hosts}
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                remedy = "remove it, and what happens from now on is told"
+                raise OperatorError(f"{path} is no state of watch: {remedy}") from error
+
+    def run(self) -> None:
+        """Until KeyboardInterrupt. What fails is logged once, and tried again ever more seldom.
+        Raises the Problem that refuses the first request."""
+        pause = 0
+        with suppress(KeyboardInterrupt):
+            while True:
+                try:
+                    self.turn()
+                    if pause:
+                        log.info("watch works again")
+                    pause = 0
+                except (OperatorError, OSError, Problem) as error:
+                    is_new = self._state[CHANGES_PATH] == "now"
+                    if is_new and isinstance(error, Problem) and error.status < 429:
+                        raise
+                    if not pause:
+                        log.error("%s; watch tries again until it works", error)
+                    pause = min(max(1, 2 * pause), RETRY_LONGEST)
+                    self._sleep(pause)
+
+    def turn(self) -> None:
+        """Wait for news until something is due; then tell it."""
+        now, dues = self._clock(), [host.due for host in self._hosts.values() if host.due]
+        wait = min([WATCH_WAIT, *(due - now for due in dues if due > now)])
+        if self._state["outbox"] or not self._is_current:
+            wait = 0
+        elif self._state["events"] or min(dues, default=math.inf) <= now:
+            wait = min(wait, 1)  # a batch is open
+        self._follow(wait)
+        if self._is_current and not self._state["outbox"]:
+            self._gather()
+        try:
+            if self._is_current and not self._is_saved:
+                self._save()
+        finally:  # people are told though the disk is full
+            while self._state["outbox"]:
+                self._deliver(self._state["outbox"][0])
+                del self._state["outbox"][0]
+                self._is_saved = False
+                self._save()
+
+    def _follow(self, wait: float) -> None:
+        """Read on in the feeds."""
+        asked = before = self._state[CHANGES_PATH]
+        for change in self._page(CHANGES_PATH, "changes", wait):
+            id, now = change["host"]["id"], self._clock()
+            host = track(self._hosts.get(id, Tracked()), change, before, now, self._wanted)
+            self._hosts[id], before = host, change["cursor"]
+        self._is_current = asked == self._state[CHANGES_PATH]
+        for event in self._page(EVENTS_PATH, "events", 0) if self._wanted.events else ():
+            is_told = words_for(event).intersection(self._wanted.events)
+            if is_told and len(self._state["events"]) < EVENTS_MAXIMUM:
+                self._state["events"].append((self._clock(), event))
+
+    def _page(self, path: str, member: str, wait: float) -> list[Any]:
+        """What comes next in a feed. Where it is not kept, people are told what may be missing."""
+        asked = {"after": self._state[path], "limit": PAGE_MAXIMUM, "wait": math.ceil(wait)}
+        scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
+        try:
+            page = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], wait)
+        except ChangesPruned as pruned:
+            text = "what happened up to now may be missing, since the server has not kept all of it"
+            told, said = self._state["outbox"], message("pruned", text, self._clock())
+            told += [] if told and told[-1].startswith(said[:16]) else [said]  # of both feeds
+            page = {member: [], "cursor": pruned.cursor}
+        self._is_saved &= page["cursor"] == self._state[path]
+        self._state[path] = page["cursor"]
+        return cast("list[Any]", page[member])
+
+    def _gather(self) -> None:
+        """Make a message of what is due, once its batch closes. Hosts may have been muted since: so
+        their changes are read again."""
+        now, told, events = self._clock(), [], self._state["events"]
+        ready = {id: host for id, host in self._hosts.items() if 0 < host.due <= now}
+        dues = [*(host.due for host in ready.values()), *(at for at, _ in events)]
+        if not dues or closes_at(dues, self._wanted.batch) > now:
+            return
+        fresh: dict[str, Any] = {}
+        for host in ready.values():
+            if host.change["cursor"] not in fresh:
+                asked = ("after", host.before), ("limit", str(min(len(ready), PAGE_MAXIMUM)))
+                with suppress(ChangesPruned):  # then what was read stands
+                    page = self._read(CHANGES_PATH, [*self._wanted.query, *asked], 0)
+                    fresh.update((change["cursor"], change) for change in page["changes"])
+        for id, host in ready.items():
+            if fresh.get(host.change["cursor"], host.change)["muted"]:
+                self._hosts[id] = host._replace(due=now + MUTED_FOR)
+            else:
+                self._hosts[id], news = settle(host, now)
+                told += news
+        self._state["events"], self._is_saved = [], False
+        if told or events:
+            kind, seen = "changes" if told else "events", [event for _, event in events]
+            self._state["outbox"].append(message(kind, "", now, told, seen))
+
+    def _save(self) -> None:
+        """Raises OSError, OperatorError."""
+        since = self._clock() - HOUR
+        for id, host in [*self._hosts.items()]:
+            if not host.told and not host.due and max(host.times, default=0) <= since:
+                del self._hosts[id]
+        if self._path:
+            with replacing(self._path) as file:
+                file.write(json_text({**self._state, "hosts": self._hosts}).encode("ascii"))
+        self._is_saved = True
+
+
+def tell_by_command(command: str, line: str) -> None:
+    """Have a shell run a command with a message as its input. Raises OperatorError, OSError."""
+    with subprocess.Popen(
+        ["sh", "-c", command], stdin=subprocess.PIPE, stdout=2, start_new_session=True
+    ) as process:
+        try:
+            process.communicate(f"{line}\n".encode("ascii"), EXEC_PATIENCE)
+        except BaseException as error:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(EXEC_GRACE)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise OperatorError(f"the command took more than {EXEC_PATIENCE} s") from error
+    if process.returncode:
+        raise OperatorError(f"the command ended with {process.returncode}")
+
+
+def tell_by_webhook(client: Client, secret: bytes, clock: Callable[[], float], line: str) -> None:
+    """POST a message. Raises OperatorError."""
+    body = line.encode("ascii")
+    headers = {"Content-Type": JSON, "Idempotency-Key": sha256(body).hex()[:32]}
+    if secret:
+        headers["X-Hostenroll-Signature"] = webhook_signature(secret, int(clock()), body)
+    status, _ = client.request("POST", "", body, headers, reads=False)
+    if not 200 <= status < 300:
+        raise OperatorError(f"{client.name} answered {status}")
 
 
 # 12. Command line
@@ -11800,6 +12318,9 @@ duration = matching(
     "is not a duration: write 90s, 30m, 24h or 7d",
     lambda text: int(text.rstrip("smhd")) * UNITS.get(text[-1], 1),
 )
+_events = [*ACTIONS, *(f"{action}-burst" for action in ACTIONS), *(k.code for k in problems())]
+event_words = matching(f"none|(({'|'.join(_events)})(,(?!$)|$))+", "is no action or code of events",
+                       lambda text: [] if text == "none" else text.split(","))  # fmt: skip
 pins = matching(rf"{PIN}(;{PIN}){{0,3}}", "is not sha256//...", lambda text: text.split(";"))
 audit_head = matching("[0-9a-f]{64}", "is not what verify-audit prints", bytes.fromhex)
 
@@ -11825,6 +12346,11 @@ def web_address(text: str) -> str:
     if match is None or int(match[4] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not like https://enroll.lan:8443")
     return text.rstrip("/")
+
+
+def webhook_address(text: str) -> str:
+    web_address(re.sub("(?<=[^/:])[/?][!-~]*$", "", text))
+    return text
 
 
 def networks(text: str) -> list[Any]:
@@ -11863,7 +12389,7 @@ COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else h
     "missing": "33",
 }
 STATE_COLUMNS = ("state", "status", "ok")
-TIME_NAME = re.compile("At$|^lastSeen$|Since$")  # of members that people see from now
+TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$")  # of members that people see from now
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
     "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s",
@@ -12045,6 +12571,15 @@ def output(text: str, end: str = "\n") -> None:
         discard(sys.stdout)
 
 
+def print_line(text: str) -> None:
+    """Of a command that goes on: it ends when nobody reads."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard(sys.stdout)
+        raise KeyboardInterrupt from None
+
+
 def output_secret(session: Session, document: Mapping[str, Any], member: str, title: str) -> None:
     """Show a secret, the only time, as JSON or alone. Raises OperatorError where it was lost."""
     shown = json.dumps(document, indent=2) if session.arguments.json else document[member]
@@ -12219,8 +12754,8 @@ class Session(NamedTuple):
 def client_of(session: Session) -> Optional[Client]:
     """Of the server that --server names. Raises OperatorError, UsageError."""
     arguments = session.arguments
-    url, path = arguments.server, arguments.api_key_file
-    if bool(url) != bool(path) or (not url and (arguments.pin or arguments.cacert)):
+    url, path, allowed = arguments.server, arguments.api_key_file, arguments.pin or ()
+    if bool(url) != bool(path) or (not url and (allowed or arguments.cacert)):
         raise UsageError("--server goes with --api-key-file, and --pin and --cacert go with both")
     if not url:
         return None
@@ -12228,8 +12763,8 @@ def client_of(session: Session) -> Optional[Client]:
     if parse_secret(API_KEY_PREFIX, text) is None:
         raise OperatorError(f"there is no API key in {path}: mint-api-key prints one")
     proxy, cacert = proxy_of(url, session.environment), arguments.cacert or ""
-    is_open, allowed = arguments.insecure_http, arguments.pin or ()
-    return Client(url, text, pins=allowed, cacert=cacert, insecure_http=is_open, proxy=proxy)
+    insecure_http = arguments.insecure_http
+    return Client(url, text, pins=allowed, cacert=cacert, insecure_http=insecure_http, proxy=proxy)
 
 
 DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key")  # commands
@@ -12648,6 +13183,63 @@ def run_check(session: Session) -> Optional[int]:
     return None if is_good else EXIT_FAILED
 
 
+def watch(session: Session) -> None:
+    """Tell people until SIGTERM or SIGINT."""
+    arguments, path, client = session.arguments, session.arguments.state, client_of(session)
+    deliver = teller(session)
+    if arguments.test:
+        deliver(message("test", "this is a test of hostenroll: it works", session.clock()))
+        return
+    query = [("organization", arguments.org)] if arguments.org else []
+    query += [("label", pair) for pair in arguments.label or ()]
+    statuses, events = arguments.status or TROUBLES, arguments.audit
+    wanted = Wanted(arguments.delay, arguments.batch, statuses, events, query)
+    log.addHandler(LogHandler(False, session.environment))
+    log.setLevel(logging.INFO)
+    with ExitStack() as stack:
+        if path:
+            lock = open_lock_file(f"{resolve_file(path)}.lock", path)
+            stack.callback(os.close, lock)
+            if not try_flock(lock):
+                raise OperatorError(f"another watch uses {path}: end it, or name another file")
+        read = client.get if client else stack.enter_context(reading_here(session))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        Watch(read, deliver, wanted, path or "", session.clock, time.sleep).run()
+
+
+def teller(session: Session) -> Callable[[str], None]:
+    """The way to tell people that the arguments name. Raises OperatorError."""
+    arguments, url, secret = session.arguments, session.arguments.webhook, b""
+    if arguments.exec:
+        return partial(tell_by_command, arguments.exec)
+    if not url:
+        return print_line
+    if arguments.secret_file:
+        secret = read_private(arguments.secret_file, "secret file")[0].strip()
+        if not secret:
+            raise OperatorError(f"there is no secret in {arguments.secret_file}")
+    proxy = proxy_of(url, session.environment)
+    client = Client(url, proxy=proxy, insecure_http=arguments.insecure_http)
+    return partial(tell_by_webhook, client, secret, session.clock)
+
+
+@contextmanager
+def reading_here(session: Session) -> Iterator[Callable[..., Any]]:
+    """What reads the answers of GET from the database on this machine, as Client.get() does of a
+    server; it waits a second at most, and then without looking."""
+    by = Principal(f"cli:{user_name(session.environment)}", ALL_ORGANIZATIONS, "viewer")
+    with session.open(purpose="read") as registry:
+
+        def read(path: str, query: Sequence[tuple[str, str]], wait: float) -> Any:
+            operation, _ = find_operation("GET", path)
+            call = Call(operation, by, values=operation.query.parse(query))
+            page = registry.perform(call, session.now())
+            time.sleep(0 if page.items else min(wait, 1))
+            return operation.document(page)
+
+        yield read
+
+
 def print_unit(session: Session) -> None:
     if session.arguments.socket:
         output(SOCKET_UNIT, end="")
@@ -12659,10 +13251,19 @@ def print_unit(session: Session) -> None:
 
     program = os.path.abspath(__file__)
     # Variables are replaced in arguments, not in the path of the program: systemd.service(5).
-    start = f"{word(sys.executable)} {word(program).replace('$', '$$')} serve"
+    is_watch, state = session.arguments.watch, f"{os.path.dirname(SERVICE_DATABASE)}/watch"
+    words = map(
+        word, [program, *(["--state", state, *session.arguments.words] if is_watch else [])]
+    )
+    path, *options = (each.replace("$", "$$") for each in words)
+    command = "watch" if is_watch else "serve"
+    start = " ".join([word(sys.executable), path, command, *options])
     typed = shlex.join([sys.executable, program])
     runs_as = "DynamicUser=yes" if session.arguments.dynamic_user else f"User={SERVICE_USER}"
-    output(UNIT.substitute(start=start, typed=typed, runs_as=runs_as), end="")
+    text = UNIT.substitute(start=start, typed=typed, runs_as=runs_as)
+    for of_serve, of_watch in WATCH_LINES.items() if is_watch else ():
+        text = text.replace(of_serve, of_watch)
+    output(text, end="")
     has_user = session.arguments.dynamic_user
     with suppress(KeyError):
         has_user |= pwd.getpwnam(SERVICE_USER).pw_uid not in DYNAMIC_USERS
@@ -13007,6 +13608,7 @@ GROUPS = {
             option("--address", "CIDR", "of this address or network"),
             option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
         by_id("show-host"),
+        Command("list-incidents", "list-incidents", list_items, (ORG_OPTION,)),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (
             *MANY_ARGUMENTS, option("--name", "NAME"),
             option("--label", "K=V", "K=V sets a label, K- removes it; repeatable", group="labels",
@@ -13060,6 +13662,22 @@ GROUPS = {
             option("--head", "HASH", "what an earlier run printed: is all up to it still there?",
                    audit_head),),
             own_summary="find what has been changed in the audit log"),
+        Command("watch", "watch --webhook https://chat.lan/hooks/fleet", watch, (
+            *CLIENT_OPTIONS, ORG_OPTION,
+            option("--label", "K=V", "only hosts with this label; repeatable", action="append"),
+            option("--status", "STATUS", "tell of hosts that become this; repeatable "
+                   f"({', '.join(TROUBLES)})", one_of(*CHANGED_TO), action="append"),
+            option("--audit", "WORD,...", "tell of events with these actions or codes, or none "
+                   "(%(default)s)", event_words, ",".join(WAKING)),
+            option("--delay", "TIME", "tell what lasts so long (%(default)s)", duration, "2m"),
+            option("--batch", "TIME", "gather for so long (%(default)s)", duration, "10s"),
+            option("--state", "FILE", "go on from it after a restart", file_name),
+            option("--exec", "COMMAND", "tell by a shell command: JSON is its input",
+                   matching("(?s).+", "is no command"), group="how"),
+            option("--webhook", "URL", "tell by a POST of JSON", webhook_address, group="how"),
+            option("--secret-file", "FILE", "signs webhooks; of mode 0600", file_name),
+            flag("--test", "tell a sample, and end")),
+            own_summary="tell people what changes", shared=STORE_OPTIONS),
         Command("backup", "backup /var/backups/hostenroll", run_backup,
                 (Argument("folder", {"metavar": "DIR"}),),
                 own_summary="copy database and keys, also while a server runs"),
@@ -13083,6 +13701,8 @@ GROUPS = {
             own_summary="make a self-signed certificate and its key", shared=(JSON_OPTION,)),
         Command("unit", "unit", print_unit, (
             flag("--socket", "the unit of its socket"),
+            flag("--watch", "the unit of watch"),
+            Argument("words", {"metavar": "OPTION", "nargs": "*", "help": "of watch, behind --"}),
             flag("--dynamic-user", "let systemd make the user of the service when it starts")),
                 own_summary="print a systemd unit", shared=()),
         Command("schema", "schema", lambda session: output(SCHEMA, end=""),
