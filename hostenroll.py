@@ -260,8 +260,8 @@ NETWORK_BITS = 64  # of an IPv6 address: who has one of such a network has all o
 WAIT_RANGE = (0, 50)  # seconds; most proxies wait 60 for an answer
 WAITING_MAXIMUM = 256  # requests that wait for more of a feed: few beside CONNECTIONS_MAXIMUM
 WAITING_OF_KEY = 16  # of an API key, so that no other is kept out
+WAITING_REFUSED = f"Try again later, or without wait: {WAITING_OF_KEY} of an API key can wait."
 FOLLOW_EVERY = 0.5  # between two looks for what other processes have committed
-ROWS_OF_READ = 30  # to examine so many takes as long as what surrounds them: auth, transaction
 
 # Incidents: hosts that fell silent together, of the last day.
 INCIDENT_SMALLEST = 3
@@ -269,6 +269,7 @@ INCIDENT_INTERVALS = 2  # from the first to any other: hosts of one cause beat i
 INCIDENTS_OPEN = 4  # the newest, which one more host may be of: a sweep goes by ids, not by time
 INCIDENT_HOSTS_SHOWN = 100
 TRAITS_COUNTED = 1000  # of an incident: what most of its hosts share is among the first
+LOOKED_AT_ONCE = 300  # changes, or hosts of the fleet, in a slice of a few ms
 SHARES_KEPT = MINUTE  # what was counted and found, while somebody asks
 SHARES_MAXIMUM = 100_000  # hosts: to go through more each minute would take a share of a core
 
@@ -534,7 +535,6 @@ class Problem(Exception):
     closes = False  # the connection: the start of the next message is not known
     challenge = ""  # the error attribute of WWW-Authenticate: RFC 6750 section 3
     names_errors = False  # the document lists what is wrong with a body or a query
-    names_cursor = False  # the document has the cursor to go on from
     is_audited = False  # the caller asked for what is not theirs
     retry_after = 0  # seconds, in Retry-After; 0: no such field
 
@@ -572,7 +572,7 @@ class Problem(Exception):
         }
         if self.names_errors:
             document["errors"] = [error._asdict() for error in self.errors]
-        if self.names_cursor:
+        if self.cursor:
             document["cursor"] = self.cursor
         return document
 
@@ -660,8 +660,7 @@ Conflict = _refusal("conflict", 409, "The request conflicts with what exists",
     "Choose another name, or do first what the detail names.")
 
 ChangesPruned = _refusal("changes-pruned", 410, "What follows the cursor is not kept",
-    "Use the member cursor to go on, and look at the lists for what may be missing.",
-    names_cursor=True)
+    "Use the member cursor to go on, and look at the lists for what may be missing.")
 
 # Tokens. Only a caller who proved its secret learns that a token has expired, was revoked or is
 # used up. The bound hostname is a guard against mistakes, not a proof: a machine states its own.
@@ -703,10 +702,6 @@ Forbidden = _refusal("forbidden", 403, "The API key may not do this",
 TooManyRequests = _refusal("too-many-requests", 429, "Too many requests",
     "Too many wrong secrets came from this address. Send a good one, or try again after the time "
     "that Retry-After names.", is_audited=True, retry_after=MINUTE)
-TooManyWaiting = _refusal(TooManyRequests.code, 429, TooManyRequests.title,
-    f"At most {WAITING_OF_KEY} requests of an API key wait, and {WAITING_MAXIMUM} in all. Try "
-    "again after the time that Retry-After names, or without wait.", TooManyRequests,
-    name="TooManyWaiting", is_audited=False, retry_after=RETRY_AFTER)
 Overloaded = _refusal("overloaded", 503, "The server is overloaded", RETRY_LATER, Unframed,
     retry_after=RETRY_AFTER)
 StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot be used now",
@@ -858,30 +853,19 @@ class Integer(FieldType):
 
 
 class Choice(FieldType):
-    """One of a few words."""
+    """One of a few words; or True and False."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: Any) -> None:
         self._words = words
 
-    def check(self, value: Any) -> str:
-        if value not in self._words or not isinstance(value, str):
-            raise ValueError(f"must be one of {', '.join(self._words)}")
+    def check(self, value: Any) -> Any:
+        if value not in self._words or not isinstance(value, type(self._words[0])):
+            raise ValueError(f"must be one of {', '.join(map(str, self._words))}")
         return value
 
     def json_schema(self) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self._words)}
-
-
-class Truth(FieldType):
-    """true or false."""
-
-    def check(self, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError("must be true or false")
-        return value
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": "boolean"}
+        is_bool = isinstance(self._words[0], bool)
+        return {"type": "boolean" if is_bool else "string", "enum": list(self._words)}
 
 
 class Labels(FieldType):
@@ -1156,9 +1140,10 @@ Fleet = tuple[int, Counter[str]]  # how many hosts there are, and how many of th
 @lru_cache(maxsize=HOPS_CACHED)
 def network_of(address: str) -> list[str]:
     """The network of a host and its neighbours, /24 or /64; none where its address is none."""
+    if found := re.fullmatch(r"((?:[0-9]{1,3}\.){3})[0-9]{1,3}", address):
+        return [f"{found[1]}0/24"]  # as ipaddress has it, which takes ten times as long
     with suppress(ValueError):
-        bits = NETWORK_BITS if ":" in address else 24
-        return [str(ipaddress.ip_network(f"{address}/{bits}", strict=False))]
+        return [str(ipaddress.ip_network(f"{address}/{NETWORK_BITS}", strict=False))]
     return []
 
 
@@ -3185,10 +3170,7 @@ class Changes(Records):
     """The statements about what was reported of hosts."""
 
     def feed(self) -> Feed:
-        """Raises StoreError where somebody has removed it."""
-        for feed in self._all(Feed, ""):
-            return feed
-        raise StoreError(f"the database has no row of feed: {RESTORE}")
+        return self._all(Feed, "")[0]
 
     def add_changes(self, changes: Sequence[Change]) -> None:
         self._insert("change", Change._fields[1:], *(change[1:] for change in changes))
@@ -3490,11 +3472,6 @@ class Queries(Changes):
         statement = f"SELECT id, labels, address FROM host WHERE {owned} id > ? ORDER BY id LIMIT ?"
         return self._rows(statement, *owners, after, limit)
 
-    def muted(self, hosts: Sequence[int], now: int) -> set[int]:
-        """Which of these hosts are muted at a time."""
-        statement = "SELECT id FROM host WHERE muted_until > ? AND id IN"
-        return {row[0] for row in self._rows_of(hosts, statement, now)}
-
     def events_after(self, number: int, limit: int) -> list[Event]:
         return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
 
@@ -3706,7 +3683,8 @@ class SigningKeyView(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A part of a list. It may be empty and not the last: only next None ends a list."""
+    """A part of a list. It may be empty and not the last: only next None ends a list. Of a feed,
+    more has the cursor up to which it has looked."""
 
     items: list[Any]
     next: Optional[str] = None  # the cursor: where the list goes on
@@ -3730,20 +3708,6 @@ class ChangeView(NamedTuple):
     change: Change
     cursor: str
     muted: bool
-
-
-class FeedPage(NamedTuple):
-    """A part of a feed, the oldest first. It may be empty and not the last: the next one goes on
-    from the cursor, up to which this one has looked."""
-
-    feed: str  # changes or events
-    items: list[Any]
-    cursor: str
-    number: int  # in the cursor
-    is_last: bool
-    examined: int = 0  # rows
-    next: None = None  # as in a Page
-    more: Mapping[str, Any] = {}
 
 
 # The states by their numbers; 0 is what was reported of a host that has just enrolled.
@@ -3869,6 +3833,33 @@ class Rules:
             if len(rows) <= ROWS_READ:
                 return Page(items)
             place = row[0]
+
+    def _follow(
+        self, call: Call, kept: tuple[int, Optional[int], int],
+        read: Callable[[Owner, Any, int], Sequence[Any]], view: Callable[[Any], Any], text: str,
+    ) -> Page:  # fmt: skip
+        """A page of changes or events, the oldest first, for who goes on from a cursor (values:
+        after), <history>-<number>; of events, the number alone is one. It is good in the history in
+        which it was given, up to the last number of that, and from the oldest that is kept. Any
+        other is refused, with one to go on from: nobody misses anything in silence. For one of
+        another history that is the last number before this one began.
+
+        kept: that number, the oldest that is kept, and the last. read, view and text are as in
+        _page(); view has to leave out what is not of the caller's organization, since many rows may
+        lie between two that are. Raises ChangesPruned.
+        """
+        history, (began, oldest, last) = self._queries.feed().history, kept
+        cursor, floor = f"{history}-{{}}".format, last if oldest is None else oldest - 1
+        after = call.values.get("after", cursor(floor))
+        named, _, digits = (cursor(last) if after == "now" else after).rpartition("-")
+        is_ours, number = named in ("", history), int(digits)
+        good = max(floor, min(number, last if is_ours else began))
+        if good != number or not is_ours:
+            detail = f"{ChangesPruned.remedy} It is {cursor(good)}."
+            raise ChangesPruned(detail, cursor=cursor(good))
+        order = Order(number, cursor, "".index)  # no nextCursor is good here
+        page = self._page(call, read, view, text, order)
+        return page._replace(more={"cursor": page.next or cursor(last)})
 
 
 class EventLimit:
@@ -4038,18 +4029,22 @@ class AuditLog(Rules):
             put_anchor(self._queries, keyring, old[-1].number, old[-1].mac)
         return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
-    def list(self, call: Call, now: int) -> Union[Page, FeedPage]:
-        """values: organization, action, subject, code; after: then it is a FeedPage. Raises
-        InvalidQuery, NotFound, ChangesPruned."""
+    def list(self, call: Call, now: int) -> Page:
+        """values: organization, action, subject, code; after: it is a feed. Raises InvalidQuery,
+        NotFound, ChangesPruned."""
         asked = [call.values.get(name) for name in ("action", "subject", "code")]
+        asked.append(call.values.get("organization", call.by.organization))
 
         def view(event: Event) -> Optional[Event]:
-            pairs = zip(asked, (event.action, event.subject, event.code))
+            pairs = zip(asked, (event.action, event.subject, event.code, event.organization_id))
             return event if all(wanted in (None, own) for wanted, own in pairs) else None
 
-        if "after" in call.values:
-            return self._registry.feeds.events(call, view)
-        return self._page(call, self._queries.events, view, "detail")
+        queries = self._queries
+        if "after" not in call.values:
+            return self._page(call, queries.events, view, "detail")
+        read = lambda _, *after: [it.legible() for it in queries.events_after(*after)]  # noqa: E731
+        kept = queries.feed().event, queries.oldest_event(), queries.last_event()[0]
+        return self._follow(call, kept, read, view, "detail")
 
 
 # The formats of the audit log: theory of operation.
@@ -4227,7 +4222,7 @@ class SigningKeys(Rules):
         look at the file in every tick would hang with its mount."""
         version = self._registry.engine.data_version()
         if version != self._version:
-            self._version, self._registry.has_news = version, True
+            self._version = version
             if self._queries.kids(with_retired=False) != set(self.keyring.kids):
                 self.reload()
 
@@ -4690,6 +4685,30 @@ class Reports(Rules):
             reports = [(host, *others[host.id]) for host in self._queries.hosts([*others])]
             self.report(sorted(reports, key=itemgetter(2)))
 
+    def list(self, call: Call, now: int) -> Page:
+        """values: after, organization, status and label (several of each), host. Raises
+        InvalidQuery, NotFound, ChangesPruned."""
+        queries, values = self._queries, call.values
+        statuses, labels = values.get("status", CHANGED_TO), values.get("label", ())
+        host = parse_id(values["host"]) if "host" in values else None
+        owner = values.get("organization", call.by.organization)
+
+        def view(change: Change) -> Optional[Change]:
+            is_wanted = owner in (ALL_ORGANIZATIONS, change.organization_id)
+            is_wanted &= STATUS_NAMES[change.status] in statuses
+            is_wanted &= not labels or has_labels(stored_object(change.labels), labels)
+            return change if is_wanted else None
+
+        read = lambda _, after, limit: queries.changes_after(after, limit, host)  # noqa: E731
+        feed = queries.feed()
+        kept = feed.change, queries.oldest_change(), queries.last_change()
+        page = self._follow(call, kept, read, view, "labels")
+        hosts = queries.hosts([*{change.host_id for change in page.items}])
+        muted = {host.id for host in hosts if host.muted_until > now}
+        cursor = f"{feed.history}-{{}}".format
+        items = [ChangeView(it, cursor(it.number), it.host_id in muted) for it in page.items]
+        return page._replace(items=items)
+
     def prune(self, now: int) -> bool:
         """Delete some changes that are too old or too many. True: there may be more."""
         return self._queries.prune_changes(now - self._keep * SECOND_MS, now)
@@ -4708,80 +4727,6 @@ def begin_feed(queries: Queries, now: int) -> None:
                 since = revoked_at or period.since(last_seen, told_interval)
                 states.append((STATUS_NAMES.index(status), since, after))
         queries.set_states(states)
-
-
-class Feeds(Rules):
-    """Changes and events, the oldest first, for who goes on from a cursor, <history>-<number>. It
-    is good in the history in which it was given, up to the last number of that, and from the oldest
-    that is kept; any other is refused, with one to go on from: nobody misses anything in silence.
-    Of another history, that is where this one began: what is newer, no cursor of another has seen.
-    """
-
-    def changes(self, call: Call, now: int) -> FeedPage:
-        """values: after, organization, status and label (several), host, limit. Raises
-        InvalidQuery, NotFound, ChangesPruned."""
-        queries, wanted = self._queries, call.values.get("status")
-        host = parse_id(call.values["host"]) if "host" in call.values else None
-        labels = call.values.get("label", ())
-
-        def view(change: Change) -> Optional[Change]:
-            own = stored_object(change.labels) if labels else {}
-            is_wanted = wanted is None or STATUS_NAMES[change.status] in wanted
-            return change if is_wanted and has_labels(own, labels) else None
-
-        kept = queries.oldest_change(), queries.last_change(), queries.feed().change
-        read = partial(queries.changes_after, host=host)
-        page, history = self._after(call, "changes", kept, read, view), queries.feed().history
-        muted = queries.muted(list({change.host_id for change in page.items}), now)
-        views = [
-            ChangeView(change, f"{history}-{change.number}", change.host_id in muted)
-            for change in page.items
-        ]
-        return page._replace(items=views)
-
-    def events(self, call: Call, view: Callable[[Event], Optional[Event]]) -> FeedPage:
-        """The same of the audit log. In its cursors the history may be left out."""
-        if "cursor" in call.values:
-            detail = "is for lists that begin with the newest, and after is not"
-            raise InvalidQuery(errors=[FieldError("cursor", detail)])
-        queries = self._queries
-        kept = queries.oldest_event(), queries.last_event()[0], queries.feed().event
-        read = lambda *after: [event.legible() for event in queries.events_after(*after)]  # noqa: E731
-        return self._after(call, "events", kept, read, view)
-
-    def _after(
-        self, call: Call, feed: str, kept: tuple[Optional[int], int, int],
-        read: Callable[[int, int], Sequence[Any]], view: Callable[[Any], Any],
-    ) -> FeedPage:  # fmt: skip
-        """What follows a cursor. kept: the oldest number and the last, and the last one before this
-        history began. read and view are as in _page()."""
-        text = {"changes": "labels", "events": "detail"}[feed]
-        history, (oldest, last, began) = self._queries.feed().history, kept
-        owner = self._scope(call, InvalidQuery, "organization")
-        floor = last if oldest is None else oldest - 1
-        after = call.values.get("after", f"{history}-{floor}")
-        if after == "now":
-            return FeedPage(feed, [], f"{history}-{last}", last, True)
-        named, _, digits = after.rpartition("-")
-        is_ours = named in ("", history)
-        number = max(floor, min(int(digits), last if is_ours else began))
-        if not is_ours or number != int(digits):
-            cursor = f"{history}-{number}"
-            raise ChangesPruned(f"{ChangesPruned.remedy} It is {cursor}.", cursor=cursor)
-        items: list[Any] = []
-        limit, examined, is_last = call.values.get("limit", PAGE_DEFAULT), 0, False
-        while not is_last and len(items) < limit and examined < ROWS_EXAMINED:
-            rows = read(number, ROWS_READ)
-            for row in rows:
-                number, examined = row.number, examined + 1 + len(getattr(row, text)) // ROW_BYTES
-                if owner in (ALL_ORGANIZATIONS, row.organization_id) and view(row) is not None:
-                    items.append(row)
-                if len(items) == limit or examined >= ROWS_EXAMINED:
-                    break
-            else:
-                is_last = len(rows) < ROWS_READ
-        number = last if is_last else number
-        return FeedPage(feed, items, f"{history}-{number}", number, number == last, examined)
 
 
 class Outlook:
@@ -4821,10 +4766,12 @@ class IncidentLog(Rules):
             incident.fleet = fleet
         return Page(found)
 
-    def _outlook(self, owner: Owner, now: int) -> Outlook:
-        kept = SHARES_KEPT * SECOND_MS
-        each = self._outlooks.items()
+    def forget(self, now: int) -> None:
+        """What nobody has asked for of late: of a large fleet it may be 100 MiB."""
+        kept, each = SHARES_KEPT * SECOND_MS, self._outlooks.items()
         self._outlooks = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
+
+    def _outlook(self, owner: Owner, now: int) -> Outlook:
         if owner not in self._outlooks:
             service = self._registry.service.get()
             interval = service.interval if service else self._registry.interval
@@ -4836,7 +4783,7 @@ class IncidentLog(Rules):
 
     def _look(self, outlook: Outlook, owner: Owner) -> bool:
         """At a slice of changes; whether it was the last one."""
-        changes = self._queries.changes_after(outlook.after, COUNTED_AT_ONCE)
+        changes = self._queries.changes_after(outlook.after, LOOKED_AT_ONCE)
         own = [it for it in changes if owner in (ALL_ORGANIZATIONS, it.organization_id)]
         silent = {it.host_id for it in own if it.status in (OFFLINE, MISSING)}
         addresses, history = self._queries.addresses([*silent]), self._queries.feed().history
@@ -4847,7 +4794,7 @@ class IncidentLog(Rules):
             cursor = f"{history}-{it.number}"
             outlook.incidents.add(cursor, it.at, it.host_id, *words, not it.actor, traits)
         outlook.after = changes[-1].number if changes else outlook.after
-        return len(changes) < COUNTED_AT_ONCE
+        return len(changes) < LOOKED_AT_ONCE
 
     def _count(self, outlook: Outlook, owner: Owner, asked: set[str], now: int) -> bool:
         """Who in the fleet has these traits, a slice of it; whether it was the last one."""
@@ -4855,11 +4802,11 @@ class IncidentLog(Rules):
         if not (is_kept and asked <= outlook.asked):
             outlook.counted_at, outlook.asked, outlook.shares = now, asked, Counter()
             outlook.last, outlook.hosts = -1, 0
-        rows = self._queries.labels_slice(owner, outlook.last, COUNTED_AT_ONCE)
+        rows = self._queries.labels_slice(owner, outlook.last, LOOKED_AT_ONCE)
         for outlook.last, labels, address in rows:
             outlook.shares.update(asked.intersection(traits_of(stored_object(labels), address)))
         outlook.hosts += len(rows)
-        return len(rows) < COUNTED_AT_ONCE
+        return len(rows) < LOOKED_AT_ONCE
 
 
 class Organizations(Rules):
@@ -5800,7 +5747,6 @@ class Registry:
         self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
         self.service = ServiceRecord(self)
         self.reports = Reports(self, changes_keep)
-        self.feeds = Feeds(self)
         self.incidents = IncidentLog(self)
         self.organizations = Organizations(self)
         self.api_keys = ApiKeys(self)
@@ -5808,7 +5754,6 @@ class Registry:
         self.enrollments = Enrollments(self)
         self.heartbeats = Heartbeats(self)
         self.hosts = Hosts(self)
-        self.has_news = True  # something may have been committed since feed_ends()
         self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
         self._logged: set[str] = set()  # troubles: each once, not once for each tick
         self._failed_at = 0.0
@@ -5902,7 +5847,6 @@ class Registry:
         self.metrics.commits.observe(time.perf_counter() - started)
         self.metrics.counts.update(self.metrics.tick)
         self.metrics.tick.clear()
-        self.has_news |= bool(self.reports.changes or self.audit.events)
         self.reports.settle(is_committed=True)
         self.audit.emit()
         if has_written:
@@ -5968,12 +5912,11 @@ class Registry:
         with suppress(StoreError):  # the tick meets it, too
             self.keys.follow()
 
-    def feed_ends(self) -> dict[str, int]:
-        """Between ticks: by the list of its answer, the last number of each feed."""
-        self.has_news, ends = False, {"changes": LAST_ID, "events": LAST_ID}
-        with suppress(StoreError):  # then whoever waits is to meet it
-            ends = {"changes": self.queries.last_change(), "events": self.queries.last_event()[0]}
-        return ends
+    def feed_ends(self) -> tuple[int, int]:
+        """Between ticks: the numbers of the last change and the last event."""
+        with suppress(StoreError):
+            return self.queries.last_change(), self.queries.last_event()[0]
+        return -1, -1  # who waits asks again, and meets it
 
     def after_tick(self) -> None:
         """Between ticks: a checkpoint. No answer waits for it; it may make room on a full disk."""
@@ -5995,6 +5938,7 @@ class Registry:
         self.keys.note_trouble()
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
+        self.incidents.forget(now)
         has_more = self.tokens.prune(now), self.reports.prune(now)
         return 0 if self.audit.prune(self.keys.keyring, now) or any(has_more) else ALIVE_EVERY
 
@@ -9329,11 +9273,9 @@ CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
 HOST_CURSOR = Text(  # of a list by name, the name: 255 characters of 4 octets, in hexadecimal
     2100, 16, rf"({ID.pattern}|[0-9]\.{ID.pattern}\.[0-9a-f]*)", "a nextCursor"
 )
-HISTORY_CURSOR = "[0-9a-f]{16}-[0-9]{1,19}"
-FEED_CURSOR = Text(36, 18, HISTORY_CURSOR, "a cursor")
-AFTER_CHANGE = Text(36, 1, f"now|{HISTORY_CURSOR}", "a cursor, or now")
-AFTER_EVENT = Text(36, 1, f"now|{HISTORY_CURSOR}|[0-9]{{1,19}}",
-                   "a cursor, the number of an event, or now")  # fmt: skip
+FEED_CURSOR = Text(36, 18, "[0-9a-f]{16}-[0-9]{1,19}", "a cursor")
+AFTER_CHANGE = Text(36, 3, f"now|{FEED_CURSOR.pattern}", "a cursor, or now")
+AFTER_EVENT = Text(36, 1, "now|([0-9a-f]{16}-)?[0-9]{1,19}", "a cursor or number, or now")
 WAIT = Integer(WAIT_RANGE, "seconds")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
@@ -9345,7 +9287,7 @@ IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
 
 # These stand in answers only.
-TRUTH = Truth()
+TRUTH = Choice(True, False)
 TIME = Text(  # as rfc3339() writes it
     24, 24, r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z",
     "like 2027-01-15T08:00:00.000Z", format="date-time",
@@ -9859,12 +9801,9 @@ class Operation(NamedTuple):
         assert self.answer is not None
         if not self.list_of:
             return self.answer.of(record)
-        document: dict[str, Any] = {self.list_of: list(map(self.answer.of, record.items))}
-        if self.list_of != "changes":
-            document["nextCursor"] = record.next
-        if isinstance(record, FeedPage):
-            document["cursor"] = record.cursor
-        return {**document, **record.more}
+        items = list(map(self.answer.of, record.items))
+        end = {} if "cursor" in record.more else {"nextCursor": record.next}
+        return {self.list_of: items, **end, **record.more}
 
     def response(self, record: Any) -> Response:
         """The same as the answer of HTTP."""
@@ -9881,13 +9820,12 @@ class Operation(NamedTuple):
         item = self.answer.schema
         if not self.list_of:
             return item
-        fields = required(**{self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)})
-        if self.list_of != "changes":
-            cursor = self.query.fields.get("cursor", Field("", CURSOR))
-            fields += required(nextCursor=Nullable(cursor.type), **self.more)
-        if "after" in self.query.fields:
-            fields.append(Field("cursor", FEED_CURSOR, required=self.list_of == "changes"))
-        return Schema(*fields, name=f"{item.name}List")
+        items = {self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)}
+        cursor = self.query.fields.get("cursor", Field("", CURSOR)).type
+        is_feed, is_list = "after" in self.query.fields, self.list_of != "changes"
+        more = [Field("nextCursor", Nullable(cursor), required=not is_feed)] if is_list else []
+        more += [Field("cursor", FEED_CURSOR, required=not is_list)] if is_feed else []
+        return Schema(*required(**items), *more, *required(**self.more), name=f"{item.name}List")
 
 
 # fmt: off
@@ -9938,11 +9876,11 @@ OPERATIONS = (
               raises=(NotFound, ChangesPruned),
               columns=("number", "when", "action", "code", "subject", "actor", "address", "detail",
                        "time")),
-    Operation("list-changes", "GET", "/api/changes", "viewer", "feeds.changes",
+    Operation("list-changes", "GET", "/api/changes", "viewer", "reports.list",
               "list what hosts' statuses became, the oldest first",
               writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
               raises=(NotFound, ChangesPruned),
-              columns=("at", "id", "name", "was", "status", "by", "labels", "organizationId")),
+              columns=("at", "was", "status", "host", "by")),
     Operation("list-incidents", "GET", "/api/incidents", "viewer", "incidents.list",
               "list which hosts went offline together, in the last day",
               writes=False, query=Schema(Field("organization", SLUG)), answer=INCIDENT,
@@ -10637,8 +10575,8 @@ class Api:
 # sends more, because most requests are answered before that. So, too, a plain heartbeat stays IDLE
 # in the turn that answers it, and becomes BUSY only if that turn does not get the write lock.
 #
-# HELD has a deadline for each request, which Exchanges keeps. Its socket is read, to see that the
-# peer has gone; a next request is taken too, up to RECEIVE_SIZE, and waits for the answer.
+# HELD is for a request that waits, until its own time is over. Its socket is read, to see whether
+# the peer has gone; of the next request RECEIVE_SIZE are taken, which wait for the answer.
 #
 # Output that the socket does not take at once makes the connection WRITING. When all is taken,
 # Connection.next_state follows: the state that was interrupted (by a part of the handshake, or 100
@@ -10884,8 +10822,6 @@ class Connections:
             connection.state = state
             if state is not CLOSED:
                 self._queues[state][connection] = self.moment
-            if state is HELD or before is HELD:
-                self.metrics.waiting_requests = len(self._queues[HELD])
         events = state.events
         if state is BODY and connection.reader.has_more:
             events = 0  # until it is read: no more may arrive meanwhile
@@ -11061,11 +10997,9 @@ class Connections:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
 # most. After LOCK_PATIENCE all that is pending is answered 503.
 #
-# A read with a wait that finds nothing at the end of its feed makes its connection HELD. It is run
-# again when the feed goes on (wake() looks when this process has committed changes or events, or
-# another one anything), and the last time when its time is over or the server stops: then it is
-# answered. So the API key is judged again each time. Of reads that examine little, several are run
-# in a turn: together about 2,000 rows at most, however many wait.
+# A read of a feed may wait for more: it is held, and run again, as a read like any other, when a
+# change or event is committed (by another process too: each turn looks), when its time is over or
+# the server stops. So its API key is judged again, and many that wait hold up nobody.
 #
 # A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
 # happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
@@ -11077,14 +11011,51 @@ class Connections:
 Pending = tuple[Optional[Connection], Work, Head, float]
 
 
-class Held(NamedTuple):
-    """A request that waits for more of a feed."""
+class HeldReads:
+    """Reads of feeds that have found nothing, and wait."""
 
-    pending: Pending
-    key: int  # the id of its API key
-    feed: str
-    number: int  # up to which it has looked; LAST_ID: it is to be run again already
-    until: float  # by the monotonic clock
+    def __init__(self, reads: deque[Pending], connections: Connections, api: Api) -> None:
+        """reads: where they go to be run again."""
+        self._reads, self._connections, self._api = reads, connections, api
+        self._held: list[tuple[Connection, Call, Head, float]] = []  # as Pending
+        self._ends = (0, 0)  # of the feeds, when wake() looked
+
+    def hold(self, pending: Pending, page: Any, is_stopping: bool) -> Any:
+        """The outcome of a read; None: it has found nothing, and waits, or is to look further."""
+        (connection, call, head, since), moment = pending, self._connections.moment
+        if not isinstance(page, Page) or page.items or "cursor" not in page.more:
+            return page
+        assert connection is not None and isinstance(call, Call)
+        values = {"until": since + call.values.get("wait", 0), **call.values}
+        is_over = is_stopping or moment >= values["until"] or values.get("after") == "now"
+        if is_over or connection.state is CLOSED:
+            return page
+        if connection.state is not HELD:
+            keys = [each[1].by.id for each in self._held]
+            if len(keys) >= WAITING_MAXIMUM or keys.count(call.by.id) >= WAITING_OF_KEY:
+                return TooManyRequests(WAITING_REFUSED)
+            self._connections.move(connection, HELD)
+        call = call._replace(values={**values, "after": page.more["cursor"]})
+        queue = self._held if page.next is None else self._reads
+        queue.append((connection, call, head, since))
+        return None
+
+    def wake(self, is_stopping: bool) -> None:
+        """Have them run again where a feed has gone on, or their time is over."""
+        ends = self._api.registry.feed_ends() if self._held else self._ends
+        has_news, self._ends = ends != self._ends or is_stopping, ends
+        moment, held, self._held = self._connections.moment, self._held, []
+        for connection, call, head, _ in held:
+            if has_news or moment >= call.values["until"]:
+                self._reads.append((connection, call, head, moment))  # the wait is not measured
+            elif connection.state is HELD:  # its peer has not gone
+                self._held.append((connection, call, head, moment))
+        self._api.metrics.waiting_requests = len(self._held)
+
+    def next_look(self) -> float:
+        """When to call wake() at the latest, by the monotonic clock."""
+        times: list[float] = [call.values["until"] for _, call, _, _ in self._held]
+        return min(self._connections.moment + FOLLOW_EVERY, *times) if times else math.inf
 
 
 class Exchanges:
@@ -11101,8 +11072,7 @@ class Exchanges:
         self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
         self.now = 0  # of this turn, Unix time in milliseconds
         self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
-        self.held: dict[Connection, Held] = {}  # and some whose connection has ended
-        self.wake_at = math.inf  # when the time of a request that waits is over
+        self.held = HeldReads(self.reads, connections, api)
         self.is_stopping = False  # each answer is then the last of its connection
 
     # Requests.
@@ -11219,8 +11189,7 @@ class Exchanges:
         """More than BUFFERED_MAXIMUM is buffered, and a connection wants to add to it: refuse or
         close the one that buffers most, but none whose call is run. So a crowd that buffers all it
         can keeps out only itself. True if it was that connection."""
-        is_run = BUSY, HELD
-        waiting = self._connections.within(state for state in STATES if state not in is_run)
+        waiting = self._connections.within(s for s in STATES if s not in (BUSY, HELD))
         largest = max((*waiting, connection), key=lambda each: each.buffered + len(each.output))
         if largest.output or largest.state is HANDSHAKE:
             self._connections.close(largest)
@@ -11255,69 +11224,20 @@ class Exchanges:
     def stop_waiting(self) -> None:
         self._answer_pending(repeat(self._registry.stop_waiting()))
 
-    def run_reads(self) -> None:
-        """Run a call that only reads, or a slice of it: it needs no lock. Go on with the next where
-        that has examined little."""
-        examined = 0
-        while self.reads and examined < ROWS_EXAMINED:
-            pending = self.reads.popleft()
-            connection, _, _, since = pending
-            is_held = connection is not None and bool(self.held.pop(connection, None))
-            if is_held and connection and connection.state is not HELD:  # its peer has gone
-                continue
-            outcomes = self._run([pending])
-            assert outcomes is not None, "only writers wait for other writers"
-            outcome = outcomes[0]
-            if isinstance(outcome, FeedPage):
-                examined += outcome.examined + ROWS_OF_READ
-                outcome = self._hold(pending, outcome)
-            else:
-                examined = ROWS_EXAMINED
-            if outcome is None:
-                continue
-            if not self._answer_one(pending, outcome):
-                self.reads.append(pending)
-            elif not is_held:
-                self._api.metrics.requests.observe(time.monotonic() - since)
-
-    def _hold(self, pending: Pending, page: FeedPage) -> Union[FeedPage, Problem, None]:
-        """What to answer to a request for a feed; None: it waits, or goes on to look."""
-        connection, call, head, since = pending
-        assert connection is not None and isinstance(call, Call)
-        until = since + call.values.get("wait", 0)
-        is_over = self.is_stopping or self._connections.moment >= until
-        if page.items or is_over or call.values.get("after") == "now":
-            return page
-        if connection.state is not HELD:
-            self.held = {each: held for each, held in self.held.items() if each.state is HELD}
-            of_key = sum(held.key == call.by.id for held in self.held.values())
-            if len(self.held) >= WAITING_MAXIMUM or of_key >= WAITING_OF_KEY:
-                return TooManyWaiting()
-            self._connections.move(connection, HELD)
-        call = call._replace(values={**call.values, "after": page.cursor})
-        number = page.number if page.is_last else LAST_ID
-        held = Held((connection, call, head, since), call.by.id, page.feed, number, until)
-        self.held[connection], self.wake_at = held, min(self.wake_at, until)
-        if not page.is_last:
-            self.reads.append(held.pending)
-        return None
-
-    def wake(self) -> None:
-        """Run those held requests again whose feed goes on, or whose time is over."""
-        moment, registry = self._connections.moment, self._registry
-        is_due = registry.has_news or self.is_stopping or moment >= self.wake_at
-        if not (is_due and self._api.metrics.waiting_requests):
+    def run_read(self) -> None:
+        """Run one call that only reads, or a slice of it: it needs no lock."""
+        if not self.reads:
             return
-        ends, self.wake_at = registry.feed_ends(), math.inf
-        for connection in self._connections.within((HELD,)):
-            held = self.held[connection]
-            if held.number == LAST_ID:
-                continue
-            if ends[held.feed] > held.number or self.is_stopping or moment >= held.until:
-                self.reads.append(held.pending)
-                self.held[connection] = held._replace(number=LAST_ID)
-            else:
-                self.wake_at = min(self.wake_at, held.until)
+        pending = self.reads.popleft()
+        outcomes = self._run([pending])
+        assert outcomes is not None, "only writers wait for other writers"
+        outcome = self.held.hold(pending, outcomes[0], self.is_stopping)
+        if outcome is None:
+            return
+        if self._answer_one(pending, outcome):
+            self._api.metrics.requests.observe(time.monotonic() - pending[3])
+        else:
+            self.reads.append(pending)
 
     def _run(self, pending: Sequence[Pending]) -> Optional[list[Any]]:
         try:
@@ -11610,7 +11530,7 @@ class Server(HTTPServer):
         """Accept the connections that wait, unless another process is to: it has the socket. Who
         came between that and the close would be reset, so their handshakes come after it."""
         self._exchanges.is_stopping = True
-        self._exchanges.wake()
+        self._exchanges.held.wake(is_stopping=True)
         self._watch_listener(False)
         accepted = [] if self._is_inherited else self._accept(BACKLOG)
         self.socket.close()
@@ -11694,9 +11614,9 @@ class Server(HTTPServer):
         # 6. Run what may write as one tick, and answer.
         if exchanges.pending:
             self._own_calls.note(exchanges.run_tick(), moment)
-        # 7. Run one call that only reads, or several that find little.
-        exchanges.wake()
-        exchanges.run_reads()
+        # 7. Run one call that only reads.
+        exchanges.held.wake(exchanges.is_stopping)
+        exchanges.run_read()
         # 8. Read the new connections. They had the time of the tick to send their requests, so the
         #    selector never hears of most connections that bring one request. Handshakes come last,
         #    because one takes as long as many heartbeats.
@@ -11727,11 +11647,9 @@ class Server(HTTPServer):
             return LOCK_POLL
         if exchanges.pending or self._has_refusals:
             return 0
-        is_followed = self._connections.metrics.waiting_requests > 0
         nearest = min(
             self._connections.next_deadline(),
-            self._connections.moment + FOLLOW_EVERY if is_followed else math.inf,
-            exchanges.wake_at,
+            exchanges.held.next_look(),
             *self._own_calls.due.values(),
             self._accept_at,
             math.inf if self._stop_before is None else self._stop_before,
@@ -11837,6 +11755,14 @@ def fit_connections(wanted: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return max(1, min(wanted, needed - DESCRIPTORS_SPARE))
+
+
+def has_reader(file: Any, seconds: float) -> bool:
+    """Wait; False as soon as nobody reads any more what is written to a pipe."""
+    with selectors.DefaultSelector() as selector:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            selector.register(file, READ)  # of this end of a pipe, only the end is reported
+        return not selector.select(seconds)
 
 
 # The other end of a connection, for bench.
@@ -12482,7 +12408,7 @@ class Table:
 def cell(document: Mapping[str, Any], name: str, now: int) -> str:
     """What a column shows of a document: its member of that name, or what is made of others."""
     value = document.get(name)
-    if name in CELLS and (value is None or name in ("uses", "ok")):
+    if name in CELLS and (value is None or name in ("uses", "ok", "host")):
         return CELLS[name](document, now)
     if TIME_NAME.search(name) and value is not None:
         return relative_time(value, now)
@@ -12494,6 +12420,7 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "when": lambda event, now: relative_time(event["time"], now),
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
+    "host": lambda change, now: plain_text("{name} ({id})".format(**change["host"])),
 }
 
 
@@ -12974,9 +12901,12 @@ def warn_of_stop(service: Any, now: int) -> None:
 
 
 def list_items(session: Session) -> None:
-    """A list, page by page: a million hosts need no more memory than a thousand."""
+    """A list, page by page: a million hosts need no more memory than a thousand. Of a feed each
+    item is a line of JSON, so that it can be followed."""
     arguments, name = session.arguments, session.operation.list_of
     call = session.call()
+    if name == "events" and arguments.follow:
+        call = call._replace(values={"after": "now", **call.values})
     if name == "tokens" and arguments.org is not None:  # a parameter that HTTP does not have
         asked = OPERATION["list-hosts"].query.parse([("organization", arguments.org)])
         call = call._replace(values={**call.values, **asked})
@@ -12984,9 +12914,13 @@ def list_items(session: Session) -> None:
         batches = pages(session, registry, call)
         first = next(batches, [])
         batches, table = chain([first], batches), Table(session.operation.columns, session.screen)
-        lines = (f"{table.add(documents, session.now())}\n" for documents in batches)
+        lines: Iterator[str] = (f"{table.add(each, session.now())}\n" for each in batches)
+        if arguments.json:
+            lines = json_list(name, batches)
+            if name == "changes" or "after" in call.values:
+                lines = (f"{json.dumps(document)}\n" for document in chain.from_iterable(batches))
         try:
-            for text in json_list(name, batches) if arguments.json else lines:
+            for text in lines:
                 print(text, end="", flush=True)
         except BrokenPipeError:  # its reader has read enough
             discard(sys.stdout)
@@ -13003,6 +12937,7 @@ def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dic
     """The items that a call asks for, as many as --limit says, some at a time. Where few are found
     for long the progress line shows it; else what is printed shows it."""
     left = getattr(session.arguments, "limit", None) or LAST_ID
+    follows = getattr(session.arguments, "follow", False)
     values, is_last = dict(call.values), False
     while not is_last:
         documents: list[dict[str, Any]] = []
@@ -13013,10 +12948,14 @@ def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dic
                 documents += map(session.document, page.items)
                 left -= len(page.items)
                 is_last = page.next is None or left <= 0
-                values["cursor"] = page.next
+                if "cursor" in page.more:
+                    values["after"] = page.more["cursor"]
+                else:
+                    values["cursor"] = page.next
                 progress(len(documents), 0)
         if documents:
             yield documents
+        is_last &= not (follows and left > 0 and has_reader(sys.stdout, FOLLOW_EVERY))
 
 
 def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
@@ -13525,6 +13464,9 @@ ID_OPERAND = Argument("id", {"metavar": "ID"})
 JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
+FEED_OPTIONS = (
+    option("--after", "CURSOR", "the oldest first, from this on; now: what comes"),
+    flag("--follow", "go on for ever; with --json, a line for each"))
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
 WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
                          const="true")
@@ -13607,6 +13549,11 @@ GROUPS = {
             choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
             option("--address", "CIDR", "of this address or network"),
             option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
+        Command("list-changes", "list-changes --follow --json", list_items, (
+            ORG_OPTION, option("--status", "STATUS", "what it became; repeatable", action="append"),
+            option("--label", "K=V", "with this label: also K; repeatable", action="append",
+                   dest="where"),
+            option("--host", "ID", "only this one"), *FEED_OPTIONS)),
         by_id("show-host"),
         Command("list-incidents", "list-incidents", list_items, (ORG_OPTION,)),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (
@@ -13657,7 +13604,7 @@ GROUPS = {
         Command("show-audit", "show-audit --action refuse --limit 20", list_items, (
             ORG_OPTION, choice("--action", "ACTION", ACTIONS),
             option("--subject", "KIND:ID", "as in host:0ca4f1b28e3d7a95"),
-            option("--code", "CODE", "of a refusal"), LIMIT_OPTION)),
+            option("--code", "CODE", "of a refusal"), LIMIT_OPTION, *FEED_OPTIONS)),
         Command("verify-audit", "verify-audit", check_audit, (
             option("--head", "HASH", "what an earlier run printed: is all up to it still there?",
                    audit_head),),

@@ -1522,13 +1522,14 @@ def test_a_problem_is_a_class_of_its_own_name_that_can_be_caught():
 
 @each_problem
 def test_a_problem_document_has_the_members_of_rfc_9457_and_names_an_action(kind):
-    document = kind().document()
+    document = kind(cursor="0-0" if kind.code == "changes-pruned" else "").document()
     lists = {"errors": []} if kind.code in ("invalid-body", "invalid-query") else {}
     names = {"type": f"urn:hostenroll:problem:{kind.code}", "title": kind.title}
-    lists = {"cursor": ""} if kind.code == "changes-pruned" else lists
+    lists = {"cursor": "0-0"} if kind.code == "changes-pruned" else lists
     rest = {"status": kind.status, "detail": kind.remedy, "code": kind.code, **lists}
     assert list(document.items()) == [*names.items(), *rest.items()]
-    assert kind("Do that.").document() == {**document, "detail": "Do that."}
+    assert kind("Do that.", cursor=lists.get("cursor", "")).document() == {
+        **document, "detail": "Do that."}  # fmt: skip
     assert re.fullmatch(r"[A-Z][^\n]+[^.\n]", document["title"])
     verbs = "Check|Choose|Correct|Enroll|Expect|Get|Send|Speak|Try|Use|Wait|get|ask"
     assert re.search(rf"\b({verbs})\b [^\n]+\.$", kind.remedy)
@@ -2028,7 +2029,7 @@ def test_a_sentence_says_how_many_are_down_still():
 
 NEIGHBOURS = {
     "192.0.2.7": ["192.0.2.0/24"], "": [], "here": [], "2001:db8::7:8": ["2001:db8::/64"],
-    "192.0.2.7/8": [], "\u00b2.0.0.1": [],
+    "192.0.2.7/8": [], "\u00b2.0.0.1": [], "10.1.2.3": ["10.1.2.0/24"],
 }  # fmt: skip
 
 
@@ -7079,7 +7080,7 @@ def test_an_organizations_key_sees_its_own_incidents_alone(world):
 
 
 def test_incidents_are_found_in_slices_and_then_only_in_what_is_new(world, monkeypatch):
-    monkeypatch.setattr(hostenroll, "COUNTED_AT_ONCE", 4)
+    monkeypatch.setattr(hostenroll, "LOOKED_AT_ONCE", 4)
     outage(world, (6, {"rack": "b4"}, "192.0.2.7"))
     world.live(101)
     outage(world, (5, {}, ""))
@@ -7099,7 +7100,10 @@ def test_incidents_are_found_in_slices_and_then_only_in_what_is_new(world, monke
     assert ticks() == (1 + 0, [text])
     world.live(0.001)
     assert ticks() == (3, [text])
+    world.housekeeping()
+    assert ticks() == (1, [text])
     world.live(hostenroll.SHARES_KEPT + 1)
+    world.housekeeping()
     assert ticks() == (10, [text])
     monkeypatch.setattr(hostenroll, "SHARES_MAXIMUM", 10)
     assert ticks() == (1, [text.partition(", 6 of 11")[0]])
@@ -14265,7 +14269,8 @@ def require_declared(reply, kinds):
     document = reply.document
     assert document["type"] == f"urn:hostenroll:problem:{kind.code}"
     assert (document["title"], document["status"]) == (kind.title, kind.status)
-    assert ("errors" in document, "cursor" in document) == (kind.names_errors, kind.names_cursor)
+    has_cursor = kind.code == "changes-pruned"
+    assert ("errors" in document, "cursor" in document) == (kind.names_errors, has_cursor)
     assert reply.status == kind.status
     assert {name.lower() for name, _ in kind().headers()} <= set(reply.headers)
     assert reply.headers["content-type"] == "application/problem+json"
@@ -14972,7 +14977,7 @@ def visit_user_operations(door):
             door.call(row.method, path, bearer=key)
         for asked, body in ((f"{path}?x=1", None), (unknown, None), (unknown, [])):
             door.ask(row.method, asked, body)
-    for path in ("/api/hosts", "/api/audit", "/api/changes"):
+    for path in ("/api/hosts", "/api/audit", "/api/changes", "/api/incidents"):
         door.call("GET", f"{path}?organization=other", bearer=viewer)
     for path, after in itertools.product(("audit", "changes"), ("now", f"{UNKNOWN_ID}-0")):
         door.ask("GET", f"/api/{path}?after={after}")
@@ -16534,7 +16539,7 @@ def wait(live):
 
 
 def places(live):
-    return live.registry.metrics.waiting_requests
+    return len(live.server._connections.within((hostenroll.HELD,)))
 
 
 def test_a_request_waits_for_a_change_that_it_asks_for(live, wait):
@@ -16618,14 +16623,14 @@ def test_who_waits_and_goes_frees_a_place(tls, paths, clock, wait, monkeypatch):
         for _ in range(2):
             reply = live.ask("GET", path)
             assert (reply.status, reply.code) == (429, "too-many-requests")
-            assert reply.headers["retry-after"] == "5"
+            assert reply.headers["retry-after"] == "60"
         read_feed(live, "wait=50&after=now")
         first.close()
         until(lambda: places(live) == 1)
         third = wait(on=live)
         live.join()
         assert [len(each.answer().document["changes"]) for each in (second, third)] == [1, 1]
-        assert len(live.server._exchanges.held) <= 1
+        assert len(live.server._exchanges.held._held) <= 1
         assert live.registry.metrics.refusals["too-many-requests"] == 2
         assert live.events("action=refuse").document["events"] == []
 
@@ -20588,6 +20593,47 @@ def test_times_are_shown_from_now(clock):
         assert hostenroll.relative_time(timestamp, clock.ms + round(seconds * 1000)) == shown
 
 
+LISTED = {  # filters and order, and how the names that they find begin
+    "--sort attention": ["away", "lost", "new-", "new-", "shut", "K\u00fcch"],
+    "--sort name": ["K\u00fcch", "away", "lost", "new-", "new-", "shut"],
+    "--status offline --status missing --sort attention": ["away", "lost"],
+    "--label rack --status revoked": ["shut"],
+    "--label rack!=b4": [],
+    "--label rack!=b5 --label purpose --status online": ["K\u00fcch"],
+    "--q one_that --status missing": [],
+    "--q stays --status missing": ["lost"],
+}  # fmt: skip
+
+
+def test_lists_are_sorted_and_filtered_as_typed(motley):
+    for words, names in LISTED.items():
+        listed = motley.json("list-hosts", *words.split())["hosts"]
+        assert [host["name"][:4] for host in listed] == names, words
+    (host,) = motley.json("list-hosts", "--status", "offline")["hosts"]
+    assert motley.json("edit-host", "--where", "rack!=b4", "--label", "a=b", "--dry-run") == {
+        "hosts": []
+    }
+    found = motley.json("edit-host", "--where", "rack", "--status", "offline", "--status", "online",
+                        "--label", "a=b", "--dry-run")  # fmt: skip
+    assert len(found["hosts"]) == 2 and host["id"] in found["hosts"]
+    assert host["statusSince"] < host["lastSeen"].replace("T0", "T1")
+
+
+def test_incidents_are_listed(operator):
+    begin_service(operator)
+    with operator.world() as world:
+        token = world.token(maxUses=3, labels={"rack": "b4"})
+        for n in range(3):
+            world.beat(world.enroll(token, f"web-{n}").document["credential"])
+        world.live(120)
+        world.sweep()
+    (incident,) = operator.json("list-incidents")["incidents"]
+    assert (incident["count"], incident["down"]) == (3, 3)
+    shown = operator("list-incidents", "--org", "default").out
+    assert "20 s ago" in shown and "3 hosts went offline together" in shown
+    assert operator("list-incidents", "--org", "nope").status == 3
+
+
 def test_people_see_times_from_now_and_programs_exact_ones(motley):
     (host,) = motley.json("list-hosts", "--status", "offline")["hosts"]
     listed = motley("list-hosts", "--status", "offline").out
@@ -20692,6 +20738,66 @@ def test_a_list_has_each_item_once_however_its_pages_fall(operator, monkeypatch)
         lines = operator(*words).out.splitlines()
         assert [line.split()[0] for line in lines[1:]] == tokens[:limit]
     assert operator.json("list-hosts") == {"hosts": [], "nextCursor": None}
+
+
+def test_changes_are_listed_the_oldest_first_and_from_a_cursor_on(operator, monkeypatch):
+    monkeypatch.setattr(hostenroll, "PAGE_DEFAULT", 2)
+    monkeypatch.setattr(hostenroll, "PAGE_MAXIMUM", 2)
+    operator.make_database()
+    with World(operator.paths, operator.clock) as world:
+        (host, _), (other, _) = world.join("web-1"), world.join("web-2")
+        for _ in range(2):
+            world.act("revoke-host", host), world.act("restore-host", host)
+        events = world.audit()
+    changes = [json.loads(line) for line in operator("list-changes", "--json").out.splitlines()]
+    assert [it["was"] for it in changes] == [None, None, *("pending", "revoked") * 2]
+    lines = operator("list-changes").out.splitlines()
+    assert lines[0].split() == ["AT", "WAS", "STATUS", "HOST", "BY"] and len(lines) == 7
+    assert lines[3].split() == ["now", "pending", "revoked", "web-1", f"({host})", "cli:test"]
+    for words, expected in {
+        ("--after", changes[3]["cursor"]): changes[4:],
+        ("--after", changes[5]["cursor"]): [],
+        ("--after", "now"): [],
+        ("--host", other): changes[1:2],
+        ("--status", "revoked", "--status", "online"): changes[2::2],
+        ("--label", "rack"): [],
+    }.items():
+        out = operator("list-changes", "--json", *words).out
+        assert out.splitlines() == [json.dumps(it) for it in expected], words
+    out = operator("show-audit", "--after", str(events[1]["number"]), "--json", "--limit", "3").out
+    assert [json.loads(line) for line in out.splitlines()] == events[2:5]
+    refused = operator("list-changes", "--after", f"{changes[0]['cursor'][:17]}99")
+    assert refused.status == 3 and f"It is {changes[-1]['cursor']}." in refused.err
+
+
+@slow
+@pytest.mark.parametrize(
+    "words", [("list-changes",), ("show-audit", "--after", "0")], ids=lambda words: words[0]
+)
+def test_a_feed_is_followed_until_its_reader_has_gone_or_ctrl_c(words, tmp_path):
+    """In a pipe, while nothing comes: only a look at the pipe can tell."""
+    assert cli(tmp_path, "mint-token").returncode == 0
+    token = cli(tmp_path, "mint-token", "--max-uses", "9").stdout.strip()
+    command = [*PROGRAM, *words, "--follow", "--json"]
+    with (
+        start_server(tmp_path, how="process") as live,
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as follower,
+    ):
+        try:
+            for name in ("web-1", "web-2"):
+                live.enroll(token, name)
+                lines = iter(follower.stdout.readline, "")
+                assert any(name in line or '"enroll"' in line for line in lines)
+            if words[0] == "show-audit":
+                follower.send_signal(signal.SIGINT)
+                assert follower.wait(5) == 130
+            follower.stdout.close()
+            assert follower.wait(5) == (130 if words[0] == "show-audit" else 0)
+            assert follower.stderr.read() == ""
+        finally:
+            follower.kill()
 
 
 # Streams that end, fill up or are not there.
