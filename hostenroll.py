@@ -223,7 +223,7 @@ SWEPT_AT_ONCE = 2000  # hosts, in a slice of the sweep, by SQL: half a milliseco
 JUDGED_AT_ONCE = 250  # of these, by Python: a slice in which all have fallen silent takes 10 ms
 CHANGES_MANY = 8  # in a tick: to run the next one twice costs more than to wait for the disk
 SWEEP_REST = 3  # between two sweeps, and before the first: who waits for the server beats first
-SWEEP_RESTS = 40  # or as many times what the last one took: at most 2.5 % of a core
+SWEEP_RESTS = 40  # or as many times what the last one took: with its turns 3 % of a core at most
 CHANGES_KEPT = 30 * DAY
 CHANGES_KEEP_RANGE = (HOUR, 3650 * DAY)
 CHANGES_MAXIMUM = 1_000_000  # kept: some 200 MiB
@@ -2878,8 +2878,7 @@ class Engine(Database):
         return StoreBusy(self._waits_for)
 
     def commit(self) -> bool:
-        """End the transaction and keep it; whether it has written: if not, a full disk takes it.
-        Raises StoreError and Unrecoverable."""
+        """End the transaction and keep it; whether it wrote. Raises StoreError, Unrecoverable."""
         self.run("COMMIT")
         self.lock.release()
         return self.db.total_changes > self._changes_before
@@ -4652,7 +4651,6 @@ class Reports(Rules):
             self._queries.add_changes(self.changes)
 
     def settle(self, is_committed: bool) -> None:
-        """The tick has ended."""
         self.changes.clear()
         self.swept = self._sweep = self._sweep if is_committed else self.swept
 
@@ -5849,7 +5847,7 @@ class Registry:
         self.metrics.tick.clear()
         self.reports.settle(is_committed=True)
         self.audit.emit()
-        if has_written:
+        if has_written:  # a full disk takes a commit of nothing
             self.storage_trouble = ""
         # On a disk that is nearly full some ticks succeed, and others do not.
         if self._logged and time.monotonic() - self._failed_at > TROUBLE_OVER:
@@ -11364,7 +11362,6 @@ class OwnCalls:
         self.due = {rule: moment + first for rule, first in RECURRING.items()}
 
     def add(self, exchanges: Exchanges, moment: float) -> None:
-        """Have run what is due."""
         for rule, at in self.due.items():
             if moment >= at:
                 self.due[rule] = math.inf  # until it has run
