@@ -157,8 +157,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import chain, cycle, groupby, islice, product, repeat, starmap, takewhile
 from operator import attrgetter, itemgetter
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from weakref import WeakSet
 
 # 1. Limits
 #
@@ -237,6 +239,13 @@ PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 host
 ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more counts as several
 COUNTED_AT_ONCE = 1000  # hosts, in one slice of what goes through all of them
 ACTED_AT_ONCE = 1000  # hosts, in one tick; half as many by commands, which servers wait for
+INVENTORY_HOSTS = 10_000
+INVENTORY_BYTES = 16 * 1024 * 1024  # 1.6 KiB for each; half of BUFFERED_MAXIMUM
+INVENTORIES_AT_ONCE = 4  # that are being made; who asks for more waits
+LISTED_AT_ONCE = 200  # hosts of an inventory, in a tick: 10 ms
+DOWN_SHOWN = 1000  # hosts, each of them a time series
+VERSIONS_SHOWN = 10  # of agents: machines can say what they like
+EXPORTER_PORT = 9100  # Prometheus' node exporter
 VERIFIED_AT_ONCE = 1000  # events, in one read transaction: a longer one holds up the WAL
 PRUNED_AT_ONCE = 500  # rows a turn, a few ms; again in the next turn while there are more
 VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a statement
@@ -3376,11 +3385,26 @@ class Queries(Changes):
              ORDER BY id DESC LIMIT ?"""
         return self._all(Host, rest, organization, hostname, limit)
 
+    def has_namesake(self, host: Host, organization: Optional[str]) -> bool:
+        """Whether an organization (None: any) has another host of this name."""
+        owned, owner = _owned_by(organization)
+        statement = f"SELECT 1 FROM host WHERE {owned} name = ? AND id <> ? LIMIT 1"
+        return bool(self._rows(statement, *owner, host.name, host.id))
+
     def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[Any]:
         """So many hosts with an id above after, in order, each as the values of a HostState."""
         owned, owner = _owned_by(organization)
         rest = f"WHERE {owned} id > ? ORDER BY id LIMIT ?"
         return self._read(HostState, rest, *owner, after, limit)
+
+    def agents_slice(self, owner: Optional[str], after: int, limit: int, since: int) -> list[Any]:
+        """Of so many hosts with an id above after, by agent_version: how many, how many of these
+        were copied since then, and the highest id."""
+        owned, owners = _owned_by(owner)
+        statement = f"""SELECT agent_version, count(*), sum(CASE WHEN copied_at > ? THEN 1 ELSE 0
+             END), max(id) FROM (SELECT id, agent_version, copied_at FROM host WHERE {owned} id > ?
+             ORDER BY id LIMIT ?) AS slice GROUP BY agent_version"""
+        return self._rows(statement, since, *owners, after, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host. The program names them, never a peer."""
@@ -3597,7 +3621,8 @@ class Call(NamedTuple):
     operation: Rule
     by: Principal = SYSTEM
     id: int = -1  # of the object that the operation is about
-    values: Mapping[str, Any] = {}  # by the names of the wire
+    # By the names of the wire; one that is UNFINISHED keeps here what it has until then.
+    values: Mapping[str, Any] = MappingProxyType({})
     origin: Origin = LOCAL
 
 
@@ -5752,6 +5777,7 @@ class Registry:
         self.enrollments = Enrollments(self)
         self.heartbeats = Heartbeats(self)
         self.hosts = Hosts(self)
+        self.inventories: WeakSet[Any] = WeakSet()  # that are being made
         self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
         self._logged: set[str] = set()  # troubles: each once, not once for each tick
         self._failed_at = 0.0
@@ -9345,6 +9371,13 @@ HOSTS_QUERY = Schema(
     Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0], Field("cursor", HOST_CURSOR))
 HOST_COUNTS = Schema(
     *required(**dict.fromkeys(STATUSES, Integer((0, LAST_ID)))), name="HostCounts")
+PORT = Integer((1, 65535))
+HOST_FILTERS = [HOSTS_QUERY.fields[name] for name in ("organization", "label", "label!", "address")]
+INVENTORY_QUERY = Schema(HOSTS_QUERY.fields["status"], *HOST_FILTERS)
+TARGETS_QUERY = Schema(  # machines that are there
+    *HOST_FILTERS, Field("status", Choice("online", "offline", "missing"), repeats=True),
+    Field("port", PORT), Field("port_label", Labels.KEY))
+DOWN_QUERY = Schema(Field("show", Labels.KEY, repeats=True))
 AUDIT_QUERY = Schema(
     Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
     Field("code", Text(64)), Field("after", AFTER_EVENT), Field("wait", WAIT), *PAGE_FIELDS)
@@ -9645,9 +9678,11 @@ HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what th
 
 
 def _metrics(registry: Registry, call: Call, now: int) -> Any:
-    """The caller's hosts by organization and status; for an API key of all organizations also what
-    the process has counted."""
-    owner = call.by.organization
+    """The caller's hosts by organization and status, and what their agents are; for an API key of
+    all organizations also what the process has counted."""
+    owner, agents = call.by.organization, _agent_families(registry, call, now)
+    if agents is None:
+        return UNFINISHED
     census = registry.hosts.census(owner)
     slugs = [owner] if owner else [row.id for row in registry.organizations.list(call, now).items]
     hosts = [
@@ -9655,10 +9690,38 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
         for slug, status in product(slugs, STATUSES)
     ]
     help = "Hosts by organization and status."
-    families = [metric_family("hostenroll_hosts", "gauge", help, hosts)]
+    families = [metric_family("hostenroll_hosts", "gauge", help, hosts), *agents]
     if owner is ALL_ORGANIZATIONS:
         families += _process_families(registry)
     return "".join(chain.from_iterable(families))
+
+
+def _frequent(counts: Counter[str], number: int) -> Counter[str]:
+    """The most frequent so many, and the rest as `other`, which a machine may say as well."""
+    rest = counts.pop("other", 0)
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    rest += sum(count for _, count in ranked[number:])
+    return Counter({**dict(ranked[:number]), "other": rest})
+
+
+def _agent_families(registry: Registry, call: Call, now: int) -> Optional[list[Iterator[str]]]:
+    """None: a slice of the hosts is counted, and the call keeps the counts for the next tick."""
+    kept = cast("dict[str, Any]", call.values)
+    after, versions, copied = kept.get("counted", (-1, Counter(), 0))
+    owner, since = call.by.organization, now - COPY_SHOWN_MS
+    rows = registry.queries.agents_slice(owner, after, SWEPT_AT_ONCE, since)
+    for version, count, copies, last in rows:
+        versions[str(version)] += count
+        copied, after = copied + copies, max(after, last)
+    if sum(row[1] for row in rows) == SWEPT_AT_ONCE:
+        # What is frequent in the fleet is so in each slice.
+        kept["counted"] = after, _frequent(versions, COUNTED_AT_ONCE), copied
+        return None
+    shown = _frequent(versions, VERSIONS_SHOWN).items()
+    agents = [(metric_labels(version=version), count) for version, count in shown]
+    help, more = "Hosts by their agents' version.", "Hosts with signs of a copied credential."
+    return [metric_family("hostenroll_agents", "gauge", help, agents),
+            metric_family("hostenroll_copied_hosts", "gauge", more, [("", copied)])]  # fmt: skip
 
 
 def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
@@ -9678,9 +9741,12 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
         yield family("hostenroll_tls_certificate_not_after_seconds", "gauge", help, at)
     python = ".".join(map(str, sys.version_info[:3]))
     build = metric_labels(version=__version__, python=python, sqlite=registry.engine.sqlite_version)
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used, queries = resource.getrusage(resource.RUSAGE_SELF), registry.queries
+    last = queries.changes_after(queries.last_change() - 1, 1)
     for name, kind, help, end, value in (
         ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
+        ("hostenroll_last_change_timestamp_seconds", "gauge", "When a status last changed.", "",
+         sum(change.at for change in last) / SECOND_MS),
         ("hostenroll_sweep_age_seconds", "gauge", "Since the last sweep for silent hosts.", "",
          time.monotonic() - registry.reports.swept.last_ended),
         ("hostenroll_sweep_seconds", "gauge", "CPU time of that sweep.", "",
@@ -9694,6 +9760,123 @@ def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
          used.ru_utime + used.ru_stime),
     ):  # fmt: skip
         yield family(name, kind, help, [(end, value)])
+
+
+# What other tools are told of hosts.
+
+# A text as a part of a name in another tool; two may become one.
+clean_name = partial(re.sub, "[^A-Za-z0-9_]", "_")
+
+# Names that Ansible takes for groups or for the machine that it runs on, and such as end like one
+# that another host may be given.
+MISTAKABLE = re.compile(
+    r"all|ungrouped|localhost|127\.0\.0\.1|(status|organization|label)_.*|.*-[0-7][0-9a-f]{15}"
+)
+
+
+def summary(view: HostView) -> dict[str, str]:
+    """What other tools are told of a host, by the names that they have it by."""
+    host, labels = view.host, stored_object(view.host.labels)
+    return {
+        "id": id_text(host.id), "name": host.name, "hostname": host.hostname,
+        "organization": host.organization_id, "status": view.status, "address": host.address,
+        "os": host.os, "architecture": host.architecture, "agent_version": host.agent_version,
+        **{f"label_{clean_name(key)}": str(labels[key]) for key in sorted(labels)},
+    }  # fmt: skip
+
+
+def _down_hosts(registry: Registry, call: Call, now: int) -> str:
+    """For Prometheus: a series of each host that is down, the latest first, and how many are not
+    shown. values: show (labels). Raises InvalidQuery for two that would have one name: Prometheus
+    would take no series at all."""
+    shown = {f"label_{clean_name(key)}": key for key in call.values.get("show", ())}
+    if len(shown) < len(call.values.get("show", ())):
+        raise InvalidQuery(errors=[FieldError("show", "names two labels that become one")])
+    down = ["offline", "missing"]
+    values = {"status": down, "sort": "attention", "limit": DOWN_SHOWN}
+    page, samples = registry.hosts.list(call._replace(values=values), now), []
+    for view in page.items:
+        host, labels = view.host, stored_object(view.host.labels) if shown else {}
+        pairs = {"id": id_text(host.id), "host": host.name, "organization": host.organization_id}
+        pairs.update(status=view.status, muted=json_text(host.muted_until > now))
+        pairs.update((name, str(labels.get(key, ""))) for name, key in shown.items())
+        samples.append((metric_labels(**pairs), 1))
+    count, help = sum(map(page.more["counts"].get, down)), "Hosts that are offline or missing."
+    rest, rest_help = [("", max(count - len(samples), 0))], "How many more of them there are."
+    shown_hosts = metric_family("hostenroll_host_down", "gauge", help, samples)
+    not_shown = metric_family("hostenroll_hosts_down_not_shown", "gauge", rest_help, rest)
+    return "".join(chain(shown_hosts, not_shown))
+
+
+class Inventory:
+    """Texts about hosts, one for each, and of Ansible's groups the names of their hosts."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+        self.groups: dict[str, list[str]] = {}
+
+
+def _inventory(
+    put: Callable[[Inventory, HostView, Registry, Call], None], text: Callable[[Inventory], str],
+    registry: Registry, call: Call, now: int,
+) -> Any:  # fmt: skip
+    """The hosts that a call finds, as the text that another tool takes; in each tick put() is given
+    a page of them. Raises InvalidQuery, NotFound."""
+    kept = cast("dict[str, Any]", call.values)  # from tick to tick
+    if "made" not in kept:
+        if len(registry.inventories) >= INVENTORIES_AT_ONCE:
+            return UNFINISHED
+        kept.update(made=Inventory(), limit=LISTED_AT_ONCE)
+        registry.inventories.add(kept["made"])
+    page, made = registry.hosts.list(call, now), kept["made"]
+    for view in page.items:
+        put(made, view, registry, call)
+    if len(made.hosts) > INVENTORY_HOSTS or sum(map(len, made.hosts)) > INVENTORY_BYTES:
+        most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
+        raise InvalidQuery(f"These are more than {most}: filter by status, label or organization.")
+    kept["cursor"] = page.next
+    return text(made) if page.next is None else UNFINISHED
+
+
+def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
+    """For Prometheus' HTTP service discovery. values: port, port_label (the label that has the port
+    of a host). A host without an address or a port is no target."""
+    host, label = summary(view), call.values.get("port_label")
+    port = call.values.get("port", EXPORTER_PORT if label is None else None)
+    with suppress(ValueError):
+        port = PORT.parse(str(stored_object(view.host.labels).get(label or "")))
+    if host["address"] and port and host["status"] not in ("pending", "revoked"):
+        place = f"[{host['address']}]" if ":" in host["address"] else host["address"]
+        labels = {f"__meta_hostenroll_{name}": text for name, text in host.items()}
+        made.hosts.append(json_text({"targets": [f"{place}:{port}"], "labels": labels}))
+
+
+def inert(text: str) -> Any:
+    """A text for Ansible, which runs what is written as a template."""
+    is_plain = re.fullmatch(r"[\w ./:@+,~()=-]*", text)
+    return text if is_plain else {"__ansible_unsafe": text}
+
+
+def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
+    """For Ansible. A host has the same name whatever is filtered."""
+    host = summary(view)
+    name = re.sub("^[^A-Za-z0-9_]|[^A-Za-z0-9_.-]", "_", host["name"])[:63]
+    is_shared = registry.queries.has_namesake(view.host, call.by.organization)
+    if is_shared or name != host["name"] or MISTAKABLE.fullmatch(name):
+        name += f"-{host['id']}"
+    variables = {f"hostenroll_{key}": inert(text) for key, text in host.items()}
+    if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", host["address"]):
+        variables["ansible_host"] = host["address"]
+    made.hosts.append(f'"{name}":{json_text(variables)}')
+    for key, text in host.items():
+        if key in ("status", "organization") or key.startswith("label_"):
+            made.groups.setdefault(f"{key}_{clean_name(text)}", []).append(f'"{name}"')
+
+
+def _ansible_text(made: Inventory) -> str:
+    """As an inventory script prints it."""
+    groups = [f',"{name}":{{"hosts":[{",".join(hosts)}]}}' for name, hosts in made.groups.items()]
+    return f'{{"_meta":{{"hostvars":{{{",".join(made.hosts)}}}}}{"".join(groups)}}}'
 
 
 # Answers that are the same for every request.
@@ -9889,6 +10072,17 @@ OPERATIONS = (
               "show how hosts find the server", writes=False, answer=SERVICE),
     Operation("metrics", "GET", "/metrics", "viewer", _metrics,
               "count, for Prometheus", writes=False, content_type=EXPOSITION),
+    Operation("host-metrics", "GET", "/metrics/hosts", "viewer", _down_hosts,
+              "name the hosts that are down, for Prometheus", writes=False, query=DOWN_QUERY,
+              content_type=EXPOSITION),
+    Operation("targets", "GET", "/api/inventory/prometheus", "viewer",
+              partial(_inventory, _put_target, lambda made: f"[{','.join(made.hosts)}]"),
+              "list hosts as targets of Prometheus", writes=False, query=TARGETS_QUERY,
+              raises=(NotFound,)),
+    Operation("inventory", "GET", "/api/inventory/ansible", "viewer",
+              partial(_inventory, _put_variables, _ansible_text),
+              "list hosts as an inventory of Ansible", writes=False, query=INVENTORY_QUERY,
+              raises=(NotFound,)),
     Operation("health", "GET", "/healthz", "open", "", "whether the server answers",
               static=lambda: json_response(200, HEALTH.of(None)), answer=HEALTH),
     Operation("readiness", "GET", "/readyz", "open", "service.ready", "whether it can do its work",
@@ -10060,6 +10254,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "organizations": ("those that the key sees", []),
     "os": ("the operating system", "Debian GNU/Linux 12"),
     "pin": ("the keys that agents trust, as curl's --pinnedpubkey; null: any", "sha256//..."),
+    "port": ("of each target", EXPORTER_PORT),
+    "port_label": ("the label that has the port of a host", "port"),
     "publicUrl": ("where agents find the server", "https://enroll.lan:8443"),
     "q": ("a part of name, hostname, id, address, system or a label's value", "web"),
     "reason": ("why, for the audit log", "sold"),
@@ -10070,6 +10266,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "seen": ("the last heartbeat before it; null: there was none", A_TIME),
     "MintApiKeyRequest.role": ("what the key may do", "viewer", "admin"),
     "self": ("also if it is the key that asks", "true", "false"),
+    "show": ("a label that each host is shown with; may come more than once", "rack"),
     "sort": ("the order; attention: what is down comes first", "attention", "enrolledAt"),
     "state": ("whether it is good, and if not, why", "valid"),
     "status": ("what the host is, by its heartbeats", "online"),
@@ -10203,7 +10400,8 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.status != HTTPStatus.NO_CONTENT:
         answer = operation.schema()
-        schema = {"type": "string"} if answer is None else answer.reference()
+        text: dict[str, Any] = {} if operation.content_type == JSON else {"type": "string"}
+        schema = text if answer is None else answer.reference()
         success["content"] = {operation.content_type: {"schema": schema}}
     document["responses"] = {str(operation.status): success}
     for status, name, _ in _refusals(operation):
@@ -13108,7 +13306,29 @@ def run_backup(session: Session) -> None:
     session.report({"database": database, "keyFile": key_file}, None, copied)
 
 
+def print_inventory(session: Session) -> None:
+    """What Ansible asks an inventory script for."""
+    typed, client = session.arguments, client_of(session)
+    if client is None:
+        document = json.loads(session.perform())
+    else:
+        asked = {"organization": [typed.org], "status": typed.status, "label": typed.where}
+        query = [(name, v) for name, values in asked.items() for v in values or () if v is not None]
+        document = client.get(session.operation.path, query)
+    if typed.host is not None:
+        document = document["_meta"]["hostvars"].get(typed.host, {})
+    output(json.dumps(document, indent=2))
+
+
 def run_check(session: Session) -> Optional[int]:
+    arguments = session.arguments
+    if arguments.ready is not None:  # no secret is sent
+        here = f"http://{DEFAULT_HOST}:{session.environment.get('HOSTENROLL_PORT') or DEFAULT_PORT}"
+        url, pins = here if arguments.ready is True else arguments.ready, arguments.pin or ()
+        client = Client(url, pins=pins, cacert=arguments.cacert or "", insecure_http=True)
+        if client.request("GET", READY.path)[0] != HTTPStatus.OK:
+            raise OperatorError(f"{client.name} is not ready")
+        return None
     with session.progress() as progress:
         findings = [*examine(*session.files(), progress, session.now())]
     is_good = all(finding.is_good for finding in findings)
@@ -13552,6 +13772,13 @@ GROUPS = {
                    dest="where"),
             option("--host", "ID", "only this one"), *FEED_OPTIONS)),
         by_id("show-host"),
+        Command("inventory", "inventory --list --status online", print_inventory, (
+            flag("--list", "all hosts (this is the default)", "what"),
+            option("--host", "NAME", "the variables of this host", group="what"),
+            ORG_OPTION, STATUS_OPTION,
+            option("--label", "K=V", "with this label: also K, K!=V; repeatable", action="append",
+                   dest="where"), *CLIENT_OPTIONS),
+            shared=STORE_OPTIONS),
         Command("list-incidents", "list-incidents", list_items, (ORG_OPTION,)),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (
             *MANY_ARGUMENTS, option("--name", "NAME"),
@@ -13625,7 +13852,9 @@ GROUPS = {
         Command("backup", "backup /var/backups/hostenroll", run_backup,
                 (Argument("folder", {"metavar": "DIR"}),),
                 own_summary="copy database and keys, also while a server runs"),
-        Command("check", "check", run_check,
+        Command("check", "check", run_check, (
+            option("--ready", "URL", "only whether a server is ready (the one here)", web_address,
+                   nargs="?", const=True), *CLIENT_OPTIONS[2:4]),
                 own_summary="say whether database, keys and files are sound"),
         Command("bench", "bench --hosts 1000000", bench, (
             option("--hosts", "N", "of the scratch fleet (%(default)s)",

@@ -14858,7 +14858,8 @@ def samples(text):
     """Prometheus' text format, read by its rules."""
     lines = [line.rpartition(" ") for line in text.split("\n")[:-1] if not line.startswith("# ")]
     for name, *_ in lines:
-        assert re.fullmatch(r'[a-z_]+(\{[a-z_]+="[^"\n]*"(,[a-z_]+="[^"\n]*")*\})?', name), name
+        label = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
+        assert re.fullmatch(rf"[a-z_]+(\{{{label}(,{label})*\}})?", name), name
     values = {name: float(value) for name, _, value in lines}
     assert len(values) == len(lines)
     return values
@@ -14880,7 +14881,7 @@ def test_metrics_count_what_has_happened(estate):
     assert counted == {
         "heartbeats_total": 2, "enrollments_total": 1, 'refusals_total{code="forbidden"}': 1,
         'refusals_total{code="credential-invalid"}': 1, 'refusals_total{code="token-used"}': 1,
-        'hosts{organization="default",status="online"}': 1,
+        'hosts{organization="default",status="online"}': 1, 'agents{version=""}': 1,
     }  # fmt: skip
     assert after['hostenroll_hosts{organization="default",status="pending"}'] == 1
 
@@ -14950,6 +14951,277 @@ def test_only_what_is_committed_is_counted(world):
     assert counts == {"enrollments": 3, "heartbeats": 2, "renewals": 1}
 
 
+# What other tools take: inventories for Prometheus and Ansible, and series of hosts.
+
+
+def placed(door, name, address=ADDRESS, beats=True, **labels):
+    """A host by a name, from an address; its id."""
+    door.address, token = address, door.token(labels=labels)
+    host = door.enroll(token, "machine", name=name).document
+    if beats:
+        assert door.beat(host["credential"]).status == 200
+    door.address = ADDRESS
+    return host["hostId"]
+
+
+def inventory(door, query="", tool="ansible", by="api_key"):
+    """What a tool is told: of Ansible the variables by host, and the hosts by group."""
+    bearer = getattr(door, by, by)
+    reply = door.call("GET", f"/api/inventory/{tool}?{query}", bearer=bearer)
+    assert reply.status == 200, reply
+    if tool != "ansible":
+        return reply.document
+    hostvars = reply.document.pop("_meta")["hostvars"]
+    return hostvars, {name: group.pop("hosts") for name, group in reply.document.items()}
+
+
+def test_an_ansible_inventory_has_hosts_by_name_in_groups_with_their_address(world):
+    assert inventory(world) == ({}, {})
+    one = placed(world, "web-1", "2001:db8::7", rack="b 4", **{"a.b/c": ""})
+    two = placed(world, "db-1", beats=False)
+    hostvars, groups = inventory(world)
+    assert hostvars["web-1"] == {
+        "ansible_host": "2001:db8::7", "hostenroll_id": one, "hostenroll_name": "web-1",
+        "hostenroll_hostname": "machine", "hostenroll_organization": "default",
+        "hostenroll_status": "online", "hostenroll_address": "2001:db8::7", "hostenroll_os": "",
+        "hostenroll_architecture": "", "hostenroll_agent_version": "",
+        "hostenroll_label_rack": "b 4", "hostenroll_label_a_b_c": "",
+    }  # fmt: skip
+    assert "ansible_host" not in hostvars["db-1"] and hostvars["db-1"]["hostenroll_id"] == two
+    assert {name: sorted(hosts) for name, hosts in groups.items()} == {
+        "status_online": ["web-1"], "status_pending": ["db-1"],
+        "organization_default": ["db-1", "web-1"],
+        "label_rack_b_4": ["web-1"], "label_a_b_c_": ["web-1"],
+    }  # fmt: skip
+    assert set(inventory(world, "status=pending&status=offline")[0]) == {"db-1"}
+    assert set(inventory(world, "label=rack")[0]) == {"web-1"}
+    world.revoke(one)
+    assert inventory(world)[1]["status_revoked"] == ["web-1"]
+    assert world.ask("GET", "/api/inventory/ansible?limit=1").code == "invalid-query"
+    assert world.ask("GET", "/api/inventory/ansible?organization=nowhere").code == "invalid-query"
+
+
+@pytest.mark.parametrize("name, given", sample({
+    "a hostname": ("Web-1.lan_x", "Web-1.lan_x"), "every host": ("all", "all-{}"),
+    "the machine of Ansible": ("localhost", "localhost-{}"),
+    "its address": ("127.0.0.1", "127.0.0.1-{}"),
+    "a group of a label": ("label_role_db", "label_role_db-{}"),
+    "a group of a status": ("status_online", "status_online-{}"),
+    "a group of an organization": ("organization_default", "organization_default-{}"),
+    "a name with an id": ("web-0ca4f1b28e3d7a95", "web-0ca4f1b28e3d7a95-{}"),
+    "words": ("web 1", "web_1-{}"), "a path": ("../etc", "_._etc-{}"),
+    "an option of ssh": ("-oProxyCommand=id", "_oProxyCommand_id-{}"),
+    "a pattern": ("web:!*[0:9]", "web____0_9_-{}"), "a template": ("{{ x }}", "___x___-{}"),
+    "letters of others": ("b\xfcro", "b_ro-{}"), "quotes": ('a"}\\b', "a___b-{}"),
+    "a long one": ("x" * 200, "x" * 63 + "-{}"),
+}, "an option of ssh", "the machine of Ansible", "a name with an id"))  # fmt: skip
+def test_no_machine_gets_a_name_in_ansible_that_means_something_else(name, given, world):
+    host = placed(world, name)
+    hostvars, groups = inventory(world)
+    assert list(hostvars) == [given.format(host)] == groups["status_online"]
+
+
+def test_hosts_of_one_name_have_their_ids_in_it_with_every_filter_and_in_their_scope(world):
+    world.act("add-org", name="berlin")
+    here, there = placed(world, "web-1", rack="b4"), placed(world, "web-1")
+    world.act("edit-host", there, labels={"rack": "b5"})
+    world.act("revoke-host", there)
+    token = world.token(organizationId="berlin", labels={"rack": "b4"})
+    world.enroll(token, "machine", name="db-1")
+    placed(world, "db-1", rack="b5")
+    berlin = make_api_key(world.registry, world.clock, "berlin")
+    assert set(inventory(world, "label=rack=b4&status=online")[0]) == {f"web-1-{here}"}
+    assert list(inventory(world, by=berlin)[0]) == ["db-1"]
+    names = set(inventory(world)[0])
+    assert {f"web-1-{here}", f"web-1-{there}"} < names and len(names) == 4
+    assert "db-1" not in names
+    # Nobody can take the name that another host is given.
+    forged = placed(world, f"web-1-{here}")
+    assert {f"web-1-{here}", f"web-1-{here}-{forged}"} < set(inventory(world)[0])
+
+
+@pytest.mark.parametrize("text, is_template", sample({
+    "words": ("Debian GNU/Linux 12 (bookworm), 6.1", False), "letters": ("\xe4\u4e2d", False),
+    "an expression": ("{{ lookup('pipe', 'id') }}", True), "a statement": ("{% set x = 1 %}", True),
+    "a header of Jinja": ("#jinja2: variable_start_string:'<<'", True), "a tag": ("!vault x", True),
+}, "words", "an expression"))  # fmt: skip
+def test_ansible_runs_nothing_that_a_machine_writes(text, is_template, world):
+    shown = {"__ansible_unsafe": text} if is_template else text
+    world.enroll(world.token(labels={"k": text}), "web-1", os=text)
+    [variables] = inventory(world)[0].values()
+    assert (variables["hostenroll_os"], variables["hostenroll_label_k"]) == (shown, shown)
+
+
+def test_ansible_connects_to_nothing_that_is_no_address(world):
+    host = placed(world, "web-1")
+    for address in ("-oProxyCommand=id", "a b", "host.example", "fe80::1%$(id)"):
+        world.sql("UPDATE host SET address = ?", address)
+        assert "ansible_host" not in inventory(world)[0]["web-1"]
+    world.sql("UPDATE host SET address = 'fe80::1%eth0' WHERE id = ?", hostenroll.parse_id(host))
+    assert inventory(world)[0]["web-1"]["ansible_host"] == "fe80::1%eth0"
+
+
+def test_prometheus_gets_a_target_of_each_host_that_is_there_by_its_address(world):
+    assert inventory(world, tool="prometheus") == []
+    one = placed(world, "web-1", "192.0.2.7", **{"a-b": "c", "port": "70000"})
+    six = placed(world, "web-2", "2001:db8::7", port="9200", **{"a.b": "9300"})
+    placed(world, "new", beats=False)
+    world.revoke(placed(world, "old"))
+    targets = {
+        each["labels"]["__meta_hostenroll_id"]: each for each in inventory(world, tool="prometheus")
+    }
+    assert targets[one] == {"targets": ["192.0.2.7:9100"], "labels": {
+        "__meta_hostenroll_id": one, "__meta_hostenroll_name": "web-1",
+        "__meta_hostenroll_hostname": "machine", "__meta_hostenroll_organization": "default",
+        "__meta_hostenroll_status": "online", "__meta_hostenroll_address": "192.0.2.7",
+        "__meta_hostenroll_os": "", "__meta_hostenroll_architecture": "",
+        "__meta_hostenroll_agent_version": "", "__meta_hostenroll_label_a_b": "c",
+        "__meta_hostenroll_label_port": "70000",
+    }}  # fmt: skip
+    assert set(targets) == {one, six}
+
+    def places(query):
+        return sorted(each["targets"][0] for each in inventory(world, query, "prometheus"))
+
+    assert places("port=80") == ["192.0.2.7:80", "[2001:db8::7]:80"]
+    assert places("port_label=port") == ["[2001:db8::7]:9200"]
+    assert places("port_label=port&port=80") == ["192.0.2.7:80", "[2001:db8::7]:9200"]
+    assert places("port_label=none") == places("port_label=a-b") == []  # not that of a.b
+    assert places("label=a-b=c") == ["192.0.2.7:9100"]
+    assert places("status=missing&status=online") == places("")
+    assert places("status=offline") == []
+    for query in (
+        "status=revoked",
+        "status=pending",
+        "port=0",
+        "port=65536",
+        "port_label=",
+        "port=a",
+    ):
+        assert world.ask("GET", f"/api/inventory/prometheus?{query}").code == "invalid-query"
+
+
+def test_an_inventory_is_made_in_slices_and_has_a_largest_size(world, monkeypatch):
+    for n in range(7):
+        placed(world, f"web-{n}", rack=f"b{n % 2}")
+    monkeypatch.setattr(hostenroll, "LISTED_AT_ONCE", 3)
+    monkeypatch.setattr(hostenroll, "INVENTORY_HOSTS", 7)
+    values = OPERATION["inventory"].query.parse([])
+    call = Call(OPERATION["inventory"], OPERATOR, values=values)
+    outcomes = [world.run(call)[0] for _ in range(3)]
+    assert (
+        outcomes[:2] == [hostenroll.UNFINISHED] * 2
+        and len(json.loads(outcomes[2])["_meta"]["hostvars"]) == 7
+    )
+    assert len(inventory(world, tool="prometheus")) == 7
+    monkeypatch.setattr(hostenroll, "INVENTORY_HOSTS", 6)
+    for tool in ("ansible", "prometheus"):
+        refused = world.ask("GET", f"/api/inventory/{tool}")
+        assert refused.code == "invalid-query" and "more than 6 hosts" in refused.document["detail"]
+        assert len(world.ask("GET", f"/api/inventory/{tool}?label=rack=b0").document) >= 4
+    monkeypatch.setattr(hostenroll, "INVENTORY_BYTES", 1000)
+    refused = world.ask("GET", "/api/inventory/ansible?label=rack=b0")
+    assert refused.code == "invalid-query" and "filter" in refused.document["detail"]
+
+
+def test_few_inventories_are_made_at_once_and_no_key_is_heard_after_its_end(world, monkeypatch):
+    for n in range(4):
+        placed(world, f"web-{n}")
+    monkeypatch.setattr(hostenroll, "LISTED_AT_ONCE", 2)
+    monkeypatch.setattr(hostenroll, "INVENTORIES_AT_ONCE", 2)
+    key = make_api_key(world.registry, world.clock, role="viewer")
+    request = request_bytes("GET", "/api/inventory/ansible", bearer=key)
+    calls = [world.admit(request) for _ in range(4)]
+    first = [world.run(call)[0] for call in calls]
+    assert first == [hostenroll.UNFINISHED] * 4 and len(world.registry.inventories) == 2
+    assert [type(world.run(call)[0]) for call in calls[:2]] == [str, str]
+    del calls[:2]
+    assert [world.run(call)[0] for call in calls] == [hostenroll.UNFINISHED] * 2
+    world.act("revoke-api-key", key.split("_")[1])
+    assert all(isinstance(world.run(call)[0], hostenroll.ApiKeyInvalid) for call in calls)
+    calls.clear()
+    assert inventory(world)[0]
+
+
+def down_hosts(door, query=""):
+    reply = door.ask("GET", f"/metrics/hosts?{query}")
+    assert reply.status == 200, reply
+    return samples(reply.document)
+
+
+def test_prometheus_gets_a_series_of_each_host_that_is_down(world, monkeypatch):
+    name = "hostenroll_hosts_down_not_shown"
+    assert down_hosts(world) == {name: 0}
+    one, two = placed(world, 'a "b" \\', role="db", **{"a.b": "c"}), placed(world, "web-1")
+    placed(world, "new", beats=False)
+    world.live(200)
+    world.sweep()
+    assert world.ask("GET", "/metrics/hosts?x=1").code == "invalid-query"
+    text = world.ask("GET", "/metrics/hosts?show=role").document
+    for host, shown, role in ((one, r"a \"b\" \\", "db"), (two, "web-1", "")):
+        pairs = {"id": host, "host": shown, "organization": "default", "status": "offline",
+                 "muted": "false", "label_role": role}  # fmt: skip
+        labels = ",".join(f'{key}="{value}"' for key, value in pairs.items())
+        assert f"hostenroll_host_down{{{labels}}} 1\n" in text
+    assert world.ask("GET", "/metrics/hosts?show=a-b").document.count('label_a_b=""') == 2
+    for query in ("show=a-b&show=a.b", "show=role&show=role"):
+        assert world.ask("GET", f"/metrics/hosts?{query}").code == "invalid-query"
+    world.sql("UPDATE host SET muted_until = ?", world.clock.ms + 1)
+    assert world.ask("GET", "/metrics/hosts").document.count('muted="true"') == 2
+    monkeypatch.setattr(hostenroll, "DOWN_SHOWN", 1)
+    assert sorted(down_hosts(world).values()) == [1, 1]
+    world.act("add-org", name="berlin")
+    berlin = make_api_key(world.registry, world.clock, "berlin", "viewer")
+    assert samples(world.call("GET", "/metrics/hosts", bearer=berlin).document) == {name: 0}
+
+
+def agents(world, by=None):
+    """hostenroll_agents by the version."""
+    shown = samples(world.call("GET", "/metrics", bearer=by or world.api_key).document)
+    found = {
+        re.fullmatch(r'hostenroll_agents\{version="(.*)"\}', name): n for name, n in shown.items()
+    }
+    return {match[1]: n for match, n in found.items() if match}
+
+
+def test_agents_are_counted_by_the_ten_versions_that_most_have(world, monkeypatch):
+    assert agents(world) == {"other": 0}
+    token = world.token(maxUses=100)
+    versions = ["0.2.0"] * 9 + ["0.1.0"] * 5 + ["other"] * 6 + [""] * 2 + ['a"\\b'] * 2
+    versions += [f"odd-{n:02}" for n in range(20)]
+    for n, version in enumerate(versions):
+        world.enroll(token, f"web-{n}", agentVersion=version)
+    expected = {"0.2.0": 9, "0.1.0": 5, "": 2, 'a\\"\\\\b': 2, "other": 6 + 14}
+    expected.update({f"odd-{n:02}": 1 for n in range(6)})
+    assert agents(world) == expected
+    # In slices as well: what is frequent is so in each of them.
+    monkeypatch.setattr(hostenroll, "SWEPT_AT_ONCE", 11)
+    shown = agents(world)
+    assert sum(shown.values()) == len(versions) and len(shown) == 11 and shown["0.2.0"] == 9
+    world.act("add-org", name="berlin")
+    assert agents(world, make_api_key(world.registry, world.clock, "berlin")) == {"other": 0}
+
+
+def test_metrics_say_how_many_credentials_are_copied_and_when_a_status_last_changed(world):
+    name = "hostenroll_copied_hosts"
+    last = "hostenroll_last_change_timestamp_seconds"
+
+    def shown():
+        found = samples(world.ask("GET", "/metrics").document)
+        return found[name], found[last]
+
+    assert shown() == (0, 0)
+    host, _ = world.joined()
+    placed(world, "web-2")
+    assert shown() == (0, world.clock.ms / 1000)
+    world.sql(
+        "UPDATE host SET copied_at = ? WHERE id = ?", world.clock.ms, hostenroll.parse_id(host)
+    )
+    assert shown()[0] == 1
+    world.advance(24 * 3600)
+    assert shown()[0] == 0
+
+
 # What is declared: every answer fits its schema, and every refusal is in the OpenAPI document.
 
 
@@ -14968,7 +15240,8 @@ class Witness(World):
         if reply.status >= 400:
             require_declared(reply, row.problems())
         elif schema is None:
-            assert isinstance(reply.document, type(None) if reply.status == 204 else str)
+            text = (list, dict) if row.content_type == "application/json" else str
+            assert isinstance(reply.document, type(None) if reply.status == 204 else text)
         else:
             schema.check(reply.document)
         return reply
@@ -15023,7 +15296,9 @@ def visit_user_operations(door):
             door.call(row.method, path, bearer=key)
         for asked, body in ((f"{path}?x=1", None), (unknown, None), (unknown, [])):
             door.ask(row.method, asked, body)
-    for path in ("/api/hosts", "/api/audit", "/api/changes", "/api/incidents"):
+    inventories = [f"/api/inventory/{tool}" for tool in ("ansible", "prometheus")]
+    lists = ("/api/hosts", "/api/audit", "/api/changes", "/api/incidents")
+    for path in (*lists, *inventories):
         door.call("GET", f"{path}?organization=other", bearer=viewer)
     for path, after in itertools.product(("audit", "changes"), ("now", f"{UNKNOWN_ID}-0")):
         door.ask("GET", f"/api/{path}?after={after}")
@@ -15312,7 +15587,7 @@ PEEKS = {
     "code": "token-unknown", "limit": "1 1000", "token": "{token}", "withHosts": "true",
     "label!": "rack=b4 rack", "sort": "attention name statusSince enrolledAt",
     "reason": "mine", "withKeys": "true", "self": "true", "after": "now", "wait": "0",
-    "host": "{host}",
+    "host": "{host}", "show": "role", "port": "9100", "port_label": "role",
 }  # fmt: skip
 CLAIMED = {
     "organizationId": "default", "hostname": "web-1", "name": "mine", "labels": {"mine": "1"},
@@ -15338,7 +15613,8 @@ def intrusions(operation, estate):
     yield path, body
     for name in operation.query.fields:
         for text in PEEKS[name].format(host=estate.host_id, token=estate.token_id).split():
-            yield f"{path}?{name}={text}", body
+            if (operation.name, text) != ("targets", "pending"):  # no target has that status
+                yield f"{path}?{name}={text}", body
     for name in fields:
         yield path, {**needed, name: claimed[name]}
 
@@ -17854,6 +18130,24 @@ def test_a_flood_of_lists_does_not_hold_up_a_heartbeat(served):
         assert behind == [{"status": "ok"}] * 60
 
 
+@pytest.mark.parametrize("path, text, number", sample({
+    "metrics": ("/metrics", 'agents{version=""} 600', "SWEPT_AT_ONCE"),
+    "an inventory": ("/api/inventory/ansible", "status_pending", "LISTED_AT_ONCE"),
+}, "an inventory"))  # fmt: skip
+def test_what_goes_in_many_slices_is_answered_and_others_meanwhile(
+    path, text, number, served, monkeypatch
+):
+    monkeypatch.setattr(hostenroll, number, 5)
+    live = served(hosts=600)
+    with live.connect() as peer, peer.makefile("rb") as stream:
+        peer.sendall(request_bytes("GET", path, bearer=live.api_key))
+        time.sleep(0.002)  # it is being made
+        peer.sendall(HEALTH)
+        assert live.call("GET", "/healthz").status == 200
+        assert text in read_reply(stream).document
+        assert read_reply(stream).document == {"status": "ok"}
+
+
 def narrow_lists(live, count, times):
     """Peers that ask for lists and take nothing: each answer is more than the kernel takes."""
     live.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # of all it accepts
@@ -18201,6 +18495,117 @@ def test_a_real_prometheus_scrapes_us_and_its_tool_finds_nothing_wrong(live, tmp
             assert [row["metric"]["organization"] for row in until(found, 60)] == ["default"]
         finally:
             process.terminate()
+
+
+def yaml_blocks():
+    """The README's configurations of Prometheus: of its jobs, and of its rules."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [
+        next(block for block in blocks if block.startswith(f"{w}:"))
+        for w in ("rule_files", "groups")
+    ]
+
+
+def test_the_rules_in_the_readme_are_about_metrics_that_are_there(world):
+    exposed = world.ask("GET", "/metrics").document + world.ask("GET", "/metrics/hosts").document
+    there = {*re.findall("# TYPE (\\w+)", exposed), "hostenroll_tls_certificate_not_after_seconds"}
+    used = set(re.findall("hostenroll_\\w+", yaml_blocks()[1]))
+    assert used <= there and len(used) >= 7
+
+
+@slow
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus")
+def test_a_real_prometheus_finds_hosts_and_alerts_when_one_is_down(paths, tmp_path, receive):
+    exporter = receive(answer_with(200, b"# TYPE x gauge\nx 1\n", "text/plain; version=0.0.4"))
+    jobs, rules = yaml_blocks()
+    words = ("--heartbeat-interval", "1s")
+    with start_server(paths, *words, how="process") as server, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        key = tmp_path / "hostenroll.api-key"
+        key.write_text(server.api_key)
+        jobs = jobs.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
+        jobs = jobs.replace("/etc/prometheus/hostenroll.api-key", str(key))
+        jobs = jobs.replace("port=9100", f"port={exporter.port}")
+        jobs = jobs.replace("- url: ", "- refresh_interval: 1s\n        url: ")
+        quick = "global: { scrape_interval: 1s, evaluation_interval: 1s }\n"
+        (tmp_path / "prometheus.yml").write_text(quick + jobs)
+        (tmp_path / "hostenroll.rules.yml").write_text(rules.replace("for: 2m", "for: 0s"))
+        for words in (("config", "prometheus.yml"), ("rules", "hostenroll.rules.yml")):
+            checked = subprocess.run(["promtool", "check", *words], cwd=tmp_path, timeout=30,
+                                     capture_output=True, text=True)  # fmt: skip
+            assert checked.returncode == 0, checked.stderr
+        _, credential = server.join("web-1")
+        server.beat(credential)
+        free.close()
+        words = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+                 f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(["prometheus", *words], **options) as process:
+
+            def found(query):
+                url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.parse.quote(query)}"
+                with (
+                    contextlib.suppress(OSError, ValueError),
+                    urllib.request.urlopen(url) as answer,
+                ):
+                    return json.load(answer)["data"]["result"]
+
+            try:
+                until(partial(found, 'up{job="node", host="web-1"} == 1'), 60)
+                until(partial(found, 'up{job="hostenroll-hosts"} == 1'), 30)
+                assert found('ALERTS{alertname="HostDown"}') == []
+                [alert] = until(
+                    partial(found, 'ALERTS{alertname="HostDown", alertstate="firing"}'), 60
+                )
+                assert alert["metric"]["host"] == "web-1" and "label_role" not in alert["metric"]
+                server.beat(credential)
+                until(lambda: found('ALERTS{alertname="HostDown"}') == [], 30)
+            finally:
+                process.terminate()
+
+
+@slow
+@pytest.mark.skipif(shutil.which("ansible") is None, reason="needs Ansible")
+def test_a_real_ansible_reaches_hosts_by_the_inventory_and_runs_nothing_of_theirs(paths, tmp_path):
+    with start_server(paths) as server:
+        template = "{{ lookup('pipe', 'touch taken') }}"
+        for name, facts in (("web-1", {}), ("localhost", {"os": template}), ("new 1", {})):
+            _, credential = server.join("machine", name=name, **facts)
+            if name != "new 1":
+                server.beat(credential)
+        (tmp_path / "api.key").touch(0o600)
+        (tmp_path / "api.key").write_text(server.api_key)
+        program = shlex.join(map(str, PROGRAM))
+        for words in (
+            f"--db {paths[0]}",
+            f"--server {server.url} --api-key-file {tmp_path}/api.key",
+        ):
+            script = tmp_path / "hosts.sh"
+            script.write_text(f'#!/bin/sh\nexec {program} inventory {words} "$@"\n')
+            script.chmod(0o700)
+
+            def ansible(program, *words):
+                quiet = {"ANSIBLE_HOME": str(tmp_path), "ANSIBLE_LOCALHOST_WARNING": "0"}
+                options = {"env": {**os.environ, **quiet}, "cwd": tmp_path, "timeout": 120}
+                command = [program, "-i", "hosts.sh", *words]
+                done = subprocess.run(command, capture_output=True, text=True, **options)
+                assert (done.returncode, "WARNING" in done.stderr) == (0, False), done
+                return done.stdout
+
+            listed = json.loads(ansible("ansible-inventory", "--list"))
+            names = set(listed["organization_default"]["hosts"])
+            assert {re.sub("-[0-9a-f]{16}", "-ID", name) for name in names} == {
+                "web-1",
+                "localhost-ID",
+                "new_1-ID",
+            }
+            local = ("-c", "local", "-e", f"ansible_python_interpreter={sys.executable}")
+            pinged = ansible("ansible", "status_online", *local, "-m", "ping")
+            assert pinged.count('"ping": "pong"') == 2
+            shown = ansible("ansible", "all", *local, "-m", "debug", "-a", "var=hostenroll_os")
+            assert "lookup('pipe'" in shown and not (tmp_path / "taken").exists()
+            assert "127.0.0.1" in ansible("ansible-inventory", "--host", "web-1")
 
 
 # TLS.
@@ -19725,7 +20130,9 @@ def require_one_line(done, status=1, word=""):
 
 
 COMMAND = {command.name: command for command in hostenroll.COMMANDS}
-WITHOUT_JSON = ("serve", "watch", "unit", "schema", "openapi", "agent-script")  # texts, for files
+WITHOUT_JSON = (  # texts, for files
+    "serve", "watch", "unit", "schema", "openapi", "agent-script", "inventory",
+)  # fmt: skip
 RUN_ELSEWHERE = ("serve", "watch", "bench", *(() if shutil.which("openssl") else ("make-cert",)))
 UNKNOWN = "0ca4f1b28e3d7a95"
 
@@ -21047,6 +21454,62 @@ def test_a_server_that_ends_by_itself_ends_though_its_log_is_not_read(
     assert done.status == 1 and time.monotonic() - began < 5
 
 
+# Inventories, and whether a server is ready.
+
+
+def test_an_inventory_script_prints_what_ansible_asks_for(operator):
+    token = operator.mint("--label", "rack=b4")
+    host = operator.enroll(token, hostname="web-1")
+    listed = json.loads(operator("inventory", "--list").out)
+    assert listed["label_rack_b4"] == {"hosts": ["web-1"]}
+    assert json.loads(operator("inventory", "--host", "web-1").out)["hostenroll_id"] == host
+    assert json.loads(operator("inventory", "--host", "web-2").out) == {}
+    words = ("--status", "online", "--status", "offline", "--org", "default", "--label", "rack")
+    assert json.loads(operator("inventory", *words).out) == {"_meta": {"hostvars": {}}}
+    assert operator("inventory", "--list", "--host", "web-1").status == 2
+    require_one_line(operator("inventory", "--org", "nowhere"), 3, "there is no such organization")
+
+
+@slow
+def test_an_inventory_script_asks_a_server_as_well_as_a_database(operator):
+    operator.enroll(operator.mint("--label", "rack=b4"), hostname="web-1")
+    operator.enroll(hostname="web-2")
+    with start_server(operator.paths, clock=operator.clock) as server:
+        (operator.folder / "api.key").touch(0o600)
+        (operator.folder / "api.key").write_text(server.api_key)
+        server_words = ("--server", server.url, "--api-key-file", "api.key")
+        for words in ((), ("--label", "rack=b4", "--org", "default"), ("--host", "web-2"),
+                      ("--status", "pending", "--status", "online")):  # fmt: skip
+            typed = operator("inventory", *words, *server_words)
+            assert (typed.status, typed.out) == (0, operator("inventory", *words).out), typed.err
+        refused = operator("inventory", "--org", "nowhere", *server_words)
+        require_one_line(refused, 3, "there is no such organization")
+
+
+@pytest.mark.parametrize("tls", sample({"plain": False, "TLS": True}, "plain"))
+def test_check_says_whether_a_server_is_ready(operator, tls):
+    operator.make_database()
+    with start_server(operator.paths, clock=operator.clock, tls=tls) as server:
+        ready = ("check", "--ready", server.url, *(("--pin", pin_of("one")) if tls else ()))
+        done = operator(*ready)
+        assert (done.status, done.out, done.err) == (0, "", "")
+        operator.environment["HOSTENROLL_PORT"] = str(server.port)
+        assert operator("check", "--ready").status == tls  # without TLS, on this machine
+        if tls:
+            os.chmod(operator.paths[1], 0o644)
+            operator.clock.advance(3600)
+            until(lambda: operator(*ready).status == 1)
+            require_one_line(operator(*ready), 1, "is not ready")
+    require_one_line(operator(*ready), 1, "cannot ask")
+
+
+@slow
+def test_check_takes_the_answer_of_a_server_and_of_no_other_for_ready(operator, receive):
+    for answer in (404, 204, 302, 500, 503):
+        require_one_line(operator("check", "--ready", receive(answer).url), 1, "is not ready")
+    assert operator("check", "--ready", "ftp://x").status == 2
+
+
 # watch.
 
 
@@ -21469,7 +21932,9 @@ def test_what_the_containerfile_names_is_there():
     assert arguments.command.name == "serve" and arguments.host == "0.0.0.0"
     assert os.path.dirname(arguments.db) == CONTAINER["VOLUME"]
     assert str(arguments.port) == CONTAINER["EXPOSE"]
-    assert f":{arguments.port}/healthz" in CONTAINER_CHECK[-1]
+    assert CONTAINER_CHECK[:2] == CONTAINER_STARTS[2:4]
+    assert hostenroll.parse_arguments(CONTAINER_CHECK[2:], SETTINGS_THERE).ready is True
+    assert arguments.port == hostenroll.DEFAULT_PORT  # where check looks
 
 
 # Stands in for apt-get and, where it is not installed, for what that would install.
