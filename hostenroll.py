@@ -230,6 +230,13 @@ CHANGES_KEPT = 30 * DAY
 CHANGES_KEEP_RANGE = (HOUR, 3650 * DAY)
 CHANGES_MAXIMUM = 1_000_000  # kept: some 200 MiB
 
+# Hosts that expire: they are deleted after a silence.
+EXPIRY_INTERVALS = 10  # no shorter silence ends a host: one that lives must not be deleted
+EXPIRY_RANGE = (EXPIRY_INTERVALS * HEARTBEAT_INTERVAL_RANGE[0], 3650 * DAY)
+EXPIRY_CALM_MS = 10 * MINUTE * SECOND_MS  # after a start: twice what agents wait at most
+EXPIRED_AT_ONCE, EXPIRY_REST = 25, 0.25  # hosts, s: 100 a second at most, in slices of 5 ms
+EXPIRED_FREELY, EXPIRED_SHARE = 10, 5  # of an organization in a day: or one host in so many
+
 # Lists. No request examines more rows than this, so that a heartbeat behind it waits a few ms.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
@@ -450,6 +457,12 @@ def rfc3339(milliseconds: int) -> str:
 @lru_cache(maxsize=1024)  # a list has many times of few seconds
 def _date_and_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(max(seconds, 0), LAST_SECOND)))
+
+
+def unix_ms(timestamp: str) -> int:
+    """The time of a timestamp as above, or of one without milliseconds."""
+    numbers = [*map(int, re.findall("[0-9]+", timestamp)), 0]
+    return timegm(tuple(numbers[:6])) * SECOND_MS + numbers[6]
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
@@ -1819,7 +1832,8 @@ PRAGMA user_version = 3;
 CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
-    created_at  INTEGER NOT NULL
+    created_at  INTEGER NOT NULL,
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: let go at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -1895,6 +1909,7 @@ CREATE TABLE host (
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
     refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last let in again, or 0
     state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
     status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
     muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
@@ -1950,9 +1965,12 @@ CREATE TABLE change (
     was              INTEGER NOT NULL,  -- 0: it has just enrolled
     status           INTEGER NOT NULL,
     seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
-    actor            TEXT    NOT NULL   -- as in audit; empty: time, or a heartbeat
+    actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
+    ephemeral        INTEGER            -- as it was then
 );
 CREATE INDEX change_host ON change (host_id, number);
+CREATE INDEX change_expired ON change (organization_id, at)
+    WHERE actor = 'expire' AND ephemeral IS NULL;
 
 CREATE TABLE feed (
     -- One row. The numbers of changes and events are given out again after a restore: so a new
@@ -2078,12 +2096,14 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE host ADD COLUMN refused_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN refused_code TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE heartbeat ADD COLUMN address_key INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE host ADD COLUMN restored_at INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN state INTEGER NOT NULL DEFAULT 2",
         "ALTER TABLE host ADD COLUMN status_since INTEGER NOT NULL DEFAULT 0",
         "UPDATE host SET status_since = enrolled_at",
         "ALTER TABLE host ADD COLUMN muted_until INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE host ADD COLUMN ephemeral INTEGER",
         "ALTER TABLE token ADD COLUMN ephemeral INTEGER",
+        "ALTER TABLE organization ADD COLUMN expiry INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE api_key ADD COLUMN maker_id INTEGER",
         "ALTER TABLE api_key ADD COLUMN expires_at INTEGER",
         "ALTER TABLE api_key ADD COLUMN last_used_at INTEGER",
@@ -2167,6 +2187,7 @@ class Host(NamedTuple):
     moved_at: int
     refused_at: int
     refused_code: str
+    restored_at: int
     status_since: int
     muted_until: int
     ephemeral: Optional[int]
@@ -2205,6 +2226,7 @@ class Change(NamedTuple):
     status: int
     seen: int
     actor: str
+    ephemeral: Optional[int] = None
 
 
 class Feed(NamedTuple):
@@ -2230,6 +2252,7 @@ class ApiKey(NamedTuple):
 class Organization(NamedTuple):
     id: str
     created_at: int
+    expiry: int = 0
 
 
 class Service(NamedTuple):
@@ -3273,6 +3296,22 @@ class Changes(Records):
         fitting = [row for row in rows if {*map(type, row)} == {int}]
         return fitting, rows[-1][0] if len(rows) == limit else end
 
+    def silent_hosts(self, after: Sequence[int], limit: int) -> list[Host]:
+        """Pending, offline and missing ones by state, status_since and id, after such three."""
+        rest = """WHERE (host.state, status_since, id) > (?, ?, ?) AND host.state < 5
+             ORDER BY host.state, status_since, id LIMIT ?"""
+        return self._all(Host, rest, *after, limit)
+
+    def expired(self, organization: str, since: int) -> int:
+        """How many of its hosts have expired, without ephemeral ones."""
+        statement = """SELECT count(*) FROM change WHERE organization_id = ? AND at >= ?
+             AND actor = 'expire' AND ephemeral IS NULL"""
+        return int(self._value(statement, organization, since))
+
+    def set_expiry(self, owner: Optional[str], expiry: int) -> int:
+        statement = "UPDATE organization SET expiry = ? WHERE id = coalesce(?, id)"
+        return self._run(statement, expiry, owner)
+
 
 class Queries(Changes):
     """The statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
@@ -3738,13 +3777,14 @@ class ChangeView(NamedTuple):
 STATUS_NAMES = ("", "online", "pending", "offline", "missing", "revoked", "deleted")
 STATUSES = STATUS_NAMES[ONLINE:DELETED]
 CHANGED_TO = STATUS_NAMES[ONLINE:]
-EDITED = ("name", "labels", "intervalSeconds")  # of a host
+EDITED = {"name": "name", "labels": "labels", "intervalSeconds": "own_interval",
+          "mutedUntil": "muted_until"}  # fmt: skip
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 KEY_STATES = ("valid", "expired", "revoked")  # of API keys
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
-    "clone", "move", "key-file",
+    "clone", "move", "key-file", "expire",
 )  # fmt: skip
 
 
@@ -4441,18 +4481,15 @@ def pauses_of(service: Service) -> list[tuple[int, int]]:
 
 
 def next_period(old: Service, now: int) -> Service:
-    """The service row when a new service period begins, in Unix ms. It forgets pauses before the
-    last MISSING_AFTER in service, and pauses that a clock which was set back has yet to reach."""
-    pauses: list[tuple[int, int]] = []
-    served, until = 0, old.alive
-    for end, start in reversed(pauses_of(old)):
-        served, until = served + until - start, end
-        if served <= MISSING_AFTER * SECOND_MS and start <= now:
-            pauses.insert(0, (end, start))
+    """The service row when a new service period begins, in Unix ms. It forgets pauses that a clock
+    which was set back has yet to reach. Of too many, the two that are closest for their age become
+    one: as long as both, and at the end of the later, so that no silence looks too long."""
+    pauses = [pause for pause in pauses_of(old) if pause[1] <= now]
     if len(pauses) > PAUSES_KEPT:
-        periods = [after[0] - before[1] for before, after in zip(pauses, pauses[1:])]
-        n = periods.index(min(periods))
-        pauses[n : n + 2] = [(pauses[n][0], pauses[n + 1][1])]
+        spans = [(b[1] - a[0]) / max(now - a[0], 1) for a, b in zip(pauses, pauses[1:])]
+        n = spans.index(min(spans))
+        (end, start), (later_end, later_start) = pauses[n : n + 2]
+        pauses[n : n + 2] = [(later_end - (start - end), later_start)]
     text = " ".join(f"{end}-{start}" for end, start in pauses)
     return old._replace(started=now, alive=now, previous_alive=old.alive, pauses=text)
 
@@ -4665,7 +4702,7 @@ class Reports(Rules):
         for host, state, at in hosts:
             was, about = 0 if is_new else host.state, (host.name, host.labels)
             change = 0, at, host.id, host.organization_id, *about, was, state, host.last_seen, actor
-            self.changes.append(Change._make(change))
+            self.changes.append(Change._make((*change, host.ephemeral)))
         if not is_new:
             self._queries.set_states([(state, at, host.id) for host, state, at in hosts])
 
@@ -4983,7 +5020,13 @@ class Tokens(Rules):
 
     def mint(self, call: Call, now: int) -> TokenView:
         """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
-        hostname, labels, intervalSeconds, organizationId. Raises InvalidBody, NotFound."""
+        hostname, labels, intervalSeconds, ephemeralSeconds (of silence, that end its hosts),
+        organizationId. Raises InvalidBody, NotFound."""
+        usual = (self._registry.service.get() or self._registry).interval
+        least = EXPIRY_INTERVALS * call.values.get("intervalSeconds", usual)
+        if call.values.get("ephemeralSeconds", least) < least:
+            detail = f"must be at least {least}, {EXPIRY_INTERVALS} heartbeat intervals"
+            raise InvalidBody(errors=[FieldError("ephemeralSeconds", detail)])
         owner = self._scope(call, InvalidBody, "organizationId") or DEFAULT_ORGANIZATION
         return self._mint(call, owner, None, now)
 
@@ -5010,7 +5053,7 @@ class Tokens(Rules):
             "mint", call.by.name, token, host=None if host is None else id_text(host),
             maxUses=max_uses, expiresAt=rfc3339(token.expires_at),
             description=token.description, hostname=token.hostname, labels=labels or None,
-            intervalSeconds=token.own_interval,
+            intervalSeconds=token.own_interval, ephemeralSeconds=token.ephemeral,
         )  # fmt: skip
         return TokenView(token, "valid", (), secret.text)
 
@@ -5177,7 +5220,7 @@ class Enrollments(Rules):
             name=call.values.get("name", hostname), hostname=hostname,
             bound=int(token.hostname is not None), labels=token.labels, **facts,
             enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
-            issued_at=now, issued_hash=None, instances="", copied_at=0,
+            issued_at=now, issued_hash=None, instances="", copied_at=0, restored_at=0,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
             last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now),
@@ -5506,11 +5549,12 @@ def _asked_states(values: Mapping[str, Any]) -> set[int]:
     return {STATUS_NAMES.index(status) for status in values.get("status", STATUSES)}
 
 
-def host_filter(values: Mapping[str, Any]) -> Callable[[Host], bool]:
+def host_filter(values: Mapping[str, Any], now: int) -> Callable[[Host], bool]:
     """Whether a host is one that a list is about, by the values of Hosts.list()."""
     states = _asked_states(values)
     text, network = values.get("q", "").casefold(), values.get("address")
     token = parse_id(values["token"]) if "token" in values else None
+    older = values.get("olderSeconds", -LAST_ID) * SECOND_MS
     # No other text in labels can match: names have no quotes, in values they are escaped.
     labels = [
         (f'"{key}":{"" if value is None else json_text(value)}', has_it is (name == "label"))
@@ -5521,7 +5565,7 @@ def host_filter(values: Mapping[str, Any]) -> Callable[[Host], bool]:
     def is_wanted(host: Host) -> bool:
         if host.state not in states or token not in (None, host.token_id):
             return False
-        if network and not is_within(host.address, network):
+        if now - host.status_since < older or (network and not is_within(host.address, network)):
             return False
         own = host.labels if labels else ""
         if '": "' in own:  # a row from schema 1 has a space after each colon
@@ -5630,14 +5674,15 @@ class Hosts(Rules):
 
     def edit(self, call: Call, now: int) -> HostView:
         """values: name, labels (where it merges, changes of them), intervalSeconds (None: that of
-        the server), or some of them. Raises NotFound, InvalidBody."""
+        the server), mutedUntil, or some of them. Raises NotFound, InvalidBody."""
         host, changes, detail = self._own(call, Host), {}, {}
         for name in filter(call.values.__contains__, EDITED):
-            column = "own_interval" if name == "intervalSeconds" else name
-            value = call.values[name]
+            column, value = EDITED[name], call.values[name]
             if name == "labels" and call.values.get("merges"):
                 value = self._merged(host, value)
             stored = json_text(value) if name == "labels" else value
+            if name == "mutedUntil":
+                stored = max(unix_ms(value), 0) if value else 0
             if stored != getattr(host, column):
                 changes[column], detail[name] = stored, "none" if value is None else value
         if changes:
@@ -5668,7 +5713,8 @@ class Hosts(Rules):
     def _activate(self, action: str, revoked_at: Optional[int], call: Call, now: int) -> HostView:
         host = self._own(call, Host)
         if (host.revoked_at is None) != (revoked_at is None):
-            self._queries.edit_host(host.id, {"revoked_at": revoked_at})
+            times = {"revoked_at": revoked_at, "restored_at": 0 if revoked_at else now}
+            self._queries.edit_host(host.id, times)
             period = self._registry.service.period(now)
             status = period.status(host.last_seen, revoked_at, host.told_interval)
             state = STATUS_NAMES.index(status)
@@ -5676,23 +5722,23 @@ class Hosts(Rules):
             self._record(action, call.by.name, host, reason=call.values.get("reason"))
         return self.get(call, now)
 
-    def delete(self, call: Call, now: int) -> DeletedHost:
+    def delete(self, call: Call, now: int, action: str = "delete") -> DeletedHost:
         """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
         host, reason = self._own(call, Host), call.values.get("reason")
         self._registry.reports.report([(host, DELETED, now)], call.by.name)
         self._queries.delete_host(host.id, now)
-        self._record("delete", call.by.name, host, hostname=host.hostname, reason=reason)
+        self._record(action, call.by.name, host, hostname=host.hostname, reason=reason)
         token = self._queries.get(Token, host.admitted_by)
         is_good = token is not None and token_state(token, now) == "valid"
         return DeletedHost(host, token if is_good else None)
 
     def act(self, call: Call, now: int) -> Acted:
         """An act above on each of many hosts; where it is refused for one, on none. values:
-        action, hosts, and of edit labels (changes), intervalSeconds. Raises InvalidBody."""
+        action, hosts, and those of edit, where labels are changes. Raises InvalidBody."""
         hosts, not_found = dict.fromkeys(call.values["hosts"]), []
         act = getattr(self, call.values["action"])
         if act != self.edit and any(name in call.values for name in EDITED):
-            raise InvalidBody("Only the action edit takes labels and intervalSeconds.")
+            raise InvalidBody("Only the action edit takes labels, intervalSeconds and mutedUntil.")
         each = call._replace(values={**call.values, "merges": True})
         for text in hosts:
             try:
@@ -5706,15 +5752,22 @@ class Hosts(Rules):
         rows = self._queries.census(owner)
         return Counter({(slug, STATUS_NAMES[state]): hosts for slug, state, hosts in rows})
 
-    def list(self, call: Call, now: int) -> Page:
+    def list(self, call: Call, now: int) -> Any:
         """values: organization, status (some), address (a network), q, label (values of a
-        LabelFilter), label! (the opposite), token, sort (of ORDERS, or enrolledAt). Raises
-        InvalidQuery, NotFound."""
+        LabelFilter), label! (the opposite), token, olderSeconds (since its status began), incident,
+        sort (of ORDERS, or enrolledAt). UNFINISHED while incidents are found. Raises InvalidQuery,
+        NotFound."""
         values, queries = call.values, self._queries
-        period, is_wanted = self._registry.service.period(now), host_filter(values)
+        period, is_wanted = self._registry.service.period(now), host_filter(values, now)
+        incident, found = values.get("incident"), Page([])
+        if incident:
+            found = self._registry.incidents.list(call, now)
+            if found is UNFINISHED:
+                return UNFINISHED
+        members = {host for it in found.items if it.id == incident for host in it.hosts}
 
         def view(host: Host) -> Optional[HostView]:
-            if not is_wanted(host):
+            if not is_wanted(host) or (incident and host.id not in members):
                 return None
             return self._view(host, period, now, STATUS_NAMES[host.state])
 
@@ -5738,6 +5791,69 @@ class Hosts(Rules):
         return page._replace(more={"counts": counts})
 
 
+class Expiry(Rules):
+    """Hosts that have been silent for too long are deleted: those of ephemeral tokens, and with
+    serve --expire-missing all others. They are reported as silent by then, and no pause of the
+    servers counts, as in their status. A cut cable is no decommissioning: when too many others of
+    an organization expire in a day the rest stay, until somebody lets them go for a day. Its row
+    says so, for all servers."""
+
+    FIRST = ONLINE, LAST_ID, LAST_ID  # all that are silent come after it
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry)
+        self._began = 0  # when this server looked first, in Unix ms
+        self._after = self.FIRST  # the last host that it has looked at
+
+    def run(self, call: Call, now: int) -> float:
+        """Look at EXPIRED_AT_ONCE silent hosts. Seconds until the next are due."""
+        service, rooms = self._registry.service.get(), dict[str, int]()
+        self._began = min(self._began or now, now)
+        began = max(self._began, service.started) if service else now
+        if not is_served(service, now) or now - began < EXPIRY_CALM_MS:
+            return ALIVE_EVERY  # who lives may not have been heard yet
+        after, period = self._after, ServicePeriod(service, now)
+        hosts = self._queries.silent_hosts(after, EXPIRED_AT_ONCE)
+        each = call._replace(by=SYSTEM._replace(name="expire"))
+        for host in hosts:
+            after = host.state, host.status_since, host.id
+            since = max(host.last_seen, host.admitted_at, host.restored_at)
+            silence, _ = period.silence_ms(since, host.told_interval)
+            limit = host.ephemeral or self._registry.expire_missing or LAST_SECOND
+            is_due = silence > max(limit, EXPIRY_INTERVALS * host.told_interval) * SECOND_MS
+            if is_due and (host.ephemeral or self._may_go(host.organization_id, rooms, now)):
+                self._registry.engine.require_durable()  # before this rule remembers anything
+                self._registry.hosts.delete(each._replace(id=host.id), now, "expire")
+        has_more = len(hosts) == EXPIRED_AT_ONCE
+        self._after = after if has_more else self.FIRST
+        return EXPIRY_REST if has_more else ALIVE_EVERY
+
+    def _may_go(self, owner: str, rooms: dict[str, int], now: int) -> bool:
+        """Whether one more host of an organization may. rooms: how many may, by organization."""
+        rooms[owner] = (rooms[owner] if owner in rooms else self._room(owner, now)) - 1
+        if rooms[owner] == -1:
+            log.warning("too many hosts of %s expired in a day: see expire-hosts --force", owner)
+            self._queries.set_expiry(owner, now)
+        return rooms[owner] >= 0
+
+    def _room(self, owner: str, now: int) -> int:
+        """How many may; -1: it is stopped."""
+        row, day = self._queries.get(Organization, owner), DAY * SECOND_MS
+        if row is None or row.expiry > 0:
+            return -1
+        if 0 <= now + row.expiry < day:
+            return EXPIRED_AT_ONCE
+        expired = self._queries.expired(owner, now - day)
+        hosts = expired + sum(self._registry.hosts.census(owner).values())
+        return max(0, max(EXPIRED_FREELY, hosts // EXPIRED_SHARE) - expired)
+
+    def force(self, call: Call, now: int) -> Acted:
+        """Let them go for a day. values: organization. Raises InvalidQuery."""
+        owner = self._scope(call, InvalidQuery, "organization")
+        self._registry.audit.record("expire", call.by.name, "", owner, force="yes")
+        return Acted(self._queries.set_expiry(owner, -now), [])
+
+
 # The registry.
 #
 # Theory of operation: the tick. run() takes what has arrived and runs all of it in one
@@ -5759,10 +5875,11 @@ class Registry:
         self, engine: Engine, key_file: KeyFile, keyring: Keyring, *,
         interval: int = HEARTBEAT_INTERVAL, credential_ttl: Optional[int] = None,
         audit_keep: Optional[int] = None, changes_keep: int = CHANGES_KEPT,
+        expire_missing: Optional[int] = None,
     ) -> None:  # fmt: skip
-        """All in seconds; None: credentials do not expire, events are kept for ever."""
+        """All in seconds; None: neither credentials nor hosts expire, events are kept for ever."""
         self.engine = engine
-        self.interval = interval
+        self.interval, self.expire_missing = interval, expire_missing
         self.queries = Queries(engine)
         self.metrics = Metrics()
         self.failures = FailedAuthLimiter()
@@ -5777,6 +5894,7 @@ class Registry:
         self.enrollments = Enrollments(self)
         self.heartbeats = Heartbeats(self)
         self.hosts = Hosts(self)
+        self.expiry = Expiry(self)
         self.inventories: WeakSet[Any] = WeakSet()  # that are being made
         self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
         self._logged: set[str] = set()  # troubles: each once, not once for each tick
@@ -6027,6 +6145,7 @@ class Registry:
 # fmt: off
 HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
 SWEEP = InternalRule(lambda registry, call, now: registry.reports.sweep(now))
+EXPIRE = InternalRule(lambda registry, call, now: registry.expiry.run(call, now))
 WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
 FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.sum_up(now, True))
 START_SERVICE = InternalRule(
@@ -6037,7 +6156,7 @@ LEARN_KEYS = InternalRule(
     lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
 # fmt: on
 # What a server calls again and again: seconds until the first time. They return those to the next.
-RECURRING = {HOUSEKEEPING: 0, SWEEP: SWEEP_REST}
+RECURRING = {HOUSEKEEPING: 0, SWEEP: SWEEP_REST, EXPIRE: ALIVE_EVERY}
 
 
 # Opening a database and its key file.
@@ -9312,11 +9431,12 @@ ROLE = Choice("admin", "viewer")
 
 # These stand in answers only.
 TRUTH = Choice(True, False)
-TIME = Text(  # as rfc3339() writes it
-    24, 24, r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z",
+TIME = Text(  # as rfc3339() writes it, or without milliseconds
+    24, 20, r"[1-9][0-9]{3}-(0[1-9]|1[0-2])-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z",
     "like 2027-01-15T08:00:00.000Z", format="date-time",
 )  # fmt: skip
 MAYBE_TIME = Nullable(TIME)
+EXPIRY = Integer(EXPIRY_RANGE, "seconds")
 ACTOR = Text(255, 1)  # host:<id>, cli:<user> and so on
 ADDRESS = Text(255, 1)
 SENTENCE = Text(1000, 1)
@@ -9352,9 +9472,10 @@ REENROLL_FIELDS = (
 REENROLL_BODY = Schema(*REENROLL_FIELDS)
 MINT_BODY = Schema(
     *REENROLL_FIELDS, Field("maxUses", Integer(TOKEN_USES_RANGE)), Field("hostname", HOSTNAME),
-    Field("labels", LABELS), Field("organizationId", SLUG))
+    Field("labels", LABELS), Field("organizationId", SLUG), Field("ephemeralSeconds", EXPIRY))
 REASON = Schema(Field("reason", DESCRIPTION))
-EDIT_FIELDS = (Field("intervalSeconds", MAYBE_INTERVAL), *REASON.fields.values())
+EDIT_FIELDS = (Field("intervalSeconds", MAYBE_INTERVAL), Field("mutedUntil", MAYBE_TIME),
+               *REASON.fields.values())
 EDIT_BODY = Schema(Field("name", NEW_NAME), Field("labels", LABELS), *EDIT_FIELDS)
 MERGED_FIELDS = (Field("labels", Nullable(LABEL_CHANGES)), *EDIT_FIELDS)
 EDIT_PATCH = Schema(Field("name", NEW_NAME), *MERGED_FIELDS)
@@ -9368,6 +9489,7 @@ HOSTS_QUERY = Schema(
     Field("status", Choice(*STATUSES), repeats=True), Field("organization", SLUG),
     Field("address", NETWORK), Field("label", LABEL_FILTER, repeats=True),
     Field("label!", LABEL_FILTER, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
+    Field("olderSeconds", Integer((0, EXPIRY_RANGE[1]), "seconds")), Field("incident", FEED_CURSOR),
     Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0], Field("cursor", HOST_CURSOR))
 HOST_COUNTS = Schema(
     *required(**dict.fromkeys(STATUSES, Integer((0, LAST_ID)))), name="HostCounts")
@@ -9494,6 +9616,7 @@ TOKEN_MEMBERS = (  # of a TokenView
     Member("usedFrom",       Nullable(ADDRESS),          "token.used_from"),
     Member("revokedAt",      MAYBE_TIME,                 "token.revoked_at", _or_null(rfc3339)),
     Member("intervalSeconds", MAYBE_INTERVAL,            "token.own_interval"),
+    Member("ephemeralSeconds", Nullable(EXPIRY),         "token.ephemeral"),
     Member("hosts",          ListOf(ID_TEXT, TOKEN_HOSTS_SHOWN),
            "hosts", lambda numbers: list(map(id_text, numbers))),
 )
@@ -9508,6 +9631,8 @@ HOST = Document(  # of a HostView
     *(Member(fact.name, fact.type, f"host.{COLUMNS[fact.name]}") for fact in FACTS),
     Member("labels",         LABELS,               "host.labels", stored_object),
     Member("intervalSeconds", MAYBE_INTERVAL,      "host.own_interval"),
+    Member("ephemeralSeconds", Nullable(EXPIRY),   "host.ephemeral"),
+    Member("mutedUntil",     MAYBE_TIME,           "host.muted_until", _or_null(rfc3339)),
     Member("status",         Choice(*STATUSES),    "status"),
     Member("statusReason",   SENTENCE,             "reason"),
     Member("statusSince",    MAYBE_TIME,           "host.status_since", _or_null(rfc3339)),
@@ -9684,13 +9809,16 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
     if agents is None:
         return UNFINISHED
     census = registry.hosts.census(owner)
-    slugs = [owner] if owner else [row.id for row in registry.organizations.list(call, now).items]
+    rows = [row for row in registry.queries.organizations() if owner in (None, row.id)]
     hosts = [
-        (metric_labels(organization=slug, status=status), census[slug, status])
-        for slug, status in product(slugs, STATUSES)
+        (metric_labels(organization=row.id, status=status), census[row.id, status])
+        for row, status in product(rows, STATUSES)
     ]
     help = "Hosts by organization and status."
     families = [metric_family("hostenroll_hosts", "gauge", help, hosts), *agents]
+    help = "1 while too many hosts have expired, and the others stay."
+    stopped = [(metric_labels(organization=row.id), int(row.expiry > 0)) for row in rows]
+    families.append(metric_family("hostenroll_expiry_stopped", "gauge", help, stopped))
     if owner is ALL_ORGANIZATIONS:
         families += _process_families(registry)
     return "".join(chain.from_iterable(families))
@@ -10037,7 +10165,7 @@ OPERATIONS = (
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
-              "name or label a host, or set its interval",
+              "name, label or mute a host, or set its interval",
               body=EDIT_BODY, patch=EDIT_PATCH, answer=HOST),
     Operation("delete-host", "DELETE", "/api/hosts/{id}", "admin", "hosts.delete",
               "remove a host; it must enroll again",
@@ -10115,6 +10243,9 @@ OPERATIONS = (
               query=Schema(Field("withKeys", YES), Field("self", YES)), status=204,
               answer=API_KEY, raises=(Conflict,)),
     # Commands only: who may run them has the key file, or could read the database anyway.
+    Operation("expire-hosts", "", "", "admin", "expiry.force",
+              "let hosts that have expired go, though they are many",
+              query=Schema(Field("organization", SLUG)), answer=ACTED),
     Operation("list-signing-keys", "", "", "admin", "keys.list",
               "list the keys that sign credentials",
               writes=False, answer=SIGNING_KEY, list_of="signingKeys",
@@ -10227,9 +10358,11 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "id": ("names it for good", AN_ID),
     "Incident.hosts": ("the ids of the first of them", [AN_ID]),
     "Incident.id": ("the cursor of its first change", "5e0ff1ce5e0ff1ce-7"),
+    "incident": ("hosts of this incident of the last day", "5e0ff1ce5e0ff1ce-7"),
     "incidents": ("hosts that went offline together, the newest first", []),
     "Organization.id": ("its name", AN_ORGANIZATION),
     "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
+    "ephemeralSeconds": ("of silence, after which a host is deleted; null: it is kept", 86400),
     "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
     "joinCommand": ("makes a machine a host, with TOKEN in place of a token", "curl ..."),
     "label": ("hosts with this label, or one of this name; may come more than once", "rack=b4"),
@@ -10241,6 +10374,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "lastUsedAt": ("when it was last used, to the hour; null: never", A_TIME),
     "limit": ("how many at most", 100, PAGE_DEFAULT),
     "maxUses": ("how many hosts it lets in", 1, 1),
+    "mutedUntil": ("until when nobody is to be told of it; null: it is not muted", A_TIME),
     "muted": ("whether nobody is to be told of it now", False),
     "name": ("what people call the host", "web-1"),
     "EnrollRequest.name": ("what people call the host (its hostname)", "web-1"),
@@ -10249,6 +10383,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "nextHeartbeatSeconds": ("when to send the next", 29),
     "notFound": ("ids that are no host's", [AN_ID]),
     "number": ("1, 2, 3 ... without a gap", 7),
+    "olderSeconds": ("hosts whose status began so long ago or earlier", 86400),
     "organization": ("of this organization alone", AN_ORGANIZATION),
     "organizationId": ("whose it is; null: it is for all", AN_ORGANIZATION),
     "organizations": ("those that the key sees", []),
@@ -12459,6 +12594,7 @@ def within(
 
 
 interval = within(HEARTBEAT_INTERVAL_RANGE, duration, format_duration)
+silence = within(EXPIRY_RANGE, duration, format_duration)
 
 
 def web_address(text: str) -> str:
@@ -12510,7 +12646,7 @@ COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else h
     "missing": "33",
 }
 STATE_COLUMNS = ("state", "status", "ok")
-TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$")  # of members that people see from now
+TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$|Until$")  # of members that people see from now
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
     "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s",
@@ -12621,8 +12757,7 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
 
 def relative_time(timestamp: str, now: int) -> str:
     """What rfc3339() wrote, for people: 3 min ago, in 42 min. now is in milliseconds."""
-    *date_and_time, millisecond = map(int, re.findall("[0-9]+", timestamp))
-    elapsed = now - timegm(tuple(date_and_time)) * SECOND_MS - millisecond
+    elapsed = now - unix_ms(timestamp)
     if abs(elapsed) < SECOND_MS:
         return "now"
     shown = format_duration(abs(elapsed) / SECOND_MS, minutes_from=2)
@@ -12847,7 +12982,7 @@ class Session(NamedTuple):
         them. Raises UsageError, InvalidBody, InvalidQuery."""
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
-        values = typed_values(self.operation, self.arguments)
+        values = typed_values(self.operation, self.arguments, self.now())
         given = getattr(self.arguments, "id", "")
         text = given if isinstance(given, str) else " ".join(given)
         if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", text):
@@ -12937,12 +13072,13 @@ def refusal_of_strangers(folder: str) -> str:
 # What the command line calls those members of bodies and queries that it names otherwise.
 OPTION_NAMES = {
     "intervalSeconds": "interval", "label": "where", "labels": "label", "maxUses": "max_uses",
+    "mutedUntil": "mute", "ephemeralSeconds": "ephemeral", "olderSeconds": "older",
     "organization": "org", "organizationId": "org", "ttlSeconds": "ttl", "withHosts": "with_hosts",
     "withKeys": "with_keys",
 }  # fmt: skip
 
 
-def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[str, Any]:
+def typed_values(operation: Operation, arguments: argparse.Namespace, now: int) -> dict[str, Any]:
     """The values that a command's arguments name. Raises UsageError, InvalidBody, InvalidQuery."""
     schema = operation.query if operation.body is None else operation.body
     names = [name for name in schema.fields if name not in ("limit", "cursor")]
@@ -12953,6 +13089,8 @@ def typed_values(operation: Operation, arguments: argparse.Namespace) -> dict[st
         return schema.parse((name, text) for name in lists for text in lists[name])
     if typed.get("intervalSeconds") == "none":
         typed["intervalSeconds"] = None
+    if (mute := typed.get("mutedUntil")) is not None:
+        typed["mutedUntil"] = rfc3339(now + mute * SECOND_MS) if mute else None
     merges = operation.patch is not None and arguments.label != [] and not arguments.set_labels
     if "labels" in typed:
         try:
@@ -13015,7 +13153,8 @@ def act_on_hosts(session: Session) -> Optional[int]:
     """On the host of one id at once; on several, or on those that filters find, after a yes and in
     short ticks, beside a server. Exit status 3 where some ids are no host's."""
     arguments, call, action = session.arguments, session.call(), session.command.name.split("-")[0]
-    filters, ids = typed_values(OPERATION["list-hosts"], arguments), [*dict.fromkeys(arguments.id)]
+    filters = typed_values(OPERATION["list-hosts"], arguments, session.now())
+    ids = [*dict.fromkeys(arguments.id)]
     if bool(ids) == bool(filters):
         raise UsageError("this needs ID, or else filters that find hosts")
     if len(ids) == 1 and not arguments.dry_run:
@@ -13190,7 +13329,7 @@ def serve(session: Session) -> None:
     log.propagate = False
     for warning in unknown_settings(session.environment):
         log.warning("%s", warning)
-    names = "init", "credential_ttl", "audit_keep", "changes_keep"
+    names = "init", "credential_ttl", "audit_keep", "changes_keep", "expire_missing"
     options = {name: getattr(arguments, name) for name in names}
     options["interval"] = arguments.heartbeat_interval
     with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
@@ -13663,6 +13802,7 @@ SERVE_OPTIONS = (
            within(AUDIT_KEEP_RANGE, duration, format_duration)),
     option("--changes-keep", "TIME", "how long changes of status are kept (30d)",
            within(CHANGES_KEEP_RANGE, duration, format_duration), CHANGES_KEPT),
+    option("--expire-missing", "TIME", "delete hosts that are silent for so long (never)", silence),
     choice("--log-format", "FORMAT", ("text", "json"), "text"),
     flag("--access-log", "log every request, heartbeats too", **SWITCH),
     flag("--init", "make what is missing of database and key file, though the other is there",
@@ -13689,11 +13829,14 @@ WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", actio
                          const="true")
 STATUS_OPTION = option("--status", "STATUS", ", ".join(STATUSES) + "; repeatable",
                        one_of(*STATUSES), action="append")
+FILTERS = (
+    ORG_OPTION, STATUS_OPTION, option("--token", "ID", "that came in by this token"),
+    option("--older", "TIME", "whose status began so long ago", lambda text: str(duration(text))),
+    option("--incident", "ID", "that fell silent in it"))
 MANY_ARGUMENTS = (
     Argument("id", {"metavar": "ID", "nargs": "*", "help": "of hosts; or filters that find them"}),
-    ORG_OPTION, STATUS_OPTION,
+    *FILTERS,
     option("--where", "K=V", "with this label: also K, K!=V; repeatable", action="append"),
-    option("--token", "ID", "that came in by this token"),
     option("--reason", "TEXT", "for the audit log"),
     flag("--dry-run", "only show which hosts"), flag("--yes", "do not ask"))
 INTERVAL_OPTION = option("--interval", "TIME", "how often its hosts are to beat (the server's)",
@@ -13748,6 +13891,7 @@ GROUPS = {
             option("--hostname", "H", "bind it to the host of this name"),
             option("--description", "TEXT", "what it is for"),
             option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"),
+            option("--ephemeral", "TIME", "delete its hosts when silent for so long", silence),
             INTERVAL_OPTION)),
         Command("list-tokens", "list-tokens --state valid", list_items, (
             ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
@@ -13759,13 +13903,12 @@ GROUPS = {
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
-            ORG_OPTION, STATUS_OPTION,
+            *FILTERS,
             option("--label", "K=V", "with this label: also K, K!=V; repeatable", action="append",
                    dest="where"),
             option("--q", "TEXT", "a part of names, id, address, system or a label's value"),
             choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
-            option("--address", "CIDR", "of this address or network"),
-            option("--token", "ID", "that came in by this token"), LIMIT_OPTION)),
+            option("--address", "CIDR", "of this address or network"), LIMIT_OPTION)),
         Command("list-changes", "list-changes --follow --json", list_items, (
             ORG_OPTION, option("--status", "STATUS", "what it became; repeatable", action="append"),
             option("--label", "K=V", "with this label: also K; repeatable", action="append",
@@ -13788,13 +13931,18 @@ GROUPS = {
             flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
                  dest="label"),
             option("--interval", "TIME", "how often it is to beat; none: the server's",
-                   lambda text: text if text == "none" else interval(text)))),
+                   lambda text: text if text == "none" else interval(text)),
+            option("--mute", "TIME", "tell nobody of it for so long; none: tell again",
+                   lambda text: 0 if text == "none" else duration(text)))),
         by_id("revoke-host", "host {id} is shut out; restore-host lets it in again",
               act_on_hosts, MANY_ARGUMENTS),
         by_id("restore-host", "host {id} is let in again; its agent asks once an hour",
               act_on_hosts, MANY_ARGUMENTS),
         by_id("delete-host", "host {id} is deleted; the machine must enroll again",
               act_on_hosts, MANY_ARGUMENTS),
+        Command("expire-hosts", "expire-hosts --force", show, (
+            ORG_OPTION, flag("--force", "for a day", required=True, action="store_true")),
+            "for a day nothing stops expiry; organizations: {done}"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
                 (ID_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),

@@ -7,7 +7,8 @@ PRAGMA user_version = 3;
 CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
-    created_at  INTEGER NOT NULL
+    created_at  INTEGER NOT NULL,
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: let go at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -83,6 +84,7 @@ CREATE TABLE host (
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
     refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last let in again, or 0
     state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
     status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
     muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
@@ -138,9 +140,12 @@ CREATE TABLE change (
     was              INTEGER NOT NULL,  -- 0: it has just enrolled
     status           INTEGER NOT NULL,
     seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
-    actor            TEXT    NOT NULL   -- as in audit; empty: time, or a heartbeat
+    actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
+    ephemeral        INTEGER            -- as it was then
 );
 CREATE INDEX change_host ON change (host_id, number);
+CREATE INDEX change_expired ON change (organization_id, at)
+    WHERE actor = 'expire' AND ephemeral IS NULL;
 
 CREATE TABLE feed (
     -- One row. The numbers of changes and events are given out again after a restore: so a new

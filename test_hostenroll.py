@@ -1414,7 +1414,7 @@ MUTATED = {
     "ServicePeriod.silence_ms": ("silence_counts or hosts_silence or nobody_alive", 4,
                                  "the branches agree at their ends"),
     "ServicePeriod.status": ("status_follows or hosts_silence", 0, ""),
-    "next_period": ("many_pauses or hosts_silence", 1, "a millisecond of a week"),
+    "next_period": ("many_pauses or hosts_silence or much_shorter", 0, ""),
     "pauses_of": ("many_pauses or never_wrote_break or silence_counts", 0, ""),
     "FailedAuthLimiter.judge": ("in_a_minute_is or to_wait or ipv6_network or fill_no", 0, ""),
     "AuditLog.refuse": ("flood_sixty or long_outage or with_who_and_whence", 1,
@@ -4348,7 +4348,7 @@ def make_schema_2(paths, clock):
     text = hostenroll.SCHEMA
     for name, column in ADDED:
         start = text.index(f"CREATE TABLE {name} (")
-        end = text.index("\n);", start)
+        end = re.compile(r"\n\).*;").search(text, start).start()
         table = re.sub(rf"\n +{column} [^\n]*", "", text[start:end])
         text = text[:start] + re.sub(r",( *(?:--[^\n]*)?)\Z", r"\1", table) + text[end:]
     start = text.index("CREATE TABLE heartbeat (")
@@ -5668,19 +5668,48 @@ def test_pauses_that_we_never_wrote_break_nothing(text, pauses):
     assert hostenroll.next_period(row, NOON_MS + 99_000).previous_alive == NOON_MS
 
 
-def test_so_many_pauses_are_kept_and_the_two_with_the_least_between_them_become_one():
+def test_of_too_many_pauses_two_become_one_as_long_as_both_and_none_is_forgotten():
     row, minute = hostenroll.Service(0, 0, 0, 30, ""), 60_000
     pauses = [((2 * n - 1) * minute, 2 * n * minute) for n in range(1, 19)]
-    pauses[9] = 18.5 * minute, 20 * minute
+    pauses[3] = 8 * minute - 10_000, 8 * minute  # so the third lies closest to it, for its age
+    pauses[2] = 7 * minute, 7.5 * minute
     for end, start in pauses:
-        row = hostenroll.next_period(row._replace(alive=int(end)), start)
-    pauses[8:10] = [(17 * minute, 20 * minute)]
+        row = hostenroll.next_period(row._replace(alive=int(end)), int(start))
+    pauses[2:4] = [(8 * minute - 40_000, 8 * minute)]
     assert hostenroll.pauses_of(row) == pauses and len(pauses) == hostenroll.PAUSES_KEPT + 1
-    for lived, kept in ((WEEK_MS, 1), (WEEK_MS + 1, 0)):
-        later = row._replace(alive=row.started + lived)
-        assert len(hostenroll.next_period(later, later.alive + minute).pauses.split()) == kept
-    back = hostenroll.next_period(row, 20 * minute)  # the clock: the later ones lie ahead
-    assert hostenroll.pauses_of(back) == pauses[:9]
+    later = row._replace(alive=row.started + 1000 * DAY_MS)
+    assert len(hostenroll.next_period(later, later.alive + minute).pauses.split()) == 16
+    back = hostenroll.next_period(row, 8 * minute)  # the clock: the later ones lie ahead
+    assert hostenroll.pauses_of(back) == pauses[:3]
+
+
+LIVES_OF_A_SERVER = {
+    # hours that it lives, and then does not
+    "restarts in a loop": lambda chance: (0.01, 0.01),
+    "is off at night": lambda chance: (14, 10),
+    "is off at weekends": lambda chance: (120, 48),
+    "restarts now and then": lambda chance: (chance.uniform(1, 500), 0.02),
+    "as it happens": lambda chance: (chance.expovariate(1) * 20, chance.expovariate(1) * 20),
+}
+
+
+@pytest.mark.parametrize("draw", table(LIVES_OF_A_SERVER))
+def test_no_silence_looks_longer_than_it_is_or_much_shorter_however_often_the_server_paused(draw):
+    chance, row, hour = random.Random(1), hostenroll.Service(0, 0, 0, 30, ""), 3_600_000
+    lives = []  # from when to when
+    for _ in range(300):
+        lived, off = draw(chance)
+        lives.append((row.started, row.started + int(lived * hour)))
+        row = hostenroll.next_period(
+            row._replace(alive=lives[-1][1]), lives[-1][1] + int(off * hour) + 1
+        )
+    now = row.alive
+    period = hostenroll.ServicePeriod(row, now)
+    for _ in range(300):
+        seen = chance.randrange(now)
+        silence = sum(max(0, end - max(begin, seen)) for begin, end in lives)
+        shown, _ = period.silence_ms(seen, 30)
+        assert 0.6 * silence <= shown <= silence, (seen, now)
 
 
 # The interval of a host.
@@ -7484,6 +7513,458 @@ def test_a_forged_mac_makes_a_stranger_of_the_key_file_and_no_traceback(events, 
     assert not findings["keys"].is_good
 
 
+# Hosts that expire.
+
+
+@pytest.fixture
+def expiring(world):
+    """A world whose server deletes what is silent for 90 days, and has lived for ten minutes."""
+    world.reopen(expire_missing=90 * 86400)
+    world.live(0)
+    expire(world)
+    world.live(600)
+    return world
+
+
+def looks_on(world):
+    """A slice of the search for hosts that have expired; whether it goes on."""
+    return world.registry.perform(Call(hostenroll.EXPIRE), world.clock.ms) < hostenroll.ALIVE_EVERY
+
+
+def expire(world):
+    """Sweep, and look at all silent hosts."""
+    world.sweep()
+    assert not all(looks_on(world) for _ in range(100))
+
+
+def ephemeral(world, seconds=86400, **values):
+    """The id of a host that has beaten, of an ephemeral token, and its credential."""
+    token = world.token(ephemeralSeconds=seconds, **values)
+    document = world.enroll(token).document
+    assert world.beat(document["credential"]).status == 200
+    return document["hostId"], document["credential"]
+
+
+def is_there(world, host):
+    return world.host(host).status == 200
+
+
+def silent(world, seconds=86400):
+    return ephemeral(world, seconds)[0]
+
+
+def waiting(world):
+    return world.enroll(world.token(ephemeralSeconds=86400)).document["hostId"]
+
+
+def restored(world):
+    host = silent(world)
+    world.revoke(host)
+    world.live(100 * 86400)
+    expire(world)  # a host that is shut out stays
+    world.restore(host)
+    return host
+
+
+def admitted_again(world):
+    host = silent(world)
+    world.live(80_000)
+    world.enroll(world.reenroll(host).document["token"])
+    return host
+
+
+EXPIRIES = {
+    # what is done, and how many seconds later it has expired
+    "an ephemeral host": (silent, 86400),
+    "one that has never beaten": (waiting, 86400),
+    "one that was restored": (restored, 86400),
+    "one that enrolled again": (admitted_again, 86400),
+    "one of ten minutes": (partial(silent, seconds=600), 600),
+    "one that is missing first": (partial(silent, seconds=8 * 86400), 8 * 86400),
+    "one that keeps longer than others": (partial(silent, seconds=200 * 86400), 200 * 86400),
+    "any other": (lambda world: world.joined()[0], 90 * 86400),
+    "any other that has never beaten": (lambda world: world.join()[0], 90 * 86400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, seconds", table(EXPIRIES))
+def test_a_host_expires_when_it_has_been_silent_for_longer_than_it_may(make, seconds, expiring):
+    host = make(expiring)
+    was = expiring.host(host).document
+    expiring.live(seconds)
+    expire(expiring)
+    assert is_there(expiring, host)
+    expiring.live(1)
+    expire(expiring)
+    assert not is_there(expiring, host)
+    (event,) = expiring.audit("expire")
+    assert (event["actor"], event["subject"]) == ("expire", f"host:{host}")
+    assert event["detail"] == {"hostname": was["hostname"]} and event["organizationId"] == "default"
+    *_, (was_then, status, actor, _) = changes_of(expiring, host)
+    assert (status, actor) == ("deleted", "expire")
+    assert was_then in ("pending", "offline", "missing")
+    assert was["ephemeralSeconds"] in (None, seconds)
+
+
+def test_a_host_that_beats_or_is_shut_out_never_expires_and_without_the_option_only_ephemeral_ones(
+    world,
+):
+    world.live(0)
+    alive, credential = ephemeral(world)
+    shut, waits = silent(world), waiting(world)
+    others = [world.joined()[0], world.join()[0]]
+    world.revoke(shut)
+    for _ in range(40):
+        world.live(86400)
+        assert world.beat(credential).status == 200
+        expire(world)
+    assert [is_there(world, host) for host in (alive, shut, *others)] == [True] * 4
+    assert not is_there(world, waits)
+
+
+def test_the_own_interval_of_a_host_is_not_a_silence_that_ends_it(expiring):
+    """A host is heard once in its interval: so ten of them are the least that it may be silent."""
+    host, credential = ephemeral(expiring, 300)
+    expiring.act("edit-host", host, intervalSeconds=3600)
+    expiring.live(60)
+    expiring.beat(credential)
+    expiring.live(36_000)
+    expire(expiring)
+    assert is_there(expiring, host)
+    expiring.live(1)
+    expire(expiring)
+    assert not is_there(expiring, host)
+
+
+def stops_for(seconds):
+    """The server does not live for so long: a pause."""
+    return lambda world: paused(world, seconds)
+
+
+def starts_again(world):
+    world.reopen(expire_missing=90 * 86400)
+    world.perform(partial(world.registry.service.start, "http://here"))
+    expire(world)
+
+
+def sets_back(seconds):
+    def run(world):
+        world.clock.advance(-seconds)
+        world.housekeeping()
+
+    return run
+
+
+CALM = {
+    "it starts again within seconds": starts_again,
+    "it starts again after a pause": stops_for(3600),
+    "its clock was set on by a year": stops_for(365 * 86400),
+    "its clock was set back": sets_back(3600),
+    "its clock was set back to before it began": sets_back(200_000),
+}
+
+
+@pytest.mark.parametrize("happens", table(CALM))
+def test_no_host_expires_within_ten_minutes_of_a_start_or_a_step_of_the_clock(happens, expiring):
+    host = silent(expiring)
+    expiring.live(86400 + 7200)
+    expiring.sweep()
+    happens(expiring)
+    for seconds in (0, 300, 299.999):
+        expiring.live(seconds)
+        expire(expiring)
+        assert is_there(expiring, host)
+    expiring.live(0.001)
+    expire(expiring)
+    assert not is_there(expiring, host)
+
+
+def test_while_no_server_lives_by_the_clock_no_host_expires(expiring):
+    """As in the turn after a suspended machine has woken, before housekeeping."""
+    host = silent(expiring)
+    expiring.live(86401)
+    expiring.sweep()
+    expiring.clock.advance(100 * 86400)
+    expire(expiring)
+    assert is_there(expiring, host)
+
+
+def test_no_pause_of_the_server_is_silence_that_ends_a_host(expiring):
+    """Nor are many, over a season. It has lived for half of the time."""
+    host, _ = expiring.joined()
+    for _ in range(89):
+        expiring.live(86400)
+        expire(expiring)
+        assert is_there(expiring, host)
+        paused(expiring, 86400)
+        expiring.live(600)
+        expire(expiring)
+    for _ in range(60):
+        expiring.live(86400)
+        expire(expiring)
+    assert not is_there(expiring, host)
+
+
+BRAKES = {
+    # hosts of an organization, and how many of them are silent; how many expire
+    "ten of ten": (10, 10, 10), "eleven of eleven": (11, 11, 10), "eleven of 55": (55, 11, 11),
+    "eleven of 54": (54, 11, 10), "20 of 100": (100, 20, 20), "21 of 100": (100, 21, 20),
+    "all of 60": (60, 60, 12), "one of one": (1, 1, 1),
+}  # fmt: skip
+
+
+def fleet(world, count, dead):
+    """Hosts of one organization by SQL, of which so many are silent for 91 days."""
+    fill(world, count)
+    beat_all(world, range(1, count + 1))
+    world.live(91 * 86400)
+    beat_all(world, range(dead + 1, count + 1))
+
+
+def hosts_left(world):
+    return world.sql("SELECT count(*) FROM host")[0][0]
+
+
+def stopped(world):
+    """The organizations whose expiry is stopped, as the metric tells an API key for all."""
+    text = world.ask("GET", "/metrics").document
+    return re.findall(r'hostenroll_expiry_stopped{organization="(.*)"} 1\n', text)
+
+
+@pytest.mark.parametrize("hosts, dead, gone", table(BRAKES))
+def test_a_cut_cable_is_no_decommissioning(hosts, dead, gone, expiring, caplog):
+    fleet(expiring, hosts, dead)
+    for _ in range(3):
+        expire(expiring)
+        expiring.live(2)
+    assert hosts_left(expiring) == hosts - gone
+    assert stopped(expiring) == ["default"] * (gone < dead)
+    said = [text for text in caplog.messages if "expire-hosts --force" in text]
+    assert len(said) == (gone < dead)
+    # It waits for somebody, and not for the next day.
+    for _ in range(4):
+        expiring.live(86_000)
+        beat_all(expiring, range(dead + 1, hosts + 1))
+        expire(expiring)
+    assert hosts_left(expiring) == hosts - gone
+    expiring.act("expire-hosts")
+    assert stopped(expiring) == []
+    for _ in range(3):
+        expiring.live(2)
+        expire(expiring)
+    assert hosts_left(expiring) == hosts - dead and stopped(expiring) == []
+    forced = [event for event in expiring.audit("expire") if not event["subject"]]
+    assert [(e["actor"], e["organizationId"]) for e in forced] == [(OPERATOR.name, None)]
+
+
+def test_the_brake_holds_in_every_server_and_after_a_restart_and_each_organization_has_its_own(
+    expiring,
+):
+    fleet(expiring, 60, 60)
+    expiring.act("add-org", name="berlin")
+    expiring.sql("UPDATE host SET organization_id = 'berlin' WHERE id > 52 << 8")
+    expiring.sql("DELETE FROM census")
+    expiring.perform(lambda now: expiring.registry.queries.count_hosts())
+    expire(expiring)
+    assert hosts_left(expiring) == 60 - 10 - 8 and stopped(expiring) == ["default"]
+    starts_again(expiring)
+    expiring.live(600)
+    expire(expiring)
+    assert hosts_left(expiring) == 42 and stopped(expiring) == ["default"]
+    text = make_api_key(expiring.registry, expiring.clock, "berlin", "viewer")
+    shown = expiring.call("GET", "/metrics", bearer=text).document
+    assert 'hostenroll_expiry_stopped{organization="berlin"} 0\n' in shown
+    assert "default" not in shown
+    expiring.act("expire-hosts", organization="berlin")
+    assert stopped(expiring) == ["default"]
+    with pytest.raises(hostenroll.InvalidQuery):
+        expiring.act("expire-hosts", organization="none")
+
+
+def test_ephemeral_hosts_have_no_brake_and_are_not_counted_by_it(expiring):
+    fleet(expiring, 50, 50)
+    expiring.sql("UPDATE host SET ephemeral = 86400 WHERE id <= 40 << 8")
+    expire(expiring)
+    assert hosts_left(expiring) == 0 and stopped(expiring) == []
+
+
+def test_what_expired_more_than_a_day_ago_is_counted_no_more(expiring):
+    fleet(expiring, 100, 40)
+    expiring.sql("UPDATE heartbeat SET last_seen = ? WHERE host_id > 20 << 8", expiring.clock.ms)
+    expire(expiring)
+    assert hosts_left(expiring) == 80
+    expiring.live(86_400.001)
+    silence = expiring.clock.ms - 91 * DAY_MS
+    expiring.sql("UPDATE heartbeat SET last_seen = ? WHERE host_id BETWEEN 5121 AND 9216", silence)
+    expire(expiring)
+    assert hosts_left(expiring) == 64 and stopped(expiring) == []
+
+
+def test_some_hosts_are_looked_at_and_the_next_time_those_behind_them(expiring):
+    fleet(expiring, 110, 110)
+    expiring.sql("UPDATE host SET ephemeral = 86400")
+    expiring.sql("UPDATE host SET ephemeral = 864000000 WHERE id <= 30 << 8")  # they stay
+    expiring.sweep()
+    left = [(looks_on(expiring), hosts_left(expiring)) for _ in range(8)]
+    assert left == [
+        (True, 110), (True, 90), (True, 65), (True, 40), (False, 30), (True, 30), (False, 30),
+        (True, 30),
+    ]  # fmt: skip
+    assert hostenroll.EXPIRED_AT_ONCE / hostenroll.EXPIRY_REST == 100
+
+
+def test_silent_hosts_are_found_by_an_index_and_a_slice_reads_no_more_of_them(expiring):
+    fill(expiring, 3000)
+    statements = []
+    expiring.registry.engine._connection.set_trace_callback(statements.append)
+    looks_on(expiring)
+    expiring.registry.engine._connection.set_trace_callback(None)
+    (statement,) = [text for text in statements if "host.state < 5" in text]
+    plan = " ".join(row[3] for row in expiring.sql(f"EXPLAIN QUERY PLAN {statement}"))
+    assert "INDEX host_state" in plan and "SCAN" not in plan and "TEMP" not in plan, plan
+    row = expiring.registry.queries.silent_hosts(hostenroll.Expiry.FIRST, 9)[-1]
+    after = row.state, row.status_since, row.id
+    (following,) = expiring.registry.queries.silent_hosts(after, 1)
+    assert (following.state, following.id) == (2, 10 << 8)
+
+
+def test_a_server_deletes_what_has_expired(paths, clock, monkeypatch):
+    with opened(paths, clock) as registry:
+        api = RegistryDoor(registry, clock)
+        host = api.enroll(api.token(ephemeralSeconds=300)).document["hostId"]
+    monkeypatch.setattr(hostenroll, "ALIVE_EVERY", 0.02)
+    with start_server(paths, clock=clock) as server:
+        until(lambda: server.registry.expiry._began)
+        for _ in range(30):
+            clock.advance(20)
+            assert server.call("GET", "/readyz").status == 200
+            assert server.host(host).status == 200
+        clock.advance(1)
+        until(lambda: server.host(host).status == 404)
+
+
+@pytest.mark.parametrize("seconds, interval, server, expected", [
+    (299, None, 30, "invalid-body"), (300, None, 30, None), (9, None, 1, "invalid-body"),
+    (10, None, 1, None), (2999, None, 300, "invalid-body"), (3000, None, 300, None),
+    (599, 60, 30, "invalid-body"), (600, 60, 30, None), (100, 10, 30, None),
+    (3650 * 86400 + 1, None, 30, "invalid-body"), (None, None, 30, "invalid-body"),
+])  # fmt: skip
+def test_an_ephemeral_token_gives_its_hosts_ten_intervals_at_least(
+    seconds, interval, server, expected, world
+):
+    world.reopen(interval=server)
+    world.perform(partial(world.registry.service.start, "http://here"))
+    world.reopen()  # as a command, which knows the server's interval by its row
+    values = {"ephemeralSeconds": seconds}
+    values.update({"intervalSeconds": interval} if interval else {})
+    reply = world.mint(**values)
+    if expected:
+        assert reply.code == expected
+        assert [error["field"] for error in reply.document["errors"]] == ["ephemeralSeconds"]
+        return
+    assert reply.document["ephemeralSeconds"] == seconds
+    host = world.enroll(reply.document["token"]).document["hostId"]
+    assert world.host(host).document["ephemeralSeconds"] == seconds
+    again = world.enroll(world.reenroll(host).document["token"]).document["hostId"]
+    assert world.host(again).document["ephemeralSeconds"] == seconds
+
+
+# Hosts that are muted.
+
+MUTES = {
+    "2027-01-15T08:00:00Z": 1800000000000, "2027-01-15T08:00:00.250Z": 1800000000250,
+    "9999-12-31T23:59:59.999Z": 253402300799999, "1000-01-01T00:00:00Z": 0, None: 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, stored", MUTES.items())
+def test_a_host_is_muted_until_a_time_or_no_more(text, stored, world):
+    host, _ = world.join()
+    assert world.host(host).document["mutedUntil"] is None
+    world.sql("UPDATE host SET muted_until = 5")
+    shown = hostenroll.rfc3339(stored) if stored else None
+    reply = world.ask("PATCH", f"/api/hosts/{host}", {"mutedUntil": text})
+    assert (reply.status, reply.document["mutedUntil"]) == (200, shown)
+    assert world.sql("SELECT muted_until FROM host") == [(stored,)]
+    assert world.audit("edit")[-1]["detail"] == {"mutedUntil": text or "none"}
+    count = len(world.audit())
+    world.ask("PATCH", f"/api/hosts/{host}", {"mutedUntil": text})
+    assert len(world.audit()) == count
+
+
+@pytest.mark.parametrize("text", [
+    "", "2027-13-01T00:00:00Z", "2027-01-15", "2027-01-15T08:00:00", "0000-01-01T00:00:00Z", 5, [],
+    "2027-01-15T08:00:00+01:00", "x" * 30, "2h",
+])  # fmt: skip
+def test_what_is_no_time_mutes_nothing(text, world):
+    host, _ = world.join()
+    before = world.snapshot()
+    reply = world.ask("PATCH", f"/api/hosts/{host}", {"mutedUntil": text})
+    assert (reply.code, reply.document["errors"][0]["field"]) == ("invalid-body", "mutedUntil")
+    assert {**world.snapshot(), "audit": []} == {**before, "audit": []}
+
+
+def test_many_hosts_are_muted_at_once_and_no_other_act_takes_that(world):
+    hosts = [world.join()[0] for _ in range(3)]
+    values = {"hosts": hosts[:2], "mutedUntil": "2027-01-15T08:00:00Z"}
+    reply = world.ask("POST", "/api/hosts/actions", {"action": "edit", **values})
+    assert (reply.status, reply.document["done"]) == (200, 2)
+    shown = [world.host(host).document["mutedUntil"] for host in hosts]
+    assert shown == ["2027-01-15T08:00:00.000Z"] * 2 + [None]
+    for action in ("delete", "revoke", "restore"):
+        refused = world.ask("POST", "/api/hosts/actions", {"action": action, **values})
+        assert refused.code == "invalid-body"
+
+
+def test_hosts_are_found_by_how_long_they_have_had_their_status(world):
+    world.live(0)
+    first, _ = world.joined()
+    world.live(5000)
+    second, _ = world.joined()
+    world.sweep()  # the first has been offline for 4900 s
+    world.live(50)
+
+    def found(query):
+        page = world.hosts(query).document
+        return [host["id"] for host in page["hosts"]]
+
+    for seconds, expected in (
+        (0, [second, first]), (50, [second, first]), (51, [first]), (4950, [first]), (4951, []),
+    ):  # fmt: skip
+        assert found(f"olderSeconds={seconds}") == expected
+        assert found(f"olderSeconds={seconds}&sort=statusSince") == expected
+    assert found("olderSeconds=60&status=online") == []
+    assert found("olderSeconds=60&status=offline") == [first]
+    for text in ("-1", "1d", "", str(3651 * 86400)):
+        assert world.hosts(f"olderSeconds={text}").code == "invalid-query"
+
+
+def test_the_hosts_of_an_incident_are_found_by_its_id(world):
+    world.live(0)
+    hosts = [world.joined()[0] for _ in range(3)]
+    world.live(5000)
+    late = [world.joined() for _ in range(4)]
+    world.sweep()
+    world.live(101)
+    world.beat(late[0][1])
+    world.sweep()
+    world.beat(late[1][1])  # it is back, and was in it
+    (second, first) = world.ask("GET", "/api/incidents").document["incidents"]
+    for incident, query, expected in (
+        (first, "", hosts), (second, "", [host for host, _ in late[1:]]),
+        (second, "&status=offline&limit=1000", [host for host, _ in late[2:]]),
+        (second, "&sort=attention", [host for host, _ in late[1:]]),
+    ):  # fmt: skip
+        page = world.hosts(f"incident={incident['id']}{query}").document
+        assert sorted(host["id"] for host in page["hosts"]) == sorted(expected)
+    assert world.hosts(f"incident={first['id'][:-1]}0").document["hosts"] == []
+    assert world.hosts("incident=7").code == "invalid-query"
+    world.act("add-org", name="berlin")
+    key = make_api_key(world.registry, world.clock, "berlin")
+    page = world.call("GET", f"/api/hosts?incident={first['id']}", bearer=key).document
+    assert page["hosts"] == []
+
+
 # A long random life beside a model.
 
 
@@ -7673,20 +8154,19 @@ class Model:
 
     def keep_alive(self, grace=25_000):
         """A server writes that it lives; after too long, or by another clock, a gap is over. Of
-        many, those with the least between them are one; where the clock was set back is none."""
+        many, two that lie close for their age are one; where the clock was set back is none."""
         if abs(self.clock.ms - self.alive) <= grace:
             self.alive = max(self.alive, self.clock.ms)
             return
-        ends = [*(begin for begin, _ in self.pauses[1:]), self.alive]
-        lived = [end - pause[1] for pause, end in zip(self.pauses, ends)]
-        self.pauses = [
-            pause for n, pause in enumerate(self.pauses)
-            if pause[1] <= self.clock.ms and sum(lived[n:]) <= WEEK_MS
-        ]  # fmt: skip
+        self.pauses = [pause for pause in self.pauses if pause[1] <= self.clock.ms]
         if len(self.pauses) > 16:
-            between = [after[0] - before[1] for before, after in zip(self.pauses, self.pauses[1:])]
-            n = between.index(min(between))
-            self.pauses[n : n + 2] = [(self.pauses[n][0], self.pauses[n + 1][1])]
+            two = min(
+                zip(self.pauses, self.pauses[1:]),
+                key=lambda two: (two[1][1] - two[0][0]) / (self.clock.ms - two[0][0]),
+            )
+            n = self.pauses.index(two[0])
+            length = sum(end - begin for begin, end in two)
+            self.pauses[n : n + 2] = [(two[1][1] - length, two[1][1])]
         self.paused, self.started = self.alive, self.clock.ms
         self.pauses += [(self.paused, self.started)] if self.paused < self.started else []
         self.alive = self.clock.ms
@@ -7792,6 +8272,7 @@ class Life(Model):
         expires, text, number = now + ttl * 1000, document.pop("token"), document["id"]
         by = f"api-key:{self.keys[caller].split('_')[1]}"
         asked.update(id=number, createdAt=at(now), createdBy=by, expiresAt=at(expires))
+        asked.update(ephemeralSeconds=None)
         assert number not in self.tokens and reply.status == 201
         token = self.tokens[number] = SimpleNamespace(
             **asked, asked=asked, text=text, uses=0, used=None, revoked=None, deleted=False,
@@ -7849,7 +8330,7 @@ class Life(Model):
         shown = {
             **fixed, "name": hostname, "hostname": "", **dict.fromkeys(self.FACTS, ""),
             "labels": token.labels, "enrolledAt": at(self.clock.ms), "everySeconds": None,
-            "intervalSeconds": None,
+            "intervalSeconds": None, "ephemeralSeconds": None, "mutedUntil": None,
         }  # fmt: skip
         return SimpleNamespace(
             **fixed, shown=shown, is_bound=token.hostname is not None, issued=0, heard=0, last=0,
@@ -14334,7 +14815,7 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
         "description": "cellar", "hostname": None, "hostId": None, "labels": {"rack": "b4"},
         "maxUses": 2, "uses": 0, "createdAt": NOON_TEXT, "usedAt": None, "usedFrom": None,
         "createdBy": f"api-key:{estate.key_id('owner')}", "expiresAt": "2027-01-15T09:00:00.000Z",
-        "revokedAt": None, "intervalSeconds": None,
+        "revokedAt": None, "intervalSeconds": None, "ephemeralSeconds": None,
     }  # fmt: skip
     assert estate.minted == {**token, "token": estate.callers["token"]}
     token.update(uses=1, usedAt=NOON_TEXT, usedFrom=ADDRESS, hosts=[estate.host_id])
@@ -14344,8 +14825,9 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
     host = {
         "id": estate.host_id, "organizationId": "default", "name": "web-1", "hostname": "web-1",
         "os": "", "architecture": "", "dockerVersion": "", "agentVersion": "", "everySeconds": None,
-        "labels": {"rack": "b4"}, "intervalSeconds": None, "status": "pending",
-        "statusReason": shown["statusReason"],
+        "labels": {"rack": "b4"}, "intervalSeconds": None, "ephemeralSeconds": None,
+        "mutedUntil": None, "status": "pending",
+        "statusReason": shown["statusReason"], "statusSince": NOON_TEXT,
         "enrolledAt": NOON_TEXT, "lastSeen": None, "address": None, "addressSince": None,
         "enrolledFrom": ADDRESS, "tokenId": estate.token_id, "revokedAt": None, "refusedAt": None,
         "refusedCode": None, "warnings": [],
@@ -14361,7 +14843,7 @@ def test_tokens_and_hosts_have_exactly_their_members(estate, clock):
     revoked = estate.revoke(estate.host_id).document
     reason = revoked["statusReason"]
     host.update(status="revoked", statusReason=reason, lastSeen=later, revokedAt=later)
-    host.update(address=ADDRESS, addressSince=later)
+    host.update(address=ADDRESS, addressSince=later, statusSince=later)
     assert revoked == {**host, **facts, **changes}
     counts = {**dict.fromkeys(hostenroll.STATUSES, 0), "revoked": 1}
     assert estate.hosts().document == {"hosts": [revoked], "nextCursor": None, "counts": counts}
@@ -15588,11 +16070,13 @@ PEEKS = {
     "label!": "rack=b4 rack", "sort": "attention name statusSince enrolledAt",
     "reason": "mine", "withKeys": "true", "self": "true", "after": "now", "wait": "0",
     "host": "{host}", "show": "role", "port": "9100", "port_label": "role",
+    "olderSeconds": "0", "incident": "5e0ff1ce5e0ff1ce-1",
 }  # fmt: skip
 CLAIMED = {
     "organizationId": "default", "hostname": "web-1", "name": "mine", "labels": {"mine": "1"},
     "ttlSeconds": 60, "maxUses": 2, "description": "mine", "intervalSeconds": 60, "role": "admin",
-    "action": "edit", "reason": "mine",
+    "action": "edit", "reason": "mine", "ephemeralSeconds": 900,
+    "mutedUntil": "2027-01-15T08:00:00Z",
 }  # fmt: skip
 
 
@@ -20183,7 +20667,7 @@ def test_tables_are_aligned_and_show_the_same(operator):
 
 def test_hosts_are_edited_and_found_by_what_they_are(operator):
     host = operator.enroll(agentVersion="0.2.0")
-    assert "\nagent version:     0.2.0\n" in operator("show-host", host).out
+    assert "\nagent version:      0.2.0\n" in operator("show-host", host).out
     for words, labels in (
         ("--label x=y --label c=", {"x": "y", "c": ""}), ("--label c- --label z-", {"x": "y"}),
         ("--set-labels --label q=1", {"q": "1"}),
@@ -20199,7 +20683,7 @@ def test_hosts_are_edited_and_found_by_what_they_are(operator):
     assert operator.json("edit-host", host, "--no-labels")["labels"] == {}
     for typed, shown in (("5m", 300), ("none", None), ("1d", 86400)):
         assert operator.json("edit-host", host, "--interval", typed)["intervalSeconds"] == shown
-    assert "\ninterval seconds:  86400\n" in operator("show-host", host).out
+    assert "\ninterval seconds:   86400\n" in operator("show-host", host).out
     assert operator.json("edit-host", host, "--name", "none")["intervalSeconds"] == 86400
     for words in (("mint-token",), ("reenroll-host", host)):
         for typed, shown in ((["--interval", "90s"], 90), ([], None)):
@@ -20208,6 +20692,41 @@ def test_hosts_are_edited_and_found_by_what_they_are(operator):
             assert operator("revoke-token", token["id"]).status == 0
     assert [operator("delete-host", host).status for _ in range(2)] == [0, 3]
     assert operator.json("list-tokens", "--state", "valid")["tokens"] == []
+
+
+def test_hosts_are_muted_for_a_time_by_their_id_or_a_filter(operator, clock):
+    host = operator.enroll()
+    for typed, until in (("2h", clock.ms + 7_200_000), ("none", None), ("90", clock.ms + 90_000)):
+        shown = operator.json("edit-host", host, "--mute", typed)["mutedUntil"]
+        assert shown == (until and hostenroll.rfc3339(until))
+    assert re.search(r"\nmuted until: +in 90 s ", operator("show-host", host).out)
+    clock.advance(3600)
+    again = operator.enroll()
+    done = operator.json("edit-host", "--older", "1h", "--mute", "1d", "--yes")
+    assert done == {"done": 1, "notFound": []}
+    shown = [operator.json("show-host", id)["mutedUntil"] for id in (host, again)]
+    assert shown == [hostenroll.rfc3339(clock.ms + DAY_MS), None]
+    for words in (("edit-host", host, "--mute", "x"), ("revoke-host", host, "--mute", "1h")):
+        assert operator(*words).status == 2
+    dry = operator("delete-host", "--older=30m", "--status=pending", "--dry-run")
+    assert (dry.out, dry.err) == (f"{host}\n", "hosts to delete: 1\n")
+    assert len(operator.json("list-hosts", "--older", "1h")["hosts"]) == 1
+
+
+def test_hosts_that_have_expired_and_stay_are_let_go_by_force(operator):
+    operator("add-org", "berlin")
+    shown = operator.json("mint-token", "--ephemeral", "1d", "--org", "berlin")
+    assert shown["ephemeralSeconds"] == 86400
+    assert operator("mint-token", "--ephemeral", "9s").status == 2
+    refused = operator("mint-token", "--ephemeral", "299s")
+    require_one_line(refused, 3, "refused (invalid-body): --ephemeral: must be at least 300")
+    assert operator("expire-hosts").status == 2
+    done = operator("expire-hosts", "--force", "--org", "berlin")
+    assert (done.status, done.err.count("organizations: 1\n")) == (0, 1)
+    assert operator.json("expire-hosts", "--force") == {"done": 2, "notFound": []}
+    with operator.world() as world:
+        events = [event["organizationId"] for event in world.audit("expire")]
+        assert events == ["berlin", None]
 
 
 def test_an_act_on_many_is_asked_about_and_done_to_those_that_filters_find(operator):
