@@ -240,6 +240,7 @@ EXPIRED_FREELY, EXPIRED_SHARE = 10, 5  # of an organization in a day: or one hos
 # Lists. No request examines more rows than this, so that a heartbeat behind it waits a few ms.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
+FITS_SHOWN = 5  # of the objects that a word fits
 ROWS_EXAMINED = 1000
 ROWS_READ = 100  # of a list, at once: a page of PAGE_DEFAULT without a filter
 PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 hosts may be 100 MiB
@@ -276,7 +277,6 @@ NETWORK_BITS = 64  # of an IPv6 address: who has one of such a network has all o
 WAIT_RANGE = (0, 50)  # seconds; most proxies wait 60 for an answer
 WAITING_MAXIMUM = 256  # requests that wait for more of a feed: few beside CONNECTIONS_MAXIMUM
 WAITING_OF_KEY = 16  # of an API key, so that no other is kept out
-WAITING_REFUSED = f"Try again later, or without wait: {WAITING_OF_KEY} of an API key can wait."
 FOLLOW_EVERY = 0.5  # between two looks for what other processes have committed
 
 # Incidents: hosts that fell silent together, of the last day.
@@ -354,8 +354,8 @@ CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # of inventories: 10,000 hosts with ma
 # What people are told.
 PENDING_TOLD_AFTER = 10 * MINUTE  # a machine that is being installed may start once more
 FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is told once an hour
-BATCH_GROWS_AT, BATCH_LONGEST = 3, MINUTE  # so many hosts may be an incident that grows
-MUTED_FOR = MINUTE  # at least: then the feed is asked again
+BATCH_LONGEST = MINUTE  # where it has an incident that may grow
+MUTED_FOR = 10  # at least: then the feed is asked again
 TOLD_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
 WATCH_WAIT = 10  # for changes: events are read in between
 RETRY_LONGEST = 300
@@ -466,6 +466,7 @@ def unix_ms(timestamp: str) -> int:
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
+ID_PREFIX = re.compile(r"[0-7][0-9a-f]{5,14}")  # what people may type of one
 LAST_ID = (1 << 63) - 1
 
 
@@ -1147,7 +1148,10 @@ def stored_object(text: str) -> dict[str, Any]:
     if text == "{}":  # the labels of most hosts
         return {}
     value: Any = None
-    if len(re.findall(r"[\[{]", _STRING.sub("", text))) <= STORED_NESTING:
+    brackets = text.count("{") + text.count("[")
+    if brackets > STORED_NESTING:  # those in strings do no harm; to leave them out takes long
+        brackets = len(re.findall(r"[\[{]", _STRING.sub("", text)))
+    if brackets <= STORED_NESTING:
         with suppress(Problem, ValueError):
             value = _STORED_JSON.decode(text)
     return value if isinstance(value, dict) else {"unreadable": text[:UNREADABLE_MAXIMUM]}
@@ -2064,50 +2068,17 @@ SCHEMA_OBJECTS = {
     name: text for text, name in re.findall(r"(?ms)^(CREATE [A-Z ]+ (\w+).*?);$(?!\nEND)", SCHEMA)
 }
 
-# What to alter in a database of an older version; then what is missing of SCHEMA is created.
+# What a database of an older version needs: columns get the names of today, then what is missing of
+# SCHEMA is added, and the values of old rows are set.
+RENAMES: Mapping[int, Sequence[str]] = {
+    2: ("ALTER TABLE heartbeat RENAME COLUMN active TO state",),
+}
 MIGRATIONS: Mapping[int, Sequence[str]] = {
-    1: (
-        "ALTER TABLE host ADD COLUMN issued_to TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE host ADD COLUMN twin_id INTEGER",
-        "ALTER TABLE signing_key ADD COLUMN retired_at INTEGER",
-        "ALTER TABLE service ADD COLUMN pin TEXT NOT NULL DEFAULT ''",
-        "UPDATE heartbeat SET serial = 1 WHERE serial = 0",
-    ),
+    1: ("UPDATE heartbeat SET serial = 1 WHERE serial = 0",),
     2: (
-        "ALTER TABLE host ADD COLUMN agent_version TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE host ADD COLUMN issued_at INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN issued_hash BLOB",
-        "ALTER TABLE host ADD COLUMN instances TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE host ADD COLUMN copied_at INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE service ADD COLUMN pinned TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE service ADD COLUMN certificate_ends INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE service ADD COLUMN warned_at INTEGER NOT NULL DEFAULT 0",
         "UPDATE service SET pinned = pin",
-        "ALTER TABLE host ADD COLUMN every_seconds INTEGER",
-        "ALTER TABLE host ADD COLUMN own_interval INTEGER",
-        "ALTER TABLE token ADD COLUMN own_interval INTEGER",
-        "ALTER TABLE service ADD COLUMN pauses TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE heartbeat ADD COLUMN told_interval INTEGER NOT NULL DEFAULT 30",
         "UPDATE heartbeat SET told_interval = coalesce((SELECT interval FROM service), 30)",
-        "ALTER TABLE host ADD COLUMN enrolled_from TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE host ADD COLUMN address TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE host ADD COLUMN address_since INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN moved_at INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN refused_at INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN refused_code TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE heartbeat ADD COLUMN address_key INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN restored_at INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN state INTEGER NOT NULL DEFAULT 2",
-        "ALTER TABLE host ADD COLUMN status_since INTEGER NOT NULL DEFAULT 0",
         "UPDATE host SET status_since = enrolled_at",
-        "ALTER TABLE host ADD COLUMN muted_until INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE host ADD COLUMN ephemeral INTEGER",
-        "ALTER TABLE token ADD COLUMN ephemeral INTEGER",
-        "ALTER TABLE organization ADD COLUMN expiry INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE api_key ADD COLUMN maker_id INTEGER",
-        "ALTER TABLE api_key ADD COLUMN expires_at INTEGER",
-        "ALTER TABLE api_key ADD COLUMN last_used_at INTEGER",
-        "ALTER TABLE heartbeat RENAME COLUMN active TO state",
         # Then begin_feed() computes the states of hosts that have beaten.
         "UPDATE heartbeat SET state = CASE WHEN state = 0 THEN 5 WHEN last_seen = 0 THEN 2 ELSE 1"
         " END",
@@ -2198,16 +2169,10 @@ class Host(NamedTuple):
     told_interval: int
     address_key: int
 
-
-class HostState(NamedTuple):
-    """What of a host its status follows from, and the one that was last reported."""
-
-    id: int
-    organization_id: str
-    last_seen: int
-    revoked_at: Optional[int]
-    told_interval: int
-    state: int
+    @property
+    def seen(self) -> tuple[int, Optional[int], int]:
+        """What its status follows from."""
+        return self.last_seen, self.revoked_at, self.told_interval
 
 
 ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
@@ -2227,6 +2192,12 @@ class Change(NamedTuple):
     seen: int
     actor: str
     ephemeral: Optional[int] = None
+
+
+class Census(NamedTuple):
+    organization_id: str
+    state: int
+    hosts: int
 
 
 class Feed(NamedTuple):
@@ -2581,6 +2552,9 @@ class Database:
     def version(self) -> int:
         return int(self.value("PRAGMA user_version"))
 
+    def has_table(self, name: str) -> bool:
+        return bool(self.rows("SELECT 1 FROM sqlite_master WHERE name = ?", name))
+
     def data_version(self) -> int:
         """Another number after each commit of another process."""
         return int(self.value("PRAGMA data_version"))
@@ -2654,15 +2628,27 @@ class Database:
             if name not in existing:
                 self.run(statement)
 
+    def _add_columns(self) -> None:
+        """Add what the tables of an older schema lack, in the words of SCHEMA: those are compared.
+        A column that is NOT NULL has to have a default, which old rows get."""
+        for table, text in SCHEMA_OBJECTS.items():
+            existing = {row[0] for row in self.rows("SELECT name FROM pragma_table_info(?)", table)}
+            for name, kind in re.findall(r"(?m)^    ([a-z_]+)( .*?),?(?: *--.*)?$", text):
+                if existing and name not in existing:
+                    self.run(f"ALTER TABLE {table} ADD COLUMN {name}{kind}")
+
     def migrate(self, finish: Callable[[int], object]) -> None:
         """Bring an older schema up to ours, all or nothing, under the lock that the caller holds.
         finish is called with its version before the commit. Raises StoreError; rollback() then."""
         version = self.version()
         if version < SCHEMA_VERSION:
             self.run("BEGIN IMMEDIATE")  # synchronous is FULL until begin() changes it
-            for older in range(version, SCHEMA_VERSION):
-                for statement in MIGRATIONS[older]:
-                    self.run(statement)
+            older = range(version, SCHEMA_VERSION)
+            for statement in chain.from_iterable(RENAMES.get(number, ()) for number in older):
+                self.run(statement)
+            self._add_columns()
+            for statement in chain.from_iterable(MIGRATIONS[number] for number in older):
+                self.run(statement)
             self.create_schema()
             self.compare_schema(refuses=True)
             finish(version)
@@ -3095,7 +3081,7 @@ T = TypeVar("T")
 TABLES: Mapping[Any, str] = {
     Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
     Service: "service", Event: "audit", Anchor: "audit_anchor", Change: "change", Feed: "feed",
-    **dict.fromkeys((Host, HostState), "host JOIN heartbeat ON host_id = id"),
+    Census: "census", Host: "host JOIN heartbeat ON host_id = id",
 }  # fmt: skip
 
 
@@ -3103,9 +3089,16 @@ def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
 
 
+# The states that there can be in a column.
+STATES_IN = {"state": (ONLINE, REVOKED), "was": (0, REVOKED), "status": (ONLINE, DELETED)}
+
+
 def _columns(record: Any) -> list[str]:
-    """Of a record, as a statement names them. Host and heartbeat both have the state."""
-    return ["heartbeat.state" if name == "state" else name for name in record._fields]
+    """Of a record, as a statement names them. Host and heartbeat both have the state. One that
+    there is not is read as NULL, and so fits no record."""
+    table = "heartbeat." if record is Host else ""
+    state = f"CASE WHEN {table}{{0}} BETWEEN {{1}} AND {{2}} THEN {table}{{0}} END".format
+    return [state(it, *STATES_IN[it]) if it in STATES_IN else it for it in record._fields]
 
 
 SELECT = {row: f"SELECT {', '.join(_columns(row))} FROM {table}" for row, table in TABLES.items()}
@@ -3157,7 +3150,8 @@ class Records:
     def oldest(self, record: Any, before: int, now: int, limit: int) -> list[Any]:
         """The first events or changes, as long as they are older than a time. One of a clock that
         was ahead counts as old as those after it."""
-        rows = self._all(record, "ORDER BY number LIMIT ?", limit)
+        # Of any types: one that a forger wrote is not to stop what else housekeeping does.
+        rows = starmap(record, self._rows(f"{SELECT[record]} ORDER BY number LIMIT ?", limit))
         old = [*takewhile(lambda it: isinstance(it.at, int) and not before <= it.at <= now, rows)]
         while old and old[-1].at >= before:
             old.pop()
@@ -3201,9 +3195,16 @@ class Changes(Records):
     """The statements about what was reported of hosts."""
 
     def feed(self) -> Feed:
-        return self._all(Feed, "")[0]
+        feed = self._one(Feed, "")
+        if feed is None or not re.fullmatch("[0-9a-f]{16}", feed.history):
+            raise BadRow(f"the row of feed holds what we never write: {RESTORE}")
+        return feed
 
     def add_changes(self, changes: Sequence[Change]) -> None:
+        """Raises StoreError after a number that none can follow: SQLite would take any other."""
+        last = self.last_change()
+        if last > LAST_ID - len(changes):
+            raise StoreError(f"change {last} of the feed was never written: {DAMAGED}")
         self._insert("change", Change._fields[1:], *(change[1:] for change in changes))
 
     def set_states(self, states: Sequence[tuple[int, int, int]]) -> None:
@@ -3220,8 +3221,7 @@ class Changes(Records):
     def census(self, organization: Optional[str]) -> list[tuple[str, int, int]]:
         """Organizations, states, and how many hosts of it are in that."""
         owned, owner = _owned_by(organization)
-        statement = "SELECT organization_id, state, hosts FROM census WHERE"
-        return self._rows(f"{statement} {owned} hosts > 0", *owner)
+        return self._read(Census, f"WHERE {owned} hosts > 0", *owner)
 
     def hosts_by(
         self, column: str, states: Sequence[int], owner: Optional[str], after: Sequence[Any],
@@ -3251,10 +3251,10 @@ class Changes(Records):
         """The number before the first change since a time: numbers rise with time, but for clocks
         that were set, and for what is found late."""
         low, high = self.oldest_change() or 0, self.last_change()
-        statement = "SELECT at FROM change WHERE number >= ? ORDER BY number LIMIT 1"
+        statement = "SELECT at < ? FROM change WHERE number >= ? ORDER BY number LIMIT 1"
         while low < high:
             middle = (low + high) // 2
-            is_before = self._value(statement, middle) < at
+            is_before = self._value(statement, at, middle)
             low, high = (middle + 1, high) if is_before else (low, middle)
         return low - 1
 
@@ -3399,6 +3399,17 @@ class Queries(Changes):
              ORDER BY id DESC LIMIT ?"""
         return self._all(Host, rest, token, owner, *page)
 
+    def hosts_called(self, word: str, limit: int) -> list[Host]:
+        """Some with this name, and some with this hostname."""
+        by_hostname = """WHERE organization_id IN (SELECT id FROM organization)
+             AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"""
+        named = self._all(Host, "WHERE name = ? LIMIT ?", word, limit)
+        return named + self._all(Host, by_hostname, word, limit)
+
+    def between(self, record: Callable[..., T], first: int, last: int, limit: int) -> list[T]:
+        """Some whose ids are in a range."""
+        return self._all(record, "WHERE id BETWEEN ? AND ? LIMIT ?", first, last, limit)
+
     def live_hosts_of_token(self, token: Token, limit: int) -> list[int]:
         """Some that it let in, or that were last let in again by it, and are not revoked."""
         statement = """SELECT id FROM host WHERE revoked_at IS NULL
@@ -3429,12 +3440,6 @@ class Queries(Changes):
         owned, owner = _owned_by(organization)
         statement = f"SELECT 1 FROM host WHERE {owned} name = ? AND id <> ? LIMIT 1"
         return bool(self._rows(statement, *owner, host.name, host.id))
-
-    def census_slice(self, organization: Optional[str], after: int, limit: int) -> list[Any]:
-        """So many hosts with an id above after, in order, each as the values of a HostState."""
-        owned, owner = _owned_by(organization)
-        rest = f"WHERE {owned} id > ? ORDER BY id LIMIT ?"
-        return self._read(HostState, rest, *owner, after, limit)
 
     def agents_slice(self, owner: Optional[str], after: int, limit: int, since: int) -> list[Any]:
         """Of so many hosts with an id above after, by agent_version: how many, how many of these
@@ -3571,17 +3576,24 @@ class Queries(Changes):
 
 
 def bad_rows(engine: Engine, limit: int) -> list[str]:
-    """Rows outside the audit log with a value of a type that we never write, by name."""
+    """Rows outside the audit log that hold what we never write, by name: a value of another type,
+    or one that contradicts others."""
     names: list[str] = []
+    odd = {Change: f"number < 1 OR number = {LAST_ID}", Host: "heartbeat.state <> host.state"}
     for record, table in TABLES.items():
-        if record in (Event, Anchor, HostState):
+        if record in (Event, Anchor):
             continue
         wrong = " OR ".join(
             f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds)})"
             for column, kinds in zip(_columns(record), _kinds(record))
         )
+        wrong += f" OR {odd[record]}" if record in odd else ""
         of = f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}"
         names += [f"{table.partition(' ')[0]} {_name(row[0])}" for row in engine.rows(of)]
+    of = f"""SELECT owner FROM (SELECT organization_id AS owner, state, hosts FROM census UNION ALL
+         SELECT organization_id, state, -count(*) FROM host GROUP BY organization_id, state)
+         GROUP BY owner, state HAVING sum(hosts) <> 0 LIMIT {limit}"""
+    names += [f"census {_name(row[0])}" for row in engine.rows(of)]
     return names[:limit]
 
 
@@ -3654,6 +3666,14 @@ class InternalRule(NamedTuple):
     durable: bool = False
 
 
+class Named(NamedTuple):
+    """An object as a person types it, and whether the first digits of its id are enough."""
+
+    kind: type[Any]
+    word: str
+    takes_prefix: bool
+
+
 class Call(NamedTuple):
     """An operation with its caller and its values, which have been checked."""
 
@@ -3663,6 +3683,7 @@ class Call(NamedTuple):
     # By the names of the wire; one that is UNFINISHED keeps here what it has until then.
     values: Mapping[str, Any] = MappingProxyType({})
     origin: Origin = LOCAL
+    named: Optional[Named] = None  # in place of the id: found in the transaction of the call
 
 
 Work = Union[Heartbeat, Call]  # what a tick runs
@@ -3885,11 +3906,10 @@ class Rules:
         while True:
             rows = read(owner, place, ROWS_READ + 1)
             for row in rows[:ROWS_READ]:
-                examined += 1
+                examined += 1 + len(getattr(row, text)) // ROW_BYTES
                 item = view(row)
                 if item is not None:
                     items.append(item)
-                    examined += len(getattr(row, text)) // ROW_BYTES
                     examined += len(getattr(item, "hosts", ()))
                 if len(items) == limit or examined >= ROWS_EXAMINED:
                     is_last = row is rows[-1]
@@ -3919,11 +3939,52 @@ class Rules:
         is_ours, number = named in ("", history), int(digits)
         good = max(floor, min(number, last if is_ours else began))
         if good != number or not is_ours:
-            detail = f"{ChangesPruned.remedy} It is {cursor(good)}."
-            raise ChangesPruned(detail, cursor=cursor(good))
+            raise ChangesPruned(
+                f"{ChangesPruned.remedy} It is {cursor(good)}.", cursor=cursor(good)
+            )
         order = Order(number, cursor, "".index)  # no nextCursor is good here
         page = self._page(call, read, view, text, order)
         return page._replace(more={"cursor": page.next or cursor(last)})
+
+
+def title_of(row: Row) -> str:
+    """What people know a host, a token or an API key by."""
+    name = row.name if isinstance(row, Host) else row.description or "no description"
+    facts = id_text(row.id), row.organization_id or "all organizations"
+    where = [row.address or row.enrolled_from] if isinstance(row, Host) else []
+    return f"{name} ({', '.join((*facts, *filter(None, where)))})"
+
+
+class Names(Rules):
+    """What commands are about, by the words that people type.
+
+    A host is known by its id, its name, its hostname or the first digits of its id. Machines say
+    their hostnames, and names as well until an operator gives others. So that no machine can put
+    itself in the place of another, a word that fits several hosts is refused, in whatever way it
+    fits them; and what can be an id is nothing else, also after the host of that id is gone.
+    """
+
+    def find(self, named: Optional[Named]) -> Any:
+        """The row. Raises NotFound; Conflict, which lists what the word fits."""
+        assert named is not None
+        kind, word, takes_prefix = named
+        title, is_short = KINDS[kind].replace("api-", "API "), ID_PREFIX.fullmatch(word)
+        found: list[Any] = []
+        if ID.fullmatch(word) or (is_short and takes_prefix):
+            first, last = (int(word.ljust(16, digit), 16) for digit in "0f")
+            found += self._queries.between(kind, first, last, FITS_SHOWN + 1)
+        if kind is Host and not ID.fullmatch(word):
+            found += self._queries.hosts_called(word, FITS_SHOWN + 1)
+        rows = list({row.id: row for row in found}.values())
+        if not rows:
+            how = "id or name" if kind is Host else "id"
+            hint = " Type all of the id." if is_short and not takes_prefix else ""
+            raise NotFound(f"There is no {title} with this {how}.{hint}")
+        if len(rows) > 1:
+            more = ["more"] if len(rows) > FITS_SHOWN else []
+            titles = ", ".join([*map(title_of, rows[:FITS_SHOWN]), *more])
+            raise Conflict(f"{word} fits several: {titles}. Type the id of one.")
+        return rows[0]
 
 
 class EventLimit:
@@ -4534,7 +4595,7 @@ class ServicePeriod:
             if at - excess >= start:
                 break
             excess, at = excess - (at - start), end
-        return min(at - excess, self._now)
+        return min(max(at - excess, 0), self._now)  # a forger's numbers may be of any size
 
     def status(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
         """One of STATUSES: the one function that computes it."""
@@ -4703,8 +4764,9 @@ class Reports(Rules):
             was, about = 0 if is_new else host.state, (host.name, host.labels)
             change = 0, at, host.id, host.organization_id, *about, was, state, host.last_seen, actor
             self.changes.append(Change._make((*change, host.ephemeral)))
-        if not is_new:
-            self._queries.set_states([(state, at, host.id) for host, state, at in hosts])
+        if not is_new:  # the row of one that is deleted goes at once
+            states = [(state, at, host.id) for host, state, at in hosts if state != DELETED]
+            self._queries.set_states(states)
 
     def write(self) -> None:
         self.are_many = len(self.changes) >= CHANGES_MANY
@@ -4778,14 +4840,14 @@ def begin_feed(queries: Queries, now: int) -> None:
     """End a migration: what was reported of each host is what it is now, and no change."""
     queries.begin_history()
     queries.count_hosts()
-    period, after = ServicePeriod(queries.service(), now), -1
-    while rows := queries.census_slice(None, after, COUNTED_AT_ONCE):
-        states = []
-        for after, _, last_seen, revoked_at, told_interval, _ in rows:
-            status = period.status(last_seen, revoked_at, told_interval)
+    period, before = ServicePeriod(queries.service(), now), LAST_ID
+    while hosts := queries.newest(Host, None, before, COUNTED_AT_ONCE):
+        states, before = [], hosts[-1].id
+        for host in hosts:
+            status = period.status(*host.seen)
             if status != "pending":
-                since = revoked_at or period.since(last_seen, told_interval)
-                states.append((STATUS_NAMES.index(status), since, after))
+                since = host.revoked_at or period.since(host.last_seen, host.told_interval)
+                states.append((STATUS_NAMES.index(status), since, host.id))
         queries.set_states(states)
 
 
@@ -5266,8 +5328,7 @@ class Enrollments(Rules):
             return None
         period = self._registry.service.period(now)
         for host in others:
-            status = period.status(host.last_seen, host.revoked_at, host.told_interval)
-            if status in ("pending", "online") and host.id != own:
+            if period.status(*host.seen) in ("pending", "online") and host.id != own:
                 return host.id
         return None
 
@@ -5555,22 +5616,15 @@ def host_filter(values: Mapping[str, Any], now: int) -> Callable[[Host], bool]:
     text, network = values.get("q", "").casefold(), values.get("address")
     token = parse_id(values["token"]) if "token" in values else None
     older = values.get("olderSeconds", -LAST_ID) * SECOND_MS
-    # No other text in labels can match: names have no quotes, in values they are escaped.
-    labels = [
-        (f'"{key}":{"" if value is None else json_text(value)}', has_it is (name == "label"))
-        for name in ("label", "label!")
-        for key, value, has_it in values.get(name, ())
-    ]
+    labels = [*values.get("label", ())]
+    labels += [(key, value, not has_it) for key, value, has_it in values.get("label!", ())]
 
     def is_wanted(host: Host) -> bool:
         if host.state not in states or token not in (None, host.token_id):
             return False
         if now - host.status_since < older or (network and not is_within(host.address, network)):
             return False
-        own = host.labels if labels else ""
-        if '": "' in own:  # a row from schema 1 has a space after each colon
-            own = json_text(stored_object(own))
-        if not all((label in own) is has_it for label, has_it in labels):
+        if labels and not has_labels(stored_object(host.labels), labels):
             return False
         return not text or text in _searched_text(host)
 
@@ -5645,17 +5699,13 @@ class Hosts(Rules):
     """The machines that have enrolled, as operators see and change them. What changes them takes a
     reason, for the audit log."""
 
-    def __init__(self, registry: Registry) -> None:
-        super().__init__(registry)
-
     def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
         return self._view(self._own(call, Host), self._registry.service.period(now), now)
 
     def _view(self, host: Host, period: ServicePeriod, now: int, reported: str = "") -> HostView:
         """reported: its status in lists, which go by that, so that counts and rows agree."""
-        seen = host.last_seen, host.revoked_at, host.told_interval
-        status, reason = period.status(*seen), period.reason(*seen)
+        status, reason = period.status(*host.seen), period.reason(*host.seen)
         if reported not in ("", status):  # until the next sweep
             reason = f"reported as {reported} at {rfc3339(host.status_since)}"
         view = HostView(host, reported or status, reason, [])
@@ -5734,18 +5784,27 @@ class Hosts(Rules):
 
     def act(self, call: Call, now: int) -> Acted:
         """An act above on each of many hosts; where it is refused for one, on none. values:
-        action, hosts, and those of edit, where labels are changes. Raises InvalidBody."""
-        hosts, not_found = dict.fromkeys(call.values["hosts"]), []
-        act = getattr(self, call.values["action"])
+        action, hosts (ids, or each Named), and those of edit, where labels are changes. Raises
+        InvalidBody, Conflict."""
+        act, not_found = getattr(self, call.values["action"]), []
         if act != self.edit and any(name in call.values for name in EDITED):
             raise InvalidBody("Only the action edit takes labels, intervalSeconds and mutedUntil.")
         each = call._replace(values={**call.values, "merges": True})
-        for text in hosts:
+        hosts: dict[int, str] = {}
+        for it in call.values["hosts"]:  # all first: where one is gone, its name may fit another
+            named = it if isinstance(it, Named) else Named(Host, it, False)
             try:
-                act(each._replace(id=parse_id(text)), now)
+                hosts.setdefault(self._registry.names.find(named).id, named.word)
             except NotFound:
-                not_found.append(text)
-        return Acted(len(hosts) - len(not_found), not_found)
+                not_found.append(named.word)
+        done = 0
+        for number, word in hosts.items():
+            try:
+                act(each._replace(id=number), now)
+                done += 1
+            except NotFound:  # another organization has it
+                not_found.append(word)
+        return Acted(done, not_found)
 
     def census(self, owner: Owner) -> Counter[tuple[str, str]]:
         """How many hosts each organization that is in sight has in each status, as reported."""
@@ -5883,6 +5942,7 @@ class Registry:
         self.queries = Queries(engine)
         self.metrics = Metrics()
         self.failures = FailedAuthLimiter()
+        self.names = Names(self)
         self.audit = AuditLog(self, audit_keep)
         self.keys = SigningKeys(self, key_file, keyring, credential_ttl)
         self.service = ServiceRecord(self)
@@ -5952,6 +6012,8 @@ class Registry:
         try:
             if call.by.id >= 0:
                 self.api_keys.require_live(call.by, now)
+            if call.named is not None:
+                call = call._replace(id=self.names.find(call.named).id)
             outcome = call.operation.run(self, call, now)
         except BadRow as error:  # of this call, and not of the tick
             outcome = self.unavailable(error, writes=False)
@@ -6128,7 +6190,7 @@ class Registry:
             finally:
                 self.engine.rollback()
             with self.engine.opened_copy(copy) as opened:
-                if opened.value("SELECT 1 FROM sqlite_master WHERE name = 'feed'"):
+                if opened.has_table("feed"):
                     Queries(opened).begin_history()
             os.fsync(copy.fileno())
             keyring = self.keys.file.load()
@@ -6359,6 +6421,8 @@ def examine(
             bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
             if bad:
                 yield Finding(name, False, f"what we never write is in {bad}: {RESTORE}")
+            elif is_ours:
+                Queries(engine).feed()
             name = "keys"
             keyring = load_keyring(key_file, engine.path)
             if not is_pair(engine, keyring):
@@ -9432,7 +9496,9 @@ ROLE = Choice("admin", "viewer")
 # These stand in answers only.
 TRUTH = Choice(True, False)
 TIME = Text(  # as rfc3339() writes it, or without milliseconds
-    24, 20, r"[1-9][0-9]{3}-(0[1-9]|1[0-2])-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z",
+    24, 20,
+    r"[1-9][0-9]{3}-((0[1-9]|1[0-2])-(0[1-9]|[12][0-9])|(0[13-9]|1[0-2])-30|(0[13578]|1[02])-31)"
+    r"T([01][0-9]|2[0-3])(:[0-5][0-9]){2}(\.[0-9]{3})?Z",
     "like 2027-01-15T08:00:00.000Z", format="date-time",
 )  # fmt: skip
 MAYBE_TIME = Nullable(TIME)
@@ -9769,12 +9835,13 @@ def metric_labels(**pairs: str) -> str:
     return "{" + ",".join(f'{n}="{text.translate(escapes)}"' for n, text in pairs.items()) + "}"
 
 
-def metric_family(
-    name: str, kind: str, help: str, samples: Iterable[tuple[str, float]]
-) -> Iterator[str]:
-    """The lines of a metric. samples: the ends of their names, and their values."""
-    yield f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-    yield from (f"{name}{end} {value!r}\n" for end, value in samples)
+def metric(
+    name: str, help: str, samples: Union[float, Iterable[tuple[str, float]]], kind: str = "gauge"
+) -> str:
+    """The lines of a metric. samples: its value, or the ends of several names with their values."""
+    several = [("", samples)] if isinstance(samples, (int, float)) else samples
+    lines = [f"{name}{end} {value!r}\n" for end, value in several]
+    return f"# HELP {name} {help}\n# TYPE {name} {kind}\n" + "".join(lines)
 
 
 def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
@@ -9805,7 +9872,7 @@ HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what th
 def _metrics(registry: Registry, call: Call, now: int) -> Any:
     """The caller's hosts by organization and status, and what their agents are; for an API key of
     all organizations also what the process has counted."""
-    owner, agents = call.by.organization, _agent_families(registry, call, now)
+    owner, agents = call.by.organization, _agent_metrics(registry, call, now)
     if agents is None:
         return UNFINISHED
     census = registry.hosts.census(owner)
@@ -9814,14 +9881,13 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
         (metric_labels(organization=row.id, status=status), census[row.id, status])
         for row, status in product(rows, STATUSES)
     ]
-    help = "Hosts by organization and status."
-    families = [metric_family("hostenroll_hosts", "gauge", help, hosts), *agents]
-    help = "1 while too many hosts have expired, and the others stay."
     stopped = [(metric_labels(organization=row.id), int(row.expiry > 0)) for row in rows]
-    families.append(metric_family("hostenroll_expiry_stopped", "gauge", help, stopped))
-    if owner is ALL_ORGANIZATIONS:
-        families += _process_families(registry)
-    return "".join(chain.from_iterable(families))
+    own = _process_metrics(registry) if owner is ALL_ORGANIZATIONS else ()
+    more = "1 while too many hosts have expired, and the others stay."
+    return "".join([
+        metric("hostenroll_hosts", "Hosts by organization and status.", hosts),
+        metric("hostenroll_expiry_stopped", more, stopped), *agents, *own,
+    ])  # fmt: skip
 
 
 def _frequent(counts: Counter[str], number: int) -> Counter[str]:
@@ -9832,7 +9898,7 @@ def _frequent(counts: Counter[str], number: int) -> Counter[str]:
     return Counter({**dict(ranked[:number]), "other": rest})
 
 
-def _agent_families(registry: Registry, call: Call, now: int) -> Optional[list[Iterator[str]]]:
+def _agent_metrics(registry: Registry, call: Call, now: int) -> Optional[list[str]]:
     """None: a slice of the hosts is counted, and the call keeps the counts for the next tick."""
     kept = cast("dict[str, Any]", call.values)
     after, versions, copied = kept.get("counted", (-1, Counter(), 0))
@@ -9847,47 +9913,46 @@ def _agent_families(registry: Registry, call: Call, now: int) -> Optional[list[I
         return None
     shown = _frequent(versions, VERSIONS_SHOWN).items()
     agents = [(metric_labels(version=version), count) for version, count in shown]
-    help, more = "Hosts by their agents' version.", "Hosts with signs of a copied credential."
-    return [metric_family("hostenroll_agents", "gauge", help, agents),
-            metric_family("hostenroll_copied_hosts", "gauge", more, [("", copied)])]  # fmt: skip
+    return [
+        metric("hostenroll_agents", "Hosts by their agents' version.", agents),
+        metric("hostenroll_copied_hosts", "Hosts with signs of a copied credential.", copied),
+    ]
 
 
-def _process_families(registry: Registry) -> Iterator[Iterator[str]]:
-    metrics, family = registry.metrics, metric_family
+def _process_metrics(registry: Registry) -> Iterator[str]:
+    metrics, queries, swept = registry.metrics, registry.queries, registry.reports.swept
+    keys_ok = int(not registry.keys.file.trouble)
     for name, help in COUNTERS:
-        yield family(f"hostenroll_{name}_total", "counter", help, [("", metrics.counts[name])])
+        yield metric(f"hostenroll_{name}_total", help, metrics.counts[name], "counter")
     refusals = [(metric_labels(code=kind.code), metrics.refusals[kind.code]) for kind in problems()]
-    yield family("hostenroll_refusals_total", "counter", "Refusals by code.", refusals)
+    yield metric("hostenroll_refusals_total", "Refusals by code.", refusals, "counter")
     for name, shown, help in HISTOGRAMS:
         samples = histogram_samples(getattr(metrics, name))
-        yield family(f"hostenroll_{shown}", "histogram", help, samples)
-    files = [metric_labels(file=file) for file in ("database", "wal")]
-    sizes = zip(files, registry.engine.file_sizes())
-    yield family("hostenroll_database_bytes", "gauge", "Size of the database's files.", sizes)
-    if certificate := registry.service.certificate:
-        help, at = "End of the certificate, in Unix time.", [("", certificate.ends // SECOND_MS)]
-        yield family("hostenroll_tls_certificate_not_after_seconds", "gauge", help, at)
+        yield metric(f"hostenroll_{shown}", help, samples, "histogram")
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime
+    yield metric("process_cpu_seconds_total", "CPU time of the process.", cpu, "counter")
     python = ".".join(map(str, sys.version_info[:3]))
     build = metric_labels(version=__version__, python=python, sqlite=registry.engine.sqlite_version)
-    used, queries = resource.getrusage(resource.RUSAGE_SELF), registry.queries
+    files = [metric_labels(file=file) for file in ("database", "wal")]
     last = queries.changes_after(queries.last_change() - 1, 1)
-    for name, kind, help, end, value in (
-        ("hostenroll_open_connections", "gauge", "Connections now.", "", metrics.open_connections),
-        ("hostenroll_last_change_timestamp_seconds", "gauge", "When a status last changed.", "",
+    values: list[tuple[str, str, Any]] = [
+        ("build_info", "What runs.", [(build, 1)]),
+        ("database_bytes", "Size of the database's files.",
+         zip(files, registry.engine.file_sizes())),
+        ("open_connections", "Connections now.", metrics.open_connections),
+        ("waiting_requests", "Requests that wait for changes or events.", metrics.waiting_requests),
+        ("keys_ok", "1 while the key file is as it should be.", keys_ok),
+        ("last_change_timestamp_seconds", "When a status last changed.",
          sum(change.at for change in last) / SECOND_MS),
-        ("hostenroll_sweep_age_seconds", "gauge", "Since the last sweep for silent hosts.", "",
-         time.monotonic() - registry.reports.swept.last_ended),
-        ("hostenroll_sweep_seconds", "gauge", "CPU time of that sweep.", "",
-         registry.reports.swept.last_spent),
-        ("hostenroll_waiting_requests", "gauge", "Requests that wait for changes or events.", "",
-         metrics.waiting_requests),
-        ("hostenroll_keys_ok", "gauge", "1 while the key file is as it should be.", "",
-         int(not registry.keys.file.trouble)),
-        ("hostenroll_build_info", "gauge", "What runs.", build, 1),
-        ("process_cpu_seconds_total", "counter", "CPU time of the process.", "",
-         used.ru_utime + used.ru_stime),
-    ):  # fmt: skip
-        yield family(name, kind, help, [(end, value)])
+        ("sweep_age_seconds", "Since the last sweep for silent hosts.",
+         time.monotonic() - swept.last_ended),
+        ("sweep_seconds", "CPU time of that sweep.", swept.last_spent),
+    ]  # fmt: skip
+    if certificate := registry.service.certificate:
+        values += [("tls_certificate_not_after_seconds", "End of the certificate, in Unix time.",
+                    certificate.ends // SECOND_MS)]  # fmt: skip
+    yield from (metric(f"hostenroll_{name}", help, value) for name, help, value in values)
 
 
 # What other tools are told of hosts.
@@ -9929,11 +9994,10 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
         pairs.update(status=view.status, muted=json_text(host.muted_until > now))
         pairs.update((name, str(labels.get(key, ""))) for name, key in shown.items())
         samples.append((metric_labels(**pairs), 1))
-    count, help = sum(map(page.more["counts"].get, down)), "Hosts that are offline or missing."
-    rest, rest_help = [("", max(count - len(samples), 0))], "How many more of them there are."
-    shown_hosts = metric_family("hostenroll_host_down", "gauge", help, samples)
-    not_shown = metric_family("hostenroll_hosts_down_not_shown", "gauge", rest_help, rest)
-    return "".join(chain(shown_hosts, not_shown))
+    rest = max(0, sum(map(page.more["counts"].get, down)) - len(samples))
+    return metric("hostenroll_host_down", "Hosts that are offline or missing.", samples) + metric(
+        "hostenroll_hosts_down_not_shown", "How many more of them there are.", rest
+    )
 
 
 class Inventory:
@@ -10078,7 +10142,7 @@ class Operation(NamedTuple):
     more: Mapping[str, FieldType] = {}  # members of its answer beside these
     columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 12 knows
     content_type: str = JSON
-    raises: tuple[type[Problem], ...] = ()  # beside what problems() adds
+    raises: tuple[type[Problem], ...] = ()  # beside what problems() finds
     writes: bool = True
     durable: bool = True  # what it writes is on the disk before the answer
     static: Optional[Callable[[], Response]] = None  # the answer, where the rule is ""
@@ -10099,10 +10163,12 @@ class Operation(NamedTuple):
     def problems(self) -> list[type[Problem]]:
         """What HTTP may refuse it for, by status and code."""
         raised = {Problem, *CALLERS[self.caller].problems, *self.raises}
-        if "{id}" in self.path:
+        raised |= {InvalidBody} if self.body is not None else set()
+        asked = {*self.query.fields, *(self.body.fields if self.body else ())}
+        if "{id}" in self.path or asked & {"organization", "organizationId"}:
             raised.add(NotFound)
-        if self.body is not None:
-            raised.add(InvalidBody)
+        if "after" in asked:
+            raised.add(ChangesPruned)
         return [kind for kind in problems() if kind in raised or issubclass(kind, Unframed)]
 
     def document(self, record: Any) -> dict[str, Any]:
@@ -10129,12 +10195,13 @@ class Operation(NamedTuple):
         item = self.answer.schema
         if not self.list_of:
             return item
-        items = {self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)}
-        cursor = self.query.fields.get("cursor", Field("", CURSOR)).type
-        is_feed, is_list = "after" in self.query.fields, self.list_of != "changes"
-        more = [Field("nextCursor", Nullable(cursor), required=not is_feed)] if is_list else []
-        more += [Field("cursor", FEED_CURSOR, required=not is_list)] if is_feed else []
-        return Schema(*required(**items), *more, *required(**self.more), name=f"{item.name}List")
+        members = required(**{self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)}, **self.more)
+        if "cursor" not in self.more:
+            is_feed = "after" in self.query.fields  # where it is one, it has the other cursor
+            cursor = self.query.fields.get("cursor", Field("", CURSOR)).type
+            members.append(Field("nextCursor", Nullable(cursor), required=not is_feed))
+            members += [Field("cursor", FEED_CURSOR)] if is_feed else []
+        return Schema(*members, name=f"{item.name}List")
 
 
 # fmt: off
@@ -10146,11 +10213,11 @@ OPERATIONS = (
               "report that a host is alive", durable=False, body=HEARTBEAT_BODY, answer=HEARTBEAT),
     Operation("mint-token", "POST", "/api/hosts/tokens", "admin", "tokens.mint",
               "make an enrollment token",
-              body=MINT_BODY, status=201, answer=MINTED_TOKEN, raises=(NotFound,)),
+              body=MINT_BODY, status=201, answer=MINTED_TOKEN),
     Operation("list-tokens", "GET", "/api/hosts/tokens", "viewer", "tokens.list",
               "list tokens, the newest first",
               writes=False, query=TOKENS_QUERY, answer=TOKEN, list_of="tokens",
-              columns=("id", "state", "uses", "expiresAt", "description", "organizationId")),
+              columns=("description", "state", "uses", "expiresAt", "organizationId", "id")),
     Operation("show-token", "GET", "/api/hosts/tokens/{id}", "viewer", "tokens.get",
               "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
     Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
@@ -10159,9 +10226,9 @@ OPERATIONS = (
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, the newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts",
-              more={"counts": ObjectOf(HOST_COUNTS)}, raises=(NotFound,),
-              columns=("id", "name", "status", "lastSeen", "address", "labels", "hostname",
-                       "organizationId")),
+              more={"counts": ObjectOf(HOST_COUNTS)},
+              columns=("name", "status", "age", "address", "labels", "lastSeen", "hostname",
+                       "organizationId", "id")),
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
@@ -10182,18 +10249,16 @@ OPERATIONS = (
     Operation("show-audit", "GET", "/api/audit", "viewer", "audit.list",
               "list what happened, the newest first",
               writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events",
-              raises=(NotFound, ChangesPruned),
-              columns=("number", "when", "action", "code", "subject", "actor", "address", "detail",
-                       "time")),
+              columns=("when", "action", "actor", "address", "subject", "code", "detail", "time",
+                       "number")),
     Operation("list-changes", "GET", "/api/changes", "viewer", "reports.list",
               "list what hosts' statuses became, the oldest first",
               writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
-              raises=(NotFound, ChangesPruned),
-              columns=("at", "was", "status", "host", "by")),
+              more={"cursor": FEED_CURSOR}, columns=("name", "was", "status", "at", "by", "host")),
     Operation("list-incidents", "GET", "/api/incidents", "viewer", "incidents.list",
               "list which hosts went offline together, in the last day",
               writes=False, query=Schema(Field("organization", SLUG)), answer=INCIDENT,
-              list_of="incidents", raises=(NotFound,), columns=("at", "count", "down", "text")),
+              list_of="incidents", columns=("at", "count", "down", "text")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
     Operation("show-service", "GET", "/api/service", "viewer", _service,
@@ -10205,12 +10270,10 @@ OPERATIONS = (
               content_type=EXPOSITION),
     Operation("targets", "GET", "/api/inventory/prometheus", "viewer",
               partial(_inventory, _put_target, lambda made: f"[{','.join(made.hosts)}]"),
-              "list hosts as targets of Prometheus", writes=False, query=TARGETS_QUERY,
-              raises=(NotFound,)),
+              "list hosts as targets of Prometheus", writes=False, query=TARGETS_QUERY),
     Operation("inventory", "GET", "/api/inventory/ansible", "viewer",
               partial(_inventory, _put_variables, _ansible_text),
-              "list hosts as an inventory of Ansible", writes=False, query=INVENTORY_QUERY,
-              raises=(NotFound,)),
+              "list hosts as an inventory of Ansible", writes=False, query=INVENTORY_QUERY),
     Operation("health", "GET", "/healthz", "open", "", "whether the server answers",
               static=lambda: json_response(200, HEALTH.of(None)), answer=HEALTH),
     Operation("readiness", "GET", "/readyz", "open", "service.ready", "whether it can do its work",
@@ -10231,13 +10294,12 @@ OPERATIONS = (
               writes=False, answer=ORGANIZATION, list_of="organizations",
               columns=("id", "createdAt")),
     Operation("mint-api-key", "POST", "/api/keys", "admin", "api_keys.mint",
-              "make a key for the user API", body=API_KEY_BODY, status=201, answer=MINTED_API_KEY,
-              raises=(NotFound,)),
+              "make a key for the user API", body=API_KEY_BODY, status=201, answer=MINTED_API_KEY),
     Operation("list-api-keys", "GET", "/api/keys", "admin", "api_keys.list",
               "list API keys, the newest first",
-              writes=False, query=KEYS_QUERY, answer=API_KEY, list_of="apiKeys", raises=(NotFound,),
-              columns=("id", "state", "role", "organizationId", "createdAt", "createdBy",
-                       "expiresAt", "lastUsedAt", "description")),
+              writes=False, query=KEYS_QUERY, answer=API_KEY, list_of="apiKeys",
+              columns=("description", "state", "role", "organizationId", "lastUsedAt", "expiresAt",
+                       "createdBy", "createdAt", "id")),
     Operation("revoke-api-key", "DELETE", "/api/keys/{id}", "admin", "api_keys.revoke",
               "make an API key useless, with what it made if asked to",
               query=Schema(Field("withKeys", YES), Field("self", YES)), status=204,
@@ -10249,7 +10311,7 @@ OPERATIONS = (
     Operation("list-signing-keys", "", "", "admin", "keys.list",
               "list the keys that sign credentials",
               writes=False, answer=SIGNING_KEY, list_of="signingKeys",
-              columns=("kid", "state", "hosts", "createdAt", "retiredAt")),
+              columns=("state", "hosts", "createdAt", "retiredAt", "kid")),
     Operation("rotate-signing-key", "", "", "admin", "keys.rotate",
               "sign with a new key from now on", answer=SIGNING_KEY),
     Operation("retire-signing-key", "", "", "admin", "keys.retire",
@@ -10289,34 +10351,30 @@ PROBLEM = Schema(  # as Problem.document() makes it
 
 
 AN_ID, A_TIME, AN_ORGANIZATION = "0ca4f1b28e3d7a95", "2027-01-15T08:00:00.000Z", "default"
+A_CURSOR = "5e0ff1ce5e0ff1ce-7"
 # By the name of a member or a parameter what it says, an example, and what it is where a request
 # leaves it out. Where it says something else in one document or operation, that is before its name.
 # fmt: off
 MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "Idempotency-Key": ("sent again with the same token, it gets the same host", "b1946ac9"),
-    "action": ("what is done to each host", "revoke"),
-    "Event.action": ("what happened", "enroll"),
-    "show-audit.action": ("events of this action alone", "enroll"),
+    "action": ("what happened", "enroll"),
+    "ActOnHostsRequest.action": ("what is done to each host", "revoke"),
     "actor": ("who did it: cli:<user>, api-key:<id>, token:<id>, host:<id> or server", "cli:alice"),
-    "address": ("the address of the last heartbeat; null: not known", "192.0.2.7"),
+    "address": ("hosts at this address or in this network", "192.0.2.0/24"),
     "Event.address": ("where it came from; null: this machine", "192.0.2.7"),
-    "list-hosts.address": ("hosts at this address or in this network", "192.0.2.0/24"),
+    "Host.address": ("the address of the last heartbeat; null: not known", "192.0.2.7"),
     "addressSince": ("since when the host has this address", A_TIME),
-    "after": ("what came after this cursor; now: what comes from now on", "5e0ff1ce5e0ff1ce-7"),
+    "after": ("what came after this cursor; now: what comes from now on", A_CURSOR),
     "agentCommand": ("updates or moves the agent of an enrolled machine", "curl ..."),
     "agentVersion": ("the version of the agent", "0.2.0"),
     "apiKey": ("the key itself, shown this once", "hak_0ca4f1b28e3d7a95_..."),
-    "apiKeys": ("a part of the list, the newest first", []),
     "architecture": ("of the machine, as uname -m prints it", "x86_64"),
     "at": ("when it became true", A_TIME),
     "Incident.at": ("when the first host went offline", A_TIME),
     "auditKeepSeconds": ("how long events are kept; null: for ever", 7776000),
     "by": ("who did it; null: time, or a heartbeat", "cli:alice"),
     "certificateEndsAt": ("when the server's certificate ends; null: it has none", A_TIME),
-    "changes": ("what changed, the oldest first", []),
-    "code": ("which problem it is", "not-found"),
-    "Event.code": ("of a refusal: the code of the problem", "token-used"),
-    "show-audit.code": ("refusals with this code alone", "token-used"),
+    "code": ("of a refusal: which problem it is", "not-found"),
     "counts": ("how many hosts have each status, whatever else the list is about",
                dict.fromkeys(STATUSES, 7)),
     "createdAt": ("when it was made", A_TIME),
@@ -10325,10 +10383,10 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "credentialExpiresAt": ("when the credential expires; null: never", A_TIME),
     "credentialTtlSeconds": ("how long credentials are good; null: without end", 2592000),
     "cursor": ("the nextCursor of the page before", AN_ID),
-    "Change.cursor": ("names it, to go on after it", "5e0ff1ce5e0ff1ce-7"),
-    "ChangeList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
-    "EventList.cursor": ("up to which the server has looked", "5e0ff1ce5e0ff1ce-7"),
-    "Problem.cursor": ("where to go on, having missed what is not kept", "5e0ff1ce5e0ff1ce-7"),
+    "Change.cursor": ("names it, to go on after it", A_CURSOR),
+    "ChangeList.cursor": ("up to which the server has looked", A_CURSOR),
+    "EventList.cursor": ("up to which the server has looked", A_CURSOR),
+    "Problem.cursor": ("where to go on, having missed what is not kept", A_CURSOR),
     "count": ("how many hosts", 7),
     "down": ("how many of them still are", 5),
     "description": ("what it is for", "the cellar", ""),
@@ -10340,7 +10398,6 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "enrolledAt": ("when the host enrolled", A_TIME),
     "enrolledFrom": ("the address that it enrolled from", "192.0.2.7"),
     "errors": ("what is wrong with a body or a query, field by field", []),
-    "events": ("a part of the log, the newest first", []),
     "everySeconds": ("the rhythm of an agent that cron starts; null: it has none", 300),
     "expiresAt": ("until when it is good; null: without end", A_TIME),
     "field": ("the member or parameter", "hostname"),
@@ -10352,13 +10409,14 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "hostname": ("as the machine says it", "web-1.example.net"),
     "Token.hostname": ("the only hostname that it lets in; null: any", "web-1.example.net"),
     "MintTokenRequest.hostname": ("let in this hostname alone", "web-1.example.net"),
-    "hosts": ("a part of the list", []),
+    **dict.fromkeys(("apiKeys", "changes", "events", "hosts", "organizations", "tokens"),
+                    ("a part of the list", [])),
     "Token.hosts": ("the ids of some that it let in", [AN_ID]),
     "ActOnHostsRequest.hosts": ("their ids", [AN_ID]),
-    "id": ("names it for good", AN_ID),
     "Incident.hosts": ("the ids of the first of them", [AN_ID]),
-    "Incident.id": ("the cursor of its first change", "5e0ff1ce5e0ff1ce-7"),
-    "incident": ("hosts of this incident of the last day", "5e0ff1ce5e0ff1ce-7"),
+    "id": ("names it for good", AN_ID),
+    "Incident.id": ("the cursor of its first change", A_CURSOR),
+    "incident": ("hosts of this incident of the last day", A_CURSOR),
     "incidents": ("hosts that went offline together, the newest first", []),
     "Organization.id": ("its name", AN_ORGANIZATION),
     "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
@@ -10386,7 +10444,6 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "olderSeconds": ("hosts whose status began so long ago or earlier", 86400),
     "organization": ("of this organization alone", AN_ORGANIZATION),
     "organizationId": ("whose it is; null: it is for all", AN_ORGANIZATION),
-    "organizations": ("those that the key sees", []),
     "os": ("the operating system", "Debian GNU/Linux 12"),
     "pin": ("the keys that agents trust, as curl's --pinnedpubkey; null: any", "sha256//..."),
     "port": ("of each target", EXPORTER_PORT),
@@ -10397,24 +10454,21 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "refusedAt": ("when a request of the host was last refused; null: never", A_TIME),
     "refusedCode": ("and what for", "credential-superseded"),
     "revokedAt": ("when it was revoked; null: it is not", A_TIME),
-    "role": ("what the key may do: admin may change, viewer may look", "viewer"),
+    "role": ("what the key may do: admin may change, viewer may look", "viewer", "admin"),
     "seen": ("the last heartbeat before it; null: there was none", A_TIME),
-    "MintApiKeyRequest.role": ("what the key may do", "viewer", "admin"),
     "self": ("also if it is the key that asks", "true", "false"),
     "show": ("a label that each host is shown with; may come more than once", "rack"),
     "sort": ("the order; attention: what is down comes first", "attention", "enrolledAt"),
     "state": ("whether it is good, and if not, why", "valid"),
-    "status": ("what the host is, by its heartbeats", "online"),
+    "status": ("of this status alone; may come more than once", "offline"),
+    "Host.status": ("what the host is, by its heartbeats", "online"),
     "Problem.status": ("the status of the answer", 404),
     "Change.status": ("what the host became", "offline"),
-    "list-changes.status": ("hosts that became this alone; may come more than once", "offline"),
-    "list-hosts.status": ("hosts of this status alone; may come more than once", "offline"),
     "Health.status": ("it answers", "ok"),
     "Readiness.status": ("it can do its work", "ready"),
     "statusSince": ("since when; null: not known", A_TIME),
     "statusReason": ("why the host has its status, in a sentence", "last seen 5 s ago"),
     "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
-    "show-audit.subject": ("events about this alone", f"host:{AN_ID}"),
     "time": ("when it happened", A_TIME),
     "text": ("it in a sentence", "7 hosts went offline together"),
     "title": ("the problem in a few words", "There is no such thing"),
@@ -10422,7 +10476,6 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "EnrollRequest.token": ("what lets the machine in", "het_0ca4f1b28e3d7a95_..."),
     "list-hosts.token": ("hosts that came in by the token with this id", AN_ID),
     "tokenId": ("the id of the token that let it in first", AN_ID),
-    "tokens": ("a part of the list, the newest first", []),
     "ttlSeconds": ("how long it is good", 3600, TOKEN_TTL),
     "MintApiKeyRequest.ttlSeconds": ("how long it is good; null: without end", 43200),
     **{f"HostCounts.{status}": ("how many hosts are", 7) for status in STATUSES},
@@ -10549,20 +10602,18 @@ def openapi_document() -> dict[str, Any]:
     words of an answer that stand in x-extensible-enum may become more."""
     paths: dict[str, dict[str, Any]] = {}
     responses: dict[str, Any] = {}
-    answers: dict[str, Schema] = {}
-    requests: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    answers = [PROBLEM, FIELD_ERROR, CHANGED_HOST.schema, HOST_COUNTS]
     for operation in HTTP_OPERATIONS:
         methods = paths.setdefault(operation.path, {})
         methods[operation.method.lower()] = _openapi_operation(operation)
-        schema = operation.schema()
-        if operation.answer is not None and schema is not None:
-            answers.update({one.name: one for one in (operation.answer.schema, schema) if one.name})
+        if operation.answer is not None and (schema := operation.schema()) is not None:
+            answers += [operation.answer.schema, schema]
         for _, name, body in _request_bodies(operation):
-            requests[name] = _object_schema(name, body, True)
+            schemas[name] = _object_schema(name, body, True)
         for _, name, kinds in _refusals(operation):
             responses[name] = _refusal_response(kinds)
-    parts = PROBLEM, FIELD_ERROR, CHANGED_HOST.schema, HOST_COUNTS
-    answers.update({schema.name: schema for schema in parts})
+    schemas.update({one.name: _object_schema(one.name, one, False) for one in answers if one.name})
     return {
         "openapi": "3.1.0",
         "info": {
@@ -10576,10 +10627,7 @@ def openapi_document() -> dict[str, Any]:
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": {
-                **{n: _object_schema(n, one, False) for n, one in answers.items()},
-                **requests,
-            },
+            "schemas": schemas,
             "responses": responses,
             "securitySchemes": SECURITY_SCHEMES,
         },
@@ -11081,6 +11129,7 @@ class Connection:
         self.buffered = 0  # bytes of an unfinished request, or of a large one that is run
         self.output: Union[bytes, memoryview] = b""
         self.next_state = IDLE  # the state that follows when the output is taken
+        self.key = -1  # the id of the API key for which it is HELD
         self.lingers = False  # before it closes: the peer may still be sending
 
 
@@ -11362,9 +11411,12 @@ class HeldReads:
         if is_over or connection.state is CLOSED:
             return page
         if connection.state is not HELD:
-            keys = [each[1].by.id for each in self._held]
+            keys = [each.key for each in self._connections.within((HELD,))]
             if len(keys) >= WAITING_MAXIMUM or keys.count(call.by.id) >= WAITING_OF_KEY:
-                return TooManyRequests(WAITING_REFUSED)
+                return TooManyRequests(
+                    f"Try again later, or without wait: {WAITING_OF_KEY} of an API key can wait."
+                )
+            connection.key = call.by.id
             self._connections.move(connection, HELD)
         call = call._replace(values={**values, "after": page.more["cursor"]})
         queue = self._held if page.next is None else self._reads
@@ -11381,7 +11433,7 @@ class HeldReads:
                 self._reads.append((connection, call, head, moment))  # the wait is not measured
             elif connection.state is HELD:  # its peer has not gone
                 self._held.append((connection, call, head, moment))
-        self._api.metrics.waiting_requests = len(self._held)
+        self._api.metrics.waiting_requests = len(self._connections.within((HELD,)))
 
     def next_look(self) -> float:
         """When to call wake() at the latest, by the monotonic clock."""
@@ -12171,6 +12223,8 @@ class Client:
             raise OperatorError(f"{self.name} would be sent secrets in the clear: {remedy}")
         if self._proxy.scheme not in ("", "http"):
             raise OperatorError(f"{self.name} has a proxy of {self._proxy.scheme}: it must be http")
+        if not self._is_https:
+            return
         try:
             self._context = ssl.create_default_context(cafile=cacert or None)
         except OSError as error:  # a file that OpenSSL cannot parse, too
@@ -12184,14 +12238,9 @@ class Client:
         Raises OperatorError, and the Problem of a refusal."""
         return self._document(*self.request("GET", f"{path}?{urlencode(query)}", patience=patience))
 
-    def post(self, path: str, document: Any) -> Any:
-        """The document of the answer, or None. Raises as get()."""
-        body = json_text(document).encode("ascii")
-        return self._document(*self.request("POST", path, body, {"Content-Type": JSON}))
-
     def _document(self, status: int, body: bytes) -> Any:
         try:
-            document = cast("Any", None if status == 204 else parse_json(body))
+            document: Any = parse_json(body)
             if 200 <= status < 300:
                 return document
             errors = [FieldError(**error) for error in document.get("errors", ())]
@@ -12259,8 +12308,8 @@ class Client:
 # same Idempotency-Key, and the next batch grows meanwhile. So everything is told at least once, and
 # what concerns one host in order.
 
-CHANGES_PATH, EVENTS_PATH = "/api/changes", "/api/audit"
-TROUBLES = ("offline", "missing", "pending")  # statuses
+CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
+TROUBLES = (*DOWN, "pending")  # statuses
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
 WAKING = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
 
@@ -12297,9 +12346,8 @@ def track(host: Tracked, change: Mapping[str, Any], before: str, now: float,
     elif len(times) > FLAPPING_ABOVE or (status == "online" and told):
         due = now
     elif status in wanted.statuses:
-        due = now + (
-            PENDING_TOLD_AFTER if status == "pending" else wanted.delay * (status in TROUBLES)
-        )
+        waits = {**dict.fromkeys(TROUBLES, wanted.delay), "pending": PENDING_TOLD_AFTER}
+        due = now + waits.get(status, 0)
     return Tracked(told, due, change if due else {}, before, times)
 
 
@@ -12315,7 +12363,7 @@ def settle(host: Tracked, now: float) -> tuple[Tracked, list[Mapping[str, Any]]]
 
 def closes_at(dues: Sequence[float], batch: float) -> float:
     """When a batch is told, by the times at which what is in it was due."""
-    if len(dues) < BATCH_GROWS_AT:
+    if len(dues) < INCIDENT_SMALLEST:
         return min(dues) + batch
     return min(max(dues) + batch, min(dues) + max(batch, BATCH_LONGEST))
 
@@ -12326,38 +12374,42 @@ def words_for(event: Mapping[str, Any]) -> set[str]:
     return {event["action"], event["code"] or "", burst}
 
 
-def clause(status: str, changes: Sequence[Mapping[str, Any]]) -> str:
-    """What has become of hosts, in words. A machine chooses its name, and may be no friend: none
-    calls everybody in a chat, or looks like a link."""
+def clause(status: str, changes: Sequence[Mapping[str, Any]], incidents: str) -> str:
+    """What has become of hosts, in words, with a label that most of them have, if the incidents
+    name it: then most others have not. A machine chooses its name, and may be no friend: none calls
+    everybody in a chat, or looks like a link."""
     safe, what = partial(re.sub, r"[^\w .=+-]", "?"), STATUS_WORDS.get(status, status)
     hosts, count = [change["host"] for change in changes], len(changes)
-    if count <= BATCH_GROWS_AT:
+    if count < INCIDENT_SMALLEST:
         *names, last = (safe(sanitize(host["name"])) for host in hosts)
-        return f"{', '.join(names)} and {last} are {what}" if names else f"{last} is {what}"
+        return f"{names[0]} and {last} are {what}" if names else f"{last} is {what}"
     labels = Counter(f"{key}={value}" for host in hosts for key, value in host["labels"].items())
-    for label, most in labels.most_common(1):
-        if 2 * most > count:
-            what += f", {most} of them {safe(sanitize(label))}"
+    named = re.split(" have |, |; ", incidents)
+    for label, most in labels.most_common():
+        if status in DOWN and 2 * most > count and label in named:
+            return f"{count} hosts are {what}, {most} of them {safe(sanitize(label))}"
     return f"{count} hosts are {what}"
 
 
 def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any]] = (),
-            events: Sequence[Mapping[str, Any]] = ()) -> str:  # fmt: skip
+            events: Sequence[Mapping[str, Any]] = (),
+            incidents: Sequence[Mapping[str, Any]] = ()) -> str:  # fmt: skip
     """What is delivered: a line of JSON."""
     groups: dict[str, list[Any]] = {}
     for change in changes:
         status = "flapping" if "flapping" in change else change["status"]
         groups.setdefault(status, []).append(change)
+    said = "; ".join(incident["text"] for incident in incidents)
+    texts = [text, *(clause(status, group, said) for status, group in groups.items())]
     actions = Counter(event["action"] for event in events)
     noticed = ", ".join(f"{count} {action}" for action, count in actions.items())
-    texts = [text, *starmap(clause, groups.items()), noticed and f"events: {noticed}"]
     times = [each["at"] for each in changes] + [each["time"] for each in events]
     times = times or [rfc3339(int(now * SECOND_MS))]
     return json_text({
         "kind": kind, "from": min(times), "to": max(times),
         "counts": {**{status: len(group) for status, group in groups.items()}, **actions},
-        "text": "; ".join(filter(None, texts)), "incidents": [],
-        "changes": changes[:TOLD_MAXIMUM], "events": events[:TOLD_MAXIMUM],
+        "text": "; ".join(filter(None, [*texts, noticed and f"events: {noticed}"])),
+        "incidents": incidents, "changes": changes[:TOLD_MAXIMUM], "events": events[:TOLD_MAXIMUM],
         "truncated": max(len(changes), len(events)) > TOLD_MAXIMUM,
     })  # fmt: skip
 
@@ -12474,6 +12526,13 @@ class Watch:
                 with suppress(ChangesPruned):  # then what was read stands
                     page = self._read(CHANGES_PATH, [*self._wanted.query, *asked], 0)
                     fresh.update((change["cursor"], change) for change in page["changes"])
+        silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN], []
+        if len(silent) >= INCIDENT_SMALLEST:
+            scope = [pair for pair in self._wanted.query if pair[0] != "label"]
+            found = self._read(INCIDENTS_PATH, scope, 0)["incidents"]
+            incidents = [
+                incident for incident in found if {*silent}.intersection(incident["hosts"])
+            ]
         for id, host in ready.items():
             if fresh.get(host.change["cursor"], host.change)["muted"]:
                 self._hosts[id] = host._replace(due=now + MUTED_FOR)
@@ -12483,7 +12542,7 @@ class Watch:
         self._state["events"], self._is_saved = [], False
         if told or events:
             kind, seen = "changes" if told else "events", [event for _, event in events]
-            self._state["outbox"].append(message(kind, "", now, told, seen))
+            self._state["outbox"].append(message(kind, "", now, told, seen, incidents))
 
     def _save(self) -> None:
         """Raises OSError, OperatorError."""
@@ -12517,12 +12576,16 @@ def tell_by_command(command: str, line: str) -> None:
 
 
 def tell_by_webhook(client: Client, secret: bytes, clock: Callable[[], float], line: str) -> None:
-    """POST a message. Raises OperatorError."""
-    body = line.encode("ascii")
-    headers = {"Content-Type": JSON, "Idempotency-Key": sha256(body).hex()[:32]}
-    if secret:
-        headers["X-Hostenroll-Signature"] = webhook_signature(secret, int(clock()), body)
-    status, _ = client.request("POST", "", body, headers, reads=False)
+    """POST a message; without lists, where it is too large for the receiver, as for many a chat.
+    Raises OperatorError."""
+    short = json_text({**json.loads(line), "changes": [], "events": [], "truncated": True})
+    for body in (line.encode("ascii"), short.encode("ascii")):
+        headers = {"Content-Type": JSON, "Idempotency-Key": sha256(body).hex()[:32]}
+        if secret:
+            headers["X-Hostenroll-Signature"] = webhook_signature(secret, int(clock()), body)
+        status, _ = client.request("POST", "", body, headers, reads=False)
+        if status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            break
     if not 200 <= status < 300:
         raise OperatorError(f"{client.name} answered {status}")
 
@@ -12646,6 +12709,10 @@ COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else h
     "missing": "33",
 }
 STATE_COLUMNS = ("state", "status", "ok")
+CUT = {  # columns that may be cut, to how little; no other is: addresses, actors, ids, times
+    "name": 20, "host": 20, "text": 20, "description": 16, "subject": 16, "labels": 12,
+    "hostname": 12, "detail": 12, "organizationId": 8,
+}  # fmt: skip
 TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$|Until$")  # of members that people see from now
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
@@ -12706,8 +12773,9 @@ def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progre
 
 
 class Table:
-    """Documents as rows of aligned columns, cut where the screen ends. A table may come in parts,
-    so that no more than one is in memory; columns get wider where a later part needs it."""
+    """Documents as rows of aligned columns. Where the screen is narrow, the widest columns of texts
+    give way to each other; what then has no room is left out. A table may come in parts, so that no
+    more than one is in memory; columns get wider where a later part needs it."""
 
     def __init__(self, columns: Sequence[str], screen: Screen, has_headings: bool = True) -> None:
         self._columns, self._screen = columns, screen
@@ -12719,20 +12787,32 @@ class Table:
         self._rows += [[cell(each, name, now) for name in self._columns] for each in documents]
         for at, texts in enumerate(zip(*self._rows)):
             self._widths[at] = max(self._widths[at], *map(text_width, texts))
-        lines, self._rows = list(map(self._line, self._rows)), []
+        widths = self._fitting()
+        lines, self._rows = [self._line(row, widths) for row in self._rows], []
         return "\n".join(lines)
 
-    def _line(self, row: Sequence[str]) -> str:
-        line, room = "", self._screen.columns or sys.maxsize
-        widest = max(16, room // 3)  # so that one long name does not push the rest off the screen
-        for name, text, width in zip(self._columns, row, self._widths):
-            width = min(width, widest)
-            short = shorten(text, min(width, room))
+    def _fitting(self) -> dict[int, int]:
+        """The widths of the columns that are shown."""
+        widths: dict[int, int] = {}
+        room = (self._screen.columns or sys.maxsize) + 2
+        for at, (name, width) in enumerate(zip(self._columns, self._widths)):
+            least = min(width, CUT.get(name, width))
+            if least + 2 <= room or not widths:
+                widths[at], room = least, room - least - 2
+        while room > 0:
+            growing = [at for at in widths if widths[at] < self._widths[at]]
+            if not growing:
+                break
+            narrowest = min(growing, key=widths.__getitem__)
+            widths[narrowest], room = widths[narrowest] + 1, room - 1
+        return widths
+
+    def _line(self, row: Sequence[str], widths: Mapping[int, int]) -> str:
+        line = ""
+        for at, width in widths.items():
+            name, text, short = self._columns[at], row[at], shorten(row[at], width)
             padding = " " * (width + 2 - text_width(short))
             line += self._screen.paint(short, text if name in STATE_COLUMNS else "") + padding
-            room -= width + 2
-            if room <= 0:
-                break
         return line.rstrip()
 
 
@@ -12751,7 +12831,9 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "when": lambda event, now: relative_time(event["time"], now),
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
-    "host": lambda change, now: plain_text("{name} ({id})".format(**change["host"])),
+    "name": lambda change, now: plain_text(change["host"]["name"]),
+    "host": lambda change, now: change["host"]["id"],
+    "age": lambda host, now: age_of(host["statusSince"], now),
 }
 
 
@@ -12762,6 +12844,10 @@ def relative_time(timestamp: str, now: int) -> str:
         return "now"
     shown = format_duration(abs(elapsed) / SECOND_MS, minutes_from=2)
     return f"{shown} ago" if elapsed > 0 else f"in {shown}"
+
+
+def age_of(timestamp: Optional[str], now: int) -> str:
+    return relative_time(timestamp, now).replace(" ago", "") if timestamp else "-"
 
 
 def plain_text(value: Any) -> str:
@@ -12983,17 +13069,37 @@ class Session(NamedTuple):
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
         values = typed_values(self.operation, self.arguments, self.now())
-        given = getattr(self.arguments, "id", "")
-        text = given if isinstance(given, str) else " ".join(given)
-        if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", text):
+        words = getattr(self.arguments, "id", [])
+        words = [words] if isinstance(words, str) else words
+        if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
             raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
         by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
-        return Call(self.operation, by, parse_id(text), values)
+        named = self.named(words[0]) if len(words) == 1 else None
+        return Call(self.operation, by, values=values, named=named)
+
+    @property
+    def asks(self) -> bool:
+        """Whether somebody at a terminal is asked before the command destroys something."""
+        destroys = self.command.name in DESTRUCTIVE
+        return destroys and not self.arguments.yes and is_at_terminal()
+
+    def named(self, word: str) -> Named:
+        """What the command is about. Where it destroys, only a person who is asked may type less
+        than an id or a name: a script would not see what it hits."""
+        kind = next(kind for kind, noun in KINDS.items() if self.command.name.endswith(noun))
+        return Named(kind, word, self.asks or self.command.name not in DESTRUCTIVE)
 
     def perform(self) -> Any:
-        """The record of the operation, performed in a registry of its own."""
+        """The record of the operation, performed in a registry of its own. Raises UsageError."""
         call = self.call()
         with self.open(purpose="act" if self.operation.writes else "read") as registry:
+            if self.asks:
+                what = call.values.get("kid", "")
+                if call.named is not None:
+                    row = registry.perform(call._replace(operation=LOOK_UP), self.now())
+                    what, call = title_of(row), call._replace(id=row.id, named=None)
+                if not is_confirmed(f"{self.command.name.replace('-', ' ')} {plain_text(what)}"):
+                    raise UsageError("nothing is done")
             return registry.perform(call, self.now())
 
     def document(self, record: Any) -> dict[str, Any]:
@@ -13122,6 +13228,8 @@ def user_name(environment: Mapping[str, str]) -> str:
 
 SERVICE_RULE = InternalRule(lambda registry, call, now: registry.service.get(), writes=False)
 CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
+LOOK_UP = InternalRule(lambda registry, call, now: registry.names.find(call.named), writes=False)
+DESTRUCTIVE = ("delete-host", "revoke-host", "revoke-token", "revoke-api-key", "retire-signing-key")
 
 
 def show(session: Session) -> None:
@@ -13150,34 +13258,39 @@ def delete_host(session: Session) -> None:
 
 
 def act_on_hosts(session: Session) -> Optional[int]:
-    """On the host of one id at once; on several, or on those that filters find, after a yes and in
-    short ticks, beside a server. Exit status 3 where some ids are no host's."""
+    """On one host at once; on several, or on those that filters find, after a yes and in short
+    ticks, beside a server. Exit status 3 where there are no such hosts."""
     arguments, call, action = session.arguments, session.call(), session.command.name.split("-")[0]
     filters = typed_values(OPERATION["list-hosts"], arguments, session.now())
-    ids = [*dict.fromkeys(arguments.id)]
-    if bool(ids) == bool(filters):
-        raise UsageError("this needs ID, or else filters that find hosts")
-    if len(ids) == 1 and not arguments.dry_run:
+    hosts: list[Any] = [session.named(word) for word in dict.fromkeys(arguments.id)]
+    if bool(hosts) == bool(filters):
+        raise UsageError("this needs HOST, or else filters that find hosts")
+    if len(hosts) == 1 and not arguments.dry_run:
         (delete_host if action == "delete" else show)(session)
         return None
     if "name" in call.values or (session.operation.patch and "merges" not in call.values):
         raise UsageError("--name, --set-labels and --no-labels are for one host")
     act, listed = (call._replace(operation=OPERATION[n]) for n in ("act-on-hosts", "list-hosts"))
-    total = Acted(0, [])
+    total, step = Acted(0, []), ACTED_AT_ONCE // 2
     with session.open(purpose="read" if arguments.dry_run else "act") as registry:
         if filters:
             found = pages(session, registry, listed._replace(values=filters))
-            ids = [host["id"] for hosts in found for host in hosts]
-        count = f"hosts to {action}: {len(ids)}"
+            hosts = [host["id"] for documents in found for host in documents]
+        elif arguments.dry_run or session.asks or len(hosts) > step:
+            looks = (call._replace(operation=LOOK_UP, named=each) for each in hosts)
+            rows = {row.id: row for row in (registry.perform(it, session.now()) for it in looks)}
+            hosts = [*map(id_text, rows)]
+            if session.asks:
+                inform(*(plain_text(title_of(row)) for row in rows.values()))
+        count = f"hosts to {action}: {len(hosts)}"
         if arguments.dry_run:
-            session.report({"hosts": ids}, "\n".join(ids) or None, count)
+            session.report({"hosts": hosts}, "\n".join(hosts) or None, count)
             return None
         if not arguments.yes and not is_confirmed(count):
             raise UsageError(f"{count}; nothing is done: --dry-run shows them, --yes goes on")
-        step = ACTED_AT_ONCE // 2
         try:
-            for start in range(0, len(ids), step):
-                values = {**call.values, "action": action, "hosts": ids[start : start + step]}
+            for start in range(0, len(hosts), step):
+                values = {**call.values, "action": action, "hosts": hosts[start : start + step]}
                 acted = registry.perform(act._replace(values=values), session.now())
                 total = Acted(total.done + acted.done, total.not_found + acted.not_found)
         finally:  # what is done stays, when a later tick is refused
@@ -13186,9 +13299,13 @@ def act_on_hosts(session: Session) -> Optional[int]:
     return EXIT_REFUSED if total.not_found else None
 
 
+def is_at_terminal() -> bool:
+    return all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
 def is_confirmed(what: str) -> bool:
     """Whether somebody at a terminal says yes."""
-    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+    if not is_at_terminal():
         return False
     print(f"{what}; go on? [y/N]", end=" ", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -13505,6 +13622,8 @@ def watch(session: Session) -> None:
 def teller(session: Session) -> Callable[[str], None]:
     """The way to tell people that the arguments name. Raises OperatorError."""
     arguments, url, secret = session.arguments, session.arguments.webhook, b""
+    if arguments.secret_file and not url:
+        raise UsageError("--secret-file goes with --webhook")
     if arguments.exec:
         return partial(tell_by_command, arguments.exec)
     if not url:
@@ -13817,7 +13936,10 @@ CLIENT_OPTIONS = (
 )
 SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS, *CLIENT_OPTIONS[:2])
 
-ID_OPERAND = Argument("id", {"metavar": "ID"})
+ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or what it begins with, 6 digits or more"})
+HOST_HELP = "its name, hostname or id, or what that begins with, 6 digits or more"
+HOST_OPERAND = Argument("id", {"metavar": "HOST", "help": HOST_HELP})
+YES_OPTION = flag("--yes", "do not ask")
 JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
@@ -13834,11 +13956,11 @@ FILTERS = (
     option("--older", "TIME", "whose status began so long ago", lambda text: str(duration(text))),
     option("--incident", "ID", "that fell silent in it"))
 MANY_ARGUMENTS = (
-    Argument("id", {"metavar": "ID", "nargs": "*", "help": "of hosts; or filters that find them"}),
+    Argument("id", {"metavar": "HOST", "nargs": "*", "help": f"{HOST_HELP}; or filters"}),
     *FILTERS,
     option("--where", "K=V", "with this label: also K, K!=V; repeatable", action="append"),
     option("--reason", "TEXT", "for the audit log"),
-    flag("--dry-run", "only show which hosts"), flag("--yes", "do not ask"))
+    flag("--dry-run", "only show which hosts"), YES_OPTION)
 INTERVAL_OPTION = option("--interval", "TIME", "how often its hosts are to beat (the server's)",
                          interval)
 # fmt: on
@@ -13899,7 +14021,7 @@ GROUPS = {
                 own_summary="print the command that updates or moves enrolled agents"),
         by_id("show-token"),
         by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay, unless "
-              "--with-hosts is given", arguments=(ID_OPERAND, WITH_HOSTS_OPTION)),
+              "--with-hosts is given", arguments=(ID_OPERAND, WITH_HOSTS_OPTION, YES_OPTION)),
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
@@ -13909,12 +14031,12 @@ GROUPS = {
             option("--q", "TEXT", "a part of names, id, address, system or a label's value"),
             choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
             option("--address", "CIDR", "of this address or network"), LIMIT_OPTION)),
-        Command("list-changes", "list-changes --follow --json", list_items, (
+        Command("list-changes", "list-changes --status offline --label rack=b4", list_items, (
             ORG_OPTION, option("--status", "STATUS", "what it became; repeatable", action="append"),
             option("--label", "K=V", "with this label: also K; repeatable", action="append",
                    dest="where"),
             option("--host", "ID", "only this one"), *FEED_OPTIONS)),
-        by_id("show-host"),
+        by_id("show-host", arguments=(HOST_OPERAND,)),
         Command("inventory", "inventory --list --status online", print_inventory, (
             flag("--list", "all hosts (this is the default)", "what"),
             option("--host", "NAME", "the variables of this host", group="what"),
@@ -13944,7 +14066,7 @@ GROUPS = {
             ORG_OPTION, flag("--force", "for a day", required=True, action="store_true")),
             "for a day nothing stops expiry; organizations: {done}"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
-                (ID_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
+                (HOST_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),
     "organizations and API keys": (
         Command("add-org", "add-org berlin", show, (Argument("name", {"metavar": "NAME"}),),
@@ -13959,8 +14081,8 @@ GROUPS = {
             option("--description", "TEXT", default=""))),
         Command("list-api-keys", "list-api-keys", list_items, (ORG_OPTION, LIMIT_OPTION)),
         by_id("revoke-api-key", "API key {id} is revoked", arguments=(
-            ID_OPERAND, flag("--with-keys", "and the keys that it made, and so on",
-                             action="store_const", const="true"))),
+            ID_OPERAND, YES_OPTION, flag("--with-keys", "and the keys that it made, and so on",
+                                         action="store_const", const="true"))),
     ),
     "signing keys": (
         Command("list-signing-keys", "list-signing-keys", list_items),
@@ -13968,7 +14090,7 @@ GROUPS = {
                 "it signs from now on, and hosts get a credential of it when they beat;\n"
                 "list-signing-keys counts them, and retire-signing-key ends an old key"),
         Command("retire-signing-key", "retire-signing-key 5b1c09d2f3a4e687", show, (
-            Argument("kid", {"metavar": "KID"}),
+            Argument("kid", {"metavar": "KID"}), YES_OPTION,
             flag("--force", "though hosts still use it", action="store_const", const="yes")),
             "signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}"),
     ),
@@ -14217,7 +14339,7 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
         complain(str(problem.__cause__ or problem.detail))
     except Problem as problem:
         errors = "; ".join(f"{command.typed(name)}: {detail}" for name, detail in problem.errors)
-        is_lost = isinstance(problem, NotFound) and "ID" in command.operands
+        is_lost = isinstance(problem, NotFound) and hasattr(arguments, "id")
         hint = f" See: list-{command.name.partition('-')[2]}s" if is_lost else ""
         complain(f"refused ({problem.code}): {errors or problem.detail}{hint}")
         return EXIT_REFUSED

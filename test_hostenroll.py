@@ -14,6 +14,7 @@ import configparser
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import hmac
 import io
@@ -1168,11 +1169,12 @@ def test_a_connection_goes_only_where_the_table_of_transitions_lets_it():
 
 def test_the_readme_lists_every_operation_command_and_refusal():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [
-        f"| {row.method} | `{row.path}` | {row.caller} | {row.summary} |"
-        for row in hostenroll.OPERATIONS if row.path
-    ]  # fmt: skip
-    rows += [f"| `{row.name}` | {row.summary} |" for row in hostenroll.COMMANDS]
+    over = {row.name: f" {row.method} `{row.path}` | {row.caller} |"
+            for row in hostenroll.OPERATIONS if row.path}  # fmt: skip
+    rows = [f"| `{row.name}` | {row.summary} |{over.pop(row.name, ' | |')}\n"
+            for row in hostenroll.COMMANDS]  # fmt: skip
+    rows += [f"|{over[row.name].replace(' `', ' | `')} {row.summary} |\n"
+             for row in hostenroll.OPERATIONS if row.name in over]  # fmt: skip
     rows += [f"| `{row.code}` | {row.status} | {row.remedy} |" for row in hostenroll.problems()]
     assert [row for row in rows if row not in readme] == []
 
@@ -3618,7 +3620,7 @@ def test_a_database_that_changes_while_it_is_examined_is_not_judged(paths, clock
     engine = hostenroll.Engine(copy)
     assert engine.open(as_it_is=True) and engine.faults() == []
     assert os.listdir(folder) == ["x.db"]
-    assert sql(copy, "INSERT INTO organization VALUES ('x', 1)") == []
+    assert sql(copy, "INSERT INTO organization VALUES ('x', 1, 0)") == []
     (fault,) = engine.faults()
     assert "changed while it was examined" in fault and os.listdir(folder) == ["x.db"]
     for change in (lambda: None, lambda: os.unlink(copy)):
@@ -3721,7 +3723,7 @@ def test_a_checkpoint_is_done_without(missing, world, paths, tmp_path, caplog, m
         turn(world, [n % 10 + 1])
     assert len(os.listdir("/proc/self/fd")) <= before + 3 and "checkpoint" not in caplog.text
     oldest = min(seen_without_the_wal(paths, tmp_path).values())
-    assert world.clock.ms - 60_000 < oldest and os.stat(paths[0] + "-wal").st_size < 100_000
+    assert world.clock.ms - 60_000 < oldest and os.stat(paths[0] + "-wal").st_size < 150_000
 
 
 @pytest.mark.parametrize("statement", ["BEGIN", "SELECT 1 FROM sqlite_master", "COMMIT"])
@@ -4063,13 +4065,15 @@ def test_a_trouble_is_logged_once_and_so_is_its_end(world, caplog, monkeypatch):
     """Though reads succeed in between, and now and then a small tick that writes."""
     caplog.set_level(logging.INFO)
     readonly = sqlite3.OperationalError("attempt to write a readonly database")
+    statement = "UPDATE organization SET created_at = created_at"
+    small = own_call(lambda now: world.registry.engine.run(statement), durable=False)
     for _ in range(3):
         for error in (FULL, readonly):
             with faulty(world.registry, only="COMMIT", error=error) as connection:
-                world.run(QUICK_WRITE)
+                world.run(small)
                 assert connection.failed and world.registry.storage_trouble
             assert world.run(READ) == ["read"] and world.registry.storage_trouble
-        assert world.run(QUICK_WRITE) == ["alive"] and not world.registry.storage_trouble
+        assert world.run(small) == [1] and not world.registry.storage_trouble
     monkeypatch.setattr(hostenroll, "TROUBLE_OVER", -1)
     for _ in range(3):
         assert world.run(READ, QUICK_WRITE) == ["read", "alive"]
@@ -4335,8 +4339,21 @@ def test_what_agents_of_an_older_version_have_pinned_is_known(paths, clock):
     assert sql(paths[0], "SELECT pin, pinned FROM service") == [("a pin", "a pin")]
 
 
-# By the migration from schema 2: tables and columns.
-ADDED = re.findall(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", "; ".join(hostenroll.MIGRATIONS[2]))
+# What schema 2 lacks, by table.
+ADDED = [
+    (table, column)
+    for table, columns in {
+        "host": """agent_version issued_at issued_hash instances copied_at every_seconds
+            own_interval enrolled_from address address_since moved_at refused_at refused_code
+            restored_at state status_since muted_until ephemeral""",
+        "service": "pinned certificate_ends warned_at pauses",
+        "token": "own_interval ephemeral",
+        "heartbeat": "told_interval address_key",
+        "organization": "expiry",
+        "api_key": "maker_id expires_at last_used_at",
+    }.items()
+    for column in columns.split()
+]
 
 
 OF_3 = "change|feed|census|host_state|host_owner|host_name|api_key_"
@@ -7874,6 +7891,7 @@ def test_an_ephemeral_token_gives_its_hosts_ten_intervals_at_least(
 MUTES = {
     "2027-01-15T08:00:00Z": 1800000000000, "2027-01-15T08:00:00.250Z": 1800000000250,
     "9999-12-31T23:59:59.999Z": 253402300799999, "1000-01-01T00:00:00Z": 0, None: 0,
+    "2028-02-29T19:00:00Z": 1835463600000, "2027-04-30T20:09:00Z": 1809115740000,
 }  # fmt: skip
 
 
@@ -7894,7 +7912,9 @@ def test_a_host_is_muted_until_a_time_or_no_more(text, stored, world):
 
 @pytest.mark.parametrize("text", [
     "", "2027-13-01T00:00:00Z", "2027-01-15", "2027-01-15T08:00:00", "0000-01-01T00:00:00Z", 5, [],
-    "2027-01-15T08:00:00+01:00", "x" * 30, "2h",
+    "2027-01-15T08:00:00+01:00", "x" * 30, "2h", "2027-02-30T08:00:00Z", "2027-04-31T08:00:00Z",
+    "2027-01-32T08:00:00Z", "2027-01-00T08:00:00Z", "2027-01-15T24:00:00Z", "2027-01-15T08:60:00Z",
+    "2027-01-15T08:00:60Z",
 ])  # fmt: skip
 def test_what_is_no_time_mutes_nothing(text, world):
     host, _ = world.join()
@@ -10697,6 +10717,69 @@ def test_check_names_a_row_that_no_hostenroll_wrote(table, column, value, world)
     world.sql(f"UPDATE {table} SET {column} = {value}")
     (named,) = [finding for finding in bad_in(world.paths) if finding.name == "rows"]
     assert re.match(f"what we never write is in (host|{table}) ", named.detail), named
+
+
+REPORTED = {  # in what was reported of hosts
+    "a change to a state that there is not": "UPDATE change SET status = 7",
+    "a change from a state that there is not": "UPDATE change SET was = -1",
+    "a change at no time": "UPDATE change SET at = 'noon'",
+    "a change before the first": "UPDATE change SET number = -5 WHERE number = 1",
+    "a state that there is not": "UPDATE heartbeat SET state = 99 WHERE host_id < {honest}",
+    "a state with a fraction": "UPDATE heartbeat SET state = 1.5 WHERE host_id < {honest}",
+    "a state that lists do not show": "UPDATE host SET state = 4",
+    "no history": "DELETE FROM feed",
+    "a history with braces": "UPDATE feed SET history = '{{0.__class__}}'",
+    "a history in capitals": "UPDATE feed SET history = upper(history) || 'F'",
+    "counts of a state that there is not": "UPDATE host SET state = 6",
+    "counts of text": "UPDATE census SET state = 'online' WHERE hosts > 0",
+    "a count that is text": "UPDATE census SET hosts = 'x'",
+    "a count that is wrong": "UPDATE census SET hosts = hosts + 1",
+    "no counts": "DELETE FROM census",
+}
+LOOKS = (
+    "changes", "changes?after=now", "changes?status=online&label=a", "incidents", "hosts",
+    "hosts?sort=attention", "hosts?sort=name&status=online", "hosts?q=web",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", sample(REPORTED, *[*REPORTED][::3]))
+def test_a_hostile_report_is_named_and_stops_no_heartbeat(statement, world, caplog):
+    assert "rows" not in {finding.name for finding in bad_in(world.paths)}
+    number, _ = world.joined()
+    world.live(1)
+    world.delete(world.joined()[0])
+    honest, credential = world.join("honest")
+    world.beat(credential)
+    assert "rows" not in {finding.name for finding in bad_in(world.paths)}
+    world.sql(statement.format(honest=int(honest, 16)))
+    assert "rows" in {finding.name for finding in bad_in(world.paths)}
+    for path in (*LOOKS, f"hosts/{number}", "../metrics"):
+        path = f"/api/{path}".replace("/api/../", "/")
+        reply, beat = world.tick([request_bytes("GET", path, bearer=world.api_key),
+                                  beat_bytes(credential)])  # fmt: skip
+        assert reply.status in (200, 503) or reply.code == "changes-pruned", path
+        assert beat.status == 200
+    world.live(200)
+    assert world.housekeeping() is False and world.sweep() and world.revoke(number).status != 500
+    assert is_quiet(caplog)
+
+
+def test_an_interval_that_a_forger_wrote_stops_no_sweep(world):
+    (forged, _), (silent, _) = world.joined(), world.joined()
+    world.sql(f"UPDATE heartbeat SET told_interval = -{GREATEST} WHERE host_id = {int(forged, 16)}")
+    world.live(101)
+    world.sweep()
+    listed = {host["id"]: host["status"] for host in world.hosts().document["hosts"]}
+    assert listed == {forged: "offline", silent: "offline"}
+
+
+def test_a_change_that_none_can_follow_is_a_refusal(world):
+    """SQLite would give the next one a number that nobody looks for."""
+    number, _ = world.join()
+    world.sql(f"UPDATE change SET number = {GREATEST}")
+    before = world.snapshot()
+    assert world.revoke(number).code == "storage-unavailable" and world.snapshot() == before
+    assert "rows" in {finding.name for finding in bad_in(world.paths)}
 
 
 def test_a_serial_that_none_can_follow_is_a_refusal(world):
@@ -15160,7 +15243,7 @@ BAD_BODIES = {  # where, what is in the body beside what is right, the fields th
 BAD_QUERIES = {
     "/api/hosts": (
         "limit=0", "limit=1001", "limit=-1", "limit=1e3", "limit=", "limit=%31%00",
-        "limit=" + "9" * 30, "limit=1&limit=2", "status=up", "status=Online", "label=rack",
+        "limit=" + "9" * 30, "limit=1&limit=2", "status=up", "status=Online", "label=-rack",
         "label==x", "cursor=", "cursor=x", "cursor=ffffffffffffffff", "nope=1", "Limit=1", "q=%00",
         "q=" + "x" * 256, "organization=nope", "organization=%27--", "state=valid",
     ),
@@ -15372,8 +15455,8 @@ def test_a_histogram_is_cumulative_and_has_everything_in_its_last_bucket():
     histogram = hostenroll.Histogram((0.1, 1.0))
     for value, times in ((0.05, 1), (0.1, 2), (0.5, 1), (7.0, 3)):
         histogram.observe(value, times)
-    lines = hostenroll.metric_family("t", "histogram", "H", hostenroll.histogram_samples(histogram))
-    assert samples("".join(lines)) == {
+    lines = hostenroll.metric("t", "H", hostenroll.histogram_samples(histogram), "histogram")
+    assert samples(lines) == {
         't_bucket{le="0.1"}': 3, 't_bucket{le="1"}': 4, 't_bucket{le="+Inf"}': 7, "t_count": 7,
         "t_sum": pytest.approx(0.05 + 0.2 + 0.5 + 21),
     }  # fmt: skip
@@ -15877,6 +15960,11 @@ def test_each_member_and_parameter_is_described_with_an_example_that_fits():
                 used.add(parameter["name"])
             for content in operation.get("requestBody", {}).get("content", {}).values():
                 assert content["schema"]["$ref"].endswith(("Request", "Patch"))
+    for path in ("/api/inventory/prometheus", "/api/inventory/ansible"):
+        said, asked = document["paths"]["/api/hosts"], document["paths"][path]["get"]["parameters"]
+        listed = {one["name"]: one["description"] for one in said["get"]["parameters"]}
+        assert all(listed.get(one["name"], one["description"]) == one["description"]
+                   for one in asked), path  # fmt: skip
     owners = {*schemas, *hostenroll.OPERATION}
     for name in hostenroll.MEANINGS:
         owner, _, member = name.rpartition(".")
@@ -16195,6 +16283,9 @@ def test_an_organizations_key_reads_its_own_log_and_counts_its_own_hosts(estate)
     name = 'hostenroll_hosts{{organization="{}",status="{}"}}'
     counted = {name.format("berlin", status): 0 for status in hostenroll.STATUSES}
     counted[name.format("berlin", "pending")] = 1
+    counted.update({'hostenroll_agents{version=""}': 1, "hostenroll_copied_hosts": 0})
+    counted['hostenroll_agents{version="other"}'] = 0
+    counted['hostenroll_expiry_stopped{organization="berlin"}'] = 0
     assert samples(estate.read_as("stranger", "/metrics")) == counted
 
 
@@ -16421,7 +16512,7 @@ def test_every_act_is_in_the_log(paths, clock):
         happened("rotate", "cli:test", f"signing-key:{new}", None)
         world.act("retire-signing-key", kid=old, force=True)
         happened("retire", "cli:test", f"signing-key:{old}", None)
-        rest = {"refuse", "init", "audit-format", "certificate"}
+        rest = {"refuse", "init", "audit-format", "certificate", "expire", "key-file"}
         assert set(actions) == set(hostenroll.ACTIONS) - rest
         assert verify_audit(world.registry, None).last == len(actions)
 
@@ -17465,6 +17556,26 @@ def test_who_waits_and_goes_frees_a_place(tls, paths, clock, wait, monkeypatch):
         assert len(live.server._exchanges.held._held) <= 1
         assert live.registry.metrics.refusals["too-many-requests"] == 2
         assert live.events("action=refuse").document["events"] == []
+
+
+def test_who_looks_further_has_a_place_too(live, monkeypatch):
+    """Else one key has as many looking through the whole feed, again and again, as it likes."""
+    monkeypatch.setattr(hostenroll, "WAITING_OF_KEY", 1)
+    live.join()
+    columns = "at, host_id, organization_id, name, labels, was, status, seen, actor"
+    with opened(live.paths, live.clock) as beside:
+        look(beside, f"""WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n
+            WHERE i < 9000) INSERT INTO change (number, {columns}) SELECT i, {columns}
+            FROM change, n""")  # fmt: skip
+    first = f"{read_feed(live, 'after=now')[1].split('-')[0]}-1"
+    path = f"/api/changes?after={first}&status=missing&wait=50"
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(live.connect()) for _ in range(3)]
+        for peer in peers:
+            peer.sendall(request_bytes("GET", path, bearer=live.api_key))
+        until(lambda: live.registry.metrics.refusals["too-many-requests"] == 2)
+        until(lambda: not live.server._exchanges.reads and places(live) == 1)
+        assert live.registry.metrics.waiting_requests == 1
 
 
 # Another process that writes.
@@ -19739,7 +19850,7 @@ def answer_with(status, body, content_type="application/json"):
     return f"{head}\r\n\r\n".encode() + body
 
 
-@pytest.mark.parametrize("how", ["socket", "tls"])
+@pytest.mark.parametrize("how", sample({"socket": "socket", "tls": "tls"}, "tls"))
 def test_a_client_asks_a_server_and_is_refused_by_name(how, paths):
     with start_server(paths, tls=how == "tls") as server:
         pins = [pin_of("one")] if how == "tls" else []
@@ -19749,8 +19860,8 @@ def test_a_client_asks_a_server_and_is_refused_by_name(how, paths):
             client.get("/api/hosts", [("label", "a=b"), ("label", "c=d"), ("limit", "1")])["hosts"]
             == []
         )
-        token = client.post("/api/hosts/tokens", {"labels": {"k": "\xe4"}})
-        assert token["labels"] == {"k": "\xe4"}
+        status, body = client.request("POST", "/api/hosts/tokens", b'{"labels": {"k": "\xc3\xa4"}}')
+        assert (status, json.loads(body)["labels"]) == (201, {"k": "\xe4"})
         with pytest.raises(hostenroll.InvalidQuery) as refused:
             client.get("/api/hosts", [("limit", "0")])
         assert refused.value.errors == (("limit", "must be an integer from 1 to 1000"),)
@@ -19768,7 +19879,7 @@ PROBLEM = answer_with(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("answer, complaint", table({
+@pytest.mark.parametrize("answer, complaint", sample({
     "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\n"
                    b"Content-Length: 0\r\n\r\n", "answers 302, not as ours"),
     "a page of a proxy": (answer_with(200, b"<html>", "text/html"), "answers 200, not as"),
@@ -19784,7 +19895,7 @@ PROBLEM = answer_with(
     "too little": (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", "cannot ask"),
     "too much": (answer_with(200, b"9" * 1001), "cut short, or too long"),
     "a head without end": (b"HTTP/1.1 200 X\r\n" + b"A: b\r\n" * 200 + b"\r\n", "more than 100"),
-}))  # fmt: skip
+}, "a redirect", "less than it says"))  # fmt: skip
 def test_what_is_no_answer_of_ours_is_said_in_one_line(answer, complaint, receive, monkeypatch):
     monkeypatch.setattr(hostenroll, "CLIENT_ANSWER_MAXIMUM", 1000)
     server = receive(answer, closes=True)
@@ -19802,10 +19913,10 @@ def test_a_refusal_that_this_version_does_not_know_keeps_its_name(receive):
     assert hostenroll.Problem.code == "internal"
 
 
-@pytest.mark.parametrize("answer", table({
+@pytest.mark.parametrize("answer", sample({
     "nothing": b"", "a byte now and then": b"HTTP/1.1 200 X\r\nA: ",
     "half a body": b"HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n",
-}))  # fmt: skip
+}, "half a body"))  # fmt: skip
 def test_a_server_has_so_much_time_for_all_of_an_answer(answer, receive, monkeypatch):
     over = threading.Event()
 
@@ -19832,7 +19943,7 @@ def test_a_server_that_is_not_there_is_said_to_refuse():
         hostenroll.Client(f"http://127.0.0.1:{port}").get("/")
 
 
-@pytest.mark.parametrize("trust, complaint", table({
+@pytest.mark.parametrize("trust, complaint", sample({
     "the authority": ({"cacert": "one"}, ""),
     "another authority": ({"cacert": "other"}, "certificate"),
     "the pin": ({"pins": ["other", "one"]}, ""), "another pin": ({"pins": ["other"]}, "pinned"),
@@ -19842,7 +19953,7 @@ def test_a_server_that_is_not_there_is_said_to_refuse():
     "nothing that is known here": ({}, "certificate"),
     "the authority, by another name": ({"cacert": "one", "host": "127.0.0.2"}, "mismatch|not val"),
     "the pin, by another name": ({"pins": ["one"], "host": "127.0.0.2"}, ""),
-}))  # fmt: skip
+}, "another authority", "the pin", "another pin"))  # fmt: skip
 def test_a_secret_is_sent_only_to_a_server_that_is_trusted(trust, complaint, receive, tmp_path):
     server = receive(answer_with(200, {}), tls=hostenroll.load_tls(*write_pair(tmp_path))[0])
     if "cacert" in trust:
@@ -19880,6 +19991,7 @@ def test_a_proxy_is_taken_from_the_environment_as_curl_does(url, environment, pr
     assert hostenroll.proxy_of(url, environment) == proxy
 
 
+@slow
 def test_a_server_is_asked_through_a_proxy_that_learns_nothing(receive, tmp_path):
     def pump(near, far):
         with contextlib.suppress(OSError):  # one has closed
@@ -19911,8 +20023,11 @@ def test_a_server_is_asked_through_a_proxy_that_learns_nothing(receive, tmp_path
         and "authorization" not in proxy.requests[0].headers
     )
     refusing = receive(407)
-    with pytest.raises(hostenroll.OperatorError, match="407"):
-        hostenroll.Client(server.url, proxy=refusing.url).get("/")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of http.client before Python 3.11
+        with pytest.raises(hostenroll.OperatorError, match="407"):
+            hostenroll.Client(server.url, proxy=refusing.url).get("/")
+        gc.collect()
     with pytest.raises(hostenroll.OperatorError, match="must be http"):
         hostenroll.Client(server.url, proxy="socks5://127.0.0.1:1")
 
@@ -19944,7 +20059,7 @@ class Feed:
     def __init__(self, clock):
         self.clock, self.history, self.kept = clock, "a" * 16, 1
         self.changes, self.events, self.plans, self.asked = [], [], [], []
-        self.muted, self.statuses, self.failure = set(), {}, None
+        self.muted, self.statuses, self.failure, self.incidents = set(), {}, None, []
 
     def become(self, status, *names, labels=None, by=None, seen=True):
         for name in names:
@@ -19980,9 +20095,11 @@ class Feed:
         assert type(query) is list and all(type(text) is str for pair in query for text in pair)
         asked = dict(query)
         self.asked.append((path, asked))
-        member = {"/api/changes": "changes", "/api/audit": "events"}[path]
         if self.failure:
             raise self.failure
+        if path == "/api/incidents":
+            return {"incidents": self.incidents, "nextCursor": None}
+        member = {"/api/changes": "changes", "/api/audit": "events"}[path]
         items, kept = getattr(self, member), self.kept if member == "changes" else 1
         last = len(items) + kept - 1
         if asked["after"] == "now":
@@ -20137,7 +20254,7 @@ def test_of_many_hosts_few_requests_tell_who_is_muted(feed, people):
     feed.asked.clear()
     people.run(150)
     assert people.messages[0]["counts"] == {"offline": 1500}
-    assert sum(path == "/api/changes" for path, _ in feed.asked) < 40
+    assert sum(path == "/api/changes" for path, _ in feed.asked) < 60
 
 
 @slow
@@ -20151,6 +20268,8 @@ def test_ten_thousand_hosts_that_fall_silent_are_one_message_and_one_when_they_a
             part, lambda names=names, labels=labels: feed.become("offline", *names, labels=labels)
         )
         feed.at(1000 + part, lambda names=names: feed.become("online", *names))
+    text = "10000 hosts went offline together, 975 of the 1000 have rack=b4"
+    feed.incidents = [{"id": f"{'a' * 16}-1", "text": text, "hosts": ["web-0-7"]}]
     people.run(2000)
     assert people.texts == ["10000 hosts are offline, 9750 of them rack=b4", "10000 hosts are back"]
     down = people.messages[0]
@@ -20283,9 +20402,11 @@ def test_a_watch_that_is_refused_at_first_ends_and_later_goes_on(feed, people, t
 
 
 @pytest.mark.parametrize("words, actions", table({
-    "by itself": (hostenroll.WAKING, ["clone", "refuse", "refuse", "certificate", "key-file"]),
-    "by action": (["mint", "refuse"], ["mint", "refuse", "refuse", "refuse"]),
-    "by code": (["token-used"], ["refuse"]), "none": ([], []),
+    "by itself": (hostenroll.WAKING,
+                  ["clone", "credential-superseded", "token-unknown", "certificate", "key-file"]),
+    "by action": (["mint", "refuse"],
+                  ["mint", "token-used", "credential-superseded", "token-unknown"]),
+    "by code": (["token-used"], ["token-used"]), "none": ([], []),
 }))  # fmt: skip
 def test_events_worth_waking_somebody_for_are_told(words, actions, feed):
     told = Told(feed, events=words)
@@ -20299,13 +20420,15 @@ def test_events_worth_waking_somebody_for_are_told(words, actions, feed):
     feed.note("certificate", endsAt="2027-01-01T00:00:00.000Z")
     feed.note("key-file", trouble="it is gone")
     told.run(30)
-    assert [e["action"] for message in told.messages for e in message["events"]] == actions
+    events = [event for message in told.messages for event in message["events"]]
+    assert [event["code"] or event["action"] for event in events] == actions
     assert len(told.messages) == bool(actions)
     if words is hostenroll.WAKING:
         assert told.messages[0]["kind"] == "events" and told.messages[0]["counts"]["refuse"] == 2
         assert told.texts == ["events: 1 clone, 2 refuse, 1 certificate, 1 key-file"]
 
 
+@slow
 def test_changes_and_events_of_one_batch_are_one_message_and_in_bounds(feed, people):
     feed.become("revoked", "web-1")
     feed.become("offline", "web-2")
@@ -20322,6 +20445,7 @@ def test_changes_and_events_of_one_batch_are_one_message_and_in_bounds(feed, peo
     "name", ["<!channel>", "@everyone", "[free](http://evil)", "a\u202eb", "`x`"]
 )
 def test_no_name_of_a_machine_calls_everybody_in_a_chat(name, feed, people):
+    feed.incidents = [{"text": f"6 hosts have site={name}", "hosts": ["a"]}]
     feed.become("offline", name, labels={"site": name})
     feed.become("offline", *"abcd", labels={"site": name})
     people.run(60)
@@ -20332,11 +20456,40 @@ def test_no_name_of_a_machine_calls_everybody_in_a_chat(name, feed, people):
     assert people.messages[0]["changes"][0]["host"]["name"] == name
 
 
-def test_labels_that_few_share_are_not_named(feed, people):
-    for number in range(4):
-        feed.become("offline", f"web-{number}", labels={"site": "ab"[number % 2], "n": str(number)})
+INCIDENT_TEXT = "7 hosts went offline together, 5 of the 7 have site=berlin, 5 of 8 in the fleet"
+
+
+@pytest.mark.parametrize("text, labels, shared", table({
+    "one that the server names": (INCIDENT_TEXT, {"env": "prod", "site": "berlin"},
+                                  ", 4 of them site=berlin"),
+    "one that is no special": ("7 hosts went offline together", {"env": "prod"}, ""),
+    "one that is a part of another": (INCIDENT_TEXT, {"site": "ber"}, ""), "none": (None, {}, ""),
+}))  # fmt: skip
+def test_a_label_is_named_if_it_sets_an_incident_apart(text, labels, shared, feed, people):
+    feed.become("offline", *"abcd", labels=labels)
+    feed.become("offline", "e", labels={"site": "paris"})
+    incident = {"id": f"{'a' * 16}-1", "text": text, "hosts": ["z", "c"], "count": 5, "down": 5}
+    if text:
+        feed.incidents += [incident, {**incident, "hosts": ["z"]}]
     people.run(200)
-    assert people.texts == ["4 hosts are offline"]
+    assert people.texts == [f"5 hosts are offline{shared}"]
+    assert people.messages[0]["incidents"] == ([incident] if text else [])
+    feed.become("online", *"abcd")
+    people.run(30)
+    assert people.texts[1:] == ["4 hosts are back"]
+
+
+def test_labels_are_asked_for_in_the_feed_of_changes_alone(feed):
+    told = Told(feed, query=[("organization", "berlin"), ("label", "a=b"), ("label", "c")])
+    told.run(1)
+    feed.become("offline", *"abc")
+    told.run(300)
+    scopes = {(path, *asked.items()) for path, asked in feed.asked}
+    asked = {path: {it for p, *pairs in scopes if p == path for it in pairs} for path, *_ in scopes}
+    scope = ("organization", "berlin")
+    assert all(scope in pairs for pairs in asked.values())
+    labelled = [path for path, pairs in asked.items() if ("label", "c") in pairs]
+    assert labelled == ["/api/changes"] and asked["/api/incidents"] == {scope}
 
 
 # The state: after whatever ends the process, nothing is lost.
@@ -20382,9 +20535,11 @@ class Killed(BaseException):
     """kill -9, as far as one process can see it."""
 
 
-@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 30), marks=slow)])
+@pytest.mark.parametrize(
+    "seeds, length", [(range(1), 120), pytest.param(range(1, 30), 400, marks=slow)]
+)
 def test_whenever_it_is_killed_each_change_is_told_at_least_once_in_order_and_by_the_same_bytes(
-    seeds, tmp_path, monkeypatch
+    seeds, length, tmp_path, monkeypatch
 ):
     """A seeded model: at every n-th time that something is saved or delivered, it ends."""
     for seed in seeds:
@@ -20412,12 +20567,12 @@ def test_whenever_it_is_killed_each_change_is_told_at_least_once_in_order_and_by
 
         told.deliver = deliver
         monkeypatch.setattr(hostenroll, "replacing", saving)
-        for second in range(0, 400, 10):
+        for second in range(0, length, 10):
             name = f"web-{luck.randrange(6)}"
             other = {"online": "offline", "offline": "online"}
             feed.at(second + 1, lambda feed=feed, name=name: feed.become(
                 other[feed.statuses.get(name, "online")], name))  # fmt: skip
-        end = feed.clock.now + 500
+        end = feed.clock.now + length + 100
         while feed.clock.now < end:
             try:
                 told.start()
@@ -20482,6 +20637,7 @@ def test_a_command_gets_the_message_as_a_line_and_nothing_of_a_machine_in_its_wo
     hostenroll.tell_by_command("exit 0", "x" * 1_000_000)  # it does not read
 
 
+@slow
 def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(hostenroll, "EXEC_PATIENCE", 0.3)
     monkeypatch.setattr(hostenroll, "EXEC_GRACE", 0.2)
@@ -20530,11 +20686,29 @@ def test_a_webhook_is_signed_and_keeps_its_key_when_it_is_sent_again(receive, cl
     assert third["idempotency-key"] != first.headers["idempotency-key"]
 
 
+def test_a_receiver_that_takes_no_long_messages_gets_them_without_lists(receive, clock):
+    server = receive(lambda request: 413 if len(request.body) > 1000 else 200)
+    change = {"at": "now", "status": "offline", "host": {"name": "x", "labels": {}}}
+    line = hostenroll.message("changes", "", NOON, [change] * 500)
+    hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"k", clock, line)
+    long, short = server.requests
+    assert len(long.body) == len(line) and long.headers["idempotency-key"] != short.headers[
+        "idempotency-key"]  # fmt: skip
+    whole, told = json.loads(line), json.loads(short.body)
+    assert told == {**whole, "changes": [], "events": [], "truncated": True}
+    signed = hostenroll.webhook_signature(b"k", int(NOON), short.body)
+    assert short.headers["x-hostenroll-signature"] == signed
+    server.answer = 413
+    with pytest.raises(hostenroll.OperatorError, match="answered 413"):
+        hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"", clock, line)
+
+
 def test_a_webhook_has_taken_what_it_answers_with_2xx_whatever_follows(receive, clock):
     server = receive(b"HTTP/1.1 202 X\r\nContent-Length: 999999999999\r\n\r\nx")
     hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"", clock, "{}")
 
 
+@slow
 def test_a_webhook_that_redirects_or_is_not_trusted_is_told_nothing_more(receive, clock, tmp_path):
     elsewhere = receive(200)
     to = f"HTTP/1.1 307 X\r\nLocation: {elsewhere.url}/\r\nContent-Length: 0\r\n\r\n"
@@ -20648,9 +20822,9 @@ def test_lists_in_json_have_what_shows_each_item(operator):
 
 
 def test_tables_are_aligned_and_show_the_same(operator):
-    headings = ["ID", "NAME", "STATUS", "LAST", "SEEN", "ADDRESS", "LABELS", "HOSTNAME", "ORG"]
+    headings = "NAME STATUS AGE ADDRESS LABELS LAST SEEN HOSTNAME ORG ID"
     operator.make_database()
-    assert operator("list-hosts").out.split() == headings
+    assert operator("list-hosts").out.split() == headings.split()
     assert operator("list-hosts").err.startswith("no host yet: mint-token ")
     assert operator("list-hosts", "--q", "web").err == "no such host\n"
     assert operator("list-tokens", "--state", "used").err == "no such token\n"
@@ -20661,7 +20835,7 @@ def test_tables_are_aligned_and_show_the_same(operator):
     first, *lines = operator("list-tokens").out.rstrip("\n").split("\n")
     at = first.index("STATE")
     assert [line[at : at + 6] for line in lines] == ["valid "] * 3
-    shown = operator("show-token", lines[0].split()[0]).out
+    shown = operator("show-token", lines[0].split()[-1]).out
     assert re.search(r"^state: +valid$", shown, re.MULTILINE)
 
 
@@ -20729,6 +20903,118 @@ def test_hosts_that_have_expired_and_stay_are_let_go_by_force(operator):
         assert events == ["berlin", None]
 
 
+def at_terminal(operator, monkeypatch, typed, *words):
+    """What a command does where somebody at a terminal answers its question."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(typed))
+        for stream in (sys.stdin, sys.stderr):
+            patch.setattr(stream, "isatty", lambda: True, raising=False)
+        return operator(*words)
+
+
+@pytest.fixture
+def named(operator):
+    """An operator with hosts that are known by name; their ids."""
+    operator("add-org", "berlin")
+    other = operator.mint("--org", "berlin")
+    token, ids = operator.mint("--max-uses", "9"), {}
+    for name, hostname in (
+        ("web-1", "web-1.lan"), ("web-2", "WEB-2.lan."), ("twin", "a.lan"), ("twin", "b.lan"),
+        ("abcdef12", "hex.lan"),
+    ):  # fmt: skip
+        ids[hostname] = operator.enroll(token, name=name, hostname=hostname)
+    ids["berlin"] = operator.enroll(other, name="db-1", hostname="web-1.lan")
+    operator.ids = ids
+    return operator
+
+
+def test_a_host_is_known_by_name_hostname_id_and_what_its_id_begins_with(named):
+    for word, hostname in (
+        ("web-1", "web-1.lan"), ("web-2", "WEB-2.lan."), ("web-2.lan", "WEB-2.lan."),
+        ("WEB-2.LAN.", "WEB-2.lan."), ("db-1", "berlin"), ("abcdef12", "hex.lan"),
+        (named.ids["berlin"], "berlin"), (named.ids["hex.lan"][:14], "hex.lan"),
+    ):  # fmt: skip
+        assert named.json("show-host", word)["id"] == named.ids[hostname], word
+    host = named.ids["web-1.lan"]
+    assert named.json("edit-host", "web-1", "--name", "web-9")["name"] == "web-9"
+    assert named.json("show-host", "web-9")["id"] == host
+    require_one_line(named("show-host", "web-1"), 3, "no host with this id or name")
+    assert named("revoke-host", "web-9").err.startswith(f"host {host} is shut out")
+    assert named("restore-host", host[:14]).status == 0
+    assert named.json("reenroll-host", "web-9")["hostId"] == host
+    assert named.json("restore-host", "db-1", "web-9", host, "--yes")["done"] == 2
+    assert named("delete-host", "web-9").err.startswith(f"host {host} is deleted")
+    for word in ("web", "WEB-1", "", "%", "web-1\x1b", host[:5], host):
+        require_one_line(named("show-host", "--", word), 3, "no host with this id or name")
+
+
+def test_a_word_that_fits_several_hosts_is_refused_with_the_list(named):
+    hosts = named.json("list-hosts")["hosts"]
+    for word, fits in (("twin", ["a.lan", "b.lan"]), ("web-1.lan", ["web-1.lan", "berlin"])):
+        for command in ("show-host", "delete-host", "reenroll-host"):
+            refused = named(command, word)
+            require_one_line(refused, 3, f"refused (conflict): {word} fits several: ")
+            assert all(named.ids[hostname] in refused.err for hostname in fits)
+            assert "Type the id of one." in refused.err
+        refused = named("delete-host", "db-1", word, "--yes")  # one cannot: none is
+        assert refused.status == 3 and "done: 0\n" in refused.err
+    assert named.json("list-hosts")["hosts"] == hosts
+
+
+def test_no_machine_takes_the_place_of_another_by_what_it_says(named, monkeypatch):
+    """Neither by another's name or id, nor by what its id begins with, nor when that is gone."""
+    web, short = named.ids["web-1.lan"], named.ids["web-1.lan"][:12]
+    for name, hostname in (("x", "web-1"), (web, "y"), ("z", web), (short, "s")):
+        named.enroll(name=name, hostname=hostname)
+    require_one_line(named("delete-host", "web-1"), 3, "fits several: web-1 (")
+    for word in (short, short.upper()):
+        done = at_terminal(named, monkeypatch, "y\n", "delete-host", word)
+        assert done.status == 3 and ("fits several" in done.err) == (word == short)
+    assert named.json("show-host", web)["name"] == "web-1"
+    assert named("delete-host", web).status == 0
+    for command in ("delete-host", "restore-host", "show-host"):
+        require_one_line(named(command, web), 3, "no host with this id")
+
+
+def test_what_destroys_takes_a_part_of_an_id_only_from_a_person_who_is_asked(named, monkeypatch):
+    ids = named.ids
+    token, key = (named(command).out.split("_")[1] for command in ("mint-token", "mint-api-key"))
+    for command, id, title in (
+        ("revoke-host", ids["web-1.lan"], "revoke host web-1 ({}, default, 192.0.2.7)"),
+        ("delete-host", ids["berlin"], "delete host db-1 ({}, berlin, 192.0.2.7)"),
+        ("revoke-token", token, "revoke token no description ({}, default)"),
+        ("revoke-api-key", key, "revoke api key no description ({}, default)"),
+    ):
+        for words in ((id[:12],), (id[:12], "--yes")):
+            require_one_line(named(command, *words), 3, "Type all of the id.")
+        for typed, words in (("n\n", [id]), ("", [id[:12]]), ("y\n", [id[:12]])):
+            done = at_terminal(named, monkeypatch, typed, command, *words)
+            assert done.err.startswith(title.format(id) + "; go on? [y/N] "), done.err
+            assert done.status == (0 if typed == "y\n" else 2)
+            assert ("nothing is done" in done.err) == (typed != "y\n")
+    done = at_terminal(named, monkeypatch, "", "delete-host", ids["a.lan"], "--yes")
+    assert done.status == 0 and "go on" not in done.err
+    done = at_terminal(named, monkeypatch, "", "delete-host", ids["b.lan"][:12], "--yes")
+    assert done.status == 3
+    assert named.json("show-token", token[:13])["state"] == "revoked"
+    done = at_terminal(named, monkeypatch, "y\n", "delete-host", "web-2", ids["b.lan"][:12])
+    assert done.status == 0 and "done: 2\n" in done.err
+
+
+def test_what_people_type_is_found_by_index(named):
+    plans = []
+    with named.world() as world:
+        queries = world.registry.queries
+        explain = lambda text, *values: world.registry.engine.rows(  # noqa: E731
+            f"EXPLAIN QUERY PLAN {text}", *values)  # fmt: skip
+        queries._rows = lambda *statement: plans.append(explain(*statement)) or []
+        queries.hosts_called("web-1", 5)
+        queries.between(hostenroll.Host, 1, 2, 5)
+        del queries._rows
+    assert len(plans) == 3
+    assert not [step for plan in plans for step in plan if re.search("SCAN (TABLE )?host", step[3])]
+
+
 def test_an_act_on_many_is_asked_about_and_done_to_those_that_filters_find(operator):
     token = operator.mint("--max-uses", "9", "--label", "pool=web")
     web = [operator.enroll(token, hostname=f"web-{n}") for n in range(3)]
@@ -20759,11 +21045,10 @@ def test_on_a_terminal_a_person_says_whether_to_go_on(operator, monkeypatch):
     token = operator.mint("--max-uses", "2")
     hosts = [operator.enroll(token) for _ in range(2)]
     for typed, status in (("\n", 2), ("n\n", 2), ("", 2), ("Yes\n", 0)):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-        done = operator("delete-host", *hosts)
-        assert done.status == status and done.err.startswith("hosts to delete: 2; go on? [y/N] ")
+        done = at_terminal(operator, monkeypatch, typed, "delete-host", *hosts)
+        question = "".join(f"web-1 ({host}, default, 192.0.2.7)\n" for host in hosts)
+        question += "hosts to delete: 2; go on? [y/N] "
+        assert done.status == status and done.err.startswith(question)
         assert ("done: 2" in done.err) == (status == 0)
 
 
@@ -20842,7 +21127,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "'soon' is not a duration", "edit-host 0ca4f1b28e3d7a95 --interval soon"),
     (2, "'none' is not a duration", "mint-token --interval none"),
     (2, "2d is out of bounds: 1 s to 24 h", "mint-token --interval 2d"),
-    (2, "needs ID (see: hostenroll show-host --help)", "show-host"),
+    (2, "needs HOST (see: hostenroll show-host --help)", "show-host"),
     (2, "not one of valid, used, expired, revoked", "list-tokens --state dead"),
     (2, "--label: ", "mint-token --label x"),
     *((2, f"--{words.split('--')[1]}: -- is no value", f"{words}=--") for words in (
@@ -20862,7 +21147,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "are for one host", f"edit-host {UNKNOWN} {UNKNOWN[::-1]} --name x --yes"),
     (2, "are for one host", "edit-host --org default --no-labels --yes"),
     (2, "are for one host", "edit-host --org default --set-labels --label a=b --yes"),
-    *((2, "needs ID, or else filters", f"{name}{words}")
+    *((2, "needs HOST, or else filters", f"{name}{words}")
       for name in ("delete-host", "revoke-host", "restore-host", "edit-host")
       for words in ("", " --yes", f" {UNKNOWN} --status missing")),
     (3, "--where: ", "delete-host --where =pool --yes"),
@@ -20920,8 +21205,9 @@ STATUSES = [  # the exit status, what the line has, the words typed
         "show-token {}", "revoke-token {}", "show-host {}", "edit-host {} --name x",
         "revoke-host {}", "restore-host {}", "delete-host {}", "reenroll-host {}",
         "revoke-api-key {}")),
-    *((3, f" with this id. See: list-{name.split('-', 1)[1]}s", f"{name} web-1")
-      for name in ("show-host", "delete-host", "show-token", "revoke-api-key")),
+    *((3, f" with this id{or_name}. See: list-{name.split('-', 1)[1]}s", f"{name} web-1")
+      for or_name, names in ((" or name", ("show-host", "delete-host")),
+                             ("", ("show-token", "revoke-api-key"))) for name in names),
     *((2, words.split()[0], f"bench {words}") for words in (
         "--hosts 99", "--hosts 10000001", "--hosts -1", "--seconds 0", "--seconds 601",
         "--connections 0", "--connections 1025", "--close", "--rate 1", "--db hostenroll.db")),
@@ -21019,7 +21305,7 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
             assert hostenroll.parse_arguments(words, {}).command is command
         if name in RUN_ELSEWHERE or (form and name in WITHOUT_JSON):
             continue
-        if command.operands == ["ID"]:
+        if command.operands in (["ID"], ["HOST"]):
             words[1] = an_id[name.partition("-")[2]]()
         elif name == "retire-signing-key":
             keys = operator.json("list-signing-keys")["signingKeys"]
@@ -21037,6 +21323,9 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
             words += ["--tls-cert", "other.crt", "--tls-key", "other.key"]
         done = operator(*words, *form)
         assert done.status == 0 and (not form or done.err == ""), (words, done.err)
+        if form and name == "list-changes":  # a line for each
+            assert [*map(json.loads, done.out.splitlines())] == []
+            continue
         documents[name] = document = json.loads(done.out) if form else None
         if form and name in OPERATION:
             row = OPERATION[name]
@@ -21518,18 +21807,39 @@ ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 def test_a_table_fits_its_terminal(motley):
     whole = motley("list-hosts").out.splitlines()
-    for columns in (250, 120, 80, 60, 40):
+    for columns in (250, 120, 80, 60, 40, 10):
         shown = ESCAPE.sub("", on_terminal(motley, "list-hosts", columns=columns)).splitlines()
         assert len(shown) == len(whole) == 7
-        widths = [hostenroll.text_width(line) for line in shown]
-        assert max(widths) <= columns
-        for line, full in zip(shown, whole):
-            assert line[:18] == full[:18]  # an id is never cut, and no long name hides the status
-            assert columns < 60 or full.startswith("ID") or re.search(r"  [a-z]+  ", line)
-        if columns == 250:
-            assert shown == whole
-        else:
-            assert max(widths) > columns - 8 and "\u2026" in "".join(shown)
+        assert max(map(hostenroll.text_width, shown)) <= max(columns, 20)
+        headings = shown[0].split()
+        assert headings[: 4 if columns > 40 else 1] == whole[0].split()[: 4 if columns > 40 else 1]
+        for host in motley.json("list-hosts")["hosts"]:
+            begin = hostenroll.shorten(host["name"], 8)[:-1]
+            (line,) = (line for line in shown if line.startswith(begin))
+            assert columns < 60 or f"  {host['status']}  " in line
+            assert columns < 60 or re.search(f"  {host['address'] or '-'}(  |$)", line)
+            assert columns < 250 or line.endswith(f"  {host['id']}")
+            assert ("ID" in headings) == line.endswith(host["id"])  # it is there, or it is not
+        assert shown == whole if columns == 250 else "\u2026" in "".join(shown)
+
+
+LONG = {
+    "addresses": {"address": "2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff"},
+    "actors": {"actor": "cli:root (sudo: " + "n" * 40 + ")"},
+    "ids": {"id": "0" * 16},
+}
+
+
+@pytest.mark.parametrize("given", LONG.values(), ids=LONG)
+def test_what_cannot_be_guessed_is_never_cut(given):
+    (member,) = given
+    document = {"name": "x" * 99, "labels": {"k": "v" * 99}, "hostname": "y" * 99, **given}
+    for columns in range(80, 200, 7):
+        table = hostenroll.Table(("name", member, "labels", "hostname"), hostenroll.Screen(columns))
+        heading, line = table.add([document], 0).splitlines()
+        assert re.search(rf"  {re.escape(given[member])}(  |$)", line), columns
+        assert columns - 14 <= len(line) <= columns
+        assert heading.split()[:2] == ["NAME", member.upper()]
 
 
 def test_a_table_that_comes_in_parts_stays_aligned():
@@ -22032,7 +22342,7 @@ def test_check_takes_the_answer_of_a_server_and_of_no_other_for_ready(operator, 
 # watch.
 
 
-@pytest.mark.parametrize("words, complaint", [
+BAD_WATCHES = [
     (("--exec", "true", "--webhook", "https://a"), "not allowed with"),
     (("--exec", ""), "--exec: '' is no command"), (("--webhook", "ftp://a"), "is not like https://"),
     *((("--webhook", f"https://{rest}"), "--webhook: ") for rest in (
@@ -22045,7 +22355,13 @@ def test_check_takes_the_answer_of_a_server_and_of_no_other_for_ready(operator, 
     (("--api-key-file", "x"), "--server goes with"),
     (("--pin", f"sha256//{'A' * 43}="), "go with both"),
     (("--cacert", "x"), "go with both"), (("--pin", "sha256//x"), "--pin: 'sha256//x' is not"),
-])  # fmt: skip
+    (("--secret-file", "x"), "--secret-file goes with --webhook"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, complaint", sample(
+    {" ".join(words): (words, complaint) for words, complaint in BAD_WATCHES},
+    "--audit clone,clown", "--secret-file x"))  # fmt: skip
 def test_what_watch_does_not_take_is_said_in_one_line(words, complaint, operator):
     done = operator("watch", "--test", *words)
     if complaint is None:
@@ -22054,10 +22370,11 @@ def test_what_watch_does_not_take_is_said_in_one_line(words, complaint, operator
         require_one_line(done, 2, complaint)
 
 
-@pytest.mark.parametrize("text, mode, complaint", [
-    (WATCH_KEY, 0o644, "open to others"), (None, 0, "cannot read the API key file"),
-    ("", 0o600, "there is no API key in"), (WATCH_KEY[:-1], 0o600, "there is no API key in"),
-])  # fmt: skip
+@pytest.mark.parametrize("text, mode, complaint", sample({
+    "open": (WATCH_KEY, 0o644, "open to others"), "empty": ("", 0o600, "there is no API key in"),
+    "not there": (None, 0, "cannot read the API key file"),
+    "cut off": (WATCH_KEY[:-1], 0o600, "there is no API key in"),
+}, "open", "cut off"))  # fmt: skip
 def test_an_api_key_is_read_from_a_file_of_its_owner_alone(text, mode, complaint, operator):
     path = operator.folder / "api.key"
     if text is not None:
@@ -22120,13 +22437,30 @@ class Watching:
         return SimpleNamespace(status=self.process.returncode, out=out, err=err)
 
 
+@pytest.fixture
+def watching(tmp_path):
+    """Starts a watch, which ends with the test."""
+    started = []
+
+    def start(*words):
+        started.append(Watching(tmp_path, *words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.end(signal.SIGKILL)
+
+
 @slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_watch_of_the_database_here_tells_it_on_stdout_and_ends_cleanly(number, tmp_path):
+def test_a_watch_of_the_database_here_tells_it_on_stdout_and_ends_cleanly(
+    number, watching, tmp_path
+):
     with start_server(tmp_path, how="process") as server:
         host, _ = server.join("web-1")
         words = "--status", "revoked", "--batch", "0s", "--state", "state"
-        watch = Watching(tmp_path, *words)
+        watch = watching(*words)
         until((tmp_path / "state").exists)
         second = cli(tmp_path, "watch", *words)
         assert second.returncode == 1 and "another watch uses state" in second.stderr
@@ -22137,7 +22471,7 @@ def test_a_watch_of_the_database_here_tells_it_on_stdout_and_ends_cleanly(number
         # What happens while nobody watches is told later; a reader that has gone ends it.
         cli(tmp_path, "restore-host", host)
         cli(tmp_path, "revoke-host", host)
-        watch = Watching(tmp_path, *words)
+        watch = watching(*words)
         assert json.loads(watch.process.stdout.readline())["text"] == "web-1 is revoked"
         watch.process.stdout.close()
         cli(tmp_path, "restore-host", host)
@@ -22168,7 +22502,9 @@ class Fleet:
 
 
 @slow
-def test_ten_of_thirty_hosts_are_one_message_whoever_is_killed_in_between(tmp_path, receive):
+def test_ten_of_thirty_hosts_are_one_message_whoever_is_killed_in_between(
+    watching, tmp_path, receive
+):
     names = [f"web-{number}" for number in range(30)]
     with start_server(tmp_path, "--heartbeat-interval", "1s", how="process") as server:
         port, key = server.port, server.api_key
@@ -22185,13 +22521,16 @@ def test_ten_of_thirty_hosts_are_one_message_whoever_is_killed_in_between(tmp_pa
             bodies = dict.fromkeys(request.body for request in receiver.requests)
             return [json.loads(body)["text"] for body in bodies]
 
-        watch = Watching(tmp_path, *words)
+        watch = watching(*words)
         until((tmp_path / "state").exists)
         fleet.silent.update(names[:10])
         until(lambda: texts() == ["10 hosts are offline"], 40)
         fleet.silent.clear()
         until(lambda: texts()[1:] == ["10 hosts are back"], 20)
-        assert json.loads(receiver.requests[0].body)["counts"] == {"offline": 10}
+        first = json.loads(receiver.requests[0].body)
+        (incident,) = first["incidents"]
+        assert (first["counts"], incident["count"], incident["down"]) == ({"offline": 10}, 10, 10)
+        assert incident["text"].startswith("10 hosts went offline together")
         # Now everybody dies: hosts, then the receiver, then watch, in the middle of it the server.
         fleet.silent.update(names[10:20])
         receiver.answer = 500
@@ -22202,7 +22541,7 @@ def test_ten_of_thirty_hosts_are_one_message_whoever_is_killed_in_between(tmp_pa
                           how="process", api_key=False):  # fmt: skip
             fleet.silent.update(names[20:25])
             receiver.answer = 204
-            watch = Watching(tmp_path, *words)
+            watch = watching(*words)
             until(lambda: texts()[2:4] == ["10 hosts are offline", "5 hosts are offline"], 60)
             fleet.silent.clear()
             until(lambda: texts()[4:] == ["15 hosts are back"], 30)
@@ -22667,9 +23006,10 @@ def audited(operator):
 def test_the_log_on_the_command_line_is_that_of_the_api_whole_and_in_parts(audited):
     events = audited.json("show-audit")["events"]
     first, *lines = audited("show-audit").out.rstrip("\n").split("\n")
-    assert " ".join(first.split()) == "NUMBER WHEN ACTION CODE SUBJECT ACTOR ADDRESS DETAIL TIME"
-    assert [(line.split()[:3], line.split()[-1]) for line in lines] == [
-        ([str(event["number"]), "now", event["action"]], event["time"]) for event in events
+    assert " ".join(first.split()) == "WHEN ACTION ACTOR ADDRESS SUBJECT CODE DETAIL TIME NUMBER"
+    assert [(line.split()[:3], line.split()[-2:]) for line in lines] == [
+        (["now", event["action"], event["actor"]], [event["time"], str(event["number"])])
+        for event in events
     ]
     at = first.index("ACTOR")
     assert all(line[at:].startswith(event["actor"]) for line, event in zip(lines, events))
