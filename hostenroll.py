@@ -1157,107 +1157,6 @@ def stored_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"unreadable": text[:UNREADABLE_MAXIMUM]}
 
 
-# Incidents: hosts that fell silent together, as found in changes.
-
-DOWN = ("offline", "missing")
-Fleet = tuple[int, Counter[str]]  # how many hosts there are, and how many of them have a trait
-
-
-@lru_cache(maxsize=HOPS_CACHED)
-def network_of(address: str) -> list[str]:
-    """The network of a host and its neighbours, /24 or /64; none where its address is none."""
-    if found := re.fullmatch(r"((?:[0-9]{1,3}\.){3})[0-9]{1,3}", address):
-        return [f"{found[1]}0/24"]  # as ipaddress has it, which takes ten times as long
-    with suppress(ValueError):
-        return [str(ipaddress.ip_network(f"{address}/{NETWORK_BITS}", strict=False))]
-    return []
-
-
-def traits_of(labels: Mapping[str, Any], address: str) -> list[str]:
-    """What a host may share with others: labels as key=value, and its network."""
-    return [*(f"{key}={value}" for key, value in labels.items()), *network_of(address)]
-
-
-class Incident:
-    """Hosts that fell silent within some time of the first."""
-
-    fleet: Optional[Fleet] = None  # what it is compared with
-
-    def __init__(self, id: Any, at: int) -> None:
-        self.id, self.at = id, at  # of its first change
-        self.until: Optional[int] = None  # when the last of them was back
-        self.hosts: dict[Any, None] = {}  # in the order in which they fell silent
-        self.down = 0  # how many of them still are
-        self.traits: Counter[str] = Counter()
-
-    @property
-    def count(self) -> int:
-        return len(self.hosts)
-
-    def common(self) -> list[str]:
-        """The traits that most of its hosts have, the most frequent first."""
-        return [trait for trait, hosts in self.traits.most_common() if 2 * hosts > self.count]
-
-    def _elsewhere(self, trait: str) -> float:
-        """Which part of all other hosts has a trait. Where there are none, no trait is special."""
-        if self.fleet is None:
-            return 0.0
-        others = self.fleet[0] - self.count
-        return max(0, self.fleet[1][trait] - self.traits[trait]) / others if others > 0 else 1.0
-
-    @property
-    def text(self) -> str:
-        """It in a sentence, with the trait that most of its hosts have and most others do not."""
-        count, text = self.count, f"{self.count} hosts went offline together"
-        own = [trait for trait in self.common() if self._elsewhere(trait) <= 0.5]
-        if own:
-            trait = max(own, key=lambda it: self.traits[it] / count - self._elsewhere(it))
-            verb = "have" if "=" in trait else "are in"
-            text += f", {self.traits[trait]} of the {count} {verb} {sanitize(trait)}"
-            if self.fleet is not None:
-                text += f", {self.fleet[1][trait]} of {self.fleet[0]} in the fleet"
-        if self.down == count:
-            return text
-        return text + (f"; {self.down} still down" if self.down else "; all are back or gone")
-
-
-class Incidents:
-    """Finds incidents in changes, which come in the order of the feed. Times are of one unit."""
-
-    def __init__(self, window: float) -> None:
-        """window: how long after the first, or before it, a host falls silent that is one more."""
-        self._window = window
-        self._of_host: dict[Any, Incident] = {}  # of those that are down
-        self.found: list[Incident] = []  # the oldest first; those of few hosts are none yet
-
-    def add(
-        self, id: Any, at: int, host: Any, was: str, status: str, by_time: bool,
-        traits: Iterable[str],
-    ) -> None:  # fmt: skip
-        """A change: id names it; was and status are words."""
-        if was in DOWN and status in DOWN:
-            return
-        if incident := self._of_host.pop(host, None):
-            incident.down -= 1
-            incident.until = None if incident.down else at
-        if status in DOWN and by_time:
-            newest = self.found[-INCIDENTS_OPEN:]
-            incident = next((it for it in newest if abs(at - it.at) <= self._window), None)
-            if incident is None:
-                incident = Incident(id, at)
-                self.found.append(incident)
-            self._of_host[host], incident.until = incident, None
-            incident.down += 1
-            if host not in incident.hosts:
-                incident.hosts[host], known = None, incident.traits
-                known.update(it for it in traits if it in known or len(known) < TRAITS_COUNTED)
-
-    def since(self, at: int) -> list[Incident]:
-        """The newest first; older ones are forgotten."""
-        self.found = [it for it in self.found if it.at >= at]
-        return [it for it in reversed(self.found) if it.count >= INCIDENT_SMALLEST]
-
-
 # 4. Secrets
 #
 # Law: secret randomness, cryptography and safe files stand here alone. Tokens and API keys are 256
@@ -3105,15 +3004,10 @@ SELECT = {row: f"SELECT {', '.join(_columns(row))} FROM {table}" for row, table 
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
 # and a clock that was set back, match nothing: the general path judges them. Nor does a host match
-# that is to be told another interval, has another address or was reported as not online: the second
-# statement is for those.
+# that is to be told another interval, has another address or was reported as not online.
 _BEAT = """UPDATE heartbeat SET last_seen = ? WHERE last_seen <= ? AND host_id = ? AND serial = ?
             AND told_interval = ? AND (address_key = ? OR address_key < ?) AND state = 1"""
-_TELL = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?, state = 1
-            WHERE host_id = ? AND serial = ? AND last_seen <= ? AND state <> 5"""
-BeatRow = tuple[int, ...]  # the values of either
-
-
+BeatRow = tuple[int, ...]  # the values of it
 Silence = tuple[int, int, int, int]  # of heartbeat: host_id, last_seen, told_interval, state
 
 
@@ -3156,6 +3050,10 @@ class Records:
         while old and old[-1].at >= before:
             old.pop()
         return old
+
+    def first_number(self, record: Any) -> Optional[int]:
+        """Of the events or changes that are kept."""
+        return cast(Optional[int], self._value(f"SELECT min(number) FROM {TABLES[record]}"))
 
     def newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
         key, (owned, owners) = record._fields[0], _owned_by(owner)
@@ -3250,16 +3148,13 @@ class Changes(Records):
     def change_before(self, at: int) -> int:
         """The number before the first change since a time: numbers rise with time, but for clocks
         that were set, and for what is found late."""
-        low, high = self.oldest_change() or 0, self.last_change()
+        low, high = self.first_number(Change) or 0, self.last_change()
         statement = "SELECT at < ? FROM change WHERE number >= ? ORDER BY number LIMIT 1"
         while low < high:
             middle = (low + high) // 2
             is_before = self._value(statement, at, middle)
             low, high = (middle + 1, high) if is_before else (low, middle)
         return low - 1
-
-    def oldest_change(self) -> Optional[int]:
-        return cast(Optional[int], self._value("SELECT min(number) FROM change"))
 
     def last_change(self) -> int:
         """Its number; 0: there was none."""
@@ -3269,7 +3164,7 @@ class Changes(Records):
         """Delete the first changes, PRUNED_AT_ONCE at most, while they are older than a time or
         too many; never the last. True: there may be more."""
         last, old = self.last_change(), self.oldest(Change, before, now, PRUNED_AT_ONCE)
-        slice_end = (self.oldest_change() or 0) + PRUNED_AT_ONCE - 1
+        slice_end = (self.first_number(Change) or 0) + PRUNED_AT_ONCE - 1
         end = max(old[-1].number if old else 0, min(last - CHANGES_MAXIMUM, slice_end))
         statement = "DELETE FROM change WHERE number <= ? AND number < ?"
         return self._run(statement, end, last) >= PRUNED_AT_ONCE
@@ -3366,6 +3261,7 @@ class Queries(Changes):
         return int(self._value(statement, number))
 
     def service(self) -> Optional[Service]:
+        """None before the first server ran."""
         return self._one(Service, "")
 
     def keep_alive(self, now: int) -> None:
@@ -3470,13 +3366,16 @@ class Queries(Changes):
         """Write heartbeats, as _BEAT has their values; how many matched."""
         return self._many(_BEAT, rows)
 
-    def tell(self, rows: Sequence[BeatRow]) -> int:
-        """Write heartbeats that change what the next is compared with, as _TELL has the values."""
-        return self._many(_TELL, rows)
+    def tell(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
+        """Write heartbeats that were judged in this transaction: last_seen, told_interval,
+        address_key and host. They change what the next one is compared with."""
+        statement = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?,
+             state = 1 WHERE host_id = ?"""
+        self._many(statement, rows)
 
     def tell_next(self, number: int, told_interval: int) -> None:
         """Have a host's next heartbeat answered with its interval; until then it has this one. No
-        address has the key LAST_ID: so that heartbeat matches the second statement alone."""
+        address has the key LAST_ID: so beat() does not match that heartbeat."""
         statement = "UPDATE heartbeat SET address_key = ?, told_interval = ? WHERE host_id = ?"
         self._run(statement, LAST_ID, told_interval, number)
 
@@ -3528,7 +3427,11 @@ class Queries(Changes):
 
     def begin_history(self) -> None:
         """Of a new database, or of a copy: cursors of another history are none of this one."""
-        self.put(Feed(new_history(), self.last_change(), self.last_event()[0]))
+        self.put(Feed(new_history(), *self.feed_ends()))
+
+    def feed_ends(self) -> tuple[int, int]:
+        """The numbers of the last change and the last event; 0: there was none."""
+        return self.last_change(), self.last_event()[0]
 
     def addresses(self, hosts: Sequence[int]) -> dict[int, str]:
         return dict(self._rows_of(hosts, "SELECT id, address FROM host WHERE id IN"))
@@ -3562,9 +3465,6 @@ class Queries(Changes):
                  CASE WHEN subject LIKE 'token:%' THEN '' ELSE replace(detail, ' ', '') END
                  FROM audit WHERE action = 'mint') LIMIT ?"""
         return [row[0] for row in self._rows(statement, ID_EPOCH_MS, limit)]
-
-    def oldest_event(self) -> Optional[int]:
-        return cast(Optional[int], self._value("SELECT min(number) FROM audit"))
 
     def anchor(self) -> Optional[Anchor]:
         """What the first event is chained to, where older ones have been pruned."""
@@ -3680,14 +3580,14 @@ class Call(NamedTuple):
     operation: Rule
     by: Principal = SYSTEM
     id: int = -1  # of the object that the operation is about
-    # By the names of the wire; one that is UNFINISHED keeps here what it has until then.
+    # By the names of the wire; and what a call has so far that goes on in a later tick: its rule
+    # gives the call to run then, in place of an outcome.
     values: Mapping[str, Any] = MappingProxyType({})
     origin: Origin = LOCAL
     named: Optional[Named] = None  # in place of the id: found in the transaction of the call
 
 
 Work = Union[Heartbeat, Call]  # what a tick runs
-UNFINISHED = object()  # the outcome of a call that must be run again, in a later tick
 
 
 class IssuedCredential(NamedTuple):
@@ -3919,29 +3819,31 @@ class Rules:
             place = row[0]
 
     def _follow(
-        self, call: Call, kept: tuple[int, Optional[int], int],
-        read: Callable[[Owner, Any, int], Sequence[Any]], view: Callable[[Any], Any], text: str,
+        self, call: Call, record: type[Union[Change, Event]],
+        read: Callable[[Owner, Any, int], Sequence[Any]], view: Callable[[Any], Any],
     ) -> Page:  # fmt: skip
         """A page of changes or events, the oldest first, for who goes on from a cursor (values:
         after), <history>-<number>; of events, the number alone is one. It is good in the history in
         which it was given, up to the last number of that, and from the oldest that is kept. Any
-        other is refused, with one to go on from: nobody misses anything in silence. For one of
-        another history that is the last number before this one began.
+        other is refused, with one to go on from: who misses something is told so. For a cursor
+        of another history that is the last number before this one began.
 
-        kept: that number, the oldest that is kept, and the last. read, view and text are as in
-        _page(); view has to leave out what is not of the caller's organization, since many rows may
-        lie between two that are. Raises ChangesPruned.
+        read and view are as in _page(); view has to leave out what is not of the caller's
+        organization, since many rows may lie between two that are. Raises ChangesPruned.
         """
-        history, (began, oldest, last) = self._queries.feed().history, kept
+        history, *began_at = self._queries.feed()
+        ends, oldest = self._queries.feed_ends(), self._queries.first_number(record)
+        began, last, text = began_at[0], ends[0], "labels"
+        if record is Event:
+            began, last, text = began_at[1], ends[1], "detail"
         cursor, floor = f"{history}-{{}}".format, last if oldest is None else oldest - 1
         after = call.values.get("after", cursor(floor))
         named, _, digits = (cursor(last) if after == "now" else after).rpartition("-")
         is_ours, number = named in ("", history), int(digits)
         good = max(floor, min(number, last if is_ours else began))
         if good != number or not is_ours:
-            raise ChangesPruned(
-                f"{ChangesPruned.remedy} It is {cursor(good)}.", cursor=cursor(good)
-            )
+            start = cursor(good)
+            raise ChangesPruned(f"{ChangesPruned.remedy} It is {start}.", cursor=start)
         order = Order(number, cursor, "".index)  # no nextCursor is good here
         page = self._page(call, read, view, text, order)
         return page._replace(more={"cursor": page.next or cursor(last)})
@@ -3978,8 +3880,8 @@ class Names(Rules):
         rows = list({row.id: row for row in found}.values())
         if not rows:
             how = "id or name" if kind is Host else "id"
-            hint = " Type all of the id." if is_short and not takes_prefix else ""
-            raise NotFound(f"There is no {title} with this {how}.{hint}")
+            hint = ". Type all of the id" if is_short and not takes_prefix else ""
+            raise NotFound(f"There is no {title} with this {how}{hint}.")
         if len(rows) > 1:
             more = ["more"] if len(rows) > FITS_SHOWN else []
             titles = ", ".join([*map(title_of, rows[:FITS_SHOWN]), *more])
@@ -4168,8 +4070,7 @@ class AuditLog(Rules):
         if "after" not in call.values:
             return self._page(call, queries.events, view, "detail")
         read = lambda _, *after: [it.legible() for it in queries.events_after(*after)]  # noqa: E731
-        kept = queries.feed().event, queries.oldest_event(), queries.last_event()[0]
-        return self._follow(call, kept, read, view, "detail")
+        return self._follow(call, Event, read, view)
 
 
 # The formats of the audit log: theory of operation.
@@ -4296,7 +4197,7 @@ def verify_audit(
             if start < 0 or anchored.number > link.number:
                 link, has_head = anchored, has_head or anchored.head(keyring) == head
             if start < 0:
-                start, oldest = link.number, queries.oldest_event()
+                start, oldest = link.number, queries.first_number(Event)
             last, _ = queries.last_event()
             events = queries.events_after(link.number, VERIFIED_AT_ONCE)
         finally:
@@ -4637,16 +4538,12 @@ class ServiceRecord(Rules):
         self._pin = ""  # what join commands are to pin
         self._is_new = False  # whether the row does not have these yet
 
-    def get(self) -> Optional[Service]:
-        """None before the first server ran."""
-        return self._queries.service()
-
     def period(self, now: int) -> ServicePeriod:
-        return ServicePeriod(self.get(), now)
+        return ServicePeriod(self._queries.service(), now)
 
     def start(self, url: str, now: int) -> None:
         """A server starts. Beside a live one, or right after one, the service period goes on."""
-        old, interval = self.get(), self._registry.interval
+        old, interval = self._queries.service(), self._registry.interval
         if old is None:
             old = Service(now, now, now, interval, url)
         elif abs(now - old.alive) <= ALIVE_EVERY * SECOND_MS:
@@ -4656,7 +4553,7 @@ class ServiceRecord(Rules):
         self._queries.put(self._certified(old._replace(interval=interval, public_url=url)))
 
     def keep_alive(self, now: int) -> None:
-        service = self.get()
+        service = self._queries.service()
         if service is None or is_served(service, now):
             self._queries.keep_alive(now)
             return
@@ -4698,7 +4595,7 @@ class ServiceRecord(Rules):
     def watch_certificate(self, now: int) -> None:
         """Write a new certificate to the row. It counts as written when a later turn reads it: a
         tick may fail. Near its end, warn once a day, however often servers start."""
-        row = self.get()
+        row = self._queries.service()
         if row is None:
             return
         fresh = self._certified(row) if self._is_new else row
@@ -4761,9 +4658,9 @@ class Reports(Rules):
         """Hosts have other states: each with its state, and since when in Unix ms. actor: who did
         it, in the words of the audit log; is_new: they have just enrolled."""
         for host, state, at in hosts:
-            was, about = 0 if is_new else host.state, (host.name, host.labels)
-            change = 0, at, host.id, host.organization_id, *about, was, state, host.last_seen, actor
-            self.changes.append(Change._make((*change, host.ephemeral)))
+            about = host.id, host.organization_id, host.name, host.labels
+            was, seen = 0 if is_new else host.state, host.last_seen
+            self.changes.append(Change(0, at, *about, was, state, seen, actor, host.ephemeral))
         if not is_new:  # the row of one that is deleted goes at once
             states = [(state, at, host.id) for host, state, at in hosts if state != DELETED]
             self._queries.set_states(states)
@@ -4780,7 +4677,7 @@ class Reports(Rules):
 
     def sweep(self, now: int) -> float:
         """Report who of a slice of hosts has fallen silent. Seconds until the next is due."""
-        began, sweep, service = time.thread_time(), self.swept, self._registry.service.get()
+        began, sweep, service = time.thread_time(), self.swept, self._queries.service()
         period, started = ServicePeriod(service, now), service.started if service else 0
         if not period.is_live:
             return SWEEP_REST
@@ -4822,12 +4719,10 @@ class Reports(Rules):
             return change if is_wanted else None
 
         read = lambda _, after, limit: queries.changes_after(after, limit, host)  # noqa: E731
-        feed = queries.feed()
-        kept = feed.change, queries.oldest_change(), queries.last_change()
-        page = self._follow(call, kept, read, view, "labels")
+        page = self._follow(call, Change, read, view)
         hosts = queries.hosts([*{change.host_id for change in page.items}])
         muted = {host.id for host in hosts if host.muted_until > now}
-        cursor = f"{feed.history}-{{}}".format
+        cursor = f"{queries.feed().history}-{{}}".format
         items = [ChangeView(it, cursor(it.number), it.host_id in muted) for it in page.items]
         return page._replace(items=items)
 
@@ -4840,10 +4735,10 @@ def begin_feed(queries: Queries, now: int) -> None:
     """End a migration: what was reported of each host is what it is now, and no change."""
     queries.begin_history()
     queries.count_hosts()
-    period, before = ServicePeriod(queries.service(), now), LAST_ID
-    while hosts := queries.newest(Host, None, before, COUNTED_AT_ONCE):
-        states, before = [], hosts[-1].id
-        for host in hosts:
+    period, after = ServicePeriod(queries.service(), now), -1
+    while rows := queries.labels_slice(None, after, COUNTED_AT_ONCE):
+        states, after = [], rows[-1][0]
+        for host in queries.hosts([row[0] for row in rows]):
             status = period.status(*host.seen)
             if status != "pending":
                 since = host.revoked_at or period.since(host.last_seen, host.told_interval)
@@ -4851,15 +4746,110 @@ def begin_feed(queries: Queries, now: int) -> None:
         queries.set_states(states)
 
 
+# Incidents: hosts that fell silent together, as found in changes.
+
+SILENT = OFFLINE, MISSING
+
+
+@lru_cache(maxsize=HOPS_CACHED)
+def network_of(address: str) -> list[str]:
+    """The network of a host and its neighbours, /24 or /64; none where its address is none."""
+    if found := re.fullmatch(r"((?:[0-9]{1,3}\.){3})[0-9]{1,3}", address):
+        return [f"{found[1]}0/24"]  # as ipaddress has it, which takes ten times as long
+    with suppress(ValueError):
+        return [str(ipaddress.ip_network(f"{address}/{NETWORK_BITS}", strict=False))]
+    return []
+
+
+def traits_of(labels: str, address: str) -> list[str]:
+    """What a host may share with others: labels as key=value, and its network."""
+    own = stored_object(labels).items()
+    return [*(f"{key}={value}" for key, value in own), *network_of(address)]
+
+
+class Incident:
+    """Hosts that fell silent within some time of the first. Times are in Unix ms."""
+
+    # What it is compared with: how many hosts there are, and how many of them have a trait.
+    fleet: Optional[tuple[int, Counter[str]]] = None
+
+    def __init__(self, id: str, at: int) -> None:
+        self.id, self.at = id, at  # the cursor and the time of its first change
+        self.until: Optional[int] = None  # when the last of them was back
+        self.hosts: dict[int, None] = {}  # in the order in which they fell silent
+        self.down = 0  # how many of them still are
+        self.traits: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return len(self.hosts)
+
+    def common(self) -> list[str]:
+        """The traits that most of its hosts have, the most frequent first."""
+        return [trait for trait, hosts in self.traits.most_common() if 2 * hosts > self.count]
+
+    def _elsewhere(self, trait: str) -> float:
+        """Which part of all other hosts has a trait. Where there are none, no trait is special."""
+        if self.fleet is None:
+            return 0.0
+        others = self.fleet[0] - self.count
+        return max(0, self.fleet[1][trait] - self.traits[trait]) / others if others > 0 else 1.0
+
+    @property
+    def text(self) -> str:
+        """It in a sentence, with the trait that most of its hosts have and most others do not."""
+        count, text = self.count, f"{self.count} hosts went offline together"
+        own = [trait for trait in self.common() if self._elsewhere(trait) <= 0.5]
+        if own:
+            trait = max(own, key=lambda it: self.traits[it] / count - self._elsewhere(it))
+            verb = "have" if "=" in trait else "are in"
+            text += f", {self.traits[trait]} of the {count} {verb} {sanitize(trait)}"
+            if self.fleet is not None:
+                text += f", {self.fleet[1][trait]} of {self.fleet[0]} in the fleet"
+        if self.down == count:
+            return text
+        return text + (f"; {self.down} still down" if self.down else "; all are back or gone")
+
+
 class Outlook:
-    """What is known of incidents to who sees an organization, or all of them."""
+    """The incidents of an organization, or of all of them, as found in changes so far."""
 
     def __init__(self, after: int, window: int) -> None:
-        self.after, self.incidents = after, Incidents(window)  # after: the last change looked at
+        """after: the number of the last change that was looked at; window: for how many ms after
+        the first, or before it, a host that falls silent is one more."""
+        self.after, self._window = after, window
+        self._found: list[Incident] = []  # the oldest first; those of few hosts are none yet
+        self._of_host: dict[int, Incident] = {}  # of those that are down
         self.asked_at = self.counted_at = 0
         self.asked: set[str] = set()  # the traits that are counted
         self.shares: Counter[str] = Counter()
         self.last, self.hosts = -1, 0  # counted: the id of the last one, and how many
+
+    def add(self, history: str, change: Change, address: str) -> None:
+        """The next change in the feed, and the address of its host."""
+        is_silent, host = change.status in SILENT, change.host_id
+        if is_silent and change.was in SILENT:
+            return
+        if incident := self._of_host.pop(host, None):
+            incident.down -= 1
+            incident.until = None if incident.down else change.at
+        if is_silent and not change.actor:
+            newest = self._found[-INCIDENTS_OPEN:]
+            incident = next((it for it in newest if abs(change.at - it.at) <= self._window), None)
+            if incident is None:
+                incident = Incident(f"{history}-{change.number}", change.at)
+                self._found.append(incident)
+            self._of_host[host], incident.until = incident, None
+            incident.down += 1
+            if host not in incident.hosts:
+                incident.hosts[host], known = None, incident.traits
+                own = traits_of(change.labels, address)
+                known.update(it for it in own if it in known or len(known) < TRAITS_COUNTED)
+
+    def since(self, at: int) -> list[Incident]:
+        """The newest first; older ones are forgotten."""
+        self._found = [it for it in self._found if it.at >= at]
+        return [it for it in reversed(self._found) if it.count >= INCIDENT_SMALLEST]
 
 
 class IncidentLog(Rules):
@@ -4871,32 +4861,29 @@ class IncidentLog(Rules):
         self._outlooks: dict[Owner, Outlook] = {}
 
     def list(self, call: Call, now: int) -> Any:
-        """The newest first; UNFINISHED after a slice. values: organization. Raises InvalidQuery,
+        """The newest first; the call, after a slice. values: organization. Raises InvalidQuery,
         NotFound."""
         owner = self._scope(call, InvalidQuery, "organization")
         outlook = self._outlook(owner, now)
         if not self._look(outlook, owner):
-            return UNFINISHED
-        found = outlook.incidents.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
+            return call
+        found = outlook.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
         asked = {trait for incident in found for trait in incident.common()}
-        fleet: Optional[Fleet] = None
-        if asked and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM:
-            if not self._count(outlook, owner, asked, now):
-                return UNFINISHED
-            fleet = outlook.hosts, outlook.shares
+        is_known = asked and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM
+        if is_known and not self._count(outlook, owner, asked, now):
+            return call
         for incident in found:
-            incident.fleet = fleet
+            incident.fleet = (outlook.hosts, outlook.shares) if is_known else None
         return Page(found)
 
     def forget(self, now: int) -> None:
-        """What nobody has asked for of late: of a large fleet it may be 100 MiB."""
+        """Drop what was not asked for in SHARES_KEPT: of a large fleet it may be 100 MiB."""
         kept, each = SHARES_KEPT * SECOND_MS, self._outlooks.items()
         self._outlooks = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
 
     def _outlook(self, owner: Owner, now: int) -> Outlook:
         if owner not in self._outlooks:
-            service = self._registry.service.get()
-            interval = service.interval if service else self._registry.interval
+            interval = (self._queries.service() or self._registry).interval
             # An hour more: a change at its beginning may belong to an incident before.
             after = self._queries.change_before(now - (DAY + HOUR) * SECOND_MS)
             self._outlooks[owner] = Outlook(after, INCIDENT_INTERVALS * interval * SECOND_MS)
@@ -4907,14 +4894,10 @@ class IncidentLog(Rules):
         """At a slice of changes; whether it was the last one."""
         changes = self._queries.changes_after(outlook.after, LOOKED_AT_ONCE)
         own = [it for it in changes if owner in (ALL_ORGANIZATIONS, it.organization_id)]
-        silent = {it.host_id for it in own if it.status in (OFFLINE, MISSING)}
+        silent = {it.host_id for it in own if it.status in SILENT}
         addresses, history = self._queries.addresses([*silent]), self._queries.feed().history
-        for it in own:
-            words = STATUS_NAMES[it.was], STATUS_NAMES[it.status]
-            labels = stored_object(it.labels) if it.host_id in silent else {}
-            traits = traits_of(labels, addresses.get(it.host_id, ""))
-            cursor = f"{history}-{it.number}"
-            outlook.incidents.add(cursor, it.at, it.host_id, *words, not it.actor, traits)
+        for change in own:
+            outlook.add(history, change, addresses.get(change.host_id, ""))
         outlook.after = changes[-1].number if changes else outlook.after
         return len(changes) < LOOKED_AT_ONCE
 
@@ -4926,7 +4909,7 @@ class IncidentLog(Rules):
             outlook.last, outlook.hosts = -1, 0
         rows = self._queries.labels_slice(owner, outlook.last, LOOKED_AT_ONCE)
         for outlook.last, labels, address in rows:
-            outlook.shares.update(asked.intersection(traits_of(stored_object(labels), address)))
+            outlook.shares.update(outlook.asked.intersection(traits_of(labels, address)))
         outlook.hosts += len(rows)
         return len(rows) < LOOKED_AT_ONCE
 
@@ -5011,7 +4994,7 @@ class ApiKeys(Rules):
         return ApiKeyView(key, key_state(key, now), secret.text)
 
     def revoke(self, call: Call, now: int) -> Any:
-        """Idempotent. values: withKeys, whether also what it made, and what that made: UNFINISHED
+        """Idempotent. values: withKeys, whether also what it made, and what that made: the call
         while there may be more; self, whether also the caller's key. Raises NotFound, Conflict."""
         key, keys = self._own(call, ApiKey), []
         if call.values.get("withKeys") == "true":
@@ -5022,7 +5005,7 @@ class ApiKeys(Rules):
             if self._queries.revoke(ApiKey, each.id, now):
                 self._record("revoke", call.by.name, each)
         if len(keys) == ACTED_AT_ONCE:
-            return UNFINISHED
+            return call
         return ApiKeyView(key._replace(revoked_at=key.revoked_at or now), "revoked")
 
     def identify(self, text: str, request: str, origin: Origin, now: int) -> Principal:
@@ -5084,7 +5067,7 @@ class Tokens(Rules):
         """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
         hostname, labels, intervalSeconds, ephemeralSeconds (of silence, that end its hosts),
         organizationId. Raises InvalidBody, NotFound."""
-        usual = (self._registry.service.get() or self._registry).interval
+        usual = (self._queries.service() or self._registry).interval
         least = EXPIRY_INTERVALS * call.values.get("intervalSeconds", usual)
         if call.values.get("ephemeralSeconds", least) < least:
             detail = f"must be at least {least}, {EXPIRY_INTERVALS} heartbeat intervals"
@@ -5131,7 +5114,7 @@ class Tokens(Rules):
         return TokenView(token, token_state(token, now), hosts)
 
     def revoke(self, call: Call, now: int) -> Any:
-        """Idempotent. values: withHosts, whether to shut out those that came in by it: UNFINISHED
+        """Idempotent. values: withHosts, whether to shut out those that came in by it: the call
         while there may be more. Raises NotFound."""
         token = self._own(call, Token)
         if self._queries.revoke(Token, token.id, now):
@@ -5142,7 +5125,7 @@ class Tokens(Rules):
             for number in hosts:
                 self._registry.hosts.revoke(each._replace(id=number), now)
             if len(hosts) == ACTED_AT_ONCE:
-                return UNFINISHED
+                return call
         return self.get(call, now)
 
     def prove(self, text: str, hostname: str, origin: Origin, now: int) -> Token:
@@ -5365,9 +5348,10 @@ class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
     Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
-    Where it does not match because interval or address has changed, a second does, Queries.tell().
-    What is left is judged by accept(), one by one: the first use of a newer credential, a clock
-    that went back, or a refusal. Heartbeats with facts or a renewal due are calls: beat().
+    Where it does not match because interval, address or state has changed, the host's row tells,
+    and they are written together. What is left is judged by accept(), one by one: the first use of
+    a newer credential, a clock that went back, or a refusal. Heartbeats with facts or a renewal due
+    are calls: beat().
 
     Law: an interval is in the host's row before it is sent, for its status follows from the row.
     Plain heartbeats are answered from memory, so the statement compares that with the row.
@@ -5437,30 +5421,24 @@ class Heartbeats(Rules):
         counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def _tell_strays(self, rows: list[BeatRow], origins: list[Origin], now: int) -> set[BeatRow]:
-        """Of the rows of a batch, write those of hosts that are to be told another interval, or
-        have moved; host and serial of all that are written. A new --heartbeat-interval or a new
-        proxy brings the whole fleet here at once: so it is a few statements, and few events."""
+    def _tell_strays(
+        self, rows: list[BeatRow], origins: list[Origin], now: int
+    ) -> set[tuple[int, ...]]:
+        """Of the rows of a batch, write those of hosts that are to be told another interval, have
+        moved or are back; host and serial of all that are written. A new --heartbeat-interval or a
+        new proxy brings the whole fleet here at once: so it is a few statements, and few events."""
         written = self._queries.beaten(now, [row[2] for row in rows])
         strays = {row[2:4]: o for row, o in zip(rows, origins) if row[2:6] not in written}
         heard = [
             (self._place(host, origin, now), origin)
             for host in self._queries.hosts([host for host, _ in strays])
             if (origin := strays.get((host.id, host.serial)))
+            and host.last_seen <= now
+            and host.state != REVOKED
         ]
-        told = [(now, self._remember(h), h.address_key, h.id, h.serial, now) for h, _ in heard]
-        self._queries.tell(told)
-        written |= self._queries.beaten(now, [host.id for host, _ in heard])
-        accepted = {row[:2] for row in written}
-        back = [
-            (host._replace(last_seen=now), ONLINE, now)
-            for host, _ in heard
-            if host.state != ONLINE and (host.id, host.serial) in accepted
-        ]
-        if back:
-            self._registry.reports.report(back)
-        self._move([(h, o) for h, o in heard if (h.id, h.serial) in accepted], now)
-        return accepted
+        self._move(heard, now)
+        self._tell([host for host, _ in heard], now)
+        return {row[:2] for row in written}.union((host.id, host.serial) for host, _ in heard)
 
     def _place(self, host: Host, origin: Origin, now: int) -> Host:
         """A host with the address_key that a heartbeat leaves. One that moves again is heard from
@@ -5488,14 +5466,12 @@ class Heartbeats(Rules):
         if rows:
             self._queries.move(rows)
 
-    def _tell(self, host: Host, last_seen: int) -> Host:
-        """Write a heartbeat that was accepted; the host as it is then."""
-        told = self._remember(host), host.address_key
-        self._queries.tell([(last_seen, *told, host.id, host.serial, host.last_seen)])
-        host = host._replace(last_seen=last_seen)
-        if host.state != ONLINE:
-            self._registry.reports.report([(host, ONLINE, last_seen)])
-        return host._replace(state=ONLINE)
+    def _tell(self, hosts: Sequence[Host], last_seen: int) -> None:
+        """Write heartbeats that were accepted, and report who is back."""
+        self._queries.tell([(last_seen, self._remember(h), h.address_key, h.id) for h in hosts])
+        others = [host._replace(last_seen=last_seen) for host in hosts if host.state != ONLINE]
+        if others:
+            self._registry.reports.report([(host, ONLINE, last_seen) for host in others])
 
     def accept(self, beat: Heartbeat, now: int) -> Host:
         """Judge and write one heartbeat; the host as it is then. Raises, in this order:
@@ -5533,7 +5509,9 @@ class Heartbeats(Rules):
         # lastSeen does not go back, unless it was written by a clock that was far ahead: a host
         # that falls silent would else be online until the clock is there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
-        return self._tell(host, now if is_ahead else max(now, host.last_seen))
+        last_seen = now if is_ahead else max(now, host.last_seen)
+        self._tell([host], last_seen)
+        return host._replace(last_seen=last_seen, state=ONLINE)
 
     def beat(self, call: Call, now: int) -> HeartbeatResult:
         """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
@@ -5551,7 +5529,8 @@ class Heartbeats(Rules):
             if audit.successes.has_room(kind):
                 self._registry.engine.require_durable()
             self._queries.edit_host(host.id, changes)
-            host = self._tell(host._replace(**changes), host.last_seen)
+            host = host._replace(**changes)
+            self._tell([host], host.last_seen)
             names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
             if audit.successes.takes(kind):
                 audit.record(*kind, facts=dict(zip(names, changes.values())))
@@ -5654,9 +5633,8 @@ class PlacedHost(NamedTuple):
     """A row of a list that HostOrder reads."""
 
     place: tuple[int, Any, int]  # the number of a group, a value of its column, and an id
-    host: Host
+    host: Optional[Host]  # None: it is not of the group, and only stands where that is read
     labels: str
-    is_of_group: bool  # False: it only stands where the group is read
 
 
 class HostOrder:
@@ -5676,7 +5654,7 @@ class HostOrder:
             found = self._queries.hosts_by(column, states, owner, begin, limit - len(rows))
             for host in found:
                 at = number, getattr(host, column), host.id
-                rows.append(PlacedHost(at, host, host.labels, host.state in states))
+                rows.append(PlacedHost(at, host if host.state in states else None, host.labels))
             if len(rows) == limit:
                 break
         return rows
@@ -5814,35 +5792,31 @@ class Hosts(Rules):
     def list(self, call: Call, now: int) -> Any:
         """values: organization, status (some), address (a network), q, label (values of a
         LabelFilter), label! (the opposite), token, olderSeconds (since its status began), incident,
-        sort (of ORDERS, or enrolledAt). UNFINISHED while incidents are found. Raises InvalidQuery,
+        sort (of ORDERS, or enrolledAt). The call while incidents are found. Raises InvalidQuery,
         NotFound."""
         values, queries = call.values, self._queries
         period, is_wanted = self._registry.service.period(now), host_filter(values, now)
         incident, found = values.get("incident"), Page([])
         if incident:
             found = self._registry.incidents.list(call, now)
-            if found is UNFINISHED:
-                return UNFINISHED
+            if found is call:
+                return call
         members = {host for it in found.items if it.id == incident for host in it.hosts}
 
-        def view(host: Host) -> Optional[HostView]:
-            if not is_wanted(host) or (incident and host.id not in members):
+        def view(row: Union[Host, PlacedHost]) -> Optional[HostView]:
+            host = row.host if isinstance(row, PlacedHost) else row
+            if host is None or not is_wanted(host) or (incident and host.id not in members):
                 return None
             return self._view(host, period, now, STATUS_NAMES[host.state])
 
-        sort = values.get("sort", "enrolledAt")
+        order, sort = NEWEST, values.get("sort", "enrolledAt")
+        read: Callable[[Owner, Any, int], Sequence[Any]] = partial(queries.newest, Host)
+        if "token" in values:
+            read = partial(queries.hosts_of_token, parse_id(values["token"]))
         if sort != "enrolledAt":
-            order = HostOrder(queries, sort, _asked_states(values))
-            page = self._page(
-                call, order.read, lambda row: view(row.host) if row.is_of_group else None,
-                order=order.order,
-            )  # fmt: skip
-        elif "token" in values:
-            page = self._page(
-                call, partial(queries.hosts_of_token, parse_id(values["token"])), view
-            )
-        else:
-            page = self._page(call, partial(queries.newest, Host), view)
+            sorted_hosts = HostOrder(queries, sort, _asked_states(values))
+            read, order = sorted_hosts.read, sorted_hosts.order
+        page = self._page(call, read, view, order=order)
         counts = dict.fromkeys(STATUSES, 0)
         census = self.census(values.get("organization", call.by.organization))
         for (_, status), hosts in census.items():
@@ -5866,7 +5840,7 @@ class Expiry(Rules):
 
     def run(self, call: Call, now: int) -> float:
         """Look at EXPIRED_AT_ONCE silent hosts. Seconds until the next are due."""
-        service, rooms = self._registry.service.get(), dict[str, int]()
+        service, rooms = self._queries.service(), dict[str, int]()
         self._began = min(self._began or now, now)
         began = max(self._began, service.started) if service else now
         if not is_served(service, now) or now - began < EXPIRY_CALM_MS:
@@ -6095,10 +6069,10 @@ class Registry:
     def perform(self, call: Call, now: int) -> Any:
         """The value of one call: a tick of its own, or as many as it takes, waiting up to
         LOCK_PATIENCE seconds in each for other writers. Raises the Problem or OperatorError."""
-        outcome = UNFINISHED
-        while outcome is UNFINISHED:
+        outcome: Any = call
+        while isinstance(outcome, Call):
             deadline = time.monotonic() + LOCK_PATIENCE
-            while (outcomes := self.run([call], now)) is None:
+            while (outcomes := self.run([outcome], now)) is None:
                 if time.monotonic() > deadline:
                     raise self.stop_waiting()
                 time.sleep(LOCK_POLL)
@@ -6119,7 +6093,7 @@ class Registry:
     def feed_ends(self) -> tuple[int, int]:
         """Between ticks: the numbers of the last change and the last event."""
         with suppress(StoreError):
-            return self.queries.last_change(), self.queries.last_event()[0]
+            return self.queries.feed_ends()
         return -1, -1  # who waits asks again, and meets it
 
     def after_tick(self) -> None:
@@ -6507,7 +6481,7 @@ _CHUNK_LINE = re.compile(
 _TOKEN68_BYTES = (string.ascii_letters + string.digits + "-._~+/=").encode("ascii")
 
 CHUNKED = -1  # as the length of a body
-MERGE_PATCH = b"application/merge-patch+json"
+MERGE_PATCH = "application/merge-patch+json"
 AGENT_PATHS = "/api/agent/"  # the paths of what agents send begin so
 # One server would take the first of two, another the last: a second one is refused.
 _SINGLE_FIELDS = (
@@ -6612,10 +6586,11 @@ def _parse_head(data: bytes) -> Head:
     if expectation not in ("", "100-continue"):
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
-    last_two = single.get("authorization"), single.get("idempotency-key")
     media_type = b",".join(fields.get("content-type", ())).partition(b";")[0].strip().lower()
-    last = *last_two, media_type == MERGE_PATCH
-    return Head(method, path, query, length, keep_alive, expects, *last)
+    return Head(
+        method, path, query, length, keep_alive, expects, single.get("authorization"),
+        single.get("idempotency-key"), media_type == MERGE_PATCH.encode("ascii"),
+    )  # fmt: skip
 
 
 _parse_head_cached = lru_cache(maxsize=HEADS_CACHED)(_parse_head)
@@ -9656,7 +9631,7 @@ def service_place(service: Any, *options: Optional[int]) -> ServicePlace:
 
 def _service(registry: Registry, call: Call, now: int) -> ServicePlace:
     options = registry.keys.ttl, registry.audit.keep
-    return service_place(registry.service.get(), *options)
+    return service_place(registry.queries.service(), *options)
 
 
 def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -9873,8 +9848,8 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
     """The caller's hosts by organization and status, and what their agents are; for an API key of
     all organizations also what the process has counted."""
     owner, agents = call.by.organization, _agent_metrics(registry, call, now)
-    if agents is None:
-        return UNFINISHED
+    if isinstance(agents, Call):
+        return agents
     census = registry.hosts.census(owner)
     rows = [row for row in registry.queries.organizations() if owner in (None, row.id)]
     hosts = [
@@ -9898,10 +9873,9 @@ def _frequent(counts: Counter[str], number: int) -> Counter[str]:
     return Counter({**dict(ranked[:number]), "other": rest})
 
 
-def _agent_metrics(registry: Registry, call: Call, now: int) -> Optional[list[str]]:
-    """None: a slice of the hosts is counted, and the call keeps the counts for the next tick."""
-    kept = cast("dict[str, Any]", call.values)
-    after, versions, copied = kept.get("counted", (-1, Counter(), 0))
+def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list[str]]:
+    """A slice of the hosts is counted in each tick."""
+    after, versions, copied = call.values.get("counted", (-1, Counter(), 0))
     owner, since = call.by.organization, now - COPY_SHOWN_MS
     rows = registry.queries.agents_slice(owner, after, SWEPT_AT_ONCE, since)
     for version, count, copies, last in rows:
@@ -9909,8 +9883,8 @@ def _agent_metrics(registry: Registry, call: Call, now: int) -> Optional[list[st
         copied, after = copied + copies, max(after, last)
     if sum(row[1] for row in rows) == SWEPT_AT_ONCE:
         # What is frequent in the fleet is so in each slice.
-        kept["counted"] = after, _frequent(versions, COUNTED_AT_ONCE), copied
-        return None
+        counted = after, _frequent(versions, COUNTED_AT_ONCE), copied
+        return call._replace(values={"counted": counted})
     shown = _frequent(versions, VERSIONS_SHOWN).items()
     agents = [(metric_labels(version=version), count) for version, count in shown]
     return [
@@ -10014,20 +9988,22 @@ def _inventory(
 ) -> Any:  # fmt: skip
     """The hosts that a call finds, as the text that another tool takes; in each tick put() is given
     a page of them. Raises InvalidQuery, NotFound."""
-    kept = cast("dict[str, Any]", call.values)  # from tick to tick
-    if "made" not in kept:
+    made = call.values.get("made")
+    if made is None:
         if len(registry.inventories) >= INVENTORIES_AT_ONCE:
-            return UNFINISHED
-        kept.update(made=Inventory(), limit=LISTED_AT_ONCE)
-        registry.inventories.add(kept["made"])
-    page, made = registry.hosts.list(call, now), kept["made"]
+            return call
+        made = Inventory()
+        registry.inventories.add(made)
+        call = call._replace(values={**call.values, "made": made, "limit": LISTED_AT_ONCE})
+    page = registry.hosts.list(call, now)
     for view in page.items:
         put(made, view, registry, call)
     if len(made.hosts) > INVENTORY_HOSTS or sum(map(len, made.hosts)) > INVENTORY_BYTES:
         most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
         raise InvalidQuery(f"These are more than {most}: filter by status, label or organization.")
-    kept["cursor"] = page.next
-    return text(made) if page.next is None else UNFINISHED
+    if page.next is None:
+        return text(made)
+    return call._replace(values={**call.values, "cursor": page.next})
 
 
 def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
@@ -10538,11 +10514,11 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
             yield {**parameter, "description": text, "schema": described, "example": example}
 
 
-def _request_bodies(operation: Operation) -> Iterator[tuple[bytes, str, Schema]]:
+def _request_bodies(operation: Operation) -> Iterator[tuple[str, str, Schema]]:
     """Of each media type its name, and the name and the schema of its bodies."""
     name = "".join(word.capitalize() for word in operation.name.split("-"))
     if operation.body is not None:
-        yield JSON.encode(), f"{name}Request", operation.body
+        yield JSON, f"{name}Request", operation.body
     if operation.patch is not None:
         yield MERGE_PATCH, f"{name}Patch", operation.patch
 
@@ -10581,7 +10557,7 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
     if operation.body is not None:
         is_required = any(field.required for field in operation.body.fields.values())
         content = {
-            media.decode(): {"schema": {"$ref": f"#/components/schemas/{name}"}}
+            media: {"schema": {"$ref": f"#/components/schemas/{name}"}}
             for media, name, _ in _request_bodies(operation)
         }
         document["requestBody"] = {"required": is_required, "content": content}
@@ -10799,7 +10775,7 @@ class Api:
         self.metrics = registry.metrics
         self.match = HeartbeatFastPath(registry.keys).match
         self._next_interval = registry.heartbeats.next_interval
-        self._readiness_at, self._readiness = 0, UNFINISHED  # the time and outcome of READY
+        self._readiness_at, self._readiness = 0, object()  # the time and outcome of READY
 
     # Before the tick.
 
@@ -10824,9 +10800,9 @@ class Api:
             if operation is READY:
                 # Anybody may ask, and to find out takes a write: so an outcome is good for
                 # READY_EVERY, whatever it was.
-                if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
-                    self._readiness_at, self._readiness = now, UNFINISHED
                 call = Call(READY, origin=request.origin)
+                if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
+                    self._readiness_at, self._readiness = now, call
                 return self.answer(call, self._readiness) or call
             return self._admit_user(operation, request, identifier, now)
         except Problem as problem:
@@ -10891,7 +10867,7 @@ class Api:
     # After the tick.
 
     def answer(self, work: Work, outcome: Any) -> Optional[Response]:
-        """The answer by its outcome in a tick; None: run it again in another."""
+        """The answer by its outcome in a tick; None for a call, to be run in another."""
         if isinstance(work, Call) and work.operation is READY:
             self._readiness = outcome
         if isinstance(outcome, OperatorError):  # of this machine: the caller cannot mend it
@@ -10899,7 +10875,7 @@ class Api:
             outcome = Internal()
         if isinstance(outcome, Problem):
             return self.refusal(outcome)
-        if outcome is UNFINISHED:
+        if isinstance(outcome, Call):
             return None
         if isinstance(work, Heartbeat):
             result = HeartbeatResult(work.host, outcome, None, self._next_interval(work.host))
@@ -11620,7 +11596,7 @@ class Exchanges:
         if self._answer_one(pending, outcome):
             self._api.metrics.requests.observe(time.monotonic() - pending[3])
         else:
-            self.reads.append(pending)
+            self.reads.append((pending[0], outcome, *pending[2:]))
 
     def _run(self, pending: Sequence[Pending]) -> Optional[list[Any]]:
         try:
@@ -11661,14 +11637,14 @@ class Exchanges:
                 except Exception as error:
                     self.fail(connection, error)
             elif not self._answer_one(pending, outcome):
-                self.pending.append(pending)
+                self.pending.append((connection, outcome, head, since))
         if requests:
             self._api.metrics.ticks.observe(requests)
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
         return own
 
     def _answer_one(self, pending: Pending, outcome: Any) -> bool:
-        """Answer a call; False if it is to be run again."""
+        """Answer a call; False if its outcome is one to be run later."""
         connection, call, head, since = pending
         if connection is not None:
             try:
@@ -12309,6 +12285,7 @@ class Client:
 # what concerns one host in order.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
+DOWN = ("offline", "missing")
 TROUBLES = (*DOWN, "pending")  # statuses
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
 WAKING = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
@@ -13226,7 +13203,7 @@ def user_name(environment: Mapping[str, str]) -> str:
 
 # Commands that are an operation.
 
-SERVICE_RULE = InternalRule(lambda registry, call, now: registry.service.get(), writes=False)
+SERVICE_RULE = InternalRule(lambda registry, call, now: registry.queries.service(), writes=False)
 CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
 LOOK_UP = InternalRule(lambda registry, call, now: registry.names.find(call.named), writes=False)
 DESTRUCTIVE = ("delete-host", "revoke-host", "revoke-token", "revoke-api-key", "retire-signing-key")
