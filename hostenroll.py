@@ -181,6 +181,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 TOKEN_TTL = HOUR  # long enough to walk to the machine
 TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
 API_KEY_TTL_RANGE = (MINUTE, 3650 * DAY)
+SIGN_IN_TTL = 12 * HOUR  # of the API key in a link
 TOKEN_USES_RANGE = (1, 1_000_000)
 TOKEN_HOSTS_SHOWN = 1000  # the newest hosts that a token let in: a token may let in a million
 TOKEN_KEPT = 30 * DAY  # after its end, so that show-token can still tell what became of it
@@ -3701,6 +3702,7 @@ CHANGED_TO = STATUS_NAMES[ONLINE:]
 EDITED = {"name": "name", "labels": "labels", "intervalSeconds": "own_interval",
           "mutedUntil": "muted_until"}  # fmt: skip
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
+TITLES = {kind.code: f"{kind.title[0].lower()}{kind.title[1:]}" for kind in problems()}
 KEY_STATES = ("valid", "expired", "revoked")  # of API keys
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
@@ -4062,15 +4064,70 @@ class AuditLog(Rules):
         asked = [call.values.get(name) for name in ("action", "subject", "code")]
         asked.append(call.values.get("organization", call.by.organization))
 
-        def view(event: Event) -> Optional[Event]:
+        def view(event: Event) -> Optional[EventView]:
             pairs = zip(asked, (event.action, event.subject, event.code, event.organization_id))
-            return event if all(wanted in (None, own) for wanted, own in pairs) else None
+            is_asked = all(wanted in (None, own) for wanted, own in pairs)
+            return event_view(event, called) if is_asked else None
+
+        called = lru_cache(partial(self._called, call.by.organization))  # names change
 
         queries = self._queries
         if "after" not in call.values:
             return self._page(call, queries.events, view, "detail")
         read = lambda _, *after: [it.legible() for it in queries.events_after(*after)]  # noqa: E731
         return self._follow(call, Event, read, view)
+
+    def _called(self, owner: Owner, party: str) -> str:
+        """An actor or a subject for people: by its name, unless another organization has it."""
+        kind, _, word = party.partition(":")
+        record = next((record for record, name in KINDS.items() if name == kind), None)
+        row = None if record is None else self._queries.get(record, parse_id(word))
+        if row is not None and owner in (ALL_ORGANIZATIONS, row.organization_id):
+            word = getattr(row, "name", "") or getattr(row, "description", "") or word
+        return word if kind in ("cli", "host") else f"{kind.replace('api-', 'API ')} {word}".strip()
+
+
+EVENT_TEXTS = {  # what happened, for people, by action
+    "mint": "$actor created $subject",
+    "enroll": "$subject enrolled with $actor",
+    "re-enroll": "$subject enrolled again with $actor",
+    "replay": "$subject asked again for its first credential",
+    "renew": "$subject got a new credential",
+    "supersede": "$subject used a newer credential; its older ones are refused from now on",
+    "refuse": "$actor was refused: $problem",
+    "edit": "$actor changed $changed of $subject",
+    "add": "$actor added $subject",
+    "init": "The audit log began: $actor",
+    "audit-format": "The format of the audit log changed",
+    "certificate": "The certificate ends soon, or its key is not the one that agents pin",
+    "clone": "$subject is used by more than one machine",
+    "move": "$subject moved from $from to $to",
+    "expire": "$subject was deleted: it had sent no heartbeat for long",
+    "key-file": "The key file is not as it should be: $trouble",
+}
+
+
+class EventView(NamedTuple):
+    """An event, and the sentence that tells it to people."""
+
+    event: Event
+    text: str
+
+
+def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
+    """An event and its sentence. called: what people call an actor or a subject."""
+    detail = stored_object(event.detail)
+    changed = detail["facts"] if isinstance(detail.get("facts"), dict) else detail
+    fields = {
+        **detail, "problem": TITLES.get(event.code or ""), "actor": called(event.actor),
+        "subject": called(event.subject),
+        "changed": ", ".join(name for name in changed if name != "reason"),
+    }  # fmt: skip
+    template = EVENT_TEXTS.get(event.action, f"$actor {event.action}d $subject")  # revoked, deleted
+    text = string.Template(template).safe_substitute(fields)
+    text += f": {detail['reason']}" if detail.get("reason") else ""
+    text += f", and {detail['more']} more like it" if detail.get("more") else ""
+    return EventView(event, text[:1000])
 
 
 # The formats of the audit log: theory of operation.
@@ -4510,23 +4567,27 @@ class ServicePeriod:
         return "offline" if silence <= MISSING_AFTER * SECOND_MS else "missing"
 
     def reason(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
-        status = self.status(last_seen, revoked_at, told_interval)
+        """Why a host has its status, in sentences for people."""
         if revoked_at is not None:
-            return f"revoked at {rfc3339(revoked_at)}"
+            ago = format_duration(max(0, self._now - revoked_at) / SECOND_MS)
+            return f"Revoked {ago} ago. Its agent asks again hourly, and is refused."
         if last_seen == 0:
-            return "has enrolled and not yet beaten"
+            return "Enrolled, and no heartbeat yet. Is the agent still running there?"
+        status = self.status(last_seen, revoked_at, told_interval)
         silence, allowance = self.silence_ms(last_seen, told_interval)
         duration = format_duration(silence / SECOND_MS)
-        text = f"last seen {duration} {self._ago}"
+        text, due = "", f"one is due every {told_interval} s"
         if last_seen > self._now:
-            text = f"last seen at {rfc3339(last_seen)}: the clock has gone back"
-            if status == "online":
-                return text
-            text += f" {duration} ago or more"
-        limit = f"{MISSED_BEATS} x {told_interval} s + {ONLINE_SLACK} s"
-        if allowance:
-            limit += f" + {format_duration(allowance / SECOND_MS)} after a pause of the server"
-        return f"{text}, {'within' if status == 'online' else 'more than'} {limit}"
+            text = f"The clock has gone back: the last heartbeat was at {rfc3339(last_seen)}. "
+        if status == "online":
+            return text.rstrip() or f"Last heartbeat {duration} {self._ago}; {due}."
+        text += f"No heartbeat for {duration}{'' if self._ago == 'ago' else f' {self._ago}'}"
+        if status == "missing":
+            return f"{text}: a host is missing after {format_duration(MISSING_AFTER)}."
+        limit = format_duration((allowed_silence_ms(told_interval) + allowance) / SECOND_MS)
+        text += f"; {due}, and a host is offline after {limit} without"
+        pause = format_duration(allowance / SECOND_MS)
+        return text + (f", {pause} of it for a pause of the server." if allowance else ".")
 
 
 class ServiceRecord(Rules):
@@ -5685,7 +5746,11 @@ class Hosts(Rules):
         """reported: its status in lists, which go by that, so that counts and rows agree."""
         status, reason = period.status(*host.seen), period.reason(*host.seen)
         if reported not in ("", status):  # until the next sweep
-            reason = f"reported as {reported} at {rfc3339(host.status_since)}"
+            reason = f"Reported as {reported} at {rfc3339(host.status_since)}."
+        title = TITLES.get(host.refused_code)
+        if title and host.last_seen < host.refused_at >= (host.revoked_at or 0):
+            ago = format_duration(max(0, now - host.refused_at) / SECOND_MS)
+            reason += f" It still calls: refused {ago} ago, {title}."
         view = HostView(host, reported or status, reason, [])
         other = None if host.twin_id is None else self._queries.get(Host, host.twin_id)
         if other is not None and other.revoked_at is None:
@@ -6501,6 +6566,8 @@ class Head(NamedTuple):
     authorization: Optional[str]  # None also where parse_head() returns the credential apart
     idempotency_key: Optional[str]
     merges: bool = False  # the body is a merge patch (RFC 7396)
+    takes: bytes = b""  # Accept and Accept-Encoding
+    tags: bytes = b""  # If-None-Match: what the client has
 
     @property
     def body_maximum(self) -> int:
@@ -6587,9 +6654,11 @@ def _parse_head(data: bytes) -> Head:
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
     media_type = b",".join(fields.get("content-type", ())).partition(b";")[0].strip().lower()
+    wanted = *fields.get("accept", ()), *fields.get("accept-encoding", ())
     return Head(
         method, path, query, length, keep_alive, expects, single.get("authorization"),
         single.get("idempotency-key"), media_type == MERGE_PATCH.encode("ascii"),
+        b",".join(wanted), b",".join(fields.get("if-none-match", ())),
     )  # fmt: skip
 
 
@@ -6879,23 +6948,24 @@ def _field_lines(status: int, content_type: str, headers: Headers, closes: bool)
     lines += [f"{name}: {value}" for name, value in headers]
     if UNPRINTABLE.search("".join(lines)):  # response splitting: a value would begin a line
         raise ValueError("a header field with a control character")
-    if status != HTTPStatus.NO_CONTENT:
+    if status not in (204, 304):
         lines.append(f"Content-Type: {content_type}")
     if closes:
         lines.append("Connection: close")
-    lines += ["X-Content-Type-Options: nosniff", "Cache-Control: no-store", "Date: "]
+    caching = [] if "Cache-Control" in dict(headers) else ["Cache-Control: no-store"]
+    lines += ["X-Content-Type-Options: nosniff", *caching, "Date: "]
     return "\r\n".join(lines).encode("latin-1")
 
 
 def write_response(
     response: Response, seconds: int, closes: bool, head_only: bool, request: str = ""
 ) -> bytes:
-    """The bytes of an answer at a Unix time; a refusal names the request. A 204 has no
+    """The bytes of an answer at a Unix time; a refusal names the request. A 204 and a 304 have no
     Content-Length (RFC 9110 section 8.6), a HEAD has the GET's (section 9.3.2)."""
     status, body, content_type, headers, _ = response
     fields = _field_lines(status, content_type, headers, closes)
     request_id = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
-    framing = b"" if status == 204 else b"\r\nContent-Length: %d" % len(body)
+    framing = b"" if status in (204, 304) else b"\r\nContent-Length: %d" % len(body)
     head = b"%b%b%b%b\r\n\r\n" % (fields, http_date(seconds), request_id, framing)
     return head if head_only else head + body
 
@@ -8002,359 +8072,392 @@ WantedBy=sockets.target
 # public: everything that it shows comes from the API, with the API key that a person signs in with.
 
 PAGE_STYLE = """
-/* Colours are named by meaning. Text has a contrast of at least 4.5 on every background. */
+/* Colours are named by meaning. Text has a contrast of at least 4.5 on every background. Health is
+   quiet: only what is offline is red, and one button of a screen is filled. */
 :root {
   color-scheme: light dark;
-  --ground: #f5f6f8; --card: #ffffff; --sunk: #eef0f3; --line: #d5dae1; --text: #1a1f26;
-  --quiet: #56606c; --accent: #0a58a8; --on-accent: #ffffff; --danger: #b3261e;
-  --online: #15703a; --offline: #b3261e; --missing: #8f4700; --pending: #0a58a8;
-  --revoked: #66509c; --notice: #fff4d6; --shade: rgb(15 20 30 / 45%);
+  --ground: #fcfcfd; --card: #ffffff; --sunk: #f3f4f6; --line: #e4e7eb; --edge: #858e99;
+  --text: #16191d; --quiet: #5d6773; --accent: #1d5fd1; --on-accent: #ffffff;
+  --offline: #c6282d; --alarm: #fdf0f0; --missing: #8a5300; --pending: #1d5fd1; --online: #1a7f43;
+  --revoked: #6b5a9e; --selected: #eef4ff; --notice: #fff6df; --shade: rgb(10 14 20 / 40%);
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --ground: #0d1117; --card: #161c24; --sunk: #1f2731; --line: #323c48; --text: #e8edf3;
-    --quiet: #9aa5b2; --accent: #74b6ff; --on-accent: #08121f; --danger: #ff8f86;
-    --online: #5cd083; --offline: #ff8f86; --missing: #f0a860; --pending: #74b6ff;
-    --revoked: #c0adf2; --notice: #3a2f12; --shade: rgb(0 0 0 / 60%);
+    --ground: #0e1013; --card: #14171b; --sunk: #1c2025; --line: #282d34; --edge: #6b747f;
+    --text: #e9ecef; --quiet: #98a2ad; --accent: #7ab0ff; --on-accent: #0b1220;
+    --offline: #ff8a85; --alarm: #2a1617; --missing: #eeb15f; --pending: #7ab0ff;
+    --online: #58c983; --revoked: #b8a6ec; --selected: #17233a; --notice: #322a12;
+    --shade: rgb(0 0 0 / 60%);
   }
 }
 *, ::before, ::after { box-sizing: border-box; }
-[hidden], dialog p:empty, form p:empty, div:empty, span:empty { display: none !important; }
-html { -webkit-text-size-adjust: 100%; scroll-padding-bottom: 5rem; }
+[hidden], :is(p, div, span):empty { display: none !important; }
+html { -webkit-text-size-adjust: 100%; scroll-padding: 3.5rem 0 4rem; }
 body {
-  margin: 0; background: var(--ground); color: var(--text);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  margin: 0; background: var(--ground); color: var(--text); font-variant-numeric: tabular-nums;
+  font: .875rem/1.25rem system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
 }
-h1, h2, h3, p, ul, dl, dd, pre { margin: 0; padding: 0; }
-h1 { font-size: 1.125rem; letter-spacing: -.01em; }
-h2 { font-size: 1.375rem; line-height: 1.25; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h3 { font-size: .875rem; color: var(--quiet); }
-a { color: var(--accent); text-underline-offset: .2em; text-decoration-thickness: 1px; }
-code, pre, .mono { font: .875em/1.6 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; list-style: none; }
+header b { font-size: .9375rem; letter-spacing: -.01em; }
+h1, h2 { font-size: 1.125rem; line-height: 1.5rem; overflow-wrap: anywhere; }
+h3 { font-weight: 500; color: var(--quiet); }
+a { color: inherit; text-decoration: none; }
+a:hover, p a { text-decoration: underline; text-underline-offset: .2em; }
+code, pre, .mono, kbd { font: .78rem/1.25rem ui-monospace, Menlo, Consolas, monospace; }
 .quiet { color: var(--quiet); }
-.mono { white-space: nowrap; }
-code { overflow-wrap: anywhere; }
-.small { font-size: .875rem; }
-.unseen {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap;
+h3, .small, .foot, thead th { font-size: .75rem; }
+.problem { color: var(--offline); overflow-wrap: anywhere; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+#skip:not(:focus) { position: absolute; left: -999rem; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; border-radius: 4px; }
+main:focus, h2:focus, aside:focus { outline: none; }
+kbd { padding: 0 .3rem; border: 1px solid var(--line); border-radius: 4px; }
+.row, .foot, .incident, .banner, #selection, .top, .top form, .segments {
+  display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
 }
-.skip { position: absolute; left: -999rem; padding: .75rem 1rem; background: var(--card); }
-.skip:focus { left: .5rem; top: .5rem; z-index: 9; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-main:focus { outline: none; }
+.why, .command, .notice, .incident, pre, #arrivals {
+  padding: .625rem .875rem; border-radius: 8px; background: var(--sunk); overflow-wrap: anywhere;
+}
+#sign-in, .menu > div, #selection, aside, dialog {
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+}
 
-/* Controls are as large as a thumb. */
-button, input, select, textarea {
-  font: inherit; color: inherit; min-height: 44px; padding: .5rem .875rem; max-width: 100%;
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+/* Controls: small for a mouse, as large as a thumb where there is no mouse. */
+button, input, select, textarea, summary, .button {
+  min-height: 2rem; padding: .25rem .75rem; max-width: 100%; font: inherit; color: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px;
 }
-input, select, textarea { border-color: var(--quiet); }
+input, select, textarea { border-color: var(--edge); }
+input[type=checkbox] { min-height: 0; width: 1rem; height: 1rem; vertical-align: middle; }
 ::placeholder { color: var(--quiet); opacity: 1; }
-textarea { width: 100%; min-height: 5.5rem; }
-button { cursor: pointer; font-weight: 600; white-space: nowrap; }
-button:not(.main):hover:enabled { border-color: var(--quiet); background: var(--sunk); }
+textarea { width: 100%; min-height: 5rem; }
+button, summary, .button { cursor: pointer; font-weight: 500; white-space: nowrap; }
+button:not(.main):hover:enabled, .menu summary:hover { background: var(--sunk); }
 button:disabled { opacity: .5; cursor: default; }
+.button { display: inline-flex; align-items: center; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 button.main:hover:enabled { filter: brightness(1.1); }
-button.danger { color: var(--danger); }
-button.main.danger { background: var(--danger); border-color: var(--danger);
-  color: var(--on-accent); }
-button.plain { border-color: transparent; background: none; }
-label { display: grid; gap: .25rem; font-size: .875rem; font-weight: 600; }
-label > * { font-size: 1rem; font-weight: 400; }
-label .quiet { font-size: .875rem; }
+button.danger { color: var(--offline); }
+button.main.danger { background: var(--offline); border-color: transparent; color: var(--card); }
+button.plain, summary { border-color: transparent; background: none; }
+details:not(.menu) summary { padding-left: 0; }
+label { display: grid; gap: .25rem; font-weight: 500; }
+label > * { font-weight: 400; }
+.end { margin-left: auto; }
+.menu { position: relative; }
+.menu summary { display: flex; align-items: center; }
+.menu > div { position: absolute; right: 0; z-index: 4; display: grid; padding: .25rem; }
+.menu > div button { border: 0; text-align: left; font-weight: 400; }
+.menu > div, #selection { box-shadow: 0 4px 20px var(--shade); }
 
 header {
-  display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; padding: .5rem 1.5rem;
-  background: var(--card); border-bottom: 1px solid var(--line);
+  position: sticky; top: 0; z-index: 3; display: flex; align-items: center; gap: .25rem 1rem;
+  padding: .4375rem 1.25rem; background: var(--card); border-bottom: 1px solid var(--line);
 }
-nav { display: flex; gap: .25rem; flex: 1; }
-nav a {
-  padding: .625rem .75rem; border-radius: 8px; color: var(--quiet); text-decoration: none;
-  font-weight: 600;
-}
-nav a:hover { background: var(--sunk); }
-nav a[aria-current] { color: var(--text); box-shadow: inset 0 -3px var(--accent);
-  border-radius: 8px 8px 0 0; }
-main { max-width: 84rem; margin: 0 auto; padding: 1.25rem 1.5rem 3rem; display: grid; gap: 1rem; }
-main > section { display: grid; gap: 1rem; min-width: 0; }
-.banner { position: sticky; top: 0; z-index: 1; padding: .75rem 1.5rem; background: var(--notice);
-  border-bottom: 1px solid var(--line); }
-.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-.row > .grow { flex: 1 1 16rem; }
-.row input[type=search] { width: 100%; }
-.row [data-mint] { margin-left: auto; }
-.problem { color: var(--danger); overflow-wrap: anywhere; }
-.notice { padding: .625rem .875rem; background: var(--notice); border-radius: 8px; }
-
-#sign-in {
-  max-width: 27rem; margin: 12vh auto 0; padding: 2rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 12px;
-}
+nav { display: flex; gap: .25rem; flex: 1; overflow-x: auto; }
+nav a { padding: .25rem .625rem; border-radius: 6px; }
+nav a, #tabs a { color: var(--quiet); font-weight: 500; }
+nav a[aria-current=page] { background: var(--sunk); color: var(--text); }
+#live::before, .status::before { content: ""; flex: none; width: .5rem; height: .5rem;
+  display: inline-block; border-radius: 50%; background: currentColor; forced-color-adjust: none; }
+#live::before { margin-right: .4rem; background: var(--online); }
+.banner { position: sticky; top: 0; z-index: 5; padding: .5rem 1.25rem; background: var(--notice); }
+main { max-width: 108rem; margin: 0 auto; padding: 0 1.25rem 2rem; }
+main > section { display: grid; gap: .75rem; grid-template-columns: minmax(0, 1fr); }
+#sign-in { max-width: 26rem; margin-top: 12vh; padding: 2rem; }
 #sign-in form { display: grid; gap: 1rem; }
 
-/* The fleet at a glance: a count in colour only where it is not zero. */
-#fleet { display: grid; grid-template-columns: repeat(6, 1fr); gap: .75rem; }
-#fleet button {
-  display: grid; justify-items: start; padding: .75rem 1rem; border-radius: 12px;
-  font-weight: 400; white-space: normal; min-width: 0;
-}
-#fleet b { font-size: 1.75rem; line-height: 1.2; font-variant-numeric: tabular-nums;
-  letter-spacing: -.02em; }
-#fleet [data-count="0"] b { color: var(--quiet); }
-#fleet button[aria-pressed=true] { border-color: var(--accent);
-  box-shadow: 0 0 0 1px var(--accent); }
-#share { display: flex; height: 8px; border-radius: 4px; overflow: hidden;
-  background: var(--sunk); }
-#share i { background: currentColor; }
+/* The tabs of the hosts: a count for each status, and the share of each as a line below. */
+.top { align-items: end; padding-top: .625rem; min-height: 3rem; }
+.top form { margin: 0 0 .25rem auto; }
+.top input { width: 18rem; }
+#tabs { display: flex; gap: .125rem; overflow-x: auto; scrollbar-width: none; }
+#tabs a { padding: .375rem .625rem; white-space: nowrap; border-bottom: 2px solid transparent; }
+#tabs a[aria-current] { color: var(--text); border-color: var(--text); }
+#tabs b { color: var(--text); font-weight: 600; }
+#tabs .offline:not([data-count="0"]) b { color: var(--offline); }
+#shares, #day { display: flex; background: var(--sunk); }
+#shares { height: 3px; margin-top: -.75rem; }
+#shares i, #day i { background: currentColor; }
 
 /* A status is a word, a shape and a colour: nothing depends on the colour alone. */
-.status { display: inline-flex; align-items: center; gap: .5em; font-weight: 600;
-  white-space: nowrap; }
-.status::before {
-  content: ""; width: .75em; height: .75em; background: currentColor; flex: none;
-  forced-color-adjust: none;
-}
-.online, .valid { color: var(--online); }
+.status { display: inline-flex; align-items: center; gap: .5rem; font-weight: 500; }
+.status b { display: inline-block; font-weight: inherit; }
+.status b::first-letter { text-transform: uppercase; }
 .offline { color: var(--offline); }
 .missing, .expired { color: var(--missing); }
 .pending { color: var(--pending); }
 .revoked { color: var(--revoked); }
-.used { color: var(--quiet); }
-.online::before, .valid::before { border-radius: 50%; }
-.offline::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.missing::before, .expired::before { clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }
-.pending::before { border-radius: 50%; background: none; border: .17em solid; }
-.revoked::before { clip-path: polygon(20% 0, 50% 30%, 80% 0, 100% 20%, 70% 50%, 100% 80%, 80% 100%,
-  50% 70%, 20% 100%, 0 80%, 30% 50%, 0 20%); }
-.all::before { display: none; }
+.online, .valid { color: var(--online); }
+.used, .status.online { color: var(--quiet); }
+.status:is(.online, .valid)::before { background: var(--online); }
+.status.offline::before { clip-path: polygon(50% 0, 100% 100%, 0 100%); border-radius: 0; }
+.status:is(.missing, .expired)::before { transform: rotate(45deg) scale(.85); border-radius: 0; }
+.status.pending::before { background: none; border: 2px solid; }
+.status:is(.revoked, .used)::before { height: 2px; border-radius: 0; }
+.was, .stale #live { display: none; }
+.stale .was { display: inline; }
+.stale .status b::first-letter { text-transform: none; }
+.stale :is(table, aside, #tabs, #shares) { opacity: .55; }
 
-.scroll { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-size: .9375rem; }
-caption { text-align: left; }
-th, td { padding: .625rem 1rem; text-align: left; vertical-align: baseline; }
-thead th { font-size: .8125rem; color: var(--quiet); border-bottom: 1px solid var(--line); }
-tbody th, td { font-weight: 400; overflow-wrap: anywhere; }
-tr + tr > * { border-top: 1px solid var(--line); }
-tbody tr:hover { background: var(--sunk); }
-tbody th a { font-weight: 600; }
-td button { margin: -.5rem 0; }
-.one-organization [data-title=Organization] { display: none; }
-time { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.label { display: inline-block; margin: 0 .25rem .25rem 0; padding: 0 .5rem; border-radius: 6px;
-  background: var(--sunk); font-size: .8125rem; line-height: 1.6; overflow-wrap: anywhere; }
-.empty { padding: 2.5rem 1rem; text-align: center; }
-[aria-busy=true] tbody { opacity: .6; }
-.pager { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem; padding: .5rem 0;
-  position: sticky; bottom: 0; background: var(--ground); }
-progress { width: 10rem; accent-color: var(--accent); }
-@keyframes changed { from { background: var(--notice); } }
-tr.changed { animation: changed 4s ease-out; }
+/* Lists: one line a row, columns that stay where they are. What does not fit is in the title. */
+.split { display: flex; gap: 1.25rem; align-items: start; }
+.list { flex: 1; min-width: 0; container-type: inline-size; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+th, td { height: 2.25rem; padding: 0 .625rem; text-align: left; font-weight: 400;
+  border-bottom: 1px solid var(--line); }
+th, td, .label { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+thead th { height: 1.875rem; color: var(--quiet); font-weight: 500; }
+thead button { min-height: 1.75rem; padding: 0; border: 0; background: none !important; }
+[aria-sort=ascending] button::after { content: " ↑"; }
+[aria-sort=descending] button::after { content: " ↓"; }
+tbody tr:hover > * { background: var(--sunk); }
+tr.chosen > *, tr:has(:checked) > * { background: var(--selected); }
+tr.chosen > :first-child { box-shadow: inset 3px 0 var(--accent); }
+tr.day > * { vertical-align: bottom; background: none !important; font-weight: 600; }
+[data-open] { cursor: pointer; }
+td button { min-height: 1.75rem; padding: 0 .5rem; }
+.c-host, .c-token, .c-key { width: 26%; }
+.c-host input { margin-right: .75rem; }
+.c-host a { font-weight: 550; }
+.c-status { width: 11.5rem; }
+.c-system, .c-address, .c-expires, .c-used, .c-last-used { width: 8.75rem; }
+.c-last-seen, .c-time, .c-enrolled, .c-role, .c-state, .c-organization { width: 7.25rem; }
+.c-acts { width: 6.5rem; text-align: right; }
+body:not(.several) :is(.c-organization, [data-organizations]) { display: none; }
+.label { display: inline-block; margin-right: .25rem; padding: 0 .4rem; border-radius: 4px;
+  max-width: 100%; background: var(--sunk); font-size: .75rem; vertical-align: middle; }
+.label i { font-style: normal; color: var(--quiet); }
+#chips button { background: var(--sunk); }
+.foot { gap: .5rem 1rem; min-height: 2.5rem; padding: .375rem .625rem; color: var(--quiet); }
+.nothing { padding: 2.5rem 1rem; text-align: center; }
+.bones { height: 18rem;
+  background: repeating-linear-gradient(var(--sunk) 0 1.25rem, transparent 0 2.25rem); }
+.incident, .why { border-left: 3px solid; border-radius: 0 8px 8px 0; }
+.incident, .why.offline { background: var(--alarm); }
+.incident { border-color: var(--offline); }
+.incident > div { flex: 1 1 16rem; }
+#start, .empty #hosts > :not(#start) { display: none; }
+.empty #start { display: grid; justify-self: center; gap: 1rem; padding: 4rem 0; }
+#start li { list-style: decimal inside; padding: .25rem 0; }
+#selection { position: sticky; bottom: .5rem; z-index: 2; justify-self: center; padding: .5rem; }
 
-dialog {
-  width: min(38rem, 100vw - 2rem); max-height: calc(100dvh - 2rem); padding: 0; color: inherit;
-  background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow-y: auto;
+/* A host: beside the list where there is room, else over it. */
+aside { width: 26.25rem; flex: none; padding: 1rem 1.25rem; overflow-y: auto; }
+aside, dialog > * { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
+aside .title { display: flex; justify-content: space-between; align-items: start; }
+.why { display: grid; gap: .25rem; }
+.why p:not(.quiet) { color: var(--text); }
+.notice { background: var(--notice); }
+.command { display: flex; gap: .5rem; align-items: center; padding: .25rem .25rem .25rem .75rem; }
+.command code { flex: 1; }
+.command button { min-height: 1.625rem; padding: 0 .5rem; font-size: .75rem; }
+#day { height: 1.375rem; border-radius: 3px; overflow: hidden; }
+#day i:not(.none) { min-width: 2px; }
+#day .none { color: var(--line); }
+dl, .history li { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .25rem .75rem; }
+dt { color: var(--quiet); }
+dd, li { overflow-wrap: anywhere; }
+@media (min-width: 68.75rem) {
+  aside { position: sticky; top: 3.75rem; max-height: calc(100vh - 4.5rem); }
 }
+@media (max-width: 68.74rem) {
+  aside { position: fixed; inset: 0 0 0 auto; z-index: 6; width: min(28rem, 100vw);
+    border-width: 0 0 0 1px; border-radius: 0; box-shadow: 0 0 40px var(--shade); }
+}
+dialog { width: min(42rem, 100vw - 1.5rem); max-height: calc(100dvh - 1.5rem); padding: 0;
+  color: inherit; }
 dialog::backdrop { background: var(--shade); }
-dialog > div, dialog > form { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem;
-  padding: 1.5rem; }
-dialog .top { display: flex; justify-content: space-between; align-items: start; gap: 1rem; }
-dialog .top button { margin: -.375rem -.5rem 0 0; }
-dialog.side { margin: 0 0 0 auto; height: 100dvh; max-height: none; width: min(40rem, 100vw);
-  border-width: 0 0 0 1px; border-radius: 0; }
-.why { font-size: 1.0625rem; display: grid; gap: .25rem; padding: .875rem 1rem;
-  border-left: 4px solid currentColor; background: var(--sunk); border-radius: 0 8px 8px 0; }
-.why p { color: var(--text); }
-dl { display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .375rem 1rem; }
-dt { color: var(--quiet); font-size: .875rem; line-height: 1.7; }
-dd { overflow-wrap: anywhere; }
-.events { list-style: none; display: grid; gap: .625rem; }
-.events li { display: grid; gap: 0; padding-left: .875rem; border-left: 2px solid var(--line); }
-pre { padding: .875rem 1rem; background: var(--sunk); border-radius: 8px; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.fields { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; align-items: start; }
+dialog > * { gap: .875rem; padding: 1.25rem 1.5rem; }
+pre { overflow-x: auto; }
+.fields { display: grid; grid-template-columns: 1fr 1fr; gap: .875rem 1rem; align-items: start; }
 .fields .wide { grid-column: 1 / -1; }
-.fields label > * { width: 100%; }
-summary { min-height: 44px; padding: .625rem 0; cursor: pointer; }
+.segments [aria-pressed=true] { background: var(--sunk); border-color: var(--edge); }
 
-@media (min-width: 40.01rem) { /* many labels on one host must not squeeze the other columns */
-  tbody th { min-width: 12rem; max-width: 20rem; }
-  [data-title=Labels], [data-title=For] { min-width: 8rem; max-width: 20rem; }
-  #audit tbody th { white-space: nowrap; }
-}
-@media (min-width: 40.01rem) and (max-width: 64rem) { /* the host's own panel shows it */
-  #hosts [data-title=System] { display: none; }
-}
-@media (max-width: 64rem) { #fleet { grid-template-columns: repeat(3, 1fr); } }
-@media (max-width: 40rem) {
-  header { padding: .25rem 1rem; gap: 0 .75rem; }
-  header #who { order: 1; flex: 1 1 0; }
-  header #sign-out { order: 2; margin-right: -.75rem; }
-  nav { order: 3; flex: 1 0 60%; margin-left: -.5rem; }
-  nav a { padding: .625rem .5rem; }
-  header #age { order: 4; }
-  main { padding: 1rem 1rem 3rem; }
-  .banner { padding: .75rem 1rem; }
-  #fleet { gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); }
-  #fleet button { padding: .5rem .625rem; }
-  #fleet b { font-size: 1.375rem; }
-  #fleet .status { font-size: .875rem; gap: .35em; }
-  .row > * { flex: 1 1 40%; }
-  .row > .grow { flex-basis: 100%; }
-  .row > button { flex-basis: auto; }
-  .row select, .row input { width: 100%; }
-  .fields { grid-template-columns: 1fr; }
-  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@container (max-width: 73rem) { .c-enrolled, #hosts .c-organization { display: none; } }
+@container (max-width: 52rem) { .c-system, .c-created, .c-limits { display: none; } }
+@container (max-width: 40rem) { #hosts .c-labels, .c-last-used { display: none; } }
+@container (max-width: 34rem) { /* rows of two lines */
   table, tbody { display: block; }
-  tr { display: grid; grid-template-columns: 1fr auto; gap: .125rem 1rem; padding: .75rem 1rem; }
-  tr + tr { border-top: 1px solid var(--line); }
-  tr + tr > * { border: 0; }
-  tbody th, td { padding: 0; }
-  td { display: grid; grid-template-columns: 6.5rem 1fr; grid-column: 1 / -1; font-size: .875rem; }
-  td::before { content: attr(data-title); color: var(--quiet); }
-  td:nth-child(2) { display: block; grid-column: 2; font-size: inherit; }
-  td:nth-child(2)::before, td[data-title=""]::before { content: none; }
-  td.none { display: none; }
-  td button { margin: .25rem 0; }
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .5rem; }
-  dialog > div, dialog > form { padding: 1rem; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  tr { display: grid; grid-template-columns: minmax(0, 1fr) auto; padding: .375rem 0;
+    border-bottom: 1px solid var(--line); }
+  th, td { height: auto; padding: 0 .25rem; border: 0; width: auto !important; }
+  .c-host input, .c-last-seen, .hostname, .c-organization { display: none; }
+  #hosts tbody .c-labels { display: block; order: 4; text-align: right; max-width: 55cqw; }
+  .c-labels .label:nth-child(n + 3) { display: none; }
+  .c-status, .c-state { text-align: right; }
+  .c-address { order: 3; color: var(--quiet); }
+  #audit td { white-space: normal; grid-column: 1 / -1; }
 }
-@media (prefers-reduced-motion: no-preference) {
-  dialog.side[open] { animation: slide .18s ease-out; }
-  @keyframes slide { from { transform: translateX(2rem); opacity: 0; } }
+@media (max-width: 40rem) {
+  header { flex-wrap: wrap; gap: 0 .25rem; padding: .25rem .75rem; position: static; }
+  header b { flex: 1 1 0; overflow: hidden; }
+  nav { order: 9; flex: 1 0 100%; }
+  header :is(button, summary) { padding: 0 .5rem; }
+  main { padding: 0 .75rem 2rem; }
+  .top { padding-top: .25rem; gap: .375rem; }
+  .top form { order: -1; width: 100%; margin: 0; }
+  .top form > * { flex: 1; min-width: 8rem; }
+  #live { display: none; }
+  .fields { grid-template-columns: 1fr; }
 }
-@media (prefers-reduced-motion: reduce) { tr.changed { animation: none; } }
+@media (pointer: coarse) {
+  button, input:not([type=checkbox]), select, summary, .button { min-height: 2.75rem; }
+  #tabs a, nav a { padding-block: .75rem; }
+  td button, .command button, thead button { min-height: 2rem; }
+}
+@media (forced-colors: active) {
+  tr.chosen > * { outline: 1px solid Highlight; outline-offset: -1px; }
+  :is([aria-current=page], [aria-current=true], [aria-pressed=true]) { text-decoration: underline; }
+}
 """
 
 PAGE_MARKUP = """
-<a class="skip" href="#main">Skip to the content</a>
-<div class="banner" id="trouble" role="alert" hidden></div>
+<button id="skip">Skip to the content</button>
+<div class="banner" id="trouble" role="alert" hidden><span id="trouble-text"></span>
+  <span id="retry-in" aria-live="off"></span><button id="retry">Retry now</button></div>
 <p class="unseen" id="announcer" role="status"></p>
 <noscript><p class="banner">This page needs JavaScript. The command line can do everything that it
-does: <code>hostenroll.py --help</code>.</p></noscript>
+does: hostenroll.py --help.</p></noscript>
 
 <main id="sign-in" hidden>
   <form autocomplete="off">
-    <div>
-      <h1>hostenroll</h1>
-      <p class="quiet">Who may join the fleet, and who is alive.</p>
-    </div>
+    <div><h1>hostenroll</h1><p class="quiet">Enroll machines and see which are alive.</p></div>
     <label>API key
       <input id="key" type="password" required autocomplete="off" spellcheck="false"
-             autocapitalize="off" placeholder="hak_..." aria-describedby="key-help sign-in-problem">
-    </label>
-    <p class="small quiet" id="key-help">It is kept in this tab only, until the tab is closed. To
-      make one, on the server:<br><code>python3 hostenroll.py mint-api-key</code></p>
+        placeholder="hak_..." aria-describedby="key-help sign-in-problem"></label>
+    <p class="small quiet" id="key-help">Kept in this tab only. Create one on the server:<br>
+      <code>python3 hostenroll.py mint-api-key --all-orgs</code></p>
     <p class="problem" id="sign-in-problem" role="alert"></p>
     <button class="main">Sign in</button>
   </form>
 </main>
-
 <div id="signed-in" hidden>
 <header>
-  <h1>hostenroll</h1>
-  <nav aria-label="Views">
-    <a href="#hosts">Hosts</a><a href="#tokens">Tokens</a><a href="#audit">Audit</a>
-  </nav>
-  <span class="small quiet" id="age"></span>
-  <span class="small quiet" id="who"></span>
-  <button class="plain" id="sign-out">Sign out</button>
+  <b>hostenroll</b>
+  <nav aria-label="Views"><a href="#hosts">Hosts</a><a href="#tokens">Tokens</a>
+    <a href="#audit">Audit</a><a href="#keys" data-admin>Keys</a></nav>
+  <span class="small quiet" id="live"></span>
+  <details class="menu"><summary id="who"></summary>
+    <div><button data-help>Keyboard shortcuts</button>
+      <button data-update>Update or move an agent</button>
+      <button id="sign-out">Sign out</button></div></details>
+  <button class="main" data-admin data-add>Add host</button>
 </header>
-<main id="main" tabindex="-1">
-<section id="hosts" aria-labelledby="hosts-title">
-  <h2 class="unseen" id="hosts-title">Hosts</h2>
-  <div id="fleet" role="group" aria-label="The fleet by status"></div>
-  <div id="share" aria-hidden="true"></div>
-  <form class="row" role="search" data-filters>
-    <label class="grow">Search
+<main id="main" tabindex="-1"><section id="hosts" aria-labelledby="hosts-title">
+  <h1 class="unseen" id="hosts-title">Hosts</h1>
+  <div class="top">
+    <div id="tabs" role="group" aria-label="Hosts by status"></div>
+    <form role="search" data-filters>
+      <select name="organization" aria-label="Organization" data-organizations></select>
       <input type="search" name="q" maxlength="255" autocomplete="off" spellcheck="false"
-             placeholder="name, hostname, id, address, label=value" aria-keyshortcuts="/"></label>
-    <label data-organizations hidden>Organization
-      <select name="organization"><option value="">all</option></select></label>
-    <button class="main" type="button" data-admin data-mint>Mint a token</button>
-  </form>
+             aria-label="Search hosts" placeholder="Search name, address, label   /">
+    </form>
+  </div>
+  <div id="shares" aria-hidden="true"></div><div class="row" id="chips"></div>
+  <div class="incident" id="incident" role="status" hidden></div>
+  <div id="start">
+    <h2>No hosts yet</h2>
+    <ol><li>Choose Add host: you get one command.</li>
+      <li>Run it on a machine. It enrolls, and installs a service.</li>
+      <li>The machine is online here within seconds.</li></ol>
+    <div><button class="main" data-admin data-add>Add host</button></div>
+  </div>
+  <div class="split">
+    <div class="list"></div>
+    <aside id="host" role="region" aria-labelledby="host-name" tabindex="-1" hidden>
+      <div class="title">
+        <div><h2 id="host-name" tabindex="-1"></h2>
+          <span class="quiet" id="host-hostname" data-part></span></div>
+        <button class="plain" id="host-close" aria-label="Close">&#x2715;</button>
+      </div>
+      <div class="why" id="host-why" data-part></div><div id="host-warnings" data-part></div>
+      <div id="host-command"><p class="quiet">On the machine:</p>
+        <div class="command"><code id="on-machine">systemctl status hostenroll-agent</code>
+          <button data-copy="on-machine">Copy</button></div></div>
+      <div id="host-day"><h3 id="day-title"></h3><div id="day" role="img"></div></div>
+      <dl id="host-facts" data-part></dl>
+      <div class="row" id="host-acts">
+        <button data-act="edit">Edit</button><button data-act="reenroll">Re-enroll</button>
+        <button data-act="revoke">Revoke</button><button data-act="restore">Restore</button>
+        <details class="menu end"><summary aria-label="More acts">&#x22ef;</summary>
+          <div><button data-act="mute">Mute</button><button data-update>Update its agent</button>
+            <button class="danger" data-act="delete">Delete</button></div></details>
+      </div>
+      <h3>History</h3><ul class="history" id="host-history" data-part></ul>
+      <p class="small"><a id="host-log">View in the audit log</a></p>
+    </aside>
+  </div>
+  <div id="selection" role="group" aria-label="Selected hosts" hidden>
+    <b id="selected-count"></b><button data-many="label">Label</button>
+    <button data-many="mute">Mute</button><button data-many="revoke">Revoke</button>
+    <button data-many="restore">Restore</button><button class="danger" data-many="delete">Delete
+    </button><button class="plain" id="unselect">Clear</button>
+  </div>
 </section>
 <section id="tokens" aria-labelledby="tokens-title" hidden>
-  <h2 class="unseen" id="tokens-title">Tokens</h2>
-  <form class="row" data-filters>
-    <label>State
-      <select name="state"><option value="">all</option><option>valid</option><option>used</option>
-        <option>expired</option><option>revoked</option></select></label>
-    <button class="main" type="button" data-admin data-mint>Mint a token</button>
-  </form>
+  <div class="top"><h1 id="tokens-title">Tokens</h1>
+    <form data-filters>
+      <select name="state" aria-label="State"><option value="">all states</option>@STATES@
+      </select></form></div>
+  <div class="list"></div>
 </section>
 <section id="audit" aria-labelledby="audit-title" hidden>
-  <h2 class="unseen" id="audit-title">Audit log</h2>
-  <form class="row" data-filters>
-    <label>Action
-      <select name="action"><option value="">all</option><option>mint</option>
-        <option>enroll</option><option>re-enroll</option><option>replay</option>
-        <option>renew</option><option>supersede</option><option>refuse</option>
-        <option>edit</option><option>revoke</option><option>restore</option><option>delete</option>
-        <option>add</option><option>rotate</option><option>retire</option><option>init</option>
-        <option>audit-format</option><option>certificate</option>
-        <option>clone</option><option>move</option></select></label>
-    <label class="grow">About
-      <input type="search" name="subject" maxlength="128" autocomplete="off" spellcheck="false"
-             placeholder="host:<id> or token:<id>"></label>
-    <label>Refused for
-      <input type="search" name="code" maxlength="64" autocomplete="off" spellcheck="false"
-             placeholder="token-used"></label>
-    <label data-organizations hidden>Organization
-      <select name="organization"><option value="">all</option></select></label>
-  </form>
+  <div class="top"><h1 id="audit-title">Audit log</h1>
+    <form data-filters>
+      <select name="organization" aria-label="Organization" data-organizations></select>
+      <select name="action" aria-label="Action"><option value="">all actions</option>@ACTIONS@
+      </select><input type="search" name="subject" maxlength="128" spellcheck="false"
+        aria-label="About" placeholder="host:ID or token:ID">
+      <input type="search" name="code" maxlength="64" spellcheck="false"
+        aria-label="Refused because" placeholder="refused because: token-used"></form></div>
+  <div class="list"></div>
+</section>
+<section id="keys" aria-labelledby="keys-title" hidden>
+  <div class="top"><h1 id="keys-title">API keys</h1>
+    <button class="end" id="add-key">Create API key</button></div>
+  <div class="list"></div>
 </section>
 </main>
 </div>
-
-<dialog class="side" id="host" aria-labelledby="host-name">
-  <div>
-    <div class="top"><h2 id="host-name" tabindex="-1"></h2>
-      <button class="plain" data-close>Close</button></div>
-    <div class="why" id="host-why"></div>
-    <div id="host-warnings"></div>
-    <div class="row" data-admin id="host-acts">
-      <button id="revoke">Revoke</button><button id="restore">Restore</button>
-      <button id="reenroll">Re-enroll</button><button id="edit">Edit</button>
-      <button class="danger" id="delete">Delete</button>
-    </div>
-    <dl id="host-facts"></dl>
-    <h3>Events</h3>
-    <ul class="events" id="host-events"></ul>
-    <a class="small" id="host-log">All events in the audit log</a>
-  </div>
-</dialog>
-
 <dialog id="form" aria-labelledby="form-title">
   <form autocomplete="off">
-    <div class="top"><h2 id="form-title"></h2>
-      <button class="plain" type="button" data-close>Cancel</button></div>
-    <p id="form-text"></p>
+    <h2 id="form-title"></h2><p id="form-text"></p>
     <div class="fields" id="form-fields"></div>
+    <details id="form-options"><summary>Options</summary>
+      <div class="fields" id="form-more"></div></details>
     <p class="problem" id="form-problem" role="alert"></p>
-    <button class="main" id="form-go"></button>
+    <div class="row"><button class="main" id="form-go"></button>
+      <button type="button" data-close>Cancel</button></div>
   </form>
 </dialog>
-
 <dialog id="secret" aria-labelledby="secret-title">
   <div>
     <h2 id="secret-title"></h2>
-    <p id="secret-text"></p>
-    <pre id="join" tabindex="0" role="group" aria-label="The join command"></pre>
-    <div class="row"><button class="main" data-copy="join">Copy the command</button>
-      <button data-close>Done</button><span role="status" id="copied"></span></div>
-    <p class="notice small">This is shown once. It cannot be shown again after you close it.</p>
-    <p class="problem" id="secret-warning"></p>
-    <details><summary>To update or move an agent</summary>
-      <div class="row"><code class="grow" id="agent"></code>
-        <button data-copy="agent">Copy this command</button></div></details>
-    <details><summary>The token alone</summary>
-      <div class="row"><code class="grow" id="token"></code>
-        <button data-copy="token">Copy the token</button></div></details>
-    <p role="status" id="arrivals"></p>
+    <div id="ways" class="segments" role="group" aria-label="How the agent runs"></div>
+    <p class="quiet" id="secret-text"></p>
+    <pre id="join" tabindex="0" role="group" aria-label="The command"></pre>
+    <div class="row"><button class="main" data-copy="join">Copy</button>
+      <button data-close>Done</button><span class="quiet end" id="secret-meta"></span></div>
+    <p class="problem" id="secret-warning"></p><div id="arrivals" role="status"></div>
+    <div class="notice row" id="secret-ask" role="alert" hidden>
+      <span>Nobody has used this token, and it cannot be shown again.</span>
+      <button data-close>Close anyway</button></div>
+  </div>
+</dialog>
+<dialog id="help" aria-labelledby="help-title">
+  <div>
+    <h2 id="help-title">Keyboard shortcuts</h2>
+    <dl>
+      <dt><kbd>j</kbd> <kbd>k</kbd></dt><dd>next, previous host (also the arrow keys)</dd>
+      <dt><kbd>Enter</kbd></dt><dd>open the host</dd>
+      <dt><kbd>Esc</kbd></dt><dd>close it, or clear the selection</dd>
+      <dt><kbd>x</kbd></dt><dd>select; with Shift, all from the last one</dd>
+      <dt><kbd>/</kbd></dt><dd>search; a label is written key=value</dd>
+      <dt><kbd>a</kbd></dt><dd>add a host</dd>
+    </dl>
+    <div><button data-close>Close</button></div>
   </div>
 </dialog>
 """
@@ -8362,23 +8465,33 @@ does: <code>hostenroll.py --help</code>.</p></noscript>
 PAGE_SCRIPT = r"""
 // Texts of hosts and people go into text nodes and text attributes, never into markup. The URL's
 // fragment names what is shown, so that links, reload and the back button work. The API key is in
-// sessionStorage; a token is nowhere but in the dialog that shows it.
+// sessionStorage; a token is nowhere but in the dialog that shows it. Sentences are the server's:
+// the page formats only times.
 
 const KEY = "hostenroll.key";
-const STATUSES = ["online", "offline", "missing", "pending", "revoked"];
-const ROWS = 100; // shown at once
+const STATUSES = ["offline", "missing", "pending", "online", "revoked"];
+const MEANINGS = {
+  offline: "It has missed heartbeats.", missing: "Offline for more than 7 days.",
+  pending: "It has enrolled, and not sent a heartbeat yet.", online: "Its heartbeats arrive.",
+  revoked: "Its heartbeats are refused until it is restored.",
+};
+const ROWS = 100; // asked for at once
+const ROWS_MOST = 1000; // shown, and acted on at once
 const ROWS_EXAMINED = 1000; // about as many as the server examines for one request
 const ANSWER_MS = 15000; // longer than the server waits for another writer
-const LABEL = /(\S+?)=(?:"((?:[^"]|"")*)"|(\S+))/g; // in quotes "" is a quote
-const COUNT = /^hostenroll_hosts\{organization="([^"]*)",status="(\w+)"\} (\d+)/gm;
-const NUMBER = new Intl.NumberFormat("en");
-const EXACT = new Intl.DateTimeFormat("en", {
-  year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit",
-  second: "2-digit", hourCycle: "h23", timeZoneName: "short",
-});
+const DAY_MS = 86400000;
+const NUMBER = new Intl.NumberFormat();
+const format = (options) => new Intl.DateTimeFormat(undefined, options);
+const CLOCK = format({hour: "2-digit", minute: "2-digit", second: "2-digit"});
+const DATE = format({day: "numeric", month: "short"});
+const MINUTE = format({day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
+const DAY = format({weekday: "long", day: "numeric", month: "long", year: "numeric"});
+const EXACT = format({dateStyle: "medium", timeStyle: "long"});
 
 const $ = (id) => document.getElementById(id);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+const count = (number, one) => `${NUMBER.format(number)} ${one}${number === 1 ? "" : "s"}`;
+const announce = (text) => { $("announcer").textContent = text; }; // to a screen reader
 
 /** An element with attributes and children; a string becomes a text node. */
 function make(tag, attributes = {}, ...children) {
@@ -8387,6 +8500,9 @@ function make(tag, attributes = {}, ...children) {
   element.append(...children);
   return element;
 }
+
+const button = (text, act, attributes = {}) =>
+  Object.assign(make("button", {type: "button", ...attributes}, text), {onclick: act});
 
 /** Replace an element's children, but only if they differ: focus and selection stay. */
 function show(element, ...children) {
@@ -8397,130 +8513,115 @@ function show(element, ...children) {
   if (!same) element.replaceChildren(...fresh.childNodes);
 }
 
-/** Tell a screen reader. */
-function announce(text) {
-  $("announcer").textContent = text;
-}
-
 // Time: by the server's clock, because the browser's may be wrong.
 
 let skew = 0;
 const now = () => Date.now() + skew;
 
+/** 42 s, 1 min 42 s, 38 min, 3 h 43 min, 9 days. */
 function duration(ms) {
-  const seconds = Math.round(ms / 1000);
-  for (const [unit, size, least] of [["d", 86400, 2], ["h", 3600, 2], ["min", 60, 2]]) {
-    if (seconds >= least * size) return `${Math.floor(seconds / size)} ${unit}`;
-  }
-  return `${seconds} s`;
+  const seconds = Math.max(0, Math.round(ms / 1000));
+  const [days, hours, minutes] = [86400, 3600, 60].map((size) => Math.floor(seconds / size));
+  const rest = (word, left) => left ? ` ${left} ${word}` : "";
+  if (days) return days > 1 ? `${days} days` : `1 day${rest("h", hours % 24)}`;
+  if (hours) return `${hours} h${rest("min", minutes % 60)}`;
+  return minutes ? `${minutes} min${minutes < 10 ? rest("s", seconds % 60) : ""}` : `${seconds} s`;
 }
 
-function ago(time) {
-  const ms = now() - Date.parse(time);
-  return ms < -1500 ? `in ${duration(-ms)}` : `${duration(Math.max(ms, 0))} ago`;
-}
+const isRecent = (at) => Math.abs(now() - at) < 0.8 * DAY_MS;
+const TIMES = { // how a time is shown
+  ago: (at) => at > now() + 1500 ? `in ${duration(at - now())}` : `${duration(now() - at)} ago`,
+  age: (at) => duration(now() - at),
+  time: (at) => CLOCK.format(at),
+  date: (at) => (isRecent(at) ? CLOCK : DATE).format(at),
+  minute: (at) => (isRecent(at) ? CLOCK : MINUTE).format(at),
+};
 
-const exactly = (time) => EXACT.format(Date.parse(time));
-
-function when(time) {
-  return make("time", {datetime: time, title: `${exactly(time)}, ${time}`}, ago(time));
-}
-
-/** A time as a fact: how long ago, and when. */
-function moment(time) {
-  return time ? [when(time), under(exactly(time))] : ["never"];
+function when(time, shown = "ago") {
+  const at = Date.parse(time);
+  return make("time", {datetime: time, title: `${EXACT.format(at)}, ${time}`, "data-shown": shown},
+    TIMES[shown](at));
 }
 
 // The server.
 
 /** The server has refused the request. */
 class Refusal extends Error {
-  constructor(problem) {
-    const fields = (problem.errors ?? []).map((error) => ` ${error.field} ${error.detail}.`);
-    super(`${problem.title}. ${problem.detail ?? ""}${fields.join("")}`);
-    this.status = problem.status;
-    this.fields = (problem.errors ?? []).map((error) => error.field);
+  constructor({title, detail = "", status, cursor, errors = []}) {
+    super([`${title}. ${detail}`, ...errors.map((it) => `${it.field} ${it.detail}.`)].join(" "));
+    Object.assign(this, {status, cursor, fields: errors.map((it) => it.field)});
   }
 }
 
 /** There was no answer, or one that this server would not send. */
-class NoAnswer extends Error {}
+class NoAnswer extends Error {
+  message = "No answer from the server. It may or may not have worked: check the list first.";
+}
 
-/** The answer is not wanted any more: a newer request has replaced this one. */
+/** The answer is not wanted any more. */
 class Stale extends Error {}
 
 // A proxy may serve this page under any path, with or without a slash at its end.
 const PLACE = location.origin + location.pathname.replace(/\/*$/, "/");
 
-async function ask(method, path, {query = "", body, run = new AbortController()} = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const isStale = () => run.signal.aborted || key !== sessionStorage.getItem(KEY);
-  const limit = new AbortController();
-  const abort = () => limit.abort();
-  const timer = setTimeout(abort, ANSWER_MS);
-  run.signal.addEventListener("abort", abort);
-  try {
-    const response = await fetch(PLACE + (query ? `${path}?${query}` : path), {
-      method, body: body && JSON.stringify(body), headers: {Authorization: `Bearer ${key}`},
-      signal: limit.signal, cache: "no-store", credentials: "omit", redirect: "error",
-    });
-    const text = await response.text();
-    if (isStale()) throw new Stale();
-    return read(response, text);
-  } catch (error) {
-    if (error instanceof Refusal) throw error;
-    throw isStale() ? new Stale() : new NoAnswer(error.message);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
 /** The document of an answer. Throws a Refusal; if the API key was refused, the page signs out. */
-function read(response, text) {
-  const type = response.headers.get("Content-Type") ?? "";
-  if (!response.ok && !type.startsWith("application/problem+json")) {
-    throw new Error(`HTTP ${response.status}`);
+async function ask(method, path, {query = "", body, stop = new AbortController()} = {}) {
+  const signal = AbortSignal.any([AbortSignal.timeout(ANSWER_MS), stop.signal]);
+  const headers = {Authorization: `Bearer ${sessionStorage.getItem(KEY)}`};
+  let response, text;
+  try {
+    response = await fetch(PLACE + (`${query}` ? `${path}?${query}` : path), {method, headers,
+      signal, body: body && JSON.stringify(body), cache: "no-store", credentials: "omit",
+      redirect: "error"});
+    text = await response.text();
+  } catch (error) {
+    throw stop.signal.aborted ? new Stale() : new NoAnswer("", {cause: error});
   }
+  if (stop.signal.aborted) throw new Stale();
+  const type = response.headers.get("Content-Type") ?? "";
+  if (!response.ok && !type.startsWith("application/problem+json")) throw new NoAnswer();
   const date = Date.parse(response.headers.get("Date"));
   if (date) skew = date - Date.now();
-  if (response.ok) return type.startsWith("application/json") && text ? JSON.parse(text) : text;
-  const refusal = new Refusal(JSON.parse(text));
-  if (refusal.status === 401 && $("sign-in").hidden) signOut(refusal.message);
+  const answer = text && JSON.parse(text);
+  if (response.ok) return answer;
+  const refusal = new Refusal(answer);
+  if (refusal.status === 401) signOut(refusal.message);
   throw refusal;
 }
 
 /** Show a failure of a request that the page made by itself. */
 function report(error) {
   if (error instanceof Stale || error.status === 401) return;
-  const time = EXACT.format(Date.now());
   if (!(error instanceof NoAnswer || error instanceof Refusal)) console.error(error);
-  if ($("trouble").hidden) {
-    $("trouble").textContent = error instanceof NoAnswer
-      ? `No answer from the server since ${time}. What is shown may be old; this page keeps ` +
-        "trying."
-      : `${error.message} (${time})`;
-    $("trouble").hidden = false;
-  }
+  if (!$("trouble").hidden) return;
+  const time = CLOCK.format(now());
+  document.body.classList.toggle("stale", error instanceof NoAnswer);
+  $("trouble-text").textContent = error instanceof NoAnswer
+    ? `Server unreachable since ${time}. Showing data from then.` : `${error.message} (${time})`;
+  $("trouble").hidden = false;
 }
 
 /** A request that is repeated while the page is visible. The pause is at least ten times as long as
     the request took, also after a failure: a page that is left open costs the server at most a
     tenth of its time, also when the server is in trouble. */
 class Poll {
-  constructor(pause, run) {
-    Object.assign(this, {pause, run, due: 0, turn: null});
+  constructor(pause, run, isWanted = () => true) {
+    Object.assign(this, {pause, run, isWanted, due: 0, turn: null});
   }
 
   tick() {
-    if (!this.turn && performance.now() >= this.due) this.go();
+    if (!this.turn && performance.now() >= this.due && this.isWanted()) this.go();
   }
 
-  async go(run = this.run) {
+  async go() {
     const turn = this.turn = {};
     const since = performance.now();
     try {
-      await run();
-      if (this.turn === turn) $("trouble").hidden = true;
+      await this.run();
+      if (this.turn === turn) {
+        $("trouble").hidden = true;
+        document.body.classList.remove("stale");
+      }
     } catch (error) {
       report(error);
     }
@@ -8529,208 +8630,178 @@ class Poll {
   }
 }
 
-// Lists: one class for hosts, tokens and events.
+// Lists: one class for hosts, tokens, events and keys.
 
-/** A list of the API, one page at a time. The server examines a limited number of rows for each
-    request, so a page may need several; the user can stop it, and a new filter stops it too. */
+/** A list of the API. The server examines a limited number of rows for each request, so what is
+    shown may need several. Another filter or another view stops a search. */
 class List {
-  constructor(view, {path, name, one, columns, query, empty, total = () => 0}) {
-    Object.assign(this, {view, path, name, one, columns, query, empty, total});
-    this.poll = new Poll(5000, () => this.look());
+  constructor(view, options) {
+    Object.assign(this, {
+      view, items: (rows) => rows, signature: JSON.stringify, attributes: () => ({}),
+      query: (asked) => asked, took: () => {}, total: () => 0, ...options,
+    });
+    this.poll = new Poll(5000, () => this.look(), () => here().view === view);
     this.build();
     this.begin(null);
   }
 
   build() {
-    const heads = this.columns.map(([title]) =>
-      make("th", {scope: "col", role: "columnheader", "data-title": title}, title));
+    const heads = this.columns.map(([title, , head = [title]]) =>
+      make("th", {scope: "col", role: "columnheader", class: columnClass(title)}, ...head));
     this.body = make("tbody", {role: "rowgroup"});
-    this.summary = make("span", {class: "quiet small"});
-    this.progress = make("progress");
-    const button = (text, act) => {
-      const made = make("button", {type: "button"}, text);
-      made.addEventListener("click", act);
-      return made;
-    };
-    this.stop = button("Stop", () => this.halt());
-    this.previous = button("Previous", () => this.turn(this.cursors.slice(0, -1)));
-    this.following = button("Next", () => this.go());
-    this.nothing = make("p", {class: "empty quiet"});
-    this.pager = make("div", {class: "pager"}, this.previous, this.following, this.summary,
-      this.progress, this.stop);
+    this.summary = make("span");
+    this.more = button("Show more", () => this.goOn());
+    this.nothing = make("p", {class: "nothing quiet"});
+    this.bones = make("div", {class: "bones"}, " "); // in place of rows that are on their way
     this.table = make("table", {role: "table", "aria-labelledby": `${this.view}-title`},
       make("thead", {role: "rowgroup"}, make("tr", {role: "row"}, ...heads)), this.body);
-    $(this.view).append(make("div", {class: "scroll"}, this.table, this.nothing), this.pager);
-    this.body.addEventListener("keydown", (event) => this.walk(event));
+    this.foot = make("div", {class: "foot"}, this.summary, this.more);
+    $(this.view).querySelector(".list").append(this.table, this.bones, this.nothing, this.foot);
+    this.body.onmouseover = ({target}) => {
+      const cell = target.closest("th, td");
+      if (cell && cell.scrollWidth > cell.clientWidth) cell.title = cell.innerText;
+    };
+    new IntersectionObserver(([seen]) => seen.isIntersecting && this.goOn()).observe(this.more);
   }
 
-  /** Show other filters from their first page; the same ones are refreshed by the poll. */
+  /** Show other filters from the first row; the same ones are refreshed by the poll. */
   ask(filters) {
     if (filters === this.filters) return;
     this.begin(filters);
+    this.take([], "", 0);
     this.poll.go();
   }
 
-  begin(filters, cursors = [""]) {
-    Object.assign(this, {filters, cursors, next: cursors.at(-1), rows: [], looked: 0, at: 0,
-      isLoaded: false, isHalted: false});
+  begin(filters) {
+    this.stop?.abort();
+    Object.assign(this, {filters, rows: [], next: "", looked: 0, at: 0, wanted: ROWS,
+      isLoaded: false, refused: ""});
   }
 
-  /** Show another page: the last of these cursors. */
-  turn(cursors) {
-    this.begin(this.filters, cursors);
+  goOn() {
+    Object.assign(this, {wanted: Math.min(this.rows.length + ROWS, ROWS_MOST), isLoaded: false});
     this.poll.go();
-    if (this.table.getBoundingClientRect().top < 0) this.table.scrollIntoView();
   }
 
-  /** The next page, or the rest of one that was stopped. */
-  go() {
-    if (this.isLoaded) return this.turn([...this.cursors, this.next]);
-    if (!this.isHalted) return undefined;
-    this.isHalted = false;
-    return this.poll.go();
-  }
-
-  halt() {
-    this.run?.abort();
-    this.isHalted = true;
-    this.take(this.rows, this.next, this.looked);
-    this.following.focus();
-  }
-
-  /** Ask until the page is full or the list has ended. A page that is already shown is replaced
-      only when all of it has been loaded again. */
+  /** Ask until enough rows are there or the list has ended. Rows that are already shown are
+      replaced only when all of them have been loaded again. */
   async look() {
-    if (this.isHalted) return;
+    if (this.refused) return;
     const isQuiet = this.isLoaded;
-    let [rows, cursor, looked] = isQuiet ? [[], this.cursors.at(-1), 0]
-      : [this.rows, this.next, this.looked];
-    this.run?.abort();
-    const run = this.run = new AbortController();
-    this.state();
+    let [rows, cursor, looked] = isQuiet ? [[], "", 0] : [this.rows, this.next, this.looked];
+    this.stop?.abort();
+    const stop = this.stop = new AbortController();
     try {
       do {
         const query = this.query(new URLSearchParams(this.filters));
-        query.set("limit", ROWS - rows.length);
+        query.set("limit", this.wanted - rows.length);
         if (cursor) query.set("cursor", cursor);
-        const page = await ask("GET", this.path, {query, run});
-        rows = rows.concat(page[this.name]);
-        cursor = page.nextCursor;
+        const page = await ask("GET", this.path, {query, stop});
+        const there = new Set(rows.map(keyOf)); // one may have moved meanwhile
+        rows = rows.concat(page[this.name].filter((row) => !there.has(keyOf(row))));
+        cursor = page.nextCursor ?? "";
         looked += ROWS_EXAMINED;
+        this.took(page);
         if (!isQuiet) this.take(rows, cursor, looked);
-      } while (cursor && rows.length < ROWS);
+      } while (cursor && rows.length < this.wanted);
       Object.assign(this, {isLoaded: true, at: now()});
       this.take(rows, cursor, looked);
       if (!isQuiet) announce(this.summary.textContent);
     } catch (error) {
       if (!(error instanceof Refusal) || error.status >= 500) throw error;
-      this.isHalted = true;
-      this.state(error.message);
+      this.refused = error.message;
+      this.take(this.rows, "", this.looked);
     }
   }
 
   take(rows, next, looked) {
     Object.assign(this, {rows, next, looked});
-    const changed = reconcile(this.body, rows, (item) => this.row(item));
+    const changed = reconcile(this.body, this.items(rows), this);
+    markOpen();
     if (changed.length > 3) announce(`${changed.length} hosts have changed status.`);
     else if (changed.length) announce(changed.map((h) => `${h.name} is ${h.status}.`).join(" "));
     this.state();
   }
 
   row(item) {
-    const cells = this.columns.map(([title, cell], n) => {
-      const inner = make("div", {}, ...cell(item));
-      const kind = n ? {role: "cell"} : {role: "rowheader", scope: "row"};
-      const none = inner.hasChildNodes() ? {} : {class: "none"};
-      return make(n ? "td" : "th", {...kind, ...none, "data-title": title}, inner);
-    });
-    return make("tr", {role: "row", "data-key": item.id ?? item.number,
-      "data-status": item.status ?? ""}, ...cells);
+    const cells = item.day ? [make("th", {role: "rowheader", colspan: 3}, item.day)]
+      : this.columns.map(([title, cell], n) => make(n ? "td" : "th",
+        {role: n ? "cell" : "rowheader", class: columnClass(title)}, ...cell(item)));
+    return make("tr", {role: "row", "data-key": keyOf(item), "data-status": item.status ?? "",
+      class: item.day ? "day" : "", ...this.attributes(item)}, ...cells);
   }
 
-  /** Update the pager: the position in the list and its buttons. */
-  state(refused = "") {
-    const isLooking = !this.isLoaded && !this.isHalted;
-    const total = this.total(new URLSearchParams(this.filters));
-    const focused = document.activeElement;
-    this.table.setAttribute("aria-busy", isLooking);
-    this.summary.textContent = refused || this.sentence(isLooking, total);
-    this.summary.classList.toggle("problem", Boolean(refused));
-    this.stop.hidden = this.progress.hidden = !isLooking || !this.looked;
-    if (total) Object.assign(this.progress, {max: total, value: Math.min(this.looked, total)});
-    else this.progress.removeAttribute("value");
-    this.previous.disabled = this.cursors.length < 2;
-    this.following.disabled = Boolean(refused) || (this.isLoaded && !this.next);
-    this.following.textContent = this.isHalted ? "Continue" : "Next";
-    if (focused.disabled) (focused === this.previous ? this.following : this.previous).focus();
-    this.nothing.hidden = !this.isLoaded || this.rows.length > 0;
-    this.nothing.textContent = this.filters ? `No ${this.one} matches.` : this.empty;
-  }
-
-  sentence(isLooking, total) {
-    if (isLooking || this.isHalted) {
-      const looked = NUMBER.format(Math.min(this.looked, total || Infinity));
-      const of = total ? ` of ${NUMBER.format(total)}` : "";
-      const found = this.rows.length ? ` and found ${this.rows.length}` : "";
-      if (!this.looked) return "Looking ...";
-      return `Looked at about ${looked}${of} ${this.name}${found}${isLooking ? " ..." : "."}`;
-    }
-    const first = (this.cursors.length - 1) * ROWS + 1;
-    const last = first + this.rows.length - 1;
-    const rows = last === 1 ? `1 ${this.one}` : `${NUMBER.format(last)} ${this.name}`;
-    if (first === 1 && !this.next) return rows;
-    const end = this.next ? "" : ", the end of the list";
-    return `${this.name} ${NUMBER.format(first)} to ${NUMBER.format(last)}${end}`;
-  }
-
-  /** The arrow keys move the focus from row to row. */
-  walk(event) {
-    const step = {ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling"}[event.key];
-    const link = step && event.target.closest("tr")[step]?.querySelector("a, button");
-    if (!link) return;
-    event.preventDefault();
-    link.focus();
+  /** Update what stands below the rows. */
+  state() {
+    const isFull = this.rows.length >= ROWS_MOST;
+    const total = this.total(new URLSearchParams(this.filters), !this.isLoaded);
+    const of = total ? ` of ${NUMBER.format(total)}` : "";
+    const found = NUMBER.format(this.rows.length);
+    const looked = NUMBER.format(Math.min(this.looked, total || Infinity));
+    this.table.setAttribute("aria-busy", !this.isLoaded);
+    this.summary.textContent = this.refused ||
+      (!this.isLoaded ? `Searching: ${looked}${of}, ${found} found`
+        : this.next ? `1-${found}${of}${isFull ? ": search or filter to see others" : ""}`
+          : count(this.rows.length, this.one));
+    this.summary.classList.toggle("problem", Boolean(this.refused));
+    this.bones.hidden = this.isLoaded || this.looked > 0 || Boolean(this.refused);
+    this.more.hidden = !this.isLoaded || isFull || !this.next;
+    this.foot.hidden = this.isLoaded && !this.rows.length;
+    this.nothing.hidden = !this.foot.hidden;
+    show(this.nothing, ...(this.filters ? [`No ${this.one} matches. `,
+      make("a", {href: `#${this.view}`}, "Clear filters")] : [this.empty]));
   }
 }
 
-/** Make a table's body show the items. Cells that did not change are not touched, so that focus,
-    selection and scroll stay. Returns the items whose status changed. */
-function reconcile(body, items, row) {
-  const old = new Map([...body.rows].map((tr) => [tr.dataset.key, tr]));
+const columnClass = (title) => `c-${title.toLowerCase().replaceAll(" ", "-")}`;
+const keyOf = (item) => String(item.id ?? item.number ?? item.day);
+const signatures = new WeakMap(); // of the rows that are shown: what they show
+
+/** Make a table's body show the items. Rows and cells that did not change are not touched, so that
+    focus, selection and scroll stay. Returns the items whose status changed. */
+function reconcile(body, items, list) {
   const focused = body.contains(document.activeElement)
-    ? document.activeElement.closest("tr").rowIndex : 0;
-  const fresh = items.map(row);
-  const keys = new Set(fresh.map((tr) => tr.dataset.key));
-  for (const [key, tr] of old) if (!keys.has(key)) tr.remove();
+    ? document.activeElement.closest("tr").sectionRowIndex : -1;
+  const keys = new Set(items.map(keyOf));
+  for (const tr of [...body.rows]) if (!keys.has(tr.dataset.key)) tr.remove();
+  const shown = new Map([...body.rows].map((tr) => [tr.dataset.key, tr]));
   const changed = [];
   let place = body.firstElementChild;
-  fresh.forEach((tr, n) => {
-    const there = old.get(tr.dataset.key);
-    if (!there) return body.insertBefore(tr, place);
-    place = there.nextElementSibling;
-    const isChanged = there.dataset.status !== tr.dataset.status;
-    if (isChanged) changed.push(items[n]);
-    there.classList.toggle("changed", isChanged);
-    there.dataset.status = tr.dataset.status;
-    [...tr.cells].forEach((cell, m) => {
-      if (!there.cells[m].isEqualNode(cell)) there.cells[m].replaceWith(cell);
-    });
-    return undefined;
-  });
-  if (focused && !body.contains(document.activeElement)) {
-    body.rows[Math.min(focused, body.rows.length) - 1]?.querySelector("a, button")?.focus();
+  for (const item of items) {
+    const signature = list.signature(item);
+    let tr = shown.get(keyOf(item));
+    if (!tr || signatures.get(tr) !== signature) {
+      const fresh = list.row(item);
+      tr ??= fresh;
+      if (tr.dataset.status !== fresh.dataset.status) changed.push(item);
+      tr.dataset.status = fresh.dataset.status;
+      if (tr !== fresh) [...fresh.cells].forEach((cell, n) => {
+        if (!tr.cells[n].isEqualNode(cell)) tr.cells[n].replaceWith(cell);
+      });
+      signatures.set(tr, signature);
+    }
+    if (tr === place) place = place.nextElementSibling;
+    else body.insertBefore(tr, place);
+  }
+  if (focused >= 0 && !body.contains(document.activeElement)) {
+    body.rows[Math.min(focused, body.rows.length - 1)]?.querySelector("a, button")?.focus();
   }
   return changed;
 }
 
-// Cells for hosts, tokens and events.
+// Cells for hosts, tokens, events and keys.
 
-const status = (word) => make("span", {class: `status ${word}`}, word);
-const under = (text) => make("div", {class: "quiet small"}, text);
+const quiet = (...children) => make("span", {class: "quiet"}, ...children);
 const mono = (text) => make("span", {class: "mono"}, text);
 /** A list of one child, or of none for an empty value. */
 const some = (value, shown = (item) => item) => value ? [shown(value)] : [];
-const pairs = (labels) => Object.entries(labels).map(([name, value]) => `${name}=${value}`);
+
+/** A status with its age. While the server does not answer, it is what the status was. */
+function status(word, time) {
+  return make("span", {class: `status ${word}`, title: MEANINGS[word] ?? ""}, make("span", {},
+    make("span", {class: "was"}, "was "), make("b", {}, word),
+    ...(time && word !== "online" ? [" ", when(time, "age")] : [])));
+}
 
 /** The view that the fragment names, and its parameters. */
 function here() {
@@ -8744,186 +8815,272 @@ function fragment(view, asked) {
   return query ? `#${view}?${query}` : `#${view}`;
 }
 
-/** A link that opens a host over the current view. */
-function hostLink(id, text) {
-  const {view, asked} = here();
-  asked.set("host", id);
-  return make("a", {href: fragment(view, asked)}, text);
+/** The parameters of the hosts that are shown; none in another view. */
+const hostsAsked = () => here().view === "hosts" ? here().asked : new URLSearchParams();
+
+/** A link that opens a host, beside the list of hosts. */
+function hostLink(id, text, attributes = {}) {
+  const query = hostsAsked();
+  query.set("host", id);
+  return make("a", {href: fragment("hosts", query), ...attributes}, text);
 }
 
-/** An actor or a subject of the audit log. */
-function party(name) {
-  const [kind, id] = name.split(":", 2);
-  return make("span", {class: "mono"}, kind === "host" ? hostLink(id, name) : name);
-}
-
-function labelLinks(labels) {
-  return pairs(labels).map((pair) => {
-    const [name, value] = pair.split(/=(.*)/s);
-    const quoted = `${name}="${value.replaceAll('"', '""')}"`;
-    const q = /[\s"]/.test(value) || !value ? quoted : pair;
-    return make("a", {class: "label", href: fragment("hosts", {q})}, pair);
+/** Labels; each leads to the hosts that have it too. */
+function labelLinks(labels, attributes = {}) {
+  return Object.entries(labels).map(([name, value]) => {
+    const [query, pair] = [hostsAsked(), `${name}=${value}`];
+    if (!query.getAll("label").includes(pair)) query.append("label", pair);
+    return make("a", {class: "label", href: fragment("hosts", query), title: pair, ...attributes},
+      make("i", {}, `${name}=`), value);
   });
 }
 
 function hostName(host) {
-  const cell = [hostLink(host.id, host.name)];
-  if (host.hostname !== host.name) cell.push(under(host.hostname));
-  if (host.warnings.length) cell.push(make("div", {class: "status missing small"}, "warning"));
-  return cell;
+  const box = make("input", {type: "checkbox", "aria-label": `Select ${host.name}`, tabindex: -1});
+  box.checked = selected.has(host.id);
+  const warning = {class: "missing", title: host.warnings.join("\n")};
+  const isHere = document.activeElement.closest("tr")?.dataset.key === host.id;
+  return [box, hostLink(host.id, host.name, {tabindex: isHere ? 0 : -1}),
+    ...some(host.hostname !== host.name, () => make("span", {class: "quiet hostname"},
+      ` ${host.hostname}`)),
+    ...some(host.warnings.length, () => make("span", warning, " \u26a0 warning")),
+    ...some(isMuted(host), () => quiet(" muted"))];
 }
 
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
+const isMuted = (host) => Boolean(host.mutedUntil) && Date.parse(host.mutedUntil) > now();
+const since = (host) => host.status === "missing" ? host.lastSeen : host.statusSince;
+const lastSeen = (host) => host.lastSeen
+  ? when(host.lastSeen, host.status === "online" ? "ago" : "date") : "never";
+/** The name of a system without its kernel, which the host's own panel shows. */
+const systemName = (host) => host.os.replace(/GNU\/Linux | \(.*| [\d.]+-.*/g, "");
 
-function detailText(detail) {
-  return Object.entries(detail).map(([name, value]) =>
-    `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
-}
-
-function system(host) {
-  return [host.os, host.architecture, host.dockerVersion && `Docker ${host.dockerVersion}`]
-    .filter(Boolean).join(", ");
-}
-
-/** The query for a list of hosts: words like label=value are labels, the rest is text. */
+/** The query for hosts: of what was typed, words like key=value and key!=value are labels. */
 function hostQuery(asked) {
-  const query = new URLSearchParams();
-  for (const name of ["status", "organization"]) {
-    if (asked.get(name)) query.set(name, asked.get(name));
-  }
-  const text = (asked.get("q") ?? "").replace(LABEL, (pair, name, quoted, bare) => {
-    query.append("label", `${name}=${quoted?.replaceAll('""', '"') ?? bare}`);
-    return " ";
-  }).trim();
-  if (text) query.set("q", text);
+  const query = new URLSearchParams({sort: "attention"});
+  for (const [name, value] of asked) if (name === "sort") query.set(name, value);
+    else if (name !== "q") query.append(name, value);
+  const rest = (asked.get("q") ?? "").replace(/(?<!\S)([^\s=!]+)(!?)=(\S+)/g, (_, key, no, value) =>
+    query.append(`label${no}`, `${key}=${value}`) ?? "").trim();
+  if (rest) query.set("q", rest);
   return query;
 }
 
 const ORGANIZATION = ["Organization", (item) => some(item.organizationId)];
+const CREATED = ["Created", (item) => [quiet(when(item.createdAt), ` ${item.createdBy}`)]];
+const described = (item) => [make("b", {}, item.description || "no description"), " ",
+  quiet(mono(item.id))];
+const selectAll = make("input", {type: "checkbox", "aria-label": "Select all"});
+const SHOWN = ["name", "hostname", "status", "statusSince", "lastSeen", "address", "labels", "os",
+  "warnings", "mutedUntil"]; // in a row
+/** What heads a column that can be sorted: in one order, or in the next. */
+const sorted = (title, ...orders) => make("button", {type: "button", "data-sorts":
+  orders.join(" ")}, title);
 
 const lists = {
   hosts: new List("hosts", {
-    path: "api/hosts", name: "hosts", one: "host", query: hostQuery,
-    empty: "No hosts yet. Mint a token, and run its command on a machine.",
-    total: (asked) => fleet.total(asked.get("organization")),
+    path: "api/hosts", name: "hosts", one: "host", query: hostQuery, empty: "",
+    took: (page) => fleet.take(page.counts), total: (...of) => fleet.total(...of),
+    signature: (host) => JSON.stringify([here().asked.toString(), ...SHOWN.map((n) => host[n])]),
+    attributes: (host) => ({"data-open": host.id}),
     columns: [
-      ["Host", hostName],
-      ["Status", (host) => [status(host.status)]],
-      ["Last seen", (host) => [host.lastSeen ? when(host.lastSeen) : "never"]],
-      ["System", (host) => some(system(host))],
-      ["Labels", (host) => pairs(host.labels).map((pair) => make("span", {class: "label"}, pair))],
+      ["Host", hostName, [selectAll, sorted("Host", "name")]],
+      ["Status", (host) => [status(host.status, since(host))],
+        [sorted("Status", "attention", "statusSince")]],
+      ["Last seen", (host) => [quiet(lastSeen(host))]],
+      ["Address", (host) => some(host.address ?? host.enrolledFrom, mono)],
+      ["Labels", (host) => labelLinks(host.labels, {tabindex: -1})],
+      ["System", (host) => [quiet(systemName(host))]],
       ORGANIZATION,
+      ["Enrolled", (host) => [quiet(when(host.enrolledAt, "date"))],
+        [sorted("Enrolled", "enrolledAt")]],
     ],
   }),
   tokens: new List("tokens", {
-    path: "api/hosts/tokens", name: "tokens", one: "token", query: (asked) => asked,
-    empty: "No tokens yet.",
+    path: "api/hosts/tokens", name: "tokens", one: "token", empty: "No tokens yet.",
     columns: [
-      ["Token", (token) => [mono(token.id), ...some(token.description, under)]],
+      ["Token", described],
       ["State", (token) => [status(token.state)]],
-      ["Uses", tokenUses],
-      ["Expires", (token) => [when(token.expiresAt)]],
-      ["For", tokenFor],
-      ["Minted", (token) => [when(token.createdAt), under(token.createdBy)]],
+      ["Used", (token) => [token.uses ? make("a", {href: fragment("hosts", {token: token.id})},
+        count(token.uses, "host")) : "0", quiet(` of ${NUMBER.format(token.maxUses)}`)]],
+      ["Expires", (token) => [quiet(when(token.expiresAt))]],
+      ["Limits", (token) => [...some(token.hostId, (id) => hostLink(id, "re-enrolls a host")),
+        ...some(token.hostname), " ", ...labelLinks(token.labels)]],
+      CREATED,
       ORGANIZATION,
-      ["", tokenActs],
+      ["Acts", (token) => some(isAdmin() && !["revoked", "expired"].includes(token.state),
+        () => revokes("token", token))],
     ],
   }),
   audit: new List("audit", {
-    path: "api/audit", name: "events", one: "event", query: (asked) => asked,
-    empty: "No events yet.",
+    path: "api/audit", name: "events", one: "event", empty: "No events yet.", items: folded,
     columns: [
-      ["Time", (event) => moment(event.time)],
-      ["Action", (event) => [make("b", {}, event.action), ...some(event.code, under)]],
-      ["About", (event) => some(event.subject, party)],
-      ["By", (event) => [party(event.actor), ...some(event.address, under)]],
-      ["Detail", (event) => some(detailText(event.detail))],
+      ["Time", (event) => [quiet(when(event.time, "time"))]],
+      ["Event", (event) => [told(event), ...some(event.times > 1, () =>
+        quiet(` ${event.times} times since `, when(event.since, "time")))]],
+      ["Address", (event) => some(event.address, mono)],
       ORGANIZATION,
+    ],
+  }),
+  keys: new List("keys", {
+    path: "api/keys", name: "apiKeys", one: "API key", empty: "No API keys.",
+    columns: [
+      ["Key", described],
+      ["State", (key) => [status(key.state)]],
+      ["Role", (key) => [key.role]],
+      ["Organization", (key) => [key.organizationId ?? "all"]],
+      ["Last used", (key) => [quiet(key.lastUsedAt ? when(key.lastUsedAt) : "never")]],
+      CREATED,
+      ["Expires", (key) => [quiet(key.expiresAt ? when(key.expiresAt) : "never")]],
+      ["Acts", (key) => some(key.state === "valid", () => revokes("key", key))],
     ],
   }),
 };
 
-function tokenUses(token) {
-  const shown = token.hosts.slice(0, 2).map((id) => make("div", {class: "mono"}, hostLink(id, id)));
-  const more = token.hosts.length - shown.length;
-  return [`${NUMBER.format(token.uses)} of ${NUMBER.format(token.maxUses)}`, ...shown,
-    ...some(more, () => under(`and ${NUMBER.format(more)} more`))];
+function revokes(kind, item) {
+  const label = `Revoke ${kind} ${item.description || item.id}`;
+  return button("Revoke", () => revoke(kind, item.id), {class: "danger", "aria-label": label});
 }
 
-function tokenFor(token) {
-  const host = token.hostId ? ["re-enrolling ", hostLink(token.hostId, token.hostId)]
-    : token.hostname ? [token.hostname] : [];
-  const labels = pairs(token.labels).map((pair) => make("span", {class: "label"}, pair));
-  return labels.length ? [...host, make("div", {}, ...labels)] : host;
+/** The sentence of an event; where it is about a host, a link to that. */
+const told = ({subject, text}) => subject?.startsWith("host:") ? hostLink(subject.slice(5), text)
+  : text;
+
+/** Events with a heading for each day; equal refusals, one after another, are one. */
+function folded(events) {
+  const items = [];
+  for (const event of events) {
+    const day = DAY.format(Date.parse(event.time));
+    if (items.findLast((item) => item.day)?.day !== day) items.push({day});
+    const last = items.at(-1);
+    if (event.action === "refuse" && last.text === event.text && last.subject === event.subject) {
+      Object.assign(last, {times: last.times + 1, since: event.time});
+    } else items.push({...event, times: 1, since: event.time});
+  }
+  return items;
 }
 
-function tokenActs(token) {
-  if (!isAdmin() || token.state !== "valid") return [];
-  return [make("button", {type: "button", class: "danger", "data-revoke-token": token.id,
-    "aria-label": `Revoke token ${token.id}`}, "Revoke")];
-}
-
-// The fleet at a glance, with the counts of /metrics.
+// The fleet: the counts that came with the rows, and incidents.
 
 const fleet = {
-  counts: new Map(), // organization -> status -> number
+  counts: null, // status -> number, or null while the server still counts
+  incidents: [],
 
-  async count() {
-    const text = await ask("GET", "metrics");
-    this.counts = new Map();
-    for (const [, organization, word, number] of text.matchAll(COUNT)) {
-      if (!this.counts.has(organization)) this.counts.set(organization, new Map());
-      this.counts.get(organization).set(word, Number(number));
-    }
+  take(counts) {
+    this.counts = counts ?? this.counts;
     this.show();
   },
 
-  of(word, organization) {
-    const counted = organization ? [this.counts.get(organization)] : [...this.counts.values()];
-    return counted.reduce((sum, one) => sum + (one?.get(word) ?? 0), 0);
-  },
-
-  total(organization) {
-    return STATUSES.reduce((sum, word) => sum + this.of(word, organization), 0);
+  /** How many hosts these filters leave, or are searched; 0: not known. */
+  total(asked, isSearched = true) {
+    const isSearch = ["q", "label", "label!", "token", "incident"].some((name) => asked.has(name));
+    if (!this.counts || (isSearch && !isSearched)) return 0;
+    const words = asked.has("status") ? asked.getAll("status") : STATUSES;
+    return words.reduce((sum, word) => sum + this.counts[word], 0);
   },
 
   show() {
-    const {asked} = here();
-    const organization = asked.get("organization");
-    const total = this.total(organization);
-    for (const tile of all("button", $("fleet"))) {
-      const word = tile.dataset.status;
-      const count = word ? this.of(word, organization) : total;
-      tile.dataset.count = count;
-      tile.setAttribute("aria-pressed", (asked.get("status") ?? "") === word);
-      show(tile, make("b", {}, this.counts.size ? NUMBER.format(count) : "\u2013"), " ",
-        make("span", {class: `status ${word || "all"}`}, word || "all hosts"));
-    }
-    const silent = this.of("offline", organization) + this.of("missing", organization);
-    document.title = silent ? `${NUMBER.format(silent)} silent - hostenroll` : "hostenroll";
-    this.share(organization);
-    this.offer();
-  },
-
-  share(organization) {
-    show($("share"), ...STATUSES.map((word) => make("i", {class: word})));
+    if (here().view !== "hosts") return;
+    const all = this.total(new URLSearchParams());
+    show($("tabs"), ...["", ...STATUSES].map((word) => {
+      const {asked} = here();
+      const isChosen = asked.getAll("status").join() === word;
+      asked.delete("status");
+      if (word) asked.set("status", word);
+      const number = word ? this.counts?.[word] : all;
+      return make("a", {href: fragment("hosts", asked), class: word, "data-count": number ?? "",
+        title: MEANINGS[word] ?? "", ...(isChosen ? {"aria-current": "true"} : {})},
+      word ? word[0].toUpperCase() + word.slice(1) : "All",
+      ...(this.counts ? [" ", make("b", {}, NUMBER.format(number))] : []));
+    }));
+    show($("shares"), ...STATUSES.map((word) => make("i", {class: word})));
     STATUSES.forEach((word, n) => {
-      $("share").children[n].style.flexGrow = this.of(word, organization);
+      $("shares").children[n].style.flexGrow = this.counts?.[word] ?? 0;
     });
+    const isEmpty = this.counts && !all && !here().asked.has("organization");
+    $("signed-in").classList.toggle("empty", isEmpty);
+    document.querySelector("header [data-add]").classList.toggle("main", !isEmpty);
+    this.sign();
   },
 
-  /** Offer the choice of an organization, where there are several. */
-  offer() {
-    const names = [...this.counts.keys()];
-    document.body.classList.toggle("one-organization", names.length < 2);
-    for (const place of all("[data-organizations]")) {
-      place.hidden = names.length < 2;
-      const select = place.querySelector("select");
-      show(select, make("option", {value: ""}, "all"),
-        ...names.map((name) => make("option", {value: name}, name)));
-      select.value = here().asked.get("organization") ?? "";
-    }
+  /** The number of offline hosts in the title and in the icon. */
+  sign() {
+    const down = this.counts?.offline ?? 0;
+    document.title = down ? `(${NUMBER.format(down)}) offline - hostenroll` : "hostenroll";
+    const svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">' +
+      `<circle cx="16" cy="16" r="16" fill="${down ? "#c6282d" : "#1a7f43"}"/><text x="16" ` +
+      'y="22" fill="#fff" font-family="sans-serif" font-size="17" text-anchor="middle">' +
+      `${Math.min(down, 99) || ""}</text></svg>`;
+    const icon = `data:image/svg+xml,${encodeURIComponent(svg)}`;
+    if ($("icon").href !== icon) $("icon").href = icon;
   },
+
+  /** The newest incident that is not over, in one sentence over the list. */
+  async look() {
+    const organization = here().asked.get("organization");
+    const query = organization ? new URLSearchParams({organization}) : "";
+    ({incidents: this.incidents} = await ask("GET", "api/incidents", {query}));
+    const latest = this.incidents.filter((it) => !it.until && it.down)
+      .sort((a, b) => b.at.localeCompare(a.at))[0];
+    $("incident").hidden = !latest;
+    if (!latest) return;
+    const href = fragment("hosts", {incident: latest.id});
+    show($("incident"), make("div", {}, make("b", {class: "offline"}, latest.text), make("div",
+      {class: "quiet"}, when(latest.at), ", at ", when(latest.at, "minute"),
+      `. ${latest.down} of ${latest.count} are still down.`)),
+    make("a", {class: "button", href}, `Show these ${latest.count}`));
+  },
+};
+
+let several = []; // organizations, as choices; none where there is one
+
+async function loadOrganizations() {
+  const page = me.organizationId ? {organizations: []} : await ask("GET", "api/organizations");
+  several = page.organizations.length < 2 ? [] : page.organizations.map(({id}) => [id, id]);
+  document.body.classList.toggle("several", several.length > 0);
+  for (const select of all("[data-organizations]")) {
+    show(select, ...choices([["all organizations", ""], ...several]));
+    select.value = here().asked.get("organization") ?? "";
+  }
+}
+
+/** What the hosts are filtered by, beside the status: each can be taken away. */
+function showChips(asked) {
+  const words = {label: (v) => v, "label!": (v) => v.replace("=", "!="),
+    token: () => "enrolled with a token", incident: () => "one incident"};
+  $("chips").replaceChildren(...[...asked].filter(([name]) => words[name]).map((pair) => {
+    const text = words[pair[0]](pair[1]);
+    const rest = [...asked].filter((other) => other.join() !== pair.join());
+    return button(`${text} \u2715`, () => go("hosts", new URLSearchParams(rest)),
+      {"aria-label": `Remove the filter ${text}`});
+  }));
+}
+
+// The selection: hosts that are acted on together.
+
+const selected = new Map(); // id -> host
+let lastSelected = ""; // a range begins there
+function select(id, isOn, isRange = false) {
+  const at = (one) => lists.hosts.rows.findIndex((host) => host.id === one);
+  const ends = [at(id), isRange && at(lastSelected) >= 0 ? at(lastSelected) : at(id)];
+  for (const one of lists.hosts.rows.slice(Math.min(...ends), Math.max(...ends) + 1)) {
+    selected[isOn ? "set" : "delete"](one.id, one);
+  }
+  lastSelected = id;
+  showSelection();
+}
+
+function showSelection() {
+  for (const box of all("input", lists.hosts.body)) {
+    box.checked = selected.has(box.closest("tr").dataset.key);
+  }
+  selectAll.checked = selected.size > 0 && selected.size === lists.hosts.rows.length;
+  $("selection").hidden = !selected.size;
+  $("selected-count").textContent = `${NUMBER.format(selected.size)} selected`;
+}
+
+const clearSelection = () => {
+  selected.clear();
+  showSelection();
 };
 
 // Dialogs.
@@ -8933,16 +9090,17 @@ const isAsked = (one) => one === question && $("form").open;
 
 /** Open the form. It shows a refusal. An answer that arrives after it was closed, or opened for
     something else, does not touch it. */
-function fill({title, text = "", go, danger = false, fields = [], act}) {
+function fill({title, text = "", go, danger = false, fields = [], options = [], act}) {
   const own = question = {};
-  $("form-title").textContent = title;
-  $("form-text").textContent = text;
-  $("form-problem").textContent = "";
-  $("form-go").textContent = go;
-  $("form-go").className = danger ? "main danger" : "main";
-  $("form-go").disabled = false;
-  const inputs = fields.map(input);
-  $("form-fields").replaceChildren(...inputs.map((made) => made.closest("label")));
+  for (const [part, said] of Object.entries({title, text, problem: "", go})) {
+    $(`form-${part}`).textContent = said;
+  }
+  Object.assign($("form-go"), {className: danger ? "main danger" : "main", disabled: false});
+  Object.assign($("form-options"), {hidden: !options.length, open: false});
+  const inputs = [...fields, ...options].map(input);
+  const places = inputs.map((made) => made.closest("label"));
+  $("form-fields").replaceChildren(...places.slice(0, fields.length));
+  $("form-more").replaceChildren(...places.slice(fields.length));
   $("form").querySelector("form").onsubmit = async (event) => {
     event.preventDefault();
     const values = Object.fromEntries(inputs.map((made) => [made.name, made.value]));
@@ -8950,267 +9108,417 @@ function fill({title, text = "", go, danger = false, fields = [], act}) {
     const refusal = await act(values).then(() => null, (error) => error);
     if (!isAsked(own)) return;
     $("form-go").disabled = false;
-    $("form-problem").textContent = refusal ? messageOf(refusal) : "";
-    for (const made of inputs) {
-      made.setAttribute("aria-invalid", Boolean(refusal?.fields?.includes(made.name)));
-    }
+    $("form-problem").textContent = refusal?.message ?? "";
+    for (const it of inputs) it.ariaInvalid = String(Boolean(refusal?.fields?.includes(it.name)));
     if (!refusal) $("form").close();
   };
   $("form").showModal();
   (inputs[0] ?? $("form-go")).focus();
 }
 
+const choices = (pairs) => pairs.map(([text, value]) => make("option", {value}, text));
+
 function input({name, label, help, tag = "input", options = [], value = "", wide, ...attributes}) {
-  const choices = options.map(([text, choice]) => make("option", {value: choice}, text));
-  const made = make(tag, {name, autocomplete: "off", ...attributes}, ...choices);
+  const made = make(tag, {name, autocomplete: "off", ...attributes}, ...choices(options));
   made.value = value;
-  make("label", wide ? {class: "wide"} : {}, label, made,
-    ...some(help, (text) => make("span", {class: "quiet"}, text)));
+  make("label", {class: wide ? "wide" : ""}, label, made, ...some(help, quiet));
   return made;
 }
 
-function messageOf(error) {
-  if (error instanceof NoAnswer) return "No answer from the server. It may or may not have been " +
-    "done: look before you try again.";
-  return error.message;
-}
+const pairs = (labels) => Object.entries(labels).map(([name, value]) => `${name}=${value}`);
 
 /** The labels of a text, one on each line. Spaces around a name and a value are dropped, except in
-    a line that was there before the edit. */
+    a line that was there before the edit. key- stands for a label that is to go. */
 function readLabels(text, before = []) {
-  const lines = text.split("\n").filter((line) => line.trim());
-  return Object.fromEntries(lines.map((line) => {
+  return Object.fromEntries(text.split("\n").filter((line) => line.trim()).map((line) => {
     const [name, value] = line.split(/=(.*)/s, 2);
-    if (value === undefined) throw new Error(`A label is written name=value, not ${name}`);
+    if (value === undefined && /-\s*$/.test(name)) return [name.trim().slice(0, -1), null];
+    if (value === undefined) throw new Error(`Write ${name.trim()} as key=value.`);
     return before.includes(line) ? [name, value] : [name.trim(), value.trim()];
   }));
 }
 
 const TTLS = [["10 minutes", 600], ["1 hour", 3600], ["8 hours", 28800], ["1 day", 86400],
   ["7 days", 604800], ["30 days", 2592000]];
-const LABELS_FIELD = {name: "labels", label: "Labels", tag: "textarea", wide: true,
-  spellcheck: "false", placeholder: "rack=b4", help: "One on each line."};
+const DESCRIPTION = {name: "description", label: "Description", maxlength: 1000, wide: true};
+const AS_TYPED = {wide: true, spellcheck: "false", autocapitalize: "off"};
+const LABELS = {name: "labels", label: "Labels", tag: "textarea", ...AS_TYPED,
+  placeholder: "rack=b4", help: "One key=value per line."};
 
-function mint() {
-  const names = [...fleet.counts.keys()];
+function addHost() {
+  $("secret").close();
   const organization = {name: "organizationId", label: "Organization", tag: "select",
-    options: names.map((name) => [name, name]),
-    value: here().asked.get("organization") || names.find((name) => name === "default")};
+    options: several, value: here().asked.get("organization") || "default"};
   fill({
-    title: "Mint a token",
-    text: "A token lets machines join. You get the whole command to run on them.",
-    go: "Mint",
+    title: "Add a host", go: "Create command",
+    text: "You get a command that enrolls a machine.",
     fields: [
-      {name: "description", label: "What for", maxlength: 1000, wide: true},
-      {name: "ttlSeconds", label: "Valid for", tag: "select", options: TTLS, value: 3600},
-      {name: "maxUses", label: "Machines", type: "number", min: 1, max: 1000000, value: 1,
-        required: ""},
-      {name: "hostname", label: "Only for the hostname", maxlength: 253, spellcheck: "false",
-        autocapitalize: "off", help: "Empty: any hostname.", wide: names.length < 2},
-      ...(names.length > 1 ? [organization] : []),
-      LABELS_FIELD,
+      {name: "maxUses", label: "Hosts", type: "number", min: 1, max: 1000000, value: 1},
+      {name: "ttlSeconds", label: "Expires in", tag: "select", options: TTLS, value: 3600},
+      ...some(several.length, () => organization),
     ],
-    act: async (values) => {
-      const body = {ttlSeconds: Number(values.ttlSeconds), maxUses: Number(values.maxUses),
-        description: values.description, labels: readLabels(values.labels)};
-      if (values.hostname) body.hostname = values.hostname;
-      if (values.organizationId) body.organizationId = values.organizationId;
-      await mintAt("api/hosts/tokens", body, "Let a machine join",
-        "Run this on the machine that is to join:");
-    },
+    options: [DESCRIPTION, {name: "hostname", label: "Only this hostname", maxlength: 253,
+      ...AS_TYPED, help: "Leave empty for any."}, LABELS],
+    act: async ({ttlSeconds, maxUses, labels, hostname, ...rest}) => mintAt("api/hosts/tokens", {
+      ...rest, ttlSeconds: Number(ttlSeconds), maxUses: Number(maxUses),
+      labels: readLabels(labels), ...(hostname && {hostname}),
+    }, "Add a host"),
   });
 }
+
+const WAYS = [ // how the agent runs: the title, how its command differs, what people should know
+  ["Install as a service", (line) => `${line.replace("| sh -c", "| sudo sh -c")} --install`,
+    "Run this on the machine. It enrolls once, and installs a service that survives reboots. " +
+    "Where you are root already, leave out sudo."],
+  ["Run in this terminal", (line) => line,
+    "Run this on the machine. It is online for as long as the command runs."],
+  ["cron", (line) => `${line} --install --every 60`,
+    "Where there is no systemd: run this as the user that the agent should run as. It enrolls, " +
+    "and prints a line for crontab -e."],
+];
+
+/** A command with each group of options on a line of its own. */
+const wrapped = (line) => line.replace(" | ", " |\n").replace(/ &&\s+/g, " &&\n  ")
+  .replace(/ (?=--(?:server|pin|cacert|token-file|insecure-http|install)\b)/g, " \\\n  ");
 
 /** Mint a token and show the command with it. The command is fetched first: a token that could not
     be shown would be lost. If the form was closed in the meantime, neither is shown; a token that
     was minted by then is in the list, where it can be revoked. */
-async function mintAt(path, body, title, text) {
+async function mintAt(path, body, title, about = "") {
   const own = question;
   const service = await ask("GET", "api/service");
   if (!isAsked(own)) throw new Stale();
-  const minted = await ask("POST", path, {body});
+  const token = await ask("POST", path, {body});
   lists.tokens.poll.due = 0;
   if (!isAsked(own)) throw new Stale();
+  const line = service.joinCommand.replace("%s TOKEN", () => `%s ${token.token}`);
   const isNear = /^https?:\/\/(localhost|127\.|\[::1\])/.test(service.publicUrl);
+  showSecret({
+    title, token,
+    ways: WAYS.map(([name, change, text]) => [name, wrapped(change(line)), about || text]),
+    meta: [count(token.maxUses, "host"), ", expires ", when(token.expiresAt), ", shown only once"],
+    warning: isNear ? "Works only on this machine. For others: serve --host 0.0.0.0 " +
+      "--public-url https://NAME:PORT" : "",
+  });
+  polls.watch.go();
+}
+
+/** Show a command, or something else that is copied. ways: title, command, text of each. */
+function showSecret({title, ways, token = null, meta = [], warning = ""}) {
+  const choose = (n) => {
+    all("button", $("ways")).forEach((made, m) => made.setAttribute("aria-pressed", m === n));
+    [, $("join").textContent, $("secret-text").textContent] = ways[n];
+  };
+  const buttons = ways.map(([name], n) => button(name, () => choose(n)));
+  $("ways").replaceChildren(...buttons.length < 2 ? [] : buttons);
+  choose(0);
   $("secret-title").textContent = title;
-  $("secret-text").textContent = text;
-  $("join").textContent = service.joinCommand.replace("%s TOKEN", () => `%s ${minted.token}`);
-  $("token").textContent = minted.token;
-  $("agent").textContent = service.agentCommand;
-  $("secret-warning").textContent = isNear ? `Other machines cannot reach ${service.publicUrl}: ` +
-    "serve --public-url sets the URL for them." : "";
-  $("secret").dataset.token = minted.id;
+  show($("secret-meta"), ...meta);
+  $("secret-warning").textContent = warning;
+  show($("arrivals"), ...some(token, () => make("span", {class: "status pending"},
+    "Waiting for the machine ...")));
+  $("secret-ask").hidden = true;
+  Object.assign($("secret").dataset, {token: token?.id ?? "", isUsed: token ? "" : "yes"});
   $("form").close();
   $("secret").showModal();
   $("secret").querySelector("[data-copy]").focus();
 }
 
-/** Show whether the token in the dialog has been used. */
+/** Show the hosts that have enrolled with the token in the dialog. */
 async function watch() {
   const asked = $("secret").dataset.token;
   const token = await ask("GET", `api/hosts/tokens/${asked}`);
-  if (asked !== $("secret").dataset.token || !$("secret").open) return;
-  const from = token.usedFrom ? `, last from ${token.usedFrom}` : "";
-  const uses = `Used ${token.uses} of ${token.maxUses} times${from}. `;
-  show($("arrivals"), ...(token.uses ? [uses, ...token.hosts.slice(0, 5).flatMap((id) =>
-    [hostLink(id, id), " "])] : ["It has not been used yet."]));
+  const hosts = await Promise.all(token.hosts.slice(0, 5).map((id) =>
+    ask("GET", `api/hosts/${id}`).catch(() => null)));
+  if (asked !== $("secret").dataset.token || !token.uses) return;
+  $("secret").dataset.isUsed = "yes";
+  $("secret-ask").hidden = true;
+  show($("arrivals"), ...hosts.filter(Boolean).map((one) => make("div", {class: "row"},
+    make("b", {class: `status ${one.status}`}, `${one.name} joined and is ${one.status}.`),
+    hostLink(one.id, "Open", {class: "button"}))),
+  ...some(token.maxUses > 1, () => quiet(`${token.uses} of ${token.maxUses} joined. `)),
+  make("button", {"data-add": ""}, "Add another"));
 }
 
-/** Copy a text. Without https or loopback a page has no clipboard: then the text is selected. */
-async function copy(source) {
+/** The command that renews the agent of a host: it needs no token. */
+async function showUpdate() {
+  const {agentCommand} = await ask("GET", "api/service");
+  showSecret({title: "Update or move an agent", ways: [["", wrapped(`sudo ${agentCommand}`),
+    "Run this on a machine that is a host: it gets this server's agent and URL, and keeps its " +
+    "credential."]]});
+}
+
+/** Copy a text. Without https or loopback a page has no clipboard, but an older way. */
+async function copy(source, pressed) {
+  let isCopied = true;
   try {
     await navigator.clipboard.writeText(source.textContent);
-    $("copied").textContent = "Copied.";
   } catch {
     getSelection().selectAllChildren(source);
-    $("copied").textContent = "Selected: press Ctrl+C.";
+    isCopied = document.execCommand("copy");
   }
+  const text = pressed.textContent;
+  pressed.textContent = isCopied ? "Copied" : "Press Ctrl+C";
+  announce(pressed.textContent);
+  if (text !== pressed.textContent) setTimeout(() => { pressed.textContent = text; }, 2000);
 }
 
 // A host.
 
-let host = null;
+let [hostId, host] = ["", null]; // the one that is shown; as the server last described it
+let past = {changes: [], events: [], after: {}}; // of its status; what else happened to it
+const isSheet = () => matchMedia("(max-width: 68.74rem)").matches;
+const rowOf = (id) => all("tr[data-open] th a", lists.hosts.body)
+  .find((link) => link.closest("tr").dataset.key === id);
 
-/** Show the host that the fragment names. */
+/** Show the host that the fragment names; none: close the panel. */
 function openHost(id) {
-  if ($("host").dataset.id === id && $("host").open) return;
-  $("host").dataset.id = id;
-  host = null;
+  if (id === hostId) return;
+  const was = hostId;
+  [hostId, host, past] = [id, null, {changes: [], events: [], after: {}}];
+  $("host").hidden = !id;
+  markOpen();
+  if (!id && document.activeElement === document.body) rowOf(was)?.focus();
+  if (!id) return;
+  for (const part of all("#host [data-part]")) part.replaceChildren();
+  for (const part of all("#host-day, #host-acts, #host-command")) part.hidden = true;
   $("host-name").textContent = `Host ${id}`;
-  for (const name of ["why", "warnings", "facts", "events"]) $(`host-${name}`).replaceChildren();
-  $("host-acts").hidden = true;
-  if (!$("host").open) $("host").showModal();
   $("host-log").href = fragment("audit", {subject: `host:${id}`});
-  polls.host.go();
-  polls.events.go();
+  const known = lists.hosts.rows.find((one) => one.id === id);
+  if (known) showHost(known);
+  if (isSheet()) $("host-name").focus();
+  for (const poll of DETAILS) poll.go();
+}
+
+/** Mark the row of the open host. What is behind a sheet is out of reach. One row is in the order
+    of the Tab key: that of the open host, or the one that had the focus last, or the first. */
+function markOpen() {
+  for (const part of all("header, #hosts > :not(h1, .split), #hosts .list")) {
+    part.inert = Boolean(hostId) && isSheet();
+  }
+  for (const tr of lists.hosts.body.rows) tr.classList.toggle("chosen", tr.dataset.key === hostId);
+  const links = all("tr[data-open] th a", lists.hosts.body);
+  const one = rowOf(hostId) ?? links.find((link) => link === document.activeElement)
+    ?? links.find((link) => link.tabIndex === 0) ?? links[0];
+  for (const link of links) link.tabIndex = link === one ? 0 : -1;
 }
 
 async function loadHost() {
-  const {id} = $("host").dataset;
-  try {
-    const found = await ask("GET", `api/hosts/${encodeURIComponent(id)}`);
-    if (id === $("host").dataset.id) showHost(found);
-  } catch (error) {
+  const id = hostId;
+  const found = await ask("GET", `api/hosts/${encodeURIComponent(id)}`).catch((error) => {
     if (error.status !== 404) throw error;
-    if (id !== $("host").dataset.id) return;
-    $("host-name").textContent = "No such host";
-    show($("host-why"), make("p", {}, `No host has the id ${id}. It may have been deleted.`));
-    $("host-acts").hidden = true;
-  }
+  });
+  if (id !== hostId) return;
+  if (found) showHost(found);
+  else show($("host-why"), make("p", {}, `No host has the id ${id}. It may have been deleted.`));
+  if (!found) for (const part of all("#host-day, #host-acts, #host-command")) part.hidden = true;
 }
 
 function showHost(found) {
   host = found;
-  const fact = (name, ...value) => [make("dt", {}, name), make("dd", {}, ...value)];
+  const isDown = ["offline", "missing"].includes(host.status);
+  const from = (address) => address ? [" from ", mono(address)] : [];
+  const docker = host.dockerVersion && `Docker ${host.dockerVersion}`;
+  const system = [host.os, host.architecture, docker].filter(Boolean).join(", ");
+  const incident = isDown && fleet.incidents.find((it) => it.hosts.includes(host.id));
   $("host-name").textContent = host.name;
+  $("host-hostname").textContent = host.hostname === host.name ? "" : host.hostname;
   $("host-why").className = `why ${host.status}`;
-  show($("host-why"), status(host.status), make("p", {}, sentence(host.statusReason)));
-  show($("host-warnings"), ...host.warnings.map((text) =>
-    make("p", {class: "notice small"}, `Warning: ${text}.`)));
-  show($("host-facts"),
-    ...fact("Hostname", host.hostname), ...fact("Organization", host.organizationId),
-    ...fact("Last seen", ...moment(host.lastSeen)),
-    ...(host.address ? fact("Address", host.address, " since ", when(host.addressSince)) : []),
-    ...fact("Enrolled", ...moment(host.enrolledAt)),
-    ...(host.revokedAt ? fact("Revoked", ...moment(host.revokedAt)) : []),
-    ...fact("System", system(host) || "unknown"),
-    ...fact("Labels", ...(pairs(host.labels).length ? labelLinks(host.labels) : ["none"])),
-    ...fact("Id", mono(host.id)),
-    ...fact("Enrolled with", make("a",
-      {href: fragment("audit", {subject: `token:${host.tokenId}`})}, `token ${host.tokenId}`)));
+  show($("host-why"), status(host.status, since(host)), make("p", {}, host.statusReason),
+    ...some(host.lastSeen, () => make("p", {class: "quiet"}, "Last heartbeat ",
+      when(host.lastSeen, "minute"), ...from(host.address), ".")),
+    ...some(incident, () => make("p", {class: "quiet"}, `${incident.text}. `,
+      make("a", {href: fragment("hosts", {incident: incident.id})}, "Show them"))));
+  show($("host-warnings"), ...host.warnings.map((text) => make("p", {class: "notice"}, text)));
+  const facts = {
+    System: [system || "not reported"],
+    Labels: labelLinks(host.labels),
+    Organization: [host.organizationId],
+    Address: some(host.address, mono),
+    Since: some(host.address && host.addressSince, (time) => when(time, "minute")),
+    Enrolled: [when(host.enrolledAt), ...from(host.enrolledFrom), ", with ",
+      make("a", {href: fragment("audit", {subject: `token:${host.tokenId}`})}, "a token")],
+    Muted: isMuted(host) ? ["until ", when(host.mutedUntil, "minute")] : [],
+    Agent: some(host.agentVersion),
+    Id: [mono(host.id)],
+  };
+  show($("host-facts"), ...Object.entries(facts).filter(([, value]) => value.length)
+    .flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, ...value)]));
+  $("host-command").hidden = !isDown && host.status !== "pending";
   $("host-acts").hidden = !isAdmin();
-  $("revoke").hidden = host.status === "revoked";
-  $("restore").hidden = host.status !== "revoked";
+  const useless = host.status === "revoked" ? "revoke" : "restore";
+  for (const made of all("[data-act]")) made.hidden = made.dataset.act === useless;
+  showDay();
 }
 
-/** The last events about the host. Only the newest part of a long log is searched. */
-async function loadEvents() {
-  const {id} = $("host").dataset;
-  const query = new URLSearchParams({subject: `host:${id}`, limit: 8});
-  const events = [];
-  for (let parts = 0; parts < 5 && events.length < 8; parts += 1) {
-    const page = await ask("GET", "api/audit", {query});
-    events.push(...page.events);
-    if (!page.nextCursor) break;
-    query.set("cursor", page.nextCursor);
+/** The changes of the host's status since the last time, and the newest events about it. */
+async function loadPast() {
+  const own = past;
+  const query = new URLSearchParams({host: hostId, limit: 1000, ...own.after});
+  const about = new URLSearchParams({subject: `host:${hostId}`, limit: 50});
+  const [{changes, cursor}, {events}] = await Promise.all([
+    ask("GET", "api/changes", {query}).catch((error) => {
+      if (!error.cursor) throw error; // what this cursor was good for is pruned
+      return {changes: [], cursor: error.cursor};
+    }), ask("GET", "api/audit", {query: about})]);
+  own.changes.push(...changes);
+  Object.assign(own, {after: {after: cursor}, events});
+  if (own === past && host) showDay();
+}
+
+/** The last 24 hours, and the history: the changes and what the audit log has. */
+function showDay() {
+  const spans = spansOf(past.changes, now() - DAY_MS, now());
+  const sum = (some) => some.reduce((ms, [, from, to]) => ms + to - from, 0);
+  const known = sum(spans.filter(([word]) => word !== "none"));
+  const share = Math.floor(1000 * sum(spans.filter(([word]) => word === "online")) / known) / 10;
+  $("host-day").hidden = !known;
+  $("day-title").textContent = `Last 24 hours: ${share} % online`;
+  $("day").setAttribute("aria-label", $("day-title").textContent);
+  show($("day"), ...spans.map(([word, from, to]) => make("i", {class: word,
+    title: `${word}, ${CLOCK.format(from)} to ${CLOCK.format(to)}`})));
+  spans.forEach(([, from, to], n) => { $("day").children[n].style.flexGrow = to - from; });
+  const lines = past.changes.filter((it) => !it.by && it.was).map((it) =>
+    ({time: it.at, text: changeText(it)}));
+  const merged = [...lines, ...folded(past.events).filter((event) => event.text)]
+    .sort((a, b) => b.time.localeCompare(a.time)).slice(0, 12);
+  show($("host-history"), ...merged.map((it) => make("li", {}, quiet(when(it.time, "minute")),
+    make("span", {}, it.text, ...some(it.times > 1, () => ` ${it.times} times`)))));
+}
+
+/** What the status was between two times: [status, from, to] of each span. */
+function spansOf(list, from, to) {
+  const first = list[0]?.was === undefined ? host.status : list[0].was ?? "none";
+  let [at, word] = [from, first];
+  const spans = [];
+  const marks = [[Date.parse(host.enrolledAt), first === "none" ? first : null],
+    ...list.map((change) => [Date.parse(change.at), change.status]), [to, ""]];
+  if (marks[0][0] > from) word = "none";
+  for (const [time, next] of marks) {
+    if (time > at) spans.push([word, at, time]);
+    [at, word] = [Math.max(at, time), next ?? first];
   }
-  if (id !== $("host").dataset.id) return;
-  show($("host-events"), ...events.slice(0, 8).map((event) => make("li", {},
-    make("span", {}, make("b", {}, event.action), event.code ? ` ${event.code}` : "", " ",
-      when(event.time)),
-    make("span", {class: "quiet small"}, `by ${event.actor}`,
-      event.address ? ` from ${event.address}` : "",
-      detailText(event.detail) ? `: ${detailText(event.detail)}` : ""))),
-  ...(events.length ? [] : [make("li", {class: "quiet"}, "No recent events.")]));
+  return spans;
 }
 
-/** Change the host that is shown, after a question. When the answer arrives, another host or none
-    may be shown: the back button works behind the form. */
-function act(order) {
-  const was = host;
-  fill({...order, act: async (values) => {
-    const changed = await order.act(`api/hosts/${was.id}`, values, was);
-    if (changed?.id === $("host").dataset.id) showHost(changed);
-    announce(`${order.go}: ${was.name}.`);
-    for (const poll of [polls.events, polls.fleet, lists[here().view].poll]) poll.go();
+function changeText({was, status: word, at}) {
+  const before = past.changes.findLast((it) => it.at < at);
+  if (word === "missing") return "Missing: no heartbeat for 7 days";
+  if (word !== "online") return `Went ${word}`;
+  return was === "pending" || !before ? "First heartbeat"
+    : `Back online after ${duration(Date.parse(at) - Date.parse(before.at))}`;
+}
+
+// Acts on a host, and on many.
+
+/** Do something with hosts, after a question. Other hosts may be shown when the answer comes. */
+function actOn(hosts, action, {title, members = () => ({}), ...order}) {
+  const names = hosts.length === 1 ? hosts[0].name : count(hosts.length, "host");
+  fill({title: `${title} ${names}?`, go: title, ...order, act: async (values) => {
+    const body = {action, hosts: hosts.map((one) => one.id), ...members(values)};
+    const {done, notFound} = await ask("POST", "api/hosts/actions", {body});
+    announce(`${title}: ${count(done, "host")}, ${notFound.length} not found.`);
+    const {view, asked} = here();
+    if (action === "delete" && body.hosts.includes(asked.get("host"))) asked.delete("host");
+    clearSelection();
+    go(view, asked);
+    refresh();
   }});
 }
 
-const ACTS = {
-  revoke: () => act({
-    title: `Revoke ${host.name}?`, go: "Revoke", danger: true,
-    text: "Its heartbeats are refused until it is restored. Its record stays.",
-    act: (path) => ask("POST", `${path}/revoke`),
+const MUTES = [["1 hour", 3600], ["8 hours", 28800], ["1 day", 86400], ["7 days", 604800],
+  ["not at all", 0]];
+const ACTS = { // each takes a list of hosts
+  revoke: (hosts) => actOn(hosts, "revoke", {title: "Revoke", danger: true,
+    text: "Heartbeats are refused from now on. You can restore it later."}),
+  restore: (hosts) => actOn(hosts, "restore", {title: "Restore", text:
+    "Accepted again with the current credential. It may take up to an hour to come back."}),
+  mute: (hosts) => actOn(hosts, "edit", {
+    title: "Mute", text: "Nobody is told of it until the time is over. It stays in the list.",
+    fields: [{name: "mute", label: "For", tag: "select", options: MUTES, value: 3600}],
+    members: ({mute}) => ({mutedUntil: Number(mute)
+      ? new Date(now() + 1000 * mute).toISOString() : null}),
   }),
-  restore: () => act({
-    title: `Restore ${host.name}?`, go: "Restore",
-    text: "Its heartbeats are accepted again, with the credential that it has. Its agent tries " +
-      "once an hour.",
-    act: (path) => ask("POST", `${path}/restore`),
+  label: (hosts) => actOn(hosts, "edit", {
+    title: "Label", members: ({labels}) => ({labels: readLabels(labels)}),
+    fields: [{...LABELS, help: "One key=value per line; key- removes a label. Others stay."}],
   }),
-  reenroll: () => act({
-    title: `Re-enroll ${host.name}?`, go: "Make the command",
-    text: "You get a command for this host. It gets a new credential, and keeps the host's id, " +
-      "name, labels and history. The old credential works until the new one is first used.",
-    act: (path, _, was) => mintAt(`${path}/reenroll`, {}, `Re-enroll ${was.name}`,
-      "Run this on that host, and on no other:"),
+  delete: (hosts) => {
+    const isOne = hosts.length === 1;
+    const [kind, word] = isOne ? ["name", hosts[0].name] : ["number", String(hosts.length)];
+    actOn(hosts, "delete", {
+      title: "Delete", danger: true, go: isOne ? "Delete host" : `Delete ${word} hosts`,
+      text: "Deletes the record for good; the machine must enroll again. To block it for now, " +
+        "revoke it.",
+      fields: [{name: "typed", required: "", ...AS_TYPED,
+        label: `Type the ${kind} to confirm: ${word}`}],
+      members: ({typed}) => {
+        if (typed !== word) throw new Error(`The ${kind} does not match.`);
+      },
+    });
+  },
+  reenroll: ([was]) => fill({
+    title: `Re-enroll ${was.name}?`, go: "Create command",
+    text: "Creates a command that gives this host a new credential; id, name, labels and history " +
+      "stay. The old credential works until the new one is used.",
+    act: () => mintAt(`api/hosts/${was.id}/reenroll`, {}, `Re-enroll ${was.name}`,
+      "Run this on that host, and on no other."),
   }),
-  edit: () => act({
-    title: `Edit ${host.name}`, go: "Save",
+  edit: ([was]) => fill({
+    title: `Edit ${was.name}`, go: "Save",
     fields: [
-      {name: "name", label: "Name", maxlength: 255, required: "", value: host.name, wide: true},
-      {...LABELS_FIELD, value: pairs(host.labels).join("\n")},
+      {name: "name", label: "Name", maxlength: 255, required: "", value: was.name, wide: true},
+      {...LABELS, value: pairs(was.labels).join("\n")},
     ],
-    act: async (path, {name, labels}, was) => {
+    act: async ({name, labels}) => {
       const before = pairs(was.labels);
       const body = {}; // only the fields changed here; the others may have changed elsewhere
       if (name !== was.name) body.name = name;
       if (labels !== before.join("\n")) body.labels = readLabels(labels, before);
-      return ask("PATCH", path, {body});
-    },
-  }),
-  delete: () => act({
-    title: `Delete ${host.name}?`, go: "Delete for good", danger: true,
-    text: "Its record is removed, and its id is never used again: to return it needs a new " +
-      "token. To shut it out for a while, revoke it.",
-    fields: [{name: "name", label: `To confirm, type its name: ${host.name}`, required: "",
-      spellcheck: "false", autocapitalize: "off", wide: true}],
-    act: async (path, typed, was) => {
-      if (typed.name !== was.name) throw new Error("That is not its name. Nothing was deleted.");
-      await ask("DELETE", path);
-      if (was.id === $("host").dataset.id) $("host").close();
+      await ask("PATCH", `api/hosts/${was.id}`, {body});
+      announce(`Saved: ${name}.`);
+      refresh();
     },
   }),
 };
 
-function revokeToken(id) {
+/** Revoke a token or an API key. */
+function revoke(kind, id) {
+  const item = lists[`${kind}s`].rows.find((row) => row.id === id); // as it is now
+  const text = id === me.id ? " It is your own: you will be signed out." : "";
   fill({
-    title: "Revoke this token?", go: "Revoke", danger: true,
-    text: `No host can enroll with ${id} any more. Hosts that enrolled with it stay.`,
-    act: async () => {
-      await ask("DELETE", `api/hosts/tokens/${id}`);
-      lists.tokens.poll.go();
-      announce(`Revoked: token ${id}.`);
+    title: `Revoke this ${kind}?`, go: "Revoke", danger: true,
+    text: `${item.description || id} stops working at once.${text}`,
+    fields: some(item.uses, () => ({name: "withHosts", label: "Its hosts", tag: "select",
+      options: [["stay", ""], [`${count(item.uses, "host")} revoked too`, "true"]]})),
+    act: async ({withHosts}) => {
+      const [path, query] = kind === "key" ? ["api/keys", id === me.id ? "self=true" : ""]
+        : ["api/hosts/tokens", withHosts ? "withHosts=true" : ""];
+      await ask("DELETE", `${path}/${id}`, {query});
+      refresh();
+    },
+  });
+}
+
+function addKey() {
+  const organization = {name: "organizationId", label: "Organization", tag: "select",
+    options: [["all", ""], ...several.length ? several : [["default", "default"]]]};
+  fill({
+    title: "Create an API key", go: "Create",
+    fields: [
+      {...DESCRIPTION, required: "", help: "Who or what uses it: the audit log shows this."},
+      {name: "role", label: "Role", tag: "select", value: "viewer",
+        options: [["viewer: reads", "viewer"], ["admin: changes", "admin"]]},
+      ...some(!me.organizationId, () => organization),
+    ],
+    act: async ({organizationId = me.organizationId, ...rest}) => {
+      const own = question;
+      const body = {...rest, organizationId: organizationId || null};
+      const minted = await ask("POST", "api/keys", {body});
+      refresh();
+      if (isAsked(own)) showSecret({title: "New API key", meta: ["shown only once"], ways: [
+        ["The key", minted.apiKey, "For a program: Authorization: Bearer, and the key."],
+        ["A sign-in link", `${PLACE}#key=${minted.apiKey}`, "Opens this page, signed in."]]});
     },
   });
 }
@@ -9223,30 +9531,20 @@ const isAdmin = () => me?.role === "admin";
 async function identify() {
   me = await ask("GET", "api/me");
   for (const place of all("[data-admin]")) place.hidden = !isAdmin();
-  $("who").textContent = `${me.role}, ${me.organizationId ?? "all organizations"}`;
+  $("who").textContent = [isAdmin() ? "admin" : "read only", ...some(me.organizationId)].join(", ");
+  $("key").value = "";
   $("sign-in").hidden = true;
   $("signed-in").hidden = false;
   route();
 }
 
-async function signIn(event) {
+function signIn(event) {
   event.preventDefault();
   const key = $("key").value.trim();
-  $("sign-in-problem").textContent = "";
-  if (!/^hak_[!-~]+$/.test(key)) {
-    $("sign-in-problem").textContent = "This is not an API key: they begin with hak_.";
-    return;
-  }
-  sessionStorage.setItem(KEY, key);
-  try {
-    await identify();
-    $("key").value = "";
-  } catch (error) {
-    sessionStorage.removeItem(KEY);
-    $("sign-in-problem").textContent = error instanceof NoAnswer ? "No answer from the server."
-      : error.status === 401 ? "The server does not accept this API key: mistyped, or revoked."
-        : error.message;
-  }
+  const isKey = /^hak_[!-~]+$/.test(key);
+  $("sign-in-problem").textContent = isKey ? "" : "API keys start with hak_.";
+  if (isKey) sessionStorage.setItem(KEY, key);
+  if (isKey) polls.me.go();
 }
 
 /** Forget the key and, by reloading, everything that was shown with it. */
@@ -9257,6 +9555,11 @@ function signOut(problem = "") {
 }
 
 function start() {
+  const [, given] = location.hash.match(/^#key=(hak_[!-~]+)$/) ?? [];
+  if (given) { // a sign-in link: the key leaves the address bar and the history
+    sessionStorage.setItem(KEY, given);
+    history.replaceState(null, "", location.pathname);
+  }
   listen();
   setInterval(tick, 1000);
   if (sessionStorage.getItem(KEY)) return polls.me.go();
@@ -9271,153 +9574,215 @@ function start() {
 function route() {
   if (!me) return;
   const {view, asked} = here();
-  const id = asked.get("host");
+  const id = asked.get("host") ?? "";
   asked.delete("host");
   for (const name of Object.keys(lists)) $(name).hidden = name !== view;
-  for (const link of all("nav a")) {
-    if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  for (const link of all("nav a")) link.ariaCurrent = link.hash === `#${view}` ? "page" : "false";
   for (const field of all("[data-filters] [name]", $(view))) {
     if (field !== document.activeElement) field.value = asked.get(field.name) ?? "";
   }
-  fleet.show();
+  const isNew = asked.toString() !== lists[view].filters;
   lists[view].ask(asked.toString());
-  if (id) openHost(id);
-  else if ($("host").open) $("host").close();
+  if (view === "hosts") {
+    if (isNew) clearSelection();
+    fleet.show();
+    showChips(asked);
+    showSort(asked.get("sort") ?? "attention");
+  }
+  openHost(view === "hosts" ? id : "");
 }
 
-/** Go to a view; without a step in the history if it is only one more letter of a search. */
-function go(view, asked, isSame = false) {
-  for (const [name, value] of [...asked]) if (!value) asked.delete(name);
-  if (!isSame) {
-    location.hash = fragment(view, asked);
-    return;
+function showSort(sort) {
+  for (const made of all("[data-sorts]")) {
+    const isIt = made.dataset.sorts.split(" ").includes(sort);
+    const order = sort === "name" ? "ascending" : "descending";
+    made.closest("th").setAttribute("aria-sort", isIt ? order : "none");
+    made.title = isIt && sort === "statusSince" ? "Latest change first" : "Sort";
   }
+}
+
+/** Sort the hosts in the first of these orders, or in the next where they are in one. */
+function sortBy(sorts) {
+  const {view, asked} = here();
+  const next = sorts.indexOf(asked.get("sort") ?? "attention") + 1;
+  asked.set("sort", sorts[next % sorts.length]);
+  go(view, asked);
+}
+
+/** Show a view with other parameters, without a step in the history. */
+function go(view, asked) {
+  for (const [name, value] of [...asked]) if (!value) asked.delete(name);
   history.replaceState(null, "", fragment(view, asked));
   route();
 }
 
-/** Apply the filters of a view, and more, unless another view is shown by now. A secret that was
-    typed into a filter is not sent. */
-function filter(form, more) {
+/** Apply the filters of a view, unless another view is shown by now. A secret that was typed into
+    a filter is not sent. */
+function filter(form) {
   const {view, asked} = here();
   if (!$(view).contains(form)) return undefined;
   for (const field of all("[name]", form)) {
     const isSecret = /(het|hak)_\w/.test(field.value);
-    field.setCustomValidity(isSecret ? "This is a secret. It was not sent." : "");
+    field.setCustomValidity(isSecret ? "This looks like a secret. It was not searched for." : "");
     if (isSecret) return field.reportValidity();
     asked.set(field.name, field.value);
   }
-  for (const [name, value] of Object.entries(more ?? {})) asked.set(name, value);
-  return go(view, asked, !more);
+  return go(view, asked);
 }
 
+const isOpen = () => Boolean(hostId);
+const DETAILS = [new Poll(5000, loadHost, isOpen), new Poll(15000, loadPast, isOpen)];
 const polls = {
-  fleet: new Poll(10000, () => fleet.count()),
-  host: new Poll(5000, loadHost),
-  events: new Poll(30000, loadEvents),
-  watch: new Poll(3000, watch),
-  me: new Poll(3000, identify),
+  me: new Poll(3000, identify, () => !me),
+  incidents: new Poll(10000, () => fleet.look(), () => here().view === "hosts"),
+  organizations: new Poll(60000, loadOrganizations),
+  watch: new Poll(3000, watch, () => Boolean($("secret").dataset.token)),
 };
+const POLLS = [lists.hosts.poll, lists.tokens.poll, lists.audit.poll, lists.keys.poll,
+  ...Object.values(polls), ...DETAILS];
 
 function tick() {
   if (document.hidden || !sessionStorage.getItem(KEY)) return;
-  if (!me) return polls.me.tick();
-  const list = lists[here().view];
-  polls.fleet.tick();
-  list.poll.tick();
-  if ($("host").open) for (const poll of [polls.host, polls.events]) poll.tick();
-  if ($("secret").open) polls.watch.tick();
+  for (const poll of me ? POLLS : [polls.me]) poll.tick();
   for (const time of all("time")) {
-    const text = ago(time.dateTime);
+    const text = TIMES[time.dataset.shown](Date.parse(time.dateTime));
     if (time.textContent !== text) time.textContent = text;
   }
-  $("age").textContent = list.at ? `updated ${duration(Math.max(0, now() - list.at))} ago` : "";
+  const list = lists[here().view];
+  const age = now() - list.at;
+  $("live").textContent = !list.at ? "" : age < 15000 ? "Live" : `updated ${duration(age)} ago`;
+  const wait = Math.max(0, Math.ceil((list.poll.due - performance.now()) / 1000));
+  $("retry-in").textContent = list.poll.turn ? "Retrying ..." : `Retrying in ${wait} s`;
 }
 
-/** The page is visible again: everything may be old. */
-function wake() {
-  for (const poll of [...Object.values(polls), ...Object.values(lists).map((l) => l.poll)]) {
-    poll.due = 0;
+/** Ask for everything that is shown: it may be old. */
+function refresh() {
+  if (!document.hidden && me) for (const poll of POLLS) if (poll.isWanted()) poll.go();
+}
+
+/** Move the focus to the next host, or the one before; an open panel follows. */
+function step(by) {
+  const ids = lists.hosts.rows.map((one) => one.id);
+  const at = ids.indexOf(document.activeElement.closest("tr")?.dataset.key ?? hostId);
+  const id = ids[Math.min(Math.max(at + by, 0), ids.length - 1)];
+  rowOf(id)?.focus();
+  if (hostId && id) openInstead(id);
+  else markOpen();
+}
+
+function openInstead(id) {
+  const {view, asked} = here();
+  asked.set("host", id); // an empty one is left out
+  go(view, asked);
+}
+
+function closeHost() {
+  const was = hostId;
+  openInstead("");
+  rowOf(was)?.focus();
+}
+
+const KEYS = {
+  "/": () => $(here().view).querySelector("input[type=search]")?.focus(),
+  "?": () => $("help").showModal(), a: () => { if (isAdmin()) addHost(); },
+  j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
+  x: (event) => {
+    const id = document.activeElement.closest("tr")?.dataset.open ?? hostId;
+    if (id) select(id, !selected.has(id), event.shiftKey);
+  },
+  Escape: () => hostId ? closeHost() : clearSelection(),
+};
+KEYS.X = KEYS.x;
+
+function press(event) {
+  const {target, key} = event;
+  if (key === "Escape") for (const menu of all(".menu[open]")) menu.open = false;
+  const isTyping = target.matches("input:not([type=checkbox]), textarea, select");
+  const leaves = target.matches("[type=search]") && ["ArrowDown", "Escape"].includes(key);
+  const isElsewhere = event.ctrlKey || event.metaKey || event.altKey || (isTyping && !leaves) ||
+    target.closest("dialog, .menu") || (target.closest("aside") && key.startsWith("Arrow")) ||
+    (here().view !== "hosts" && !"?/a".includes(key));
+  const act = Object.hasOwn(KEYS, key) && KEYS[key];
+  if (!me || isElsewhere || !act) return;
+  event.preventDefault();
+  if (key === "Escape" && isTyping) target.blur();
+  else act(event);
+}
+
+/** What is clicked: the first of these that holds it. */
+const CLICKS = {
+  "#sign-out": () => signOut(), "#retry": refresh, "#host-close": closeHost,
+  "#unselect": clearSelection, "#add-key": addKey, "[data-add]": addHost, "[data-help]": KEYS["?"],
+  "[data-update]": () => showUpdate().catch(report),
+  "[data-act]": (made) => ACTS[made.dataset.act]([host]),
+  "[data-many]": (made) => ACTS[made.dataset.many]([...selected.values()]),
+  "[data-copy]": (made) => copy($(made.dataset.copy), made),
+  "[data-close]": (made) => made.closest("dialog").close(),
+  "[data-sorts]": (made) => sortBy(made.dataset.sorts.split(" ")),
+  "#skip": () => document.querySelector("main:not([hidden])").focus(),
+  "#arrivals a": () => $("secret").close(),
+  "#hosts tbody input": (made, event) =>
+    select(made.closest("tr").dataset.key, made.checked, event.shiftKey),
+  "#hosts tbody a": () => {},
+  "tr[data-open]": (tr) => {
+    if (!getSelection().isCollapsed) return;
+    tr.querySelector("th a").click();
+    tr.querySelector("th a").focus({preventScroll: true});
+  },
+};
+
+function click(event) {
+  for (const menu of all(".menu[open]")) {
+    if (!menu.querySelector("summary").contains(event.target)) menu.open = false;
   }
-  tick();
-}
-
-/** Wait until the typing pauses. */
-function debounced(run) {
-  let timer = 0;
-  return (argument) => {
-    clearTimeout(timer);
-    timer = setTimeout(run, 250, argument);
-  };
+  const found = Object.keys(CLICKS).find((selector) => event.target.closest(selector));
+  const made = found && event.target.closest(found);
+  if (made) CLICKS[found](made, event);
+  else if (isOpen() && isSheet() && !event.target.closest("aside, dialog")) closeHost();
 }
 
 function listen() {
-  const soon = debounced(filter);
-  $("sign-in").addEventListener("submit", signIn);
-  $("sign-out").addEventListener("click", () => signOut());
-  addEventListener("hashchange", route);
-  document.addEventListener("visibilitychange", wake);
-  addEventListener("online", wake);
+  const heard = {hashchange: route, resize: markOpen, online: refresh, visibilitychange: refresh,
+    keydown: press, click};
+  for (const [kind, act] of Object.entries(heard)) addEventListener(kind, act);
+  $("sign-in").onsubmit = signIn;
   for (const form of all("[data-filters]")) {
-    for (const kind of ["input", "change"]) form.addEventListener(kind, () => soon(form));
-    form.addEventListener("submit", (event) => {
+    let typing = 0; // wait until the typing pauses
+    form.oninput = form.onchange = () => {
+      clearTimeout(typing);
+      typing = setTimeout(filter, 250, form);
+    };
+    form.onsubmit = (event) => {
       event.preventDefault();
       filter(form);
-    });
+    };
   }
-  for (const word of ["", ...STATUSES]) {
-    const tile = make("button", {type: "button", "data-status": word});
-    tile.addEventListener("click", () => {
-      const isOn = here().asked.get("status") === word;
-      filter($("hosts").querySelector("form"), {status: isOn ? "" : word});
-    });
-    $("fleet").append(tile);
-  }
-  for (const name of Object.keys(ACTS)) $(name).addEventListener("click", ACTS[name]);
-  for (const button of all("[data-mint]")) button.addEventListener("click", mint);
-  for (const button of all("[data-copy]")) {
-    button.addEventListener("click", () => copy($(button.dataset.copy)));
-  }
-  for (const button of all("[data-close]")) {
-    button.addEventListener("click", () => button.closest("dialog").close());
-  }
-  $("tokens").addEventListener("click", (event) => {
-    const button = event.target.closest("[data-revoke-token]");
-    if (button) revokeToken(button.dataset.revokeToken);
-  });
-  $("host").addEventListener("click", (event) => {
-    if (event.target === $("host")) $("host").close();
-  });
-  $("host").addEventListener("close", () => {
-    const {view, asked} = here();
-    if (!asked.has("host")) return;
-    asked.delete("host");
-    go(view, asked, true);
-  });
-  $("secret").addEventListener("close", () => {
-    for (const name of ["join", "token", "arrivals", "copied"]) $(name).replaceChildren();
-    $("secret").querySelector("details").open = false;
-  });
-  document.querySelector(".skip").addEventListener("click", (event) => {
+  selectAll.onchange = () => {
+    selected.clear();
+    if (selectAll.checked) for (const one of lists.hosts.rows) selected.set(one.id, one);
+    showSelection();
+  };
+  $("secret").oncancel = (event) => {
+    if ($("secret").dataset.isUsed || !$("secret-ask").hidden) return;
     event.preventDefault();
-    document.querySelector("main:not([hidden])").focus();
-  });
-  document.addEventListener("keydown", (event) => {
-    const isTyping = event.target.closest("input, textarea, select, dialog");
-    if (event.key !== "/" || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    $(here().view).querySelector("input[type=search]")?.focus();
-  });
+    $("secret-ask").hidden = false;
+    $("secret-ask").querySelector("button").focus();
+  };
+  $("secret").onclose = () => {
+    for (const name of ["join", "arrivals"]) $(name).replaceChildren();
+    $("secret").dataset.token = "";
+  };
 }
 
 start();
 """
 
 
-def page() -> str:
-    """The HTML document at /."""
+def page(states: Iterable[str], actions: Iterable[str]) -> str:
+    """The HTML document at /, with what tokens and events can be filtered by."""
+    markup = PAGE_MARKUP
+    for place, words in (("@STATES@", states), ("@ACTIONS@", actions)):
+        markup = markup.replace(place, "".join(f"<option>{word}</option>" for word in words))
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
@@ -9425,10 +9790,11 @@ def page() -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hostenroll</title>
+<link rel="icon" id="icon" href="data:,">
 <style>{PAGE_STYLE}</style>
 </head>
 <body>
-{PAGE_MARKUP}
+{markup}
 <script type="module">{PAGE_SCRIPT}</script>
 </body>
 </html>
@@ -9691,17 +10057,18 @@ HOST = Document(  # of a HostView
 ACTED = Document("Acted", Member("done", Integer((0, ACTED_AT_ONCE)), "done"),
                  Member("notFound", ListOf(ID_TEXT, ACTED_AT_ONCE), "not_found"))
 DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "host.id", id_text))
-EVENT = Document(  # of an Event
+EVENT = Document(  # of an EventView
     "Event",
-    Member("number",         Integer((1, LAST_ID)), "number"),
-    Member("time",           TIME,                  "at", rfc3339),
-    Member("action",         Choice(*ACTIONS),      "action"),
-    Member("actor",          ACTOR,                 "actor"),
-    Member("address",        Nullable(ADDRESS),     "address", _or_null(str)),
-    Member("organizationId", Nullable(SLUG),        "organization_id"),
-    Member("subject",        Nullable(ACTOR),       "subject", _or_null(str)),
-    Member("code",           REFUSAL_CODE,          "code"),
-    Member("detail",         ObjectOf(Schema(open=True)), "detail", stored_object),
+    Member("number",         Integer((1, LAST_ID)), "event.number"),
+    Member("text",           SENTENCE,              "text"),
+    Member("time",           TIME,                  "event.at", rfc3339),
+    Member("action",         Choice(*ACTIONS),      "event.action"),
+    Member("actor",          ACTOR,                 "event.actor"),
+    Member("address",        Nullable(ADDRESS),     "event.address", _or_null(str)),
+    Member("organizationId", Nullable(SLUG),        "event.organization_id"),
+    Member("subject",        Nullable(ACTOR),       "event.subject", _or_null(str)),
+    Member("code",           REFUSAL_CODE,          "event.code"),
+    Member("detail",         ObjectOf(Schema(open=True)), "event.detail", stored_object),
 )
 CHANGED_HOST = Document(  # of a Change
     "ChangedHost",
@@ -10051,10 +10418,30 @@ def _ansible_text(made: Inventory) -> str:
 
 SHELL_SCRIPT = "text/x-shellscript; charset=utf-8"
 HTML = "text/html; charset=utf-8"
+PLAIN = "text/plain; charset=utf-8"
 
 
-@lru_cache(maxsize=1)
-def _page_response() -> Response:
+class Asset:
+    """A text that clients may keep, and compare with ours before they use it again: RFC 9110
+    sections 8.8.3 and 13.1.2. It is compressed once. The tag is weak: both codings have it."""
+
+    def __init__(self, text: str, content_type: str, headers: Headers = ()) -> None:
+        self.tag = f'"{sha256(text).hex()[:32]}"'
+        caching = ("Cache-Control", "no-cache"), ("Vary", "Accept, Accept-Encoding")
+        headers = (*headers, *caching, ("ETag", f"W/{self.tag}"))
+        self.plain = Response(200, text.encode("utf-8"), content_type, headers)
+        packer = zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS)  # as gzip
+        packed = packer.compress(self.plain.body) + packer.flush()
+        headers += (("Content-Encoding", "gzip"),)
+        self.packed = self.plain._replace(body=packed, headers=headers)
+
+    def answer(self, head: Head) -> Response:
+        if self.tag.encode() in head.tags or head.tags == b"*":
+            return self.plain._replace(status=HTTPStatus.NOT_MODIFIED, body=b"")
+        return self.packed if b"gzip" in head.takes else self.plain
+
+
+def _page_asset() -> Asset:
     """The page. Its policy lets a browser run, load and send nothing but the page's own texts,
     whatever a host's name might put into it, and no other site can show it in a frame."""
 
@@ -10063,11 +10450,36 @@ def _page_response() -> Response:
 
     policy = (
         f"default-src 'none'; script-src {source(PAGE_SCRIPT)}; style-src {source(PAGE_STYLE)}; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
     )
     headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
-    return Response(200, page().encode("utf-8"), HTML, headers)
+    return Asset(page(TOKEN_STATES, ACTIONS), HTML, headers)
+
+
+FRONT_DOOR = f"""\
+hostenroll {__version__}: enrolls machines, and knows which are alive.
+The page:    this address, in a browser.
+The agent:   agent.sh; the command of mint-token fetches and runs it.
+The API:     openapi.json describes it; it takes an API key: mint-api-key.
+Monitoring:  healthz, readyz, and metrics for Prometheus.
+In a shell:  hostenroll.py --help, on the server.
+"""
+
+
+def _kept(make: Callable[[], Asset]) -> Callable[[Head], Response]:
+    """What answers with an asset, which is made when it is first asked for."""
+    asset = lru_cache(make)
+    return lambda head: asset().answer(head)
+
+
+_page = _kept(_page_asset)
+_front_door = _kept(lambda: Asset(FRONT_DOOR, PLAIN))
+
+
+def _page_response(head: Head) -> Response:
+    """The page for browsers; for curl and its kind, which ask for no HTML, where to go."""
+    return (_page if b"text/html" in head.takes else _front_door)(head)
 
 
 # The rows.
@@ -10121,7 +10533,7 @@ class Operation(NamedTuple):
     raises: tuple[type[Problem], ...] = ()  # beside what problems() finds
     writes: bool = True
     durable: bool = True  # what it writes is on the disk before the answer
-    static: Optional[Callable[[], Response]] = None  # the answer, where the rule is ""
+    static: Optional[Callable[[Head], Response]] = None  # the answer, where the rule is ""
 
     def run(self, registry: Registry, call: Call, now: int) -> Any:
         """Run the rule, such as registry.tokens.mint(call, now); its record."""
@@ -10251,15 +10663,15 @@ OPERATIONS = (
               partial(_inventory, _put_variables, _ansible_text),
               "list hosts as an inventory of Ansible", writes=False, query=INVENTORY_QUERY),
     Operation("health", "GET", "/healthz", "open", "", "whether the server answers",
-              static=lambda: json_response(200, HEALTH.of(None)), answer=HEALTH),
+              static=lambda head: json_response(200, HEALTH.of(None)), answer=HEALTH),
     Operation("readiness", "GET", "/readyz", "open", "service.ready", "whether it can do its work",
               durable=False, answer=READINESS, raises=(StorageUnavailable,)),
     Operation("openapi", "GET", "/openapi.json", "open", "", "print the API in OpenAPI 3.1",
-              static=lru_cache(lambda: json_response(200, openapi_document())),
+              static=_kept(lambda: Asset(json_text(openapi_document()), JSON)),
               answer=Document("", open=True)),
     Operation("agent-script", "GET", "/agent.sh", "open", "",
               "print the agent, for a host with sh and curl", content_type=SHELL_SCRIPT,
-              static=lambda: Response(200, AGENT_SCRIPT.encode("utf-8"), SHELL_SCRIPT)),
+              static=_kept(lambda: Asset(AGENT_SCRIPT, SHELL_SCRIPT))),
     Operation("page", "GET", "/", "open", "", "show all of this to people",
               static=_page_response, content_type=HTML),
     Operation("add-org", "POST", "/api/organizations", "owner", "organizations.add",
@@ -10367,6 +10779,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "down": ("how many of them still are", 5),
     "description": ("what it is for", "the cellar", ""),
     "detail": ("what to do about it", "Get a new token."),
+    "Event.text": ("what happened, in a sentence", "web-1 enrolled with token web tier"),
     "Event.detail": ("more of what happened, by the action", {"hostname": "web-1"}),
     "FieldError.detail": ("what is wrong with it", "must be a string"),
     "dockerVersion": ("of the machine's Docker; empty: none", "27.3.1"),
@@ -10443,7 +10856,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "Health.status": ("it answers", "ok"),
     "Readiness.status": ("it can do its work", "ready"),
     "statusSince": ("since when; null: not known", A_TIME),
-    "statusReason": ("why the host has its status, in a sentence", "last seen 5 s ago"),
+    "statusReason": ("why the host has its status, in sentences",
+                     "Last heartbeat 5 s ago; one is due every 30 s."),
     "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
     "time": ("when it happened", A_TIME),
     "text": ("it in a sentence", "7 hosts went offline together"),
@@ -10566,7 +10980,8 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
         answer = operation.schema()
         text: dict[str, Any] = {} if operation.content_type == JSON else {"type": "string"}
         schema = text if answer is None else answer.reference()
-        success["content"] = {operation.content_type: {"schema": schema}}
+        kinds = (HTML, PLAIN) if operation.content_type == HTML else (operation.content_type,)
+        success["content"] = {kind: {"schema": schema} for kind in kinds}
     document["responses"] = {str(operation.status): success}
     for status, name, _ in _refusals(operation):
         document["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
@@ -10792,7 +11207,7 @@ class Api:
                 return Response(204, headers=_allow(methods))
             operation, identifier = find_operation(head.method, head.path)
             if operation.static is not None:
-                return operation.static()
+                return operation.static(head)
             if operation.caller == "credential":
                 return self._admit_heartbeat(request, now)
             if operation.caller == "token":
@@ -12943,7 +13358,7 @@ class LogHandler(logging.Handler):
             start = "" if self._is_journal else f"{time} {record.levelname} "
             request = f" [{request}]" if request else ""
             return f"{start}{message}{request}" + (f"\n{trace}" if trace else "")
-        event = EVENT.of(record.event) if hasattr(record, "event") else None
+        event = EVENT.of(event_view(record.event)) if hasattr(record, "event") else None
         line = {"time": time, "level": record.levelname.lower(), "message": message,
                 "request": request, "event": event, "access": getattr(record, "access", None),
                 "traceback": trace}  # fmt: skip
@@ -13306,8 +13721,16 @@ def mint_token(session: Session) -> None:
 
 
 def mint_api_key(session: Session) -> None:
-    key = session.document(session.perform())
-    output_secret(session, key, "apiKey", "API key")
+    arguments = session.arguments
+    if arguments.link and arguments.ttl is None:
+        arguments.ttl = SIGN_IN_TTL
+    call = session.call()
+    with session.open() as registry:
+        key = session.document(registry.perform(call, session.now()))
+        place = service_place(registry.perform(CURRENT_SERVICE, session.now()))
+    if arguments.link:
+        key["link"] = f"{place.url}/#key={key['apiKey']}"  # browsers send no fragment
+    output_secret(session, key, "link" if arguments.link else "apiKey", "API key")
     if not session.arguments.json:
         whose = key["organizationId"] or "all organizations"
         inform(f"API key {key['id']}: {key['role']} of {whose}; the server's page takes it too")
@@ -13436,6 +13859,7 @@ def serve(session: Session) -> None:
         place = {"url": arguments.public_url or server.url}
         registry.perform(Call(START_SERVICE, values=place), session.now())
         greet(session, server)
+        offer_page(session, registry, place["url"])
         with server.woken_by_signals():
             server.serve_forever()
         for number in STOP_SIGNALS:  # a second one must not spoil the exit status
@@ -13506,6 +13930,20 @@ def greet(session: Session, server: Server) -> None:
     options = chain(*(pair for pair in named if pair[1] is not None))
     mint = " ".join([session.program, "mint-token", *map(shlex.quote, options)])
     inform(f"next, in another terminal: {mint}")
+
+
+def offer_page(session: Session, registry: Registry, url: str) -> None:
+    """Say where the page is; on a terminal, while there is no API key, with one that signs in."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if session.arguments.log_format == "json" or not is_terminal:
+        return
+    asked = Call(OPERATION["list-api-keys"], SYSTEM, values={"limit": 1})
+    if registry.perform(asked, session.now()).items:
+        inform(f"its page is {url}/; sign in by {session.program} mint-api-key --all-orgs --link")
+        return
+    values = {"role": "admin", "ttlSeconds": SIGN_IN_TTL, "description": "sign-in link"}
+    minted = registry.perform(Call(OPERATION["mint-api-key"], SYSTEM, values=values), session.now())
+    inform(f"its page, signed in for 12 h: {url}/#key={minted.text}")
 
 
 def check_audit(session: Session) -> None:
@@ -14055,6 +14493,7 @@ GROUPS = {
                  dest="org"),
             choice("--role", "ROLE", ("admin", "viewer"), "admin"),
             option("--ttl", "TIME", "until it expires (never)", duration),
+            flag("--link", "show it as a link to the page, good for 12 h unless --ttl is given"),
             option("--description", "TEXT", default=""))),
         Command("list-api-keys", "list-api-keys", list_items, (ORG_OPTION, LIMIT_OPTION)),
         by_id("revoke-api-key", "API key {id} is revoked", arguments=(
