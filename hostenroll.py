@@ -298,6 +298,8 @@ SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 BACKUP_PAGES = 256  # copied at once, in less than a millisecond
 BACKUP_PAUSE = 0.005  # after each, so that processor and disk are there for others too
 BACKUP_NICENESS = 10  # the default of nice(1)
+LOST_WAIT = DAY  # that hosts which a restore has lost are to wait before they enroll again
+LOST_NAMED = 10  # of these hosts
 
 # HTTP messages.
 HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one such, and what proxies add
@@ -712,6 +714,9 @@ HostRevoked = _refusal("host-revoked", 403, "The host has been revoked",
     "Wait until the operator restores the host; ask again hourly.", is_audited=True)
 HostUnknown = _refusal("host-unknown", 410, "The host has been deleted",
     "Enroll again with a new token; until then ask again hourly.", is_audited=True)
+HostLost = _refusal(HostUnknown.code, 503, "An older backup has been restored",
+    "The host may have enrolled after that backup: keep the credential, and try again after the "
+    "time that Retry-After names.", HostUnknown, name="HostLost", retry_after=5 * MINUTE)
 
 # API keys.
 ApiKeyInvalid = _refusal("api-key-invalid", 401, "The API key is missing or not valid",
@@ -1435,7 +1440,7 @@ def require_own_file(path: str, database: str, descriptor: int = -1) -> None:
         with suppress(FileNotFoundError):
             owner = os.lstat(database).st_uid
     is_single, we = status.st_nlink == 1, os.geteuid()
-    if path.endswith((".gate", ".lock")) or path == database:
+    if path.endswith((".gate", ".lock", ".serve")) or path == database:
         is_own = status.st_uid == owner or (is_single and status.st_uid in (0, we))
     else:
         trusted = {owner, we or owner} & ({we} if path.endswith("-journal") else {owner, we})
@@ -1882,7 +1887,10 @@ CREATE TABLE feed (
     id       INTEGER PRIMARY KEY CHECK (id = 1),
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
     change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
-    event    INTEGER NOT NULL   -- the same
+    event    INTEGER NOT NULL,  -- the same
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost are to wait
+    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
+    lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
 );
 
 CREATE TABLE service (
@@ -2104,6 +2112,9 @@ class Feed(NamedTuple):
     history: str
     change: int
     event: int
+    lost_until: int = 0
+    newest_host: int = 0
+    lost: int = 0
 
 
 class ApiKey(NamedTuple):
@@ -2276,15 +2287,32 @@ def descriptors_of(file: Optional[tuple[int, int]]) -> list[int]:
     return numbers
 
 
-def try_flock(descriptor: int) -> bool:
+def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock a file, if no other process has locked it. Raises StoreError."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         raise StoreError(f"cannot lock: {error.strerror}") from error
     return True
+
+
+@contextmanager
+def service_lock(database: str, is_shared: bool) -> Iterator[None]:
+    """What servers share for their lives, and a restore has alone. Raises StoreError (StoreBusy
+    while others have it) and OperatorError."""
+    path = resolve_file(database)
+    try:
+        descriptor = open_lock_file(f"{path}.serve", path)
+    except OSError as error:
+        raise StoreError(f"cannot open {describe_error(error.filename, error)}") from error
+    try:
+        if not try_flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX):
+            raise StoreBusy(f"{path}: a server runs, or a backup is being restored: end that first")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class WriteLock:
@@ -3426,9 +3454,28 @@ class Queries(Changes):
     def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
         return [event.legible() for event in self.newest(Event, organization, before, limit)]
 
-    def begin_history(self) -> None:
-        """Of a new database, or of a copy: cursors of another history are none of this one."""
-        self.put(Feed(new_history(), *self.feed_ends()))
+    def begin_history(self, *restored: int) -> None:
+        """Of a new database or copy: no cursor of another is good. restored: the rest of a Feed."""
+        self.put(Feed(new_history(), *self.feed_ends(), *restored))
+
+    def newest_host(self) -> int:
+        """The highest id; 0: there is no host."""
+        return int(self._value("SELECT max(id) FROM host") or 0)
+
+    def names_after(self, number: int) -> list[str]:
+        """Of the hosts with a higher id, in that order."""
+        statement = "SELECT name FROM host WHERE id > ? ORDER BY id"
+        return [row[0] for row in self._rows(statement, number)]
+
+    def with_a(self, record: Callable[..., T], column: str) -> list[T]:
+        """The rows that have a value in a column."""
+        return self._all(record, f"WHERE {column} IS NOT NULL")
+
+    def use_again(self, tokens: Sequence[Token]) -> int:
+        """Take the uses of a newer database; of how many tokens that had fewer."""
+        columns = attrgetter("uses", "used_at", "used_from", "id", "uses")
+        statement = "SET uses = ?, used_at = ?, used_from = ? WHERE id = ? AND uses < ?"
+        return self._many(f"UPDATE token {statement}", map(columns, tokens))
 
     def feed_ends(self) -> tuple[int, int]:
         """The numbers of the last change and the last event; 0: there was none."""
@@ -3707,7 +3754,7 @@ KEY_STATES = ("valid", "expired", "revoked")  # of API keys
 ACTIONS = (
     "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
     "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
-    "clone", "move", "key-file", "expire",
+    "clone", "move", "key-file", "expire", "restore-backup", "accept-history",
 )  # fmt: skip
 
 
@@ -4104,6 +4151,8 @@ EVENT_TEXTS = {  # what happened, for people, by action
     "move": "$subject moved from $from to $to",
     "expire": "$subject was deleted: it had sent no heartbeat for long",
     "key-file": "The key file is not as it should be: $trouble",
+    "restore-backup": "$actor restored a backup",
+    "accept-history": "$actor had hosts that a restore lost enroll again",
 }
 
 
@@ -4786,6 +4835,31 @@ class Reports(Rules):
         cursor = f"{queries.feed().history}-{{}}".format
         items = [ChangeView(it, cursor(it.number), it.host_id in muted) for it in page.items]
         return page._replace(items=items)
+
+    def begin_again(self, call: Call, now: int) -> dict[str, Any]:
+        """In a copy of a backup, do again what must not be undone; what that was. values: revoked
+        (rows by their record), used (tokens) and lost (names of hosts) of the newer database, and
+        trouble: why that cannot be read."""
+        queries, by, newer, lost = self._queries, call.by.name, call.values, call.values["lost"]
+        queries.begin_history(now + LOST_WAIT * SECOND_MS, queries.newest_host(), len(lost))
+        times = {it.id: it.revoked_at for it in newer["revoked"][Host]}
+        hosts = [host for host in queries.hosts([*times]) if host.revoked_at is None]
+        for host in hosts:
+            queries.edit_host(host.id, {"revoked_at": times[host.id]})
+        self.report([(host, REVOKED, now) for host in hosts], by)
+        api_keys, tokens = (
+            sum(queries.revoke(kind, it.id, it.revoked_at) for it in newer["revoked"][kind])
+            for kind in (ApiKey, Token)
+        )
+        done = {"hostsRevoked": len(hosts), "apiKeysRevoked": api_keys, "tokensRevoked": tokens,
+                "tokensUsed": queries.use_again(newer["used"]), "hostsLost": len(lost)}  # fmt: skip
+        self._registry.audit.record("restore-backup", by, "", None, "", **cast("Any", done))
+        return {**done, "firstLost": lost[:LOST_NAMED], "notReadable": newer["trouble"]}
+
+    def accept(self, call: Call, now: int) -> None:
+        """Lost hosts are to enroll again from now on. Idempotent."""
+        self._queries.put(self._queries.feed()._replace(lost_until=0))
+        self._registry.audit.record("accept-history", call.by.name, "", None)
 
     def prune(self, now: int) -> bool:
         """Delete some changes that are too old or too many. True: there may be more."""
@@ -5539,6 +5613,7 @@ class Heartbeats(Rules):
 
         CredentialInvalid     its key was retired since the credential was verified
         HostUnknown           the host has been deleted
+        HostLost              it may have enrolled after the backup that was restored
         CredentialSuperseded  its serial is below the one that counts: a newer credential of the
                               host has been used. One of the two is a copy: the audit log has both
                               addresses, this one's and the one that the newest was issued to
@@ -5552,7 +5627,9 @@ class Heartbeats(Rules):
             raise CredentialInvalid()
         host = self._queries.get(Host, number)
         if host is None:
-            raise HostUnknown().with_audit(name, name, owner)
+            feed = self._queries.feed()
+            is_lost = now < feed.lost_until and number > feed.newest_host
+            raise (HostLost() if is_lost else HostUnknown()).with_audit(name, name, owner)
         if serial < host.serial:
             detail = {"serial": serial, "newest": host.serial, "newestIssuedTo": host.issued_to}
             raise CredentialSuperseded().with_audit(name, name, owner, **detail)
@@ -6255,6 +6332,10 @@ KNOWN_KIDS = InternalRule(
     lambda registry, call, now: registry.queries.kids(with_retired=False), writes=False)
 LEARN_KEYS = InternalRule(
     lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
+BEGIN_AGAIN = InternalRule(
+    lambda registry, call, now: registry.reports.begin_again(call, now), durable=True)
+ACCEPT_HISTORY = InternalRule(
+    lambda registry, call, now: registry.reports.accept(call, now), durable=True)
 # fmt: on
 # What a server calls again and again: seconds until the first time. They return those to the next.
 RECURRING = {HOUSEKEEPING: 0, SWEEP: SWEEP_REST, EXPIRE: ALIVE_EVERY}
@@ -6320,6 +6401,8 @@ def _open_pair(
     """Open or make both, with the lock held: the keyring, and whether it has to be adopted."""
     database, key_file = engine.path, keys.path
     has_database = engine.file_sizes()[0] > 0 and engine.open()
+    if not has_database and (remedy := how_to_go_on(database)):
+        raise OperatorError(remedy)
     if has_database and purpose not in ("serve", "copy"):
         _require_our_version(engine)
     if has_database:
@@ -6426,6 +6509,148 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
     return events[0].mac in macs
 
 
+# Restoring a backup: theory of operation.
+#
+# Servers share a lock for their lives, and a restore has it alone. In WAL mode each connection has
+# a lock of SQLite on the database: where we can leave the mode, no other process has it open.
+#
+# The new pair is made ready in a folder of ours. Then the old database moves to DB.before-<time>
+# with its -wal and -shm, the key file is replaced if it has to be, and the new database takes its
+# place. Killed in between, there is no database: nobody makes another there, all say how to go on,
+# and the next restore begins with the old one in its place again. The key file stays where it can:
+# it has the keys by which hosts were renewed since the backup, and none that were retired.
+
+DATABASE_FILES = ("", "-wal", "-shm", ".gate", ".lock", ".serve")
+
+
+def moved_database(path: str) -> str:
+    """Where a restore has moved the database that is missing; "": it is not, or nowhere."""
+    folder, name = os.path.split(f"{path}.before-")
+    names = [each for each in os.listdir(folder) if each.startswith(name) and each.endswith("Z")]
+    return f"{folder}/{max(names)}" if names and not os.path.lexists(path) else ""
+
+
+def how_to_go_on(database: str) -> str:
+    """What to do where a restore has moved the database and was interrupted; "": it was not."""
+    path = os.path.realpath(database)
+    back = f"mv {(old := moved_database(path))} {path}, and its -wal and -shm where it has them"
+    return old and f"a restore was interrupted: run it again, or go back: {back}"
+
+
+def move_database(path: str, target: str, is_back: bool = False) -> None:
+    """With its -wal and -shm. It goes first and comes back last: without those it is not whole."""
+    for end in DATABASE_FILES[2::-1] if is_back else DATABASE_FILES[:3]:
+        with suppress(FileNotFoundError):
+            os.rename(f"{path}{end}", f"{target}{end}")
+    with closing(Folder(os.path.dirname(target))) as folder:
+        os.fsync(folder.descriptor)
+
+
+class Restore(NamedTuple):
+    """Puts a backup in place of a database and its key file, or where they are missing."""
+
+    path: str
+    key_path: str
+    as_it_was: bool  # nothing is done again, and the keys are the backup's
+
+    def run(self, folder: str, by: Principal, now: int, progress: Progress) -> dict[str, Any]:
+        """What was done. Raises OperatorError, StoreError, Problem and OSError."""
+        names = map(os.path.basename, (self.path, self.key_path))
+        source, saved = pair = [os.path.join(folder, name) for name in names]
+        if not all(map(os.path.isfile, pair)) or os.path.realpath(source) == self.path:
+            raise OperatorError(f"there is no backup in {folder}: no {source} with {saved}")
+        with service_lock(self.path, is_shared=False), ExitStack() as stack:
+            lock = stack.enter_context(closing(WriteLock(self.path)))
+            lock.acquire(LOCK_PATIENCE)
+            if old := moved_database(self.path):
+                move_database(old, self.path, is_back=True)
+            place = tempfile.mkdtemp(prefix=f"{self.path}.restore-")
+            stack.callback(remove_files, stack.enter_context(closing(Folder(place))))
+            new, new_keys = f"{place}/new", f"{place}/new.key"
+            values, retired = self._read_old(lock, self._copy(source, new, progress))
+            keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
+            KeyFile(new_keys, new).replace(keyring)
+            with closing(open_registry(new, new_keys, now)) as registry:
+                done = registry.perform(Call(BEGIN_AGAIN, by, values=values), now)
+            for finding in examine(new, new_keys, now=now):
+                if not finding.is_good and finding.name in ("schema", "integrity", "rows", "keys"):
+                    raise OperatorError(f"{source} is not sound: {finding.detail}")
+            moved = self._put_in_place(new, None if is_kept else keyring, now)
+        return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
+
+    def _copy(self, source: str, new: str, progress: Progress) -> int:
+        """Copy the backup, for the owner of the old one or folder; the id of its newest host."""
+        like = os.lstat(self.path if os.path.lexists(self.path) else os.path.dirname(self.path))
+        with closing(Engine(source)) as backup, replacing(new, like) as copy:
+            os.fchmod(copy.fileno(), PRIVATE_MODE)
+            if backup.file_sizes()[0] == 0 or not backup.open(as_it_is=True):
+                raise OperatorError(f"{source} is empty: name another backup")
+            backup.begin(writes=False, durable=False)
+            backup.copy_to(copy, progress)
+            return Queries(backup).newest_host()
+
+    def _read_old(self, lock: WriteLock, newest: int) -> tuple[dict[str, Any], set[str]]:
+        """What must not be undone, as values for Reports, and the signing keys that are
+        retired: none where the old database cannot be read. Raises StoreBusy where it is in use."""
+        kinds, old = (Host, ApiKey, Token), Engine(self.path)
+        values: dict[str, Any] = {"used": (), "lost": [], "trouble": None}
+        values["revoked"] = dict.fromkeys(kinds, ())
+        old.lock, retired = lock, set[str]()
+        try:
+            if old.file_sizes()[0] > 0 and old.open():
+                old.require_alone(LOCK_PATIENCE)
+                _require_our_version(old)
+                old.compare_schema(refuses=True)
+                queries = Queries(old)
+                values["lost"] = queries.names_after(newest)
+                if not self.as_it_was:
+                    retired = queries.kids() - queries.kids(with_retired=False)
+                    values["used"] = queries.with_a(Token, "used_at")
+                    values["revoked"] = {kind: queries.with_a(kind, "revoked_at") for kind in kinds}
+        except StoreBusy:
+            raise
+        except (StoreError, OperatorError) as error:
+            values["trouble"] = str(error)
+        finally:
+            if old._connection is not None:
+                old.db.close()
+        return values, retired
+
+    def _choose_keys(self, saved: Keyring, new: str, retired: set[str]) -> tuple[Keyring, bool]:
+        """The keys to go on with, and whether those are in the key file. Raises OperatorError for
+        one that is damaged, or of another database."""
+        kept = load_keyring(self.key_path, new) if os.path.lexists(self.key_path) else None
+        keyring = Keyring(saved.keys, saved.audit_key, kept.file if kept else os.stat(new))
+        if self.as_it_was or (kept and kept.audit_key == saved.audit_key):
+            return keyring if self.as_it_was else kept or keyring, not self.as_it_was
+        if kept:
+            text = "is of another database than the backup: move it away, or give --as-it-was"
+            raise OperatorError(f"{self.key_path} {text}")
+        for kid in retired.intersection(saved.kids):
+            keyring = (keyring if len(keyring.keys) > 1 else keyring.rotated()).without(kid)
+        return keyring, False
+
+    def _put_in_place(self, new: str, keyring: Optional[Keyring], now: int) -> Optional[str]:
+        """Where the old database is now, if there was one. keyring: for the key file."""
+        end = f".before-{rfc3339(now).replace(':', '')}"
+        move_database(self.path, f"{self.path}{end}")
+        if keyring and os.path.lexists(self.key_path):
+            octets, status = read_private(self.key_path, "key file", os.stat(new).st_uid)
+            with replacing(f"{self.key_path}{end}", status) as copy:
+                copy.write(octets)
+        if keyring:
+            KeyFile(self.key_path, self.path).replace(keyring)
+        move_database(new, self.path)
+        return f"{self.path}{end}" if os.path.lexists(f"{self.path}{end}") else None
+
+
+def remove_files(folder: Folder) -> None:
+    """A folder of ours, with the files in it."""
+    for name in os.listdir(folder.descriptor):
+        folder.remove(name)
+    os.rmdir(folder.path)
+
+
 class Finding(NamedTuple):
     """One thing that examine() has looked at."""
 
@@ -6440,7 +6665,8 @@ def examine(
     """Look at a database and its key file, and change nothing: not even lock files are made. now:
     Unix ms. Raises OperatorError, StoreError when the database cannot be looked at."""
     if not os.path.exists(database):
-        raise OperatorError(f"there is no database {database}: name it with --db")
+        remedy = f"there is no database {database}: name it with --db"
+        raise OperatorError(how_to_go_on(database) or remedy)
     with closing(Engine(database)) as engine:
         if not engine.open(as_it_is=True):
             raise OperatorError(f"the database {database} is empty: serve makes one")
@@ -6475,6 +6701,10 @@ def examine(
                     text = f"no event minted {', '.join(strangers)} as they are: revoke them"
                 yield Finding("minted", not strangers, text)
                 yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
+            feed = Queries(engine).feed() if is_ours else None
+            if feed and now < feed.lost_until:
+                text = f"until {rfc3339(feed.lost_until)}, or accept-history, lost hosts wait"
+                yield Finding("restore", True, f"{text}: {feed.lost or 'how many is not known'}")
             name = "certificate"
             service = Queries(engine).service() if is_ours else None
             if service and (ends := service.certificate_ends):
@@ -6483,7 +6713,7 @@ def examine(
                 yield Finding(name, is_valid, f"the server's {word} {rfc3339(ends)}")
         except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
-        paths = [f"{engine.path}{suffix}" for suffix in ("", "-wal", "-shm", ".gate", ".lock")]
+        paths = [f"{engine.path}{suffix}" for suffix in DATABASE_FILES]
         existing = filter(os.path.exists, [*paths, *copies])
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
         wrong += [f"chmod o-w {folder}" for folder in folders_open_to_all(engine.path, key_file)]
@@ -10224,7 +10454,7 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
         for row, status in product(rows, STATUSES)
     ]
     stopped = [(metric_labels(organization=row.id), int(row.expiry > 0)) for row in rows]
-    own = _process_metrics(registry) if owner is ALL_ORGANIZATIONS else ()
+    own = _process_metrics(registry, now) if owner is ALL_ORGANIZATIONS else ()
     more = "1 while too many hosts have expired, and the others stay."
     return "".join([
         metric("hostenroll_hosts", "Hosts by organization and status.", hosts),
@@ -10260,9 +10490,9 @@ def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list
     ]
 
 
-def _process_metrics(registry: Registry) -> Iterator[str]:
+def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
     metrics, queries, swept = registry.metrics, registry.queries, registry.reports.swept
-    keys_ok = int(not registry.keys.file.trouble)
+    keys_ok, feed = int(not registry.keys.file.trouble), queries.feed()
     for name, help in COUNTERS:
         yield metric(f"hostenroll_{name}_total", help, metrics.counts[name], "counter")
     refusals = [(metric_labels(code=kind.code), metrics.refusals[kind.code]) for kind in problems()]
@@ -10284,6 +10514,8 @@ def _process_metrics(registry: Registry) -> Iterator[str]:
         ("open_connections", "Connections now.", metrics.open_connections),
         ("waiting_requests", "Requests that wait for changes or events.", metrics.waiting_requests),
         ("keys_ok", "1 while the key file is as it should be.", keys_ok),
+        ("lost_hosts", "That a restore has lost, and that wait.",
+         feed.lost if now < feed.lost_until else 0),
         ("last_change_timestamp_seconds", "When a status last changed.",
          sum(change.at for change in last) / SECOND_MS),
         ("sweep_age_seconds", "Since the last sweep for silent hosts.",
@@ -13431,6 +13663,10 @@ class Session(NamedTuple):
     def operation(self) -> Operation:
         return OPERATION[self.command.name]
 
+    @property
+    def by(self) -> Principal:
+        return Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
+
     def files(self) -> tuple[str, str]:
         """Its database, and the key file: beside that unless named. Raises OperatorError."""
         database = find_database(self.command.name, self.arguments.db)
@@ -13465,9 +13701,8 @@ class Session(NamedTuple):
         words = [words] if isinstance(words, str) else words
         if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
             raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
-        by = Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
         named = self.named(words[0]) if len(words) == 1 else None
-        return Call(self.operation, by, values=values, named=named)
+        return Call(self.operation, self.by, values=values, named=named)
 
     @property
     def asks(self) -> bool:
@@ -13522,7 +13757,7 @@ def client_of(session: Session) -> Optional[Client]:
     return Client(url, text, pins=allowed, cacert=cacert, insecure_http=insecure_http, proxy=proxy)
 
 
-DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key")  # commands
+DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore")  # commands
 
 
 def find_database(command: str, named: Optional[str]) -> str:
@@ -13538,7 +13773,8 @@ def find_database(command: str, named: Optional[str]) -> str:
         if not os.access(folder, os.X_OK):
             remedy = "run it with sudo, or name another database with --db"
             raise OperatorError(f"only its owner can look into {folder}: {remedy}")
-        if Engine(SERVICE_DATABASE).file_sizes()[0] > 0:
+        is_its = command == "restore" or how_to_go_on(SERVICE_DATABASE)
+        if is_its or Engine(SERVICE_DATABASE).file_sizes()[0] > 0:
             complain(f"using {SERVICE_DATABASE}" + (refusal and f": {refusal}"))
             return SERVICE_DATABASE
     if refusal:
@@ -13546,6 +13782,7 @@ def find_database(command: str, named: Optional[str]) -> str:
     if command not in DATABASE_MAKERS and not os.path.exists(key_file_beside(path)):
         places = here.path + ("" if named else f", and no {SERVICE_DATABASE}")
         remedy = "name one with --db, or make one with serve or mint-token"
+        remedy = how_to_go_on(path) or remedy
         raise OperatorError(f"there is no database {places}: {remedy}")
     return path
 
@@ -13849,7 +14086,9 @@ def serve(session: Session) -> None:
     names = "init", "credential_ttl", "audit_keep", "changes_keep", "expire_missing"
     options = {name: getattr(arguments, name) for name in names}
     options["interval"] = arguments.heartbeat_interval
-    with session.open(purpose="serve", **options) as registry, listen(session, registry) as server:
+    with service_lock(session.files()[0], is_shared=True), ExitStack() as stack:
+        registry = stack.enter_context(session.open(purpose="serve", **options))
+        server = stack.enter_context(listen(session, registry))
         registry.metrics.counts = handler.counts
         for folder in folders_open_to_all(registry.engine.path, registry.keys.file.path):
             log.warning("anybody can replace files in %s: chmod o-w %s", folder, folder)
@@ -13975,6 +14214,21 @@ def run_backup(session: Session) -> None:
         raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     session.report({"database": database, "keyFile": key_file}, None, copied)
+
+
+def run_restore(session: Session) -> None:
+    path, key_path = map(resolve_file, session.files())
+    restore = Restore(path, key_path, session.arguments.as_it_was)
+    with session.progress() as progress:
+        folder = session.arguments.folder
+        done = restore.run(folder, session.by, session.now(), progress)
+    session.report(done, describe(done, session.now(), session.screen))
+
+
+def accept_history(session: Session) -> None:
+    with session.open() as registry:
+        registry.perform(Call(ACCEPT_HISTORY, session.by), session.now())
+    session.report({}, None, "hosts that enrolled after the backup are to enroll again")
 
 
 def print_inventory(session: Session) -> None:
@@ -14538,6 +14792,12 @@ GROUPS = {
         Command("backup", "backup /var/backups/hostenroll", run_backup,
                 (Argument("folder", {"metavar": "DIR"}),),
                 own_summary="copy database and keys, also while a server runs"),
+        Command("restore", "restore /var/backups/hostenroll", run_restore, (
+            Argument("folder", {"metavar": "DIR"}),
+            flag("--as-it-was", "the backup alone, and do nothing again")),
+            own_summary="put a backup in place; what was revoked stays so"),
+        Command("accept-history", "accept-history", accept_history,
+                own_summary="have hosts that a restore has lost enroll again"),
         Command("check", "check", run_check, (
             option("--ready", "URL", "only whether a server is ready (the one here)", web_address,
                    nargs="?", const=True), *CLIENT_OPTIONS[2:4]),

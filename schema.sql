@@ -153,7 +153,10 @@ CREATE TABLE feed (
     id       INTEGER PRIMARY KEY CHECK (id = 1),
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
     change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
-    event    INTEGER NOT NULL   -- the same
+    event    INTEGER NOT NULL,  -- the same
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost are to wait
+    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
+    lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
 );
 
 CREATE TABLE service (
