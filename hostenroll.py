@@ -228,7 +228,7 @@ CHANGES_MANY = 8  # in a tick: to run the next one twice costs more than to wait
 SWEEP_REST = 3  # between two sweeps, and before the first: who waits for the server beats first
 SWEEP_RESTS = 40  # or as many times what the last one took: with its turns 3 % of a core at most
 CHANGES_KEPT = 30 * DAY
-CHANGES_KEEP_RANGE = (HOUR, 3650 * DAY)
+CHANGES_KEEP_RANGE = (DAY, 3650 * DAY)  # a day is what incidents and the brake of expiry look at
 CHANGES_MAXIMUM = 1_000_000  # kept: some 200 MiB
 
 # Hosts that expire: they are deleted after a silence.
@@ -10635,9 +10635,10 @@ def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Ca
     if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", host["address"]):
         variables["ansible_host"] = host["address"]
     made.hosts.append(f'"{name}":{json_text(variables)}')
-    for key, text in host.items():
-        if key in ("status", "organization") or key.startswith("label_"):
-            made.groups.setdefault(f"{key}_{clean_name(text)}", []).append(f'"{name}"')
+    labels = stored_object(view.host.labels).items()  # of which two may have one variable
+    groups = {clean_name(f"label_{key}_{text}") for key, text in labels}
+    for group in {*groups, *(f"{key}_{host[key]}" for key in ("status", "organization"))}:
+        made.groups.setdefault(clean_name(group), []).append(f'"{name}"')
 
 
 def _ansible_text(made: Inventory) -> str:
@@ -12833,11 +12834,15 @@ class Client:
     ) -> None:  # fmt: skip
         """pins: of keys, one of which the server must have; cacert: a file of authorities, in PEM.
         Without either the trust store of this machine decides. Raises OperatorError."""
-        server, self._pins, self._proxy = urlsplit(url), pins, urlsplit(proxy)
+        try:
+            server, self._pins, self._proxy = urlsplit(url), pins, urlsplit(proxy)
+            port, _ = server.port, self._proxy.port
+        except ValueError as error:  # what the environment says is judged by nobody else
+            raise OperatorError(f"{error}: correct the URL, or that of the proxy") from error
         self.name = f"{server.scheme}://{server.netloc}"  # the path of a webhook is a secret
         self._path = f"{server.path}?{server.query}" if server.query else server.path
         self._is_https = server.scheme == "https"
-        self._place = server.hostname or "", server.port or (443 if self._is_https else 80)
+        self._place = server.hostname or "", port or (443 if self._is_https else 80)
         own = {"User-Agent": f"hostenroll/{__version__}", "Connection": "close"}
         self._headers = {**own, "Authorization": f"Bearer {api_key}"} if api_key else own
         is_allowed = insecure_http or is_loopback(self._place[0])
@@ -12936,6 +12941,32 @@ DOWN = ("offline", "missing")
 TROUBLES = (*DOWN, "pending")  # statuses
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
 WAKING = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
+
+# What Watch goes by in answers and in its state, as fits() has it.
+CHANGE_SHAPE = {"cursor": str, "at": str, "status": str, "muted": bool,
+                "host": {"id": str, "name": str, "labels": dict}}  # fmt: skip
+EVENT_SHAPE = {"time": str, "action": str, "code": (str, type(None)), "detail": dict}
+ANSWER_SHAPES = {
+    CHANGES_PATH: {"cursor": str, "changes": [CHANGE_SHAPE]},
+    EVENTS_PATH: {"cursor": str, "events": [EVENT_SHAPE]},
+    INCIDENTS_PATH: {"incidents": [{"text": str, "hosts": [str]}]},
+}
+NUMBER = int, float
+STATE_SHAPE = {
+    CHANGES_PATH: str, EVENTS_PATH: str, "outbox": [str], "events": [EVENT_SHAPE], "at": [NUMBER],
+    "hosts": [{"told": str, "due": NUMBER, "before": str, "times": [NUMBER]}],
+    "changes": [CHANGE_SHAPE],
+}  # fmt: skip
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether JSON is as a shape: a type, members that are there at least, a list of one shape."""
+    if isinstance(shape, dict):
+        is_object = isinstance(value, dict) and value.keys() >= shape.keys()
+        return is_object and all(fits(value[name], each) for name, each in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    return isinstance(value, shape)
 
 
 class Wanted(NamedTuple):
@@ -13062,9 +13093,19 @@ class Watch:
                 self._state = json.loads(octets)
                 hosts = self._state.pop("hosts").items()
                 self._hosts = {id: Tracked(*host) for id, host in hosts}
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                if not fits(self._shown(), STATE_SHAPE):
+                    raise ValueError
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 remedy = "remove it, and what happens from now on is told"
                 raise OperatorError(f"{path} is no state of watch: {remedy}") from error
+
+    def _shown(self) -> dict[str, Any]:
+        """The state, for STATE_SHAPE. Raises ValueError, TypeError, LookupError."""
+        hosts, events = self._hosts.values(), self._state["events"]
+        changes = [host.change for host in hosts if host.due]
+        own = {"hosts": [host._asdict() for host in hosts], "changes": changes}
+        noted = {"at": [at for at, _ in events], "events": [event for _, event in events]}
+        return {**self._state, **own, **noted}
 
     def run(self) -> None:
         """Until KeyboardInterrupt. What fails is logged once, and tried again ever more seldom.
@@ -13110,27 +13151,35 @@ class Watch:
     def _follow(self, wait: float) -> None:
         """Read on in the feeds."""
         asked = before = self._state[CHANGES_PATH]
-        for change in self._page(CHANGES_PATH, "changes", wait):
+        changes = self._page(CHANGES_PATH, "changes", wait)
+        for change in changes:
             id, now = change["host"]["id"], self._clock()
             host = track(self._hosts.get(id, Tracked()), change, before, now, self._wanted)
             self._hosts[id], before = host, change["cursor"]
-        self._is_current = asked == self._state[CHANGES_PATH]
+        is_end = asked == self._state[CHANGES_PATH]
+        self._is_current = is_end or (self._is_current and len(changes) < PAGE_MAXIMUM)
         for event in self._page(EVENTS_PATH, "events", 0) if self._wanted.events else ():
             is_told = words_for(event).intersection(self._wanted.events)
             if is_told and len(self._state["events"]) < EVENTS_MAXIMUM:
                 self._state["events"].append((self._clock(), event))
 
+    def _ask(self, path: str, patience: float = 0, **asked: object) -> Any:
+        scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
+        answer = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], patience)
+        if not fits(answer, ANSWER_SHAPES[path]):
+            raise OperatorError(f"the answer to {path} is not as ours: is it a hostenroll server?")
+        return answer
+
     def _page(self, path: str, member: str, wait: float) -> list[Any]:
         """What comes next in a feed. Where it is not kept, people are told what may be missing."""
         asked = {"after": self._state[path], "limit": PAGE_MAXIMUM, "wait": math.ceil(wait)}
-        scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
         try:
-            page = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], wait)
+            page = self._ask(path, wait, **asked)
         except ChangesPruned as pruned:
+            page = self._ask(path, **{**asked, "after": pruned.cursor, "wait": 0})
             text = "what happened up to now may be missing, since the server has not kept all of it"
             told, said = self._state["outbox"], message("pruned", text, self._clock())
             told += [] if told and told[-1].startswith(said[:16]) else [said]  # of both feeds
-            page = {member: [], "cursor": pruned.cursor}
         self._is_saved &= page["cursor"] == self._state[path]
         self._state[path] = page["cursor"]
         return cast("list[Any]", page[member])
@@ -13146,14 +13195,13 @@ class Watch:
         fresh: dict[str, Any] = {}
         for host in ready.values():
             if host.change["cursor"] not in fresh:
-                asked = ("after", host.before), ("limit", str(min(len(ready), PAGE_MAXIMUM)))
+                limit = min(len(ready), PAGE_MAXIMUM)
                 with suppress(ChangesPruned):  # then what was read stands
-                    page = self._read(CHANGES_PATH, [*self._wanted.query, *asked], 0)
+                    page = self._ask(CHANGES_PATH, after=host.before, limit=limit)
                     fresh.update((change["cursor"], change) for change in page["changes"])
         silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN], []
         if len(silent) >= INCIDENT_SMALLEST:
-            scope = [pair for pair in self._wanted.query if pair[0] != "label"]
-            found = self._read(INCIDENTS_PATH, scope, 0)["incidents"]
+            found = self._ask(INCIDENTS_PATH)["incidents"]
             incidents = [
                 incident for incident in found if {*silent}.intersection(incident["hosts"])
             ]

@@ -16384,6 +16384,9 @@ def test_an_ansible_inventory_has_hosts_by_name_in_groups_with_their_address(wor
     }  # fmt: skip
     assert set(inventory(world, "status=pending&status=offline")[0]) == {"db-1"}
     assert set(inventory(world, "label=rack")[0]) == {"web-1"}
+    placed(world, "web-2", **{"a-b": "1", "a.b": "2", "a": "b_1"})  # these names become one
+    groups = inventory(world, "label=a-b")[1]
+    assert (groups["label_a_b_1"], groups["label_a_b_2"]) == (["web-2"], ["web-2"])
     world.revoke(one)
     assert inventory(world)[1]["status_revoked"] == ["web-1"]
     assert world.ask("GET", "/api/inventory/ansible?limit=1").code == "invalid-query"
@@ -20898,6 +20901,15 @@ def test_secrets_go_in_the_clear_to_this_machine_alone(url, is_allowed):
         hostenroll.Client(url, WATCH_KEY)
 
 
+@pytest.mark.parametrize("url, proxy", [
+    ("http://127.0.0.1:abc", ""), ("http://127.0.0.1:99999", ""), ("https://a.lan", "http://[::1"),
+    ("https://a.lan", "http://p:abc"),
+])  # fmt: skip
+def test_an_address_from_the_environment_that_is_none_is_said_in_one_line(url, proxy):
+    with pytest.raises(hostenroll.OperatorError, match="correct the URL"):
+        hostenroll.Client(url, proxy=proxy)
+
+
 # Watching: a feed of which the time is the test's.
 
 
@@ -21202,6 +21214,54 @@ def test_a_feed_that_goes_on_elsewhere_is_one_message(feed, people):
     assert people.texts[2:] == ["web-1 is back"]
 
 
+def test_a_server_that_refuses_its_own_cursor_floods_nobody(feed, people):
+    feed.become("offline", "web-1")
+    people.run(1)
+    feed.failure = hostenroll.ChangesPruned(cursor=f"{feed.history}-0")
+    people.run(3600)
+    assert people.lines == [] and len(feed.asked) < 100
+    feed.failure = None
+    people.run(400)
+    assert people.texts == ["web-1 is offline"]
+
+
+def test_changes_without_end_keep_nobody_from_being_told(feed, people):
+    feed.become("offline", "web-1")
+    real, end = feed.read, feed.clock.now + 200
+
+    def read(path, query, wait):
+        if path == "/api/changes" and feed.clock.now < end:
+            feed.sleep(1)
+            feed.become("online", f"other-{feed.clock.now}")
+        return real(path, query, wait)
+
+    people.watch._read = read
+    people.run(150)
+    assert people.texts == ["web-1 is offline"]
+
+
+CHANGE = {"cursor": f"{'a' * 16}-1", "at": "2027-01-15T08:00:00.000Z", "status": "offline",
+          "host": {"id": "a", "name": "a", "labels": {}}, "muted": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [
+    None, 1, "x", [], {}, {"changes": []}, {"cursor": "x"}, {"changes": [], "cursor": 1},
+    *({"changes": changes, "cursor": CHANGE["cursor"]} for changes in (
+        1, [1], [{}], [{**CHANGE, "muted": 1}], [{**CHANGE, "status": {}}], [{**CHANGE, "host": 1}],
+        [{**CHANGE, "host": {**CHANGE["host"], "labels": [1]}}],
+        [CHANGE, {**CHANGE, "host": {**CHANGE["host"], "id": []}}])),
+], ids=str)  # fmt: skip
+def test_an_answer_that_is_not_as_ours_is_a_failure_and_leaves_nothing(answer, feed, people):
+    real = feed.read
+    people.watch._read = lambda path, *more: answer if "changes" in path else real(path, *more)
+    people.run(30)
+    assert people.watch._hosts == {} and people.watch._state["/api/changes"] != CHANGE["cursor"]
+    people.watch._read = real
+    feed.become("offline", "web-1")
+    people.run(300)
+    assert people.texts == ["web-1 is offline"]
+
+
 def test_what_fails_is_tried_again_more_seldom_in_the_same_bytes_while_the_next_batch_grows(
     feed, people, caplog
 ):
@@ -21367,7 +21427,15 @@ def test_without_a_state_a_watch_begins_now(feed):
     assert told.lines == [] and list(feed.changes)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"hosts": 1}', '{"hosts": {"a": 1}}', "\xff"])
+STATE = {"/api/changes": "now", "/api/audit": "now", "events": [], "outbox": [], "hosts": {}}
+
+
+@pytest.mark.parametrize("text", [
+    "", "{}", "[]", '{"hosts": 1}', '{"hosts": {"a": 1}}', "\xff", '{"hosts": {}}', "[" * 100_000,
+    *(json.dumps({**STATE, **wrong}) for wrong in (
+        {"outbox": 1}, {"outbox": [1]}, {"events": [1]}, {"events": [[1, {}]]}, {"/api/audit": 1},
+        {"hosts": {"a": ["", 1, {}, "", []]}}, {"hosts": {"a": ["", 0, {}, "", ["x"]]}})),
+])  # fmt: skip
 def test_a_file_that_is_no_state_is_named(text, feed, tmp_path):
     path = tmp_path / "state"
     path.write_text(text, encoding="latin-1")
