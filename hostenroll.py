@@ -114,6 +114,7 @@ if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"]:
 import argparse
 import base64
 import binascii
+import csv
 import errno
 import fcntl
 import hashlib
@@ -242,6 +243,7 @@ EXPIRED_FREELY, EXPIRED_SHARE = 10, 5  # of an organization in a day: or one hos
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
 FITS_SHOWN = 5  # of the objects that a word fits
+HISTORY_SHOWN = 5  # events of a host
 ROWS_EXAMINED = 1000
 ROWS_READ = 100  # of a list, at once: a page of PAGE_DEFAULT without a filter
 PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 hosts may be 100 MiB
@@ -251,6 +253,7 @@ ACTED_AT_ONCE = 1000  # hosts, in one tick; half as many by commands, which serv
 INVENTORY_HOSTS = 10_000
 INVENTORY_BYTES = 16 * 1024 * 1024  # 1.6 KiB for each; half of BUFFERED_MAXIMUM
 INVENTORIES_AT_ONCE = 4  # that are being made; who asks for more waits
+INVENTORY_LEFT = 5000  # ms without a slice after which one is not being made any more
 LISTED_AT_ONCE = 200  # hosts of an inventory, in a tick: 10 ms
 DOWN_SHOWN = 1000  # hosts, each of them a time series
 VERSIONS_SHOWN = 10  # of agents: machines can say what they like
@@ -1273,13 +1276,19 @@ def host_of(rest: bytes) -> int:
 KID = r"[A-Za-z0-9_-]{1,64}"
 
 
+@lru_cache(maxsize=256)
+def header_of(kid: str) -> bytes:
+    """What the credentials of a signing key begin with."""
+    return base64url(json_text({"alg": "HS256", "typ": "JWT", "kid": kid}).encode())
+
+
 class SigningKey:
     """One key of the keyring: random bytes, 32 where we made them, with a kid as its name."""
 
     def __init__(self, kid: str, octets: bytes) -> None:
         self.kid = kid
         self.octets = octets
-        self.header = base64url(json_text({"alg": "HS256", "typ": "JWT", "kid": kid}).encode())
+        self.header = header_of(kid)
         # What all credentials of this key begin with: a fleet's differ in the rest alone.
         self.opening = b"%b.%b" % (self.header, base64url(_CLAIMS_OPENING))
         self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
@@ -3335,6 +3344,12 @@ class Queries(Changes):
         """Some whose ids are in a range."""
         return self._all(record, "WHERE id BETWEEN ? AND ? LIMIT ?", first, last, limit)
 
+    def hosts_of_key(self, number: int, owner: Optional[str], *page: int) -> list[Host]:
+        """The newest whose last credential is of a signing key, as in lists."""
+        rest = """WHERE key_number = ? AND coalesce(?, organization_id) = organization_id
+             AND host_id < ? ORDER BY host_id DESC LIMIT ?"""
+        return self._all(Host, rest, number, owner, *page)
+
     def live_hosts_of_token(self, token: Token, limit: int) -> list[int]:
         """Some that it let in, or that were last let in again by it, and are not revoked."""
         statement = """SELECT id FROM host WHERE revoked_at IS NULL
@@ -3915,9 +3930,8 @@ class Names(Rules):
     fits them; and what can be an id is nothing else, also after the host of that id is gone.
     """
 
-    def find(self, named: Optional[Named]) -> Any:
+    def find(self, owner: Owner, named: Named) -> Any:
         """The row. Raises NotFound; Conflict, which lists what the word fits."""
-        assert named is not None
         kind, word, takes_prefix = named
         title, is_short = KINDS[kind].replace("api-", "API "), ID_PREFIX.fullmatch(word)
         found: list[Any] = []
@@ -3926,6 +3940,7 @@ class Names(Rules):
             found += self._queries.between(kind, first, last, FITS_SHOWN + 1)
         if kind is Host and not ID.fullmatch(word):
             found += self._queries.hosts_called(word, FITS_SHOWN + 1)
+        found = [row for row in found if owner in (ALL_ORGANIZATIONS, row.organization_id)]
         rows = list({row.id: row for row in found}.values())
         if not rows:
             how = "id or name" if kind is Host else "id"
@@ -4106,21 +4121,25 @@ class AuditLog(Rules):
         return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, action, subject, code; after: it is a feed. Raises InvalidQuery,
-        NotFound, ChangesPruned."""
-        asked = [call.values.get(name) for name in ("action", "subject", "code")]
+        """values: organization, action (some), subject, code, sinceSeconds; after: it is a feed.
+        Raises InvalidQuery, NotFound, ChangesPruned."""
+        asked = [call.values.get(name) for name in ("subject", "code")]
         asked.append(call.values.get("organization", call.by.organization))
+        actions, queries = call.values.get("action", ACTIONS), self._queries
+        since = now - call.values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(event: Event) -> Optional[EventView]:
-            pairs = zip(asked, (event.action, event.subject, event.code, event.organization_id))
-            is_asked = all(wanted in (None, own) for wanted, own in pairs)
+            pairs = zip(asked, (event.subject, event.code, event.organization_id))
+            is_asked = event.action in actions and event.at >= since
+            is_asked &= all(wanted in (None, own) for wanted, own in pairs)
             return event_view(event, called) if is_asked else None
 
         called = lru_cache(partial(self._called, call.by.organization))  # names change
 
-        queries = self._queries
         if "after" not in call.values:
-            return self._page(call, queries.events, view, "detail")
+            read_back = lambda *page: [  # noqa: E731
+                *takewhile(lambda it: it.at >= since, queries.events(*page))]  # fmt: skip
+            return self._page(call, read_back, view, "detail")
         read = lambda _, *after: [it.legible() for it in queries.events_after(*after)]  # noqa: E731
         return self._follow(call, Event, read, view)
 
@@ -4365,8 +4384,14 @@ class SigningKeys(Rules):
         claims = self.keyring.verify(credential.encode("ascii", "replace"))
         if claims is None:  # an agent would wait an hour, where perhaps only a key cannot be read
             with self._registry.reading():
-                has_all = self._queries.kids(with_retired=False).issubset(self.keyring.kids)
-            raise CredentialInvalid() if has_all else StorageUnavailable()
+                kept = self._queries.kids(with_retired=False)
+                retired = self._queries.kids() - kept if kept.issubset(self.keyring.kids) else None
+            if retired is None:
+                raise StorageUnavailable()
+            header = credential.partition(".")[0].encode("ascii", "replace")
+            if header in map(header_of, retired):
+                raise CredentialInvalid("Its signing key was retired. Get a re-enroll token.")
+            raise CredentialInvalid()
         expires_at = claims.expires_at
         if expires_at is not None and now > (expires_at + CREDENTIAL_GRACE) * SECOND_MS:
             name = tagged_id("host", claims.host)
@@ -4815,20 +4840,24 @@ class Reports(Rules):
             self.report(sorted(reports, key=itemgetter(2)))
 
     def list(self, call: Call, now: int) -> Page:
-        """values: after, organization, status and label (several of each), host. Raises
-        InvalidQuery, NotFound, ChangesPruned."""
+        """values: after or sinceSeconds, organization, status and label (several of each), host.
+        Raises InvalidQuery, NotFound, ChangesPruned."""
         queries, values = self._queries, call.values
         statuses, labels = values.get("status", CHANGED_TO), values.get("label", ())
         host = parse_id(values["host"]) if "host" in values else None
         owner = values.get("organization", call.by.organization)
+        since = now - values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(change: Change) -> Optional[Change]:
-            is_wanted = owner in (ALL_ORGANIZATIONS, change.organization_id)
+            is_wanted = owner in (ALL_ORGANIZATIONS, change.organization_id) and change.at >= since
             is_wanted &= STATUS_NAMES[change.status] in statuses
             is_wanted &= not labels or has_labels(stored_object(change.labels), labels)
             return change if is_wanted else None
 
         read = lambda _, after, limit: queries.changes_after(after, limit, host)  # noqa: E731
+        if "sinceSeconds" in values and "after" not in values:
+            after = f"{queries.feed().history}-{max(queries.change_before(since), 0)}"
+            call = call._replace(values={**values, "after": after})
         page = self._follow(call, Change, read, view)
         hosts = queries.hosts([*{change.host_id for change in page.items}])
         muted = {host.id for host in hosts if host.muted_until > now}
@@ -5293,11 +5322,11 @@ class Tokens(Rules):
         return examined is not None
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, state. Raises InvalidQuery, NotFound."""
-        state = call.values.get("state")
+        """values: organization, state (some). Raises InvalidQuery, NotFound."""
+        states = call.values.get("state", TOKEN_STATES)
 
         def view(token: Token) -> Optional[TokenView]:
-            return self._view(token, now) if state in (None, token_state(token, now)) else None
+            return self._view(token, now) if token_state(token, now) in states else None
 
         return self._page(call, partial(self._queries.newest, Token), view)
 
@@ -5910,21 +5939,16 @@ class Hosts(Rules):
         if act != self.edit and any(name in call.values for name in EDITED):
             raise InvalidBody("Only the action edit takes labels, intervalSeconds and mutedUntil.")
         each = call._replace(values={**call.values, "merges": True})
-        hosts: dict[int, str] = {}
+        hosts: dict[int, None] = {}
         for it in call.values["hosts"]:  # all first: where one is gone, its name may fit another
             named = it if isinstance(it, Named) else Named(Host, it, False)
             try:
-                hosts.setdefault(self._registry.names.find(named).id, named.word)
+                hosts[self._registry.names.find(call.by.organization, named).id] = None
             except NotFound:
                 not_found.append(named.word)
-        done = 0
-        for number, word in hosts.items():
-            try:
-                act(each._replace(id=number), now)
-                done += 1
-            except NotFound:  # another organization has it
-                not_found.append(word)
-        return Acted(done, not_found)
+        for number in hosts:
+            act(each._replace(id=number), now)
+        return Acted(len(hosts), not_found)
 
     def census(self, owner: Owner) -> Counter[tuple[str, str]]:
         """How many hosts each organization that is in sight has in each status, as reported."""
@@ -5933,9 +5957,9 @@ class Hosts(Rules):
 
     def list(self, call: Call, now: int) -> Any:
         """values: organization, status (some), address (a network), q, label (values of a
-        LabelFilter), label! (the opposite), token, olderSeconds (since its status began), incident,
-        sort (of ORDERS, or enrolledAt). The call while incidents are found. Raises InvalidQuery,
-        NotFound."""
+        LabelFilter), label! (the opposite), token, signingKey, olderSeconds (since its status
+        began), incident, sort (of ORDERS, or enrolledAt). The call while incidents are found.
+        Raises InvalidQuery, NotFound."""
         values, queries = call.values, self._queries
         period, is_wanted = self._registry.service.period(now), host_filter(values, now)
         incident, found = values.get("incident"), Page([])
@@ -5945,9 +5969,14 @@ class Hosts(Rules):
                 return call
         members = {host for it in found.items if it.id == incident for host in it.hosts}
 
+        kid = values.get("signingKey")
+        key = queries.signing_key_number(kid) or 0 if kid else None  # no key has 0
+
         def view(row: Union[Host, PlacedHost]) -> Optional[HostView]:
             host = row.host if isinstance(row, PlacedHost) else row
             if host is None or not is_wanted(host) or (incident and host.id not in members):
+                return None
+            if key not in (None, host.key_number):
                 return None
             return self._view(host, period, now, STATUS_NAMES[host.state])
 
@@ -5955,6 +5984,8 @@ class Hosts(Rules):
         read: Callable[[Owner, Any, int], Sequence[Any]] = partial(queries.newest, Host)
         if "token" in values:
             read = partial(queries.hosts_of_token, parse_id(values["token"]))
+        elif key is not None:
+            read = partial(queries.hosts_of_key, key)
         if sort != "enrolledAt":
             sorted_hosts = HostOrder(queries, sort, _asked_states(values))
             read, order = sorted_hosts.read, sorted_hosts.order
@@ -6129,7 +6160,7 @@ class Registry:
             if call.by.id >= 0:
                 self.api_keys.require_live(call.by, now)
             if call.named is not None:
-                call = call._replace(id=self.names.find(call.named).id)
+                call = call._replace(id=self.names.find(call.by.organization, call.named).id)
             outcome = call.operation.run(self, call, now)
         except BadRow as error:  # of this call, and not of the tick
             outcome = self.unavailable(error, writes=False)
@@ -10055,6 +10086,7 @@ FEED_CURSOR = Text(36, 18, "[0-9a-f]{16}-[0-9]{1,19}", "a cursor")
 AFTER_CHANGE = Text(36, 3, f"now|{FEED_CURSOR.pattern}", "a cursor, or now")
 AFTER_EVENT = Text(36, 1, "now|([0-9a-f]{16}-)?[0-9]{1,19}", "a cursor or number, or now")
 WAIT = Integer(WAIT_RANGE, "seconds")
+SINCE = Integer((0, EXPIRY_RANGE[1]), "seconds")
 SECRET_TEXT = Text(256, 1)
 LABELS = Labels()
 LABEL_FILTER = LabelFilter()
@@ -10121,11 +10153,12 @@ ACTION_BODY = Schema(
               hosts=ListOf(ID_TEXT, ACTED_AT_ONCE)), *MERGED_FIELDS)
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
 KEYS_QUERY = Schema(Field("organization", SLUG), *PAGE_FIELDS)
-TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES)), *PAGE_FIELDS)
+TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES), repeats=True), *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
     Field("status", Choice(*STATUSES), repeats=True), Field("organization", SLUG),
     Field("address", NETWORK), Field("label", LABEL_FILTER, repeats=True),
     Field("label!", LABEL_FILTER, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
+    Field("signingKey", Text(64, 1)),
     Field("olderSeconds", Integer((0, EXPIRY_RANGE[1]), "seconds")), Field("incident", FEED_CURSOR),
     Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0], Field("cursor", HOST_CURSOR))
 HOST_COUNTS = Schema(
@@ -10138,10 +10171,12 @@ TARGETS_QUERY = Schema(  # machines that are there
     Field("port", PORT), Field("port_label", Labels.KEY))
 DOWN_QUERY = Schema(Field("show", Labels.KEY, repeats=True))
 AUDIT_QUERY = Schema(
-    Field("organization", SLUG), Field("action", Choice(*ACTIONS)), Field("subject", Text(128)),
+    Field("organization", SLUG), Field("sinceSeconds", SINCE),
+    Field("action", Choice(*ACTIONS), repeats=True), Field("subject", Text(128)),
     Field("code", Text(64)), Field("after", AFTER_EVENT), Field("wait", WAIT), *PAGE_FIELDS)
 CHANGES_QUERY = Schema(
-    Field("after", AFTER_CHANGE), Field("wait", WAIT), Field("organization", SLUG),
+    Field("sinceSeconds", SINCE), Field("after", AFTER_CHANGE),
+    Field("wait", WAIT), Field("organization", SLUG),
     Field("status", Choice(*CHANGED_TO), repeats=True), Field("label", LABEL_FILTER, repeats=True),
     Field("host", ID_TEXT), PAGE_FIELDS[0])
 ORGANIZATION_BODY = Schema(*required(name=SLUG))
@@ -10579,6 +10614,7 @@ class Inventory:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self.groups: dict[str, list[str]] = {}
+        self.at = 0  # of the last slice, in Unix ms
 
 
 def _inventory(
@@ -10589,18 +10625,23 @@ def _inventory(
     a page of them. Raises InvalidQuery, NotFound."""
     made = call.values.get("made")
     if made is None:
-        if len(registry.inventories) >= INVENTORIES_AT_ONCE:
+        # One whose caller has gone, or was refused, goes on no more.
+        times = [each.at for each in registry.inventories]
+        if sum(0 <= now - at < INVENTORY_LEFT for at in times) >= INVENTORIES_AT_ONCE:
             return call
         made = Inventory()
         registry.inventories.add(made)
         call = call._replace(values={**call.values, "made": made, "limit": LISTED_AT_ONCE})
+    made.at = now
     page = registry.hosts.list(call, now)
     for view in page.items:
         put(made, view, registry, call)
     if len(made.hosts) > INVENTORY_HOSTS or sum(map(len, made.hosts)) > INVENTORY_BYTES:
+        registry.inventories.discard(made)
         most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
         raise InvalidQuery(f"These are more than {most}: filter by status, label or organization.")
     if page.next is None:
+        registry.inventories.discard(made)
         return text(made)
     return call._replace(values={**call.values, "cursor": page.next})
 
@@ -11063,6 +11104,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "nextHeartbeatSeconds": ("when to send the next", 29),
     "notFound": ("ids that are no host's", [AN_ID]),
     "number": ("1, 2, 3 ... without a gap", 7),
+    "signingKey": ("hosts whose last credential is of this signing key", "5b1c09d2f3a4e687"),
+    "sinceSeconds": ("what came in so many seconds until now", 3600),
     "olderSeconds": ("hosts whose status began so long ago or earlier", 86400),
     "organization": ("of this organization alone", AN_ORGANIZATION),
     "organizationId": ("whose it is; null: it is for all", AN_ORGANIZATION),
@@ -13296,7 +13339,9 @@ def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) 
 
 
 def one_of(*words: str) -> Any:
-    return matching("|".join(words), f"is not one of {', '.join(words)}")
+    check = matching("|".join(words), f"is not one of {', '.join(words)}")
+    check.words = words  # for the completion of a shell
+    return check
 
 
 number = matching("[0-9]{1,9}", "is not a number", int)
@@ -13755,8 +13800,8 @@ class Session(NamedTuple):
     @property
     def asks(self) -> bool:
         """Whether somebody at a terminal is asked before the command destroys something."""
-        destroys = self.command.name in DESTRUCTIVE
-        return destroys and not self.arguments.yes and is_at_terminal()
+        is_destructive = self.command.name in DESTRUCTIVE
+        return is_destructive and not self.arguments.yes and is_at_terminal()
 
     def named(self, word: str) -> Named:
         """What the command is about. Where it destroys, only a person who is asked may type less
@@ -13855,7 +13900,8 @@ def refusal_of_strangers(folder: str) -> str:
 # What the command line calls those members of bodies and queries that it names otherwise.
 OPTION_NAMES = {
     "intervalSeconds": "interval", "label": "where", "labels": "label", "maxUses": "max_uses",
-    "mutedUntil": "mute", "ephemeralSeconds": "ephemeral", "olderSeconds": "older",
+    "signingKey": "signing_key", "sinceSeconds": "since", "mutedUntil": "mute",
+    "ephemeralSeconds": "ephemeral", "olderSeconds": "older",
     "organization": "org", "organizationId": "org", "ttlSeconds": "ttl", "withHosts": "with_hosts",
     "withKeys": "with_keys",
 }  # fmt: skip
@@ -13866,6 +13912,8 @@ def typed_values(operation: Operation, arguments: argparse.Namespace, now: int) 
     schema = operation.query if operation.body is None else operation.body
     names = [name for name in schema.fields if name not in ("limit", "cursor")]
     options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
+    if getattr(arguments, "down", False) and "status" in options:
+        options["status"] = [*(options["status"] or ()), *DOWN]
     typed: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     if operation.body is None:
         lists = {name: v if isinstance(v, list) else [v] for name, v in typed.items()}
@@ -13905,7 +13953,10 @@ def user_name(environment: Mapping[str, str]) -> str:
 
 SERVICE_RULE = InternalRule(lambda registry, call, now: registry.queries.service(), writes=False)
 CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
-LOOK_UP = InternalRule(lambda registry, call, now: registry.names.find(call.named), writes=False)
+LOOK_UP = InternalRule(  # the row of a call that is named
+    lambda registry, call, now: registry.names.find(ALL_ORGANIZATIONS, cast("Named", call.named)),
+    writes=False,
+)
 DESTRUCTIVE = ("delete-host", "revoke-host", "revoke-token", "revoke-api-key", "retire-signing-key")
 
 
@@ -13917,6 +13968,24 @@ def show(session: Session) -> None:
         session.report(document, shown, command.outcome.format(**document))
     else:
         session.report(document, describe(document, session.now(), session.screen))
+
+
+def show_host(session: Session) -> None:
+    """What a host is and why, in a headline and a reason; the facts that it has; its last events,
+    as far as one page of the log reaches."""
+    call, now = session.call(), session.now()
+    with session.open(purpose="read") as registry:
+        host = session.document(registry.perform(call, now))
+        asked = {"subject": f"host:{host['id']}", "limit": HISTORY_SHOWN}
+        events = registry.perform(Call(OPERATION["show-audit"], call.by, values=asked), now).items
+    status, told = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
+    age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
+    facts = {name: value for name, value in host.items() if name not in told and value}
+    lines = [f"{plain_text(host['name'])}: {session.screen.paint(status, status)}{age}"]
+    lines += [host["statusReason"], *host["warnings"], "", describe(facts, now, session.screen)]
+    history = Table(("when", "action", "code", "actor", "address"), session.screen, False)
+    lines += ["", "last events:", history.add(list(map(EVENT.of, events)), now)] if events else []
+    session.report(host, "\n".join(lines))
 
 
 def delete_host(session: Session) -> None:
@@ -13995,14 +14064,20 @@ def mint_token(session: Session) -> None:
         service = registry.perform(CURRENT_SERVICE, session.now())
     output_secret(session, token, "token", "token")
     if not session.arguments.json:
+        place, is_person = service_place(service), is_at_terminal()
+        if service is None and is_person:
+            inform("no server has run on this database yet: serve starts one")
         warn_of_stop(service, session.now())
-        place = service_place(service)
         uses = "1 use" if token["maxUses"] == 1 else f"{token['maxUses']} uses"
+        expiry = relative_time(token["expiresAt"], session.now())
         inform(
-            f"token {token['id']} of {token['organizationId']}: {uses}, until {token['expiresAt']}",
+            f"token {token['id']} of {token['organizationId']}: {uses}, expires {expiry}",
             "enroll with it, on the host:",
             join_command(place.url, place.pin, token["token"]),
         )
+        if is_person:
+            inform("it ends with its terminal; with --install at the end root makes it a service,",
+                   "or where there is no systemd gets a line for cron")  # fmt: skip
 
 
 def mint_api_key(session: Session) -> None:
@@ -14046,27 +14121,79 @@ def list_items(session: Session) -> None:
     if name == "tokens" and arguments.org is not None:  # a parameter that HTTP does not have
         asked = OPERATION["list-hosts"].query.parse([("organization", arguments.org)])
         call = call._replace(values={**call.values, **asked})
+    form, counts = "json" if arguments.json else arguments.form or "table", Counter[str]()
+    is_screen = form == "table" and session.screen.columns is not None
+    wants_all = arguments.all or getattr(arguments, "follow", False)
+    is_part = is_screen and not (wants_all or getattr(arguments, "limit", None))
+    if is_part:
+        arguments.limit = PAGE_DEFAULT
     with session.open(purpose="read") as registry:
         batches = pages(session, registry, call)
         first = next(batches, [])
-        batches, table = chain([first], batches), Table(session.operation.columns, session.screen)
-        lines: Iterator[str] = (f"{table.add(each, session.now())}\n" for each in batches)
-        if arguments.json:
-            lines = json_list(name, batches)
-            if name == "changes" or "after" in call.values:
-                lines = (f"{json.dumps(document)}\n" for document in chain.from_iterable(batches))
+        is_feed = name == "changes" or "after" in call.values
         try:
-            for text in lines:
+            for text in listed(session, chain([first], batches), form, is_feed, counts):
                 print(text, end="", flush=True)
         except BrokenPipeError:  # its reader has read enough
             discard(sys.stdout)
             return
         service = registry.perform(CURRENT_SERVICE, session.now())
-    if not arguments.json and not first and name in ("hosts", "tokens"):
+    if is_screen and counts:
+        has_more = is_part and sum(counts.values()) == PAGE_DEFAULT
+        inform(tally(name, counts) + ("; --all shows all" if has_more else ""))
+    if form == "table" and not first and name in ("hosts", "tokens"):
         hint = "yet: mint-token makes a token, and prints how a host enrolls with it"
         inform(f"no such {name[:-1]}" if call.values else f"no {name[:-1]} {hint}")
-    if not arguments.json and name == "hosts":
+    if form == "table" and name == "hosts":
         warn_of_stop(service, session.now())
+
+
+def listed(
+    session: Session, batches: Iterable[list[dict[str, Any]]], form: str, is_feed: bool,
+    counts: Counter[str],
+) -> Iterator[str]:  # fmt: skip
+    """The text of a list in the form that -o names; of a table, counts has the states."""
+    operation, documents = session.operation, chain.from_iterable(batches)
+    if form == "table":
+        table = Table(operation.columns, session.screen)
+        for each in batches:
+            counts.update(one.get("status") or one.get("state") or "" for one in each)
+            yield f"{table.add(each, session.now())}\n"
+    elif form == "csv":
+        members = list(cast("Document", operation.answer).schema.fields)
+        yield csv_line(members)
+        yield from (csv_line([each.get(it) for it in members]) for each in documents)
+    elif form == "name":  # what is typed again
+        members = ["name", "kid", "id", "number", "cursor"]
+        names = (next(filter(None, map(each.get, members))) for each in documents)
+        yield from (f"{plain_text(name)}\n" for name in names)
+    elif is_feed:
+        yield from (f"{json.dumps(document)}\n" for document in documents)
+    else:
+        yield from json_list(operation.list_of, batches)
+
+
+def tally(name: str, counts: Mapping[str, int]) -> str:
+    """How many items a list has, and how many of them in each state."""
+    total, noun = sum(counts.values()), words_of(name)
+    order = filter(counts.get, dict.fromkeys((*TROUBLES, *STATUSES, *filter(None, counts))))
+    states = ", ".join(f"{counts[state]:,} {state}" for state in order)
+    return f"{total:,} {noun[:-1] if total == 1 else noun}" + (states and f": {states}")
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # where a spreadsheet runs what a cell says
+
+
+def csv_line(values: Iterable[Any]) -> str:
+    """By RFC 4180. Machines say what they are called, so no cell begins as a formula does."""
+    cells, line = [], io.StringIO()
+    for value in values:
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        text = "" if text in (None, {}) else text
+        text = text if isinstance(text, str) else plain_text(text)
+        cells.append("'" * text.startswith(FORMULA) + (text and plain_text(text)))
+    csv.writer(line).writerow(cells)
+    return line.getvalue()
 
 
 def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dict[str, Any]]]:
@@ -14406,6 +14533,38 @@ def print_unit(session: Session) -> None:
             inform(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
 
 
+# No names of hosts: machines say them, and compgen expands its words as a shell does.
+COMPLETION = string.Template("""\
+_hostenroll() {
+  local words="" word="$${COMP_WORDS[COMP_CWORD]}" before=""
+  [ "$$COMP_CWORD" = 1 ] || before="$${COMP_WORDS[1]} $${COMP_WORDS[COMP_CWORD-1]} "
+  case "$$before" in
+    "" | "help help ") words="$commands" ;;
+$cases
+  esac
+  COMPREPLY=($$(compgen -W "$$words" -- "$$word"))
+}
+complete -o default -F _hostenroll hostenroll hostenroll.py
+""")
+ZSH_COMPLETION = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
+
+
+def print_completion(session: Session) -> None:
+    """Commands, their options, and the words that these take; else the shell completes files."""
+    lines = []
+    for command in COMMANDS:
+        for argument in command.arguments:
+            before = argument.name if argument.name.startswith("-") else command.name
+            if words := " ".join(getattr(argument.options.get("type"), "words", ())):
+                lines += [f'    "{command.name} {before} ") words="{words}" ;;']
+        names = " ".join(each.name for each in command.arguments if each.name.startswith("-"))
+        lines += [f'    "{command.name} "*) words="{names}" ;;']
+    commands = " ".join(("help", *(command.name for command in COMMANDS)))
+    is_zsh = session.arguments.shell == "zsh"
+    text = COMPLETION.substitute(commands=commands, cases="\n".join(lines))
+    output((ZSH_COMPLETION if is_zsh else "") + text, end="")
+
+
 def make_cert(session: Session) -> None:
     arguments = session.arguments
     names = [subject_alternative_name(name) for name in arguments.name]
@@ -14600,9 +14759,11 @@ def option(name: str, metavar: Optional[str], help: str = "", type: Any = str, d
     return Argument(name, options, group)
 
 
-def choice(name: str, metavar: str, words: Sequence[str], default: str = "") -> Argument:
-    help = ", ".join(words) + (" (%(default)s)" if default else "")
-    return option(name, metavar, help, one_of(*words), default or None)
+def choice(
+    name: str, metavar: str, words: Sequence[str], default: str = "", **more: Any
+) -> Argument:
+    end = " (%(default)s)" if default else "; repeatable" if "action" in more else ""
+    return option(name, metavar, ", ".join(words) + end, one_of(*words), default or None, **more)
 
 
 def flag(name: str, help: str, group: str = "", **more: Any) -> Argument:
@@ -14657,19 +14818,25 @@ ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or what it begins with, 6
 HOST_HELP = "its name, hostname or id, or what that begins with, 6 digits or more"
 HOST_OPERAND = Argument("id", {"metavar": "HOST", "help": HOST_HELP})
 YES_OPTION = flag("--yes", "do not ask")
-JSON_OPTION = flag("--json", "print JSON, in the API's shapes")
+JSON_OPTION = flag("--json", "print JSON, in the API's shapes", "form")
+LIST_OPTIONS = (
+    choice("-o", "FORMAT", ("table", "csv", "json", "name"), dest="form", group="form"),
+    flag("--all", "more than a page of it, on a terminal"))
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
+SINCE_OPTION = option("--since", "TIME", "what came in so long a time until now",
+                      lambda text: str(duration(text)))
 FEED_OPTIONS = (
     option("--after", "CURSOR", "the oldest first, from this on; now: what comes"),
     flag("--follow", "go on for ever; with --json, a line for each"))
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
 WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
                          const="true")
-STATUS_OPTION = option("--status", "STATUS", ", ".join(STATUSES) + "; repeatable",
-                       one_of(*STATUSES), action="append")
+STATUS_OPTION = choice("--status", "STATUS", STATUSES, action="append")
 FILTERS = (
-    ORG_OPTION, STATUS_OPTION, option("--token", "ID", "that came in by this token"),
+    ORG_OPTION, STATUS_OPTION, flag("--down", "offline or missing"),
+    option("--signing-key", "KID", "with a credential of this key"),
+    option("--token", "ID", "that came in by this token"),
     option("--older", "TIME", "whose status began so long ago", lambda text: str(duration(text))),
     option("--incident", "ID", "that fell silent in it"))
 MANY_ARGUMENTS = (
@@ -14700,7 +14867,8 @@ class Command(NamedTuple):
 
     @property
     def arguments(self) -> Sequence[Argument]:
-        return (*self.own_arguments, *self.shared)
+        lists = LIST_OPTIONS if self.run is list_items else ()
+        return (*self.own_arguments, *lists, *self.shared)
 
     @property
     def operands(self) -> list[str]:
@@ -14733,7 +14901,8 @@ GROUPS = {
             option("--ephemeral", "TIME", "delete its hosts when silent for so long", silence),
             INTERVAL_OPTION)),
         Command("list-tokens", "list-tokens --state valid", list_items, (
-            ORG_OPTION, choice("--state", "STATE", TOKEN_STATES), LIMIT_OPTION)),
+            ORG_OPTION, LIMIT_OPTION,
+            choice("--state", "STATE", TOKEN_STATES, action="append"))),
         Command("agent-command", "agent-command", agent_command,
                 own_summary="print the command that updates or moves enrolled agents"),
         by_id("show-token"),
@@ -14749,11 +14918,12 @@ GROUPS = {
             choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
             option("--address", "CIDR", "of this address or network"), LIMIT_OPTION)),
         Command("list-changes", "list-changes --status offline --label rack=b4", list_items, (
-            ORG_OPTION, option("--status", "STATUS", "what it became; repeatable", action="append"),
+            ORG_OPTION, SINCE_OPTION,
+            option("--status", "STATUS", "what it became; repeatable", action="append"),
             option("--label", "K=V", "with this label: also K; repeatable", action="append",
                    dest="where"),
             option("--host", "ID", "only this one"), *FEED_OPTIONS)),
-        by_id("show-host", arguments=(HOST_OPERAND,)),
+        by_id("show-host", run=show_host, arguments=(HOST_OPERAND,)),
         Command("inventory", "inventory --list --status online", print_inventory, (
             flag("--list", "all hosts (this is the default)", "what"),
             option("--host", "NAME", "the variables of this host", group="what"),
@@ -14814,7 +14984,8 @@ GROUPS = {
     ),
     "operate": (
         Command("show-audit", "show-audit --action refuse --limit 20", list_items, (
-            ORG_OPTION, choice("--action", "ACTION", ACTIONS),
+            ORG_OPTION, SINCE_OPTION,
+            choice("--action", "ACTION", ACTIONS, action="append"),
             option("--subject", "KIND:ID", "as in host:0ca4f1b28e3d7a95"),
             option("--code", "CODE", "of a refusal"), LIMIT_OPTION, *FEED_OPTIONS)),
         Command("verify-audit", "verify-audit", check_audit, (
@@ -14872,6 +15043,10 @@ GROUPS = {
             Argument("words", {"metavar": "OPTION", "nargs": "*", "help": "of watch, behind --"}),
             flag("--dynamic-user", "let systemd make the user of the service when it starts")),
                 own_summary="print a systemd unit", shared=()),
+        Command("completion", "completion bash", print_completion, (
+            Argument("shell", {"metavar": "SHELL", "type": one_of("bash", "zsh"),
+                               "help": "bash or zsh"}),),
+                own_summary="print the completion for a shell to eval", shared=()),
         Command("schema", "schema", lambda session: output(SCHEMA, end=""),
                 own_summary="print the database's schema", shared=()),
         Command("openapi", "openapi",
@@ -14911,7 +15086,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises SystemExit. A value that was not typed came from the environment."""
-        name, colon, rest = re.sub("argument (?=--)", "", message).partition(": ")
+        name, colon, rest = re.sub("argument (?=-)", "", message).partition(": ")
         name = name if name in self._typed else self.variables.get(name, name)
         text = f"{name}{colon}{rest}".replace("the following arguments are required:", "this needs")
         complain(f"{text} (see: {self.prog} --help)")
@@ -14930,7 +15105,7 @@ def make_parser(
         prog=program,
         usage="%(prog)s COMMAND ...",
         description="\n".join(overview),
-        epilog="COMMAND --help says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
+        epilog="help COMMAND says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
         f"sets --db, --key-file and the options of serve.\n\n{EXIT_STATUSES}",
     )
     version = "the version, and the SHA-256 of this file"
@@ -14969,6 +15144,7 @@ def parse_arguments(
     words: Sequence[str], environment: Mapping[str, str], program: str = "hostenroll"
 ) -> argparse.Namespace:
     """Raises SystemExit, after help, or a line about what is wrong."""
+    words = [*words[1:2], "--help"] if words[:1] in (["help"], ("help",)) else words
     parser, parsers = make_parser(words, program, environment)
     if not words:
         inform(parser.format_help().rstrip("\n"))
