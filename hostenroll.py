@@ -307,7 +307,7 @@ LOST_NAMED = 10  # of these hosts
 # HTTP messages.
 HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one such, and what proxies add
 FIELDS_MAXIMUM = 100  # as Apache's LimitRequestFields
-PARAMETERS_MAXIMUM = 64  # REPEATS_MAXIMUM labels, and every other parameter there is
+PARAMETERS_MAXIMUM = 64  # labels and whatever else; no list needs more
 BODY_MAXIMUM = 64 * 1024  # the largest valid one in UTF-8, a host's 32 longest labels, has 35 KiB
 AGENT_BODY_MAXIMUM = 8 * 1024  # anybody can have one read; the largest valid one has 3.5 KiB
 AGENT_BRACKETS_MAXIMUM = 8  # { and [ in it: an agent sends one, and thousands are slow to read
@@ -732,8 +732,8 @@ Forbidden = _refusal("forbidden", 403, "The API key may not do this",
 # Limits and troubles. An address with too many wrong secrets gets too-many-requests in place of
 # token-unknown and api-key-invalid (RFC 6585 section 4); a good one is let in from there as ever.
 TooManyRequests = _refusal("too-many-requests", 429, "Too many requests",
-    "Too many wrong secrets came from this address. Send a good one, or try again after the time "
-    "that Retry-After names.", is_audited=True, retry_after=MINUTE)
+    "Try again after the time that Retry-After names. After wrong secrets from this address a good "
+    "one is accepted at once.", is_audited=True, retry_after=MINUTE)
 Overloaded = _refusal("overloaded", 503, "The server is overloaded", RETRY_LATER, Unframed,
     retry_after=RETRY_AFTER)
 StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot be used now",
@@ -4125,12 +4125,12 @@ class AuditLog(Rules):
         Raises InvalidQuery, NotFound, ChangesPruned."""
         asked = [call.values.get(name) for name in ("subject", "code")]
         asked.append(call.values.get("organization", call.by.organization))
-        actions, queries = call.values.get("action", ACTIONS), self._queries
+        actions, queries = call.values.get("action"), self._queries
         since = now - call.values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(event: Event) -> Optional[EventView]:
             pairs = zip(asked, (event.subject, event.code, event.organization_id))
-            is_asked = event.action in actions and event.at >= since
+            is_asked = (actions is None or event.action in actions) and event.at >= since
             is_asked &= all(wanted in (None, own) for wanted, own in pairs)
             return event_view(event, called) if is_asked else None
 
@@ -5075,7 +5075,10 @@ class IncidentLog(Rules):
         for outlook.last, labels, address in rows:
             outlook.shares.update(outlook.asked.intersection(traits_of(labels, address)))
         outlook.hosts += len(rows)
-        return len(rows) < LOOKED_AT_ONCE
+        if len(rows) < LOOKED_AT_ONCE:
+            return True
+        outlook.counted_at = now  # its time begins at the end, or a slow pass would never have one
+        return False
 
 
 class Organizations(Rules):
@@ -5163,12 +5166,15 @@ class ApiKeys(Rules):
         key, keys = self._own(call, ApiKey), []
         if call.values.get("withKeys") == "true":
             keys = self._queries.live_keys_of(key.id, now, ACTED_AT_ONCE)
+        has_more = len(keys) == ACTED_AT_ONCE
         for each in (*keys, key):
             if each.id == call.by.id and call.values.get("self") != "true":
                 raise Conflict("This would revoke the API key that asks: say so with self=true.")
+            if has_more and each.id == call.by.id:  # it has to be good in the next tick, too
+                continue
             if self._queries.revoke(ApiKey, each.id, now):
                 self._record("revoke", call.by.name, each)
-        if len(keys) == ACTED_AT_ONCE:
+        if has_more:
             return call
         return ApiKeyView(key._replace(revoked_at=key.revoked_at or now), "revoked")
 
@@ -5657,7 +5663,8 @@ class Heartbeats(Rules):
         host = self._queries.get(Host, number)
         if host is None:
             feed = self._queries.feed()
-            is_lost = now < feed.lost_until and number > feed.newest_host
+            after = first_id(feed.lost_until - LOST_WAIT * SECOND_MS + 1)  # of who came since
+            is_lost = now < feed.lost_until and feed.newest_host < number < after
             raise (HostLost() if is_lost else HostUnknown()).with_audit(name, name, owner)
         if serial < host.serial:
             detail = {"serial": serial, "newest": host.serial, "newestIssuedTo": host.issued_to}
@@ -5969,7 +5976,7 @@ class Hosts(Rules):
                 return call
         members = {host for it in found.items if it.id == incident for host in it.hosts}
 
-        kid = values.get("signingKey")
+        owner, kid = self._scope(call, InvalidQuery, "organization"), values.get("signingKey")
         key = queries.signing_key_number(kid) or 0 if kid else None  # no key has 0
 
         def view(row: Union[Host, PlacedHost]) -> Optional[HostView]:
@@ -5984,14 +5991,14 @@ class Hosts(Rules):
         read: Callable[[Owner, Any, int], Sequence[Any]] = partial(queries.newest, Host)
         if "token" in values:
             read = partial(queries.hosts_of_token, parse_id(values["token"]))
-        elif key is not None:
+        elif key is not None and owner is ALL_ORGANIZATIONS:  # else others' may be all of them
             read = partial(queries.hosts_of_key, key)
         if sort != "enrolledAt":
             sorted_hosts = HostOrder(queries, sort, _asked_states(values))
             read, order = sorted_hosts.read, sorted_hosts.order
         page = self._page(call, read, view, order=order)
         counts = dict.fromkeys(STATUSES, 0)
-        census = self.census(values.get("organization", call.by.organization))
+        census = self.census(owner)
         for (_, status), hosts in census.items():
             counts[status] += hosts
         return page._replace(more={"counts": counts})
@@ -6735,7 +6742,7 @@ def examine(
             feed = Queries(engine).feed() if is_ours else None
             if feed and now < feed.lost_until:
                 text = f"until {rfc3339(feed.lost_until)}, or accept-history, lost hosts wait"
-                yield Finding("restore", True, f"{text}: {feed.lost or 'how many is not known'}")
+                yield Finding("restore", True, f"{text}: {feed.lost or 'none is known'}")
             name = "certificate"
             service = Queries(engine).service() if is_ours else None
             if service and (ends := service.certificate_ends):
@@ -8082,7 +8089,8 @@ seal() {
         [ -L "$state/service" ] || take_back "$state/service"
         rm -rf "${STATE%/*}/private/${STATE##*/}"
     fi
-    rm -f "$state/credential" "$state/credential.new" "$state/facts" "$state/enrolling" ||
+    rm -f "$state/credential" "$state/credential.new" "$state/facts" "$state/facts.new" \
+        "$state/enrolling" "$state/enrolling.new" ||
         end 1 "cannot write in $state"
     end 0 "sealed: each machine that starts with this image needs a token"
 }
@@ -9150,8 +9158,7 @@ const lists = {
       ["Last seen", (host) => [quiet(lastSeen(host))]],
       ["Address", (host) => some(host.address ?? host.enrolledFrom, mono)],
       ["Labels", (host) => labelLinks(host.labels, {tabindex: -1})],
-      ["System", (host) => [quiet(systemName(host))]],
-      ORGANIZATION,
+      ["System", (host) => [quiet(systemName(host))]], ORGANIZATION,
       ["Enrolled", (host) => [quiet(when(host.enrolledAt, "date"))],
         [sorted("Enrolled", "enrolledAt")]],
     ],
@@ -9833,6 +9840,7 @@ function start() {
 // Navigation.
 
 function route() {
+  if (/^#key=hak_[!-~]+$/.test(location.hash)) return location.reload(); // start() takes it
   if (!me) return;
   const {view, asked} = here();
   const id = asked.get("host") ?? "";
@@ -10614,6 +10622,7 @@ class Inventory:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self.groups: dict[str, list[str]] = {}
+        self.length = 0  # of all of these texts
         self.at = 0  # of the last slice, in Unix ms
 
 
@@ -10625,7 +10634,7 @@ def _inventory(
     a page of them. Raises InvalidQuery, NotFound."""
     made = call.values.get("made")
     if made is None:
-        # One whose caller has gone, or was refused, goes on no more.
+        # One that was refused, or whose tick failed, goes on no more.
         times = [each.at for each in registry.inventories]
         if sum(0 <= now - at < INVENTORY_LEFT for at in times) >= INVENTORIES_AT_ONCE:
             return call
@@ -10636,7 +10645,7 @@ def _inventory(
     page = registry.hosts.list(call, now)
     for view in page.items:
         put(made, view, registry, call)
-    if len(made.hosts) > INVENTORY_HOSTS or sum(map(len, made.hosts)) > INVENTORY_BYTES:
+    if len(made.hosts) > INVENTORY_HOSTS or made.length > INVENTORY_BYTES:
         registry.inventories.discard(made)
         most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
         raise InvalidQuery(f"These are more than {most}: filter by status, label or organization.")
@@ -10657,6 +10666,7 @@ def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call)
         place = f"[{host['address']}]" if ":" in host["address"] else host["address"]
         labels = {f"__meta_hostenroll_{name}": text for name, text in host.items()}
         made.hosts.append(json_text({"targets": [f"{place}:{port}"], "labels": labels}))
+        made.length += len(made.hosts[-1])
 
 
 def inert(text: str) -> Any:
@@ -10678,8 +10688,10 @@ def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Ca
     made.hosts.append(f'"{name}":{json_text(variables)}')
     labels = stored_object(view.host.labels).items()  # of which two may have one variable
     groups = {clean_name(f"label_{key}_{text}") for key, text in labels}
-    for group in {*groups, *(f"{key}_{host[key]}" for key in ("status", "organization"))}:
-        made.groups.setdefault(clean_name(group), []).append(f'"{name}"')
+    groups.update(clean_name(f"{key}_{host[key]}") for key in ("status", "organization"))
+    for group in groups:
+        made.groups.setdefault(group, []).append(f'"{name}"')
+    made.length += len(made.hosts[-1]) + len(groups) * len(f'"{name}",')
 
 
 def _ansible_text(made: Inventory) -> str:
@@ -11956,7 +11968,9 @@ class Connections:
             return plain  # the output of TLS goes in front of the answer
         self.account(connection, connection.reader.buffered + tls.buffered)
         if tls.outgoing.pending:
-            self.push(connection, tls.outgoing.read(), connection.state)
+            state = connection.state
+            if not self.push(connection, tls.outgoing.read(), state) and state is HELD:
+                self.close(connection)  # what it is held for could not be sent either
         if tls.has_ended:
             self.close(connection)
         return b""
@@ -12075,7 +12089,7 @@ class HeldReads:
         assert connection is not None and isinstance(call, Call)
         values = {"until": since + call.values.get("wait", 0), **call.values}
         is_over = is_stopping or moment >= values["until"] or values.get("after") == "now"
-        if is_over or connection.state is CLOSED:
+        if is_over or connection.state not in (BUSY, HELD):
             return page
         if connection.state is not HELD:
             keys = [each.key for each in self._connections.within((HELD,))]
@@ -12144,6 +12158,8 @@ class Exchanges:
                 connection.reader.buffer += data
                 self._connections.account(connection, connection.reader.buffered)
                 self._connections.watch(connection, 0)
+            elif connection.state is not HELD:  # its TLS has failed: nothing can be answered
+                self._connections.close(connection)
         else:  # BUSY: what it sends now waits in its socket
             self._connections.watch(connection, 0)
 
@@ -12197,7 +12213,7 @@ class Exchanges:
             if reader.has_more:
                 self.ready.append(connection)
             elif is_new and reader.awaits_continue:
-                self._send(connection, CONTINUE, BODY)
+                self._connections.send(connection, CONTINUE, BODY)  # it is no answer
         elif reader.has_begun:
             self._connections.move(connection, HEAD)
         elif connection.state is BUSY:  # an empty line behind the request before
@@ -15106,7 +15122,8 @@ def make_parser(
         usage="%(prog)s COMMAND ...",
         description="\n".join(overview),
         epilog="help COMMAND says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
-        f"sets --db, --key-file and the options of serve.\n\n{EXIT_STATUSES}",
+        "sets --db, --key-file, --server, --api-key-file and the options\nof serve.\n\n"
+        f"{EXIT_STATUSES}",
     )
     version = "the version, and the SHA-256 of this file"
     parser.add_argument("--version", action="store_true", help=version)
