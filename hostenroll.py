@@ -834,7 +834,7 @@ class Text(FieldType):
             "type": "string",
             "minLength": self._minimum,
             "maxLength": self._maximum,
-            "pattern": f"^{self._pattern or PRINTABLE + '*'}$",
+            "pattern": f"^(?:{self._pattern or PRINTABLE + '*'})$",
             **self._more,
         }
 
@@ -10598,8 +10598,9 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
     """For Prometheus: a series of each host that is down, the latest first, and how many are not
     shown. values: show (labels). Raises InvalidQuery for two that would have one name: Prometheus
     would take no series at all."""
-    shown = {f"label_{clean_name(key)}": key for key in call.values.get("show", ())}
-    if len(shown) < len(call.values.get("show", ())):
+    asked = {*call.values.get("show", ())}
+    shown = {f"label_{clean_name(key)}": key for key in sorted(asked)}
+    if len(shown) < len(asked):
         raise InvalidQuery(errors=[FieldError("show", "names two labels that become one")])
     down = ["offline", "missing"]
     values = {"status": down, "sort": "attention", "limit": DOWN_SHOWN}
@@ -11098,8 +11099,7 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "ephemeralSeconds": ("of silence, after which a host is deleted; null: it is kept", 86400),
     "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
     "joinCommand": ("makes a machine a host, with TOKEN in place of a token", "curl ..."),
-    "label": ("hosts with this label, or one of this name; may come more than once", "rack=b4"),
-    "label!": ("hosts without; may come more than once", "rack=b4"),
+    "label": ("with this label, or one of this name; label!=rack=b4: without; repeats", "rack=b4"),
     "labels": ("key and value, for people and tools", {"rack": "b4"}, {}),
     "EditHostPatch.labels": ("labels to set, or with null to remove; null: all", {"rack": None}),
     "ActOnHostsRequest.labels": ("labels to set, or with null to remove", {"rack": None}),
@@ -11211,6 +11211,8 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
     ):
         for parameter in schema.parameters(place):
             name, one = parameter["name"], parameter.pop("schema")
+            if name == "label!":  # generators of clients make one name of it and label
+                continue
             described = _described(operation.name, name, one, True)
             text, (example,) = described.pop("description"), described.pop("examples")
             yield {**parameter, "description": text, "schema": described, "example": example}

@@ -16580,8 +16580,11 @@ def test_prometheus_gets_a_series_of_each_host_that_is_down(world, monkeypatch):
         labels = ",".join(f'{key}="{value}"' for key, value in pairs.items())
         assert f"hostenroll_host_down{{{labels}}} 1\n" in text
     assert world.ask("GET", "/metrics/hosts?show=a-b").document.count('label_a_b=""') == 2
-    for query in ("show=a-b&show=a.b", "show=role&show=role"):
-        assert world.ask("GET", f"/metrics/hosts?{query}").code == "invalid-query"
+    assert world.ask("GET", "/metrics/hosts?show=a-b&show=a.b").code == "invalid-query"
+    twice, once = (
+        world.ask("GET", f"/metrics/hosts?{'&'.join(['show=role'] * n)}") for n in (2, 1)
+    )
+    assert twice == once and once.status == 200
     world.sql("UPDATE host SET muted_until = ?", world.clock.ms + 1)
     assert world.ask("GET", "/metrics/hosts").document.count('muted="true"') == 2
     monkeypatch.setattr(hostenroll, "DOWN_SHOWN", 1)
@@ -16828,6 +16831,8 @@ def test_each_member_and_parameter_is_described_with_an_example_that_fits():
             for value in [example, *default]:
                 field.type.check(value)
         for name, field in row.query.fields.items():
+            if name == "label!":
+                continue
             _, example, *default = hostenroll.MEANINGS.get(f"{row.name}.{name}") or (
                 hostenroll.MEANINGS[name])  # fmt: skip
             for value in [example, *default]:
@@ -16945,8 +16950,9 @@ checks.use_after_free.enabled = false
 """
 # It tries wrong keys too, more than one client may in a minute. Behind a trusted proxy each request
 # is another client's, and every wrong key is to be refused as one. No schema can say how many
-# brackets the body of an agent has, what an address is, or that only edits take labels; and its
-# patterns have no character beyond U+FFFF.
+# brackets the body of an agent has, what an address or a good cursor is, or that only edits take
+# labels; its patterns have no character beyond U+FFFF. Its examples are of one parameter each, and
+# not of all of them at once.
 SCHEMATHESIS_HOOKS = """
 import ipaddress, itertools, json, schemathesis
 clients = map(ipaddress.ip_address, itertools.count(10 << 24))
@@ -16959,8 +16965,12 @@ def filter_case(context, case):
     text = json.dumps(text, default=str, ensure_ascii=False)
     if any("\\U000E0000" <= character <= "\\U000E0FFF" for character in text):
         return False
+    query, body = case.query or {}, case.body if isinstance(case.body, dict) else {}
     if case.path.endswith("/actions"):
-        return '"edit"' in text or not ('"labels"' in text or '"intervalSeconds"' in text)
+        only = '"labels"', '"intervalSeconds"', '"mutedUntil"'
+        return '"edit"' in text or not any(name in text for name in only)
+    if "ephemeralSeconds" in body or {"cursor", "after", "wait"}.intersection(query):
+        return False
     try:
         ipaddress.ip_network((case.query or {}).get("address", "::"), strict=False)
     except Exception:
@@ -16987,6 +16997,7 @@ def test_schemathesis_finds_nothing(tmp_path):
         command = [
             beside_python("schemathesis"), "--config-file", "schemathesis.toml", "run", "--checks",
             "all", "--seed", "1", "--max-examples", "50", "--generation-database", "none",
+            "--phases", "coverage,fuzzing,stateful",
             f"{server.url}/openapi.json",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
