@@ -10642,18 +10642,22 @@ def _inventory(
         made = Inventory()
         registry.inventories.add(made)
         call = call._replace(values={**call.values, "made": made, "limit": LISTED_AT_ONCE})
-    made.at = now
-    page = registry.hosts.list(call, now)
-    for view in page.items:
-        put(made, view, registry, call)
-    if len(made.hosts) > INVENTORY_HOSTS or made.length > INVENTORY_BYTES:
-        registry.inventories.discard(made)
-        most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
-        raise InvalidQuery(f"These are more than {most}: filter by status, label or organization.")
-    if page.next is None:
-        registry.inventories.discard(made)
-        return text(made)
-    return call._replace(values={**call.values, "cursor": page.next})
+    made.at, goes_on = now, False
+    try:
+        page = registry.hosts.list(call, now)
+        for view in page.items:
+            put(made, view, registry, call)
+        if len(made.hosts) > INVENTORY_HOSTS or made.length > INVENTORY_BYTES:
+            most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
+            remedy = "filter by status, label or organization"
+            raise InvalidQuery(f"These are more than {most}: {remedy}.")
+        if page.next is None:
+            return text(made)
+        goes_on = True
+        return call._replace(values={**call.values, "cursor": page.next})
+    finally:  # also when it is refused: whoever keeps the refusal keeps what was made
+        if not goes_on:
+            registry.inventories.discard(made)
 
 
 def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:

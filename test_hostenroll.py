@@ -480,7 +480,9 @@ class ApiDoor(Door):
     def _reply(self, outcome, work):
         is_answer = isinstance(outcome, hostenroll.Response)
         response = outcome if is_answer else self.api.answer(work, outcome)
+        slices = itertools.count()
         while response is None:  # some calls go in slices, one in a tick
+            assert next(slices) < 10_000, "it goes on for ever"
             (outcome,) = self.api.registry.run([outcome], self.clock.ms)
             response = self.api.answer(work, outcome)
         headers = {name.lower(): value for name, value in response.headers}
@@ -16557,6 +16559,14 @@ def test_few_inventories_are_made_at_once_and_no_key_is_heard_after_its_end(worl
         assert len(world.registry.inventories) == 2  # calls has what was refused
     world.advance(0.001)
     assert inventory(world)[0]
+
+
+def test_a_refused_inventory_keeps_nobody_waiting(world):
+    call = world.admit(request_bytes("GET", "/api/inventory/ansible", bearer=world.api_key))
+    asked = call._replace(values={"organization": "nothing"})
+    refused = [world.run(asked)[0] for _ in range(hostenroll.INVENTORIES_AT_ONCE + 1)]
+    assert {type(problem) for problem in refused} == {hostenroll.InvalidQuery}  # and are kept
+    assert inventory(world) == ({}, {})
 
 
 def down_hosts(door, query=""):
