@@ -1100,13 +1100,6 @@ class Schema:
         """Where the schema stands in an OpenAPI document; the schema, if it has no name."""
         return {"$ref": f"#/components/schemas/{self.name}"} if self.name else self.json_schema()
 
-    def parameters(self, place: str) -> list[dict[str, Any]]:
-        """The same as parameters of OpenAPI 3.1, in a place: query, header or path."""
-        return [
-            {"name": f.name, "in": place, "required": f.required, "schema": f.parameter_schema()}
-            for f in self.fields.values()
-        ]
-
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
@@ -2805,7 +2798,8 @@ class Engine(Database):
             self.run("BEGIN")
             return True
         if not self.lock.try_acquire():
-            self._waits_for = f"another process is writing to {self.path}"
+            # A process of ours may just be looking whether another program still writes.
+            self._waits_for = self._waits_for or f"another process is writing to {self.path}"
             return False
         synchronous = "FULL" if durable else "NORMAL"
         if synchronous != self._synchronous:  # inside a transaction it is an error
@@ -2820,6 +2814,7 @@ class Engine(Database):
             self._checkpoints.release_reader()
             self.lock.release()
             return False
+        self._waits_for = ""
         return True
 
     def require_durable(self) -> None:
@@ -8161,6 +8156,7 @@ ExecStart=/bin/sh $PROGRAM $(service_arguments)
 EnvironmentFile=-$STATE/proxy
 Restart=always
 RestartSec=60
+IgnoreSIGPIPE=no
 StateDirectory=${STATE##*/}/service
 
 $runs_as
@@ -8197,8 +8193,9 @@ main() {
     LC_ALL=C
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
-    trap '' PIPE # of a log that has ended
+    trap : PIPE # of a log that has ended. Tools have the default: cut off, they end without a word
     read_arguments "$@"
+    [ -z "$act" ] || trap '' PIPE # what systemctl has begun is finished, whoever reads
     case $(type printf) in
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
@@ -11213,29 +11210,25 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
         ("query", operation.query),
         ("header", operation.headers),
     ):
-        for parameter in schema.parameters(place):
-            name, one = parameter["name"], parameter.pop("schema")
+        for name, field in schema.fields.items():
             if name == "label!":  # generators of clients make one name of it and label
                 continue
-            described = _described(operation.name, name, one, True)
+            described = _described(operation.name, name, field.parameter_schema(), True)
             text, (example,) = described.pop("description"), described.pop("examples")
+            parameter = {"name": name, "in": place, "required": field.required}
             yield {**parameter, "description": text, "schema": described, "example": example}
 
 
-def _request_bodies(operation: Operation) -> Iterator[tuple[str, str, Schema]]:
-    """Of each media type its name, and the name and the schema of its bodies."""
-    name = "".join(word.capitalize() for word in operation.name.split("-"))
-    if operation.body is not None:
-        yield JSON, f"{name}Request", operation.body
-    if operation.patch is not None:
-        yield MERGE_PATCH, f"{name}Patch", operation.patch
-
-
-def _refusals(operation: Operation) -> Iterator[tuple[int, str, list[type[Problem]]]]:
-    """For each status: the name of its response, and the problems that have it."""
-    for status, kinds in groupby(operation.problems(), attrgetter("status")):
-        group = list(kinds)
-        yield status, "-or-".join(kind.code for kind in group), group
+def _request_body(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    body, name = operation.body, operation.name.title().replace("-", "")
+    bodies = (JSON, f"{name}Request", body), (MERGE_PATCH, f"{name}Patch", operation.patch)
+    content: dict[str, Any] = {}
+    for media, name, schema in bodies:
+        if schema is not None:
+            schemas[name] = _object_schema(name, schema, True)
+            content[media] = {"schema": {"$ref": f"#/components/schemas/{name}"}}
+    is_required = body is not None and any(field.required for field in body.fields.values())
+    return {"required": is_required, "content": content}
 
 
 def _refusal_response(kinds: Sequence[type[Problem]]) -> dict[str, Any]:
@@ -11253,7 +11246,10 @@ def _refusal_response(kinds: Sequence[type[Problem]]) -> dict[str, Any]:
     }
 
 
-def _openapi_operation(operation: Operation) -> dict[str, Any]:
+def _openapi_operation(
+    operation: Operation, schemas: dict[str, Any], responses: dict[str, Any]
+) -> dict[str, Any]:
+    """Its description. The schemas of its bodies and its refusals become components."""
     tag, scheme, _ = CALLERS[operation.caller]
     document: dict[str, Any] = {
         "operationId": operation.name,
@@ -11263,12 +11259,7 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
         "parameters": [*_parameters(operation)],
     }
     if operation.body is not None:
-        is_required = any(field.required for field in operation.body.fields.values())
-        content = {
-            media: {"schema": {"$ref": f"#/components/schemas/{name}"}}
-            for media, name, _ in _request_bodies(operation)
-        }
-        document["requestBody"] = {"required": is_required, "content": content}
+        document["requestBody"] = _request_body(operation, schemas)
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.status != HTTPStatus.NO_CONTENT:
         answer = operation.schema()
@@ -11277,7 +11268,10 @@ def _openapi_operation(operation: Operation) -> dict[str, Any]:
         kinds = (HTML, PLAIN) if operation.content_type == HTML else (operation.content_type,)
         success["content"] = {kind: {"schema": schema} for kind in kinds}
     document["responses"] = {str(operation.status): success}
-    for status, name, _ in _refusals(operation):
+    for status, refusals in groupby(operation.problems(), attrgetter("status")):
+        group = list(refusals)
+        name = "-or-".join(kind.code for kind in group)
+        responses[name] = _refusal_response(group)
         document["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
     return document
 
@@ -11291,13 +11285,9 @@ def openapi_document() -> dict[str, Any]:
     answers = [PROBLEM, FIELD_ERROR, CHANGED_HOST.schema, HOST_COUNTS]
     for operation in HTTP_OPERATIONS:
         methods = paths.setdefault(operation.path, {})
-        methods[operation.method.lower()] = _openapi_operation(operation)
+        methods[operation.method.lower()] = _openapi_operation(operation, schemas, responses)
         if operation.answer is not None and (schema := operation.schema()) is not None:
             answers += [operation.answer.schema, schema]
-        for _, name, body in _request_bodies(operation):
-            schemas[name] = _object_schema(name, body, True)
-        for _, name, kinds in _refusals(operation):
-            responses[name] = _refusal_response(kinds)
     schemas.update({one.name: _object_schema(one.name, one, False) for one in answers if one.name})
     return {
         "openapi": "3.1.0",
@@ -11834,9 +11824,7 @@ class Connections:
             state: OrderedDict() for state in STATES
         }
         self._idle = self._queues[IDLE]
-        self._deadlines = [
-            (self._queues[state], deadlines.get(state, state.deadline)) for state in STATES
-        ]
+        self._deadlines = [(self._queues[s], deadlines.get(s, s.deadline)) for s in STATES]
         self.selector = selectors.DefaultSelector()
         self.moment = time.monotonic()  # of this turn
         self.buffered = 0  # bytes, with the output, of all connections together
@@ -12142,6 +12130,8 @@ class Exchanges:
         self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
         self.now = 0  # of this turn, Unix time in milliseconds
         self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
+        # When the server's own calls are due, by the monotonic clock; inf: until it has run.
+        self.due = {rule: connections.moment + first for rule, first in RECURRING.items()}
         self.held = HeldReads(self.reads, connections, api)
         self.is_stopping = False  # each answer is then the last of its connection
 
@@ -12238,7 +12228,7 @@ class Exchanges:
         try:
             admitted = self._api.admit(request, self.now)
         except Exception as error:
-            problem = self._log_defect("a request could not be admitted", error, origin.request)
+            problem = log_defect("a request could not be admitted", error, origin.request)
             admitted = self._api.refusal(problem)
         if isinstance(admitted, Response):
             self._answer(connection, admitted, request.head, origin, moment)
@@ -12277,8 +12267,15 @@ class Exchanges:
         """Have a call of the server's own run in the next tick."""
         self.pending.append((None, Call(rule), INTERNAL_REQUEST.head, self._connections.moment))
 
-    def run_tick(self) -> dict[Rule, Any]:
-        """Run what may write, unless another process does. The outcomes of the server's own."""
+    def add_due(self) -> None:
+        """Have those of the server's recurring calls run that are due."""
+        for rule, at in self.due.items():
+            if self._connections.moment >= at:
+                self.due[rule] = math.inf
+                self.add_internal(rule)
+
+    def run_tick(self) -> None:
+        """Run what may write, unless another process does."""
         moment = self._connections.moment
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
         if outcomes is None:
@@ -12287,11 +12284,10 @@ class Exchanges:
                 for connection, _, _, _ in self.pending:
                     if connection is not None and connection.state is IDLE:
                         self._connections.move(connection, BUSY)
-                return {}
+                return
             outcomes = repeat(self._registry.stop_waiting())
-        own = self._answer_pending(outcomes)
+        self._answer_pending(outcomes)
         self._registry.after_tick()
-        return own
 
     def stop_waiting(self) -> None:
         self._answer_pending(repeat(self._registry.stop_waiting()))
@@ -12320,21 +12316,23 @@ class Exchanges:
                 self._answer_one(each, StorageUnavailable())
             raise
         except Exception as error:
-            return [self._log_defect("a tick failed", error)] * len(pending)
+            return [log_defect("a tick failed", error)] * len(pending)
 
-    def _answer_pending(self, outcomes: Iterable[Any]) -> dict[Rule, Any]:
-        began = self._connections.moment
+    def _answer_pending(self, outcomes: Iterable[Any]) -> None:
+        began = moment = self._connections.moment
         if self.waiting_since:
             self._api.metrics.lock_waits.observe(began - self.waiting_since)
             began, self.waiting_since = self.waiting_since, 0.0
         answered, self.pending = self.pending, []
-        requests, own = len(answered), {}
+        requests = len(answered)
         beat_answer, seconds = self._api.heartbeat_answer, self.now // SECOND_MS
         for pending, outcome in zip(answered, outcomes):
             connection, work, head, since = pending
             if connection is None:
                 requests -= 1
-                own[cast(Call, work).operation] = outcome
+                if (rule := cast(Call, work).operation) in self.due:
+                    rest = outcome if isinstance(outcome, (int, float)) else ALIVE_EVERY
+                    self.due[rule] = moment + rest
             elif isinstance(work, Heartbeat) and isinstance(outcome, int):
                 closes = self.is_stopping or not head.keep_alive
                 data = beat_answer(work.host, outcome, seconds, closes)
@@ -12354,7 +12352,6 @@ class Exchanges:
         if requests:
             self._api.metrics.ticks.observe(requests)
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
-        return own
 
     def _answer_one(self, pending: Pending, outcome: Any) -> bool:
         """Answer a call; False if its outcome is one to be run later."""
@@ -12417,35 +12414,16 @@ class Exchanges:
 
     def fail(self, connection: Connection, error: Exception) -> None:
         """A connection had a defect: it ends here, and the loop goes on."""
-        self._log_defect("a connection failed", error)
+        log_defect("a connection failed", error)
         self._connections.close(connection)
 
-    @staticmethod
-    def _log_defect(message: str, error: Exception, request: str = "") -> Problem:
-        """Log a defect; the answer to whatever it ended."""
-        if isinstance(error, MemoryError):
-            raise error
-        log.error(message, exc_info=error, extra={"request": request})
-        return Internal()
 
-
-class OwnCalls:
-    """The calls that the server makes again and again. Times are by the monotonic clock."""
-
-    def __init__(self, moment: float) -> None:
-        self.due = {rule: moment + first for rule, first in RECURRING.items()}
-
-    def add(self, exchanges: Exchanges, moment: float) -> None:
-        for rule, at in self.due.items():
-            if moment >= at:
-                self.due[rule] = math.inf  # until it has run
-                exchanges.add_internal(rule)
-
-    def note(self, outcomes: Mapping[Rule, Any], moment: float) -> None:
-        """Of calls that have run, when they are due again; later if they have failed."""
-        for rule in self.due.keys() & outcomes.keys():
-            rest = outcomes[rule]
-            self.due[rule] = moment + (rest if isinstance(rest, (int, float)) else ALIVE_EVERY)
+def log_defect(message: str, error: Exception, request: str = "") -> Problem:
+    """Log a defect; the answer to whatever it ended."""
+    if isinstance(error, MemoryError):
+        raise error
+    log.error(message, exc_info=error, extra={"request": request})
+    return Internal()
 
 
 def log_access(head: Head, origin: Origin, status: int, length: int, since: float) -> None:
@@ -12466,26 +12444,16 @@ def log_access(head: Head, origin: Origin, status: int, length: int, since: floa
 
 
 class Listener(socket.socket):
-    """A TCP socket to accept from. accept() asks for its family and type, of which socket.socket
-    makes enums each time: 4 us for each connection."""
-
-    type = socket.SOCK_STREAM
+    """A TCP socket to accept from. What it accepts are sockets of C: to make one of Python's class,
+    and enums of its family and type, takes 5 us for each connection."""
 
     @cached_property
     def family(self) -> socket.AddressFamily:
         return super().family
 
-
-def listening_socket(host: str, port: int) -> Listener:
-    """A bound socket; server_bind() would ask DNS for our name, and wait. Raises OSError."""
-    listener = Listener(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+    def accept(self) -> tuple[Any, Any]:
+        descriptor, address = cast(Any, self)._accept()  # as socket.socket does
+        return socket.SocketType(self.family, socket.SOCK_STREAM, 0, descriptor), address
 
 
 class Server(HTTPServer):
@@ -12504,15 +12472,18 @@ class Server(HTTPServer):
         as in sd_notify(3). Raises OSError."""
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listening_socket(host, port)
+        self.socket = listener or Listener(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._is_inherited = listener is not None
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
-        self.socket.setblocking(False)
-        self.socket.listen(BACKLOG)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-        self._load_tls = partial(load_tls, self.host) if load_tls else None
         try:
+            if listener is None:  # server_bind() would ask DNS for our name, and wait
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.socket.bind((host, port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
+            self.socket.setblocking(False)
+            self.socket.listen(BACKLOG)
+            self.server_address = self.socket.getsockname()
+            self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+            self._load_tls = partial(load_tls, self.host) if load_tls else None
             self._tls, announce = self._load_tls() if self._load_tls else (None, lambda: None)
             announce()
         except BaseException:
@@ -12527,7 +12498,6 @@ class Server(HTTPServer):
         self._connections = Connections(deadlines or {}, api.metrics, connections, number)
         self._exchanges = Exchanges(api, self._connections, access_log)
         self._accept_at = math.inf  # when to accept again; inf: all the time
-        self._own_calls = OwnCalls(self._connections.moment)
         self._stop_before: Optional[float] = None
         self._is_audit_flushed = False
         self._reload_requested = False
@@ -12601,7 +12571,6 @@ class Server(HTTPServer):
         """Accept the connections that wait, unless another process is to: it has the socket. Who
         came between that and the close would be reset, so their handshakes come after it."""
         self._exchanges.is_stopping = True
-        self._exchanges.held.wake(is_stopping=True)
         self._watch_listener(False)
         accepted = [] if self._is_inherited else self._accept(BACKLOG)
         self.socket.close()
@@ -12679,12 +12648,12 @@ class Server(HTTPServer):
         #    that writes the refusals which wait to be audited.
         if self._reload_requested or self._loading is not None:
             self._reload()
-        self._own_calls.add(exchanges, moment)
+        exchanges.add_due()
         if self._has_refusals and not exchanges.pending:
             exchanges.add_internal(WRITE_REFUSALS)
         # 6. Run what may write as one tick, and answer.
         if exchanges.pending:
-            self._own_calls.note(exchanges.run_tick(), moment)
+            exchanges.run_tick()
         # 7. Run one call that only reads.
         exchanges.held.wake(exchanges.is_stopping)
         exchanges.run_read()
@@ -12721,7 +12690,7 @@ class Server(HTTPServer):
         nearest = min(
             self._connections.next_deadline(),
             exchanges.held.next_look(),
-            *self._own_calls.due.values(),
+            *exchanges.due.values(),
             self._accept_at,
             math.inf if self._stop_before is None else self._stop_before,
         )
@@ -12743,7 +12712,7 @@ class Server(HTTPServer):
                     log.info("loaded the certificate again")
             except OperatorError as error:
                 log.error("%s; the certificate in use stays", error)
-            self._own_calls.due[HOUSEKEEPING] = 0.0  # reads the key file, and writes what is new
+            self._exchanges.due[HOUSEKEEPING] = 0.0  # reads the key file, and writes what is new
             self._notify("READY=1")
 
     # Accepting and expiring.
