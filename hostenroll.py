@@ -560,7 +560,7 @@ class Problem(Exception):
     status = 500
     code = "internal"
     title = "The server failed"
-    remedy = "Try again later; the server's log says more."  # detail, unless one is given
+    remedy = "Try again later. The server's log has the reason."  # detail, unless one is given
     closes = False  # the connection: the start of the next message is not known
     challenge = ""  # the error attribute of WWW-Authenticate: RFC 6750 section 3
     names_errors = False  # the document lists what is wrong with a body or a query
@@ -644,8 +644,8 @@ def _refusal(
 
 
 GET_TOKEN = "Get a new token from the operator: mint-token."
-GET_REENROLL_TOKEN = "Get a re-enroll token from the operator; until then ask again hourly."
-RETRY_LATER = "Try again after the time that Retry-After names."
+GET_REENROLL_TOKEN = "Get a re-enroll token from the operator; until then retry hourly."
+RETRY_LATER = "Try again after the time in Retry-After."
 
 # fmt: off
 
@@ -657,18 +657,18 @@ MalformedRequest = _refusal("malformed-request", 400, "The request is not valid 
 RequestTimeout = _refusal("request-timeout", 408, "The request did not arrive in time",
     "Send the whole request without a pause.", Unframed)
 BodyTooLarge = _refusal("body-too-large", 413, "The body is too large",
-    f"Send a body of at most {BODY_MAXIMUM} bytes, as an agent of at most {AGENT_BODY_MAXIMUM}.",
+    f"Send at most {BODY_MAXIMUM} bytes; from an agent, at most {AGENT_BODY_MAXIMUM}.",
     Unframed)
 HeadTooLarge = _refusal("head-too-large", 431, "The request line and header fields are too large",
     f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head.", Unframed)
 UnknownTransferCoding = _refusal(
     "not-implemented", 501, "The transfer coding or method is not implemented",
-    "Send a method of the API, and a body plain or chunked.", Unframed,
+    "Use a method of the API, and send the body plain or chunked.", Unframed,
     name="UnknownTransferCoding")
 HttpVersion = _refusal("http-version", 505, "The HTTP version is not supported",
-    "Speak HTTP/1.1.", Unframed)
+    "Use HTTP/1.1.", Unframed)
 ExpectationFailed = _refusal("expectation-failed", 417, "The expectation cannot be met",
-    "Expect 100-continue or nothing.", Unframed)
+    "Send Expect: 100-continue, or no Expect.", Unframed)
 AgentBodyTooLarge = _refusal(  # it is read to its end: peers that connect again cost more
     BodyTooLarge.code, 413, BodyTooLarge.title, BodyTooLarge.remedy, BodyTooLarge,
     name="AgentBodyTooLarge", closes=False)
@@ -681,15 +681,15 @@ InvalidBody = _refusal("invalid-body", 400, "The body is not valid",
     "Correct the fields named in errors.", names_errors=True)
 InvalidQuery = _refusal("invalid-query", 400, "The query is not valid",
     "Correct the parameters named in errors.", names_errors=True)
-NotFound = _refusal("not-found", 404, "There is no such path or object",
+NotFound = _refusal("not-found", 404, "Not found",
     "Check the path and the id.")
-MethodNotAllowed = _refusal("method-not-allowed", 405, "The path does not have this method",
-    "Use a method that the Allow header field names.")
+MethodNotAllowed = _refusal("method-not-allowed", 405, "The path does not allow this method",
+    "Use a method that the Allow header field lists.")
 Conflict = _refusal("conflict", 409, "The request conflicts with what exists",
-    "Choose another name, or do first what the detail names.")
+    "Choose another name, or first do what the detail says.")
 
-ChangesPruned = _refusal("changes-pruned", 410, "What follows the cursor is not kept",
-    "Use the member cursor to go on, and look at the lists for what may be missing.")
+ChangesPruned = _refusal("changes-pruned", 410, "What follows the cursor is no longer kept",
+    "Continue from the cursor in this answer, and check the lists for what you missed.")
 
 # Tokens. Only a caller who proved its secret learns that a token has expired, was revoked or is
 # used up. The bound hostname is a guard against mistakes, not a proof: a machine states its own.
@@ -697,9 +697,9 @@ TokenUnknown = _refusal("token-unknown", 401, "The token is not known", GET_TOKE
 TokenExpired = _refusal("token-expired", 401, "The token has expired", GET_TOKEN, Unauthorized)
 TokenRevoked = _refusal("token-revoked", 401, "The token has been revoked", GET_TOKEN, Unauthorized)
 TokenUsed = _refusal("token-used", 401, "The token has been used",
-    "A token lets in as many hosts as it was minted for. Get a new one: mint-token.", Unauthorized)
+    "The token has enrolled as many hosts as it may. Get a new one: mint-token.", Unauthorized)
 TokenHostMismatch = _refusal("token-host-mismatch", 403, "The token is bound to another hostname",
-    "Use the token on the host that it was minted for; it is not used up.", is_audited=True)
+    "Use the token on the machine that has this hostname; it is still valid.", is_audited=True)
 
 # Credentials. Where none was presented the challenge names no error: RFC 6750 section 3.1.
 CredentialMissing = _refusal("credential-missing", 401, "The credential is missing",
@@ -711,29 +711,30 @@ CredentialExpired = _refusal("credential-expired", 401, "The credential has expi
     GET_REENROLL_TOKEN, Unauthorized)
 CredentialSuperseded = _refusal("credential-superseded", 401,
     "A newer credential of this host is in use",
-    "If this host holds no newer credential, another machine may hold a copy: get a re-enroll "
-    "token from the operator; until then ask again hourly.", Unauthorized)
+    "If this host has no newer credential, another machine may have a copy: get a re-enroll "
+    "token from the operator; until then retry hourly.", Unauthorized)
 HostRevoked = _refusal("host-revoked", 403, "The host has been revoked",
-    "Wait until the operator restores the host; ask again hourly.", is_audited=True)
+    "Wait until the operator restores the host; retry hourly.", is_audited=True)
 HostUnknown = _refusal("host-unknown", 410, "The host has been deleted",
-    "Enroll again with a new token; until then ask again hourly.", is_audited=True)
+    "Enroll again with a new token; until then retry hourly.", is_audited=True)
 HostLost = _refusal(HostUnknown.code, 503, "An older backup has been restored",
     "The host may have enrolled after that backup: keep the credential, and try again after the "
-    "time that Retry-After names.", HostUnknown, name="HostLost", retry_after=5 * MINUTE)
+    "time in Retry-After.", HostUnknown, name="HostLost", retry_after=5 * MINUTE)
 
 # API keys.
 ApiKeyInvalid = _refusal("api-key-invalid", 401, "The API key is missing or not valid",
-    "Send a live API key as Authorization: Bearer hak_...; mint-api-key makes one.", Unauthorized)
+    "Send a valid API key as Authorization: Bearer hak_...; mint-api-key creates one.",
+    Unauthorized)
 ApiKeyMissing = _refusal(ApiKeyInvalid.code, 401, ApiKeyInvalid.title, ApiKeyInvalid.remedy,
     ApiKeyInvalid, name="ApiKeyMissing", challenge="")
 Forbidden = _refusal("forbidden", 403, "The API key may not do this",
     "Use an API key with the role admin.", is_audited=True)
 
 # Limits and troubles. An address with too many wrong secrets gets too-many-requests in place of
-# token-unknown and api-key-invalid (RFC 6585 section 4); a good one is let in from there as ever.
+# token-unknown and api-key-invalid (RFC 6585 section 4); a correct one from there is accepted.
 TooManyRequests = _refusal("too-many-requests", 429, "Too many requests",
-    "Try again after the time that Retry-After names. After wrong secrets from this address a good "
-    "one is accepted at once.", is_audited=True, retry_after=MINUTE)
+    "Try again after the time in Retry-After. If this address sent wrong secrets, a correct one is "
+    "accepted at once.", is_audited=True, retry_after=MINUTE)
 Overloaded = _refusal("overloaded", 503, "The server is overloaded", RETRY_LATER, Unframed,
     retry_after=RETRY_AFTER)
 StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot be used now",
@@ -842,7 +843,7 @@ class Text(FieldType):
 class Name(Text):
     """A text that looks like no other: nothing invisible is in it or at an end of it."""
 
-    RULE = "must be visible at both ends, and have nothing invisible within but single joiners"
+    RULE = "must begin and end with visible characters, and have no invisible ones but joiners"
 
     def check(self, value: Any) -> str:
         text = super().check(value)
@@ -1074,7 +1075,7 @@ class Schema:
             of_name = values.setdefault(name, [])
             try:
                 if field is None:
-                    raise ValueError("is not known here")
+                    raise ValueError("is unknown")
                 if of_name and not field.repeats:
                     raise ValueError("is given more than once")
                 of_name.append(judge(field, value))
@@ -1109,7 +1110,7 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidBody(f"The body has {name}, which JSON does not know.")
+    raise InvalidBody(f"The body has {name}, which is not JSON.")
 
 
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
@@ -1450,7 +1451,7 @@ def require_own_file(path: str, database: str, descriptor: int = -1) -> None:
     if not stat.S_ISREG(status.st_mode) or not is_own:
         raise OperatorError(
             f"{path} is a link, a second name, or another user's file: if it belongs to this "
-            "database, chown it to the database's owner and begin as that user, else remove it"
+            "database, chown it to the database's owner and run this as that user, else remove it"
         )
 
 
@@ -1604,7 +1605,7 @@ def load_keyring(path: str, database: str) -> Keyring:
             raise ValueError("it needs one audit key, and signing keys with a kid each")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OperatorError(
-            f"the key file {path} is not a JWK Set of ours ({error}): restore it from a backup"
+            f"the key file {path} is not one of hostenroll ({error}): restore it from a backup"
         ) from error
     return Keyring(signing, audit[0], status)
 
@@ -1656,15 +1657,15 @@ class KeyFile:
         try:
             seen, keyring = self._reading.result(patience)
             if keyring is not None and not equal_secrets(keyring.audit_key, current.audit_key):
-                raise OperatorError(f"{self.path} is another database's: put the right one back")
+                raise OperatorError(f"{self.path} is of another database: put the right one back")
         except (OperatorError, futures.TimeoutError) as error:
             trouble = str(error) or f"cannot read the key file {self.path}: it takes too long"
             if self.trouble != trouble:
-                log.error("%s; until then the keys that were loaded before are used", trouble)
+                log.error("%s; until then the server uses the keys that it loaded before", trouble)
             self.trouble = trouble
             return None
         if self.trouble:
-            log.info("the key file %s is as it should be again", self.path)
+            log.info("the key file %s is valid again", self.path)
         self.trouble, self._seen = "", seen
         return keyring if isinstance(keyring, Keyring) else None
 
@@ -1717,7 +1718,7 @@ def read_certificate(octets: bytes, path: str = "it") -> Certificate:
             text = f"{'19' if text >= '50' else '20'}{text}"
         ends = timegm((int(text[:4]), *(int(text[at : at + 2]) for at in range(4, 14, 2))))
     except (IndexError, StopIteration, ValueError) as error:
-        raise OperatorError(f"cannot read {path}: not a certificate of X.509") from error
+        raise OperatorError(f"cannot read {path}: not an X.509 certificate") from error
     pin = f"sha256//{base64.b64encode(sha256(key)).decode('ascii')}"
     return Certificate(pin, max(1, ends * SECOND_MS))
 
@@ -2238,9 +2239,9 @@ SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # of its result codes
 
 # What to do about an error of SQLite or of the system, by the start of its text.
 ROOM = "make room on its disk"
-WRITABLE = "mount its disk read-write, and give folder and file to our user"
+WRITABLE = "mount its disk read-write, or chown folder and file to the server's user"
 RESTORE = "restore it from a backup"
-DAMAGED = f"see what check says, and {RESTORE}"
+DAMAGED = f"run check, and {RESTORE}"
 REMEDIES = {
     "database or disk is full": ROOM,
     os.strerror(errno.ENOSPC): ROOM,
@@ -2253,7 +2254,7 @@ REMEDIES = {
     "database disk image is malformed": DAMAGED,
     "malformed database schema": DAMAGED,
     "file is not a database": DAMAGED,
-    "database is locked": "another program writes to it: end that one",
+    "database is locked": "another program is writing to it: end that program",
     "Python int too large": RESTORE,  # what we add to a number of a forger's
     os.strerror(errno.EMFILE): "raise the limit of open files",
 }
@@ -2469,7 +2470,7 @@ class Database:
                 codes["disk I/O error"] = SQLITE_IOERR_FSYNC
             code = codes.get(str(error), 0)
         if code == SQLITE_IOERR_FSYNC:
-            reason = f"{self.path}: the disk has not taken what was written"
+            reason = f"{self.path}: the disk failed to store the last changes"
             raise self.unrecoverable(reason) from error
         kind = StoreBusy if code & 0xFF == SQLITE_BUSY else StoreError
         return kind(describe_error(self.path, error))
@@ -2493,11 +2494,11 @@ class Database:
         """Whether the database has our schema; not, when it is empty. Raises StoreError."""
         application, version = self.value("PRAGMA application_id"), self.version()
         if application != APPLICATION_ID and self.value("SELECT count(*) FROM sqlite_master"):
-            raise StoreError(f"{self.path}: it is the database of another program")
+            raise StoreError(f"{self.path} is the database of another program")
         if version > SCHEMA_VERSION:
-            raise StoreError(f"{self.path}: of a newer hostenroll (schema {version}): use that one")
+            raise StoreError(f"{self.path} is of a newer hostenroll (schema {version}): use that")
         if application == APPLICATION_ID and version not in (SCHEMA_VERSION, *MIGRATIONS):
-            raise StoreError(f"{self.path}: its schema version {version} was never one of ours")
+            raise StoreError(f"{self.path}: no hostenroll has a schema version {version}")
         return bool(application == APPLICATION_ID)
 
     def require_our_schema(self) -> None:
@@ -2506,7 +2507,7 @@ class Database:
         if version != SCHEMA_VERSION:
             raise self.unrecoverable(
                 f"{self.path} has schema {version} now, and this program knows {SCHEMA_VERSION}: "
-                "use the program that migrated it"
+                "use the version that migrated it"
             )
         if self.value("PRAGMA schema_version") != self._schema_cookie:
             self.compare_schema()
@@ -2583,7 +2584,7 @@ class Database:
             self.compare_schema(refuses=True)
             finish(version)
             self.run("COMMIT")
-            log.info("brought %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
+            log.info("migrated %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
 
 
 class Engine(Database):
@@ -2635,9 +2636,9 @@ class Engine(Database):
         # SQLite makes the WAL first and removes it last, also when it is killed.
         if os.path.exists(self._shm_path) and not os.path.exists(self._wal_path):
             raise StoreError(
-                f"{self._wal_path} has been removed, and with it what was written last: stop every "
-                "server, which saves what it still has, or put the file back; to do without it, "
-                f"remove {self._shm_path} too"
+                f"{self._wal_path} has been removed, with the last changes in it: stop every "
+                "server (each saves what it still has), or put the file back; to give up those "
+                f"changes, remove {self._shm_path} too"
             )
         if not os.path.exists(self.path):
             os.close(create_file(self.path))
@@ -2652,7 +2653,7 @@ class Engine(Database):
             require_own_file(self.path, self.path, self.descriptor)
         self.run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
         if self.value("PRAGMA journal_mode = WAL") != "wal":
-            raise StoreError(f"{self.path}: its file system cannot do write-ahead logging")
+            raise StoreError(f"{self.path}: its file system does not support write-ahead logging")
         self.run("PRAGMA wal_autocheckpoint = 0")
         self.run(f"PRAGMA journal_size_limit = {WAL_MAXIMUM}")
         self.run("PRAGMA foreign_keys = ON")
@@ -2742,7 +2743,7 @@ class Engine(Database):
         if self._identify_files() == self._files and (not durable or self.lock.exists_unchanged()):
             return
         if self._is_examined:
-            raise StoreError(f"{self.path} has changed while it was examined: examine it again")
+            raise StoreError(f"{self.path} changed while it was examined: examine it again")
         if not self.lock.exists_unchanged():
             raise self.unrecoverable(f"the lock beside {self.path} has been removed or replaced")
         self.lock.acquire(CLOSE_PATIENCE)
@@ -2756,9 +2757,9 @@ class Engine(Database):
                 self._save_wal()
             elif name != self.path and self._has_index_of_our_wal():
                 self._save_wal()
-                reason += f", its changes are saved, and the new one is {name}.replaced now"
+                reason += f"; its changes are saved, and the new file is now {name}.replaced"
             elif name != self.path:
-                reason += ", and what was written last may be lost with it"
+                reason += ", and the last changes may be lost with it"
         except (StoreError, OSError) as error:
             cause = describe_error(error.filename, error) if isinstance(error, OSError) else error
             text = f"{reason}, and its last changes cannot be saved: {cause}"
@@ -2990,7 +2991,7 @@ class Checkpoints:
             os.fdatasync(self._engine.descriptor)
         except OSError as error:
             trouble = describe_error(self._engine.path, error)
-            self._flush_failed = f"{trouble}: the disk has not taken what was written"
+            self._flush_failed = f"{trouble}: the disk failed to store the last changes"
 
     def _is_flushing(self) -> bool:
         return self._flush is not None and self._flush.is_alive()
@@ -3061,7 +3062,7 @@ class Records:
             types = tuple(map(type, row))
             if types != fitting and not _fits(record, types):
                 table = TABLES[record].partition(" ")[0]
-                raise BadRow(f"row {_name(row[0])} of {table} holds what we never write: {RESTORE}")
+                raise BadRow(f"row {_name(row[0])} of {table} has impossible values: {RESTORE}")
             fitting = types
         return rows
 
@@ -3103,7 +3104,7 @@ class Records:
         marks = ", ".join("?" * len(columns))
         statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
         if self._many(statement, rows) < len(rows):
-            raise StoreError("a row was not added, as by a foreign trigger: see what check says")
+            raise StoreError("a row was not added, perhaps because of a foreign trigger: run check")
 
     def add(self, row: Union[Organization, ApiKey, Token]) -> bool:
         """False when there is a row of that id."""
@@ -3128,7 +3129,7 @@ class Changes(Records):
     def feed(self) -> Feed:
         feed = self._one(Feed, "")
         if feed is None or not re.fullmatch("[0-9a-f]{16}", feed.history):
-            raise BadRow(f"the row of feed holds what we never write: {RESTORE}")
+            raise BadRow(f"the row of feed has impossible values: {RESTORE}")
         return feed
 
     def add_changes(self, changes: Sequence[Change]) -> None:
@@ -3831,7 +3832,7 @@ class Rules:
         if call.by.organization not in (ALL_ORGANIZATIONS, asked):
             raise NotFound("There is no such organization.")
         if self._queries.get(Organization, asked) is None:
-            detail = "there is no such organization: add-org makes one"
+            detail = "there is no such organization: add-org creates one"
             raise problem(errors=[FieldError(field, detail)])
         return asked
 
@@ -3902,7 +3903,7 @@ class Rules:
         good = max(floor, min(number, last if is_ours else began))
         if good != number or not is_ours:
             start = cursor(good)
-            raise ChangesPruned(f"{ChangesPruned.remedy} It is {start}.", cursor=start)
+            raise ChangesPruned(f"{ChangesPruned.remedy} The cursor is {start}.", cursor=start)
         order = Order(number, cursor, "".index)  # no nextCursor is good here
         page = self._page(call, read, view, text, order)
         return page._replace(more={"cursor": page.next or cursor(last)})
@@ -3939,12 +3940,12 @@ class Names(Rules):
         rows = list({row.id: row for row in found}.values())
         if not rows:
             how = "id or name" if kind is Host else "id"
-            hint = ". Type all of the id" if is_short and not takes_prefix else ""
+            hint = ". Type the whole id" if is_short and not takes_prefix else ""
             raise NotFound(f"There is no {title} with this {how}{hint}.")
         if len(rows) > 1:
             more = ["more"] if len(rows) > FITS_SHOWN else []
             titles = ", ".join([*map(title_of, rows[:FITS_SHOWN]), *more])
-            raise Conflict(f"{word} fits several: {titles}. Type the id of one.")
+            raise Conflict(f"{word} matches several: {titles}. Type the id of one.")
         return rows[0]
 
 
@@ -4107,7 +4108,7 @@ class AuditLog(Rules):
             verify_events([event for event in old if event.number not in known], start, keyring)
         except OperatorError as error:
             if str(error) != self._trouble:
-                log.error("%s: nothing of it is pruned", error)
+                log.error("%s: old events are not deleted", error)
             self._trouble = str(error)
             return False
         self._trouble = ""
@@ -4151,22 +4152,22 @@ class AuditLog(Rules):
 EVENT_TEXTS = {  # what happened, for people, by action
     "mint": "$actor created $subject",
     "enroll": "$subject enrolled with $actor",
-    "re-enroll": "$subject enrolled again with $actor",
-    "replay": "$subject asked again for its first credential",
-    "renew": "$subject got a new credential",
-    "supersede": "$subject used a newer credential; its older ones are refused from now on",
+    "re-enroll": "$subject re-enrolled with $actor",
+    "replay": "$subject requested its first credential again",
+    "renew": "$subject renewed its credential",
+    "supersede": "$subject used a newer credential; older ones are now refused",
     "refuse": "$actor was refused: $problem",
     "edit": "$actor changed $changed of $subject",
     "add": "$actor added $subject",
-    "init": "The audit log began: $actor",
+    "init": "$actor started the audit log",
     "audit-format": "The format of the audit log changed",
-    "certificate": "The certificate ends soon, or its key is not the one that agents pin",
+    "certificate": "The certificate expires soon, or agents pin another key",
     "clone": "$subject is used by more than one machine",
     "move": "$subject moved from $from to $to",
-    "expire": "$subject was deleted: it had sent no heartbeat for long",
-    "key-file": "The key file is not as it should be: $trouble",
+    "expire": "$subject was deleted after a long silence",
+    "key-file": "The key file has a problem: $trouble",
     "restore-backup": "$actor restored a backup",
-    "accept-history": "$actor had hosts that a restore lost enroll again",
+    "accept-history": "$actor made hosts that a restore lost enroll again",
 }
 
 
@@ -4236,7 +4237,7 @@ def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -
         is_ours = isinstance(number, int) and isinstance(mac, bytes) and len(mac) in (0, 32)
         proof = keyring.old_audit_mac(b"anchor %d %b" % (number, mac)) if is_ours else None
     if anchor and anchor.proof != proof:
-        raise OperatorError("the anchor of the audit log is not as it was written")
+        raise OperatorError("the anchor of the audit log has been changed")
     event = None if is_schema_2 else queries.format_event(number)
     if event is None:
         return Link(number, mac, LAST_ID if is_schema_2 else 0)
@@ -4259,7 +4260,7 @@ def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link
         else:
             mac = keyring.audit_mac(b"event", record, mac)
         if event.mac != mac:
-            raise OperatorError(f"event {number} of the audit log is not as it was written")
+            raise OperatorError(f"event {number} of the audit log has been changed")
     return Link(number, mac, old_until)
 
 
@@ -4293,10 +4294,10 @@ class Verified(NamedTuple):
     unverified: int  # older events, chained with a key that is gone
 
     def summary(self) -> str:
-        text = f"events {self.first} to {self.last} are as they were written"
+        text = f"events {self.first} to {self.last} are unchanged"
         text = text if self.last >= self.first else "no events"
-        older = f"; of {self.unverified} older ones the key is gone" if self.unverified else ""
-        return f"{text}{older}"
+        older = f"; {self.unverified} older ones cannot be checked: their key is gone"
+        return text + (older if self.unverified else "")
 
 
 def verify_audit(
@@ -4486,15 +4487,15 @@ class SigningKeys(Rules):
         self.reload()
         kid = call.values["kid"]
         if kid not in self.keyring.kids:
-            raise NotFound("The key file has no such key, or no longer: list-signing-keys.")
+            raise NotFound("The key file does not have this key: see list-signing-keys.")
         if kid == self.keyring.first.kid:
-            raise Conflict("This key signs. Make another first: rotate-signing-key.")
+            raise Conflict("This key signs. First create another: rotate-signing-key.")
         hosts = self._queries.hosts_not_past(self.number(kid, now))
         if hosts and not call.values.get("force"):
             raise Conflict(
-                f"Hosts that use this key, or may hold a credential of it: {hosts}. They move to "
-                "the newest key when they beat; delete hosts that never will, or retire it with "
-                "--force, and they must re-enroll."
+                f"Hosts that use this key, or may have a credential signed by it: {hosts}. They "
+                "move to the newest key with a heartbeat. Delete hosts that send none, or use "
+                "--force: hosts that still use the key must then re-enroll."
             )
         views = self._replace(self.keyring.without(kid), call, now)
         return next(view._replace(hosts=hosts) for view in views if view.key.kid == kid)
@@ -4639,9 +4640,9 @@ class ServicePeriod:
         """Why a host has its status, in sentences for people."""
         if revoked_at is not None:
             ago = format_duration(max(0, self._now - revoked_at) / SECOND_MS)
-            return f"Revoked {ago} ago. Its agent asks again hourly, and is refused."
+            return f"Revoked {ago} ago. Its agent retries hourly and is refused."
         if last_seen == 0:
-            return "Enrolled, and no heartbeat yet. Is the agent still running there?"
+            return "Enrolled, no heartbeat yet. Is the agent still running there?"
         status = self.status(last_seen, revoked_at, told_interval)
         silence, allowance = self.silence_ms(last_seen, told_interval)
         duration = format_duration(silence / SECOND_MS)
@@ -4654,9 +4655,9 @@ class ServicePeriod:
         if status == "missing":
             return f"{text}: a host is missing after {format_duration(MISSING_AFTER)}."
         limit = format_duration((allowed_silence_ms(told_interval) + allowance) / SECOND_MS)
-        text += f"; {due}, and a host is offline after {limit} without"
+        text += f"; {due}, and a host is offline after {limit} without one"
         pause = format_duration(allowance / SECOND_MS)
-        return text + (f", {pause} of it for a pause of the server." if allowance else ".")
+        return text + (f" ({pause} of it while the server was down)." if allowance else ".")
 
 
 class ServiceRecord(Rules):
@@ -4689,7 +4690,7 @@ class ServiceRecord(Rules):
             return
         self._queries.put(next_period(service, now))
         times = rfc3339(service.alive), rfc3339(now)
-        log.warning("the clock was set, or nothing could be written: after %s comes %s", *times)
+        log.warning("the clock was set, or nothing could be written, from %s to %s", *times)
 
     def ready(self, call: Call, now: int) -> None:
         """A server that can write is ready: so it writes. Raises StorageUnavailable for bad keys:
@@ -4698,8 +4699,8 @@ class ServiceRecord(Rules):
         self._registry.keys.reload()
         if self._registry.keys.file.trouble:
             raise StorageUnavailable(
-                "The key file is missing or bad. The keys that were loaded before are in use; the "
-                "log says what is wrong."
+                "The key file is missing or invalid. The server uses the keys that it loaded "
+                "before; its log has the reason."
             )
 
     def announce(self, certificate: Certificate, pin: str) -> None:
@@ -4713,8 +4714,8 @@ class ServiceRecord(Rules):
             return row._replace(pin="", certificate_ends=0)
         key, ends, pinned = self.certificate.pin, self.certificate.ends, row.pinned
         if pinned and key not in pinned.split(";"):
-            text = "the certificate has another key: hosts that joined with the pin %s refuse this "
-            text += "server until they are pinned again, by what agent-command prints"
+            text = "the certificate has another key: hosts that pin %s refuse this server until "
+            text += "you run what agent-command prints on them"
             log.error(text, UNPRINTABLE.sub("?", pinned))
             self._registry.audit.record("certificate", "server", "", None, pinned=pinned, pin=key)
             pinned = ""
@@ -4732,7 +4733,7 @@ class ServiceRecord(Rules):
         self._is_new = fresh != row
         ends, has_warned = fresh.certificate_ends, 0 <= now - fresh.warned_at < DAY * SECOND_MS
         if ends and ends - now <= CERTIFICATE_WARNING * SECOND_MS and not has_warned:
-            log.warning("the certificate's end is %s: renew it, and send SIGHUP", rfc3339(ends))
+            log.warning("the certificate expires at %s: renew it, and send SIGHUP", rfc3339(ends))
             self._registry.audit.record("certificate", "server", "", None, endsAt=rfc3339(ends))
             fresh = fresh._replace(warned_at=now)
         if fresh != row:
@@ -5084,7 +5085,7 @@ class Organizations(Rules):
         name = call.values["name"]
         organization = Organization(name, now)
         if not self._queries.add(organization):
-            raise Conflict(f"There is an organization {name} already.")
+            raise Conflict(f"The organization {name} exists already.")
         self._registry.audit.record("add", call.by.name, f"organization:{name}", name)
         return organization
 
@@ -5164,7 +5165,7 @@ class ApiKeys(Rules):
         has_more = len(keys) == ACTED_AT_ONCE
         for each in (*keys, key):
             if each.id == call.by.id and call.values.get("self") != "true":
-                raise Conflict("This would revoke the API key that asks: say so with self=true.")
+                raise Conflict("This would revoke the key that you use: confirm with self=true.")
             if has_more and each.id == call.by.id:  # it has to be good in the next tick, too
                 continue
             if self._queries.revoke(ApiKey, each.id, now):
@@ -5197,7 +5198,7 @@ class ApiKeys(Rules):
         state = "revoked" if key is None else key_state(key, now)
         if state != "valid":
             word = "has expired" if state == "expired" else "has been revoked"
-            problem = ApiKeyInvalid(f"The API key {word}; mint-api-key makes another.")
+            problem = ApiKeyInvalid(f"The API key {word}; mint-api-key creates another.")
             raise problem.with_audit(by.name, by.name, by.organization, request=request)
 
     def record_uses(self) -> None:
@@ -5279,14 +5280,14 @@ class Tokens(Rules):
         return TokenView(token, token_state(token, now), hosts)
 
     def revoke(self, call: Call, now: int) -> Any:
-        """Idempotent. values: withHosts, whether to shut out those that came in by it: the call
-        while there may be more. Raises NotFound."""
+        """Idempotent. values: withHosts, whether to revoke the hosts that enrolled with it: the
+        call while there may be more. Raises NotFound."""
         token = self._own(call, Token)
         if self._queries.revoke(Token, token.id, now):
             self._record("revoke", call.by.name, token)
         if call.values.get("withHosts") == "true":
             hosts = self._queries.live_hosts_of_token(token, ACTED_AT_ONCE)
-            each = call._replace(values={"reason": f"it came in by token {id_text(token.id)}"})
+            each = call._replace(values={"reason": f"it enrolled with token {id_text(token.id)}"})
             for number in hosts:
                 self._registry.hosts.revoke(each._replace(id=number), now)
             if len(hosts) == ACTED_AT_ONCE:
@@ -5419,7 +5420,7 @@ class Enrollments(Rules):
         end = max(token.expires_at, host.admitted_at + REPLAY_SHORTEST_MS)
         if is_revoked or is_used or now > min(end, host.admitted_at + REPLAY_LONGEST_MS):
             self._require_valid(token, now)
-            raise TokenUsed("This Idempotency-Key has let in a host; another needs its own.")
+            raise TokenUsed("This Idempotency-Key has enrolled a host already: use another.")
 
     def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         hostname, keys = call.values["hostname"], self._registry.keys
@@ -5858,18 +5859,18 @@ class Hosts(Rules):
         title = TITLES.get(host.refused_code)
         if title and host.last_seen < host.refused_at >= (host.revoked_at or 0):
             ago = format_duration(max(0, now - host.refused_at) / SECOND_MS)
-            reason += f" It still calls: refused {ago} ago, {title}."
+            reason += f" Its agent still calls; refused {ago} ago: {title}."
         view = HostView(host, reported or status, reason, [])
         other = None if host.twin_id is None else self._queries.get(Host, host.twin_id)
         if other is not None and other.revoked_at is None:
             view.warnings.append(
-                f"when it enrolled, host {id_text(other.id)} with the same hostname was live: one "
-                "of them may be a clone, or an old record to delete"
+                f"host {id_text(other.id)} with the same hostname was online when this one "
+                "enrolled: after a reinstallation delete the old record; else one is a clone"
             )
         if host.copied_at and now - host.copied_at < COPY_SHOWN_MS:
             view.warnings.append(
-                f"more than one machine uses this credential, seen {rfc3339(host.copied_at)}: give "
-                "each copy a token of its own, and re-enroll this host to shut out the rest"
+                f"more than one machine uses this credential, seen {rfc3339(host.copied_at)}: "
+                "enroll each copy with its own token, and re-enroll this host to block the others"
             )
         return view
 
@@ -6040,7 +6041,7 @@ class Expiry(Rules):
         """Whether one more host of an organization may. rooms: how many may, by organization."""
         rooms[owner] = (rooms[owner] if owner in rooms else self._room(owner, now)) - 1
         if rooms[owner] == -1:
-            log.warning("too many hosts of %s expired in a day: see expire-hosts --force", owner)
+            log.warning("too many hosts of %s expired in a day: run expire-hosts --force", owner)
             self._queries.set_expiry(owner, now)
         return rooms[owner] >= 0
 
@@ -6305,11 +6306,11 @@ class Registry:
             if {database, key_file}.intersection(sources) or os.path.exists(f"{database}-wal"):
                 raise OperatorError(f"{copies.path} has a database in use: name another folder")
             if database == key_file:
-                raise OperatorError("database and key file have one name: rename one to copy both")
+                raise OperatorError("database and key file have the same name: rename one")
             if is_open_to_all(copies.descriptor):
                 raise OperatorError(OPEN_TO_ALL.format(copies.path, "name another folder"))
             if not try_flock(copies.descriptor):
-                raise StoreBusy(f"another backup into {copies.path} is under way")
+                raise StoreBusy(f"another backup into {copies.path} is running")
             if os.path.lexists(database) or os.path.lexists(key_file):
                 self._require_own_backup(copies.path, key_file)
             self._copy_pair(copies, names, progress)
@@ -6344,7 +6345,7 @@ class Registry:
             os.fsync(copy.fileno())
             keyring = self.keys.file.load()
             if not kids.intersection(keyring.kids):
-                raise OperatorError("all keys were retired meanwhile: back up again")
+                raise OperatorError("all keys were retired during the backup: back up again")
             with copies.replacing(names[1]) as file:
                 file.write(keyring.jwk_set())
 
@@ -6425,7 +6426,7 @@ def open_registry(
 def _require_our_version(engine: Engine) -> None:
     version = engine.version()
     if version < SCHEMA_VERSION:
-        raise OperatorError(f"{engine.path}: schema {version}: start serve of this version once")
+        raise OperatorError(f"{engine.path} has schema {version}: run serve of this version once")
 
 
 def _open_pair(
@@ -6460,7 +6461,7 @@ def _open_pair(
     if is_adopted and not init:
         raise OperatorError(
             f"{key_file} is not the key file of the database {database}: restore the pair from one "
-            "backup, or go on with these keys with serve --init (every host must re-enroll)"
+            "backup, or use these keys with serve --init (every host must re-enroll)"
         )
     if purpose == "serve" and engine.version() < SCHEMA_VERSION:
         engine.require_alone(LOCK_PATIENCE)
@@ -6497,7 +6498,7 @@ def _copy_older(engine: Engine) -> None:
         text = str(error) if isinstance(error, StoreError) else describe_error(path, error)
         if not text.endswith(ROOM):
             raise StoreError(f"no copy before the migration: {text}") from error
-        log.warning("the migration goes on without a copy to go back to: %s", text)
+        log.warning("the migration continues without a copy of the old database: %s", text)
 
 
 def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool, now: int) -> None:
@@ -6607,7 +6608,7 @@ class Restore(NamedTuple):
                 done = registry.perform(Call(BEGIN_AGAIN, by, values=values), now)
             for finding in examine(new, new_keys, now=now):
                 if not finding.is_good and finding.name in ("schema", "integrity", "rows", "keys"):
-                    raise OperatorError(f"{source} is not sound: {finding.detail}")
+                    raise OperatorError(f"{source} is damaged: {finding.detail}")
             moved = self._put_in_place(new, None if is_kept else keyring, now)
         return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
 
@@ -6657,7 +6658,7 @@ class Restore(NamedTuple):
         if self.as_it_was or (kept and kept.audit_key == saved.audit_key):
             return keyring if self.as_it_was else kept or keyring, not self.as_it_was
         if kept:
-            text = "is of another database than the backup: move it away, or give --as-it-was"
+            text = "belongs to another database than the backup: move it away, or give --as-it-was"
             raise OperatorError(f"{self.key_path} {text}")
         for kid in retired.intersection(saved.kids):
             keyring = (keyring if len(keyring.keys) > 1 else keyring.rotated()).without(kid)
@@ -6702,23 +6703,23 @@ def examine(
         raise OperatorError(how_to_go_on(database) or remedy)
     with closing(Engine(database)) as engine:
         if not engine.open(as_it_is=True):
-            raise OperatorError(f"the database {database} is empty: serve makes one")
+            raise OperatorError(f"the database {database} is empty: serve creates one")
         version, faults = engine.version(), engine.faults()
         is_ours = version == SCHEMA_VERSION
-        then = "that of this program" if is_ours else f"serve makes it {SCHEMA_VERSION}"
+        then = "current" if is_ours else f"serve migrates it to {SCHEMA_VERSION}"
         yield Finding("schema", is_ours, f"{version}: {then}")
         yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
         if engine.schema_remark:
             yield Finding("foreign", True, engine.schema_remark)
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
         if copies:
-            yield Finding("copy", True, f"{', '.join(copies)}: of a migration, may be removed")
+            yield Finding("copy", True, f"{', '.join(copies)}: left by a migration, may be removed")
         yield Finding("sqlite", True, engine.sqlite_version)
         name = "rows"
         try:
             bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
             if bad:
-                yield Finding(name, False, f"what we never write is in {bad}: {RESTORE}")
+                yield Finding(name, False, f"impossible values in {bad}: {RESTORE}")
             elif is_ours:
                 Queries(engine).feed()
             name = "keys"
@@ -6729,20 +6730,20 @@ def examine(
             name = "audit"
             if version >= AUDITED_SINCE:
                 strangers = Queries(engine).not_minted(ERRORS_NAMED)
-                text = "events minted the API keys and tokens that are newer than the log"
+                text = "every API key and token newer than the log has its event"
                 if strangers:
-                    text = f"no event minted {', '.join(strangers)} as they are: revoke them"
+                    text = f"no event created {', '.join(strangers)}: revoke them"
                 yield Finding("minted", not strangers, text)
                 yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
             feed = Queries(engine).feed() if is_ours else None
             if feed and now < feed.lost_until:
-                text = f"until {rfc3339(feed.lost_until)}, or accept-history, lost hosts wait"
+                text = f"lost hosts wait until {rfc3339(feed.lost_until)}, or accept-history"
                 yield Finding("restore", True, f"{text}: {feed.lost or 'none is known'}")
             name = "certificate"
             service = Queries(engine).service() if is_ours else None
             if service and (ends := service.certificate_ends):
                 is_valid = ends > now
-                word = "is valid until" if is_valid else "has ended at"
+                word = "is valid until" if is_valid else "expired at"
                 yield Finding(name, is_valid, f"the server's {word} {rfc3339(ends)}")
         except (OperatorError, StoreError) as error:
             yield Finding(name, False, str(error))
@@ -6863,7 +6864,7 @@ def _body_length(single: Mapping[str, str], minor: int) -> int:
     length, coding = single.get("content-length"), single.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor == 0:
-            raise MalformedRequest("Transfer-Encoding may not stand beside Content-Length.")
+            raise MalformedRequest("Transfer-Encoding must not be sent with Content-Length.")
         if coding.lower() != "chunked":
             raise UnknownTransferCoding()
         return CHUNKED
@@ -6902,10 +6903,10 @@ def _parse_head(data: bytes) -> Head:
     fields = _parse_fields(lines)
     for name in _SINGLE_FIELDS:
         if len(fields.get(name, ())) > 1:
-            raise MalformedRequest(f"The header field {name} comes more than once.")
+            raise MalformedRequest(f"The header field {name} is sent more than once.")
     single = {n: fields[n][0].decode("latin-1") for n in _SINGLE_FIELDS if n in fields}
     if ("host" not in single and minor > 0) or not _HOST_FIELD.fullmatch(single.get("host", "-")):
-        raise MalformedRequest("There must be one Host header field, and it must name a host.")
+        raise MalformedRequest("Send one Host header field that names a host.")
     length = _body_length(single, minor)
     if method == "CONNECT":  # after its head no HTTP would follow
         raise UnknownTransferCoding()
@@ -7286,9 +7287,9 @@ MACHINE_ID=/etc/machine-id
 
 # Seconds.
 FIRST_WAIT=1      # after a failure: a random wait from 1 to this, doubled with each more in a row
-SHORT_WAIT=10     # up to twice the interval that the server told last, at least to this,
+SHORT_WAIT=10     # up to twice the server's interval, at least to this,
 LONGEST_WAIT=300  # but never more than this
-INTERVAL=30       # until the server tells one
+INTERVAL=30       # until the server sets one
 GIVE_UP=120       # how long --once and --install try
 FACTS_EVERY=3600  # how often to look for a new Docker, kernel or hostname, and to send the facts
 FACT_TIMEOUT=5
@@ -7304,25 +7305,25 @@ LINE='
 usage() {
     cat <<'END'
 usage: hostenroll-agent --server URL [--pin PIN | --cacert FILE] [options]
-Enrolls this machine if a token is given, and then sends heartbeats for as long as it runs.
+With a token, enrolls this machine. Then sends heartbeats until it is stopped.
 
   --server URL        the server: https://HOST:PORT
   --pin PIN           trust only the server with this public key, sha256//... (or 'PIN;PIN')
   --cacert FILE       trust servers whose certificate these authorities (PEM) have signed
-  --insecure-http     allow http:// to other machines: the network between can read every secret
-  --proxy URL         ask through this proxy (that of https_proxy and so on)
+  --insecure-http     allow http:// to other machines: others on the network can read secrets
+  --proxy URL         use this proxy (default: https_proxy and similar variables)
   --token-file FILE   enroll with the token in FILE; - is stdin
   --hostname NAME     the name of this machine (uname -n)
   --name TEXT         the name of the host, when it enrolls (the hostname)
   --state DIR         where to keep the credential (root: /var/lib/hostenroll-agent, others:
                       ~/.local/state/hostenroll-agent)
   --ask-again SECONDS how long to wait after a refusal (3600)
-  --once              send one heartbeat and end, for cron; failures are tried again for 2 minutes
+  --once              send one heartbeat and exit, for cron; retry failures for 2 minutes
   --every SECONDS     how often cron runs this: with --once, or with --install (60)
   --install           install or update a systemd service; without systemd, print a line for cron
   --prefix DIR        install the program below DIR (/usr/local, or ~/.local)
   --uninstall         undo --install; the credential stays
-  --seal              before an image of this machine is taken: remove the credential
+  --seal              remove the credential, before you take an image of this machine
   --help, --version
 
 Exit status: 0 done, 1 failed, 2 usage, 3 refused by the server.
@@ -7330,7 +7331,7 @@ END
 }
 
 say() {
-    printf 'hostenroll-agent: %s\n' "$*" >&2 || : # nobody may listen
+    printf 'hostenroll-agent: %s\n' "$*" >&2 || : # its reader may be gone
 }
 
 # A failure is reported when it begins or changes, not with every heartbeat.
@@ -7410,16 +7411,16 @@ check_arguments() {
     [ "$hash" = "$pin" ] ||
         end 2 "--pin must look like sha256//..., or up to 4 of them with ; between"
     case $hostname in
-    *[!A-Za-z0-9._-]*) end 2 "--hostname takes letters, digits, dots, - and _" ;;
+    *[!A-Za-z0-9._-]*) end 2 "--hostname must be letters, digits, dots, - and _" ;;
     esac
     case $name in
-    *[[:cntrl:]]*) end 2 "--name takes one line of text" ;;
+    *[[:cntrl:]]*) end 2 "--name must be one line of text" ;;
     esac
     case $ask_again:$every in
-    *[!0-9:]* | 0* | *:0* | ??????*:* | *:??????*) end 2 "--ask-again, --every: takes seconds" ;;
+    *[!0-9:]* | 0* | *:0* | ??????*:* | *:??????*) end 2 "--ask-again, --every: not seconds" ;;
     esac
-    [ "${every:-1}" -le 86400 ] || end 2 "--every takes at most 86400 seconds"
-    [ -z "$every" ] || [ -n "$once" ] || [ "$act" = install ] || end 2 "--every goes with --once"
+    [ "${every:-1}" -le 86400 ] || end 2 "--every must be at most 86400 seconds"
+    [ -z "$every" ] || [ -n "$once" ] || [ "$act" = install ] || end 2 "--every needs --once"
     [ -z "$cacert" ] || [ -r "$cacert" ] || end 2 "cannot read $cacert"
 }
 
@@ -7442,10 +7443,10 @@ check_plain_http() {
     127.* | '[::1]' | '[::1]':* | localhost | localhost:*) loopback=yes ;;
     esac
     [ -n "$loopback$insecure" ] ||
-        end 2 "over http the network can read the secrets: use https, or --insecure-http"
+        end 2 "others on the network can read secrets in http: use https, or --insecure-http"
 }
 
-# Files. The agent works where nobody else can write: links, devices or process ids that another
+# Files. The agent works where no other user can write: links, devices or process ids that another
 # user prepares would be used with its rights. So the service, which is not root, has a folder of
 # its own in root's folder. Root leaves it alone while the service may run: root enrolls in its own
 # folder, and the service takes the credential from there.
@@ -7456,7 +7457,7 @@ find_state() {
         state=${state:-$STATE}
     else
         PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
-        [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "there is no HOME: give --state DIR"
+        [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "HOME is not set: give --state DIR"
         state=${state:-${XDG_STATE_HOME:-${HOME:-}/.local/state}/hostenroll-agent}
     fi
     case $state in
@@ -7482,7 +7483,7 @@ open_folder() { # FOLDER
     others=$(while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done |
         sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
     [ -z "$others" ] ||
-        end 1 "others can write in $1: run this as its owner, or for a service with --install"
+        end 1 "other users can write in $1: run this as its owner, or with --install for a service"
 }
 
 # Each file is written under another name and then moved into place, so that a full disk or a crash
@@ -7698,7 +7699,7 @@ gather_facts() {
         sed -n '/^[?]*$/{p;q;};/^Docker version /{s///;s/[, ].*//;p;q;}' | fact)
     facts="\"agentVersion\":\"$VERSION\",\"hostname\":\"$own\",\"os\":\"$(escape "$os")\""
     facts="$facts,\"architecture\":\"$(escape "$(uname -m | fact)")\""
-    [ "$docker" != '?' ] || say "docker --version hangs: the server keeps the version that it has"
+    [ "$docker" != '?' ] || say "docker --version hangs: the server keeps the last known version"
     [ "$docker" = '?' ] || facts="$facts,\"dockerVersion\":\"$(escape "$docker")\""
     facts="$facts,\"everySeconds\":${every:-null}"
     # The server sees copies by the instance: a machine, a boot of it and a folder.
@@ -7709,7 +7710,7 @@ gather_facts() {
     age=0 sent_facts=''
 }
 
-# Those that the server has, and when a heartbeat sent them. Without the file they are sent again.
+# The facts that the server has, and when they were sent. Without the file they are sent again.
 store_facts() { # [TIME]
     printf '%s\n' "$facts" "${1:-}" | put "$state/facts" 600 || rm -f "$state/facts"
     sent_facts=$facts
@@ -7724,14 +7725,14 @@ read_state() {
     load_credential || return 0
     [ -n "$mark" ] || [ -z "$machine" ] || store_credential "$credential" # an older version's
     is_mine "$mark" || [ "$facts" = "$sent_facts" ] || say "this state was copied from another" \
-        "machine: stop it, run --seal on the image, enroll with a new token"
+        "machine: stop the agent, run --seal on the image, enroll with a new token"
 }
 
 # Enrollment. The Idempotency-Key is stored before it is used: if the answer is lost, because the
 # connection or this process ends, the same token with the same key returns the same host.
 
 enroll() {
-    [ -z "$given" ] || end 2 "this folder is the service's: enroll as root, without --state"
+    [ -z "$given" ] || end 2 "this folder belongs to the service: enroll as root, without --state"
     read_token || end 2 "there is no token in $token_file: a token begins with het_"
     if load_credential && is_mine "$mark" && [ "$enrolled_with" = "$token_id" ]; then
         token='' # this command has run before
@@ -7747,11 +7748,11 @@ enroll() {
 }
 
 # A host that was deleted comes back, as a new one, with a token that can be read again.
-enroll_anew() {
+enroll_again() {
     [ "$code" = host-unknown ] && [ -f "$token_file" ] && read_token || return 3
     [ "$token_id" != "$tried" ] || return 3
     tried=$token_id
-    say "the host is deleted on the server: enrolling anew with $token_file"
+    say "the host was deleted on the server: enrolling again with $token_file"
     keep_key && ask_for_credential
 }
 
@@ -7794,7 +7795,7 @@ data-binary = \"$(escape "$body}")\""
         413:body-too-large)
         [ "$code:$key_token" = "token-used:$token_id" ] ||
             fail "refused ($code): $(detail)" || return 3
-        # With that key, in a copy of this state, another was let in.
+        # With that key, in a copy of this state, another machine has enrolled.
         rm -f "$state/enrolling" || fail "cannot write in $state" || return
         keep_key && ask_for_credential
         ;;
@@ -7813,8 +7814,8 @@ keep_enrollment() {
     store_facts
     rm -f "$state/enrolling"
     say "enrolled as host $host_id"
-    told=$(member heartbeatIntervalSeconds "$NUMBER")
-    # The first heartbeat sends the facts again. And this succeeds where nobody reads stderr.
+    interval=$(member heartbeatIntervalSeconds "$NUMBER")
+    # The first heartbeat sends the facts again. And this succeeds where no process reads stderr.
     token='' reported='' bound=$FIRST_WAIT enrolled=yes sent_facts=''
 }
 
@@ -7829,7 +7830,7 @@ data-binary = \"$(escape "{$body}")\""
     case $status:$code:$body in
     200:*) accepted ;;
     4??:host-revoked:* | 4??:host-unknown:* | 4??:credential-*)
-        fail "refused ($code): $(detail)" || enroll_anew || return
+        fail "refused ($code): $(detail)" || enroll_again || return
         beat
         ;;
     400:invalid-body:?*)
@@ -7845,7 +7846,7 @@ accepted() {
     next=$(member nextHeartbeatSeconds "$NUMBER")
     [ -n "$next" ] || fail "$server does not answer like a hostenroll server" || return
     [ "$next" -gt 0 ] || next=1
-    told=$next
+    interval=$next
     [ -z "$body" ] || store_facts "$(date +%s)"
     case $reply in
     *'"credential":'*) keep_renewal || return 0 ;;
@@ -7859,7 +7860,7 @@ accepted() {
 keep_renewal() {
     renewed=$(member credential '"\([^"]*\)"[,}]') used=$credential
     is_credential "$renewed" ||
-        fail "$server renews with what is no credential: the old one stays" || return
+        fail "$server sent an invalid new credential: the old one stays" || return
     load_credential && [ "$credential" = "$used" ] || return 0
     store_credential "$renewed" ||
         fail "cannot write in $state: make room; the old credential still works for now"
@@ -7869,7 +7870,7 @@ keep_renewal() {
 # at once; what the server asks for, it allows. If a proxy has added a second Retry-After, the last
 # one counts. One that is not a number of seconds, such as a date, is ignored.
 back_off() {
-    longest=$((${told:-$INTERVAL} * 2))
+    longest=$((${interval:-$INTERVAL} * 2))
     [ "$longest" -ge "$SHORT_WAIT" ] || longest=$SHORT_WAIT
     [ "$longest" -le "$LONGEST_WAIT" ] || longest=$LONGEST_WAIT
     asked=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/^[Rr]etry-[Aa]fter: *//p' |
@@ -7957,7 +7958,7 @@ install() {
     [ -z "$as_service" ] || install_service
     keep_new
     draw 50 # each host gets its own second of the minute
-    say "there is no systemd here that this can use: run crontab -e and add this line"
+    say "systemd cannot be used here: run crontab -e and add this line"
     printf '%s * * * * sleep %s; sh %s %s --once --every %s 2>&1 | logger -t hostenroll-agent\n' \
         "${minutes%/1}" "$drawn" "$PROGRAM" "$(service_arguments)" "$every"
     end 0
@@ -7969,9 +7970,9 @@ check_install() {
     [ "${script##*"$LINE"}" = 'main "$@"' ] || end 1 "save this script in a file first"
     if [ "$user" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
-        [ -z "$every" ] || end 2 "--every is for cron: the server tells a service when to beat"
+        [ -z "$every" ] || end 2 "--every is for cron: the server sets the interval of a service"
         [ "$state" = "$STATE" ] ||
-            end 2 "--state cannot be used with --install: a service has $STATE"
+            end 2 "--state cannot be used with --install: a service uses $STATE"
         systemd=$(systemctl --version | sed -n '1s/^[^0-9]*\([0-9]*\).*/\1/p')
         older=${STATE%/*}/private/${STATE##*/}
         case $(target_of "$STATE") in
@@ -7983,7 +7984,7 @@ check_install() {
     every=${every:-60}
     minutes="*/$((every / 60))"
     { [ "$((every % 60))" = 0 ] && [ "$every" -le 1800 ]; } ||
-        end 2 "--every takes whole minutes for cron, 60 to 1800"
+        end 2 "--every must be whole minutes for cron, 60 to 1800"
     case $cacert in
     '' | /*) ;;
     *) cacert=$PWD/$cacert ;;
@@ -8002,12 +8003,12 @@ check_places() {
     [ -z "$prefix" ] || (umask 022 && open_folder "${PROGRAM%/*}") || exit 1
     can_write "${PROGRAM%/*}" || {
         [ -z "$prefix" ] || end 1 "cannot write in ${PROGRAM%/*}: no token was used"
-        say "cannot write in ${PROGRAM%/*} (--prefix DIR): the program is put in $state"
+        say "cannot write in ${PROGRAM%/*} (see --prefix): installing the program in $state"
         PROGRAM=$state/hostenroll-agent
     }
     place=$(df -P "$state" 2>/dev/null | sed -n '$s/.* //p')
     case $(sed -n "s|^[^ ]* $place ||p" /proc/mounts 2>/dev/null | tail -n 1) in
-    tmpfs* | ramfs* | rootfs*) say "$state is on a RAM disk: the credential ends with this boot" ;;
+    tmpfs* | ramfs* | rootfs*) say "$state is on a RAM disk: a reboot loses the credential" ;;
     esac
     [ -n "$as_service" ] || return 0
     { can_write "${UNIT%/*}" && can_write "${AUTHORITIES%/*}"; } ||
@@ -8038,7 +8039,7 @@ put_back() { # WHY
     trap '' HUP INT TERM
     for file in $replaced; do mv -f "$file.old" "$file" 2>/dev/null || rm -f "$file"; done
     [ -z "$served" ] || { systemctl daemon-reload && systemctl restart "$SERVICE"; }
-    end 1 "$1: everything is as it was before"
+    end 1 "$1: everything is as before"
 }
 
 # Where nothing can make a user, systemd does (DynamicUser=).
@@ -8057,13 +8058,13 @@ make_account() {
 # An older version's service had DynamicUser=: its folder is elsewhere, its user not a lasting one.
 leave_private() {
     stopped=yes
-    systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || end 1 "systemd does not stop $SERVICE"
+    systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || end 1 "systemd cannot stop $SERVICE"
     [ ! -L "$STATE" ] || rm -f "$STATE"
     take_back "$older"
 }
 
-# What a service that has been stopped had becomes root's again. From the chmod on nobody else can
-# change what lies there; a FIFO, a link, and one more name of another's file are not read.
+# The files of a stopped service become root's again. After the chmod no other user can change what
+# is there; a FIFO, a link, and a second name of another user's file are not read.
 take_back() { # FOLDER
     state=$STATE owner=''
     open_folder "$state"
@@ -8087,7 +8088,7 @@ seal() {
     rm -f "$state/credential" "$state/credential.new" "$state/facts" "$state/facts.new" \
         "$state/enrolling" "$state/enrolling.new" ||
         end 1 "cannot write in $state"
-    end 0 "sealed: each machine that starts with this image needs a token"
+    end 0 "sealed: each machine that starts from this image needs a token"
 }
 
 # Quoted for a shell and for systemd.
@@ -8133,7 +8134,7 @@ leave_unanswered() {
     why="the server has answered no heartbeat of $SERVICE ($why)"
     [ -z "$updates" ] || put_back "$why"
     keep_new
-    end 1 "$why: it is installed and goes on trying; journalctl -u $SERVICE shows more"
+    end 1 "$why: it is installed and keeps trying; see journalctl -u $SERVICE"
 }
 
 # No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
@@ -8167,12 +8168,12 @@ END
 
 uninstall() {
     if [ -f "$UNIT" ] && [ "$user" = 0 ]; then
-        systemctl disable --now "$SERVICE" || end 1 "systemd does not stop $SERVICE"
+        systemctl disable --now "$SERVICE" || end 1 "systemd cannot stop $SERVICE"
         rm -f "$UNIT" "$AUTHORITIES"
         systemctl daemon-reload
         [ ! -d "$STATE/service" ] || [ -L "$STATE/service" ] || take_back "$STATE/service"
     else
-        say "if there is a line for it in cron, remove that: crontab -e"
+        say "if cron has a line for it, remove that: crontab -e"
     fi
     [ ! -f "$state/program" ] || ! (open_folder "$state") ||
         { read -r PROGRAM <"$state/program" && rm -f "$state/program" "$state/proxy"; }
@@ -8187,7 +8188,7 @@ main() {
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
     as_service='' given='' served='' stopped='' boot='' proxy='' prefix=''
-    answered='' replaced='' updates='' every='' told='' tried=''
+    answered='' replaced='' updates='' every='' interval='' tried=''
     umask 077
     set -fuC
     LC_ALL=C
@@ -8220,7 +8221,7 @@ main() {
     take_lock || leave_to_holder
     [ -n "$facts" ] || gather_facts
     [ -z "$enrolled" ] || [ -n "$once" ] ||
-        say "sends heartbeats until stopped; --install makes a service"
+        say "sending heartbeats until stopped; --install sets up a service"
     [ -n "$enrolled$once" ] || ! load_credential ||
         say "already enrolled as host $host_id, sending heartbeats"
     read_state
@@ -8228,18 +8229,18 @@ main() {
 }
 
 leave_to_service() {
-    [ -n "$enrolled" ] || end 1 "$SERVICE uses $state: systemctl status $SERVICE shows how it is"
+    [ -n "$enrolled" ] || end 1 "$SERVICE uses $state: see systemctl status $SERVICE"
     [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
-    systemctl try-restart "$SERVICE" || end 1 "systemd does not restart $SERVICE"
-    end 0 "$SERVICE goes on with the new credential"
+    systemctl try-restart "$SERVICE" || end 1 "systemd cannot restart $SERVICE"
+    end 0 "$SERVICE now uses the new credential"
 }
 
 leave_to_holder() {
     [ -n "$enrolled" ] || [ -z "$every" ] || end 0 # the run before this one still tries
     [ -n "$enrolled" ] ||
-        end 1 "another agent, process ${holder%%-*}, uses $state: end it, or give --state DIR"
+        end 1 "another agent, process ${holder%%-*}, uses $state: stop it, or give --state DIR"
     kill -USR1 "${holder%%-*}"
-    end 0 "another agent, process ${holder%%-*}, uses $state: it goes on with the new credential"
+    end 0 "another agent, process ${holder%%-*}, uses $state: it now uses the new credential"
 }
 
 main "$@"
@@ -8283,7 +8284,7 @@ SERVICE_USER = "hostenroll"
 UNIT = string.Template(
     """\
 [Unit]
-Description=hostenroll: decides who may join the fleet and knows who is alive
+Description=hostenroll: enrolls machines and shows which are alive
 Wants=network-online.target
 After=network-online.target
 StartLimitIntervalSec=0
@@ -8314,14 +8315,14 @@ ProtectProc=invisible
 )
 
 WATCH_LINES = {  # of the unit of watch, in the place of others
-    "decides who may join the fleet and knows who is alive": "tells people what changes",
+    "enrolls machines and shows which are alive": "reports changes of hosts",
     "Type=notify": "Type=exec", "ExecReload=/bin/kill -HUP $MAINPID\n": "",
     "SyslogIdentifier=hostenroll": "SyslogIdentifier=hostenroll-watch",
 }  # fmt: skip
 
 SOCKET_UNIT = """\
 [Unit]
-Description=socket of hostenroll
+Description=hostenroll socket
 
 [Socket]
 ListenStream=443
@@ -8584,8 +8585,8 @@ PAGE_MARKUP = """
 <div class="banner" id="trouble" role="alert" hidden><span id="trouble-text"></span>
   <span id="retry-in" aria-live="off"></span><button id="retry">Retry now</button></div>
 <p class="unseen" id="announcer" role="status"></p>
-<noscript><p class="banner">This page needs JavaScript. The command line can do everything that it
-does: hostenroll.py --help.</p></noscript>
+<noscript><p class="banner">This page needs JavaScript. The command line can do the same:
+hostenroll.py --help.</p></noscript>
 
 <main id="sign-in" hidden>
   <form autocomplete="off">
@@ -8647,7 +8648,7 @@ does: hostenroll.py --help.</p></noscript>
       <div class="row" id="host-acts">
         <button data-act="edit">Edit</button><button data-act="reenroll">Re-enroll</button>
         <button data-act="revoke">Revoke</button><button data-act="restore">Restore</button>
-        <details class="menu end"><summary aria-label="More acts">&#x22ef;</summary>
+        <details class="menu end"><summary aria-label="More actions">&#x22ef;</summary>
           <div><button data-act="mute">Mute</button><button data-update>Update its agent</button>
             <button class="danger" data-act="delete">Delete</button></div></details>
       </div>
@@ -8675,9 +8676,9 @@ does: hostenroll.py --help.</p></noscript>
       <select name="organization" aria-label="Organization" data-organizations></select>
       <select name="action" aria-label="Action"><option value="">all actions</option>@ACTIONS@
       </select><input type="search" name="subject" maxlength="128" spellcheck="false"
-        aria-label="About" placeholder="host:ID or token:ID">
+        aria-label="Target" placeholder="host:ID or token:ID">
       <input type="search" name="code" maxlength="64" spellcheck="false"
-        aria-label="Refused because" placeholder="refused because: token-used"></form></div>
+        aria-label="Refusal code" placeholder="refusal: token-used"></form></div>
   <div class="list"></div>
 </section>
 <section id="keys" aria-labelledby="keys-title" hidden>
@@ -8708,7 +8709,7 @@ does: hostenroll.py --help.</p></noscript>
       <button data-close>Done</button><span class="quiet end" id="secret-meta"></span></div>
     <p class="problem" id="secret-warning"></p><div id="arrivals" role="status"></div>
     <div class="notice row" id="secret-ask" role="alert" hidden>
-      <span>Nobody has used this token, and it cannot be shown again.</span>
+      <span>This token is unused, and it cannot be shown again.</span>
       <button data-close>Close anyway</button></div>
   </div>
 </dialog>
@@ -8719,8 +8720,8 @@ does: hostenroll.py --help.</p></noscript>
       <dt><kbd>j</kbd> <kbd>k</kbd></dt><dd>next, previous host (also the arrow keys)</dd>
       <dt><kbd>Enter</kbd></dt><dd>open the host</dd>
       <dt><kbd>Esc</kbd></dt><dd>close it, or clear the selection</dd>
-      <dt><kbd>x</kbd></dt><dd>select; with Shift, all from the last one</dd>
-      <dt><kbd>/</kbd></dt><dd>search; a label is written key=value</dd>
+      <dt><kbd>x</kbd></dt><dd>select; with Shift, a range</dd>
+      <dt><kbd>/</kbd></dt><dd>search; write a label as key=value</dd>
       <dt><kbd>a</kbd></dt><dd>add a host</dd>
     </dl>
     <div><button data-close>Close</button></div>
@@ -8738,8 +8739,8 @@ const KEY = "hostenroll.key";
 const STATUSES = ["offline", "missing", "pending", "online", "revoked"];
 const MEANINGS = {
   offline: "It has missed heartbeats.", missing: "Offline for more than 7 days.",
-  pending: "It has enrolled, and not sent a heartbeat yet.", online: "Its heartbeats arrive.",
-  revoked: "Its heartbeats are refused until it is restored.",
+  pending: "Enrolled, no heartbeat yet.", online: "Its heartbeats arrive.",
+  revoked: "Its heartbeats are refused until you restore it.",
 };
 const ROWS = 100; // asked for at once
 const ROWS_MOST = 1000; // shown, and acted on at once
@@ -9172,7 +9173,7 @@ const lists = {
         ...some(token.hostname), " ", ...labelLinks(token.labels)]],
       CREATED,
       ORGANIZATION,
-      ["Acts", (token) => some(isAdmin() && !["revoked", "expired"].includes(token.state),
+      ["Actions", (token) => some(isAdmin() && !["revoked", "expired"].includes(token.state),
         () => revokes("token", token))],
     ],
   }),
@@ -9180,7 +9181,7 @@ const lists = {
     path: "api/audit", name: "events", one: "event", empty: "No events yet.", items: folded,
     columns: [
       ["Time", (event) => [quiet(when(event.time, "time"))]],
-      ["Event", (event) => [told(event), ...some(event.times > 1, () =>
+      ["Event", (event) => [sentence(event), ...some(event.times > 1, () =>
         quiet(` ${event.times} times since `, when(event.since, "time")))]],
       ["Address", (event) => some(event.address, mono)],
       ORGANIZATION,
@@ -9196,7 +9197,7 @@ const lists = {
       ["Last used", (key) => [quiet(key.lastUsedAt ? when(key.lastUsedAt) : "never")]],
       CREATED,
       ["Expires", (key) => [quiet(key.expiresAt ? when(key.expiresAt) : "never")]],
-      ["Acts", (key) => some(key.state === "valid", () => revokes("key", key))],
+      ["Actions", (key) => some(key.state === "valid", () => revokes("key", key))],
     ],
   }),
 };
@@ -9207,8 +9208,8 @@ function revokes(kind, item) {
 }
 
 /** The sentence of an event; where it is about a host, a link to that. */
-const told = ({subject, text}) => subject?.startsWith("host:") ? hostLink(subject.slice(5), text)
-  : text;
+const sentence = ({subject, text}) =>
+  subject?.startsWith("host:") ? hostLink(subject.slice(5), text) : text;
 
 /** Events with a heading for each day; equal refusals, one after another, are one. */
 function folded(events) {
@@ -9357,8 +9358,8 @@ const isAsked = (one) => one === question && $("form").open;
     something else, does not touch it. */
 function fill({title, text = "", go, danger = false, fields = [], options = [], act}) {
   const own = question = {};
-  for (const [part, said] of Object.entries({title, text, problem: "", go})) {
-    $(`form-${part}`).textContent = said;
+  for (const [part, content] of Object.entries({title, text, problem: "", go})) {
+    $(`form-${part}`).textContent = content;
   }
   Object.assign($("form-go"), {className: danger ? "main danger" : "main", disabled: false});
   Object.assign($("form-options"), {hidden: !options.length, open: false});
@@ -9434,12 +9435,12 @@ function addHost() {
 const WAYS = [ // how the agent runs: the title, how its command differs, what people should know
   ["Install as a service", (line) => `${line.replace("| sh -c", "| sudo sh -c")} --install`,
     "Run this on the machine. It enrolls once, and installs a service that survives reboots. " +
-    "Where you are root already, leave out sudo."],
+    "If you are root, leave out sudo."],
   ["Run in this terminal", (line) => line,
-    "Run this on the machine. It is online for as long as the command runs."],
+    "Run this on the machine. It is online while the command runs."],
   ["cron", (line) => `${line} --install --every 60`,
-    "Where there is no systemd: run this as the user that the agent should run as. It enrolls, " +
-    "and prints a line for crontab -e."],
+    "Without systemd: run this as the user that should run the agent. It enrolls, and prints a " +
+    "line for crontab -e."],
 ];
 
 /** A command with each group of options on a line of its own. */
@@ -9509,7 +9510,7 @@ async function watch() {
 async function showUpdate() {
   const {agentCommand} = await ask("GET", "api/service");
   showSecret({title: "Update or move an agent", ways: [["", wrapped(`sudo ${agentCommand}`),
-    "Run this on a machine that is a host: it gets this server's agent and URL, and keeps its " +
+    "Run this on an enrolled machine: it gets this server's agent and URL, and keeps its " +
     "credential."]]});
 }
 
@@ -9692,14 +9693,14 @@ function actOn(hosts, action, {title, members = () => ({}), ...order}) {
 }
 
 const MUTES = [["1 hour", 3600], ["8 hours", 28800], ["1 day", 86400], ["7 days", 604800],
-  ["not at all", 0]];
+  ["unmute", 0]];
 const ACTS = { // each takes a list of hosts
   revoke: (hosts) => actOn(hosts, "revoke", {title: "Revoke", danger: true,
     text: "Heartbeats are refused from now on. You can restore it later."}),
   restore: (hosts) => actOn(hosts, "restore", {title: "Restore", text:
     "Accepted again with the current credential. It may take up to an hour to come back."}),
   mute: (hosts) => actOn(hosts, "edit", {
-    title: "Mute", text: "Nobody is told of it until the time is over. It stays in the list.",
+    title: "Mute", text: "No notifications about it until then. It stays in the list.",
     fields: [{name: "mute", label: "For", tag: "select", options: MUTES, value: 3600}],
     members: ({mute}) => ({mutedUntil: Number(mute)
       ? new Date(now() + 1000 * mute).toISOString() : null}),
@@ -10466,17 +10467,17 @@ def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
 
 
 COUNTERS = (  # of Metrics.counts
-    ("heartbeats", "Heartbeats that counted."),
+    ("heartbeats", "Heartbeats accepted."),
     ("enrollments", "Hosts enrolled or re-enrolled."),
     ("renewals", "Credentials renewed."),
     ("connections", "Connections accepted."),
-    ("log_lines_dropped", "Lines of the log that could not be written."),
-    ("clones", "Signs that more than one machine uses a credential, at most hourly of each."),
+    ("log_lines_dropped", "Log lines that could not be written."),
+    ("clones", "Signs that several machines use one credential, at most one an hour for each."),
 )
 HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what they measure
-    ("requests", "request_duration_seconds", "From the turn that takes a request to its answer."),
-    ("commits", "commit_duration_seconds", "To commit a tick that writes."),
-    ("lock_waits", "lock_wait_seconds", "For another writer, where there was one."),
+    ("requests", "request_duration_seconds", "Time from reading a request to its answer."),
+    ("commits", "commit_duration_seconds", "Time to commit a tick that writes."),
+    ("lock_waits", "lock_wait_seconds", "Time waited for another writer."),
     ("ticks", "tick_requests", "Requests in a tick that writes."),
 )
 
@@ -10495,7 +10496,7 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
     ]
     stopped = [(metric_labels(organization=row.id), int(row.expiry > 0)) for row in rows]
     own = _process_metrics(registry, now) if owner is ALL_ORGANIZATIONS else ()
-    more = "1 while too many hosts have expired, and the others stay."
+    more = "1 while expiry is stopped because too many hosts expired."
     return "".join([
         metric("hostenroll_hosts", "Hosts by organization and status.", hosts),
         metric("hostenroll_expiry_stopped", more, stopped), *agents, *own,
@@ -10525,7 +10526,7 @@ def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list
     shown = _frequent(versions, VERSIONS_SHOWN).items()
     agents = [(metric_labels(version=version), count) for version, count in shown]
     return [
-        metric("hostenroll_agents", "Hosts by their agents' version.", agents),
+        metric("hostenroll_agents", "Hosts by version of the agent.", agents),
         metric("hostenroll_copied_hosts", "Hosts with signs of a copied credential.", copied),
     ]
 
@@ -10548,22 +10549,22 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
     files = [metric_labels(file=file) for file in ("database", "wal")]
     last = queries.changes_after(queries.last_change() - 1, 1)
     values: list[tuple[str, str, Any]] = [
-        ("build_info", "What runs.", [(build, 1)]),
-        ("database_bytes", "Size of the database's files.",
+        ("build_info", "Versions of hostenroll, Python and SQLite.", [(build, 1)]),
+        ("database_bytes", "Size of the database files.",
          zip(files, registry.engine.file_sizes())),
-        ("open_connections", "Connections now.", metrics.open_connections),
+        ("open_connections", "Open connections.", metrics.open_connections),
         ("waiting_requests", "Requests that wait for changes or events.", metrics.waiting_requests),
-        ("keys_ok", "1 while the key file is as it should be.", keys_ok),
-        ("lost_hosts", "That a restore has lost, and that wait.",
+        ("keys_ok", "1 while the key file is valid.", keys_ok),
+        ("lost_hosts", "Hosts that a restore lost and that wait.",
          feed.lost if now < feed.lost_until else 0),
-        ("last_change_timestamp_seconds", "When a status last changed.",
+        ("last_change_timestamp_seconds", "Time of the last change of a status.",
          sum(change.at for change in last) / SECOND_MS),
-        ("sweep_age_seconds", "Since the last sweep for silent hosts.",
+        ("sweep_age_seconds", "Time since the last sweep for silent hosts.",
          time.monotonic() - swept.last_ended),
-        ("sweep_seconds", "CPU time of that sweep.", swept.last_spent),
+        ("sweep_seconds", "CPU time of the last sweep for silent hosts.", swept.last_spent),
     ]  # fmt: skip
     if certificate := registry.service.certificate:
-        values += [("tls_certificate_not_after_seconds", "End of the certificate, in Unix time.",
+        values += [("tls_certificate_not_after_seconds", "Time when the certificate expires.",
                     certificate.ends // SECOND_MS)]  # fmt: skip
     yield from (metric(f"hostenroll_{name}", help, value) for name, help, value in values)
 
@@ -10598,7 +10599,7 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
     asked = {*call.values.get("show", ())}
     shown = {f"label_{clean_name(key)}": key for key in sorted(asked)}
     if len(shown) < len(asked):
-        raise InvalidQuery(errors=[FieldError("show", "names two labels that become one")])
+        raise InvalidQuery(errors=[FieldError("show", "two labels become one in Prometheus")])
     down = ["offline", "missing"]
     values = {"status": down, "sort": "attention", "limit": DOWN_SHOWN}
     page, samples = registry.hosts.list(call._replace(values=values), now), []
@@ -10610,7 +10611,7 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
         samples.append((metric_labels(**pairs), 1))
     rest = max(0, sum(map(page.more["counts"].get, down)) - len(samples))
     return metric("hostenroll_host_down", "Hosts that are offline or missing.", samples) + metric(
-        "hostenroll_hosts_down_not_shown", "How many more of them there are.", rest
+        "hostenroll_hosts_down_not_shown", "Offline and missing hosts that are not listed.", rest
     )
 
 
@@ -10647,7 +10648,7 @@ def _inventory(
         if len(made.hosts) > INVENTORY_HOSTS or made.length > INVENTORY_BYTES:
             most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
             remedy = "filter by status, label or organization"
-            raise InvalidQuery(f"These are more than {most}: {remedy}.")
+            raise InvalidQuery(f"The inventory has more than {most}: {remedy}.")
         if page.next is None:
             return text(made)
         goes_on = True
@@ -10746,10 +10747,10 @@ def _page_asset() -> Asset:
 
 
 FRONT_DOOR = f"""\
-hostenroll {__version__}: enrolls machines, and knows which are alive.
+hostenroll {__version__}: enrolls machines and shows which are alive.
 The page:    this address, in a browser.
-The agent:   agent.sh; the command of mint-token fetches and runs it.
-The API:     openapi.json describes it; it takes an API key: mint-api-key.
+The agent:   agent.sh; the command that mint-token prints fetches and runs it.
+The API:     openapi.json describes it; mint-api-key creates a key for it.
 Monitoring:  healthz, readyz, and metrics for Prometheus.
 In a shell:  hostenroll.py --help, on the server.
 """
@@ -10883,24 +10884,24 @@ class Operation(NamedTuple):
 # fmt: off
 OPERATIONS = (
     Operation("enroll", "POST", "/api/agent/enroll", "token", "enrollments.enroll",
-              "exchange a token for a host",
+              "enroll a host with a token",
               body=ENROLL_BODY, headers=ENROLL_HEADERS, status=201, answer=ENROLLMENT),
     Operation("beat", "POST", "/api/agent/heartbeat", "credential", "heartbeats.beat",
-              "report that a host is alive", durable=False, body=HEARTBEAT_BODY, answer=HEARTBEAT),
+              "send a heartbeat", durable=False, body=HEARTBEAT_BODY, answer=HEARTBEAT),
     Operation("mint-token", "POST", "/api/hosts/tokens", "admin", "tokens.mint",
-              "make an enrollment token",
+              "create an enrollment token",
               body=MINT_BODY, status=201, answer=MINTED_TOKEN),
     Operation("list-tokens", "GET", "/api/hosts/tokens", "viewer", "tokens.list",
-              "list tokens, the newest first",
+              "list tokens, newest first",
               writes=False, query=TOKENS_QUERY, answer=TOKEN, list_of="tokens",
               columns=("description", "state", "uses", "expiresAt", "organizationId", "id")),
     Operation("show-token", "GET", "/api/hosts/tokens/{id}", "viewer", "tokens.get",
               "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
     Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
-              "make a token useless, with its hosts if asked to",
+              "revoke a token, and its hosts if asked",
               query=Schema(Field("withHosts", YES)), status=204, answer=TOKEN),
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
-              "list hosts, the newest first",
+              "list hosts, newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts",
               more={"counts": ObjectOf(HOST_COUNTS)},
               columns=("name", "status", "age", "address", "labels", "lastSeen", "hostname",
@@ -10908,59 +10909,59 @@ OPERATIONS = (
     Operation("show-host", "GET", "/api/hosts/{id}", "viewer", "hosts.get",
               "show a host and why it has its status", writes=False, answer=HOST),
     Operation("edit-host", "PATCH", "/api/hosts/{id}", "admin", "hosts.edit",
-              "name, label or mute a host, or set its interval",
+              "rename, label or mute a host, or set its interval",
               body=EDIT_BODY, patch=EDIT_PATCH, answer=HOST),
     Operation("delete-host", "DELETE", "/api/hosts/{id}", "admin", "hosts.delete",
-              "remove a host; it must enroll again",
+              "delete a host; it must enroll again",
               query=REASON, status=204, answer=DELETED_HOST),
     Operation("revoke-host", "POST", "/api/hosts/{id}/revoke", "admin", "hosts.revoke",
-              "shut a host out until restored", body=REASON, answer=HOST),
+              "block a host until it is restored", body=REASON, answer=HOST),
     Operation("restore-host", "POST", "/api/hosts/{id}/restore", "admin", "hosts.restore",
-              "let a revoked host in again", body=REASON, answer=HOST),
+              "unblock a revoked host", body=REASON, answer=HOST),
     Operation("act-on-hosts", "POST", "/api/hosts/actions", "admin", "hosts.act",
               "delete, revoke, restore or edit many hosts", body=ACTION_BODY, answer=ACTED),
     Operation("reenroll-host", "POST", "/api/hosts/{id}/reenroll", "admin", "tokens.reenroll",
-              "make a token that gives a host a new credential",
+              "create a token that gives a host a new credential",
               body=REENROLL_BODY, status=201, answer=MINTED_TOKEN),
     Operation("show-audit", "GET", "/api/audit", "viewer", "audit.list",
-              "list what happened, the newest first",
+              "show the audit log, newest first",
               writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events",
               columns=("when", "action", "actor", "address", "subject", "code", "detail", "time",
                        "number")),
     Operation("list-changes", "GET", "/api/changes", "viewer", "reports.list",
-              "list what hosts' statuses became, the oldest first",
+              "list status changes of hosts, oldest first",
               writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
               more={"cursor": FEED_CURSOR}, columns=("name", "was", "status", "at", "by", "host")),
     Operation("list-incidents", "GET", "/api/incidents", "viewer", "incidents.list",
-              "list which hosts went offline together, in the last day",
+              "list hosts that went offline together in the last day",
               writes=False, query=Schema(Field("organization", SLUG)), answer=INCIDENT,
               list_of="incidents", columns=("at", "count", "down", "text")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
     Operation("show-service", "GET", "/api/service", "viewer", _service,
-              "show how hosts find the server", writes=False, answer=SERVICE),
+              "show how hosts reach the server", writes=False, answer=SERVICE),
     Operation("metrics", "GET", "/metrics", "viewer", _metrics,
-              "count, for Prometheus", writes=False, content_type=EXPOSITION),
+              "show metrics for Prometheus", writes=False, content_type=EXPOSITION),
     Operation("host-metrics", "GET", "/metrics/hosts", "viewer", _down_hosts,
-              "name the hosts that are down, for Prometheus", writes=False, query=DOWN_QUERY,
+              "list hosts that are down, for Prometheus", writes=False, query=DOWN_QUERY,
               content_type=EXPOSITION),
     Operation("targets", "GET", "/api/inventory/prometheus", "viewer",
               partial(_inventory, _put_target, lambda made: f"[{','.join(made.hosts)}]"),
-              "list hosts as targets of Prometheus", writes=False, query=TARGETS_QUERY),
+              "list hosts as Prometheus targets", writes=False, query=TARGETS_QUERY),
     Operation("inventory", "GET", "/api/inventory/ansible", "viewer",
               partial(_inventory, _put_variables, _ansible_text),
-              "list hosts as an inventory of Ansible", writes=False, query=INVENTORY_QUERY),
-    Operation("health", "GET", "/healthz", "open", "", "whether the server answers",
+              "list hosts as an Ansible inventory", writes=False, query=INVENTORY_QUERY),
+    Operation("health", "GET", "/healthz", "open", "", "check that the server answers",
               static=lambda head: json_response(200, HEALTH.of(None)), answer=HEALTH),
-    Operation("readiness", "GET", "/readyz", "open", "service.ready", "whether it can do its work",
+    Operation("readiness", "GET", "/readyz", "open", "service.ready", "check that it can work",
               durable=False, answer=READINESS, raises=(StorageUnavailable,)),
-    Operation("openapi", "GET", "/openapi.json", "open", "", "print the API in OpenAPI 3.1",
+    Operation("openapi", "GET", "/openapi.json", "open", "", "print the API as OpenAPI 3.1",
               static=_kept(lambda: Asset(json_text(openapi_document()), JSON)),
               answer=Document("", open=True)),
     Operation("agent-script", "GET", "/agent.sh", "open", "",
               "print the agent, for a host with sh and curl", content_type=SHELL_SCRIPT,
               static=_kept(lambda: Asset(AGENT_SCRIPT, SHELL_SCRIPT))),
-    Operation("page", "GET", "/", "open", "", "show all of this to people",
+    Operation("page", "GET", "/", "open", "", "show the admin page",
               static=_page_response, content_type=HTML),
     Operation("add-org", "POST", "/api/organizations", "owner", "organizations.add",
               "add an organization", body=ORGANIZATION_BODY, status=201, answer=ORGANIZATION,
@@ -10970,28 +10971,28 @@ OPERATIONS = (
               writes=False, answer=ORGANIZATION, list_of="organizations",
               columns=("id", "createdAt")),
     Operation("mint-api-key", "POST", "/api/keys", "admin", "api_keys.mint",
-              "make a key for the user API", body=API_KEY_BODY, status=201, answer=MINTED_API_KEY),
+              "create an API key", body=API_KEY_BODY, status=201, answer=MINTED_API_KEY),
     Operation("list-api-keys", "GET", "/api/keys", "admin", "api_keys.list",
-              "list API keys, the newest first",
+              "list API keys, newest first",
               writes=False, query=KEYS_QUERY, answer=API_KEY, list_of="apiKeys",
               columns=("description", "state", "role", "organizationId", "lastUsedAt", "expiresAt",
                        "createdBy", "createdAt", "id")),
     Operation("revoke-api-key", "DELETE", "/api/keys/{id}", "admin", "api_keys.revoke",
-              "make an API key useless, with what it made if asked to",
+              "revoke an API key, and the keys it created if asked",
               query=Schema(Field("withKeys", YES), Field("self", YES)), status=204,
               answer=API_KEY, raises=(Conflict,)),
     # Commands only: who may run them has the key file, or could read the database anyway.
     Operation("expire-hosts", "", "", "admin", "expiry.force",
-              "let hosts that have expired go, though they are many",
+              "delete expired hosts, even if they are many",
               query=Schema(Field("organization", SLUG)), answer=ACTED),
     Operation("list-signing-keys", "", "", "admin", "keys.list",
               "list the keys that sign credentials",
               writes=False, answer=SIGNING_KEY, list_of="signingKeys",
               columns=("state", "hosts", "createdAt", "retiredAt", "kid")),
     Operation("rotate-signing-key", "", "", "admin", "keys.rotate",
-              "sign with a new key from now on", answer=SIGNING_KEY),
+              "create a signing key and use it from now on", answer=SIGNING_KEY),
     Operation("retire-signing-key", "", "", "admin", "keys.retire",
-              "accept no credential of a key any longer", body=RETIRE_BODY, answer=SIGNING_KEY),
+              "stop accepting a signing key", body=RETIRE_BODY, answer=SIGNING_KEY),
 )
 # fmt: on
 OPERATION = {operation.name: operation for operation in OPERATIONS}
@@ -11002,9 +11003,9 @@ BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
 # The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
 
 TAGS = {
-    "agent": "What a machine calls, with a token and then with its credential.",
-    "user": "What operators and their programs call, with an API key.",
-    "open": "What needs no secret.",
+    "agent": "Calls by machines, with a token and then with a credential.",
+    "user": "Calls by operators and their programs, with an API key.",
+    "open": "Calls that need no secret.",
 }
 SECURITY_SCHEMES = {
     "apiKey": {"type": "http", "scheme": "bearer", "bearerFormat": "hak_..."},
@@ -11032,143 +11033,143 @@ A_CURSOR = "5e0ff1ce5e0ff1ce-7"
 # leaves it out. Where it says something else in one document or operation, that is before its name.
 # fmt: off
 MEANINGS: Mapping[str, tuple[Any, ...]] = {
-    "Idempotency-Key": ("sent again with the same token, it gets the same host", "b1946ac9"),
+    "Idempotency-Key": ("a retry with the same key and token gets the same host", "b1946ac9"),
     "action": ("what happened", "enroll"),
-    "ActOnHostsRequest.action": ("what is done to each host", "revoke"),
+    "ActOnHostsRequest.action": ("what to do with each host", "revoke"),
     "actor": ("who did it: cli:<user>, api-key:<id>, token:<id>, host:<id> or server", "cli:alice"),
     "address": ("hosts at this address or in this network", "192.0.2.0/24"),
-    "Event.address": ("where it came from; null: this machine", "192.0.2.7"),
+    "Event.address": ("the address of the caller; null: this machine", "192.0.2.7"),
     "Host.address": ("the address of the last heartbeat; null: not known", "192.0.2.7"),
     "addressSince": ("since when the host has this address", A_TIME),
-    "after": ("what came after this cursor; now: what comes from now on", A_CURSOR),
-    "agentCommand": ("updates or moves the agent of an enrolled machine", "curl ..."),
+    "after": ("only items after this cursor; now: only new ones", A_CURSOR),
+    "agentCommand": ("the command that updates or moves an installed agent", "curl ..."),
     "agentVersion": ("the version of the agent", "0.2.0"),
-    "apiKey": ("the key itself, shown this once", "hak_0ca4f1b28e3d7a95_..."),
-    "architecture": ("of the machine, as uname -m prints it", "x86_64"),
-    "at": ("when it became true", A_TIME),
+    "apiKey": ("the API key; it is shown only once", "hak_0ca4f1b28e3d7a95_..."),
+    "architecture": ("the machine's, as uname -m prints it", "x86_64"),
+    "at": ("when the status changed", A_TIME),
     "Incident.at": ("when the first host went offline", A_TIME),
-    "auditKeepSeconds": ("how long events are kept; null: for ever", 7776000),
+    "auditKeepSeconds": ("how long events are kept; null: forever", 7776000),
     "by": ("who did it; null: time, or a heartbeat", "cli:alice"),
-    "certificateEndsAt": ("when the server's certificate ends; null: it has none", A_TIME),
-    "code": ("of a refusal: which problem it is", "not-found"),
-    "counts": ("how many hosts have each status, whatever else the list is about",
+    "certificateEndsAt": ("when the server's certificate expires; null: it has none", A_TIME),
+    "code": ("the code of the problem", "not-found"),
+    "counts": ("how many hosts have each status, without the filter by status",
                dict.fromkeys(STATUSES, 7)),
-    "createdAt": ("when it was made", A_TIME),
-    "createdBy": ("who made it", "cli:alice"),
-    "credential": ("what the host sends with each heartbeat from now on", "eyJh..."),
+    "createdAt": ("when it was created", A_TIME),
+    "createdBy": ("who created it", "cli:alice"),
+    "credential": ("the credential to send with each heartbeat", "eyJh..."),
     "credentialExpiresAt": ("when the credential expires; null: never", A_TIME),
-    "credentialTtlSeconds": ("how long credentials are good; null: without end", 2592000),
-    "cursor": ("the nextCursor of the page before", AN_ID),
-    "Change.cursor": ("names it, to go on after it", A_CURSOR),
-    "ChangeList.cursor": ("up to which the server has looked", A_CURSOR),
-    "EventList.cursor": ("up to which the server has looked", A_CURSOR),
-    "Problem.cursor": ("where to go on, having missed what is not kept", A_CURSOR),
+    "credentialTtlSeconds": ("the lifetime of credentials; null: unlimited", 2592000),
+    "cursor": ("the nextCursor of the previous page", AN_ID),
+    "Change.cursor": ("continue after this change with it", A_CURSOR),
+    "ChangeList.cursor": ("continue after this page with it", A_CURSOR),
+    "EventList.cursor": ("continue after this page with it", A_CURSOR),
+    "Problem.cursor": ("where to continue", A_CURSOR),
     "count": ("how many hosts", 7),
-    "down": ("how many of them still are", 5),
+    "down": ("how many of them are still down", 5),
     "description": ("what it is for", "the cellar", ""),
     "detail": ("what to do about it", "Get a new token."),
     "Event.text": ("what happened, in a sentence", "web-1 enrolled with token web tier"),
-    "Event.detail": ("more of what happened, by the action", {"hostname": "web-1"}),
+    "Event.detail": ("details of the event; they depend on the action", {"hostname": "web-1"}),
     "FieldError.detail": ("what is wrong with it", "must be a string"),
-    "dockerVersion": ("of the machine's Docker; empty: none", "27.3.1"),
-    "done": ("how many hosts were found, and acted on", 2),
+    "dockerVersion": ("the version of Docker; empty: none", "27.3.1"),
+    "done": ("how many hosts were found and changed", 2),
     "enrolledAt": ("when the host enrolled", A_TIME),
     "enrolledFrom": ("the address that it enrolled from", "192.0.2.7"),
-    "errors": ("what is wrong with a body or a query, field by field", []),
-    "everySeconds": ("the rhythm of an agent that cron starts; null: it has none", 300),
-    "expiresAt": ("until when it is good; null: without end", A_TIME),
-    "field": ("the member or parameter", "hostname"),
+    "errors": ("the errors of a body or a query, by field", []),
+    "everySeconds": ("how often cron runs the agent; null: not by cron", 300),
+    "expiresAt": ("when it expires; null: never", A_TIME),
+    "field": ("the name of the member or parameter", "hostname"),
     "heartbeatIntervalSeconds": ("how often a heartbeat is expected", 30),
     "host": ("the host, as it was then", {"id": AN_ID, "name": "web-1"}),
-    "list-changes.host": ("changes of this host alone", AN_ID),
+    "list-changes.host": ("only changes of this host", AN_ID),
     "hostId": ("the id of the host", AN_ID),
-    "Token.hostId": ("the only host that it lets in again; null: it lets in new ones", AN_ID),
-    "hostname": ("as the machine says it", "web-1.example.net"),
-    "Token.hostname": ("the only hostname that it lets in; null: any", "web-1.example.net"),
-    "MintTokenRequest.hostname": ("let in this hostname alone", "web-1.example.net"),
+    "Token.hostId": ("the host that it re-enrolls; null: it enrolls new hosts", AN_ID),
+    "hostname": ("as reported by the machine", "web-1.example.net"),
+    "Token.hostname": ("the only hostname that may use it; null: any", "web-1.example.net"),
+    "MintTokenRequest.hostname": ("the only hostname that may use it", "web-1.example.net"),
     **dict.fromkeys(("apiKeys", "changes", "events", "hosts", "organizations", "tokens"),
-                    ("a part of the list", [])),
-    "Token.hosts": ("the ids of some that it let in", [AN_ID]),
-    "ActOnHostsRequest.hosts": ("their ids", [AN_ID]),
-    "Incident.hosts": ("the ids of the first of them", [AN_ID]),
-    "id": ("names it for good", AN_ID),
+                    ("one page of the list", [])),
+    "Token.hosts": ("the ids of some hosts that it enrolled", [AN_ID]),
+    "ActOnHostsRequest.hosts": ("the ids of the hosts", [AN_ID]),
+    "Incident.hosts": ("the ids of some of its hosts", [AN_ID]),
+    "id": ("its id", AN_ID),
     "Incident.id": ("the cursor of its first change", A_CURSOR),
-    "incident": ("hosts of this incident of the last day", A_CURSOR),
-    "incidents": ("hosts that went offline together, the newest first", []),
+    "incident": ("only hosts of this incident of the last day", A_CURSOR),
+    "incidents": ("hosts that went offline together, newest first", []),
     "Organization.id": ("its name", AN_ORGANIZATION),
-    "instance": ("stays while a machine runs, and no other has it", "5e0ff1ce5e0ff1ce"),
-    "ephemeralSeconds": ("of silence, after which a host is deleted; null: it is kept", 86400),
-    "intervalSeconds": ("between heartbeats of the host; null: as the server says", 60),
-    "joinCommand": ("makes a machine a host, with TOKEN in place of a token", "curl ..."),
-    "label": ("with this label, or one of this name; label!=rack=b4: without; repeats", "rack=b4"),
-    "labels": ("key and value, for people and tools", {"rack": "b4"}, {}),
+    "instance": ("identifies a running agent on one machine", "5e0ff1ce5e0ff1ce"),
+    "ephemeralSeconds": ("the silence after which a host is deleted; null: it is kept", 86400),
+    "intervalSeconds": ("the time between heartbeats of the host; null: the server's", 60),
+    "joinCommand": ("the command that enrolls a machine; replace TOKEN", "curl ..."),
+    "label": ("only with this label, or this key; label!=rack=b4: without; repeatable", "rack=b4"),
+    "labels": ("keys and values, for people and tools", {"rack": "b4"}, {}),
     "EditHostPatch.labels": ("labels to set, or with null to remove; null: all", {"rack": None}),
     "ActOnHostsRequest.labels": ("labels to set, or with null to remove", {"rack": None}),
-    "lastSeen": ("when the last heartbeat came; null: none has", A_TIME),
+    "lastSeen": ("when the last heartbeat came; null: none yet", A_TIME),
     "lastUsedAt": ("when it was last used, to the hour; null: never", A_TIME),
-    "limit": ("how many at most", 100, PAGE_DEFAULT),
-    "maxUses": ("how many hosts it lets in", 1, 1),
-    "mutedUntil": ("until when nobody is to be told of it; null: it is not muted", A_TIME),
-    "muted": ("whether nobody is to be told of it now", False),
+    "limit": ("the most items on a page", 100, PAGE_DEFAULT),
+    "maxUses": ("how many hosts it may enroll", 1, 1),
+    "mutedUntil": ("until when notifications are off; null: it is not muted", A_TIME),
+    "muted": ("whether notifications are off now", False),
     "name": ("what people call the host", "web-1"),
     "EnrollRequest.name": ("what people call the host (its hostname)", "web-1"),
-    "AddOrgRequest.name": ("of the new organization", AN_ORGANIZATION),
-    "nextCursor": ("where the list goes on; null: it ends here", AN_ID),
-    "nextHeartbeatSeconds": ("when to send the next", 29),
-    "notFound": ("ids that are no host's", [AN_ID]),
-    "number": ("1, 2, 3 ... without a gap", 7),
-    "signingKey": ("hosts whose last credential is of this signing key", "5b1c09d2f3a4e687"),
-    "sinceSeconds": ("what came in so many seconds until now", 3600),
-    "olderSeconds": ("hosts whose status began so long ago or earlier", 86400),
-    "organization": ("of this organization alone", AN_ORGANIZATION),
-    "organizationId": ("whose it is; null: it is for all", AN_ORGANIZATION),
+    "AddOrgRequest.name": ("the name of the new organization", AN_ORGANIZATION),
+    "nextCursor": ("the cursor of the next page; null: this is the last page", AN_ID),
+    "nextHeartbeatSeconds": ("when to send the next heartbeat", 29),
+    "notFound": ("ids that no host has", [AN_ID]),
+    "number": ("1, 2, 3 ... without gaps", 7),
+    "signingKey": ("only hosts that use this signing key", "5b1c09d2f3a4e687"),
+    "sinceSeconds": ("only items of the last so many seconds", 3600),
+    "olderSeconds": ("only hosts that have had their status for so many seconds", 86400),
+    "organization": ("only this organization", AN_ORGANIZATION),
+    "organizationId": ("its organization; null: all", AN_ORGANIZATION),
     "os": ("the operating system", "Debian GNU/Linux 12"),
-    "pin": ("the keys that agents trust, as curl's --pinnedpubkey; null: any", "sha256//..."),
-    "port": ("of each target", EXPORTER_PORT),
-    "port_label": ("the label that has the port of a host", "port"),
-    "publicUrl": ("where agents find the server", "https://enroll.lan:8443"),
-    "q": ("a part of name, hostname, id, address, system or a label's value", "web"),
-    "reason": ("why, for the audit log", "sold"),
+    "pin": ("the keys that agents trust, as in curl --pinnedpubkey; null: any", "sha256//..."),
+    "port": ("the port of each target", EXPORTER_PORT),
+    "port_label": ("the label with the port of a host", "port"),
+    "publicUrl": ("the URL where agents reach the server", "https://enroll.lan:8443"),
+    "q": ("part of a name, hostname, id, address, system or label value", "web"),
+    "reason": ("the reason, for the audit log", "sold"),
     "refusedAt": ("when a request of the host was last refused; null: never", A_TIME),
-    "refusedCode": ("and what for", "credential-superseded"),
-    "revokedAt": ("when it was revoked; null: it is not", A_TIME),
-    "role": ("what the key may do: admin may change, viewer may look", "viewer", "admin"),
-    "seen": ("the last heartbeat before it; null: there was none", A_TIME),
-    "self": ("also if it is the key that asks", "true", "false"),
-    "show": ("a label that each host is shown with; may come more than once", "rack"),
-    "sort": ("the order; attention: what is down comes first", "attention", "enrolledAt"),
-    "state": ("whether it is good, and if not, why", "valid"),
-    "status": ("of this status alone; may come more than once", "offline"),
-    "Host.status": ("what the host is, by its heartbeats", "online"),
-    "Problem.status": ("the status of the answer", 404),
-    "Change.status": ("what the host became", "offline"),
-    "Health.status": ("it answers", "ok"),
-    "Readiness.status": ("it can do its work", "ready"),
-    "statusSince": ("since when; null: not known", A_TIME),
+    "refusedCode": ("the code of that refusal", "credential-superseded"),
+    "revokedAt": ("when it was revoked; null: it was not", A_TIME),
+    "role": ("admin: may change things; viewer: may only read", "viewer", "admin"),
+    "seen": ("the last heartbeat before the change; null: there was none", A_TIME),
+    "self": ("allow revoking the key of this request", "true", "false"),
+    "show": ("a label to show with each host; repeatable", "rack"),
+    "sort": ("the order; attention: hosts that are down come first", "attention", "enrolledAt"),
+    "state": ("whether it is valid, and if not, why", "valid"),
+    "status": ("only this status; repeatable", "offline"),
+    "Host.status": ("the status of the host", "online"),
+    "Problem.status": ("the HTTP status", 404),
+    "Change.status": ("the new status", "offline"),
+    "Health.status": ("the server answers", "ok"),
+    "Readiness.status": ("the server can work", "ready"),
+    "statusSince": ("when the status began; null: not known", A_TIME),
     "statusReason": ("why the host has its status, in sentences",
                      "Last heartbeat 5 s ago; one is due every 30 s."),
-    "subject": ("what it happened to: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
+    "subject": ("the target: host:<id>, token:<id> and so on", f"host:{AN_ID}"),
     "time": ("when it happened", A_TIME),
-    "text": ("it in a sentence", "7 hosts went offline together"),
-    "title": ("the problem in a few words", "There is no such thing"),
-    "token": ("the token itself, shown this once", "het_0ca4f1b28e3d7a95_..."),
-    "EnrollRequest.token": ("what lets the machine in", "het_0ca4f1b28e3d7a95_..."),
-    "list-hosts.token": ("hosts that came in by the token with this id", AN_ID),
-    "tokenId": ("the id of the token that let it in first", AN_ID),
-    "ttlSeconds": ("how long it is good", 3600, TOKEN_TTL),
-    "MintApiKeyRequest.ttlSeconds": ("how long it is good; null: without end", 43200),
-    **{f"HostCounts.{status}": ("how many hosts are", 7) for status in STATUSES},
+    "text": ("the incident in a sentence", "7 hosts went offline together"),
+    "title": ("the problem in a few words", "Not found"),
+    "token": ("the token; it is shown only once", "het_0ca4f1b28e3d7a95_..."),
+    "EnrollRequest.token": ("the enrollment token", "het_0ca4f1b28e3d7a95_..."),
+    "list-hosts.token": ("only hosts that enrolled with this token", AN_ID),
+    "tokenId": ("the id of the token that it enrolled with first", AN_ID),
+    "ttlSeconds": ("its lifetime", 3600, TOKEN_TTL),
+    "MintApiKeyRequest.ttlSeconds": ("its lifetime; null: unlimited", 43200),
+    **{f"HostCounts.{status}": ("how many hosts have this status", 7) for status in STATUSES},
     "type": ("urn:hostenroll:problem: and the code", "urn:hostenroll:problem:not-found"),
-    "until": ("when the last of them was back; null: some are down", A_TIME),
-    "usedAt": ("when it last let a host in; null: never", A_TIME),
+    "until": ("when the last of them was back; null: some are still down", A_TIME),
+    "usedAt": ("when it was last used; null: never", A_TIME),
     "usedFrom": ("the address that it was last used from", "192.0.2.7"),
-    "uses": ("how many hosts it has let in", 1),
-    "version": ("of the server", __version__),
-    "wait": ("how long to wait for what is not there yet", 30, 0),
-    "warnings": ("what people should know of the host, in sentences", []),
-    "was": ("what the host was; null: it has enrolled", "online"),
-    "withHosts": ("also shut out the hosts that came in by it", "true", "false"),
-    "withKeys": ("also revoke the keys that it made, and what those made", "true", "false"),
+    "uses": ("how many hosts enrolled with it", 1),
+    "version": ("the version of the server", __version__),
+    "wait": ("how long to wait if there is nothing new", 30, 0),
+    "warnings": ("warnings about the host, in sentences", []),
+    "was": ("the status before; null: it has just enrolled", "online"),
+    "withHosts": ("also revoke the hosts that enrolled with it", "true", "false"),
+    "withKeys": ("also revoke the keys that it created, and theirs", "true", "false"),
 }
 # fmt: on
 
@@ -11294,11 +11295,11 @@ def openapi_document() -> dict[str, Any]:
         "info": {
             "title": "hostenroll",
             "version": __version__,
-            "summary": "Decides who may join a fleet of machines, and knows which are alive.",
-            "description": "Members and words may be added to answers in newer versions.",
+            "summary": "Enroll machines and see which are alive.",
+            "description": "Newer versions may add members and words to answers.",
         },
         # Relative to this document, since a proxy may take a prefix off.
-        "servers": [{"url": ".", "description": "the server that this document is of"}],
+        "servers": [{"url": ".", "description": "the server of this document"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
@@ -11330,7 +11331,7 @@ def _find_path(path: str) -> tuple[Methods, str]:
         methods = PATHS.get("/".join((*segments[:n], "{id}", *segments[n + 1 :])))
         if methods is not None and segment:
             return methods, segment
-    raise NotFound("There is nothing at this path.")
+    raise NotFound("This path does not exist.")
 
 
 def _allow(methods: Iterable[str]) -> Headers:
@@ -11756,7 +11757,7 @@ def load_tls(certificate: str, key: Optional[str]) -> tuple[Optional[ssl.SSLCont
     except (ssl.SSLError, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error)
         if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-            reason = "the key is another's"
+            reason = "the key does not match the certificate"
         what = "and its key without a password, in PEM"
         named = f"{certificate} and {key} are not a certificate {what}" if key else certificate
         raise OperatorError(f"{named}: {reason}") from error
@@ -12089,7 +12090,7 @@ class HeldReads:
             keys = [each.key for each in self._connections.within((HELD,))]
             if len(keys) >= WAITING_MAXIMUM or keys.count(call.by.id) >= WAITING_OF_KEY:
                 return TooManyRequests(
-                    f"Try again later, or without wait: {WAITING_OF_KEY} of an API key can wait."
+                    f"Try later, or without wait: {WAITING_OF_KEY} requests of a key can wait."
                 )
             connection.key = call.by.id
             self._connections.move(connection, HELD)
@@ -12709,9 +12710,9 @@ class Server(HTTPServer):
                 if loaded := loading.result():
                     self._tls, announce = loaded
                     announce()
-                    log.info("loaded the certificate again")
+                    log.info("reloaded the certificate")
             except OperatorError as error:
-                log.error("%s; the certificate in use stays", error)
+                log.error("%s; the server keeps the certificate in use", error)
             self._exchanges.due[HOUSEKEEPING] = 0.0  # reads the key file, and writes what is new
             self._notify("READY=1")
 
@@ -12775,7 +12776,7 @@ def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
     if process != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        raise OperatorError(f"the service manager passes {count} sockets: we take one")
+        raise OperatorError(f"the service manager passes {count} sockets: pass one")
     with suppress(OSError):  # it is not a socket
         listener = Listener(fileno=FIRST_INHERITED)
         listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -12783,7 +12784,7 @@ def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
             os.set_inheritable(FIRST_INHERITED, False)
             return listener
         listener.close()
-    raise OperatorError("what the service manager passes does not listen for TCP connections")
+    raise OperatorError("the socket of the service manager does not listen for TCP connections")
 
 
 def fit_connections(wanted: int) -> int:
@@ -12871,8 +12872,8 @@ class Client:
         try:
             server, self._pins, self._proxy = urlsplit(url), pins, urlsplit(proxy)
             port, _ = server.port, self._proxy.port
-        except ValueError as error:  # what the environment says is judged by nobody else
-            raise OperatorError(f"{error}: correct the URL, or that of the proxy") from error
+        except ValueError as error:  # the environment is checked nowhere else
+            raise OperatorError(f"{error}: correct the server's or the proxy's URL") from error
         self.name = f"{server.scheme}://{server.netloc}"  # the path of a webhook is a secret
         self._path = f"{server.path}?{server.query}" if server.query else server.path
         self._is_https = server.scheme == "https"
@@ -12881,10 +12882,10 @@ class Client:
         self._headers = {**own, "Authorization": f"Bearer {api_key}"} if api_key else own
         is_allowed = insecure_http or is_loopback(self._place[0])
         if not self._is_https and (pins or not is_allowed):
-            remedy = "name it by https, or allow that by --insecure-http"
-            raise OperatorError(f"{self.name} would be sent secrets in the clear: {remedy}")
+            remedy = "use https, or allow this with --insecure-http"
+            raise OperatorError(f"secrets would go to {self.name} unencrypted: {remedy}")
         if self._proxy.scheme not in ("", "http"):
-            raise OperatorError(f"{self.name} has a proxy of {self._proxy.scheme}: it must be http")
+            raise OperatorError(f"the proxy's URL begins with {self._proxy.scheme}: use http")
         if not self._is_https:
             return
         try:
@@ -12910,8 +12911,8 @@ class Client:
             problem = kind(document["detail"], errors=errors, cursor=document.get("cursor", ""))
             problem.code, problem.status = document["code"], status
         except (InvalidBody, LookupError, TypeError, ValueError, AttributeError) as error:
-            remedy = "is this the URL of a hostenroll server?"
-            raise OperatorError(f"{self.name} answers {status}, not as ours: {remedy}") from error
+            text = f"{self.name} does not answer like a hostenroll server ({status}): check the URL"
+            raise OperatorError(text) from error
         raise problem
 
     def request(
@@ -12926,7 +12927,7 @@ class Client:
                 if self._pins:
                     shown = cast("ssl.SSLSocket", connection.sock).getpeercert(True) or b""
                     if read_certificate(shown, self.name).pin not in self._pins:
-                        raise ValueError("its key is none of those that are pinned")
+                        raise ValueError("its key is not one of the pinned keys")
                 # All of it has this time: a server might send a byte now and then, for ever.
                 end = partial(socket.socket.shutdown, connection.sock, socket.SHUT_RDWR)
                 timer, target = threading.Timer(1.1 * patience, end), self._path + path or "/"
@@ -12941,8 +12942,8 @@ class Client:
                 raise ValueError("its answer is cut short, or too long")
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
-            said = UNPRINTABLE.sub("?", redact(str(reason).strip()))
-            raise OperatorError(f"cannot ask {self.name}: {said}") from error
+            text = UNPRINTABLE.sub("?", redact(str(reason).strip()))
+            raise OperatorError(f"no answer from {self.name}: {text}") from error
         return response.status, octets
 
     def _connection(self, patience: float) -> http.client.HTTPConnection:
@@ -13130,8 +13131,8 @@ class Watch:
                 if not fits(self._shown(), STATE_SHAPE):
                     raise ValueError
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                remedy = "remove it, and what happens from now on is told"
-                raise OperatorError(f"{path} is no state of watch: {remedy}") from error
+                remedy = "remove it, and watch reports what happens from now on"
+                raise OperatorError(f"{path} is not a state file of watch: {remedy}") from error
 
     def _shown(self) -> dict[str, Any]:
         """The state, for STATE_SHAPE. Raises ValueError, TypeError, LookupError."""
@@ -13157,7 +13158,7 @@ class Watch:
                     if is_new and isinstance(error, Problem) and error.status < 429:
                         raise
                     if not pause:
-                        log.error("%s; watch tries again until it works", error)
+                        log.error("%s; watch keeps trying", error)
                     pause = min(max(1, 2 * pause), RETRY_LONGEST)
                     self._sleep(pause)
 
@@ -13201,7 +13202,7 @@ class Watch:
         scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
         answer = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], patience)
         if not fits(answer, ANSWER_SHAPES[path]):
-            raise OperatorError(f"the answer to {path} is not as ours: is it a hostenroll server?")
+            raise OperatorError(f"{path} does not answer like a hostenroll server: check the URL")
         return answer
 
     def _page(self, path: str, member: str, wait: float) -> list[Any]:
@@ -13211,9 +13212,9 @@ class Watch:
             page = self._ask(path, wait, **asked)
         except ChangesPruned as pruned:
             page = self._ask(path, **{**asked, "after": pruned.cursor, "wait": 0})
-            text = "what happened up to now may be missing, since the server has not kept all of it"
-            told, said = self._state["outbox"], message("pruned", text, self._clock())
-            told += [] if told and told[-1].startswith(said[:16]) else [said]  # of both feeds
+            text = "changes up to now may be missing: the server no longer keeps all of them"
+            outbox, line = self._state["outbox"], message("pruned", text, self._clock())
+            outbox += [] if outbox and outbox[-1].startswith(line[:16]) else [line]  # of both feeds
         self._is_saved &= page["cursor"] == self._state[path]
         self._state[path] = page["cursor"]
         return cast("list[Any]", page[member])
@@ -13278,7 +13279,7 @@ def tell_by_command(command: str, line: str) -> None:
                 raise
             raise OperatorError(f"the command took more than {EXEC_PATIENCE} s") from error
     if process.returncode:
-        raise OperatorError(f"the command ended with {process.returncode}")
+        raise OperatorError(f"the command failed with exit status {process.returncode}")
 
 
 def tell_by_webhook(client: Client, secret: bytes, clock: Callable[[], float], line: str) -> None:
