@@ -301,6 +301,7 @@ SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 BACKUP_PAGES = 256  # copied at once, in less than a millisecond
 BACKUP_PAUSE = 0.005  # after each, so that processor and disk are there for others too
 BACKUP_NICENESS = 10  # the default of nice(1)
+BACKUPS_KEPT, BACKUPS_KEPT_RANGE = 14, (1, 1000)  # two weeks, by the timer of unit
 LOST_WAIT = DAY  # that hosts which a restore has lost are to wait before they enroll again
 LOST_NAMED = 10  # of these hosts
 
@@ -366,6 +367,7 @@ TOLD_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that
 WATCH_WAIT = 10  # for changes: events are read in between
 RETRY_LONGEST = 300
 EXEC_PATIENCE, EXEC_GRACE = 60, 5  # of a command that tells people: then TERM, then KILL
+WATCH_SAVES = 10  # of what can be read again, at most: each writes all of the state
 WATCH_STATE_MAXIMUM = 256 * 1024 * 1024  # a million hosts that are down
 
 # The store.
@@ -1481,10 +1483,11 @@ def open_lock_file(path: str, database: str) -> int:
 class Folder:
     """An open folder: what is done to a name in it is done in this one, and follows no link."""
 
-    def __init__(self, path: str) -> None:
-        """Raises OSError."""
-        self.path = os.path.realpath(path)
-        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+    def __init__(self, path: str, parent: Optional[Folder] = None) -> None:
+        """path: where there is a parent, a name in it. Raises OSError, also for such a link."""
+        self.path: str = os.path.join(parent.path, path) if parent else os.path.realpath(path)
+        flags, name = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, path if parent else self.path
+        self.descriptor: int = os.open(name, flags, dir_fd=parent.descriptor if parent else None)
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -6296,31 +6299,34 @@ class Registry:
         has_more = self.tokens.prune(now), self.reports.prune(now)
         return 0 if self.audit.prune(self.keys.keyring, now) or any(has_more) else ALIVE_EVERY
 
-    def backup(self, folder: str, progress: Progress = no_progress) -> tuple[str, str]:
+    def copies_in(self, folder: str) -> list[str]:
+        """The paths of a backup of database and key file there."""
+        sources = self.engine.path, os.path.realpath(self.keys.file.path)
+        return [os.path.join(folder, os.path.basename(path)) for path in sources]
+
+    def backup(self, folder: str, progress: Progress = no_progress,
+               parent: Optional[Folder] = None) -> tuple[str, str]:  # fmt: skip
         """Copy database and key file into a folder, whole or not at all; their paths there. It must
         have no database in use, nor files of another fleet. Raises OperatorError, StoreError."""
-        sources = self.engine.path, os.path.realpath(self.keys.file.path)
-        with closing(Folder(folder)) as copies:
-            names = [os.path.basename(path) for path in sources]
-            database, key_file = (os.path.join(copies.path, name) for name in names)
+        with closing(Folder(folder, parent)) as copies:
+            names, (database, key_file) = self.copies_in(""), self.copies_in(copies.path)
+            sources = self.engine.path, os.path.realpath(self.keys.file.path)
             if {database, key_file}.intersection(sources) or os.path.exists(f"{database}-wal"):
                 raise OperatorError(f"{copies.path} has a database in use: name another folder")
             if database == key_file:
                 raise OperatorError("database and key file have the same name: rename one")
-            if is_open_to_all(copies.descriptor):
-                raise OperatorError(OPEN_TO_ALL.format(copies.path, "name another folder"))
-            if not try_flock(copies.descriptor):
-                raise StoreBusy(f"another backup into {copies.path} is running")
+            claim_for_backup(copies)
             if os.path.lexists(database) or os.path.lexists(key_file):
-                self._require_own_backup(copies.path, key_file)
+                self.keys_of_backup(copies.path)
             self._copy_pair(copies, names, progress)
         return database, key_file
 
-    def _require_own_backup(self, folder: str, key_file: str) -> None:
+    def keys_of_backup(self, folder: str) -> Keyring:
+        """Raises OperatorError where it is not of this fleet, whose audit key never changes."""
         with suppress(OperatorError):
-            keyring = load_keyring(key_file, self.engine.path)
+            keyring = load_keyring(self.copies_in(folder)[1], self.engine.path)
             if equal_secrets(keyring.audit_key, self.keys.keyring.audit_key):
-                return
+                return keyring
         raise OperatorError(f"{folder} has other files of these names: name another folder")
 
     def _copy_pair(self, copies: Folder, names: Sequence[str], progress: Progress) -> None:
@@ -6543,6 +6549,86 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
     return events[0].mac in macs
 
 
+# Folders of backups: theory of operation.
+#
+# Each backup is a folder, named by its time. It is made, and removed, under another name: so what
+# a killed run leaves is not taken for a backup, and the next run removes it. Whole ones of this
+# fleet that are of the user who runs this are counted and removed, and nothing else: one that is
+# damaged does not take the place of a good one.
+
+BACKUP_NAME = re.compile("[0-9]{4}(-[0-9]{2}){2}T[0-9]{6}[.][0-9]{3}Z")  # they sort by time
+
+
+def claim_for_backup(folder: Folder) -> None:
+    """Until it is closed. Raises OperatorError where anybody may replace what is in it, and
+    StoreBusy while another process has claimed it."""
+    if is_open_to_all(folder.descriptor):
+        raise OperatorError(OPEN_TO_ALL.format(folder.path, "name another folder"))
+    if not try_flock(folder.descriptor):
+        raise StoreBusy(f"another backup into {folder.path} is running")
+
+
+@contextmanager
+def own_folder(parent: Folder, name: str, files: Sequence[str]) -> Iterator[Folder]:
+    """A folder in another, of such files, or parts of them. Raises OSError, also for a link, and
+    OperatorError where it is another user's, or has something else in it."""
+    with closing(Folder(name, parent)) as folder:
+        names = {each.removesuffix(".tmp") for each in os.listdir(folder.descriptor)}
+        if os.fstat(folder.descriptor).st_uid != os.geteuid() or not names.issubset(files):
+            raise OperatorError(f"{folder.path} is another user's, or has other files: move it")
+        yield folder
+
+
+def remove_folder(parent: Folder, name: str, files: Sequence[str]) -> None:
+    """The same. Idempotent."""
+    with suppress(FileNotFoundError), own_folder(parent, name, files) as folder:
+        for each in os.listdir(folder.descriptor):
+            folder.remove(each)
+        os.rmdir(name, dir_fd=parent.descriptor)
+
+
+class Backups(NamedTuple):
+    """Those of a fleet in a folder."""
+
+    registry: Registry
+    place: Folder
+
+    def add(self, keep: int, now: int, progress: Progress) -> list[str]:
+        """Make one, then remove the oldest of more than keep; the paths of the new one and of
+        those. Raises OperatorError, StoreError, OSError."""
+        claim_for_backup(self.place)
+        at, name = self.place.descriptor, rfc3339(now).replace(":", "")
+        unfinished = f"{self.registry.copies_in('')[0]}.unfinished"
+        rename = partial(os.rename, src_dir_fd=at, dst_dir_fd=at)
+        remove = partial(remove_folder, self.place, unfinished, self.registry.copies_in(""))
+        remove()
+        os.mkdir(unfinished, 0o700, dir_fd=at)
+        try:
+            pair = self.registry.backup(unfinished, progress, self.place)
+            require_sound(*pair, now, self.registry.engine.path)
+            rename(unfinished, name)
+            os.fsync(at)
+        except BaseException:
+            with suppress(OSError, OperatorError):  # the first error tells more
+                remove()
+            raise
+        named = filter(BACKUP_NAME.fullmatch, os.listdir(at))
+        others = sorted(each for each in named if each != name and self._is_whole(each))
+        old = others[: max(0, len(others) + 1 - keep)]
+        for each in old:
+            rename(each, unfinished)
+            remove()
+        return [os.path.join(self.place.path, each) for each in (name, *old)]
+
+    def _is_whole(self, name: str) -> bool:
+        with suppress(OSError, OperatorError, StoreError):
+            with own_folder(self.place, name, self.registry.copies_in("")) as folder:
+                keyring = self.registry.keys_of_backup(folder.path)
+            with closing(Engine(self.registry.copies_in(folder.path)[0])) as engine:
+                return engine.open(as_it_is=True) and is_pair(engine, keyring)
+        return False
+
+
 # Restoring a backup: theory of operation.
 #
 # Servers share a lock for their lives, and a restore has it alone. In WAL mode each connection has
@@ -6589,28 +6675,42 @@ class Restore(NamedTuple):
 
     def run(self, folder: str, by: Principal, now: int, progress: Progress) -> dict[str, Any]:
         """What was done. Raises OperatorError, StoreError, Problem and OSError."""
-        names = map(os.path.basename, (self.path, self.key_path))
-        source, saved = pair = [os.path.join(folder, name) for name in names]
-        if not all(map(os.path.isfile, pair)) or os.path.realpath(source) == self.path:
-            raise OperatorError(f"there is no backup in {folder}: no {source} with {saved}")
+        source, saved = self._find(folder)
         with service_lock(self.path, is_shared=False), ExitStack() as stack:
             lock = stack.enter_context(closing(WriteLock(self.path)))
             lock.acquire(LOCK_PATIENCE)
             if old := moved_database(self.path):
                 move_database(old, self.path, is_back=True)
-            place = tempfile.mkdtemp(prefix=f"{self.path}.restore-")
-            stack.callback(remove_files, stack.enter_context(closing(Folder(place))))
+            place = f"{self.path}.restore"
+            parent = stack.enter_context(closing(Folder(os.path.dirname(place))))
+            files = [f"new{end}" for end in (*DATABASE_FILES, "-journal", ".key")]
+            remove = partial(remove_folder, parent, os.path.basename(place), files)
+            remove()  # what a restore that was killed has left
+            os.mkdir(place, 0o700)
+            stack.callback(remove)
             new, new_keys = f"{place}/new", f"{place}/new.key"
             values, retired = self._read_old(lock, self._copy(source, new, progress))
             keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
             KeyFile(new_keys, new).replace(keyring)
             with closing(open_registry(new, new_keys, now)) as registry:
                 done = registry.perform(Call(BEGIN_AGAIN, by, values=values), now)
-            for finding in examine(new, new_keys, now=now):
-                if not finding.is_good and finding.name in ("schema", "integrity", "rows", "keys"):
-                    raise OperatorError(f"{source} is damaged: {finding.detail}")
+            require_sound(new, new_keys, now, source)
             moved = self._put_in_place(new, None if is_kept else keyring, now)
         return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
+
+    def _find(self, folder: str) -> list[str]:
+        """The files of the backup that a folder is, or of the newest whole one in it."""
+        names = [os.path.basename(path) for path in (self.path, self.key_path)]
+        made = filter(BACKUP_NAME.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())
+        places = [os.path.join(folder, each) for each in ("", *sorted(made))]
+        pairs = [[os.path.join(place, name) for name in names] for place in places]
+        whole = [pair for pair in pairs if all(map(os.path.isfile, pair))]
+        if not whole or os.path.realpath(whole[-1][0]) == self.path:
+            raise OperatorError(f"there is no backup in {folder}: no {names[0]} with {names[1]}")
+        if len(whole) > 1 and whole[0] is pairs[0]:
+            remedy = f"name one of these, as {os.path.dirname(whole[-1][0])}"
+            raise OperatorError(f"{folder} is a backup, and has others in it: {remedy}")
+        return whole[-1]
 
     def _copy(self, source: str, new: str, progress: Progress) -> int:
         """Copy the backup, for the owner of the old one or folder; the id of its newest host."""
@@ -6678,13 +6778,6 @@ class Restore(NamedTuple):
         return f"{self.path}{end}" if os.path.lexists(f"{self.path}{end}") else None
 
 
-def remove_files(folder: Folder) -> None:
-    """A folder of ours, with the files in it."""
-    for name in os.listdir(folder.descriptor):
-        folder.remove(name)
-    os.rmdir(folder.path)
-
-
 class Finding(NamedTuple):
     """One thing that examine() has looked at."""
 
@@ -6714,6 +6807,8 @@ def examine(
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
         if copies:
             yield Finding("copy", True, f"{', '.join(copies)}: left by a migration, may be removed")
+        if os.path.exists(left := f"{engine.path}.restore"):
+            yield Finding("copy", True, f"{left}: left by a restore; the next one removes it")
         yield Finding("sqlite", True, engine.sqlite_version)
         name = "rows"
         try:
@@ -6752,6 +6847,15 @@ def examine(
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
         wrong += [f"chmod o-w {folder}" for folder in folders_open_to_all(engine.path, key_file)]
         yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
+
+
+def require_sound(database: str, key_file: str, now: int, shown: str) -> None:
+    """Raises OperatorError for what must not be restored. shown: which database it says."""
+    for finding in examine(database, key_file, now=now):
+        if not finding.is_good and finding.name in ("integrity", "rows", "keys"):
+            raise OperatorError(f"{shown} is damaged: {finding.detail}")
+        if finding.name == "keys":  # to verify the log takes longer
+            return
 
 
 # 7. Messages
@@ -8319,6 +8423,31 @@ WATCH_LINES = {  # of the unit of watch, in the place of others
     "Type=notify": "Type=exec", "ExecReload=/bin/kill -HUP $MAINPID\n": "",
     "SyslogIdentifier=hostenroll": "SyslogIdentifier=hostenroll-watch",
 }  # fmt: skip
+
+BACKUP_LINES = {  # of the unit of the backup; nice(2) is one of those that change resources
+    "decides who may join the fleet and knows who is alive": "backs up its database and keys",
+    "StartLimitIntervalSec=0": "RequiresMountsFor=@FOLDER@",
+    "Type=notify": "Type=oneshot",
+    "ExecReload=/bin/kill -HUP $MAINPID\nRestart=on-failure\nRestartPreventExitStatus=2\n"
+    "RestartSec=2\n": "",
+    "SyslogIdentifier=hostenroll": "SyslogIdentifier=hostenroll-backup",
+    "ProtectSystem=strict": "ProtectSystem=strict\nReadWritePaths=@FOLDER@",
+    "@privileged @resources": "@privileged @resources\nSystemCallFilter=setpriority",
+    "\n[Install]\nWantedBy=multi-user.target\n": "",
+}  # fmt: skip
+
+TIMER_UNIT = """\
+[Unit]
+Description=daily backup of hostenroll
+
+[Timer]
+OnCalendar=daily
+RandomizedDelaySec=1h
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
 
 SOCKET_UNIT = """\
 [Unit]
@@ -10104,8 +10233,10 @@ ROLE = Choice("admin", "viewer")
 
 # These stand in answers only.
 TRUTH = Choice(True, False)
+_NOT_BY_4 = "([02468][1235679]|[13579][01345789])"  # numbers of two digits
 TIME = Text(  # as rfc3339() writes it, or without milliseconds
     24, 20,
+    rf"(?!([0-9]{{2}}{_NOT_BY_4}|{_NOT_BY_4}00)-02-29)"
     r"[1-9][0-9]{3}-((0[1-9]|1[0-2])-(0[1-9]|[12][0-9])|(0[13-9]|1[0-2])-30|(0[13578]|1[02])-31)"
     r"T([01][0-9]|2[0-3])(:[0-5][0-9]){2}(\.[0-9]{3})?Z",
     "like 2027-01-15T08:00:00.000Z", format="date-time",
@@ -10327,6 +10458,7 @@ HOST = Document(  # of a HostView
 )
 ACTED = Document("Acted", Member("done", Integer((0, ACTED_AT_ONCE)), "done"),
                  Member("notFound", ListOf(ID_TEXT, ACTED_AT_ONCE), "not_found"))
+FREED = Document("Freed", Member("organizations", Integer((0, LAST_ID)), "done"))
 DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "host.id", id_text))
 EVENT = Document(  # of an EventView
     "Event",
@@ -10708,6 +10840,7 @@ def _ansible_text(made: Inventory) -> str:
 SHELL_SCRIPT = "text/x-shellscript; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 PLAIN = "text/plain; charset=utf-8"
+_GZIP = re.compile(rb"(?i)(?:^|[, \t])gzip(?![ \t]*;[ \t]*q=0(?:\.0*)?[ \t]*(?:,|$))")
 
 
 class Asset:
@@ -10727,7 +10860,7 @@ class Asset:
     def answer(self, head: Head) -> Response:
         if self.tag.encode() in head.tags or head.tags == b"*":
             return self.plain._replace(status=HTTPStatus.NOT_MODIFIED, body=b"")
-        return self.packed if b"gzip" in head.takes else self.plain
+        return self.packed if _GZIP.search(head.takes) else self.plain
 
 
 def _page_asset() -> Asset:
@@ -10984,7 +11117,7 @@ OPERATIONS = (
     # Commands only: who may run them has the key file, or could read the database anyway.
     Operation("expire-hosts", "", "", "admin", "expiry.force",
               "delete expired hosts, even if they are many",
-              query=Schema(Field("organization", SLUG)), answer=ACTED),
+              query=Schema(Field("organization", SLUG)), answer=FREED),
     Operation("list-signing-keys", "", "", "admin", "keys.list",
               "list the keys that sign credentials",
               writes=False, answer=SIGNING_KEY, list_of="signingKeys",
@@ -12967,7 +13100,8 @@ class Client:
 # and more hosts fall silent; then it is a message in the outbox.
 #
 # Cursors, hosts and outbox are the state. It is in its file before a message is sent, and again
-# when that was taken. A message whose fate is not known is sent again, in the same bytes with the
+# when that was taken; what is read meanwhile goes there at intervals, since it can be read again.
+# A message whose fate is not known is sent again, in the same bytes with the
 # same Idempotency-Key, and the next batch grows meanwhile. So everything is told at least once, and
 # what concerns one host in order.
 
@@ -13117,7 +13251,7 @@ class Watch:
         OperatorError."""
         self._read, self._deliver, self._wanted, self._path = read, deliver, wanted, path
         self._clock, self._sleep = clock, sleep
-        self._is_current = self._is_saved = False
+        self._is_current, self._save_at = False, 0.0
         self._hosts: dict[str, Tracked] = {}
         self._state: dict[str, Any] = {
             CHANGES_PATH: "now", EVENTS_PATH: "now", "events": [], "outbox": []
@@ -13174,13 +13308,13 @@ class Watch:
         if self._is_current and not self._state["outbox"]:
             self._gather()
         try:
-            if self._is_current and not self._is_saved:
+            if self._is_current and self._save_at <= self._clock():
                 self._save()
         finally:  # people are told though the disk is full
             while self._state["outbox"]:
                 self._deliver(self._state["outbox"][0])
                 del self._state["outbox"][0]
-                self._is_saved = False
+                self._save_at = 0
                 self._save()
 
     def _follow(self, wait: float) -> None:
@@ -13191,12 +13325,14 @@ class Watch:
             id, now = change["host"]["id"], self._clock()
             host = track(self._hosts.get(id, Tracked()), change, before, now, self._wanted)
             self._hosts[id], before = host, change["cursor"]
+            self._save_at = min(self._save_at, now + WATCH_SAVES)
         is_end = asked == self._state[CHANGES_PATH]
         self._is_current = is_end or (self._is_current and len(changes) < PAGE_MAXIMUM)
         for event in self._page(EVENTS_PATH, "events", 0) if self._wanted.events else ():
             is_told = words_for(event).intersection(self._wanted.events)
             if is_told and len(self._state["events"]) < EVENTS_MAXIMUM:
                 self._state["events"].append((self._clock(), event))
+                self._save_at = min(self._save_at, self._clock() + WATCH_SAVES)
 
     def _ask(self, path: str, patience: float = 0, **asked: object) -> Any:
         scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
@@ -13215,7 +13351,7 @@ class Watch:
             text = "changes up to now may be missing: the server no longer keeps all of them"
             outbox, line = self._state["outbox"], message("pruned", text, self._clock())
             outbox += [] if outbox and outbox[-1].startswith(line[:16]) else [line]  # of both feeds
-        self._is_saved &= page["cursor"] == self._state[path]
+            self._save_at = 0
         self._state[path] = page["cursor"]
         return cast("list[Any]", page[member])
 
@@ -13246,8 +13382,9 @@ class Watch:
             else:
                 self._hosts[id], news = settle(host, now)
                 told += news
-        self._state["events"], self._is_saved = [], False
+        self._state["events"] = []
         if told or events:
+            self._save_at = 0
             kind, seen = "changes" if told else "events", [event for _, event in events]
             self._state["outbox"].append(message(kind, "", now, told, seen, incidents))
 
@@ -13260,7 +13397,7 @@ class Watch:
         if self._path:
             with replacing(self._path) as file:
                 file.write(json_text({**self._state, "hosts": self._hosts}).encode("ascii"))
-        self._is_saved = True
+        self._save_at = self._clock() + HOUR  # so that the cursors in it are kept in the feeds
 
 
 def tell_by_command(command: str, line: str) -> None:
@@ -14371,16 +14508,22 @@ def check_audit(session: Session) -> None:
 
 
 def run_backup(session: Session) -> None:
-    folder = session.arguments.folder
+    folder, keep, removed = session.arguments.folder, session.arguments.keep, list[str]()
     os.nice(BACKUP_NICENESS)
     try:
         with session.progress() as progress, session.open(purpose="copy") as registry:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            database, key_file = registry.backup(folder, progress)
+            with closing(Folder(folder)) as place:
+                if keep:
+                    folder, *removed = Backups(registry, place).add(keep, session.now(), progress)
+                else:
+                    registry.backup(folder, progress)
+            database, key_file = registry.copies_in(os.path.realpath(folder))
     except OSError as error:
         raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
-    session.report({"database": database, "keyFile": key_file}, None, copied)
+    facts = copied, *(f"removed {path}" for path in removed)
+    session.report({"database": database, "keyFile": key_file, "removed": removed}, None, *facts)
 
 
 def run_restore(session: Session) -> None:
@@ -14491,36 +14634,47 @@ def reading_here(session: Session) -> Iterator[Callable[..., Any]]:
 
 
 def print_unit(session: Session) -> None:
-    if session.arguments.socket:
-        output(SOCKET_UNIT, end="")
+    arguments = session.arguments
+    if arguments.socket or arguments.timer:
+        output(SOCKET_UNIT if arguments.socket else TIMER_UNIT, end="")
         return
 
     def word(text: str) -> str:  # systemd.syntax(7), and the specifiers of systemd.unit(5)
         escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
         return f'"{escaped}"'
 
-    program = os.path.abspath(__file__)
+    program, state = os.path.abspath(__file__), f"{os.path.dirname(SERVICE_DATABASE)}/watch"
+    folder = os.path.abspath(arguments.backup) if arguments.backup else ""
+    command, words, lines = "serve", list[str](), dict[str, str]()
+    if arguments.watch:
+        command, words, lines = "watch", ["--state", state, *arguments.words], WATCH_LINES
+    elif folder:
+        command, words, lines = "backup", [folder, "--keep", str(BACKUPS_KEPT)], BACKUP_LINES
+        if arguments.dynamic_user:
+            raise UsageError("with --dynamic-user each unit has a user of its own: not --backup")
     # Variables are replaced in arguments, not in the path of the program: systemd.service(5).
-    is_watch, state = session.arguments.watch, f"{os.path.dirname(SERVICE_DATABASE)}/watch"
-    words = map(
-        word, [program, *(["--state", state, *session.arguments.words] if is_watch else [])]
-    )
-    path, *options = (each.replace("$", "$$") for each in words)
-    command = "watch" if is_watch else "serve"
+    path, *options = (word(each).replace("$", "$$") for each in (program, *words))
     start = " ".join([word(sys.executable), path, command, *options])
     typed = shlex.join([sys.executable, program])
-    runs_as = "DynamicUser=yes" if session.arguments.dynamic_user else f"User={SERVICE_USER}"
+    runs_as = "DynamicUser=yes" if arguments.dynamic_user else f"User={SERVICE_USER}"
     text = UNIT.substitute(start=start, typed=typed, runs_as=runs_as)
-    for of_serve, of_watch in WATCH_LINES.items() if is_watch else ():
-        text = text.replace(of_serve, of_watch)
-    output(text, end="")
-    has_user = session.arguments.dynamic_user
+    for of_serve, of_other in lines.items():
+        text = text.replace(of_serve, of_other)
+    output(text.replace("@FOLDER@", word(folder)), end="")
+    what_unit_needs(arguments.dynamic_user, program, folder)
+
+
+def what_unit_needs(has_user: bool, program: str, folder: str) -> None:
+    """What is missing on this machine, on stderr."""
     with suppress(KeyError):
         has_user |= pwd.getpwnam(SERVICE_USER).pw_uid not in DYNAMIC_USERS
     if not has_user:
         add = f"useradd --system --shell /usr/sbin/nologin {SERVICE_USER}"
         inform(f"there is no user {SERVICE_USER} here yet: {add}")
-    for path in (sys.executable, program):
+    if folder and not os.path.isdir(folder):
+        make = f"install -d -m 700 -o {SERVICE_USER} {shlex.quote(folder)}"
+        inform(f"there is no folder {folder} here yet: {make}")
+    for path in (sys.executable, program, folder):
         if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
             inform(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
 
@@ -14943,7 +15097,7 @@ GROUPS = {
               act_on_hosts, MANY_ARGUMENTS),
         Command("expire-hosts", "expire-hosts --force", show, (
             ORG_OPTION, flag("--force", "for a day", required=True, action="store_true")),
-            "for a day nothing stops expiry; organizations: {done}"),
+            "for a day nothing stops expiry; organizations: {organizations}"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
                 (HOST_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),
@@ -15001,7 +15155,9 @@ GROUPS = {
             flag("--test", "tell a sample, and end")),
             own_summary="tell people what changes", shared=STORE_OPTIONS),
         Command("backup", "backup /var/backups/hostenroll", run_backup,
-                (Argument("folder", {"metavar": "DIR"}),),
+                (Argument("folder", {"metavar": "DIR"}),
+                 option("--keep", "N", "into a new folder in DIR; remove all but the newest N",
+                        within(BACKUPS_KEPT_RANGE))),
                 own_summary="copy database and keys, also while a server runs"),
         Command("restore", "restore /var/backups/hostenroll", run_restore, (
             Argument("folder", {"metavar": "DIR"}),
@@ -15030,8 +15186,11 @@ GROUPS = {
             option("--tls-key", "FILE", "(%(default)s)", file_name, "hostenroll-tls.key")),
             own_summary="make a self-signed certificate and its key", shared=(JSON_OPTION,)),
         Command("unit", "unit", print_unit, (
-            flag("--socket", "the unit of its socket"),
-            flag("--watch", "the unit of watch"),
+            flag("--socket", "the unit of its socket", group="of"),
+            flag("--watch", "the unit of watch", group="of"),
+            option("--backup", "DIR", f"that of backup DIR --keep {BACKUPS_KEPT}", file_name,
+                   group="of"),
+            flag("--timer", "the unit of the timer that backs up daily", group="of"),
             Argument("words", {"metavar": "OPTION", "nargs": "*", "help": "of watch, behind --"}),
             flag("--dynamic-user", "let systemd make the user of the service when it starts")),
                 own_summary="print a systemd unit", shared=()),

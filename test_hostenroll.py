@@ -7955,7 +7955,7 @@ def test_a_host_is_muted_until_a_time_or_no_more(text, stored, world):
     "", "2027-13-01T00:00:00Z", "2027-01-15", "2027-01-15T08:00:00", "0000-01-01T00:00:00Z", 5, [],
     "2027-01-15T08:00:00+01:00", "x" * 30, "2h", "2027-02-30T08:00:00Z", "2027-04-31T08:00:00Z",
     "2027-01-32T08:00:00Z", "2027-01-00T08:00:00Z", "2027-01-15T24:00:00Z", "2027-01-15T08:60:00Z",
-    "2027-01-15T08:00:60Z",
+    "2027-01-15T08:00:60Z", "2027-02-29T08:00:00Z", "2030-02-29T08:00:00Z", "2100-02-29T08:00:00Z",
 ])  # fmt: skip
 def test_what_is_no_time_mutes_nothing(text, world):
     host, _ = world.join()
@@ -9139,6 +9139,177 @@ def test_a_backup_that_is_killed_leaves_the_older_one_whole(paths, clock, folder
     assert bad_in(copies) == []
 
 
+# Folders of backups.
+
+
+def add_backup(world, folder, keep=2):
+    """The name of a backup that was added to a folder, and of those that were removed."""
+    world.clock.advance(1)
+    with contextlib.closing(hostenroll.Folder(str(folder))) as place:
+        made = hostenroll.Backups(world.registry, place).add(
+            keep, world.clock.ms, hostenroll.no_progress
+        )
+    assert all(path.startswith(f"{folder}/") for path in made)
+    return tuple(os.path.basename(path) for path in made)
+
+
+def test_a_folder_of_backups_keeps_the_newest(world, folder):
+    made = []
+    for n in range(1, 6):
+        name, *removed = add_backup(world, folder, keep=3)
+        made.append(name)
+        assert removed == made[n - 4 : n - 3] * (n > 3)
+        assert sorted(os.listdir(folder)) == made[-3:] == sorted(made[-3:])
+        assert bad_in(copies_in(world.paths, folder / name)) == []
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d{6}\.\d{3}Z", name)
+    assert hostenroll.rfc3339(world.clock.ms).replace(":", "") == name
+    assert add_backup(world, folder, keep=1)[1:] == (*made[-3:],)
+    world.clock.advance(-86400)  # a clock that was set removes others than the new one
+    name, *removed = add_backup(world, folder, keep=1)
+    assert os.listdir(folder) == [name] and len(removed) == 1
+    world.clock.advance(-1)
+    with pytest.raises(OSError, match="not empty"):
+        add_backup(world, folder)  # of the same millisecond
+    assert os.listdir(folder) == [name]
+
+
+def other_fleet(path):
+    for each in path.iterdir():
+        each.unlink()
+    open_registry(str(path / "hostenroll.db"), str(path / "hostenroll.key"), 1).close()
+
+
+NOT_REMOVED = {  # what is done to a backup
+    "of another fleet": other_fleet,
+    "with another file": lambda path: (path / "notes").touch(),
+    "used as a database": lambda path: (path / "hostenroll.db.lock").touch(),
+    "without keys": lambda path: (path / "hostenroll.key").unlink(),
+    "cut short": lambda path: os.truncate(path / "hostenroll.db", 8192),
+    "empty": lambda path: os.truncate(path / "hostenroll.db", 0),
+    "no database": lambda path: (path / "hostenroll.db").write_text("a text" * 1000),
+    "renamed": lambda path: path.rename(f"{path}-mine"),
+    "a link": lambda path: path.symlink_to(path.rename(f"{path.parent}-elsewhere")),
+    "a text": lambda path: (path.rename(f"{path.parent}-elsewhere"), path.write_text("a text")),
+}
+
+
+@pytest.mark.parametrize("change", sample(NOT_REMOVED, "a link", "of another fleet", "cut short"))
+def test_nothing_but_whole_backups_of_the_fleet_is_removed_or_counted(change, world, folder):
+    first, second = (add_backup(world, folder)[0] for _ in range(2))
+    change(folder / second)
+    (folder / "notes").touch()
+
+    def others():
+        return {
+            str(path): path.is_dir() or path.read_bytes()
+            for path in folder.parent.rglob("*")
+            if second in str(path) or "else" in str(path)
+        }
+
+    before = others()
+    assert add_backup(world, folder)[1:] == ()
+    assert add_backup(world, folder)[1:] == (first,)
+    assert len(add_backup(world, folder)[1:]) == 1
+    assert others() == before and (folder / "notes").exists()
+
+
+@needs_root
+def test_a_folder_of_backups_of_another_user_leads_nowhere(world, folder, tmp_path):
+    """He owns it, and root backs up into it."""
+    kept, secret = add_backup(world, folder)[0], tmp_path / "secret"
+    secret.mkdir()
+    (secret / "hostenroll.db").write_text("of root")
+    for path in (folder, folder / kept):
+        os.chown(path, SERVICE, SERVICE)
+    (folder / "2020-01-01T000000.000Z").symlink_to(secret)
+    for _ in range(3):
+        add_backup(world, folder, keep=1)
+    assert len(os.listdir(folder)) == 3 and (folder / kept / "hostenroll.key").exists()
+    (folder / "hostenroll.db.unfinished").symlink_to(secret)
+    with pytest.raises(NotADirectoryError):
+        add_backup(world, folder)
+    (folder / "hostenroll.db.unfinished").unlink()
+    (folder / "hostenroll.db.unfinished").mkdir()
+    os.chown(folder / "hostenroll.db.unfinished", SERVICE, SERVICE)
+    with pytest.raises(hostenroll.OperatorError, match="another user's"):
+        add_backup(world, folder)
+    assert (secret / "hostenroll.db").read_text() == "of root"
+    folder.chmod(0o777)
+    with pytest.raises(hostenroll.OperatorError, match="name another folder"):
+        add_backup(world, folder)
+
+
+FAILING = {  # what is done before a backup, and what it says
+    "the disk is full": (lambda world: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, -1)), ""),
+    "the database is damaged": (lambda world: drop_index_entries(world.paths[0]), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("spoil, word", table(FAILING))
+def test_a_backup_that_fails_removes_none(spoil, word, paths, clock, folder):
+    with World(paths, clock) as world:
+        world.join()
+        made = sorted(add_backup(world, folder)[0] for _ in range(2))
+    if word:
+        spoil(world)
+    with World(paths, clock) as world:
+        if not word:
+            spoil(world)
+        try:
+            with pytest.raises((OSError, hostenroll.OperatorError, hostenroll.StoreError)) as told:
+                add_backup(world, folder, keep=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    assert word in str(told.value) and sorted(os.listdir(folder)) == made
+
+
+def test_two_backups_at_once_into_a_folder_of_them_do_not_harm_each_other(world, folder, pauses):
+    seen = []
+
+    def again():
+        seen.append(sorted(os.listdir(folder)))
+        with World(world.paths, world.clock) as other, pytest.raises(hostenroll.StoreBusy):
+            add_backup(other, folder)
+        with World(world.paths, world.clock) as other, pytest.raises(hostenroll.StoreBusy):
+            backup(other, folder)
+        assert sorted(os.listdir(folder)) == seen[0]
+
+    pauses[3] = again
+    made = [add_backup(world, folder)[0] for _ in range(2)]
+    assert seen == [["hostenroll.db.unfinished"]] and sorted(os.listdir(folder)) == made
+    assert bad_in(copies_in(world.paths, folder / made[0])) == []
+
+
+@slow
+@pytest.mark.parametrize("step, since", [(11, "add_backup"), (3, "_is_whole")], ids=["all", "end"])
+def test_a_backup_into_a_folder_that_is_killed_leaves_whole_ones(
+    step, since, paths, clock, folder, tmp_path
+):
+    with World(paths, clock) as world:
+        world.join()
+        old = [add_backup(world, folder, keep=3)[0] for _ in range(3)]
+    left, n, killed, run = set(), 1, True, tmp_path / "run"
+    while killed:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(folder, run)
+        clock.advance(1)
+        add = partial(add_backup, folder=run, keep=2)
+        killed = killed_at(n, lambda: World(paths, clock), add, since)
+        n += step
+        names = sorted(os.listdir(run))
+        whole = [name for name in names if "unfinished" not in name]
+        left.add(tuple(names))
+        assert len(whole) >= 2 and set(whole) - set(old) <= {whole[-1]}
+        assert whole[-1] in old or not killed or set(old[1:]) & set(whole)
+        assert all(bad_in(copies_in(paths, run / name)) == [] for name in whole)
+        clock.advance(1)
+        with World(paths, clock) as world:
+            add_backup(world, run, keep=2)
+        assert len(os.listdir(run)) == 2
+    assert n > 40 and len({len(names) for names in left}) >= 3
+    assert any("hostenroll.db.unfinished" in names for names in left)
+
+
 def restore(paths, copies):
     """Put a backup in the place of a database; the WAL beside it belongs to the old one."""
     lose(paths[0])
@@ -9262,6 +9433,26 @@ def test_hosts_that_a_restore_has_lost_wait_for_a_day_or_until_it_is_accepted(
         assert verified(world).last and len(world.audit("accept-history")) == 2
 
 
+def test_a_restore_takes_the_newest_whole_backup_of_a_folder(paths, clock, folder):
+    with World(paths, clock) as world:
+        made = [add_backup(world, folder, keep=9)[0] for _ in range(4)]
+    (folder / made[3] / "hostenroll.key").unlink()  # it is still being copied to here
+    (folder / made[2]).rename(folder / f"{made[2]}-mine")
+    (folder / "hostenroll.db.unfinished").mkdir()
+    for name, wanted in (("", made[1]), (made[0], made[0]), (f"{made[2]}-mine", f"{made[2]}-mine")):
+        clock.advance(1)
+        done = restored(paths, folder / name, clock)
+        assert done["backup"] == str(folder / wanted / "hostenroll.db")
+    for path in (folder / made[0]).iterdir():
+        shutil.copy(path, folder)
+    with pytest.raises(hostenroll.OperatorError, match=f"others in it: .* {folder / made[1]}$"):
+        restored(paths, folder, clock)
+    os.truncate(folder / made[1] / "hostenroll.db", 8192)
+    (folder / "hostenroll.db").unlink()
+    with pytest.raises((hostenroll.OperatorError, hostenroll.StoreError), match=made[1]):
+        restored(paths, folder, clock)  # and no older one in its place without a word
+
+
 @slow
 def test_a_restore_as_it_was_does_nothing_again(undone, paths, clock, folder):
     with World(paths, clock) as world:
@@ -9340,6 +9531,18 @@ def test_a_restore_is_refused_while_a_server_or_another_process_has_the_database
     restored(paths, folder, clock)
 
 
+def test_a_restore_removes_nothing_of_others_where_it_works(undone, paths, clock, folder):
+    place = Path(f"{paths[0]}.restore")
+    place.mkdir()
+    (place / "notes").touch()
+    with pytest.raises(hostenroll.OperatorError, match="other files: move it"):
+        restored(paths, folder, clock)
+    assert (place / "notes").exists()
+    (place / "notes").rename(place / "new-wal")
+    restored(paths, folder, clock)
+    assert not place.exists() and bad_in(paths) == []
+
+
 @slow
 def test_a_restore_over_a_damaged_database_says_that_nothing_was_done_again(
     undone, paths, clock, folder
@@ -9410,12 +9613,17 @@ def test_a_restore_that_is_killed_leaves_the_old_or_the_new(
             assert not os.path.exists(run[0])
         if remedy or not is_new:
             clock.advance(1)
+            seen["left"] += os.path.exists(f"{run[0]}.restore")
+            if os.path.exists(run[0]):
+                named = [found.detail for found in hostenroll.examine(*run) if found.name == "copy"]
+                assert len(named) == os.path.exists(f"{run[0]}.restore")
             done = restored(run, folder, clock)
             assert (done["hostsRevoked"], done["hostsLost"]) == (1, 3)
+            assert not os.path.exists(f"{run[0]}.restore")
         assert bad_in(run) == []
         if not killed:
             break
-    assert home.exists() and seen["new"] >= 1 and seen["old"] >= 1
+    assert home.exists() and seen["new"] >= 1 and seen["old"] >= 1 and seen["left"] >= 3
     assert not since or seen["none"] >= 3
 
 
@@ -14453,6 +14661,10 @@ def test_what_is_the_same_for_all_is_kept_by_clients_and_compressed(live):
     """RFC 9110 sections 12.5.3, 13.1.2 and 15.4.5."""
     for (path, accepted), kind in SAME_FOR_ALL.items():
         ask = partial(fetched, live, path, Accept=accepted)
+        for refused in ("gzip;q=0", "br, gzip ; q=0.000, identity", "GZIP;Q=0", "notgzip"):
+            assert ask(**{"Accept-Encoding": refused})[0].getheader("Content-Encoding") is None
+        for taken in ("gzip;q=0.001", "br;q=0, gzip", "gzip;q=1, *;q=0"):
+            assert ask(**{"Accept-Encoding": taken})[0].getheader("Content-Encoding") == "gzip"
         plain, body = ask(**{"Accept-Encoding": "identity"})
         packed, short = ask(**{"Accept-Encoding": "br, gzip"})
         assert (plain.getheader("Content-Type"), gzip.decompress(short)) == (kind, body)
@@ -20046,6 +20258,48 @@ def test_a_backup_and_a_check_beside_a_busy_server_are_whole_and_sound(tmp_path)
 
 
 @slow
+def test_a_second_box_takes_over_from_the_last_backup_and_agents_go_on(tmp_path):
+    """As the README has it, with folders in place of boxes, and a port in place of the name."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    boxes = first, second = tmp_path / "first", tmp_path / "second"
+    for box in boxes:
+        box.mkdir(mode=0o700)
+    interval = "--heartbeat-interval", "1"
+    with contextlib.ExitStack() as stack:
+        serve = partial(start_server, how="process", tls=True)
+        one = stack.enter_context(serve(first, *interval))
+        has_beaten = lambda count: one.hosts().document["counts"].get("online") == count  # noqa: E731
+        (tmp_path / "old").mkdir()
+        old, late = Machine(tmp_path / "old", one), []
+        stack.enter_context(old.agent(token=one.token()))
+        until(lambda: has_beaten(1), 20)
+        host = one.hosts().document["hosts"][0]["id"]
+        done = cli(first, "backup", "--keep", "14", "backups")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "late").mkdir()
+        late = Machine(tmp_path / "late", one)
+        stack.enter_context(late.agent(token=one.token()))
+        until(lambda: has_beaten(2), 20)
+        credentials = [(each.state / "credential").read_bytes() for each in (old, late)]
+        shutil.copytree(first / "backups", second / "backups")  # as rsync does
+        one.kill()
+        for words in (("restore", "backups"), ("check",)):
+            done = cli(second, *words)
+            assert done.returncode == 0, done.stderr
+        began = hostenroll.rfc3339(int(time.time() * 1000))
+        two = stack.enter_context(serve(second, *interval, "--port", str(one.port)))
+        until(lambda: two.host(host).document["lastSeen"] > began, 40)
+        until(lambda: "503 host-unknown" in late.log_file.read_text(), 40)
+        assert two.host(host).document["status"] == "online"
+        assert [(each.state / "credential").read_bytes() for each in (old, late)] == credentials
+        assert len(two.hosts().document["hosts"]) == 1
+        assert old.log()[-1].endswith("the server accepts heartbeats again")
+        done = cli(second, "accept-history")
+        assert done.returncode == 0 and two.beat(credentials[1].split()[0].decode()).status == 410
+
+
+@slow
 def test_a_restore_waits_for_the_end_of_every_server(tmp_path):
     def restore(*options):
         return cli(tmp_path, "restore", "copy", "--json", *options)
@@ -21577,6 +21831,24 @@ def test_a_watch_goes_on_from_its_state(feed, tmp_path):
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_watch_writes_its_state_only_when_there_is_something_in_it(feed, tmp_path, monkeypatch):
+    told, saves = Told(feed, tmp_path / "state", delay=600), []
+    replacing = hostenroll.replacing
+    monkeypatch.setattr(hostenroll, "replacing", lambda path: saves.append(1) or replacing(path))
+    feed.become("offline", *(f"web-{n}" for n in range(50)))
+    told.run(60)
+    assert len(saves) <= 2
+    saves.clear()
+    for second in range(300):
+        feed.at(second, lambda: feed.note("mint"))  # which wakes nobody
+    told.run(301)
+    assert saves == []
+    for second in range(100):
+        feed.at(second, lambda: feed.become("online", "db-1"))
+    told.run(100)
+    assert 5 <= len(saves) <= 12
+
+
 def test_without_a_state_a_watch_begins_now(feed):
     feed.become("offline", "web-1")
     told = Told(feed)
@@ -21972,7 +22244,7 @@ def test_hosts_that_have_expired_and_stay_are_let_go_by_force(operator):
     assert operator("expire-hosts").status == 2
     done = operator("expire-hosts", "--force", "--org", "berlin")
     assert (done.status, done.err.count("organizations: 1\n")) == (0, 1)
-    assert operator.json("expire-hosts", "--force") == {"done": 2, "notFound": []}
+    assert operator.json("expire-hosts", "--force") == {"organizations": 2}
     with operator.world() as world:
         events = [event["organizationId"] for event in world.audit("expire")]
         assert events == ["berlin", None]
@@ -22507,7 +22779,7 @@ def test_every_example_works_and_every_command_that_prints_data_prints_json_too(
     ]
     assert set(of("verify-audit")) == {"head", "first", "last", "unverified"}
     copies = [str(operator.folder / f"copy/hostenroll.{name}") for name in ("db", "key")]
-    assert of("backup") == dict(zip(("database", "keyFile"), copies))
+    assert of("backup") == {"database": copies[0], "keyFile": copies[1], "removed": []}
     if "make-cert" in documents:
         pair = of("make-cert")["certificate"], of("make-cert")["key"]
         [certificate] = hostenroll.load_tls(*pair)[1]
@@ -24260,6 +24532,28 @@ def test_a_backup_goes_into_a_folder_of_its_owner_alone_or_nowhere(operator):
     assert operator("check", "--db", "copy/hostenroll.db").status == 0
 
 
+def test_a_command_keeps_the_newest_backups_and_names_what_it_made_and_removed(operator):
+    operator("mint-token")
+    for bad in ("0", "1001", "many", "-1"):
+        assert operator("backup", "kept", "--keep", bad).status == 2
+    assert not (operator.folder / "kept").exists()
+    made = []
+    for _ in range(2):
+        operator.clock.advance(1)
+        done = operator.json("backup", "kept", "--keep", "1")
+        made.append(os.path.dirname(done["database"]))
+        assert os.path.dirname(done["keyFile"]) == made[-1]
+        assert done["removed"] == made[:-1]
+    operator.clock.advance(1)
+    told = operator("backup", "kept", "--keep=1")
+    assert (told.status, told.out) == (0, "") and f"removed {made[1]}" in told.err
+    (newest,) = (operator.folder / "kept").iterdir()
+    assert f"copied the database to {newest}/hostenroll.db" in told.err
+    assert stat.S_IMODE(newest.stat().st_mode) == 0o700
+    done = operator.json("restore", "kept")
+    assert done["backup"] == f"kept/{newest.name}/hostenroll.db"
+
+
 def test_where_anybody_may_replace_the_files_only_a_first_key_file_and_a_backup_are_refused(
     operator,
 ):
@@ -25028,10 +25322,12 @@ def units(tmp_path_factory):
         ("hostenroll.socket", (sys.executable, program, "unit", "--socket")),
         ("odd.service", (python, program, "unit")),
         ("dynamic.service", (sys.executable, program, "unit", "--dynamic-user")),
+        ("hostenroll-backup.service", (python, program, "unit", "--backup", folder / ODD_FOLDER)),
+        ("hostenroll-backup.timer", (python, program, "unit", "--timer")),
     ):
         with (folder / name).open("wb") as file:
             printing.append(subprocess.Popen(words, stdout=file))
-    assert [process.wait() for process in printing] == [0] * 4
+    assert [process.wait() for process in printing] == [0] * 6
     return folder
 
 
@@ -25045,6 +25341,7 @@ def analyze(units, *words):
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_units(units):
     names = ["hostenroll.service", "hostenroll.socket", "odd.service", "dynamic.service"]
+    names += ["hostenroll-backup.service", "hostenroll-backup.timer"]
     found = analyze(units, "verify", "--man=no", *(str(units / name) for name in names))
     assert [line for line in found.splitlines() if re.search("hostenroll|odd|dyn", line)] == []
 
@@ -25097,6 +25394,69 @@ def test_the_service_runs_the_program_wherever_it_lies(units):
     assert "\nSyslogIdentifier=hostenroll\n" in unit  # not the interpreter's name
     typed = re.search(r"^# .*: sudo (.*)$", unit, re.MULTILINE)
     assert shlex.split(typed[1])[:3] == [sys.executable, str(program), "mint-token"]
+
+
+def unit_of(path):
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read_string(path.read_text())
+    return unit
+
+
+def test_the_units_of_the_backup_are_those_of_a_daily_backup_by_the_services_user(units, operator):
+    unit, served = (unit_of(units / f"hostenroll{name}.service") for name in ("-backup", ""))
+    folder = str(units / ODD_FOLDER)
+    _, path, *words = shlex.split(unit["Service"]["ExecStart"])
+    assert path == f"{folder}/hostenroll.py".replace("%", "%%").replace("$", "$$")
+    assert words == ["backup", folder.replace("%", "%%").replace("$", "$$"), "--keep", "14"]
+    writable = shlex.split(unit["Service"]["ReadWritePaths"])
+    assert writable == shlex.split(unit["Unit"]["RequiresMountsFor"])
+    assert writable == [folder.replace("%", "%%")]
+    assert unit["Service"]["Type"] == "oneshot" and not unit.has_section("Install")
+    assert not {"Restart", "ExecReload"} & set(unit["Service"])
+    same = "User", "Environment", "EnvironmentFile", "StateDirectory", "ProtectSystem", "UMask"
+    for name in same:
+        assert unit["Service"][name] == served["Service"][name], name
+    timer = unit_of(units / "hostenroll-backup.timer")
+    assert dict(timer["Timer"]) == {
+        "OnCalendar": "daily", "RandomizedDelaySec": "1h", "Persistent": "true",
+    }  # fmt: skip
+    for words in ("--backup x --dynamic-user", "--backup x --watch", "--timer --socket"):
+        require_one_line(operator("unit", *words.split()), 2, "--help")
+    told = operator("unit", "--backup", "no such").err
+    assert f"install -d -m 700 -o hostenroll '{operator.folder}/no such'" in told
+    (operator.folder / "there").mkdir()
+    assert "install" not in operator("unit", "--backup", "there").err
+
+
+@slow
+@needs_systemd
+@needs_strace
+def test_the_unit_of_the_backup_allows_what_a_backup_asks_of_the_system(tmp_path, units):
+    trace = tmp_path / "trace"
+    assert cli(tmp_path, "mint-token").returncode == 0
+    program = traced(trace, "all") + PROGRAM
+    for _ in range(2):
+        assert cli(tmp_path, "backup", "kept", "--keep=1", program=program).returncode == 0
+    asked = set(re.findall(r"(?m)^\d+ +(\w+)\(", trace.read_text()))
+    asked.discard("fchown")  # SQLite, which asks that as root alone
+
+    def group(name):
+        calls = set()
+        for line in analyze(units, "syscall-filter", name).splitlines()[1:]:
+            word = line.strip()
+            calls |= group(word) if word.startswith("@") else {word}
+        return calls
+
+    filters = re.findall(
+        "(?m)^SystemCallFilter=(.*)$", (units / "hostenroll-backup.service").read_text()
+    )
+    allowed = set()
+    for words in filters:
+        for word in words.lstrip("~").split():
+            calls = group(word) if word.startswith("@") else {word}
+            allowed = allowed - calls if words.startswith("~") else allowed | calls
+    assert "setpriority" in asked and asked <= allowed, asked - allowed
 
 
 @needs_systemd
