@@ -635,14 +635,17 @@ class Unauthorized(Problem):
     challenge = "invalid_token"
 
 
+def _variant(name: str, base: type[Problem], **attributes: Any) -> type[Problem]:
+    """A class of Problem that differs from its base in these attributes."""
+    return cast("type[Problem]", type(name, (base,), {"__module__": __name__, **attributes}))
+
+
 def _refusal(
-    code: str, status: int, title: str, remedy: str, base: type[Problem] = Problem,
-    *, name: str = "", **attributes: Any,
-) -> type[Problem]:  # fmt: skip
-    """A class of Problem: TokenUsed for the code token-used, or with the name that is given."""
-    members = {"code": code, "status": status, "title": title, "remedy": remedy, **attributes}
-    name = name or code.title().replace("-", "")
-    return cast("type[Problem]", type(name, (base,), {"__module__": __name__, **members}))
+    code: str, status: int, title: str, remedy: str, base: type[Problem] = Problem, **more: Any
+) -> type[Problem]:
+    """One with a code of its own: TokenUsed for token-used."""
+    members = {"code": code, "status": status, "title": title, "remedy": remedy, **more}
+    return _variant(code.title().replace("-", ""), base, **members)
 
 
 GET_TOKEN = "Get a new token from the operator: mint-token."
@@ -663,20 +666,16 @@ BodyTooLarge = _refusal("body-too-large", 413, "The body is too large",
     Unframed)
 HeadTooLarge = _refusal("head-too-large", 431, "The request line and header fields are too large",
     f"Send at most {FIELDS_MAXIMUM} header fields and {HEAD_MAXIMUM} bytes of head.", Unframed)
-UnknownTransferCoding = _refusal(
-    "not-implemented", 501, "The transfer coding or method is not implemented",
-    "Use a method of the API, and send the body plain or chunked.", Unframed,
-    name="UnknownTransferCoding")
+UnknownTransferCoding = _variant("UnknownTransferCoding", Unframed, code="not-implemented",
+    status=501, title="The transfer coding or method is not implemented",
+    remedy="Use a method of the API, and send the body plain or chunked.")
 HttpVersion = _refusal("http-version", 505, "The HTTP version is not supported",
     "Use HTTP/1.1.", Unframed)
 ExpectationFailed = _refusal("expectation-failed", 417, "The expectation cannot be met",
     "Send Expect: 100-continue, or no Expect.", Unframed)
-AgentBodyTooLarge = _refusal(  # it is read to its end: peers that connect again cost more
-    BodyTooLarge.code, 413, BodyTooLarge.title, BodyTooLarge.remedy, BodyTooLarge,
-    name="AgentBodyTooLarge", closes=False)
-UnknownMethod = _refusal(
-    UnknownTransferCoding.code, 501, UnknownTransferCoding.title,
-    UnknownTransferCoding.remedy, UnknownTransferCoding, name="UnknownMethod", closes=False)
+AgentBodyTooLarge = _variant(  # it is read to its end: peers that connect again cost more
+    "AgentBodyTooLarge", BodyTooLarge, closes=False)
+UnknownMethod = _variant("UnknownMethod", UnknownTransferCoding, closes=False)
 
 # The message asks for what cannot be done.
 InvalidBody = _refusal("invalid-body", 400, "The body is not valid",
@@ -719,16 +718,15 @@ HostRevoked = _refusal("host-revoked", 403, "The host has been revoked",
     "Wait until the operator restores the host; retry hourly.", is_audited=True)
 HostUnknown = _refusal("host-unknown", 410, "The host has been deleted",
     "Enroll again with a new token; until then retry hourly.", is_audited=True)
-HostLost = _refusal(HostUnknown.code, 503, "An older backup has been restored",
-    "The host may have enrolled after that backup: keep the credential, and try again after the "
-    "time in Retry-After.", HostUnknown, name="HostLost", retry_after=5 * MINUTE)
+HostLost = _variant("HostLost", HostUnknown, status=503, title="An older backup has been restored",
+    remedy="The host may have enrolled after that backup: keep the credential, and try again after "
+    "the time in Retry-After.", retry_after=5 * MINUTE)
 
 # API keys.
 ApiKeyInvalid = _refusal("api-key-invalid", 401, "The API key is missing or not valid",
     "Send a valid API key as Authorization: Bearer hak_...; mint-api-key creates one.",
     Unauthorized)
-ApiKeyMissing = _refusal(ApiKeyInvalid.code, 401, ApiKeyInvalid.title, ApiKeyInvalid.remedy,
-    ApiKeyInvalid, name="ApiKeyMissing", challenge="")
+ApiKeyMissing = _variant("ApiKeyMissing", ApiKeyInvalid, challenge="")
 Forbidden = _refusal("forbidden", 403, "The API key may not do this",
     "Use an API key with the role admin.", is_audited=True)
 
@@ -995,8 +993,6 @@ def has_labels(own: Mapping[str, Any], wanted: Iterable[LabelTerm]) -> bool:
 
 
 class ListOf(FieldType):
-    """An array of values of one type."""
-
     def __init__(self, type: FieldType, maximum: int) -> None:
         self._type, self._maximum = type, maximum
 
@@ -1010,16 +1006,13 @@ class ListOf(FieldType):
 
 
 class ObjectOf(FieldType):
-    """An object of a Schema, within another."""
+    """An object of a Schema, within another. It stands in answers only."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
 
     def check(self, value: Any) -> dict[str, Any]:
-        try:
-            return self._schema.check(value)
-        except InvalidBody as problem:
-            raise ValueError(f"must be an object of its schema: {problem.errors}") from None
+        return self._schema.check(value)
 
     def json_schema(self) -> dict[str, Any]:
         return self._schema.reference()
@@ -1332,11 +1325,9 @@ class Keyring:
         self._audit_keys = {name: hmac.digest(audit_key, name, "sha256") for name in domains}
 
     def rotated(self) -> Keyring:
-        """A keyring with a new key before these."""
         return Keyring([_new_signing_key(), *self.keys], self.audit_key, self.file)
 
     def without(self, kid: str) -> Keyring:
-        """A keyring without one of these keys."""
         return Keyring([key for key in self.keys if key.kid != kid], self.audit_key, self.file)
 
     def jwk_set(self) -> bytes:
@@ -6939,7 +6930,6 @@ class Head(NamedTuple):
 
     @property
     def body_maximum(self) -> int:
-        """How many bytes the body may have."""
         return AGENT_BODY_MAXIMUM if self.path.startswith(AGENT_PATHS) else BODY_MAXIMUM
 
 
@@ -10353,7 +10343,6 @@ class Document:
         self._optional = [member.name for member in members if not member.required]
 
     def of(self, record: Any) -> dict[str, Any]:
-        """The document of a record, ready for JSON."""
         document = dict(zip(self._names, self._attributes(record)))
         for name in self._optional:
             if document[name] is None:
@@ -10581,12 +10570,13 @@ def metric_labels(**pairs: str) -> str:
 
 
 def metric(
-    name: str, help: str, samples: Union[float, Iterable[tuple[str, float]]], kind: str = "gauge"
-) -> str:
+    name: str, help: str, samples: Union[float, Iterable[tuple[str, float]]], kind: str = "gauge",
+    prefix: str = "hostenroll_",
+) -> str:  # fmt: skip
     """The lines of a metric. samples: its value, or the ends of several names with their values."""
     several = [("", samples)] if isinstance(samples, (int, float)) else samples
-    lines = [f"{name}{end} {value!r}\n" for end, value in several]
-    return f"# HELP {name} {help}\n# TYPE {name} {kind}\n" + "".join(lines)
+    lines = [f"{prefix}{name}{end} {value!r}\n" for end, value in several]
+    return f"# HELP {prefix}{name} {help}\n# TYPE {prefix}{name} {kind}\n{''.join(lines)}"
 
 
 def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
@@ -10630,8 +10620,8 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
     own = _process_metrics(registry, now) if owner is ALL_ORGANIZATIONS else ()
     more = "1 while expiry is stopped because too many hosts expired."
     return "".join([
-        metric("hostenroll_hosts", "Hosts by organization and status.", hosts),
-        metric("hostenroll_expiry_stopped", more, stopped), *agents, *own,
+        metric("hosts", "Hosts by organization and status.", hosts),
+        metric("expiry_stopped", more, stopped), *agents, *own,
     ])  # fmt: skip
 
 
@@ -10658,8 +10648,8 @@ def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list
     shown = _frequent(versions, VERSIONS_SHOWN).items()
     agents = [(metric_labels(version=version), count) for version, count in shown]
     return [
-        metric("hostenroll_agents", "Hosts by version of the agent.", agents),
-        metric("hostenroll_copied_hosts", "Hosts with signs of a copied credential.", copied),
+        metric("agents", "Hosts by version of the agent.", agents),
+        metric("copied_hosts", "Hosts with signs of a copied credential.", copied),
     ]
 
 
@@ -10667,38 +10657,36 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
     metrics, queries, swept = registry.metrics, registry.queries, registry.reports.swept
     keys_ok, feed = int(not registry.keys.file.trouble), queries.feed()
     for name, help in COUNTERS:
-        yield metric(f"hostenroll_{name}_total", help, metrics.counts[name], "counter")
+        yield metric(f"{name}_total", help, metrics.counts[name], "counter")
     refusals = [(metric_labels(code=kind.code), metrics.refusals[kind.code]) for kind in problems()]
-    yield metric("hostenroll_refusals_total", "Refusals by code.", refusals, "counter")
+    yield metric("refusals_total", "Refusals by code.", refusals, "counter")
     for name, shown, help in HISTOGRAMS:
-        samples = histogram_samples(getattr(metrics, name))
-        yield metric(f"hostenroll_{shown}", help, samples, "histogram")
+        yield metric(shown, help, histogram_samples(getattr(metrics, name)), "histogram")
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
-    yield metric("process_cpu_seconds_total", "CPU time of the process.", cpu, "counter")
+    yield metric("cpu_seconds_total", "CPU time of the process.", cpu, "counter", "process_")
     python = ".".join(map(str, sys.version_info[:3]))
     build = metric_labels(version=__version__, python=python, sqlite=registry.engine.sqlite_version)
+    yield metric("build_info", "Versions of hostenroll, Python and SQLite.", [(build, 1)])
     files = [metric_labels(file=file) for file in ("database", "wal")]
+    sizes = zip(files, registry.engine.file_sizes())
+    yield metric("database_bytes", "Size of the database files.", sizes)
+    yield metric("open_connections", "Open connections.", metrics.open_connections)
+    waiting = metrics.waiting_requests
+    yield metric("waiting_requests", "Requests that wait for changes or events.", waiting)
+    yield metric("keys_ok", "1 while the key file is valid.", keys_ok)
+    lost = feed.lost if now < feed.lost_until else 0
+    yield metric("lost_hosts", "Hosts that a restore lost and that wait.", lost)
     last = queries.changes_after(queries.last_change() - 1, 1)
-    values: list[tuple[str, str, Any]] = [
-        ("build_info", "Versions of hostenroll, Python and SQLite.", [(build, 1)]),
-        ("database_bytes", "Size of the database files.",
-         zip(files, registry.engine.file_sizes())),
-        ("open_connections", "Open connections.", metrics.open_connections),
-        ("waiting_requests", "Requests that wait for changes or events.", metrics.waiting_requests),
-        ("keys_ok", "1 while the key file is valid.", keys_ok),
-        ("lost_hosts", "Hosts that a restore lost and that wait.",
-         feed.lost if now < feed.lost_until else 0),
-        ("last_change_timestamp_seconds", "Time of the last change of a status.",
-         sum(change.at for change in last) / SECOND_MS),
-        ("sweep_age_seconds", "Time since the last sweep for silent hosts.",
-         time.monotonic() - swept.last_ended),
-        ("sweep_seconds", "CPU time of the last sweep for silent hosts.", swept.last_spent),
-    ]  # fmt: skip
+    at = sum(change.at for change in last) / SECOND_MS
+    yield metric("last_change_timestamp_seconds", "Time of the last change of a status.", at)
+    age = time.monotonic() - swept.last_ended
+    yield metric("sweep_age_seconds", "Time since the last sweep for silent hosts.", age)
+    spent = swept.last_spent
+    yield metric("sweep_seconds", "CPU time of the last sweep for silent hosts.", spent)
     if certificate := registry.service.certificate:
-        values += [("tls_certificate_not_after_seconds", "Time when the certificate expires.",
-                    certificate.ends // SECOND_MS)]  # fmt: skip
-    yield from (metric(f"hostenroll_{name}", help, value) for name, help, value in values)
+        ends, help = certificate.ends // SECOND_MS, "Time when the certificate expires."
+        yield metric("tls_certificate_not_after_seconds", help, ends)
 
 
 # What other tools are told of hosts.
@@ -10742,8 +10730,8 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
         pairs.update((name, str(labels.get(key, ""))) for name, key in shown.items())
         samples.append((metric_labels(**pairs), 1))
     rest = max(0, sum(map(page.more["counts"].get, down)) - len(samples))
-    return metric("hostenroll_host_down", "Hosts that are offline or missing.", samples) + metric(
-        "hostenroll_hosts_down_not_shown", "Offline and missing hosts that are not listed.", rest
+    return metric("host_down", "Hosts that are offline or missing.", samples) + metric(
+        "hosts_down_not_shown", "Offline and missing hosts that are not listed.", rest
     )
 
 
@@ -12652,7 +12640,6 @@ class Server(HTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens, by that host."""
         scheme, host = "https" if self._tls else "http", self.host
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
@@ -12884,7 +12871,6 @@ class Server(HTTPServer):
         self._watch_listener(False)
 
     def _expire(self, connection: Connection) -> None:
-        """The deadline of a connection's state has passed."""
         if connection.state in (HEAD, BODY):
             self._exchanges.refuse(connection, RequestTimeout())
         else:
