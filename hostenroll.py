@@ -1,34 +1,34 @@
 #!/usr/bin/env python3
-"""hostenroll: decides who may join a fleet of machines, and knows which of them are alive.
+"""hostenroll: enrolls machines in a fleet and shows which of them are alive.
 
 One file, the standard library alone, for networks with no way out. Copy it onto a box and run it:
 
     python3 hostenroll.py serve             listens on 127.0.0.1:8080
     python3 hostenroll.py mint-token        prints an enrollment token
 
-An agent, which may be curl in a shell script, exchanges the token, once, for a host record and
-a credential; with the credential it beats, and the host is online:
+An agent, which may be curl in a shell script, enrolls once with the token: it gets a host record
+and a credential. With the credential it sends heartbeats, and the host is online:
 
     POST /api/agent/enroll        {"token": "het_...", "hostname": "web-1"}      201, a credential
     POST /api/agent/heartbeat     Authorization: Bearer <credential>             200, lastSeen
 
 Words, each with one meaning, in code, SQL, API and command line alike:
 
-    token           lets hosts in: once (or --max-uses times), before it expires
+    token           enrolls one host (or --max-uses of them), before it expires
     API key         lets a person or a script use the user API
-    credential      what an enrolled host holds and beats with: a JWT, HS256
+    credential      what an enrolled host sends with each heartbeat: a JWT, HS256
     signing key     signs credentials; it is in the key file, never in the database
     host            a machine that has enrolled
     organization    owns hosts, tokens and API keys; known by its slug
-    revoke          shut out until restored; the row stays
-    delete          gone; the machine must enroll again, and the id never returns
+    revoke          block a host until it is restored; the row stays
+    delete          remove the row; the machine must enroll again, and the id never returns
     re-enroll       by a token bound to an existing host: new credential, same id, name and history
     serial          the number of a credential among those issued to one host
     tick            one turn of the server's loop: one batch of requests, one transaction, one time
-    operation       what can be asked for, by HTTP, by a command or both: a row of a table
+    operation       something to do, by HTTP, by a command or both: a row of a table
     call            an operation with its caller and its values, from either door
     engine          SQLite and its files; queries: the plain SQL that runs in it
-    interval        seconds between heartbeats; a host is judged by the one that it was last told
+    interval        seconds between heartbeats; a host is judged by the last one that it was given
     service period  the time since servers began to listen without a pause, which is no silence
     instance        a machine, a boot of it and the agent's folder: two that take turns are copies
     event           what happened, as a row of the audit log
@@ -290,7 +290,7 @@ INCIDENTS_OPEN = 4  # the newest, which one more host may be of: a sweep goes by
 INCIDENT_HOSTS_SHOWN = 100
 TRAITS_COUNTED = 1000  # of an incident: what most of its hosts share is among the first
 LOOKED_AT_ONCE = 300  # changes, or hosts of the fleet, in a slice of a few ms
-SHARES_KEPT = MINUTE  # what was counted and found, while somebody asks
+SHARES_KEPT = MINUTE  # what was counted and found, while requests ask for it
 SHARES_MAXIMUM = 100_000  # hosts: to go through more each minute would take a share of a core
 
 # Metrics: upper bounds of histogram buckets.
@@ -317,7 +317,9 @@ CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chu
 CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
-INTEGER_DIGITS = 19  # in a query; int() of thousands of digits is slow before Python 3.11
+INTEGER_DIGITS = (
+    19  # in a query or in JSON; int() of thousands of digits is slow before Python 3.11
+)
 HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
 HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
 HOPS_CACHED = 4096  # 0.3 KiB each, and their keys; to parse one is half of a heartbeat's tick
@@ -358,9 +360,9 @@ LOG_PATIENCE = 0.4  # at the end of the process: a reader that lives takes LOG_M
 CLIENT_PATIENCE = 30  # for a connection, and for a whole answer beyond what it was to be held
 CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # of inventories: 10,000 hosts with many labels
 
-# What people are told.
-PENDING_TOLD_AFTER = 10 * MINUTE  # a machine that is being installed may start once more
-FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is told once an hour
+# What watch reports.
+PENDING_REPORTED_AFTER = 10 * MINUTE  # a machine that is being installed may start once more
+FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is reported once an hour
 BATCH_LONGEST = MINUTE  # where it has an incident that may grow
 MUTED_FOR = 10  # at least: then the feed is asked again
 TOLD_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
@@ -1108,10 +1110,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidBody(f"The body has {name}, which is not JSON.")
 
 
+def _read_integer(digits: str) -> float:
+    """A float where it is long: an int() takes time by the square of its digits."""
+    return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
+
+
 # Made once: json.loads() would make one for each body, and it takes longer than reading most.
-# Numbers are floats: an int() takes time by the square of its digits.
 _JSON = json.JSONDecoder(
-    object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=float
+    object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=_read_integer
 )
 
 
@@ -1529,7 +1535,7 @@ def replacing(path: str, like: Optional[os.stat_result] = None) -> Iterator[Bina
         yield file
 
 
-OPEN_TO_ALL = "anybody can replace files in {0}: {1}, or chmod o-w {0}"
+OPEN_TO_ALL = "any user can replace files in {0}: {1}, or chmod o-w {0}"
 
 
 def is_open_to_all(folder: Union[str, int]) -> bool:
@@ -1739,7 +1745,7 @@ CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL,
-    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: let go at -expiry
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: allowed at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -1805,7 +1811,7 @@ CREATE TABLE host (
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
     issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
-    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
+    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
     own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
@@ -1815,10 +1821,10 @@ CREATE TABLE host (
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
     refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
-    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last let in again, or 0
+    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last restored, or 0
     state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
     status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
-    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
+    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then notifications are off
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
@@ -1855,7 +1861,7 @@ CREATE TABLE heartbeat (
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     state          INTEGER NOT NULL,  -- the status that was last reported: see change
-    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
+    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the last interval sent to it, in seconds
     address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
@@ -1885,7 +1891,7 @@ CREATE TABLE feed (
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
     change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
     event    INTEGER NOT NULL,  -- the same
-    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost are to wait
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost wait
     newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
     lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
 );
@@ -3032,7 +3038,7 @@ SELECT = {row: f"SELECT {', '.join(_columns(row))} FROM {table}" for row, table 
 
 # The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
 # and a clock that was set back, match nothing: the general path judges them. Nor does a host match
-# that is to be told another interval, has another address or was reported as not online.
+# that is to get another interval, has another address or was reported as not online.
 _BEAT = """UPDATE heartbeat SET last_seen = ? WHERE last_seen <= ? AND host_id = ? AND serial = ?
             AND told_interval = ? AND (address_key = ? OR address_key < ?) AND state = 1"""
 BeatRow = tuple[int, ...]  # the values of it
@@ -3323,16 +3329,14 @@ class Queries(Changes):
              ORDER BY id DESC LIMIT ?"""
         return self._all(Host, rest, token, owner, *page)
 
-    def hosts_called(self, word: str, limit: int) -> list[Host]:
+    def hosts_called(self, word: str, owner: Optional[str], limit: int) -> list[Host]:
         """Some with this name, and some with this hostname."""
-        by_hostname = """WHERE organization_id IN (SELECT id FROM organization)
-             AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"""
-        named = self._all(Host, "WHERE name = ? LIMIT ?", word, limit)
-        return named + self._all(Host, by_hostname, word, limit)
-
-    def between(self, record: Callable[..., T], first: int, last: int, limit: int) -> list[T]:
-        """Some whose ids are in a range."""
-        return self._all(record, "WHERE id BETWEEN ? AND ? LIMIT ?", first, last, limit)
+        owned, owners = _owned_by(owner)
+        rest = f"WHERE {owned} name = ? LIMIT ?"
+        named = self._all(Host, rest, *owners, word, limit)
+        owned = owned or "organization_id IN (SELECT id FROM organization) AND"
+        rest = f"WHERE {owned} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
+        return named + self._all(Host, rest, *owners, word, limit)
 
     def hosts_of_key(self, number: int, owner: Optional[str], *page: int) -> list[Host]:
         """The newest whose last credential is of a signing key, as in lists."""
@@ -3626,6 +3630,22 @@ class Named(NamedTuple):
     word: str
     takes_prefix: bool
 
+    def id_among(self, titles: Mapping[str, str]) -> str:
+        """The id of the only one that the word fits. titles: of all that it fits, by id. Raises
+        NotFound; Conflict, which lists them."""
+        if not titles:
+            title = KINDS[self.kind].replace("api-", "API ")
+            is_id = self.kind is not Host or ID.fullmatch(self.word)
+            how = "id" if is_id else "id or name"
+            is_short = ID_PREFIX.fullmatch(self.word) and not self.takes_prefix
+            hint = ". Type the whole id" if is_short else ""
+            raise NotFound(f"There is no {title} with this {how}{hint}.")
+        if len(titles) > 1:
+            more = ["more"] if len(titles) > FITS_SHOWN else []
+            fits = ", ".join([*islice(titles.values(), FITS_SHOWN), *more])
+            raise Conflict(f"{self.word} matches several: {fits}. Type the id of one.")
+        return next(iter(titles))
+
 
 class Call(NamedTuple):
     """An operation with its caller and its values, which have been checked."""
@@ -3824,9 +3844,9 @@ class Rules:
         if asked is None:
             return call.by.organization
         if call.by.organization not in (ALL_ORGANIZATIONS, asked):
-            raise NotFound("There is no such organization.")
+            raise NotFound("The organization does not exist.")
         if self._queries.get(Organization, asked) is None:
-            detail = "there is no such organization: add-org creates one"
+            detail = "the organization does not exist: create it with add-org"
             raise problem(errors=[FieldError(field, detail)])
         return asked
 
@@ -3836,6 +3856,17 @@ class Rules:
         if row is None or call.by.organization not in (ALL_ORGANIZATIONS, row.organization_id):
             raise NotFound(f"There is no {KINDS[record].replace('api-', 'API ')} with this id.")
         return row
+
+    def _newest(self, record: type[Row], call: Call) -> Callable[[Owner, int, int], Sequence[Any]]:
+        """What reads the rows of a list; values: named, a word that fits them, as Names has it."""
+        if "named" not in call.values:
+            return partial(self._queries.newest, record)
+
+        def read(owner: Owner, before: int, limit: int) -> Sequence[Any]:
+            rows = self._registry.names.fitting(owner, record, call.values["named"])
+            return [row for row in rows if row.id < before][:limit]
+
+        return read
 
     def _page(
         self, call: Call, read: Callable[[Owner, Any, int], Sequence[Any]],
@@ -3879,7 +3910,7 @@ class Rules:
         """A page of changes or events, the oldest first, for who goes on from a cursor (values:
         after), <history>-<number>; of events, the number alone is one. It is good in the history in
         which it was given, up to the last number of that, and from the oldest that is kept. Any
-        other is refused, with one to go on from: who misses something is told so. For a cursor
+        other is refused, with one to continue from: so a reader learns what it missed. For a cursor
         of another history that is the last number before this one began.
 
         read and view are as in _page(); view has to leave out what is not of the caller's
@@ -3903,12 +3934,17 @@ class Rules:
         return page._replace(more={"cursor": page.next or cursor(last)})
 
 
-def title_of(row: Row) -> str:
+def title(name: str, id: str, organization: Owner, address: str = "") -> str:
     """What people know a host, a token or an API key by."""
-    name = row.name if isinstance(row, Host) else row.description or "no description"
-    facts = id_text(row.id), row.organization_id or "all organizations"
-    where = [row.address or row.enrolled_from] if isinstance(row, Host) else []
-    return f"{name} ({', '.join((*facts, *filter(None, where)))})"
+    facts = id, organization or "all organizations", address
+    return f"{name or 'no description'} ({', '.join(filter(None, facts))})"
+
+
+def title_of(row: Row) -> str:
+    known = id_text(row.id), row.organization_id
+    if isinstance(row, Host):
+        return title(row.name, *known, row.address or row.enrolled_from)
+    return title(row.description, *known)
 
 
 class Names(Rules):
@@ -3920,27 +3956,22 @@ class Names(Rules):
     fits them; and what can be an id is nothing else, also after the host of that id is gone.
     """
 
-    def find(self, owner: Owner, named: Named) -> Any:
-        """The row. Raises NotFound; Conflict, which lists what the word fits."""
-        kind, word, takes_prefix = named
-        title, is_short = KINDS[kind].replace("api-", "API "), ID_PREFIX.fullmatch(word)
-        found: list[Any] = []
-        if ID.fullmatch(word) or (is_short and takes_prefix):
+    def fitting(self, owner: Owner, kind: type[Any], word: str, takes_prefix: bool = True) -> Any:
+        """The rows that a word fits, the newest first; in each way at most one more than are shown
+        to people."""
+        rows: list[Any] = []
+        if ID.fullmatch(word) or (takes_prefix and ID_PREFIX.fullmatch(word)):
             first, last = (int(word.ljust(16, digit), 16) for digit in "0f")
-            found += self._queries.between(kind, first, last, FITS_SHOWN + 1)
+            newest = self._queries.newest(kind, owner, last + 1, FITS_SHOWN + 1)
+            rows += [row for row in newest if row.id >= first]
         if kind is Host and not ID.fullmatch(word):
-            found += self._queries.hosts_called(word, FITS_SHOWN + 1)
-        found = [row for row in found if owner in (ALL_ORGANIZATIONS, row.organization_id)]
-        rows = list({row.id: row for row in found}.values())
-        if not rows:
-            how = "id or name" if kind is Host else "id"
-            hint = ". Type the whole id" if is_short and not takes_prefix else ""
-            raise NotFound(f"There is no {title} with this {how}{hint}.")
-        if len(rows) > 1:
-            more = ["more"] if len(rows) > FITS_SHOWN else []
-            titles = ", ".join([*map(title_of, rows[:FITS_SHOWN]), *more])
-            raise Conflict(f"{word} matches several: {titles}. Type the id of one.")
-        return rows[0]
+            rows += self._queries.hosts_called(word, owner, FITS_SHOWN + 1)
+        return sorted({row.id: row for row in rows}.values(), key=attrgetter("id"), reverse=True)
+
+    def find(self, owner: Owner, named: Named) -> Any:
+        """The row. Raises NotFound, Conflict."""
+        rows = {id_text(row.id): row for row in self.fitting(owner, *named)}
+        return rows[named.id_among({id: title_of(row) for id, row in rows.items()})]
 
 
 class EventLimit:
@@ -4352,7 +4383,7 @@ class SigningKeys(Rules):
         self.keyring = self.file.reload(self.keyring) or self.keyring
 
     def note_trouble(self) -> None:
-        """In the audit log, once: the trouble refuses nobody yet, but a restart would fail."""
+        """In the audit log, once: the trouble refuses no host yet, but a restart would fail."""
         trouble = self.file.trouble
         if trouble not in ("", self._noted):
             self._registry.audit.record("key-file", "server", "", None, trouble=trouble)
@@ -4526,7 +4557,7 @@ class SigningKeys(Rules):
 # A server that starts, or finds that alive is not close to its clock, begins a new period: started
 # and alive become now, previous_alive what alive was.
 #
-# A host may be silent for MISSED_BEATS of the interval that it was last told, and ONLINE_SLACK. In
+# A host may be silent for MISSED_BEATS of the last interval sent to it, and ONLINE_SLACK. In
 # a pause its heartbeats fail, and it waits longer and longer between attempts: so after each pause
 # it may be silent for as long as that was, but for PAUSE_ALLOWANCE at most, if it was online when
 # the pause began. A host that was offline then stays so until it is heard.
@@ -4736,7 +4767,7 @@ class ServiceRecord(Rules):
 
 # What is reported of hosts: theory of operation
 #
-# The status of a host is computed. Others are told when it changes, and for that the database has
+# The status of a host is computed. Its changes are reported, and for that the database has
 # the state of each host: the status that was last reported. Where the two differ there is a change,
 # which is written in one transaction with the new state: so each is reported once, by however many
 # servers. Lists, their filters and counts go by the state, too: they show what was reported.
@@ -4748,7 +4779,7 @@ class ServiceRecord(Rules):
 # last_seen looks; the others are judged by the service period. Where a new period has begun, as at
 # a start or when the clock was set, all are judged that were reported as offline or missing.
 #
-# While no server lives by the clock, nobody can tell who is silent, and the sweep waits until
+# While no server lives by the clock, silence cannot be known, and the sweep waits until
 # housekeeping has begun a service period: then that time is a pause. Between two sweeps is a rest,
 # the longer the more the last one took, so they take a fixed share of the processor at most.
 
@@ -4973,7 +5004,7 @@ class Outlook:
         the first, or before it, a host that falls silent is one more."""
         self.after, self._window = after, window
         self._found: list[Incident] = []  # the oldest first; those of few hosts are none yet
-        self._of_host: dict[int, Incident] = {}  # of those that are down
+        self._of_host: dict[int, Incident] = {}  # of hosts that are down
         self.asked_at = self.counted_at = 0
         self.asked: set[str] = set()  # the traits that are counted
         self.shares: Counter[str] = Counter()
@@ -5007,8 +5038,8 @@ class Outlook:
 
 
 class IncidentLog(Rules):
-    """The incidents of the last day. What was found in changes is kept in memory while somebody
-    asks for it: then only newer changes are looked at, and what hosts share is counted again."""
+    """The incidents of the last day. What was found in changes is kept in memory while requests
+    ask for it: then only newer changes are looked at, and what hosts share is counted again."""
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
@@ -5084,7 +5115,7 @@ class Organizations(Rules):
         return organization
 
     def list(self, call: Call, now: int) -> Page:
-        """Those that the caller sees."""
+        """The organizations that the caller sees."""
         own = call.by.organization
         return Page([it for it in self._queries.organizations() if own in (None, it.id)])
 
@@ -5159,7 +5190,8 @@ class ApiKeys(Rules):
         has_more = len(keys) == ACTED_AT_ONCE
         for each in (*keys, key):
             if each.id == call.by.id and call.values.get("self") != "true":
-                raise Conflict("This would revoke the key that you use: confirm with self=true.")
+                remedy = "confirm with self=true, or --yes"
+                raise Conflict(f"This would revoke the key that you use: {remedy}.")
             if has_more and each.id == call.by.id:  # it has to be good in the next tick, too
                 continue
             if self._queries.revoke(ApiKey, each.id, now):
@@ -5201,9 +5233,9 @@ class ApiKeys(Rules):
         self.uses.clear()
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization. Raises InvalidQuery, NotFound."""
+        """values: organization, named. Raises InvalidQuery, NotFound."""
         view = lambda key: ApiKeyView(key, key_state(key, now))  # noqa: E731
-        return self._page(call, partial(self._queries.newest, ApiKey), view, "description")
+        return self._page(call, self._newest(ApiKey, call), view, "description")
 
 
 def token_state(token: Token, now: int) -> str:
@@ -5318,13 +5350,13 @@ class Tokens(Rules):
         return examined is not None
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, state (some). Raises InvalidQuery, NotFound."""
+        """values: organization, state (some), named. Raises InvalidQuery, NotFound."""
         states = call.values.get("state", TOKEN_STATES)
 
         def view(token: Token) -> Optional[TokenView]:
             return self._view(token, now) if token_state(token, now) in states else None
 
-        return self._page(call, partial(self._queries.newest, Token), view)
+        return self._page(call, self._newest(Token, call), view)
 
 
 def changed_facts(host: Host, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -5433,8 +5465,8 @@ class Enrollments(Rules):
             own_interval=token.own_interval, told_interval=0, enrolled_from=call.origin.address,
             address="", address_since=0, address_key=0, moved_at=0, refused_at=0, refused_code="",
         )  # fmt: skip
-        issued, told = keys.sign(host), self._registry.heartbeats.interval_of(host)
-        host = host._replace(issued_hash=issued.hash(0), told_interval=told)
+        issued, interval = keys.sign(host), self._registry.heartbeats.interval_of(host)
+        host = host._replace(issued_hash=issued.hash(0), told_interval=interval)
         if not self._queries.add_host(host):
             return self._admit(token, key, call, now)  # the id is taken
         actor = tagged_id("token", token.id)
@@ -5460,8 +5492,8 @@ class Enrollments(Rules):
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
         host = host._replace(**changes)
         # The answer may be lost: then the host goes on with the interval that it has.
-        told = self._registry.heartbeats.interval_of(host)
-        self._queries.tell_next(host.id, max(told, host.told_interval))
+        interval = self._registry.heartbeats.interval_of(host)
+        self._queries.tell_next(host.id, max(interval, host.told_interval))
         return self._admitted("re-enroll", token, host, issued, call)
 
     def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
@@ -5519,38 +5551,38 @@ class Heartbeats(Rules):
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        # The told interval of each host, where it is not the server's. It may be wrong: another
-        # server may have answered since. Then the statement does not match.
-        self._told: dict[int, int] = {}
+        # The last interval sent to each host, where it is not the server's. It may be wrong:
+        # another server may have answered since. Then the statement does not match.
+        self._intervals: dict[int, int] = {}
         self._usual_range = interval_range(registry.interval)
 
     def interval_of(self, host: Host) -> int:
-        """The interval in seconds that a host is to be told."""
+        """The interval in seconds to send to a host."""
         return host.every_seconds or host.own_interval or self._registry.interval
 
     def next_interval(self, host: int) -> int:
         """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
-        told = self._told.get(host)
-        shortest, choices = self._usual_range if told is None else interval_range(told)
+        own = self._intervals.get(host)
+        shortest, choices = self._usual_range if own is None else interval_range(own)
         return shortest + int(random.random() * choices)
 
     def _remember(self, host: Host) -> int:
-        """The interval that a host is told from now on."""
+        """The interval that is sent to a host from now on."""
         interval = self.interval_of(host)
         if interval == self._registry.interval:
-            self._told.pop(host.id, None)
+            self._intervals.pop(host.id, None)
         else:
-            self._told[host.id] = interval
+            self._intervals[host.id] = interval
         return interval
 
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
         kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
-        if len(self._told) >= CREDENTIALS_CACHED:  # not later: the answers need it
-            self._told.clear()
-        told, usual = self._told.get, self._registry.interval
+        if len(self._intervals) >= CREDENTIALS_CACHED:  # not later: the answers need it
+            self._intervals.clear()
+        own, usual = self._intervals.get, self._registry.interval
         rows: list[BeatRow] = [
-            (now, now, host, ref.serial, told(host, usual), address_key(origin.address), -now)
+            (now, now, host, ref.serial, own(host, usual), address_key(origin.address), -now)
             for host, ref, origin in beats
             if ref.kid in kids
         ]
@@ -5584,7 +5616,7 @@ class Heartbeats(Rules):
     def _tell_strays(
         self, rows: list[BeatRow], origins: list[Origin], now: int
     ) -> set[tuple[int, ...]]:
-        """Of the rows of a batch, write those of hosts that are to be told another interval, have
+        """Of the rows of a batch, write those of hosts that are to get another interval, have
         moved or are back; host and serial of all that are written. A new --heartbeat-interval or a
         new proxy brings the whole fleet here at once: so it is a few statements, and few events."""
         written = self._queries.beaten(now, [row[2] for row in rows])
@@ -5955,8 +5987,8 @@ class Hosts(Rules):
     def list(self, call: Call, now: int) -> Any:
         """values: organization, status (some), address (a network), q, label (values of a
         LabelFilter), label! (the opposite), token, signingKey, olderSeconds (since its status
-        began), incident, sort (of ORDERS, or enrolledAt). The call while incidents are found.
-        Raises InvalidQuery, NotFound."""
+        began), incident, named, sort (of ORDERS, or enrolledAt). The call while incidents are
+        found. Raises InvalidQuery, NotFound."""
         values, queries = call.values, self._queries
         period, is_wanted = self._registry.service.period(now), host_filter(values, now)
         incident, found = values.get("incident"), Page([])
@@ -5978,8 +6010,10 @@ class Hosts(Rules):
             return self._view(host, period, now, STATUS_NAMES[host.state])
 
         order, sort = NEWEST, values.get("sort", "enrolledAt")
-        read: Callable[[Owner, Any, int], Sequence[Any]] = partial(queries.newest, Host)
-        if "token" in values:
+        read: Callable[[Owner, Any, int], Sequence[Any]] = self._newest(Host, call)
+        if "named" in values:
+            sort = "enrolledAt"
+        elif "token" in values:
             read = partial(queries.hosts_of_token, parse_id(values["token"]))
         elif key is not None and owner is ALL_ORGANIZATIONS:  # else others' may be all of them
             read = partial(queries.hosts_of_key, key)
@@ -5998,7 +6032,7 @@ class Expiry(Rules):
     """Hosts that have been silent for too long are deleted: those of ephemeral tokens, and with
     serve --expire-missing all others. They are reported as silent by then, and no pause of the
     servers counts, as in their status. A cut cable is no decommissioning: when too many others of
-    an organization expire in a day the rest stay, until somebody lets them go for a day. Its row
+    an organization expire in a day the rest stay, until an operator lets them go for a day. Its row
     says so, for all servers."""
 
     FIRST = ONLINE, LAST_ID, LAST_ID  # all that are silent come after it
@@ -6432,7 +6466,7 @@ def _open_pair(
     """Open or make both, with the lock held: the keyring, and whether it has to be adopted."""
     database, key_file = engine.path, keys.path
     has_database = engine.file_sizes()[0] > 0 and engine.open()
-    if not has_database and (remedy := how_to_go_on(database)):
+    if not has_database and (remedy := how_to_continue(database)):
         raise OperatorError(remedy)
     if has_database and purpose not in ("serve", "copy"):
         _require_our_version(engine)
@@ -6627,9 +6661,9 @@ class Backups(NamedTuple):
 #
 # The new pair is made ready in a folder of ours. Then the old database moves to DB.before-<time>
 # with its -wal and -shm, the key file is replaced if it has to be, and the new database takes its
-# place. Killed in between, there is no database: nobody makes another there, all say how to go on,
-# and the next restore begins with the old one in its place again. The key file stays where it can:
-# it has the keys by which hosts were renewed since the backup, and none that were retired.
+# place. Killed in between, there is no database: no command makes another there, all say what to
+# do, and the next restore begins with the old one in its place again. The key file stays where it
+# can: it has the keys by which hosts were renewed since the backup, and none that were retired.
 
 DATABASE_FILES = ("", "-wal", "-shm", ".gate", ".lock", ".serve")
 
@@ -6641,7 +6675,7 @@ def moved_database(path: str) -> str:
     return f"{folder}/{max(names)}" if names and not os.path.lexists(path) else ""
 
 
-def how_to_go_on(database: str) -> str:
+def how_to_continue(database: str) -> str:
     """What to do where a restore has moved the database and was interrupted; "": it was not."""
     path = os.path.realpath(database)
     back = f"mv {(old := moved_database(path))} {path}, and its -wal and -shm where it has them"
@@ -6784,7 +6818,7 @@ def examine(
     Unix ms. Raises OperatorError, StoreError when the database cannot be looked at."""
     if not os.path.exists(database):
         remedy = f"there is no database {database}: name it with --db"
-        raise OperatorError(how_to_go_on(database) or remedy)
+        raise OperatorError(how_to_continue(database) or remedy)
     with closing(Engine(database)) as engine:
         if not engine.open(as_it_is=True):
             raise OperatorError(f"the database {database} is empty: serve creates one")
@@ -7685,7 +7719,7 @@ find_machine() {
     [ -z "$machine" ] || machine=$(printf %s "hostenroll-agent $machine" | digest)
 }
 
-# 16 hexadecimal digits for what is on stdin, by the first of these programs that is there.
+# 16 hexadecimal digits for what is on stdin, by the first of these programs that exists.
 digest() {
     { sha256sum || openssl dgst -sha256 -r || md5sum || cksum || cat >/dev/null; } 2>/dev/null |
         sed 's/ .*/0000000000000000/' | cut -c 1-16
@@ -7743,7 +7777,7 @@ detail() {
     member detail '"\([^"]*\)"' | fact
 }
 
-# Why there is no good answer, where the reason may pass.
+# The reason of a failure that may pass.
 fail_for_now() {
     case $status in
     000)
@@ -7810,7 +7844,7 @@ store_facts() { # [TIME]
     sent_facts=$facts
 }
 
-# A copy goes on: a machine that beats is better than a silent one, and the server shows it.
+# A copy keeps beating: that is better than a silent machine, and the server shows it.
 read_state() {
     since=$(sed -n '2s/^\([1-9][0-9]\{0,11\}\)$/\1/p' "$state/facts" 2>/dev/null)
     since=$(($(date +%s | tr -dc 0-9) - ${since:-0}))
@@ -8290,7 +8324,7 @@ main() {
     trap 'woken=yes; end_sleep' USR1
     trap : PIPE # of a log that has ended. Tools have the default: cut off, they end without a word
     read_arguments "$@"
-    [ -z "$act" ] || trap '' PIPE # what systemctl has begun is finished, whoever reads
+    [ -z "$act" ] || trap '' PIPE # systemctl finishes what it began
     case $(type printf) in
     *builtin*) ;;
     *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
@@ -8508,7 +8542,7 @@ kbd { padding: 0 .3rem; border: 1px solid var(--line); border-radius: 4px; }
   background: var(--card); border: 1px solid var(--line); border-radius: 10px;
 }
 
-/* Controls: small for a mouse, as large as a thumb where there is no mouse. */
+/* Controls: small for a mouse, as large as a thumb without one. */
 button, input, select, textarea, summary, .button {
   min-height: 2rem; padding: .25rem .75rem; max-width: 100%; font: inherit; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px;
@@ -9676,7 +9710,7 @@ function openHost(id) {
 }
 
 /** Mark the row of the open host. What is behind a sheet is out of reach. One row is in the order
-    of the Tab key: that of the open host, or the one that had the focus last, or the first. */
+    of the Tab key: the open host's, or the one that had the focus last, or the first. */
 function markOpen() {
   for (const part of all("header, #hosts > :not(h1, .split), #hosts .list")) {
     part.inert = Boolean(hostId) && isSheet();
@@ -9743,7 +9777,7 @@ async function loadPast() {
   const about = new URLSearchParams({subject: `host:${hostId}`, limit: 50});
   const [{changes, cursor}, {events}] = await Promise.all([
     ask("GET", "api/changes", {query}).catch((error) => {
-      if (!error.cursor) throw error; // what this cursor was good for is pruned
+      if (!error.cursor) throw error; // what followed this cursor is pruned
       return {changes: [], cursor: error.cursor};
     }), ask("GET", "api/audit", {query: about})]);
   own.changes.push(...changes);
@@ -10279,15 +10313,19 @@ ACTION_BODY = Schema(
     *required(action=Choice("delete", "revoke", "restore", "edit"),
               hosts=ListOf(ID_TEXT, ACTED_AT_ONCE)), *MERGED_FIELDS)
 PAGE_FIELDS = (Field("limit", Integer((1, PAGE_MAXIMUM))), Field("cursor", CURSOR))
-KEYS_QUERY = Schema(Field("organization", SLUG), *PAGE_FIELDS)
-TOKENS_QUERY = Schema(Field("state", Choice(*TOKEN_STATES), repeats=True), *PAGE_FIELDS)
+NAMED = Field("named", Text(255, 1))
+KEYS_QUERY = Schema(Field("organization", SLUG), NAMED, *PAGE_FIELDS)
+TOKENS_QUERY = Schema(
+    Field("organization", SLUG), Field("state", Choice(*TOKEN_STATES), repeats=True), NAMED,
+    *PAGE_FIELDS)
 HOSTS_QUERY = Schema(
     Field("status", Choice(*STATUSES), repeats=True), Field("organization", SLUG),
     Field("address", NETWORK), Field("label", LABEL_FILTER, repeats=True),
     Field("label!", LABEL_FILTER, repeats=True), Field("q", Text(255)), Field("token", ID_TEXT),
     Field("signingKey", Text(64, 1)),
     Field("olderSeconds", Integer((0, EXPIRY_RANGE[1]), "seconds")), Field("incident", FEED_CURSOR),
-    Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0], Field("cursor", HOST_CURSOR))
+    NAMED, Field("sort", Choice("enrolledAt", *ORDERS)), PAGE_FIELDS[0],
+    Field("cursor", HOST_CURSOR))
 HOST_COUNTS = Schema(
     *required(**dict.fromkeys(STATUSES, Integer((0, LAST_ID)))), name="HostCounts")
 PORT = Integer((1, 65535))
@@ -10374,21 +10412,21 @@ class ServicePlace(NamedTuple):
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin))
 
 
-def service_place(service: Any, *options: Optional[int]) -> ServicePlace:
-    """Of a Service; None: before the first server ran. Raises StorageUnavailable for a URL or a pin
-    that serve never writes: people paste them into a shell."""
-    if service is None:
-        return ServicePlace()
+def service_place(url: str, pin: str, *more: Any) -> ServicePlace:
+    """Raises StorageUnavailable for a URL or a pin that serve never writes: people paste them into
+    a shell."""
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
-    if not re.fullmatch(ours, f"{service.public_url} {service.pin}"):
+    if not re.fullmatch(ours, f"{url} {pin}"):
         raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
-    place = service.public_url, service.pin, service.interval, service.certificate_ends
-    return ServicePlace(*place, *options)
+    return ServicePlace(url, pin, *more)
 
 
 def _service(registry: Registry, call: Call, now: int) -> ServicePlace:
-    options = registry.keys.ttl, registry.audit.keep
-    return service_place(registry.queries.service(), *options)
+    service, options = registry.queries.service(), (registry.keys.ttl, registry.audit.keep)
+    if service is None:
+        return ServicePlace()
+    place = service.public_url, service.pin, service.interval, service.certificate_ends
+    return service_place(*place, *options)
 
 
 def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -10448,7 +10486,13 @@ HOST = Document(  # of a HostView
 ACTED = Document("Acted", Member("done", Integer((0, ACTED_AT_ONCE)), "done"),
                  Member("notFound", ListOf(ID_TEXT, ACTED_AT_ONCE), "not_found"))
 FREED = Document("Freed", Member("organizations", Integer((0, LAST_ID)), "done"))
-DELETED_HOST = Document("DeletedHost", Member("id", ID_TEXT, "host.id", id_text))
+DELETED_HOST = Document(
+    "DeletedHost",
+    Member("id",             ID_TEXT,              "host.id", id_text),
+    Member("tokenId",        ID_TEXT,              "token", lambda token: id_text(token.id), False),
+    Member("usesLeft",       Integer(TOKEN_USES_RANGE), "token",
+           lambda token: token.max_uses - token.uses, False),
+)
 EVENT = Document(  # of an EventView
     "Event",
     Member("number",         Integer((1, LAST_ID)), "event.number"),
@@ -10689,7 +10733,7 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
         yield metric("tls_certificate_not_after_seconds", help, ends)
 
 
-# What other tools are told of hosts.
+# What other tools learn of hosts.
 
 # A text as a part of a name in another tool; two may become one.
 clean_name = partial(re.sub, "[^A-Za-z0-9_]", "_")
@@ -10702,7 +10746,7 @@ MISTAKABLE = re.compile(
 
 
 def summary(view: HostView) -> dict[str, str]:
-    """What other tools are told of a host, by the names that they have it by."""
+    """What other tools learn of a host, under the names that they know."""
     host, labels = view.host, stored_object(view.host.labels)
     return {
         "id": id_text(host.id), "name": host.name, "hostname": host.hostname,
@@ -10773,7 +10817,7 @@ def _inventory(
             return text(made)
         goes_on = True
         return call._replace(values={**call.values, "cursor": page.next})
-    finally:  # also when it is refused: whoever keeps the refusal keeps what was made
+    finally:  # also when it is refused: a kept refusal would keep what was made
         if not goes_on:
             registry.inventories.discard(made)
 
@@ -10921,6 +10965,12 @@ CALLERS = {
 # fmt: on
 
 
+JSON_TYPES: Mapping[str, Any] = {
+    "string": str, "integer": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
+}  # fmt: skip
+
+
 class Operation(NamedTuple):
     """Something that can be asked for: by HTTP, by the command of the same name, or by both."""
 
@@ -10986,6 +11036,19 @@ class Operation(NamedTuple):
             return Response(self.status, record.encode("utf-8"), self.content_type)
         return json_response(self.status, self.document(record))
 
+    def shape(self) -> dict[str, Any]:
+        """What document() has at least: of each member its types in Python. Words and members may
+        become more in newer versions."""
+        assert self.answer is not None
+        members: dict[str, Any] = {}
+        for field in self.answer.schema.fields.values():
+            schema = field.type.json_schema()
+            types = [
+                JSON_TYPES[each.get("type", "object")] for each in schema.get("anyOf", [schema])
+            ]
+            members.update({field.name: tuple(types)} if field.required else {})
+        return {self.list_of: [members]} if self.list_of else members
+
     def schema(self) -> Optional[Schema]:
         """The schema of document(); None for an answer that is text, or empty."""
         if self.answer is None or self.status == HTTPStatus.NO_CONTENT:
@@ -11047,8 +11110,7 @@ OPERATIONS = (
     Operation("show-audit", "GET", "/api/audit", "viewer", "audit.list",
               "show the audit log, newest first",
               writes=False, query=AUDIT_QUERY, answer=EVENT, list_of="events",
-              columns=("when", "action", "actor", "address", "subject", "code", "detail", "time",
-                       "number")),
+              columns=("when", "text", "address", "actor")),
     Operation("list-changes", "GET", "/api/changes", "viewer", "reports.list",
               "list status changes of hosts, oldest first",
               writes=False, query=CHANGES_QUERY, answer=CHANGE, list_of="changes",
@@ -11119,6 +11181,26 @@ OPERATIONS = (
 OPERATION = {operation.name: operation for operation in OPERATIONS}
 HTTP_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.path)
 BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
+
+
+class Asked(NamedTuple):
+    """An operation with its values as a body of JSON or a query has them, before any check."""
+
+    operation: Operation
+    values: Mapping[str, Any] = {}  # of a query: texts, and lists of them
+    merges: bool = False  # the body is a merge patch
+    target: Optional[Named] = None  # what it is about
+    hosts: Sequence[Named] = ()  # of act-on-hosts
+
+    def query(self) -> list[tuple[str, str]]:
+        lists = {name: v if isinstance(v, list) else [v] for name, v in self.values.items()}
+        return [(name, text) for name in lists for text in lists[name]]
+
+    def checked(self) -> dict[str, Any]:
+        """The values of a Call. Raises InvalidBody, InvalidQuery."""
+        if self.operation.body is None:
+            return self.operation.query.parse(self.query())
+        return self.operation.check(self.values, self.merges)
 
 
 # The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
@@ -11233,6 +11315,8 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "mutedUntil": ("until when notifications are off; null: it is not muted", A_TIME),
     "muted": ("whether notifications are off now", False),
     "name": ("what people call the host", "web-1"),
+    "named": ("what this names: an id, what it begins with (6 digits or more), or of a host its "
+              "name or hostname", "web-1"),
     "EnrollRequest.name": ("what people call the host (its hostname)", "web-1"),
     "AddOrgRequest.name": ("the name of the new organization", AN_ORGANIZATION),
     "nextCursor": ("the cursor of the next page; null: this is the last page", AN_ID),
@@ -12176,7 +12260,7 @@ class Connections:
 #
 # A read of a feed may wait for more: it is held, and run again, as a read like any other, when a
 # change or event is committed (by another process too: each turn looks), when its time is over or
-# the server stops. So its API key is judged again, and many that wait hold up nobody.
+# the server stops. So its API key is judged again, and many that wait delay no other.
 #
 # A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
 # happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
@@ -12918,7 +13002,7 @@ def fit_connections(wanted: int) -> int:
 
 
 def has_reader(file: Any, seconds: float) -> bool:
-    """Wait; False as soon as nobody reads any more what is written to a pipe."""
+    """Wait; False as soon as a pipe has no reader any more."""
     with selectors.DefaultSelector() as selector:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
             selector.register(file, READ)  # of this end of a pipe, only the end is reported
@@ -12962,7 +13046,7 @@ def closed_loop(
 # 11. Watch
 #
 # Law: this section asks other servers, and answers none. A secret goes to this machine, or over TLS
-# to whom we were told to trust: a pinned key, an authority, or the trust store of this machine.
+# to a server that we may trust: by a pinned key, an authority, or this machine's trust store.
 #
 # Contents: Client, which commands use too; what is worth telling, as pure functions; Watch, from
 # the feed to people; ways to tell them.
@@ -12979,8 +13063,24 @@ def proxy_of(url: str, environment: Mapping[str, str]) -> str:
     return proxy if "://" in proxy or not proxy else f"http://{proxy}"
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether JSON is as a shape: a type, members that are there at least, a list of one shape."""
+    if isinstance(shape, dict):
+        is_object = isinstance(value, dict) and value.keys() >= shape.keys()
+        return is_object and all(fits(value[name], each) for name, each in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    return isinstance(value, shape)
+
+
+def shut_down(connection: socket.socket) -> None:
+    """End what waits for a connection."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class Client:
-    """Asks one server, which redirects nobody. Each request has a connection of its own."""
+    """Asks one server, and follows no redirect. Each request has a connection of its own."""
 
     def __init__(
         self, url: str, api_key: str = "", *, pins: Sequence[str] = (), cacert: str = "",
@@ -13005,6 +13105,7 @@ class Client:
             raise OperatorError(f"secrets would go to {self.name} unencrypted: {remedy}")
         if self._proxy.scheme not in ("", "http"):
             raise OperatorError(f"the proxy's URL begins with {self._proxy.scheme}: use http")
+        self._kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if not self._is_https:
             return
         try:
@@ -13012,51 +13113,61 @@ class Client:
         except OSError as error:  # a file that OpenSSL cannot parse, too
             raise OperatorError(f"cannot read {cacert}: {error.strerror or error}") from error
         self._context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as distrust()
+        # For its Host field: _secure() speaks TLS.
+        self._kind = partial(http.client.HTTPSConnection, context=self._context)
         if pins and not cacert:
             self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
 
-    def get(self, path: str, query: Sequence[tuple[str, str]] = (), patience: float = 0) -> Any:
-        """The document at a path, which may take so many seconds longer than CLIENT_PATIENCE.
-        Raises OperatorError, and the Problem of a refusal."""
-        return self._document(*self.request("GET", f"{path}?{urlencode(query)}", patience=patience))
-
-    def _document(self, status: int, body: bytes) -> Any:
+    def document(self, status: int, body: bytes) -> Any:
+        """What was answered. Raises OperatorError, and the Problem of a refusal."""
         try:
             document: Any = parse_json(body)
             if 200 <= status < 300:
                 return document
-            errors = [FieldError(**error) for error in document.get("errors", ())]
+            if status < 400 or not fits(document, {"code": str, "detail": str}):
+                raise ValueError
+            errors = [
+                FieldError(each["field"], each["detail"]) for each in document.get("errors", ())
+            ]
             kind = next((kind for kind in problems() if kind.code == document["code"]), Problem)
             problem = kind(document["detail"], errors=errors, cursor=document.get("cursor", ""))
             problem.code, problem.status = document["code"], status
-        except (InvalidBody, LookupError, TypeError, ValueError, AttributeError) as error:
-            text = f"{self.name} does not answer like a hostenroll server ({status}): check the URL"
-            raise OperatorError(text) from error
+        except (InvalidBody, LookupError, TypeError, ValueError) as error:
+            raise self.stranger(status) from error
         raise problem
+
+    def stranger(self, answer: object) -> OperatorError:
+        """The complaint about an answer that we would not give."""
+        what = "does not answer like a hostenroll server"
+        return OperatorError(f"{self.name} {what} ({answer}): check the URL")
 
     def request(
         self, method: str, path: str, body: Optional[bytes] = None,
         headers: Mapping[str, str] = {}, patience: float = 0, reads: bool = True,
     ) -> tuple[int, bytes]:  # fmt: skip
-        """The status of whatever is answered, and its body, if it reads. Raises OperatorError."""
+        """The status of whatever is answered, and its body, if it reads; patience: how many seconds
+        longer than CLIENT_PATIENCE it may take. Raises OperatorError."""
         patience += CLIENT_PATIENCE
+        end = time.monotonic() + 1.1 * patience
         try:
-            with closing(self._connection(patience)) as connection:
-                connection.connect()
-                if self._pins:
-                    shown = cast("ssl.SSLSocket", connection.sock).getpeercert(True) or b""
-                    if read_certificate(shown, self.name).pin not in self._pins:
-                        raise ValueError("its key is not one of the pinned keys")
-                # All of it has this time: a server might send a byte now and then, for ever.
-                end = partial(socket.socket.shutdown, connection.sock, socket.SHUT_RDWR)
-                timer, target = threading.Timer(1.1 * patience, end), self._path + path or "/"
-                try:
+            with closing(self._kind(*self._place)) as connection:
+                connection.sock = self._connect(end)
+                connection.sock.settimeout(patience)
+                # All of it has this time: a server, or a proxy, might send a byte now and then, for
+                # ever. TLS takes the socket over, so its end is at another descriptor.
+                with closing(connection.sock.dup()) as other:
+                    timer = threading.Timer(max(0, end - time.monotonic()), shut_down, [other])
                     timer.start()
-                    connection.request(method, target, body, {**self._headers, **headers})
-                    with connection.getresponse() as response:
-                        octets = response.read(CLIENT_ANSWER_MAXIMUM + 1) if reads else b""
-                finally:
-                    timer.cancel()
+                    try:
+                        connection.sock = self._secure(connection.sock)
+                        connection.request(
+                            method, self._path + path or "/", body, {**self._headers, **headers}
+                        )
+                        with connection.getresponse() as response:
+                            octets = response.read(CLIENT_ANSWER_MAXIMUM + 1) if reads else b""
+                    finally:
+                        timer.cancel()
+                        timer.join()
             if reads and (response.length or len(octets) > CLIENT_ANSWER_MAXIMUM):
                 raise ValueError("its answer is cut short, or too long")
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -13065,31 +13176,62 @@ class Client:
             raise OperatorError(f"no answer from {self.name}: {text}") from error
         return response.status, octets
 
-    def _connection(self, patience: float) -> http.client.HTTPConnection:
-        proxy, kind = self._proxy, cast("Any", http.client.HTTPConnection)
-        if self._is_https:
-            kind = partial(http.client.HTTPSConnection, context=self._context)
+    def _connect(self, end: float) -> socket.socket:
+        """A connection to the server or its proxy, before a time. Raises OSError."""
+        proxy, failure = self._proxy, OSError("it has no address")
         place = (proxy.hostname, proxy.port or 80) if proxy.hostname else self._place
-        connection: http.client.HTTPConnection = kind(*place, timeout=patience)
-        if proxy.hostname:
-            user = base64.b64encode(unquote(proxy.netloc.rpartition("@")[0]).encode()).decode()
-            own = {"Proxy-Authorization": f"Basic {user}"} if user else {}
-            connection.set_tunnel(*self._place, own)
-        return connection
+        for *kind, _, address in socket.getaddrinfo(*place, type=socket.SOCK_STREAM):
+            connection = socket.socket(*kind)
+            try:
+                connection.settimeout(max(0.001, end - time.monotonic()))
+                connection.connect(address)
+            except OSError as error:
+                connection.close()
+                failure = error
+            else:
+                return connection
+        raise failure
+
+    def _secure(self, connection: socket.socket) -> socket.socket:
+        """A connection with TLS, through the proxy. Raises OSError, ValueError, HTTPException."""
+        if self._proxy.hostname:
+            self._tunnel(connection)
+        if not self._is_https:
+            return connection
+        secured = self._context.wrap_socket(connection, server_hostname=self._place[0])
+        if self._pins:
+            shown = secured.getpeercert(True) or b""
+            if read_certificate(shown, self.name).pin not in self._pins:
+                secured.close()
+                raise ValueError("its key is not one of the pinned keys")
+        return secured
+
+    def _tunnel(self, connection: socket.socket) -> None:
+        """RFC 9110 section 9.3.6. Raises OSError, HTTPException."""
+        user = base64.b64encode(unquote(self._proxy.netloc.rpartition("@")[0]).encode()).decode()
+        own = f"Proxy-Authorization: Basic {user}\r\n" if user else ""
+        host, port = self._place
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{own}\r\n"
+        connection.sendall(head.encode("ascii"))
+        with http.client.HTTPResponse(connection, method="CONNECT") as answer:
+            answer.begin()
+        if answer.status != HTTPStatus.OK:
+            raise OSError(f"the proxy answers {answer.status}")
 
 
 # Watching: theory of operation
 #
-# Watch reads the feeds on from their cursors. Of each host it keeps what people were told, and when
-# to tell them what has changed since: after the delay that it is down, at once that it is back. So
-# what ends in time is not told at all. What is due gathers in a batch, which stays open while more
-# and more hosts fall silent; then it is a message in the outbox.
+# Watch reads the feeds on from their cursors. Of each host it keeps what was reported, and when
+# to report what has changed since: after the delay that it is down, at once that it is back. So
+# what ends in time is not reported at all. What is due gathers in a batch, which stays open while
+# more and more hosts fall silent; then it is a message in the outbox.
 #
 # Cursors, hosts and outbox are the state. It is in its file before a message is sent, and again
 # when that was taken; what is read meanwhile goes there at intervals, since it can be read again.
-# A message whose fate is not known is sent again, in the same bytes with the
-# same Idempotency-Key, and the next batch grows meanwhile. So everything is told at least once, and
-# what concerns one host in order.
+# A message whose fate is not known is sent again, in the same bytes with the same Idempotency-Key,
+# and the next batch grows meanwhile. So everything is sent at least once, and what concerns one
+# host in order.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
 DOWN = ("offline", "missing")
@@ -13109,23 +13251,13 @@ ANSWER_SHAPES = {
 NUMBER = int, float
 STATE_SHAPE = {
     CHANGES_PATH: str, EVENTS_PATH: str, "outbox": [str], "events": [EVENT_SHAPE], "at": [NUMBER],
-    "hosts": [{"told": str, "due": NUMBER, "before": str, "times": [NUMBER]}],
+    "hosts": [{"reported": str, "due": NUMBER, "before": str, "times": [NUMBER]}],
     "changes": [CHANGE_SHAPE],
 }  # fmt: skip
 
 
-def fits(value: Any, shape: Any) -> bool:
-    """Whether JSON is as a shape: a type, members that are there at least, a list of one shape."""
-    if isinstance(shape, dict):
-        is_object = isinstance(value, dict) and value.keys() >= shape.keys()
-        return is_object and all(fits(value[name], each) for name, each in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
-    return isinstance(value, shape)
-
-
 class Wanted(NamedTuple):
-    """What people want to be told, and when, in seconds."""
+    """What people want to hear of, and when, in seconds."""
 
     delay: int
     batch: int
@@ -13135,10 +13267,10 @@ class Wanted(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """A host that was told to be down, or has changed within the hour. Times are Unix time."""
+    """A host that was reported as down, or has changed within the hour. Times are Unix time."""
 
-    told: str = ""  # one of TROUBLES or flapping, if that was told last
-    due: float = 0  # when the last change is to be told; 0: never
+    reported: str = ""  # one of TROUBLES or flapping, if that was reported last
+    due: float = 0  # when the last change is to be reported; 0: never
     change: Mapping[str, Any] = {}  # as the feed has it, while it is due
     before: str = ""  # the cursor that it comes after
     times: Sequence[float] = ()  # of changes within the hour
@@ -13147,32 +13279,32 @@ class Tracked(NamedTuple):
 def track(host: Tracked, change: Mapping[str, Any], before: str, now: float,
           wanted: Wanted) -> Tracked:  # fmt: skip
     """A host after a change."""
-    status, told, due = change["status"], host.told, 0.0
+    status, reported, due = change["status"], host.reported, 0.0
     times = [*(at for at in host.times if at > now - HOUR), now]
     if status in ("revoked", "deleted") and status not in wanted.statuses:
-        told = ""  # somebody did it, and knows
-    elif told == "flapping":
+        reported = ""  # an operator did it, and knows
+    elif reported == "flapping":
         due = host.due
-    elif len(times) > FLAPPING_ABOVE or (status == "online" and told):
+    elif len(times) > FLAPPING_ABOVE or (status == "online" and reported):
         due = now
     elif status in wanted.statuses:
-        waits = {**dict.fromkeys(TROUBLES, wanted.delay), "pending": PENDING_TOLD_AFTER}
+        waits = {**dict.fromkeys(TROUBLES, wanted.delay), "pending": PENDING_REPORTED_AFTER}
         due = now + waits.get(status, 0)
-    return Tracked(told, due, change if due else {}, before, times)
+    return Tracked(reported, due, change if due else {}, before, times)
 
 
 def settle(host: Tracked, now: float) -> tuple[Tracked, list[Mapping[str, Any]]]:
-    """A host that is due, once that is told; and what is told, if it is news."""
+    """A host that is due, once that is reported; and what to report, if it is news."""
     status, times = host.change["status"], [at for at in host.times if at > now - HOUR]
     if len(times) > FLAPPING_ABOVE:
-        told = {**host.change, "flapping": len(times)}
-        return host._replace(told="flapping", due=now + HOUR, times=times), [told]
-    news = [host.change] if status != host.told else []
+        flapping = {**host.change, "flapping": len(times)}
+        return host._replace(reported="flapping", due=now + HOUR, times=times), [flapping]
+    news = [host.change] if status != host.reported else []
     return Tracked(status if status in TROUBLES else "", times=times), news
 
 
 def closes_at(dues: Sequence[float], batch: float) -> float:
-    """When a batch is told, by the times at which what is in it was due."""
+    """When a batch is reported, by the times at which what is in it was due."""
     if len(dues) < INCIDENT_SMALLEST:
         return min(dues) + batch
     return min(max(dues) + batch, min(dues) + max(batch, BATCH_LONGEST))
@@ -13209,8 +13341,8 @@ def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any
     for change in changes:
         status = "flapping" if "flapping" in change else change["status"]
         groups.setdefault(status, []).append(change)
-    said = "; ".join(incident["text"] for incident in incidents)
-    texts = [text, *(clause(status, group, said) for status, group in groups.items())]
+    joined = "; ".join(incident["text"] for incident in incidents)
+    texts = [text, *(clause(status, group, joined) for status, group in groups.items())]
     actions = Counter(event["action"] for event in events)
     noticed = ", ".join(f"{count} {action}" for action, count in actions.items())
     times = [each["at"] for each in changes] + [each["time"] for each in events]
@@ -13296,7 +13428,7 @@ class Watch:
         try:
             if self._is_current and self._save_at <= self._clock():
                 self._save()
-        finally:  # people are told though the disk is full
+        finally:  # messages go out though the disk is full
             while self._state["outbox"]:
                 self._deliver(self._state["outbox"][0])
                 del self._state["outbox"][0]
@@ -13315,8 +13447,8 @@ class Watch:
         is_end = asked == self._state[CHANGES_PATH]
         self._is_current = is_end or (self._is_current and len(changes) < PAGE_MAXIMUM)
         for event in self._page(EVENTS_PATH, "events", 0) if self._wanted.events else ():
-            is_told = words_for(event).intersection(self._wanted.events)
-            if is_told and len(self._state["events"]) < EVENTS_MAXIMUM:
+            is_wanted = words_for(event).intersection(self._wanted.events)
+            if is_wanted and len(self._state["events"]) < EVENTS_MAXIMUM:
                 self._state["events"].append((self._clock(), event))
                 self._save_at = min(self._save_at, self._clock() + WATCH_SAVES)
 
@@ -13328,7 +13460,7 @@ class Watch:
         return answer
 
     def _page(self, path: str, member: str, wait: float) -> list[Any]:
-        """What comes next in a feed. Where it is not kept, people are told what may be missing."""
+        """What comes next in a feed. Where it is not kept, a message says what may be missing."""
         asked = {"after": self._state[path], "limit": PAGE_MAXIMUM, "wait": math.ceil(wait)}
         try:
             page = self._ask(path, wait, **asked)
@@ -13344,7 +13476,7 @@ class Watch:
     def _gather(self) -> None:
         """Make a message of what is due, once its batch closes. Hosts may have been muted since: so
         their changes are read again."""
-        now, told, events = self._clock(), [], self._state["events"]
+        now, changes, events = self._clock(), [], self._state["events"]
         ready = {id: host for id, host in self._hosts.items() if 0 < host.due <= now}
         dues = [*(host.due for host in ready.values()), *(at for at, _ in events)]
         if not dues or closes_at(dues, self._wanted.batch) > now:
@@ -13367,18 +13499,18 @@ class Watch:
                 self._hosts[id] = host._replace(due=now + MUTED_FOR)
             else:
                 self._hosts[id], news = settle(host, now)
-                told += news
+                changes += news
         self._state["events"] = []
-        if told or events:
+        if changes or events:
             self._save_at = 0
-            kind, seen = "changes" if told else "events", [event for _, event in events]
-            self._state["outbox"].append(message(kind, "", now, told, seen, incidents))
+            kind, seen = "changes" if changes else "events", [event for _, event in events]
+            self._state["outbox"].append(message(kind, "", now, changes, seen, incidents))
 
     def _save(self) -> None:
         """Raises OSError, OperatorError."""
         since = self._clock() - HOUR
         for id, host in [*self._hosts.items()]:
-            if not host.told and not host.due and max(host.times, default=0) <= since:
+            if not host.reported and not host.due and max(host.times, default=0) <= since:
                 del self._hosts[id]
         if self._path:
             with replacing(self._path) as file:
@@ -13663,14 +13795,16 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "when": lambda event, now: relative_time(event["time"], now),
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
-    "name": lambda change, now: plain_text(change["host"]["name"]),
-    "host": lambda change, now: change["host"]["id"],
+    "name": lambda change, now: plain_text(change["host"].get("name")),
+    "host": lambda change, now: plain_text(change["host"].get("id")),
     "age": lambda host, now: age_of(host["statusSince"], now),
 }
 
 
 def relative_time(timestamp: str, now: int) -> str:
     """What rfc3339() wrote, for people: 3 min ago, in 42 min. now is in milliseconds."""
+    if not re.fullmatch(TIME.pattern, str(timestamp)):  # a newer server may have written it
+        return plain_text(timestamp)
     elapsed = now - unix_ms(timestamp)
     if abs(elapsed) < SECOND_MS:
         return "now"
@@ -13707,7 +13841,7 @@ def describe(document: Mapping[str, Any], now: int, screen: Screen) -> str:
         for item in value if isinstance(value, list) and value else [value]:
             text = plain_text(item)
             if TIME_NAME.search(name) and item:
-                text = f"{relative_time(item, now)} ({item})"
+                text = f"{relative_time(item, now)} ({text})"
             painted = screen.paint(text, text) if name in STATE_COLUMNS else text
             lines.append(f"{title:{width}}  {painted}")
             title = ""
@@ -13876,9 +14010,36 @@ class Session(NamedTuple):
         return Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
 
     def files(self) -> tuple[str, str]:
-        """Its database, and the key file: beside that unless named. Raises OperatorError."""
-        database = find_database(self.command.name, self.arguments.db)
-        return database, self.arguments.key_file or key_file_beside(database)
+        """Its database, and the key file: beside that unless named. Raises OperatorError, and
+        UsageError where the environment names a server in their place."""
+        command, arguments = self.command, self.arguments
+        is_elsewhere = self.environment.get("HOSTENROLL_SERVER") and command.run is not serve
+        if is_elsewhere and not arguments.typed.intersection(("--db", "--key-file")):
+            raise UsageError(NEEDS_FILES.format(command.name))
+        database = find_database(command.name, arguments.db)
+        return database, arguments.key_file or key_file_beside(database)
+
+    def client(self) -> Optional[Client]:
+        """Of the server that --server names. Raises OperatorError, UsageError."""
+        arguments = self.arguments
+        if "server" not in arguments:
+            return None
+        url, path = arguments.server, arguments.api_key_file
+        alone = arguments.typed & {each.name for each in CLIENT_OPTIONS}
+        if not url and alone <= ({"--insecure-http"} if "webhook" in arguments else set()):
+            return None
+        if url and (arguments.db or arguments.key_file):
+            raise UsageError("a server is asked, or a database here: leave out --server or --db")
+        if not (url and path):
+            own = "--pin, --cacert and --insecure-http"
+            raise UsageError(f"--server goes with --api-key-file, and {own} go with both")
+        text = read_private(path, "API key file")[0].decode("latin-1").strip()
+        if parse_secret(API_KEY_PREFIX, text) is None:
+            raise OperatorError(f"there is no API key in {path}: mint-api-key prints one")
+        return Client(
+            url, text, pins=arguments.pin or (), cacert=arguments.cacert or "",
+            insecure_http=arguments.insecure_http, proxy=proxy_of(url, self.environment),
+        )  # fmt: skip
 
     def now(self) -> int:
         return int(self.clock() * SECOND_MS)
@@ -13899,18 +14060,28 @@ class Session(NamedTuple):
             if not isinstance(sys.exc_info()[1], (Unrecoverable, MemoryError)):
                 registry.close()
 
-    def call(self) -> Call:
-        """The operation with the words typed as its values, checked as its door over HTTP checks
-        them. Raises UsageError, InvalidBody, InvalidQuery."""
+    @contextmanager
+    def reach(self, writes: bool = True) -> Iterator[Place]:
+        """Where operations are performed: the database here, or the server that is named."""
+        client = self.client()
+        if client is not None:
+            yield There(client)
+        else:
+            with self.open(purpose="act" if writes else "read") as registry:
+                yield Here(self, registry)
+
+    def asked(self) -> Asked:
+        """The operation with what was typed for it, which is checked before anything is opened.
+        Raises UsageError, InvalidBody, InvalidQuery."""
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
-        values = typed_values(self.operation, self.arguments, self.now())
         words = getattr(self.arguments, "id", [])
         words = [words] if isinstance(words, str) else words
         if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
             raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
-        named = self.named(words[0]) if len(words) == 1 else None
-        return Call(self.operation, self.by, values=values, named=named)
+        asked = asked_by(self.arguments, self.operation, self.now())
+        asked.checked()
+        return asked._replace(target=self.named(words[0]) if len(words) == 1 else None)
 
     @property
     def asks(self) -> bool:
@@ -13925,20 +14096,27 @@ class Session(NamedTuple):
         return Named(kind, word, self.asks or self.command.name not in DESTRUCTIVE)
 
     def perform(self) -> Any:
-        """The record of the operation, performed in a registry of its own. Raises UsageError."""
-        call = self.call()
-        with self.open(purpose="act" if self.operation.writes else "read") as registry:
+        """The document of the operation. Raises UsageError; OperatorError, if a person says no."""
+        asked = self.asked()
+        with self.reach(self.operation.writes) as place:
             if self.asks:
-                what = call.values.get("kid", "")
-                if call.named is not None:
-                    row = registry.perform(call._replace(operation=LOOK_UP), self.now())
-                    what, call = title_of(row), call._replace(id=row.id, named=None)
-                if not is_confirmed(f"{self.command.name.replace('-', ' ')} {plain_text(what)}"):
-                    raise UsageError("nothing is done")
-            return registry.perform(call, self.now())
+                what = asked.values.get("kid", "")
+                if asked.target is not None:
+                    id, what = place.find(asked.target)
+                    asked = asked._replace(target=asked.target._replace(word=id))
+                self.confirm(f"{self.command.name.replace('-', ' ')} {what}", place)
+                self.arguments.yes = True
+            if "self" in self.operation.query.fields and self.arguments.yes:
+                asked = asked._replace(values={**asked.values, "self": "true"})
+            return place.perform(asked)
 
-    def document(self, record: Any) -> dict[str, Any]:
-        return cast("Document", self.operation.answer).of(record)
+    def confirm(self, what: str, place: Place) -> None:
+        """Raises OperatorError unless somebody at the terminal says yes."""
+        where = f" on {place.name}" if place.name else ""
+        question = f"{plain_text(what)}{where}; go on? [y/N]"
+        print(question, end=" ", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise OperatorError("nothing was done")
 
     def report(self, document: Mapping[str, Any], shown: Optional[str], *facts: str) -> None:
         """JSON; or what is shown on stdout, if anything, and facts on stderr."""
@@ -13949,21 +14127,113 @@ class Session(NamedTuple):
         inform(*facts)
 
 
-def client_of(session: Session) -> Optional[Client]:
-    """Of the server that --server names. Raises OperatorError, UsageError."""
-    arguments = session.arguments
-    url, path, allowed = arguments.server, arguments.api_key_file, arguments.pin or ()
-    if bool(url) != bool(path) or (not url and (allowed or arguments.cacert)):
-        raise UsageError("--server goes with --api-key-file, and --pin and --cacert go with both")
-    if not url:
-        return None
-    text = read_private(path, "API key file")[0].decode("latin-1").strip()
-    if parse_secret(API_KEY_PREFIX, text) is None:
-        raise OperatorError(f"there is no API key in {path}: mint-api-key prints one")
-    proxy, cacert = proxy_of(url, session.environment), arguments.cacert or ""
-    insecure_http = arguments.insecure_http
-    return Client(url, text, pins=allowed, cacert=cacert, insecure_http=insecure_http, proxy=proxy)
+class Here:
+    """Performs operations in the database on this machine."""
 
+    name = ""
+
+    def __init__(self, session: Session, registry: Registry) -> None:
+        self._registry, self._by, self._now = registry, session.by, session.now
+
+    def _run(self, call: Call) -> Any:
+        return self._registry.perform(call._replace(by=self._by), self._now())
+
+    def perform(self, asked: Asked) -> Any:
+        """The document of an operation; of a feed without news, with wait, after a second. Raises
+        the Problem that refuses it."""
+        operation, values = asked.operation, asked.checked()
+        if asked.hosts:
+            values["hosts"] = asked.hosts
+        record = self._run(Call(operation, values=values, named=asked.target))
+        if operation.answer is None:
+            return json.loads(record)
+        document = operation.document(record)
+        if values.get("wait") and document.get("cursor") == values.get("after"):
+            time.sleep(1)
+        return document
+
+    def find(self, named: Named) -> tuple[str, str]:
+        """The id and the title of what a person types. Raises NotFound, Conflict."""
+        row = self._run(Call(LOOK_UP, named=named))
+        return id_text(row.id), title_of(row)
+
+    def remarks(self, on_first: str = "") -> list[str]:
+        """While no server runs, no host can enroll, and each status is as it was at the stop.
+        on_first: before the first one has run."""
+        service, now = self._run(Call(SERVICE_RULE)), self._now()
+        if service is None:
+            return [on_first] if on_first else []
+        last = relative_time(rfc3339(service.alive), now)
+        ended = f"no server is running (the last one was {last}): serve starts one"
+        return [] if is_served(service, now) else [ended]
+
+
+SECRETS = (MINTED_TOKEN, "token", TOKEN_PREFIX), (MINTED_API_KEY, "apiKey", API_KEY_PREFIX)
+
+
+class There:
+    """Performs operations on a server. What its documents say may be anything of their types, so it
+    is shown as what a peer says."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self.name = client, client.name
+
+    def perform(self, asked: Asked) -> Any:
+        """The document; where the answer has none, one of the id. Raises the Problem that refuses
+        it, OperatorError."""
+        operation, values, lost = asked.operation, {**asked.values}, []
+        id = "" if asked.target is None else self._id(asked.target)
+        for named in asked.hosts:
+            try:
+                values["hosts"] = [*values["hosts"], self._id(named)]
+            except NotFound:
+                lost.append(named.word)
+        path, query = operation.path.replace("{id}", quote(id, safe="")), asked.query()
+        if operation.body is None:
+            wait, method = int(dict(query).get("wait", 0)), operation.method
+            path += f"?{urlencode(query)}"
+            status, octets = self._client.request(method, path, patience=wait)
+        else:
+            body, media = json_text(values).encode("ascii"), MERGE_PATCH if asked.merges else JSON
+            headers = {"Content-Type": media}
+            status, octets = self._client.request(operation.method, path, body, headers)
+        if status == operation.status == HTTPStatus.NO_CONTENT:
+            return {"id": id}
+        document = self._client.document(status, octets)
+        shape = operation.shape() if operation.answer else {"_meta": {"hostvars": dict}}
+        if status != operation.status or not fits(document, shape):
+            raise self._client.stranger(status)
+        for answer, member, prefix in SECRETS:
+            if operation.answer is answer and parse_secret(prefix, document[member]) is None:
+                raise self._client.stranger("no secret")
+        if lost:
+            document["notFound"] += lost
+        return document
+
+    def _id(self, named: Named) -> str:
+        return named.word if ID.fullmatch(named.word) else self.find(named)[0]
+
+    def find(self, named: Named) -> tuple[str, str]:
+        """The id and the title of what a person types. Raises NotFound, Conflict, OperatorError."""
+        operation, titles = OPERATION[f"list-{KINDS[named.kind]}s"], {}
+        found = self.perform(Asked(operation, {"named": named.word}))[operation.list_of]
+        for each in found:
+            name, hostname = each.get("name"), each.get("hostname") or ""
+            is_whole = named.word in (each["id"], name)
+            is_whole |= hostname.rstrip(".").lower() == named.word.rstrip(".").lower() != ""
+            if is_whole or named.takes_prefix:
+                address = each.get("address") or each.get("enrolledFrom") or ""
+                name = name or each.get("description", "")
+                titles[each["id"]] = title(name, each["id"], each["organizationId"], address)
+        id = named.id_among(titles)
+        return id, titles[id]
+
+    def remarks(self, on_first: str = "") -> list[str]:
+        return []
+
+
+Place = Union[Here, There]
+NEEDS_FILES = "{} works on the database's files: type it where they are, with --db, not --server"
 
 DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore")  # commands
 
@@ -13981,7 +14251,7 @@ def find_database(command: str, named: Optional[str]) -> str:
         if not os.access(folder, os.X_OK):
             remedy = "run it with sudo, or name another database with --db"
             raise OperatorError(f"only its owner can look into {folder}: {remedy}")
-        is_its = command == "restore" or how_to_go_on(SERVICE_DATABASE)
+        is_its = command == "restore" or how_to_continue(SERVICE_DATABASE)
         if is_its or Engine(SERVICE_DATABASE).file_sizes()[0] > 0:
             complain(f"using {SERVICE_DATABASE}" + (refusal and f": {refusal}"))
             return SERVICE_DATABASE
@@ -13990,7 +14260,7 @@ def find_database(command: str, named: Optional[str]) -> str:
     if command not in DATABASE_MAKERS and not os.path.exists(key_file_beside(path)):
         places = here.path + ("" if named else f", and no {SERVICE_DATABASE}")
         remedy = "name one with --db, or make one with serve or mint-token"
-        remedy = how_to_go_on(path) or remedy
+        remedy = how_to_continue(path) or remedy
         raise OperatorError(f"there is no database {places}: {remedy}")
     return path
 
@@ -14018,35 +14288,34 @@ OPTION_NAMES = {
     "signingKey": "signing_key", "sinceSeconds": "since", "mutedUntil": "mute",
     "ephemeralSeconds": "ephemeral", "olderSeconds": "older",
     "organization": "org", "organizationId": "org", "ttlSeconds": "ttl", "withHosts": "with_hosts",
-    "withKeys": "with_keys",
+    "withKeys": "with_keys", "named": "id",
 }  # fmt: skip
 
 
-def typed_values(operation: Operation, arguments: argparse.Namespace, now: int) -> dict[str, Any]:
-    """The values that a command's arguments name. Raises UsageError, InvalidBody, InvalidQuery."""
+def asked_by(arguments: argparse.Namespace, operation: Operation, now: int) -> Asked:
+    """An operation with the values that a command's arguments name. Raises UsageError."""
     schema = operation.query if operation.body is None else operation.body
-    names = [name for name in schema.fields if name not in ("limit", "cursor")]
+    names = [name for name in schema.fields if name not in ("limit", "cursor", "named")]
     options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
     if getattr(arguments, "down", False) and "status" in options:
         options["status"] = [*(options["status"] or ()), *DOWN]
-    typed: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    values: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     if operation.body is None:
-        lists = {name: v if isinstance(v, list) else [v] for name, v in typed.items()}
-        return schema.parse((name, text) for name in lists for text in lists[name])
-    if typed.get("intervalSeconds") == "none":
-        typed["intervalSeconds"] = None
-    if (mute := typed.get("mutedUntil")) is not None:
-        typed["mutedUntil"] = rfc3339(now + mute * SECOND_MS) if mute else None
+        return Asked(operation, values)
+    if values.get("intervalSeconds") == "none":
+        values["intervalSeconds"] = None
+    if (mute := values.get("mutedUntil")) is not None:
+        values["mutedUntil"] = rfc3339(now + mute * SECOND_MS) if mute else None
     merges = operation.patch is not None and arguments.label != [] and not arguments.set_labels
-    if "labels" in typed:
+    if "labels" in values:
         try:
             parse = LABEL_CHANGES.parse if merges else LABELS.parse
-            typed["labels"] = dict(map(parse, arguments.label))
+            values["labels"] = dict(map(parse, arguments.label))
         except ValueError as error:
             raise UsageError(f"--label: {error}") from None
-        if len(typed["labels"]) < len(arguments.label):
+        if len(values["labels"]) < len(arguments.label):
             raise UsageError("--label: one key comes twice")
-    return operation.check(typed, merges)
+    return Asked(operation, values, merges)
 
 
 def user_name(environment: Mapping[str, str]) -> str:
@@ -14066,8 +14335,8 @@ def user_name(environment: Mapping[str, str]) -> str:
 
 # Commands that are an operation.
 
+# The Service; None before the first server.
 SERVICE_RULE = InternalRule(lambda registry, call, now: registry.queries.service(), writes=False)
-CURRENT_SERVICE = Call(SERVICE_RULE)  # gives the Service; None before the first server
 LOOK_UP = InternalRule(  # the row of a call that is named
     lambda registry, call, now: registry.names.find(ALL_ORGANIZATIONS, cast("Named", call.named)),
     writes=False,
@@ -14076,119 +14345,120 @@ DESTRUCTIVE = ("delete-host", "revoke-host", "revoke-token", "revoke-api-key", "
 
 
 def show(session: Session) -> None:
-    """What was done, in a sentence, or all of it. A new signing key's id stands alone on stdout."""
-    document, command = session.document(session.perform()), session.command
-    if command.outcome:
-        shown = document["kid"] if command.name == "rotate-signing-key" else None
-        session.report(document, shown, command.outcome.format(**document))
-    else:
+    """What was done, in a sentence, or all of it. A new signing key's id stands alone on stdout.
+    While the token of a deleted host lets hosts in, the machine enrolls with it again."""
+    document, command = session.perform(), session.command
+    if not command.outcome:
         session.report(document, describe(document, session.now(), session.screen))
-
-
-def show_host(session: Session) -> None:
-    """What a host is and why, in a headline and a reason; the facts that it has; its last events,
-    as far as one page of the log reaches."""
-    call, now = session.call(), session.now()
-    with session.open(purpose="read") as registry:
-        host = session.document(registry.perform(call, now))
-        asked = {"subject": f"host:{host['id']}", "limit": HISTORY_SHOWN}
-        events = registry.perform(Call(OPERATION["show-audit"], call.by, values=asked), now).items
-    status, told = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
-    age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
-    facts = {name: value for name, value in host.items() if name not in told and value}
-    lines = [f"{plain_text(host['name'])}: {session.screen.paint(status, status)}{age}"]
-    lines += [host["statusReason"], *host["warnings"], "", describe(facts, now, session.screen)]
-    history = Table(("when", "action", "code", "actor", "address"), session.screen, False)
-    lines += ["", "last events:", history.add(list(map(EVENT.of, events)), now)] if events else []
-    session.report(host, "\n".join(lines))
-
-
-def delete_host(session: Session) -> None:
-    """Where its token is still good the host may come back: the machine enrolls with it again."""
-    deleted: DeletedHost = session.perform()
-    document, token = session.document(deleted), deleted.token
-    facts = [session.command.outcome.format(**document)]
-    if token is not None:
-        left, id = token.max_uses - token.uses, id_text(token.id)
+        return
+    facts = [command.said(document)]
+    if command.name == "delete-host" and "usesLeft" in document:
+        left, id = document["usesLeft"], document["tokenId"]
         uses = "1 more use" if left == 1 else f"{left} more uses"
         facts.append(
             f"it came in by token {id}, which is good for {uses}: it can come back; revoke-host "
             f"keeps it out, and so does revoke-token {id}"
         )
-    session.report(document, None, *facts)
+    shown = document["kid"] if command.name == "rotate-signing-key" else None
+    session.report(document, shown, *facts)
+
+
+def show_host(session: Session) -> None:
+    """What a host is and why, in a headline and a reason; the facts that it has; its last events,
+    as far as one page of the log reaches."""
+    asked, now = session.asked(), session.now()
+    with session.reach(writes=False) as place:
+        host = place.perform(asked)
+        about = {"subject": f"host:{host['id']}", "limit": str(HISTORY_SHOWN)}
+        events = place.perform(Asked(OPERATION["show-audit"], about))["events"]
+    status, told = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
+    age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
+    facts = {name: value for name, value in host.items() if name not in told and value}
+    state = session.screen.paint(plain_text(status), status)
+    lines = [f"{plain_text(host['name'])}: {state}{age}"]
+    lines += map(plain_text, [host["statusReason"], *host["warnings"]])
+    lines += ["", describe(facts, now, session.screen)]
+    history = Table(("when", "text", "address"), session.screen, False)
+    lines += ["", "last events:", history.add(events, now)] if events else []
+    session.report(host, "\n".join(lines))
 
 
 def act_on_hosts(session: Session) -> Optional[int]:
     """On one host at once; on several, or on those that filters find, after a yes and in short
     ticks, beside a server. Exit status 3 where there are no such hosts."""
-    arguments, call, action = session.arguments, session.call(), session.command.name.split("-")[0]
-    filters = typed_values(OPERATION["list-hosts"], arguments, session.now())
-    hosts: list[Any] = [session.named(word) for word in dict.fromkeys(arguments.id)]
-    if bool(hosts) == bool(filters):
+    arguments, asked, action = session.arguments, session.asked(), session.command.name[:-5]
+    filters = asked_by(arguments, OPERATION["list-hosts"], session.now())
+    words = [*dict.fromkeys(arguments.id)]
+    if bool(words) == bool(filters.values):
         raise UsageError("this needs HOST, or else filters that find hosts")
-    if len(hosts) == 1 and not arguments.dry_run:
-        (delete_host if action == "delete" else show)(session)
+    if len(words) == 1 and not arguments.dry_run:
+        show(session)
         return None
-    if "name" in call.values or (session.operation.patch and "merges" not in call.values):
+    if "name" in asked.values or (session.operation.patch and not asked.merges):
         raise UsageError("--name, --set-labels and --no-labels are for one host")
-    act, listed = (call._replace(operation=OPERATION[n]) for n in ("act-on-hosts", "list-hosts"))
-    total, step = Acted(0, []), ACTED_AT_ONCE // 2
-    with session.open(purpose="read" if arguments.dry_run else "act") as registry:
-        if filters:
-            found = pages(session, registry, listed._replace(values=filters))
-            hosts = [host["id"] for documents in found for host in documents]
-        elif arguments.dry_run or session.asks or len(hosts) > step:
-            looks = (call._replace(operation=LOOK_UP, named=each) for each in hosts)
-            rows = {row.id: row for row in (registry.perform(it, session.now()) for it in looks)}
-            hosts = [*map(id_text, rows)]
+    filters.checked()
+    with session.reach(writes=not arguments.dry_run) as place:
+        if filters.values:
+            found = chain.from_iterable(pages(session, place, filters))
+            words = [host["id"] for host in found]
+        elif arguments.dry_run or session.asks or len(words) > ACTED_AT_ONCE // 2:
+            titles = dict(place.find(session.named(word)) for word in words)
+            words = [*titles]
             if session.asks:
-                inform(*(plain_text(title_of(row)) for row in rows.values()))
-        count = f"hosts to {action}: {len(hosts)}"
+                inform(*map(plain_text, titles.values()))
+        count = f"hosts to {action}: {len(words)}"
         if arguments.dry_run:
-            session.report({"hosts": hosts}, "\n".join(hosts) or None, count)
+            session.report({"hosts": words}, "\n".join(words) or None, count)
             return None
-        if not arguments.yes and not is_confirmed(count):
+        if not arguments.yes and not is_at_terminal():
             raise UsageError(f"{count}; nothing is done: --dry-run shows them, --yes goes on")
-        try:
-            for start in range(0, len(hosts), step):
-                values = {**call.values, "action": action, "hosts": hosts[start : start + step]}
-                acted = registry.perform(act._replace(values=values), session.now())
-                total = Acted(total.done + acted.done, total.not_found + acted.not_found)
-        finally:  # what is done stays, when a later tick is refused
-            missing = [f"there is no host {sanitize(id)}" for id in total.not_found]
-            session.report(ACTED.of(total), None, f"{count}; done: {total.done}", *missing)
-    return EXIT_REFUSED if total.not_found else None
+        if not arguments.yes:
+            session.confirm(count, place)
+        return act_in_steps(session, place, words, {**asked.values, "action": action}, count)
+
+
+def act_in_steps(
+    session: Session, place: Place, words: Sequence[str], values: Mapping[str, Any], count: str
+) -> Optional[int]:
+    """On a part of the hosts in a tick; what is done stays, when a later tick is refused."""
+    total: dict[str, Any] = {"done": 0, "notFound": []}
+    act, step = Asked(OPERATION["act-on-hosts"], {**values, "hosts": []}), ACTED_AT_ONCE // 2
+    try:
+        for start in range(0, len(words), step):
+            hosts = [session.named(word) for word in words[start : start + step]]
+            acted = place.perform(act._replace(hosts=hosts))
+            total = {name: total[name] + acted[name] for name in total}
+    finally:
+        missing = [f"there is no host {plain_text(id)}" for id in total["notFound"]]
+        session.report(total, None, f"{count}; done: {total['done']}", *missing)
+    return EXIT_REFUSED if total["notFound"] else None
 
 
 def is_at_terminal() -> bool:
     return all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
-def is_confirmed(what: str) -> bool:
-    """Whether somebody at a terminal says yes."""
-    if not is_at_terminal():
-        return False
-    print(f"{what}; go on? [y/N]", end=" ", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+def place_of(place: Place) -> ServicePlace:
+    """Where hosts find the servers. Raises StorageUnavailable."""
+    service = place.perform(Asked(OPERATION["show-service"]))
+    return service_place(service["publicUrl"], service["pin"] or "")
 
 
 def mint_token(session: Session) -> None:
-    call = session.call()
-    with session.open() as registry:
-        token = session.document(registry.perform(call, session.now()))
-        service = registry.perform(CURRENT_SERVICE, session.now())
+    asked, is_person, now = session.asked(), is_at_terminal(), session.now()
+    with session.reach() as place:
+        on_first = "no server has run on this database yet: serve starts one"
+        server, remarks = place_of(place), place.remarks(on_first if is_person else "")
+        token = place.perform(asked)  # last: who fails has minted nothing
     output_secret(session, token, "token", "token")
     if not session.arguments.json:
-        place, is_person = service_place(service), is_at_terminal()
-        if service is None and is_person:
-            inform("no server has run on this database yet: serve starts one")
-        warn_of_stop(service, session.now())
         uses = "1 use" if token["maxUses"] == 1 else f"{token['maxUses']} uses"
-        expiry = relative_time(token["expiresAt"], session.now())
+        expiry, whose = relative_time(token["expiresAt"], now), token["organizationId"]
         inform(
-            f"token {token['id']} of {token['organizationId']}: {uses}, expires {expiry}",
+            *remarks,
+            plain_text(f"token {token['id']} of {whose}: {uses}, expires {expiry}"),
             "enroll with it, on the host:",
-            join_command(place.url, place.pin, token["token"]),
+            join_command(server.url, server.pin, token["token"]),
         )
         if is_person:
             inform("it ends with its terminal; with --install at the end root makes it a service,",
@@ -14199,68 +14469,60 @@ def mint_api_key(session: Session) -> None:
     arguments = session.arguments
     if arguments.link and arguments.ttl is None:
         arguments.ttl = SIGN_IN_TTL
-    call = session.call()
-    with session.open() as registry:
-        key = session.document(registry.perform(call, session.now()))
-        place = service_place(registry.perform(CURRENT_SERVICE, session.now()))
+    asked = session.asked()
+    with session.reach() as place:
+        url = place_of(place).url
+        key = place.perform(asked)
     if arguments.link:
-        key["link"] = f"{place.url}/#key={key['apiKey']}"  # browsers send no fragment
+        key["link"] = f"{url}/#key={key['apiKey']}"  # browsers send no fragment
     output_secret(session, key, "link" if arguments.link else "apiKey", "API key")
     if not session.arguments.json:
-        whose = key["organizationId"] or "all organizations"
-        inform(f"API key {key['id']}: {key['role']} of {whose}; the server's page takes it too")
+        facts = f"{key['role']} of {key['organizationId'] or 'all organizations'}"
+        inform(plain_text(f"API key {key['id']}: {facts}; the server's page takes it too"))
 
 
 def agent_command(session: Session) -> None:
-    with session.open(purpose="read") as registry:
-        place = service_place(registry.perform(CURRENT_SERVICE, session.now()))
+    with session.reach(writes=False) as place:
+        service = place.perform(Asked(OPERATION["show-service"]))
+    line = service_place(service["publicUrl"], service["pin"] or "").agent_line
     facts = "run it as root on enrolled machines: it renews the agent, and the URL and pins it uses"
-    session.report(SERVICE.of(place), place.agent_line, facts)
-
-
-def warn_of_stop(service: Any, now: int) -> None:
-    """While no server runs, no host can enroll, and each status is as it was at the stop. No
-    warning before the first server has run: it may be starting."""
-    if service is not None and not is_served(service, now):
-        last = relative_time(rfc3339(service.alive), now)
-        inform(f"no server is running (the last one was {last}): serve starts one")
+    session.report(service, line, facts)
 
 
 def list_items(session: Session) -> None:
     """A list, page by page: a million hosts need no more memory than a thousand. Of a feed each
     item is a line of JSON, so that it can be followed."""
     arguments, name = session.arguments, session.operation.list_of
-    call = session.call()
-    if name == "events" and arguments.follow:
-        call = call._replace(values={"after": "now", **call.values})
-    if name == "tokens" and arguments.org is not None:  # a parameter that HTTP does not have
-        asked = OPERATION["list-hosts"].query.parse([("organization", arguments.org)])
-        call = call._replace(values={**call.values, **asked})
     form, counts = "json" if arguments.json else arguments.form or "table", Counter[str]()
     is_screen = form == "table" and session.screen.columns is not None
-    wants_all = arguments.all or getattr(arguments, "follow", False)
-    is_part = is_screen and not (wants_all or getattr(arguments, "limit", None))
+    follows = getattr(arguments, "follow", False)
+    is_part = is_screen and not (arguments.all or follows or getattr(arguments, "limit", None))
     if is_part:
         arguments.limit = PAGE_DEFAULT
-    with session.open(purpose="read") as registry:
-        batches = pages(session, registry, call)
+    with session.reach(writes=False) as place:
+        word = getattr(arguments, "host", None)
+        if word is not None and not ID.fullmatch(word):
+            arguments.host, _ = place.find(Named(Host, word, True))
+        asked = session.asked()
+        if name == "events" and follows:
+            asked = asked._replace(values={"after": "now", **asked.values})
+        batches = pages(session, place, asked)
         first = next(batches, [])
-        is_feed = name == "changes" or "after" in call.values
+        is_feed = name == "changes" or "after" in asked.values
         try:
             for text in listed(session, chain([first], batches), form, is_feed, counts):
                 print(text, end="", flush=True)
         except BrokenPipeError:  # its reader has read enough
             discard(sys.stdout)
             return
-        service = registry.perform(CURRENT_SERVICE, session.now())
+        remarks = place.remarks() if form == "table" and name == "hosts" else ()
     if is_screen and counts:
         has_more = is_part and sum(counts.values()) == PAGE_DEFAULT
         inform(tally(name, counts) + ("; --all shows all" if has_more else ""))
     if form == "table" and not first and name in ("hosts", "tokens"):
         hint = "yet: mint-token makes a token, and prints how a host enrolls with it"
-        inform(f"no such {name[:-1]}" if call.values else f"no {name[:-1]} {hint}")
-    if form == "table" and name == "hosts":
-        warn_of_stop(service, session.now())
+        inform(f"no such {name[:-1]}" if asked.values else f"no {name[:-1]} {hint}")
+    inform(*remarks)
 
 
 def listed(
@@ -14280,7 +14542,7 @@ def listed(
         yield from (csv_line([each.get(it) for it in members]) for each in documents)
     elif form == "name":  # what is typed again
         members = ["name", "kid", "id", "number", "cursor"]
-        names = (next(filter(None, map(each.get, members))) for each in documents)
+        names = (next(filter(None, map(each.get, members)), "") for each in documents)
         yield from (f"{plain_text(name)}\n" for name in names)
     elif is_feed:
         yield from (f"{json.dumps(document)}\n" for document in documents)
@@ -14292,7 +14554,7 @@ def tally(name: str, counts: Mapping[str, int]) -> str:
     """How many items a list has, and how many of them in each state."""
     total, noun = sum(counts.values()), words_of(name)
     order = filter(counts.get, dict.fromkeys((*TROUBLES, *STATUSES, *filter(None, counts))))
-    states = ", ".join(f"{counts[state]:,} {state}" for state in order)
+    states = ", ".join(f"{counts[state]:,} {plain_text(state)}" for state in order)
     return f"{total:,} {noun[:-1] if total == 1 else noun}" + (states and f": {states}")
 
 
@@ -14311,29 +14573,42 @@ def csv_line(values: Iterable[Any]) -> str:
     return line.getvalue()
 
 
-def pages(session: Session, registry: Registry, call: Call) -> Iterator[list[dict[str, Any]]]:
-    """The items that a call asks for, as many as --limit says, some at a time. Where few are found
+def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[str, Any]]]:
+    """The items that are asked for, as many as --limit says, some at a time. Where few are found
     for long the progress line shows it; else what is printed shows it."""
     left = getattr(session.arguments, "limit", None) or LAST_ID
     follows = getattr(session.arguments, "follow", False)
-    values, is_last = dict(call.values), False
+    operation, values, is_last = asked.operation, dict(asked.values), False
+    is_feed, end = operation.list_of == "changes" or "after" in values, 0
+    if is_feed and not follows:  # of a feed only the end is known, and it moves
+        end = number_of(place.perform(Asked(operation, {"after": "now", "limit": "1"})))
     while not is_last:
-        documents: list[dict[str, Any]] = []
+        items: list[dict[str, Any]] = []
         with session.progress() as progress:
-            while not is_last and len(documents) < PAGE_DEFAULT:
-                values["limit"] = min(left, PAGE_MAXIMUM)
-                page = registry.perform(call._replace(values=dict(values)), session.now())
-                documents += map(session.document, page.items)
-                left -= len(page.items)
-                is_last = page.next is None or left <= 0
-                if "cursor" in page.more:
-                    values["after"] = page.more["cursor"]
+            while not is_last and len(items) < PAGE_DEFAULT:
+                if "limit" in operation.query.fields:
+                    values["limit"] = str(min(left, PAGE_MAXIMUM))
+                page = place.perform(asked._replace(values=values))
+                items, left = items + page[operation.list_of], left - len(page[operation.list_of])
+                if is_feed:
+                    is_last = number_of(page) >= end or follows
+                    values["after"] = page["cursor"]
                 else:
-                    values["cursor"] = page.next
-                progress(len(documents), 0)
-        if documents:
-            yield documents
-        is_last &= not (follows and left > 0 and has_reader(sys.stdout, FOLLOW_EVERY))
+                    values["cursor"] = page.get("nextCursor")
+                    is_last = values["cursor"] is None
+                is_last |= left <= 0
+                progress(len(items), 0)
+        if items:
+            yield items
+        if follows and left > 0:
+            is_last, values["wait"] = not has_reader(sys.stdout, 0), str(WATCH_WAIT)
+
+
+def number_of(page: Mapping[str, Any]) -> int:
+    """The number in the cursor of a part of a feed. Raises OperatorError."""
+    if not re.fullmatch(FEED_CURSOR.pattern, str(page.get("cursor"))):
+        raise OperatorError("the answer has no cursor: check the URL of the server")
+    return int(page["cursor"].rpartition("-")[2])
 
 
 def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
@@ -14529,15 +14804,9 @@ def accept_history(session: Session) -> None:
 
 def print_inventory(session: Session) -> None:
     """What Ansible asks an inventory script for."""
-    typed, client = session.arguments, client_of(session)
-    if client is None:
-        document = json.loads(session.perform())
-    else:
-        asked = {"organization": [typed.org], "status": typed.status, "label": typed.where}
-        query = [(name, v) for name, values in asked.items() for v in values or () if v is not None]
-        document = client.get(session.operation.path, query)
-    if typed.host is not None:
-        document = document["_meta"]["hostvars"].get(typed.host, {})
+    document, host = session.perform(), session.arguments.host
+    if host is not None:
+        document = document["_meta"]["hostvars"].get(host, {})
     output(json.dumps(document, indent=2))
 
 
@@ -14562,7 +14831,8 @@ def run_check(session: Session) -> Optional[int]:
 
 def watch(session: Session) -> None:
     """Tell people until SIGTERM or SIGINT."""
-    arguments, path, client = session.arguments, session.arguments.state, client_of(session)
+    arguments, path = session.arguments, session.arguments.state
+    session.client()  # before people are told anything
     deliver = teller(session)
     if arguments.test:
         deliver(message("test", "this is a test of hostenroll: it works", session.clock()))
@@ -14579,7 +14849,14 @@ def watch(session: Session) -> None:
             stack.callback(os.close, lock)
             if not try_flock(lock):
                 raise OperatorError(f"another watch uses {path}: end it, or name another file")
-        read = client.get if client else stack.enter_context(reading_here(session))
+        place = stack.enter_context(session.reach(writes=False))
+
+        def read(path: str, query: Sequence[tuple[str, str]], patience: float) -> Any:
+            values: dict[str, list[str]] = {}
+            for name, text in query:
+                values.setdefault(name, []).append(text)
+            return place.perform(Asked(find_operation("GET", path)[0], values))
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         Watch(read, deliver, wanted, path or "", session.clock, time.sleep).run()
 
@@ -14600,23 +14877,6 @@ def teller(session: Session) -> Callable[[str], None]:
     proxy = proxy_of(url, session.environment)
     client = Client(url, proxy=proxy, insecure_http=arguments.insecure_http)
     return partial(tell_by_webhook, client, secret, session.clock)
-
-
-@contextmanager
-def reading_here(session: Session) -> Iterator[Callable[..., Any]]:
-    """What reads the answers of GET from the database on this machine, as Client.get() does of a
-    server; it waits a second at most, and then without looking."""
-    by = Principal(f"cli:{user_name(session.environment)}", ALL_ORGANIZATIONS, "viewer")
-    with session.open(purpose="read") as registry:
-
-        def read(path: str, query: Sequence[tuple[str, str]], wait: float) -> Any:
-            operation, _ = find_operation("GET", path)
-            call = Call(operation, by, values=operation.query.parse(query))
-            page = registry.perform(call, session.now())
-            time.sleep(0 if page.items else min(wait, 1))
-            return operation.document(page)
-
-        yield read
 
 
 def print_unit(session: Session) -> None:
@@ -14964,6 +15224,8 @@ FEED_OPTIONS = (
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
 WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
                          const="true")
+LABEL_OPTION = option("--label", "K=V", "with this label: also K, K!=V; repeatable",
+                      action="append", dest="where")
 STATUS_OPTION = choice("--status", "STATUS", STATUSES, action="append")
 FILTERS = (
     ORG_OPTION, STATUS_OPTION, flag("--down", "offline or missing"),
@@ -15000,11 +15262,17 @@ class Command(NamedTuple):
     @property
     def arguments(self) -> Sequence[Argument]:
         lists = LIST_OPTIONS if self.run is list_items else ()
-        return (*self.own_arguments, *lists, *self.shared)
+        is_over_http = self.name in OPERATION and OPERATION[self.name].path
+        clients = CLIENT_OPTIONS if is_over_http and STORE_OPTIONS[0] in self.shared else ()
+        return (*self.own_arguments, *lists, *self.shared, *clients)
 
     @property
     def operands(self) -> list[str]:
         return [str(each.options["metavar"]) for each in self.arguments if each.name[0] != "-"]
+
+    def said(self, document: Mapping[str, Any]) -> str:
+        """What it has done."""
+        return self.outcome.format(**{name: plain_text(v) for name, v in document.items()})
 
     def typed(self, member: str) -> str:
         """The option or operand of a member of a body or query."""
@@ -15036,7 +15304,8 @@ GROUPS = {
             ORG_OPTION, LIMIT_OPTION,
             choice("--state", "STATE", TOKEN_STATES, action="append"))),
         Command("agent-command", "agent-command", agent_command,
-                own_summary="print the command that updates or moves enrolled agents"),
+                own_summary="print the command that updates or moves enrolled agents",
+                shared=(JSON_OPTION, *STORE_OPTIONS, *CLIENT_OPTIONS)),
         by_id("show-token"),
         by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay, unless "
               "--with-hosts is given", arguments=(ID_OPERAND, WITH_HOSTS_OPTION, YES_OPTION)),
@@ -15044,24 +15313,20 @@ GROUPS = {
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
             *FILTERS,
-            option("--label", "K=V", "with this label: also K, K!=V; repeatable", action="append",
-                   dest="where"),
+            LABEL_OPTION,
             option("--q", "TEXT", "a part of names, id, address, system or a label's value"),
             choice("--sort", "ORDER", ("attention", "name", "enrolledAt", "statusSince")),
             option("--address", "CIDR", "of this address or network"), LIMIT_OPTION)),
         Command("list-changes", "list-changes --status offline --label rack=b4", list_items, (
             ORG_OPTION, SINCE_OPTION,
             option("--status", "STATUS", "what it became; repeatable", action="append"),
-            option("--label", "K=V", "with this label: also K; repeatable", action="append",
-                   dest="where"),
-            option("--host", "ID", "only this one"), *FEED_OPTIONS)),
+            LABEL_OPTION,
+            option("--host", "HOST", "only this one"), *FEED_OPTIONS)),
         by_id("show-host", run=show_host, arguments=(HOST_OPERAND,)),
         Command("inventory", "inventory --list --status online", print_inventory, (
             flag("--list", "all hosts (this is the default)", "what"),
             option("--host", "NAME", "the variables of this host", group="what"),
-            ORG_OPTION, STATUS_OPTION,
-            option("--label", "K=V", "with this label: also K, K!=V; repeatable", action="append",
-                   dest="where"), *CLIENT_OPTIONS),
+            ORG_OPTION, STATUS_OPTION, LABEL_OPTION),
             shared=STORE_OPTIONS),
         Command("list-incidents", "list-incidents", list_items, (ORG_OPTION,)),
         Command("edit-host", "edit-host 0ca4f1b28e3d7a95 --name web-1", act_on_hosts, (
@@ -15125,7 +15390,7 @@ GROUPS = {
                    audit_head),),
             own_summary="find what has been changed in the audit log"),
         Command("watch", "watch --webhook https://chat.lan/hooks/fleet", watch, (
-            *CLIENT_OPTIONS, ORG_OPTION,
+            ORG_OPTION,
             option("--label", "K=V", "only hosts with this label; repeatable", action="append"),
             option("--status", "STATUS", "tell of hosts that become this; repeatable "
                    f"({', '.join(TROUBLES)})", one_of(*CHANGED_TO), action="append"),
@@ -15139,7 +15404,7 @@ GROUPS = {
             option("--webhook", "URL", "tell by a POST of JSON", webhook_address, group="how"),
             option("--secret-file", "FILE", "signs webhooks; of mode 0600", file_name),
             flag("--test", "tell a sample, and end")),
-            own_summary="tell people what changes", shared=STORE_OPTIONS),
+            own_summary="tell people what changes", shared=(*STORE_OPTIONS, *CLIENT_OPTIONS)),
         Command("backup", "backup /var/backups/hostenroll", run_backup,
                 (Argument("folder", {"metavar": "DIR"}),
                  option("--keep", "N", "into a new folder in DIR; remove all but the newest N",
@@ -15259,12 +15524,16 @@ def make_parser(
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             epilog=f"example: {program} {command.example}\n\n{EXIT_STATUSES}",
         )
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, typed=typed)
         groups = {each.group: sub.add_mutually_exclusive_group() for each in command.arguments}
         for argument in command.arguments:
             into = groups[argument.group] if argument.group else sub
             into.add_argument(argument.name, **argument.options)
-            is_open = argument in SETTINGS and argument.name not in typed
+            # What is typed wins: a database over a server, and a server over a database.
+            names = {argument.name}
+            names |= {"--server"} if argument in STORE_OPTIONS else set()
+            names |= {"--db", "--key-file"} if argument in CLIENT_OPTIONS else set()
+            is_open = argument in SETTINGS and not names & typed
             if is_open and environment.get(argument.setting):
                 sub.set_defaults(**{argument.attribute: environment[argument.setting]})
                 sub.variables[argument.name] = argument.setting
@@ -15305,6 +15574,8 @@ def parse_arguments(
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
         kind = "option" if word.startswith("-") else "argument"
         command: Command = arguments.command
+        if word.partition("=")[0] == "--server" and STORE_OPTIONS[0] in command.arguments:
+            parsers[command.name].error(NEEDS_FILES.format(command.name))
         hint = suggestion(word, [argument.name for argument in command.arguments])
         parsers[command.name].error(f"{command.name} takes no {kind} {sanitize(word)}{hint}")
     return arguments
@@ -15379,8 +15650,10 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
         errors = "; ".join(f"{command.typed(name)}: {detail}" for name, detail in problem.errors)
         is_lost = isinstance(problem, NotFound) and hasattr(arguments, "id")
         hint = f" See: list-{command.name.partition('-')[2]}s" if is_lost else ""
+        if isinstance(problem, ApiKeyInvalid):
+            hint = f" The key is in {arguments.api_key_file}."
         complain(f"refused ({problem.code}): {errors or problem.detail}{hint}")
-        return EXIT_REFUSED
+        return EXIT_REFUSED if problem.status < 500 else EXIT_FAILED
     except UsageError as error:
         complain(f"{error} (see: {program} {command.name} --help)")
         return EXIT_USAGE

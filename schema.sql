@@ -8,7 +8,7 @@ CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL,
-    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: let go at -expiry
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: allowed at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -74,7 +74,7 @@ CREATE TABLE host (
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
     issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
-    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, the newest first
+    instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
     every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
     own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
@@ -84,10 +84,10 @@ CREATE TABLE host (
     moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
     refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
     refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
-    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last let in again, or 0
+    restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last restored, or 0
     state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
     status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
-    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then nobody is told of its changes
+    muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then notifications are off
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
@@ -124,7 +124,7 @@ CREATE TABLE heartbeat (
     serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     state          INTEGER NOT NULL,  -- the status that was last reported: see change
-    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the interval that it was last told, in seconds
+    told_interval  INTEGER NOT NULL DEFAULT 30,  -- the last interval sent to it, in seconds
     address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
@@ -154,7 +154,7 @@ CREATE TABLE feed (
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
     change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
     event    INTEGER NOT NULL,  -- the same
-    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost are to wait
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost wait
     newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
     lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
 );
