@@ -224,7 +224,7 @@ ADDRESS_KEPT_MS = 10 * MINUTE * SECOND_MS  # of a host whose address changes aga
 CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
 READY_EVERY = 1  # between two writes by /readyz, which is open to all
 SWEPT_AT_ONCE = 2000  # hosts, in a slice of the sweep, by SQL: half a millisecond
-JUDGED_AT_ONCE = 250  # of these, by Python: a slice in which all have fallen silent takes 10 ms
+JUDGED_AT_ONCE = 200  # of these, by Python: a slice in which all have fallen silent takes 10 ms
 CHANGES_MANY = 8  # in a tick: to run the next one twice costs more than to wait for the disk
 SWEEP_REST = 3  # between two sweeps, and before the first: who waits for the server beats first
 SWEEP_RESTS = 40  # or as many times what the last one took: with its turns 3 % of a core at most
@@ -1786,6 +1786,8 @@ CREATE TABLE token (
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
+CREATE INDEX token_end ON token
+    (coalesce(revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END));
 
 CREATE TABLE host (
     -- A machine that has enrolled. Heartbeat has what changes with each beat.
@@ -1828,9 +1830,9 @@ CREATE TABLE host (
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
-CREATE INDEX host_name ON host (name);
+CREATE INDEX host_name ON host (state, name);
 CREATE INDEX host_owner_state ON host (organization_id, state, status_since);
-CREATE INDEX host_owner_name ON host (organization_id, name);
+CREATE INDEX host_owner_name ON host (organization_id, state, name);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
@@ -1878,7 +1880,8 @@ CREATE TABLE change (
     status           INTEGER NOT NULL,
     seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
     actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
-    ephemeral        INTEGER            -- as it was then
+    ephemeral        INTEGER,           -- as it was then
+    address          TEXT    NOT NULL DEFAULT ''  -- the same
 );
 CREATE INDEX change_host ON change (host_id, number);
 CREATE INDEX change_expired ON change (organization_id, at)
@@ -2014,6 +2017,9 @@ def canonical(statement: str) -> str:
     return " , ".join([head, *sorted(re.split(r" , (?![^()]* \))", body)), tail])
 
 
+ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
+
+
 class Token(NamedTuple):  # like the records below: a row, with the columns of SCHEMA
     id: int
     secret_hash: bytes
@@ -2023,19 +2029,19 @@ class Token(NamedTuple):  # like the records below: a row, with the columns of S
     host_id: Optional[int]
     labels: str
     max_uses: int
-    uses: int
     created_at: int
     created_by: str
     expires_at: int
-    used_at: Optional[int]
-    used_from: Optional[str]
-    revoked_at: Optional[int]
     own_interval: Optional[int]
     ephemeral: Optional[int]
+    uses: int = 0
+    used_at: Optional[int] = None
+    used_from: Optional[str] = None
+    revoked_at: Optional[int] = None
 
 
 class Host(NamedTuple):
-    """A row of host, and its row of heartbeat."""
+    """A row of host, and its row of heartbeat. What it lacks at first has a default."""
 
     id: int
     organization_id: str
@@ -2049,44 +2055,41 @@ class Host(NamedTuple):
     labels: str
     issued: int
     enrolled_at: int
-    revoked_at: Optional[int]
     token_id: int
     admitted_by: int
     admitted_at: int
     admitted_serial: int
-    idempotency: Optional[bytes]
     issued_to: str
     issued_at: int
-    issued_hash: Optional[bytes]
     twin_id: Optional[int]
-    instances: str
-    copied_at: int
     every_seconds: Optional[int]
     own_interval: Optional[int]
     enrolled_from: str
-    address: str
-    address_since: int
-    moved_at: int
-    refused_at: int
-    refused_code: str
-    restored_at: int
     status_since: int
-    muted_until: int
     ephemeral: Optional[int]
-    last_seen: int
-    serial: int
-    key_number: int
-    state: int
-    told_interval: int
-    address_key: int
+    revoked_at: Optional[int] = None
+    idempotency: Optional[bytes] = None
+    issued_hash: Optional[bytes] = None
+    instances: str = ""
+    copied_at: int = 0
+    address: str = ""
+    address_since: int = 0
+    moved_at: int = 0
+    refused_at: int = 0
+    refused_code: str = ""
+    restored_at: int = 0
+    muted_until: int = 0
+    last_seen: int = 0
+    serial: int = 1
+    key_number: int = 0
+    state: int = PENDING
+    told_interval: int = 0
+    address_key: int = 0
 
     @property
     def seen(self) -> tuple[int, Optional[int], int]:
         """What its status follows from."""
         return self.last_seen, self.revoked_at, self.told_interval
-
-
-ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
 
 
 class Change(NamedTuple):
@@ -2103,6 +2106,7 @@ class Change(NamedTuple):
     seen: int
     actor: str
     ephemeral: Optional[int] = None
+    address: str = ""
 
 
 class Census(NamedTuple):
@@ -2128,10 +2132,10 @@ class ApiKey(NamedTuple):
     description: str
     created_at: int
     created_by: str
-    revoked_at: Optional[int]
     maker_id: Optional[int]
     expires_at: Optional[int]
-    last_used_at: Optional[int]
+    revoked_at: Optional[int] = None
+    last_used_at: Optional[int] = None
 
 
 class Organization(NamedTuple):
@@ -2301,18 +2305,24 @@ def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
+def open_lock(database: str, suffix: str) -> tuple[str, int]:
+    """Path and descriptor of a lock file. Raises StoreError and OperatorError."""
+    try:
+        path = resolve_file(database)
+        return f"{path}{suffix}", open_lock_file(f"{path}{suffix}", path)
+    except OSError as error:
+        raise StoreError(f"cannot open {describe_error(error.filename, error)}") from error
+
+
 @contextmanager
 def service_lock(database: str, is_shared: bool) -> Iterator[None]:
     """What servers share for their lives, and a restore has alone. Raises StoreError (StoreBusy
     while others have it) and OperatorError."""
-    path = resolve_file(database)
-    try:
-        descriptor = open_lock_file(f"{path}.serve", path)
-    except OSError as error:
-        raise StoreError(f"cannot open {describe_error(error.filename, error)}") from error
+    _, descriptor = open_lock(database, ".serve")
     try:
         if not try_flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX):
-            raise StoreBusy(f"{path}: a server runs, or a backup is being restored: end that first")
+            reason = "a server runs, or a backup is being restored: end that first"
+            raise StoreBusy(f"{resolve_file(database)}: {reason}")
         yield
     finally:
         os.close(descriptor)
@@ -2337,19 +2347,10 @@ class WriteLock:
         """Whether the files that other processes lock are the ones that we have open."""
         return all(file_id(path) == file_id(descriptor) for path, descriptor in self._files)
 
-    def _open(self) -> None:
-        try:
-            database = resolve_file(self._database)
-            for suffix in (".gate", ".lock")[len(self._files) :]:
-                path = f"{database}{suffix}"
-                self._files.append((path, open_lock_file(path, database)))
-        except OSError as error:
-            raise StoreError(f"cannot open {describe_error(error.filename, error)}") from error
-
     def try_acquire(self) -> bool:
         """Go one step further without waiting. True when the lock is held. Raises StoreError."""
-        if len(self._files) < 2:
-            self._open()
+        for suffix in (".gate", ".lock")[len(self._files) :]:
+            self._files.append(open_lock(self._database, suffix))
         self._holds[0] = self._holds[0] or try_flock(self._files[0][1])
         if self._holds[0]:
             self._holds[1] = try_flock(self._files[1][1])
@@ -2482,9 +2483,6 @@ class Database:
 
     def version(self) -> int:
         return int(self.value("PRAGMA user_version"))
-
-    def has_table(self, name: str) -> bool:
-        return bool(self.rows("SELECT 1 FROM sqlite_master WHERE name = ?", name))
 
     def data_version(self) -> int:
         """Another number after each commit of another process."""
@@ -3018,12 +3016,20 @@ TABLES: Mapping[Any, str] = {
 }  # fmt: skip
 
 
-def _owned_by(organization: Optional[str]) -> tuple[str, tuple[str, ...]]:
-    return ("", ()) if organization is None else ("organization_id = ? AND", (organization,))
+def _equal(**columns: Any) -> tuple[str, list[Any]]:
+    """The start of a WHERE, and its values: what rows have in these columns; None: whatever."""
+    asked = {column: value for column, value in columns.items() if value is not None}
+    return " ".join(f"{column} = ? AND" for column in asked), [*asked.values()]
 
+
+# The rows of a host: of each its table, the column with the id, and its columns in Host.
+_END = Host._fields.index("last_seen")
+HOST_ROWS = ("host", "id", Host._fields[:_END]), ("heartbeat", "host_id", Host._fields[_END:])
+UNMATCHED = LAST_ID  # an address_key that no address has: beat() leaves the next heartbeat out
 
 # The states that there can be in a column.
 STATES_IN = {"state": (ONLINE, REVOKED), "was": (0, REVOKED), "status": (ONLINE, DELETED)}
+HOST_STATES = ONLINE, PENDING, OFFLINE, MISSING, REVOKED  # for indexes that begin with them
 
 
 def _columns(record: Any) -> list[str]:
@@ -3089,10 +3095,18 @@ class Records:
         """Of the events or changes that are kept."""
         return cast(Optional[int], self._value(f"SELECT min(number) FROM {TABLES[record]}"))
 
-    def newest(self, record: Any, owner: Optional[str], before: int, limit: int) -> list[Any]:
-        key, (owned, owners) = record._fields[0], _owned_by(owner)
-        rest = f"WHERE {owned} {key} < ? ORDER BY {key} DESC LIMIT ?"
-        return self._all(record, rest, *owners, before, limit)
+    def newest(
+        self, record: Any, owner: Optional[str], before: int, limit: int, **columns: Any
+    ) -> list[Any]:
+        key, (equal, values) = record._fields[0], _equal(organization_id=owner, **columns)
+        rest = f"WHERE {equal} {key} < ? ORDER BY {key} DESC LIMIT ?"
+        return self._all(record, rest, *values, before, limit)
+
+    def following(self, record: Any, number: int, limit: int, **columns: Any) -> list[Any]:
+        """The events or changes after a number, the oldest first."""
+        equal, values = _equal(**columns)
+        rest = f"WHERE {equal} number > ? ORDER BY number LIMIT ?"
+        return self._all(record, rest, *values, number, limit)
 
     def revoke(self, record: type[Union[ApiKey, Token]], number: int, now: int) -> bool:
         """False when it is revoked already."""
@@ -3152,32 +3166,25 @@ class Changes(Records):
 
     def census(self, organization: Optional[str]) -> list[tuple[str, int, int]]:
         """Organizations, states, and how many hosts of it are in that."""
-        owned, owner = _owned_by(organization)
-        return self._read(Census, f"WHERE {owned} hosts > 0", *owner)
+        equal, values = _equal(organization_id=organization)
+        return self._read(Census, f"WHERE {equal} hosts > 0", *values)
 
     def hosts_by(
-        self, column: str, states: Sequence[int], owner: Optional[str], after: Sequence[Any],
-        limit: int,
+        self, column: str, way: str, states: Sequence[int], owner: Optional[str],
+        after: Sequence[Any], limit: int,
     ) -> list[Host]:  # fmt: skip
-        """Hosts in the order of a column and then by id, after these two values: by name those in
-        any state, by status_since those in some, the latest first. Each part of the union is read
-        in the order of an index. A part of its own has equal values: for row values SQLite would
-        walk through all of those."""
-        owned, owners = _owned_by(owner)
-        sign, way = (">", "ASC") if column == "name" else ("<", "DESC")
+        """Hosts in some states in the order of a column (name or status_since) and then by id,
+        after these two values. way: ASC or DESC. Each part of the union is read in the order of an
+        index. A part of its own has equal values: for row values SQLite would walk through all of
+        those."""
+        (owned, owners), sign = _equal(organization_id=owner), {"ASC": ">", "DESC": "<"}[way]
         parts, values = [], []
-        for state in ("",) if column == "name" else [f"host.state = {it} AND" for it in states]:
+        for state in states:
             for bound in (f"{column} = ? AND id {sign} ?", f"{column} {sign} ?"):
-                parts.append(f"WHERE {owned} {state} {bound}")
-                values += [*owners, *after[: bound.count("?")]]
+                parts.append(f"WHERE {owned} host.state = ? AND {bound}")
+                values += [*owners, state, *after[: bound.count("?")]]
         rest = f" UNION ALL {SELECT[Host]} ".join(parts)
         return self._all(Host, f"{rest} ORDER BY {column} {way}, id {way} LIMIT ?", *values, limit)
-
-    def changes_after(self, number: int, limit: int, host: Optional[int] = None) -> list[Change]:
-        """The oldest first; of all hosts, or of one."""
-        owned, owner = ("", ()) if host is None else ("host_id = ? AND", (host,))
-        rest = f"WHERE {owned} number > ? ORDER BY number LIMIT ?"
-        return self._all(Change, rest, *owner, number, limit)
 
     def change_before(self, at: int) -> int:
         """The number before the first change since a time: numbers rise with time, but for clocks
@@ -3224,12 +3231,6 @@ class Changes(Records):
         rows = self._rows(statement, *ends, int(is_new_period), *limits, limit)
         fitting = [row for row in rows if {*map(type, row)} == {int}]
         return fitting, rows[-1][0] if len(rows) == limit else end
-
-    def silent_hosts(self, after: Sequence[int], limit: int) -> list[Host]:
-        """Pending, offline and missing ones by state, status_since and id, after such three."""
-        rest = """WHERE (host.state, status_since, id) > (?, ?, ?) AND host.state < 5
-             ORDER BY host.state, status_since, id LIMIT ?"""
-        return self._all(Host, rest, *after, limit)
 
     def expired(self, organization: str, since: int) -> int:
         """How many of its hosts have expired, without ephemeral ones."""
@@ -3308,41 +3309,30 @@ class Queries(Changes):
              WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?"""
         return self._run(statement, now, address, number, now) == 1
 
-    def prune_tokens(self, after: int, before: int, ended: int, limit: int) -> Optional[int]:
-        """Look at so many tokens with an id between after and before, and delete the ones that
-        had ended by a time. The id to go on after; None when there are no more."""
-        statement = "SELECT id FROM token WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
-        rows = self._rows(statement, after, before, limit)
-        last: int = rows[-1][0] if rows else after
-        statement = """DELETE FROM token WHERE id > ? AND id <= ? AND coalesce(revoked_at,
-             CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ?"""
-        self._run(statement, after, last, ended)
-        return last if len(rows) == limit else None
+    def prune_tokens(self, ended: int) -> bool:
+        """Delete some that had ended by a time, as token_end has it. True: there may be more."""
+        statement = """DELETE FROM token WHERE id IN (SELECT id FROM token WHERE coalesce(
+             revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ? LIMIT ?)
+            """
+        return self._run(statement, ended, PRUNED_AT_ONCE) >= PRUNED_AT_ONCE
 
     def hosts_by_token(self, number: int, limit: int) -> list[int]:
         statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
         return [row[0] for row in self._rows(statement, number, limit)]
 
-    def hosts_of_token(self, token: int, owner: Optional[str], *page: int) -> list[Host]:
-        """The newest that enrolled with a token, as in lists: an id before, and so many."""
-        rest = """WHERE token_id = ? AND coalesce(?, organization_id) = organization_id AND id < ?
-             ORDER BY id DESC LIMIT ?"""
-        return self._all(Host, rest, token, owner, *page)
-
     def hosts_called(self, word: str, owner: Optional[str], limit: int) -> list[Host]:
         """Some with this name, and some with this hostname."""
-        owned, owners = _owned_by(owner)
-        rest = f"WHERE {owned} name = ? LIMIT ?"
-        named = self._all(Host, rest, *owners, word, limit)
-        owned = owned or "organization_id IN (SELECT id FROM organization) AND"
-        rest = f"WHERE {owned} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
-        return named + self._all(Host, rest, *owners, word, limit)
+        equal, values = _equal(organization_id=owner)
+        rest = f"WHERE {equal} host.state IN {HOST_STATES} AND name = ? LIMIT ?"
+        named = self._all(Host, rest, *values, word, limit)
+        equal = equal or "organization_id IN (SELECT id FROM organization) AND"
+        rest = f"WHERE {equal} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
+        return named + self._all(Host, rest, *values, word, limit)
 
-    def hosts_of_key(self, number: int, owner: Optional[str], *page: int) -> list[Host]:
-        """The newest whose last credential is of a signing key, as in lists."""
-        rest = """WHERE key_number = ? AND coalesce(?, organization_id) = organization_id
-             AND host_id < ? ORDER BY host_id DESC LIMIT ?"""
-        return self._all(Host, rest, number, owner, *page)
+    def hosts_of_key(self, number: int, _: None, before: int, limit: int) -> list[Host]:
+        """The newest of all organizations whose last credential is of a signing key."""
+        rest = "WHERE key_number = ? AND host_id < ? ORDER BY host_id DESC LIMIT ?"
+        return self._all(Host, rest, number, before, limit)
 
     def live_hosts_of_token(self, token: Token, limit: int) -> list[int]:
         """Some that it let in, or that were last let in again by it, and are not revoked."""
@@ -3353,10 +3343,10 @@ class Queries(Changes):
 
     def add_host(self, host: Host) -> bool:
         """Add a row to host and one to heartbeat. False when there is one of that id."""
-        end = Host._fields.index("last_seen")  # the first column of heartbeat
-        if not self._add("host", Host._fields[:end], host[:end]):
+        (table, _, columns), (other, key, more) = HOST_ROWS
+        if not self._add(table, columns, host[: len(columns)]):
             return False
-        self._insert("heartbeat", ("host_id", *Host._fields[end:]), (host.id, *host[end:]))
+        self._insert(other, (key, *more), (host.id, *host[len(columns) :]))
         return True
 
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
@@ -3371,23 +3361,26 @@ class Queries(Changes):
 
     def has_namesake(self, host: Host, organization: Optional[str]) -> bool:
         """Whether an organization (None: any) has another host of this name."""
-        owned, owner = _owned_by(organization)
-        statement = f"SELECT 1 FROM host WHERE {owned} name = ? AND id <> ? LIMIT 1"
-        return bool(self._rows(statement, *owner, host.name, host.id))
+        equal, values = _equal(organization_id=organization, name=host.name)
+        statement = f"SELECT 1 FROM host WHERE {equal} state IN {HOST_STATES} AND id <> ? LIMIT 1"
+        return bool(self._rows(statement, *values, host.id))
 
     def agents_slice(self, owner: Optional[str], after: int, limit: int, since: int) -> list[Any]:
         """Of so many hosts with an id above after, by agent_version: how many, how many of these
         were copied since then, and the highest id."""
-        owned, owners = _owned_by(owner)
+        equal, values = _equal(organization_id=owner)
         statement = f"""SELECT agent_version, count(*), sum(CASE WHEN copied_at > ? THEN 1 ELSE 0
-             END), max(id) FROM (SELECT id, agent_version, copied_at FROM host WHERE {owned} id > ?
+             END), max(id) FROM (SELECT id, agent_version, copied_at FROM host WHERE {equal} id > ?
              ORDER BY id LIMIT ?) AS slice GROUP BY agent_version"""
-        return self._rows(statement, since, *owners, after, limit)
+        return self._rows(statement, since, *values, after, limit)
 
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
-        """Set columns of a host. The program names them, never a peer."""
-        settings = ", ".join(f"{column} = ?" for column in changes)
-        self._run(f"UPDATE host SET {settings} WHERE id = ?", *changes.values(), number)
+        """Set columns of a host, in either of its rows. The program names them, never a peer."""
+        for table, key, columns in HOST_ROWS:
+            own = {column: changes[column] for column in columns if column in changes}
+            if own:
+                settings = ", ".join(f"{column} = ?" for column in own)
+                self._run(f"UPDATE {table} SET {settings} WHERE {key} = ?", *own.values(), number)
 
     def mark_copied(self, number: int, now: int) -> bool:
         """Record a sign that a host's credential is copied; False: one was, within the hour."""
@@ -3410,12 +3403,6 @@ class Queries(Changes):
         statement = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?,
              state = 1 WHERE host_id = ?"""
         self._many(statement, rows)
-
-    def tell_next(self, number: int, told_interval: int) -> None:
-        """Have a host's next heartbeat answered with its interval; until then it has this one. No
-        address has the key LAST_ID: so beat() does not match that heartbeat."""
-        statement = "UPDATE heartbeat SET address_key = ?, told_interval = ? WHERE host_id = ?"
-        self._run(statement, LAST_ID, told_interval, number)
 
     def beaten(self, now: int, hosts: Sequence[int]) -> set[BeatRow]:
         """Which of these hosts beat() wrote now, with serial, told_interval and address_key."""
@@ -3443,11 +3430,6 @@ class Queries(Changes):
             chunk = hosts[start : start + VARIABLES_MAXIMUM]
             yield from self._rows(f"{statement} ({', '.join('?' * len(chunk))})", *values, *chunk)
 
-    def supersede(self, number: int, serial: int, key_number: int) -> None:
-        """From now on this credential of a host is valid, and older ones are not."""
-        statement = "UPDATE heartbeat SET serial = ?, key_number = ? WHERE host_id = ?"
-        self._run(statement, serial, key_number, number)
-
     def last_event(self) -> tuple[int, bytes]:
         """Number and mac that the next event is chained to."""
         for table in ("audit", "audit_anchor"):  # a forger's mac may be a text, which bytea is not
@@ -3459,9 +3441,6 @@ class Queries(Changes):
 
     def add_events(self, events: Sequence[Event]) -> None:
         self._insert("audit", Event._fields, *events)
-
-    def events(self, organization: Optional[str], before: int, limit: int) -> list[Event]:
-        return [event.legible() for event in self.newest(Event, organization, before, limit)]
 
     def begin_history(self, *restored: int) -> None:
         """Of a new database or copy: no cursor of another is good. restored: the rest of a Feed."""
@@ -3490,17 +3469,11 @@ class Queries(Changes):
         """The numbers of the last change and the last event; 0: there was none."""
         return self.last_change(), self.last_event()[0]
 
-    def addresses(self, hosts: Sequence[int]) -> dict[int, str]:
-        return dict(self._rows_of(hosts, "SELECT id, address FROM host WHERE id IN"))
-
     def labels_slice(self, owner: Optional[str], after: int, limit: int) -> list[Any]:
         """Of so many hosts with an id above after: id, labels and address."""
-        owned, owners = _owned_by(owner)
-        statement = f"SELECT id, labels, address FROM host WHERE {owned} id > ? ORDER BY id LIMIT ?"
-        return self._rows(statement, *owners, after, limit)
-
-    def events_after(self, number: int, limit: int) -> list[Event]:
-        return self._all(Event, "WHERE number > ? ORDER BY number LIMIT ?", number, limit)
+        equal, values = _equal(organization_id=owner)
+        statement = f"SELECT id, labels, address FROM host WHERE {equal} id > ? ORDER BY id LIMIT ?"
+        return self._rows(statement, *values, after, limit)
 
     def format_event(self, after: int) -> Optional[Event]:
         """The first event after a number with which the format of today begins."""
@@ -3749,22 +3722,21 @@ class Page(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Where a list goes on: a place, which a row begins with, and as the text of a cursor."""
+    """Where a list goes on: a place, that of a row, and as the text of a cursor."""
 
     start: Any = LAST_ID  # of the newest: they come first, by their ids
     cursor: Callable[[Any], str] = id_text
     parse: Callable[[str], Any] = partial(int, base=16)  # raises ValueError, IndexError
+    place: Callable[[Any], Any] = itemgetter(0)
 
 
 NEWEST = Order()
 
 
 class ChangeView(NamedTuple):
-    """A change, its cursor, and whether its host is muted now."""
-
     change: Change
     cursor: str
-    muted: bool
+    muted: bool  # its host, now
 
 
 # The states by their numbers; 0 is what was reported of a host that has just enrolled.
@@ -3776,11 +3748,32 @@ EDITED = {"name": "name", "labels": "labels", "intervalSeconds": "own_interval",
 TOKEN_STATES = ("valid", "used", "expired", "revoked")
 TITLES = {kind.code: f"{kind.title[0].lower()}{kind.title[1:]}" for kind in problems()}
 KEY_STATES = ("valid", "expired", "revoked")  # of API keys
-ACTIONS = (
-    "mint", "enroll", "re-enroll", "replay", "renew", "supersede", "refuse", "edit", "revoke",
-    "restore", "delete", "add", "rotate", "retire", "init", "audit-format", "certificate",
-    "clone", "move", "key-file", "expire", "restore-backup", "accept-history",
-)  # fmt: skip
+EVENT_TEXTS = {  # what happened, for people, by action
+    "mint": "$actor created $subject",
+    "enroll": "$subject enrolled with $actor",
+    "re-enroll": "$subject re-enrolled with $actor",
+    "replay": "$subject requested its first credential again",
+    "renew": "$subject renewed its credential",
+    "supersede": "$subject used a newer credential; older ones are now refused",
+    "refuse": "$actor was refused: $problem",
+    "edit": "$actor changed $changed of $subject",
+    "revoke": "$actor revoked $subject",
+    "restore": "$actor restored $subject",
+    "delete": "$actor deleted $subject",
+    "add": "$actor added $subject",
+    "rotate": "$actor rotated $subject",
+    "retire": "$actor retired $subject",
+    "init": "$actor started the audit log",
+    "audit-format": "The format of the audit log changed",
+    "certificate": "The certificate expires soon, or agents pin another key",
+    "clone": "$subject is used by more than one machine",
+    "move": "$subject moved from $from to $to",
+    "key-file": "The key file has a problem: $trouble",
+    "expire": "$subject was deleted after a long silence",
+    "restore-backup": "$actor restored a backup",
+    "accept-history": "$actor made hosts that a restore lost enroll again",
+}
+ACTIONS = tuple(EVENT_TEXTS)
 
 
 class Histogram:
@@ -3813,6 +3806,7 @@ class Metrics:
 
 Row = Union[ApiKey, Host, Token]
 AnyRow = TypeVar("AnyRow", ApiKey, Host, Token)
+AnySecret = TypeVar("AnySecret", ApiKey, Token)
 KINDS: Mapping[type[Any], str] = {ApiKey: "api-key", Host: "host", Token: "token"}
 EventKind = tuple[str, str, str, Owner, str]  # action, actor, subject, organization, code
 
@@ -3857,6 +3851,31 @@ class Rules:
             raise NotFound(f"There is no {KINDS[record].replace('api-', 'API ')} with this id.")
         return row
 
+    def _prove(
+        self, record: type[AnySecret], secret: Optional[Secret], problem: Problem, origin: Origin,
+        now: int, **detail: str,
+    ) -> AnySecret:  # fmt: skip
+        """The row of a secret that a caller presents, in whatever state, before the tick. Raises
+        the problem, TooManyRequests, StorageUnavailable."""
+        with self._registry.reading():
+            row = self._queries.get(record, secret.id) if secret else None
+        if secret is None or row is None or not equal_secrets(secret.digest(), row.secret_hash):
+            name = tagged_id(KINDS[record], secret.id) if secret else ""
+            problem = self._registry.failures.judge(problem, origin.address, now)
+            raise problem.with_audit("anonymous", name, None, **detail)
+        return row
+
+    def _common(
+        self, record: type[Any], owner: Owner, column: str, id: Optional[str]
+    ) -> Optional[int]:
+        """The number of an id that rows have in a column, all of them of one organization. One of
+        another is as an id that nothing has: to read its rows would take time, and tell of them."""
+        if id is None:
+            return None
+        rows = self._queries.newest(record, None, LAST_ID, 1, **{column: parse_id(id)})
+        is_own = rows and owner in (ALL_ORGANIZATIONS, rows[0].organization_id)
+        return parse_id(id) if is_own else -1
+
     def _newest(self, record: type[Row], call: Call) -> Callable[[Owner, int, int], Sequence[Any]]:
         """What reads the rows of a list; values: named, a word that fits them, as Names has it."""
         if "named" not in call.values:
@@ -3875,9 +3894,9 @@ class Rules:
         """One page of a list. values: organization, limit, cursor. It ends at its limit or after
         ROWS_EXAMINED rows. Raises InvalidQuery, NotFound.
 
-        read(owner, place, limit) gives the rows after a place, each of which begins with its own;
-        view(row) the item, or None for a row that does not match. A row with a long text (the name
-        of its column), and a token with many hosts, count as several rows.
+        read(owner, place, limit) gives the rows after a place; view(row) the item, or None for a
+        row that does not match. A row with a long text (the name of its column), and a token with
+        many hosts, count as several rows.
         """
         owner = self._scope(call, InvalidQuery, "organization")
         limit, cursor = call.values.get("limit", PAGE_DEFAULT), call.values.get("cursor")
@@ -3891,36 +3910,35 @@ class Rules:
         while True:
             rows = read(owner, place, ROWS_READ + 1)
             for row in rows[:ROWS_READ]:
-                examined += 1 + len(getattr(row, text)) // ROW_BYTES
+                examined += 1 + len(str(getattr(row, text))) // ROW_BYTES  # a forger's may be any
                 item = view(row)
                 if item is not None:
                     items.append(item)
                     examined += len(getattr(item, "hosts", ()))
                 if len(items) == limit or examined >= ROWS_EXAMINED:
                     is_last = row is rows[-1]
-                    return Page(items, None if is_last else order.cursor(row[0]))
+                    return Page(items, None if is_last else order.cursor(order.place(row)))
             if len(rows) <= ROWS_READ:
                 return Page(items)
-            place = row[0]
+            place = order.place(row)
 
     def _follow(
-        self, call: Call, record: type[Union[Change, Event]],
-        read: Callable[[Owner, Any, int], Sequence[Any]], view: Callable[[Any], Any],
+        self, call: Call, record: type[Union[Change, Event]], view: Callable[[Any], Any],
+        **columns: Any,
     ) -> Page:  # fmt: skip
-        """A page of changes or events, the oldest first, for who goes on from a cursor (values:
-        after), <history>-<number>; of events, the number alone is one. It is good in the history in
-        which it was given, up to the last number of that, and from the oldest that is kept. Any
-        other is refused, with one to continue from: so a reader learns what it missed. For a cursor
-        of another history that is the last number before this one began.
+        """A page of changes or events, of those with such columns, the oldest first, for who goes
+        on from a cursor (values: after), <history>-<number>; of events, the number alone is one. It
+        is good in the history in which it was given, up to the last number of that, and from the
+        oldest that is kept. Any other is refused, with one to continue from: so a reader learns
+        what it missed. For a cursor of another history that is the last number before this began.
 
-        read and view are as in _page(); view has to leave out what is not of the caller's
-        organization, since many rows may lie between two that are. Raises ChangesPruned.
+        view is as in _page(), and has to leave out what is not of the caller's organization, since
+        many rows may lie between two that are. Raises ChangesPruned.
         """
         history, *began_at = self._queries.feed()
-        ends, oldest = self._queries.feed_ends(), self._queries.first_number(record)
-        began, last, text = began_at[0], ends[0], "labels"
-        if record is Event:
-            began, last, text = began_at[1], ends[1], "detail"
+        oldest, n = self._queries.first_number(record), (Change, Event).index(record)
+        began, last = began_at[n], self._queries.feed_ends()[n]
+        read = lambda _, *page: self._queries.following(record, *page, **columns)  # noqa: E731
         cursor, floor = f"{history}-{{}}".format, last if oldest is None else oldest - 1
         after = call.values.get("after", cursor(floor))
         named, _, digits = (cursor(last) if after == "now" else after).rpartition("-")
@@ -3930,7 +3948,7 @@ class Rules:
             start = cursor(good)
             raise ChangesPruned(f"{ChangesPruned.remedy} The cursor is {start}.", cursor=start)
         order = Order(number, cursor, "".index)  # no nextCursor is good here
-        page = self._page(call, read, view, text, order)
+        page = self._page(call, read, view, ("labels", "detail")[n], order)
         return page._replace(more={"cursor": page.next or cursor(last)})
 
 
@@ -4039,10 +4057,9 @@ class AuditLog(Rules):
         self.events: list[tuple[Event, str]] = []  # of the tick, with the ids of the requests
         self._taken = 0  # how many of them, the first, were pending before it
         self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
-        self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)
+        self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)  # and moves: a proxy moves a fleet
         self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
-        self.moves = EventLimit(REFUSALS_AUDITED, MINUTE)  # a new proxy moves a whole fleet
-        self.limits = self.refusals, self.successes, self.moves
+        self.limits = self.refusals, self.successes
         self.refused: list[tuple[int, str, int, int, int]] = []  # hosts, see trace_refusals()
         self._trouble = ""  # why the log cannot be pruned
 
@@ -4150,6 +4167,7 @@ class AuditLog(Rules):
         since = now - call.values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(event: Event) -> Optional[EventView]:
+            event = event.legible()
             pairs = zip(asked, (event.subject, event.code, event.organization_id))
             is_asked = (actions is None or event.action in actions) and event.at >= since
             is_asked &= all(wanted in (None, own) for wanted, own in pairs)
@@ -4157,12 +4175,13 @@ class AuditLog(Rules):
 
         called = lru_cache(partial(self._called, call.by.organization))  # names change
 
+        def read_back(*page: Any) -> list[Event]:
+            events = queries.newest(Event, *page)
+            return [*takewhile(lambda it: it.legible().at >= since, events)]
+
         if "after" not in call.values:
-            read_back = lambda *page: [  # noqa: E731
-                *takewhile(lambda it: it.at >= since, queries.events(*page))]  # fmt: skip
             return self._page(call, read_back, view, "detail")
-        read = lambda _, *after: [it.legible() for it in queries.events_after(*after)]  # noqa: E731
-        return self._follow(call, Event, read, view)
+        return self._follow(call, Event, view)
 
     def _called(self, owner: Owner, party: str) -> str:
         """An actor or a subject for people: by its name, unless another organization has it."""
@@ -4174,33 +4193,9 @@ class AuditLog(Rules):
         return word if kind in ("cli", "host") else f"{kind.replace('api-', 'API ')} {word}".strip()
 
 
-EVENT_TEXTS = {  # what happened, for people, by action
-    "mint": "$actor created $subject",
-    "enroll": "$subject enrolled with $actor",
-    "re-enroll": "$subject re-enrolled with $actor",
-    "replay": "$subject requested its first credential again",
-    "renew": "$subject renewed its credential",
-    "supersede": "$subject used a newer credential; older ones are now refused",
-    "refuse": "$actor was refused: $problem",
-    "edit": "$actor changed $changed of $subject",
-    "add": "$actor added $subject",
-    "init": "$actor started the audit log",
-    "audit-format": "The format of the audit log changed",
-    "certificate": "The certificate expires soon, or agents pin another key",
-    "clone": "$subject is used by more than one machine",
-    "move": "$subject moved from $from to $to",
-    "expire": "$subject was deleted after a long silence",
-    "key-file": "The key file has a problem: $trouble",
-    "restore-backup": "$actor restored a backup",
-    "accept-history": "$actor made hosts that a restore lost enroll again",
-}
-
-
 class EventView(NamedTuple):
-    """An event, and the sentence that tells it to people."""
-
     event: Event
-    text: str
+    text: str  # for people
 
 
 def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
@@ -4209,10 +4204,10 @@ def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
     changed = detail["facts"] if isinstance(detail.get("facts"), dict) else detail
     fields = {
         **detail, "problem": TITLES.get(event.code or ""), "actor": called(event.actor),
-        "subject": called(event.subject),
+        "action": event.action, "subject": called(event.subject),
         "changed": ", ".join(name for name in changed if name != "reason"),
     }  # fmt: skip
-    template = EVENT_TEXTS.get(event.action, f"$actor {event.action}d $subject")  # revoked, deleted
+    template = EVENT_TEXTS.get(event.action, "$actor: $action $subject")  # a forger's
     text = string.Template(template).safe_substitute(fields)
     text += f": {detail['reason']}" if detail.get("reason") else ""
     text += f", and {detail['more']} more like it" if detail.get("more") else ""
@@ -4299,7 +4294,7 @@ def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> No
         link = chain_start(queries, keyring, is_schema_2=True)
         if queries.anchor():
             put_anchor(queries, keyring, link.number, link.mac)
-        while events := queries.events_after(link.number, VERIFIED_AT_ONCE):
+        while events := queries.following(Event, link.number, VERIFIED_AT_ONCE):
             link = verify_events(events, link, keyring)
     except OperatorError as error:
         log.error("%s", error)
@@ -4345,7 +4340,7 @@ def verify_audit(
             if start < 0:
                 start, oldest = link.number, queries.first_number(Event)
             last, _ = queries.last_event()
-            events = queries.events_after(link.number, VERIFIED_AT_ONCE)
+            events = queries.following(Event, link.number, VERIFIED_AT_ONCE)
         finally:
             engine.rollback()
         if oldest is not None and oldest < 1:
@@ -4535,11 +4530,10 @@ class SigningKeys(Rules):
     def list(self, call: Call, now: int) -> Page:
         """All that ever were, the newest first."""
         states = {**dict.fromkeys(self.keyring.kids, "verifies"), self.keyring.first.kid: "signs"}
-        page = Page([])
-        for row in self._queries.signing_keys():
-            hosts = self._queries.hosts_by_signing_key(row.number)
-            page.items.append(SigningKeyView(row, states.get(row.kid, "retired"), hosts))
-        return page
+        rows, hosts_of = self._queries.signing_keys(), self._queries.hosts_by_signing_key
+        return Page(
+            [SigningKeyView(it, states.get(it.kid, "retired"), hosts_of(it.number)) for it in rows]
+        )
 
 
 # The service period, and the status of hosts.
@@ -4815,8 +4809,8 @@ class Reports(Rules):
         it, in the words of the audit log; is_new: they have just enrolled."""
         for host, state, at in hosts:
             about = host.id, host.organization_id, host.name, host.labels
-            was, seen = 0 if is_new else host.state, host.last_seen
-            self.changes.append(Change(0, at, *about, was, state, seen, actor, host.ephemeral))
+            reported = 0 if is_new else host.state, state, host.last_seen, actor
+            self.changes.append(Change(0, at, *about, *reported, host.ephemeral, host.address))
         if not is_new:  # the row of one that is deleted goes at once
             states = [(state, at, host.id) for host, state, at in hosts if state != DELETED]
             self._queries.set_states(states)
@@ -4865,8 +4859,8 @@ class Reports(Rules):
         Raises InvalidQuery, NotFound, ChangesPruned."""
         queries, values = self._queries, call.values
         statuses, labels = values.get("status", CHANGED_TO), values.get("label", ())
-        host = parse_id(values["host"]) if "host" in values else None
         owner = values.get("organization", call.by.organization)
+        host = self._common(Change, owner, "host_id", values.get("host"))
         since = now - values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(change: Change) -> Optional[Change]:
@@ -4875,16 +4869,19 @@ class Reports(Rules):
             is_wanted &= not labels or has_labels(stored_object(change.labels), labels)
             return change if is_wanted else None
 
-        read = lambda _, after, limit: queries.changes_after(after, limit, host)  # noqa: E731
         if "sinceSeconds" in values and "after" not in values:
             after = f"{queries.feed().history}-{max(queries.change_before(since), 0)}"
             call = call._replace(values={**values, "after": after})
-        page = self._follow(call, Change, read, view)
+        page = self._follow(call, Change, view, host_id=host)
         hosts = queries.hosts([*{change.host_id for change in page.items}])
         muted = {host.id for host in hosts if host.muted_until > now}
         cursor = f"{queries.feed().history}-{{}}".format
         items = [ChangeView(it, cursor(it.number), it.host_id in muted) for it in page.items]
         return page._replace(items=items)
+
+    def last_at(self) -> int:
+        """When the last change was, in Unix ms; 0: there was none."""
+        return sum(change.at for change in self._queries.newest(Change, None, LAST_ID, 1))
 
     def begin_again(self, call: Call, now: int) -> dict[str, Any]:
         """In a copy of a backup, do again what must not be undone; what that was. values: revoked
@@ -5010,8 +5007,8 @@ class Outlook:
         self.shares: Counter[str] = Counter()
         self.last, self.hosts = -1, 0  # counted: the id of the last one, and how many
 
-    def add(self, history: str, change: Change, address: str) -> None:
-        """The next change in the feed, and the address of its host."""
+    def add(self, history: str, change: Change) -> None:
+        """The next change in the feed."""
         is_silent, host = change.status in SILENT, change.host_id
         if is_silent and change.was in SILENT:
             return
@@ -5028,7 +5025,7 @@ class Outlook:
             incident.down += 1
             if host not in incident.hosts:
                 incident.hosts[host], known = None, incident.traits
-                own = traits_of(change.labels, address)
+                own = traits_of(change.labels, change.address)
                 known.update(it for it in own if it in known or len(known) < TRAITS_COUNTED)
 
     def since(self, at: int) -> list[Incident]:
@@ -5077,13 +5074,12 @@ class IncidentLog(Rules):
 
     def _look(self, outlook: Outlook, owner: Owner) -> bool:
         """At a slice of changes; whether it was the last one."""
-        changes = self._queries.changes_after(outlook.after, LOOKED_AT_ONCE)
-        own = [it for it in changes if owner in (ALL_ORGANIZATIONS, it.organization_id)]
-        silent = {it.host_id for it in own if it.status in SILENT}
-        addresses, history = self._queries.addresses([*silent]), self._queries.feed().history
-        for change in own:
-            outlook.add(history, change, addresses.get(change.host_id, ""))
-        outlook.after = changes[-1].number if changes else outlook.after
+        changes = self._queries.following(Change, outlook.after, LOOKED_AT_ONCE)
+        history = self._queries.feed().history
+        for change in changes:
+            outlook.after = change.number
+            if owner in (ALL_ORGANIZATIONS, change.organization_id):
+                outlook.add(history, change)
         return len(changes) < LOOKED_AT_ONCE
 
     def _count(self, outlook: Outlook, owner: Owner, asked: set[str], now: int) -> bool:
@@ -5149,11 +5145,13 @@ class FailedAuthLimiter:
         return limited
 
 
-def key_state(key: ApiKey, now: int) -> str:
-    """One of KEY_STATES, at a time in Unix ms."""
-    if key.revoked_at is not None:
+def secret_state(row: Union[ApiKey, Token], now: int) -> str:
+    """One of TOKEN_STATES or KEY_STATES, at a time in Unix ms."""
+    if row.revoked_at is not None:
         return "revoked"
-    return "valid" if key.expires_at is None or now < key.expires_at else "expired"
+    if isinstance(row, Token) and row.uses >= row.max_uses:
+        return "used"
+    return "valid" if row.expires_at is None or now < row.expires_at else "expired"
 
 
 class ApiKeys(Rules):
@@ -5172,14 +5170,14 @@ class ApiKeys(Rules):
         key = ApiKey(
             id=secret.id, secret_hash=secret.digest(), organization_id=owner,
             role=values.get("role", "admin"), description=values.get("description", ""),
-            created_at=now, created_by=call.by.name, revoked_at=None,
+            created_at=now, created_by=call.by.name,
             maker_id=call.by.id if call.by.id >= 0 else None,
-            expires_at=None if ttl is None else now + ttl * SECOND_MS, last_used_at=None,
+            expires_at=None if ttl is None else now + ttl * SECOND_MS,
         )  # fmt: skip
         if not self._queries.add(key):
             return self.mint(call, now)  # two ids of one millisecond may be the same
         self._record("mint", call.by.name, key, role=key.role)
-        return ApiKeyView(key, key_state(key, now), secret.text)
+        return ApiKeyView(key, secret_state(key, now), secret.text)
 
     def revoke(self, call: Call, now: int) -> Any:
         """Idempotent. values: withKeys, whether also what it made, and what that made: the call
@@ -5204,13 +5202,8 @@ class ApiKeys(Rules):
         """The caller that presents an API key with a request, before the tick: see Api.admit().
         Raises ApiKeyInvalid, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(API_KEY_PREFIX, text)
-        with self._registry.reading():
-            key = self._queries.get(ApiKey, secret.id) if secret else None
-        name = tagged_id("api-key", secret.id) if secret else ""
-        if secret is None or key is None or not equal_secrets(secret.digest(), key.secret_hash):
-            problem = self._registry.failures.judge(ApiKeyInvalid(), origin.address, now)
-            raise problem.with_audit("anonymous", name, None, request=request)
-        by = Principal(name, key.organization_id, key.role, key.id)
+        key = self._prove(ApiKey, secret, ApiKeyInvalid(), origin, now, request=request)
+        by = Principal(tagged_id("api-key", key.id), key.organization_id, key.role, key.id)
         self._require_good(key, by, request, now)
         self.uses[key.id] = now
         return by
@@ -5221,7 +5214,7 @@ class ApiKeys(Rules):
 
     @staticmethod
     def _require_good(key: Optional[ApiKey], by: Principal, request: str, now: int) -> None:
-        state = "revoked" if key is None else key_state(key, now)
+        state = "revoked" if key is None else secret_state(key, now)
         if state != "valid":
             word = "has expired" if state == "expired" else "has been revoked"
             problem = ApiKeyInvalid(f"The API key {word}; mint-api-key creates another.")
@@ -5234,26 +5227,12 @@ class ApiKeys(Rules):
 
     def list(self, call: Call, now: int) -> Page:
         """values: organization, named. Raises InvalidQuery, NotFound."""
-        view = lambda key: ApiKeyView(key, key_state(key, now))  # noqa: E731
+        view = lambda key: ApiKeyView(key, secret_state(key, now))  # noqa: E731
         return self._page(call, self._newest(ApiKey, call), view, "description")
 
 
-def token_state(token: Token, now: int) -> str:
-    """One of TOKEN_STATES, at a time in Unix ms."""
-    if token.revoked_at is not None:
-        return "revoked"
-    if token.uses >= token.max_uses:
-        return "used"
-    return "valid" if now < token.expires_at else "expired"
-
-
 class Tokens(Rules):
-    """What lets hosts in: minted, shown, revoked, proved and pruned. Enrollments uses them."""
-
-    def __init__(self, registry: Registry) -> None:
-        super().__init__(registry)
-        self._examined = -1  # by the pass of prune() that goes on: tokens up to this id
-        self._passed_at = -DAY * SECOND_MS  # when the last pass ended
+    """What lets hosts in: minted, shown, revoked and proved. Enrollments uses them."""
 
     def mint(self, call: Call, now: int) -> TokenView:
         """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
@@ -5278,10 +5257,9 @@ class Tokens(Rules):
         token = Token(
             id=secret.id, secret_hash=secret.digest(), organization_id=owner,
             description=values.get("description", ""), hostname=values.get("hostname"),
-            host_id=host, labels=json_text(labels), max_uses=max_uses, uses=0,
+            host_id=host, labels=json_text(labels), max_uses=max_uses,
             created_at=now, created_by=call.by.name,
             expires_at=now + values.get("ttlSeconds", TOKEN_TTL) * SECOND_MS,
-            used_at=None, used_from=None, revoked_at=None,
             own_interval=values.get("intervalSeconds"), ephemeral=values.get("ephemeralSeconds"),
         )  # fmt: skip
         if not self._queries.add(token):
@@ -5303,7 +5281,7 @@ class Tokens(Rules):
             hosts = self._queries.hosts_by_token(token.id, TOKEN_HOSTS_SHOWN)
         else:
             hosts = [token.host_id] if token.uses else []
-        return TokenView(token, token_state(token, now), hosts)
+        return TokenView(token, secret_state(token, now), hosts)
 
     def revoke(self, call: Call, now: int) -> Any:
         """Idempotent. values: withHosts, whether to revoke the hosts that enrolled with it: the
@@ -5324,37 +5302,14 @@ class Tokens(Rules):
         """The token whose secret a caller has, in whatever state. Before the tick, as with API
         keys. Raises TokenUnknown, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(TOKEN_PREFIX, text)
-        with self._registry.reading():
-            token = self._queries.get(Token, secret.id) if secret else None
-        if secret is None or token is None or not equal_secrets(secret.digest(), token.secret_hash):
-            name = tagged_id("token", secret.id) if secret else ""
-            problem = self._registry.failures.judge(TokenUnknown(), origin.address, now)
-            raise problem.with_audit("anonymous", name, None, hostname=hostname)
-        return token
-
-    def prune(self, now: int) -> bool:
-        """Look at up to PRUNED_AT_ONCE tokens, delete what ended TOKEN_KEPT ago. True: go on.
-
-        Ids are in the order of time: a token minted since cannot have ended so long ago. A pass
-        looks again at tokens that the last one kept, so it begins an hour after that. What a tick
-        that fails has looked at waits for the next pass.
-        """
-        if self._examined < 0 and 0 <= now - self._passed_at < HOUR * SECOND_MS:
-            return False
-        ended = now - TOKEN_KEPT * SECOND_MS
-        examined = self._queries.prune_tokens(
-            self._examined, first_id(ended), ended, PRUNED_AT_ONCE
-        )
-        self._examined = -1 if examined is None else examined
-        self._passed_at = now
-        return examined is not None
+        return self._prove(Token, secret, TokenUnknown(), origin, now, hostname=hostname)
 
     def list(self, call: Call, now: int) -> Page:
         """values: organization, state (some), named. Raises InvalidQuery, NotFound."""
         states = call.values.get("state", TOKEN_STATES)
 
         def view(token: Token) -> Optional[TokenView]:
-            return self._view(token, now) if token_state(token, now) in states else None
+            return self._view(token, now) if secret_state(token, now) in states else None
 
         return self._page(call, self._newest(Token, call), view)
 
@@ -5434,7 +5389,7 @@ class Enrollments(Rules):
     @staticmethod
     def _require_valid(token: Optional[Token], now: int) -> None:
         refusals = {"revoked": TokenRevoked, "used": TokenUsed, "expired": TokenExpired}
-        state = "used" if token is None else token_state(token, now)
+        state = "used" if token is None else secret_state(token, now)
         if state in refusals:
             raise refusals[state]()
 
@@ -5449,21 +5404,18 @@ class Enrollments(Rules):
             raise TokenUsed("This Idempotency-Key has enrolled a host already: use another.")
 
     def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
-        hostname, keys = call.values["hostname"], self._registry.keys
+        hostname, keys, address = call.values["hostname"], self._registry.keys, call.origin.address
         facts = dict(call.values["facts"])
         facts["every_seconds"] = facts["every_seconds"] or None
         host = Host(
             id=new_id(now), organization_id=token.organization_id, token_id=token.id,
             name=call.values.get("name", hostname), hostname=hostname,
             bound=int(token.hostname is not None), labels=token.labels, **facts,
-            enrolled_at=now, revoked_at=None, issued=1, issued_to=call.origin.address,
-            issued_at=now, issued_hash=None, instances="", copied_at=0, restored_at=0,
+            enrolled_at=now, enrolled_from=address, issued=1, issued_to=address, issued_at=now,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
-            last_seen=0, serial=1, key_number=keys.number(keys.keyring.first.kid, now),
-            state=PENDING, status_since=now, muted_until=0, ephemeral=token.ephemeral,
-            own_interval=token.own_interval, told_interval=0, enrolled_from=call.origin.address,
-            address="", address_since=0, address_key=0, moved_at=0, refused_at=0, refused_code="",
+            key_number=keys.number(keys.keyring.first.kid, now), status_since=now,
+            own_interval=token.own_interval, ephemeral=token.ephemeral,
         )  # fmt: skip
         issued, interval = keys.sign(host), self._registry.heartbeats.interval_of(host)
         host = host._replace(issued_hash=issued.hash(0), told_interval=interval)
@@ -5486,15 +5438,14 @@ class Enrollments(Rules):
         changes.update(
             issued=serial, admitted_by=token.id, admitted_at=now, admitted_serial=serial,
             idempotency=key, twin_id=self._duplicate_of(owner, hostname, host.id, now),
-            instances="", copied_at=0,
+            instances="", copied_at=0, address_key=UNMATCHED,
             own_interval=token.own_interval or host.own_interval,
         )  # fmt: skip
-        issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
-        host = host._replace(**changes)
         # The answer may be lost: then the host goes on with the interval that it has.
-        interval = self._registry.heartbeats.interval_of(host)
-        self._queries.tell_next(host.id, max(interval, host.told_interval))
-        return self._admitted("re-enroll", token, host, issued, call)
+        interval = self._registry.heartbeats.interval_of(host._replace(**changes))
+        changes["told_interval"] = max(interval, host.told_interval)
+        issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
+        return self._admitted("re-enroll", token, host._replace(**changes), issued, call)
 
     def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
         """A live host of an organization that has a hostname, and is another than own."""
@@ -5648,7 +5599,7 @@ class Heartbeats(Rules):
             if origin.address in ("", host.address) or host.address_key < 0:
                 continue
             is_due = host.address != "" and not 0 <= now - host.moved_at < HOUR * SECOND_MS
-            limit = audit.moves if is_due else audit.successes
+            limit = audit.refusals if is_due else audit.successes
             kind = "move", "server", "", host.organization_id, ""
             if host.address and limit.takes(kind, is_full=not is_due):
                 audit.origin = origin
@@ -5666,21 +5617,11 @@ class Heartbeats(Rules):
             self._registry.reports.report([(host, ONLINE, last_seen) for host in others])
 
     def accept(self, beat: Heartbeat, now: int) -> Host:
-        """Judge and write one heartbeat; the host as it is then. Raises, in this order:
-
-        CredentialInvalid     its key was retired since the credential was verified
-        HostUnknown           the host has been deleted
-        HostLost              it may have enrolled after the backup that was restored
-        CredentialSuperseded  its serial is below the one that counts: a newer credential of the
-                              host has been used. One of the two is a copy: the audit log has both
-                              addresses, this one's and the one that the newest was issued to
-        HostRevoked           the host is shut out until it is restored
-        CredentialInvalid     its serial is beyond all that a restored backup can have lost: it was
-                              forged with a stolen key, and no re-enrollment could exceed it
-        """
+        """Judge and write one heartbeat; the host as it is then. Raises CredentialInvalid,
+        HostUnknown, HostLost, CredentialSuperseded, HostRevoked."""
         number, (serial, owner, kid), origin = beat
         name = tagged_id("host", number)
-        if kid not in self._registry.keys.keyring.kids:
+        if kid not in self._registry.keys.keyring.kids:  # it was retired since it was verified
             raise CredentialInvalid()
         host = self._queries.get(Host, number)
         if host is None:
@@ -5688,16 +5629,18 @@ class Heartbeats(Rules):
             after = first_id(feed.lost_until - LOST_WAIT * SECOND_MS + 1)  # of who came since
             is_lost = now < feed.lost_until and feed.newest_host < number < after
             raise (HostLost() if is_lost else HostUnknown()).with_audit(name, name, owner)
-        if serial < host.serial:
+        if serial < host.serial:  # one of the two is a copy: the audit log has both addresses
             detail = {"serial": serial, "newest": host.serial, "newestIssuedTo": host.issued_to}
             raise CredentialSuperseded().with_audit(name, name, owner, **detail)
         if host.state == REVOKED:
             raise HostRevoked().with_audit(name, name, owner)
+        # Beyond all that a restored backup can have lost it was forged with a stolen key, and no
+        # re-enrollment could exceed it.
         if serial > host.issued + SERIALS_LOST:
             raise CredentialInvalid().with_audit(name, name, owner)
         if serial > host.serial:  # the first use of a newer credential: older ones end here
             key_number = self._registry.keys.number(kid, now)
-            self._queries.supersede(host.id, serial, key_number)
+            self._queries.edit_host(host.id, {"serial": serial, "key_number": key_number})
             self._record("supersede", name, host, serial=serial, superseded=host.serial)
             host = host._replace(serial=serial, key_number=key_number)
         host = self._place(host, origin, now)
@@ -5822,15 +5765,9 @@ ORDERS: Mapping[str, Sequence[tuple[Sequence[int], str]]] = {
     "name": ((range(ONLINE, DELETED), "name"),),
     "statusSince": ((range(ONLINE, DELETED), "status_since"),),
 }
-FIRST = {"name": ("", -1), "status_since": (LAST_ID, LAST_ID)}  # before all hosts
-
-
-class PlacedHost(NamedTuple):
-    """A row of a list that HostOrder reads."""
-
-    place: tuple[int, Any, int]  # the number of a group, a value of its column, and an id
-    host: Optional[Host]  # None: it is not of the group, and only stands where that is read
-    labels: str
+# Of each column its way, and what is before all hosts: a value of it, and an id.
+WAYS: Mapping[str, Any] = {"name": ("ASC", "", -1), "status_since": ("DESC", LAST_ID, LAST_ID)}
+HostPlace = tuple[int, Any, int]  # the number of its group, the value of the column, its id
 
 
 class HostOrder:
@@ -5840,27 +5777,30 @@ class HostOrder:
         """asked: the states that a list is about."""
         groups = [([it for it in states if it in asked], column) for states, column in ORDERS[sort]]
         self._queries, self._groups = queries, [group for group in groups if group[0]]
-        self.order = Order((0, *FIRST[self._groups[0][1]]), self._cursor, self._parse)
+        start = 0, *WAYS[self._groups[0][1]][1:]
+        self.order = Order(start, self._cursor, self._parse, self._place)
 
-    def read(self, owner: Owner, place: tuple[int, Any, int], limit: int) -> list[PlacedHost]:
+    def read(self, owner: Owner, place: HostPlace, limit: int) -> list[Host]:
         first, *after = place
-        rows: list[PlacedHost] = []
+        hosts: list[Host] = []
         for number, (states, column) in enumerate(self._groups[first:], first):
-            begin = after if number == first else FIRST[column]
-            found = self._queries.hosts_by(column, states, owner, begin, limit - len(rows))
-            for host in found:
-                at = number, getattr(host, column), host.id
-                rows.append(PlacedHost(at, host if host.state in states else None, host.labels))
-            if len(rows) == limit:
+            way, *begin = WAYS[column]
+            about = column, way, states, owner, after if number == first else begin
+            hosts += self._queries.hosts_by(*about, limit - len(hosts))
+            if len(hosts) == limit:
                 break
-        return rows
+        return hosts
 
-    def _cursor(self, place: tuple[int, Any, int]) -> str:
+    def _place(self, host: Host) -> HostPlace:
+        number = next(n for n, (states, _) in enumerate(self._groups) if host.state in states)
+        return number, getattr(host, self._groups[number][1]), host.id
+
+    def _cursor(self, place: HostPlace) -> str:
         number, value, id = place
         key = value.encode().hex() if isinstance(value, str) else id_text(value)
         return f"{number}.{id_text(id)}.{key}"
 
-    def _parse(self, cursor: str) -> tuple[int, Any, int]:
+    def _parse(self, cursor: str) -> HostPlace:
         number, id, key = cursor.split(".")
         is_name = self._groups[int(number)][1] == "name"
         if not is_name and not ID.fullmatch(key):
@@ -5913,11 +5853,11 @@ class Hosts(Rules):
                 stored = max(unix_ms(value), 0) if value else 0
             if stored != getattr(host, column):
                 changes[column], detail[name] = stored, "none" if value is None else value
+        if "own_interval" in changes:  # its next heartbeat is answered with it
+            changes["address_key"] = UNMATCHED
         if changes:
             self._queries.edit_host(host.id, changes)
             self._record("edit", call.by.name, host, **detail, reason=call.values.get("reason"))
-        if "own_interval" in changes:
-            self._queries.tell_next(host.id, host.told_interval)
         return self.get(call, now)
 
     @staticmethod
@@ -5957,7 +5897,7 @@ class Hosts(Rules):
         self._queries.delete_host(host.id, now)
         self._record(action, call.by.name, host, hostname=host.hostname, reason=reason)
         token = self._queries.get(Token, host.admitted_by)
-        is_good = token is not None and token_state(token, now) == "valid"
+        is_good = token is not None and secret_state(token, now) == "valid"
         return DeletedHost(host, token if is_good else None)
 
     def act(self, call: Call, now: int) -> Acted:
@@ -6001,9 +5941,8 @@ class Hosts(Rules):
         owner, kid = self._scope(call, InvalidQuery, "organization"), values.get("signingKey")
         key = queries.signing_key_number(kid) or 0 if kid else None  # no key has 0
 
-        def view(row: Union[Host, PlacedHost]) -> Optional[HostView]:
-            host = row.host if isinstance(row, PlacedHost) else row
-            if host is None or not is_wanted(host) or (incident and host.id not in members):
+        def view(host: Host) -> Optional[HostView]:
+            if not is_wanted(host) or (incident and host.id not in members):
                 return None
             if key not in (None, host.key_number):
                 return None
@@ -6014,17 +5953,17 @@ class Hosts(Rules):
         if "named" in values:
             sort = "enrolledAt"
         elif "token" in values:
-            read = partial(queries.hosts_of_token, parse_id(values["token"]))
+            token = self._common(Host, owner, "token_id", values["token"])
+            read = lambda _, *page: queries.newest(Host, None, *page, token_id=token)  # noqa: E731
         elif key is not None and owner is ALL_ORGANIZATIONS:  # else others' may be all of them
             read = partial(queries.hosts_of_key, key)
         if sort != "enrolledAt":
             sorted_hosts = HostOrder(queries, sort, _asked_states(values))
             read, order = sorted_hosts.read, sorted_hosts.order
         page = self._page(call, read, view, order=order)
-        counts = dict.fromkeys(STATUSES, 0)
-        census = self.census(owner)
-        for (_, status), hosts in census.items():
-            counts[status] += hosts
+        counts = Counter(dict.fromkeys(STATUSES, 0))
+        for _, state, hosts in queries.census(owner):
+            counts[STATUS_NAMES[state]] += hosts
         return page._replace(more={"counts": counts})
 
 
@@ -6035,12 +5974,12 @@ class Expiry(Rules):
     an organization expire in a day the rest stay, until an operator lets them go for a day. Its row
     says so, for all servers."""
 
-    FIRST = ONLINE, LAST_ID, LAST_ID  # all that are silent come after it
+    FIRST = -1, -1  # all come after it
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
         self._began = 0  # when this server looked first, in Unix ms
-        self._after = self.FIRST  # the last host that it has looked at
+        self._after = self.FIRST  # the last host that it has looked at: status_since and id
 
     def run(self, call: Call, now: int) -> float:
         """Look at EXPIRED_AT_ONCE silent hosts. Seconds until the next are due."""
@@ -6050,10 +5989,11 @@ class Expiry(Rules):
         if not is_served(service, now) or now - began < EXPIRY_CALM_MS:
             return ALIVE_EVERY  # who lives may not have been heard yet
         after, period = self._after, ServicePeriod(service, now)
-        hosts = self._queries.silent_hosts(after, EXPIRED_AT_ONCE)
+        silent = "status_since", "ASC", (PENDING, OFFLINE, MISSING), ALL_ORGANIZATIONS
+        hosts = self._queries.hosts_by(*silent, after, EXPIRED_AT_ONCE)
         each = call._replace(by=SYSTEM._replace(name="expire"))
         for host in hosts:
-            after = host.state, host.status_since, host.id
+            after = host.status_since, host.id
             since = max(host.last_seen, host.admitted_at, host.restored_at)
             silence, _ = period.silence_ms(since, host.told_interval)
             limit = host.ephemeral or self._registry.expire_missing or LAST_SECOND
@@ -6321,8 +6261,9 @@ class Registry:
         if not self.keys.file.trouble:
             self.keys.learn("key-file", now)
         self.incidents.forget(now)
-        has_more = self.tokens.prune(now), self.reports.prune(now)
-        return 0 if self.audit.prune(self.keys.keyring, now) or any(has_more) else ALIVE_EVERY
+        has_more = [self.queries.prune_tokens(now - TOKEN_KEPT * SECOND_MS)]
+        has_more += self.reports.prune(now), self.audit.prune(self.keys.keyring, now)
+        return 0 if any(has_more) else ALIVE_EVERY
 
     def copies_in(self, folder: str) -> list[str]:
         """The paths of a backup of database and key file there."""
@@ -6371,7 +6312,7 @@ class Registry:
             finally:
                 self.engine.rollback()
             with self.engine.opened_copy(copy) as opened:
-                if opened.has_table("feed"):
+                if opened.version() == SCHEMA_VERSION:
                     Queries(opened).begin_history()
             os.fsync(copy.fileno())
             keyring = self.keys.file.load()
@@ -6562,14 +6503,15 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
     queries = Queries(engine)
     if any(queries.signing_key_number(kid) is not None for kid in keyring.kids):
         return True
-    events = queries.events(None, LAST_ID, 2) if engine.version() >= AUDITED_SINCE else []
+    has_log = engine.version() >= AUDITED_SINCE
+    events = queries.newest(Event, None, LAST_ID, 2) if has_log else []
     if not events:
         return False
     anchor = queries.anchor()
     previous = events[1].mac if len(events) == 2 else anchor.mac if anchor else b""
     if not isinstance(previous, bytes):  # a forger wrote it
         return False
-    record = audit_record(events[0][:-1])
+    record = audit_record(events[0].legible()[:-1])
     macs = keyring.audit_mac(b"event", record, previous), keyring.old_audit_mac(record, previous)
     return events[0].mac in macs
 
@@ -6803,9 +6745,7 @@ class Restore(NamedTuple):
         return f"{self.path}{end}" if os.path.lexists(f"{self.path}{end}") else None
 
 
-class Finding(NamedTuple):
-    """One thing that examine() has looked at."""
-
+class Finding(NamedTuple):  # of examine()
     name: str
     is_good: bool
     detail: str
@@ -10679,7 +10619,8 @@ def _frequent(counts: Counter[str], number: int) -> Counter[str]:
 
 def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list[str]]:
     """A slice of the hosts is counted in each tick."""
-    after, versions, copied = call.values.get("counted", (-1, Counter(), 0))
+    after, counted, copied = call.values.get("counted", (-1, Counter(), 0))
+    versions = Counter(counted)
     owner, since = call.by.organization, now - COPY_SHOWN_MS
     rows = registry.queries.agents_slice(owner, after, SWEPT_AT_ONCE, since)
     for version, count, copies, last in rows:
@@ -10721,8 +10662,7 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
     yield metric("keys_ok", "1 while the key file is valid.", keys_ok)
     lost = feed.lost if now < feed.lost_until else 0
     yield metric("lost_hosts", "Hosts that a restore lost and that wait.", lost)
-    last = queries.changes_after(queries.last_change() - 1, 1)
-    at = sum(change.at for change in last) / SECOND_MS
+    at = registry.reports.last_at() / SECOND_MS
     yield metric("last_change_timestamp_seconds", "Time of the last change of a status.", at)
     age = time.monotonic() - swept.last_ended
     yield metric("sweep_age_seconds", "Time since the last sweep for silent hosts.", age)
@@ -10785,6 +10725,7 @@ class Inventory:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self.groups: dict[str, list[str]] = {}
+        self.owners: dict[str, str] = {}  # the groups of organizations
         self.length = 0  # of all of these texts
         self.at = 0  # of the last slice, in Unix ms
 
@@ -10800,10 +10741,11 @@ def _inventory(
         # One that was refused, or whose tick failed, goes on no more.
         times = [each.at for each in registry.inventories]
         if sum(0 <= now - at < INVENTORY_LEFT for at in times) >= INVENTORIES_AT_ONCE:
-            return call
+            return call._replace(values={**call.values, "waits": True})
         made = Inventory()
         registry.inventories.add(made)
-        call = call._replace(values={**call.values, "made": made, "limit": LISTED_AT_ONCE})
+        values = {**call.values, "made": made, "limit": LISTED_AT_ONCE, "waits": False}
+        call = call._replace(values=values)
     made.at, goes_on = now, False
     try:
         page = registry.hosts.list(call, now)
@@ -10842,6 +10784,16 @@ def inert(text: str) -> Any:
     return text if is_plain else {"__ansible_unsafe": text}
 
 
+def _owner_group(organization: str, registry: Registry, call: Call) -> str:
+    """Ansible's group of an organization. Where others in sight would have the same, one has it
+    whose name it is, and the name of any other ends in a checksum."""
+    name, slugs = clean_name(organization), [organization]
+    if call.by.organization is ALL_ORGANIZATIONS and name != organization:
+        slugs = [row.id for row in registry.queries.organizations()]
+    is_shared = [*map(clean_name, slugs)].count(name) > 1
+    return f"organization_{name}{f'_{sha256(organization).hex()[:8]}' if is_shared else ''}"
+
+
 def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
     """For Ansible. A host has the same name whatever is filtered."""
     host = summary(view)
@@ -10855,7 +10807,10 @@ def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Ca
     made.hosts.append(f'"{name}":{json_text(variables)}')
     labels = stored_object(view.host.labels).items()  # of which two may have one variable
     groups = {clean_name(f"label_{key}_{text}") for key, text in labels}
-    groups.update(clean_name(f"{key}_{host[key]}") for key in ("status", "organization"))
+    owner = host["organization"]
+    if owner not in made.owners:
+        made.owners[owner] = _owner_group(owner, registry, call)
+    groups.update((f"status_{host['status']}", made.owners[owner]))
     for group in groups:
         made.groups.setdefault(group, []).append(f'"{name}"')
     made.length += len(made.hosts[-1]) + len(groups) * len(f'"{name}",')
@@ -11746,7 +11701,7 @@ class Api:
         token = self.registry.tokens.prove(body["token"], body["hostname"], request.origin, now)
         facts = {COLUMNS[fact.name]: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
-        if token_state(token, now) != "valid" or (key is not None and token.uses > 0):
+        if secret_state(token, now) != "valid" or (key is not None and token.uses > 0):
             # Most likely there is nothing to keep. If there is, the tick begins again.
             operation = operation._replace(durable=False)
         return Call(operation, values=values, origin=request.origin)
@@ -12260,7 +12215,8 @@ class Connections:
 #
 # A read of a feed may wait for more: it is held, and run again, as a read like any other, when a
 # change or event is committed (by another process too: each turn looks), when its time is over or
-# the server stops. So its API key is judged again, and many that wait delay no other.
+# the server stops. So its API key is judged again, and many that wait delay no other. So is an
+# inventory while too many are being made, and run again after FOLLOW_EVERY.
 #
 # A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
 # happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
@@ -12273,7 +12229,7 @@ Pending = tuple[Optional[Connection], Work, Head, float]
 
 
 class HeldReads:
-    """Reads of feeds that have found nothing, and wait."""
+    """Reads of feeds that have found nothing, and inventories that wait for others."""
 
     def __init__(self, reads: deque[Pending], connections: Connections, api: Api) -> None:
         """reads: where they go to be run again."""
@@ -12281,16 +12237,19 @@ class HeldReads:
         self._held: list[tuple[Connection, Call, Head, float]] = []  # as Pending
         self._ends = (0, 0)  # of the feeds, when wake() looked
 
-    def hold(self, pending: Pending, page: Any, is_stopping: bool) -> Any:
+    def hold(self, pending: Pending, outcome: Any, is_stopping: bool) -> Any:
         """The outcome of a read; None: it has found nothing, and waits, or is to look further."""
         (connection, call, head, since), moment = pending, self._connections.moment
-        if not isinstance(page, Page) or page.items or "cursor" not in page.more:
-            return page
+        is_feed = isinstance(outcome, Page) and not outcome.items and "cursor" in outcome.more
+        if not is_feed and not (isinstance(outcome, Call) and outcome.values.get("waits")):
+            return outcome
         assert connection is not None and isinstance(call, Call)
         values = {"until": since + call.values.get("wait", 0), **call.values}
+        if not is_feed:
+            values = {**outcome.values, "until": moment + FOLLOW_EVERY}
         is_over = is_stopping or moment >= values["until"] or values.get("after") == "now"
         if is_over or connection.state not in (BUSY, HELD):
-            return page
+            return outcome
         if connection.state is not HELD:
             keys = [each.key for each in self._connections.within((HELD,))]
             if len(keys) >= WAITING_MAXIMUM or keys.count(call.by.id) >= WAITING_OF_KEY:
@@ -12299,9 +12258,9 @@ class HeldReads:
                 )
             connection.key = call.by.id
             self._connections.move(connection, HELD)
-        call = call._replace(values={**values, "after": page.more["cursor"]})
-        queue = self._held if page.next is None else self._reads
-        queue.append((connection, call, head, since))
+        values.update({"after": outcome.more["cursor"]} if is_feed else {})
+        queue = self._reads if is_feed and outcome.next else self._held
+        queue.append((connection, call._replace(values=values), head, since))
         return None
 
     def wake(self, is_stopping: bool) -> None:
@@ -12310,10 +12269,11 @@ class HeldReads:
         has_news, self._ends = ends != self._ends or is_stopping, ends
         moment, held, self._held = self._connections.moment, self._held, []
         for connection, call, head, _ in held:
-            if has_news or moment >= call.values["until"]:
-                self._reads.append((connection, call, head, moment))  # the wait is not measured
-            elif connection.state is HELD:  # its peer has not gone
-                self._held.append((connection, call, head, moment))
+            is_news = has_news and (is_stopping or "after" in call.values)
+            is_due = is_news or moment >= call.values["until"]
+            if connection.state is HELD:  # its peer has not gone
+                queue = self._reads if is_due else self._held
+                queue.append((connection, call, head, moment))  # the wait is not measured
         self._api.metrics.waiting_requests = len(self._connections.within((HELD,)))
 
     def next_look(self) -> float:

@@ -49,6 +49,8 @@ CREATE TABLE token (
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
+CREATE INDEX token_end ON token
+    (coalesce(revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END));
 
 CREATE TABLE host (
     -- A machine that has enrolled. Heartbeat has what changes with each beat.
@@ -91,9 +93,9 @@ CREATE TABLE host (
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
 CREATE INDEX host_state ON host (state, status_since);
-CREATE INDEX host_name ON host (name);
+CREATE INDEX host_name ON host (state, name);
 CREATE INDEX host_owner_state ON host (organization_id, state, status_since);
-CREATE INDEX host_owner_name ON host (organization_id, name);
+CREATE INDEX host_owner_name ON host (organization_id, state, name);
 CREATE INDEX host_organization ON host (organization_id);
 CREATE INDEX host_hostname ON host (organization_id, lower(rtrim(hostname, '.')));
 CREATE INDEX host_token ON host (token_id);
@@ -141,7 +143,8 @@ CREATE TABLE change (
     status           INTEGER NOT NULL,
     seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
     actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
-    ephemeral        INTEGER            -- as it was then
+    ephemeral        INTEGER,           -- as it was then
+    address          TEXT    NOT NULL DEFAULT ''  -- the same
 );
 CREATE INDEX change_host ON change (host_id, number);
 CREATE INDEX change_expired ON change (organization_id, at)
