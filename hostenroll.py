@@ -843,12 +843,13 @@ class Text(FieldType):
 
 
 class Name(Text):
-    """A text that looks like no other: nothing invisible is in it or at an end of it."""
+    """A text that looks like no other: nothing invisible is in it or at an end of it, and of the
+    spellings that Unicode calls canonically equivalent it has the composed one."""
 
     RULE = "must begin and end with visible characters, and have no invisible ones but joiners"
 
     def check(self, value: Any) -> str:
-        text = super().check(value)
+        text = super().check(unicodedata.normalize("NFC", super().check(value)))
         if INVISIBLE.search(text) or unicodedata.category(text[0]).startswith("M"):
             raise ValueError(self.RULE)
         return text
@@ -2585,6 +2586,14 @@ class Database:
             log.info("migrated %s from schema %d to %d", self.path, version, SCHEMA_VERSION)
 
 
+def has_hot_journal(path: str) -> bool:
+    """Whether SQLite is to play back a journal beside a database. One that begins with a zero it
+    does not, and does not remove: a process was killed before it wrote."""
+    with suppress(FileNotFoundError), open(f"{path}-journal", "rb") as journal:
+        return journal.read(1) > b"\0"
+    return False
+
+
 class Engine(Database):
     """The database, its files and its transactions: begin(), statements, commit() or rollback()."""
 
@@ -2682,8 +2691,8 @@ class Engine(Database):
         """Without a WAL, which SQLite would make, there is no writer: SQLite takes the file for one
         that does not change, and _identify_files() sees whether it does. With one, a -shm that is
         missing has to be made; close() removes it."""
-        written = map(os.path.exists, (self._wal_path, f"{self.path}-journal"))
-        self._is_immutable = not any(written)
+        is_written = os.path.exists(self._wal_path) or has_hot_journal(self.path)
+        self._is_immutable = not is_written
         self._makes_shm = not self._is_immutable and not os.path.exists(self._shm_path)
         self._files = self._identify_files()
         mode = "mode=ro&immutable=1" if self._is_immutable else "mode=ro"
@@ -5227,7 +5236,11 @@ class ApiKeys(Rules):
 
     def list(self, call: Call, now: int) -> Page:
         """values: organization, named. Raises InvalidQuery, NotFound."""
-        view = lambda key: ApiKeyView(key, secret_state(key, now))  # noqa: E731
+
+        def view(key: ApiKey) -> ApiKeyView:
+            used = key.last_used_at or self.uses.get(key.id)  # the first use is not written yet
+            return ApiKeyView(key._replace(last_used_at=used), secret_state(key, now))
+
         return self._page(call, self._newest(ApiKey, call), view, "description")
 
 
@@ -6601,13 +6614,13 @@ class Backups(NamedTuple):
 # Servers share a lock for their lives, and a restore has it alone. In WAL mode each connection has
 # a lock of SQLite on the database: where we can leave the mode, no other process has it open.
 #
-# The new pair is made ready in a folder of ours. Then the old database moves to DB.before-<time>
+# The new pair is made ready beside the old one. Then the old database moves to DB.before-<time>
 # with its -wal and -shm, the key file is replaced if it has to be, and the new database takes its
 # place. Killed in between, there is no database: no command makes another there, all say what to
 # do, and the next restore begins with the old one in its place again. The key file stays where it
 # can: it has the keys by which hosts were renewed since the backup, and none that were retired.
 
-DATABASE_FILES = ("", "-wal", "-shm", ".gate", ".lock", ".serve")
+DATABASE_FILES = ("", "-wal", "-shm", "-journal", ".gate", ".lock", ".serve")
 
 
 def moved_database(path: str) -> str:
@@ -6626,11 +6639,28 @@ def how_to_continue(database: str) -> str:
 
 def move_database(path: str, target: str, is_back: bool = False) -> None:
     """With its -wal and -shm. It goes first and comes back last: without those it is not whole."""
-    for end in DATABASE_FILES[2::-1] if is_back else DATABASE_FILES[:3]:
+    for end in DATABASE_FILES[3::-1] if is_back else DATABASE_FILES[:4]:
         with suppress(FileNotFoundError):
             os.rename(f"{path}{end}", f"{target}{end}")
     with closing(Folder(os.path.dirname(target))) as folder:
         os.fsync(folder.descriptor)
+
+
+# The new pair is made ready under names that begin so. They are in no folder of their own: who owns
+# the one around could put a link in its place, to files of root's.
+RESTORING = ".restoring"
+
+
+def files_beginning(start: str) -> list[str]:
+    folder, begins = os.path.split(start)
+    return sorted(name for name in os.listdir(folder) if name.startswith(begins))
+
+
+def remove_files(start: str) -> None:
+    """Those that begin so."""
+    with closing(Folder(os.path.dirname(start))) as folder:
+        for name in files_beginning(start):
+            folder.remove(name)
 
 
 class Restore(NamedTuple):
@@ -6648,14 +6678,9 @@ class Restore(NamedTuple):
             lock.acquire(LOCK_PATIENCE)
             if old := moved_database(self.path):
                 move_database(old, self.path, is_back=True)
-            place = f"{self.path}.restore"
-            parent = stack.enter_context(closing(Folder(os.path.dirname(place))))
-            files = [f"new{end}" for end in (*DATABASE_FILES, "-journal", ".key")]
-            remove = partial(remove_folder, parent, os.path.basename(place), files)
-            remove()  # what a restore that was killed has left
-            os.mkdir(place, 0o700)
-            stack.callback(remove)
-            new, new_keys = f"{place}/new", f"{place}/new.key"
+            new, new_keys = f"{self.path}{RESTORING}", f"{self.path}{RESTORING}.key"
+            remove_files(new)  # left by a restore that was killed
+            stack.callback(remove_files, new)
             values, retired = self._read_old(lock, self._copy(source, new, progress))
             keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
             KeyFile(new_keys, new).replace(keyring)
@@ -6772,7 +6797,7 @@ def examine(
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
         if copies:
             yield Finding("copy", True, f"{', '.join(copies)}: left by a migration, may be removed")
-        if os.path.exists(left := f"{engine.path}.restore"):
+        if left := ", ".join(files_beginning(f"{engine.path}{RESTORING}")):
             yield Finding("copy", True, f"{left}: left by a restore; the next one removes it")
         yield Finding("sqlite", True, engine.sqlite_version)
         name = "rows"
@@ -6899,7 +6924,8 @@ class Head(NamedTuple):
     authorization: Optional[str]  # None also where parse_head() returns the credential apart
     idempotency_key: Optional[str]
     merges: bool = False  # the body is a merge patch (RFC 7396)
-    takes: bytes = b""  # Accept and Accept-Encoding
+    takes_html: bool = False  # by name, as a browser
+    takes_gzip: bool = False
     tags: bytes = b""  # If-None-Match: what the client has
 
     @property
@@ -6925,6 +6951,13 @@ def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
             raise MalformedRequest("A header field line is malformed.")
         fields.setdefault(name.decode("ascii").lower(), []).append(value.strip(b" \t"))
     return fields
+
+
+def _takes(word: bytes, values: Iterable[bytes]) -> bool:
+    """Whether a list with weights names a word, and not to refuse it: RFC 9110 section 12.4.2."""
+    items = b",".join(values).lower().split(b",")
+    named = [item for item in items if item.partition(b";")[0].strip(b" \t") == word]
+    return any(not re.search(rb";[ \t]*q=0(\.0*)?[ \t]*$", item) for item in named)
 
 
 def _body_length(single: Mapping[str, str], minor: int) -> int:
@@ -6986,11 +7019,12 @@ def _parse_head(data: bytes) -> Head:
         raise ExpectationFailed()
     expects = bool(expectation) and length != 0
     media_type = b",".join(fields.get("content-type", ())).partition(b";")[0].strip().lower()
-    wanted = *fields.get("accept", ()), *fields.get("accept-encoding", ())
+    takes_html = _takes(b"text/html", fields.get("accept", ()))
     return Head(
         method, path, query, length, keep_alive, expects, single.get("authorization"),
         single.get("idempotency-key"), media_type == MERGE_PATCH.encode("ascii"),
-        b",".join(wanted), b",".join(fields.get("if-none-match", ())),
+        takes_html, _takes(b"gzip", fields.get("accept-encoding", ())),
+        b",".join(fields.get("if-none-match", ())),
     )  # fmt: skip
 
 
@@ -10827,7 +10861,6 @@ def _ansible_text(made: Inventory) -> str:
 SHELL_SCRIPT = "text/x-shellscript; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 PLAIN = "text/plain; charset=utf-8"
-_GZIP = re.compile(rb"(?i)(?:^|[, \t])gzip(?![ \t]*;[ \t]*q=0(?:\.0*)?[ \t]*(?:,|$))")
 
 
 class Asset:
@@ -10847,7 +10880,7 @@ class Asset:
     def answer(self, head: Head) -> Response:
         if self.tag.encode() in head.tags or head.tags == b"*":
             return self.plain._replace(status=HTTPStatus.NOT_MODIFIED, body=b"")
-        return self.packed if _GZIP.search(head.takes) else self.plain
+        return self.packed if head.takes_gzip else self.plain
 
 
 def _page_asset() -> Asset:
@@ -10888,7 +10921,7 @@ _front_door = _kept(lambda: Asset(FRONT_DOOR, PLAIN))
 
 def _page_response(head: Head) -> Response:
     """The page for browsers; for curl and its kind, which ask for no HTML, where to go."""
-    return (_page if b"text/html" in head.takes else _front_door)(head)
+    return (_page if head.takes_html else _front_door)(head)
 
 
 # The rows.
@@ -10988,7 +11021,8 @@ class Operation(NamedTuple):
         if self.status == HTTPStatus.NO_CONTENT:
             return Response(self.status)
         if self.answer is None:
-            return Response(self.status, record.encode("utf-8"), self.content_type)
+            body = record.encode("utf-8", "replace")  # a forger can write half of a character
+            return Response(self.status, body, self.content_type)
         return json_response(self.status, self.document(record))
 
     def shape(self) -> dict[str, Any]:
@@ -11676,9 +11710,13 @@ class Api:
         if not request.authorization:
             raise ApiKeyMissing().with_audit("anonymous", "", None, request=asked)
         by = self.registry.api_keys.identify(request.authorization, asked, request.origin, now)
-        may = operation.caller == "viewer" or by.role == "admin"
-        if not may or (operation.caller == "owner" and by.organization is not ALL_ORGANIZATIONS):
-            raise Forbidden().with_audit(by.name, by.name, by.organization, request=asked)
+        problem = None
+        if operation.caller == "owner" and by.organization is not ALL_ORGANIZATIONS:
+            problem = Forbidden("Use an admin's API key for all organizations.")
+        if operation.caller != "viewer" and by.role != "admin":
+            problem = problem or Forbidden()
+        if problem:
+            raise problem.with_audit(by.name, by.name, by.organization, request=asked)
         options: dict[str, Any] = {"errors": "strict", "max_num_fields": PARAMETERS_MAXIMUM}
         try:
             pairs = parse_qsl(request.head.query, keep_blank_values=True, **options)
