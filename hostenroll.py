@@ -10805,7 +10805,7 @@ def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call)
     port = call.values.get("port", EXPORTER_PORT if label is None else None)
     with suppress(ValueError):
         port = PORT.parse(str(stored_object(view.host.labels).get(label or "")))
-    if host["address"] and port and host["status"] not in ("pending", "revoked"):
+    if host["address"] and port and host["status"] != "revoked":
         place = f"[{host['address']}]" if ":" in host["address"] else host["address"]
         labels = {f"__meta_hostenroll_{name}": text for name, text in host.items()}
         made.hosts.append(json_text({"targets": [f"{place}:{port}"], "labels": labels}))

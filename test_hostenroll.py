@@ -7268,10 +7268,11 @@ def test_incidents_are_found_in_slices_and_then_only_in_what_is_new(world, monke
     outage(world, (5, {}, ""))
     world.sweep()
 
-    def ticks():
+    def ticks(pause=0):
         call, n = Call(OPERATION["list-incidents"], OPERATOR), 1
-        while isinstance(outcome := world.run(call)[0], Call):
+        while n < 99 and isinstance(outcome := world.run(call)[0], Call):
             call, n = outcome, n + 1
+            world.clock.advance(pause)
         return n, [it.text for it in outcome.items]
 
     # 11 enroll and beat, 6 fall silent: 7 slices and a part; then 11 hosts are counted, in 3.
@@ -7281,7 +7282,7 @@ def test_incidents_are_found_in_slices_and_then_only_in_what_is_new(world, monke
     world.live(hostenroll.SHARES_KEPT)
     assert ticks() == (1 + 0, [text])
     world.live(0.001)
-    assert ticks() == (3, [text])
+    assert ticks(pause=0.6 * hostenroll.SHARES_KEPT) == (3, [text])
     world.housekeeping()
     assert ticks() == (1, [text])
     world.live(hostenroll.SHARES_KEPT + 1)
@@ -7886,6 +7887,16 @@ def test_the_brake_holds_in_every_server_and_after_a_restart_and_each_organizati
     assert stopped(expiring) == ["default"]
     with pytest.raises(hostenroll.InvalidQuery):
         expiring.act("expire-hosts", organization="none")
+
+
+def test_a_day_that_a_clock_ahead_has_given_has_not_begun(expiring):
+    fleet(expiring, 60, 60)
+    expiring.clock.advance(3 * 86400)
+    expiring.act("expire-hosts")
+    expiring.clock.advance(-3 * 86400)
+    for _ in range(3):
+        expire(expiring)
+    assert hosts_left(expiring) == 60 - 12
 
 
 def test_ephemeral_hosts_have_no_brake_and_are_not_counted_by_it(expiring):
@@ -9557,12 +9568,31 @@ def test_a_restore_brings_back_no_key_that_was_retired(lost, paths, clock, folde
 
 
 @slow
+def test_a_restore_makes_no_key_where_another_is_left_and_revokes_nobody_again(
+    paths, clock, folder
+):
+    with World(paths, clock) as world:
+        old = world.registry.keys.keyring.first.kid
+        world.revoke(world.join()[0])
+        rotate(world)
+        backup(world, folder)
+        retire(world, old, force=True)
+        kids = world.registry.keys.keyring.kids
+    os.unlink(paths[1])
+    clock.advance(60)
+    assert restored(paths, folder, clock)["hostsRevoked"] == 0
+    assert load(paths[1]).kids == kids
+
+
+@slow
 @pytest.mark.parametrize("spoil, word", table({
     "no backup": (lambda paths, folder: os.unlink(folder / "hostenroll.key"), "no backup in"),
     "itself": (lambda paths, folder: "itself", "no backup in"),
     "an empty one": (lambda paths, folder: os.truncate(folder / "hostenroll.db", 0), "is empty"),
     "a damaged one": (
         lambda paths, folder: drop_index_entries(folder / "hostenroll.db"), "is damaged"),
+    "one with a row of a forger": (lambda paths, folder: sql(
+        str(folder / "hostenroll.db"), "UPDATE token SET max_uses = 1.5"), "impossible values"),
     "keys of another fleet": (lambda paths, folder: write(paths[1]), "another database"),
     "damaged keys": (lambda paths, folder: Path(paths[1]).write_text("{"), "not one of hostenroll"),
 }))  # fmt: skip
@@ -16915,6 +16945,17 @@ def test_few_inventories_are_made_at_once_and_no_key_is_heard_after_its_end(worl
         assert len(world.registry.inventories) == 2  # calls has what was refused
     world.advance(0.001)
     assert inventory(world)[0]
+    world.advance(-hostenroll.INVENTORY_LEFT / 1000 - 1)  # the clock was ahead
+    assert isinstance(world.run(call)[0], Call) and len(world.registry.inventories) == 3
+
+
+def test_the_groups_count_in_the_length_of_an_inventory(world, monkeypatch):
+    for n in range(4):
+        placed(world, f"web-{n}-{'x' * 50}", **{f"in-{n}": "yes" for n in range(9)})
+    length = len(hostenroll.json_text(world.ask("GET", "/api/inventory/ansible").document))
+    for most, status in ((length, 200), (length * 9 // 10, 400)):
+        monkeypatch.setattr(hostenroll, "INVENTORY_BYTES", most)
+        assert world.ask("GET", "/api/inventory/ansible").status == status
 
 
 def test_a_refused_inventory_keeps_nobody_waiting(world):
@@ -18729,17 +18770,21 @@ def wait(live, monkeypatch):
     with contextlib.ExitStack() as stack:
 
         def begin(*arguments, on=live, **options):
-            before = places(on)
+            before = held(on)  # one of them may have its answer, and gives its place up just now
             waiting = Waiting(on, *arguments, **options)
             stack.callback(waiting.close)
-            until(lambda: places(on) == before + 1)
+            until(lambda: held(on) - before)
             return waiting
 
         yield begin
 
 
+def held(live):
+    return set(live.server._connections.within((hostenroll.HELD,)))
+
+
 def places(live):
-    return len(live.server._connections.within((hostenroll.HELD,)))
+    return len(held(live))
 
 
 def test_a_request_waits_for_a_change_that_it_asks_for(live, wait):
@@ -18812,7 +18857,7 @@ def test_who_waits_looks_through_all_that_is_there_and_meets_what_happens_meanwh
         look(beside, "DELETE FROM change")
         look(beside, f"INSERT INTO change (number, {columns}) VALUES (3000{', 1' * 9})")
         assert pruned.answer().document["code"] == "changes-pruned"
-        assert places(live) == 1  # nothing has come for the other
+        until(lambda: places(live) == 1)  # nothing has come for the other
         live.terminate()
         assert healthy.answer().document["events"] == []
 
@@ -18905,7 +18950,7 @@ def test_who_looks_further_has_a_place_too(live, monkeypatch):
             peer.sendall(request_bytes("GET", path, bearer=live.api_key))
         until(lambda: live.registry.metrics.refusals["too-many-requests"] == 2)
         until(lambda: not live.server._exchanges.reads and places(live) == 1)
-        assert live.registry.metrics.waiting_requests == 1
+        until(lambda: live.registry.metrics.waiting_requests == 1)
 
 
 def test_who_waits_and_takes_nothing_of_tls_is_closed(paths, monkeypatch):
@@ -18913,18 +18958,19 @@ def test_who_waits_and_takes_nothing_of_tls_is_closed(paths, monkeypatch):
     with start_server(paths, tls=True) as live:
         waiting = Waiting(live)
         until(lambda: places(live) == 1)
-        (held,) = live.server._connections.within((hostenroll.HELD,))
+        (stuck,) = held(live)
 
         def receive(data):
-            held.tls.outgoing.write(b"keys")
-            monkeypatch.setattr(held, "socket", SimpleNamespace(
-                send=raising(BlockingIOError()), fileno=held.socket.fileno, close=held.socket.close,
-                shutdown=held.socket.shutdown, setsockopt=held.socket.setsockopt))  # fmt: skip
+            stuck.tls.outgoing.write(b"keys")
+            here = stuck.socket
+            monkeypatch.setattr(stuck, "socket", SimpleNamespace(
+                send=raising(BlockingIOError()), fileno=here.fileno, close=here.close,
+                shutdown=here.shutdown, setsockopt=here.setsockopt))  # fmt: skip
             return b""
 
-        monkeypatch.setattr(held.tls, "receive", receive)
+        monkeypatch.setattr(stuck.tls, "receive", receive)
         waiting.peer.sendall(b"x")
-        until(lambda: places(live) == 0 and held.state is hostenroll.CLOSED)
+        until(lambda: places(live) == 0 and stuck.state is hostenroll.CLOSED)
         assert live.call("GET", "/healthz").status == 200
         waiting.close()
 
@@ -20543,6 +20589,7 @@ def test_the_rules_of_prometheus_are_about_metrics_that_are_there(world):
     exposed = world.ask("GET", "/metrics").document + world.ask("GET", "/metrics/hosts").document
     there = {*re.findall("# TYPE (\\w+)", exposed), "hostenroll_tls_certificate_not_after_seconds"}
     used = set(re.findall("hostenroll_\\w+", example("hostenroll.rules.yml")))
+    used |= set(re.findall("`(hostenroll_\\w+_(?:seconds|total))`", README))
     assert used <= there and len(used) >= 7
 
 
@@ -21788,6 +21835,30 @@ def test_six_changes_in_an_hour_are_not_flapping(feed, people):
         feed.at(60 * minute + 300, lambda: feed.become("online", "web-1"))
     people.run(3 * 3600)
     assert people.texts == ["web-1 is offline", "web-1 is back"] * 3
+
+
+def test_the_sixth_change_in_an_hour_waits_for_the_delay_like_any_other(feed, people):
+    start = feed.clock.now
+    feed.become("online", "web-1")
+    for minute in (1, 6):
+        feed.at(60 * minute, lambda: feed.become("offline", "web-1"))
+        feed.at(60 * minute + 200, lambda: feed.become("online", "web-1"))
+    feed.at(660, lambda: feed.become("offline", "web-1"))
+    people.run(900)
+    assert people.texts == ["web-1 is offline", "web-1 is back"] * 2 + ["web-1 is offline"]
+    assert people.times[-1] - start >= 660 + 120
+
+
+def test_nothing_is_told_before_all_that_happened_meanwhile_is_read(feed, people, monkeypatch):
+    monkeypatch.setattr(hostenroll, "PAGE_MAXIMUM", 5)
+    feed.become("offline", "web-1")
+    people.run(60)
+    feed.failure = OSError("no server")
+    feed.become("online", *(f"db-{n}" for n in range(7)), "web-1")
+    people.run(200)
+    feed.failure = None
+    people.run(400)
+    assert people.lines == []
 
 
 def test_a_host_that_never_sent_a_heartbeat_is_told_after_ten_minutes(feed, people):
@@ -24903,7 +24974,8 @@ def test_every_command_within_a_sentence_of_the_readme_is_well_formed():
         if name in names and options and not re.search(r"\.\.\.|\[|\$|\(|--head$", options):
             assert hostenroll.parse_arguments([name, *shlex.split(options)], {}), code
             seen += 1
-    assert seen > 15
+    settings = dict.fromkeys(re.findall(r"(HOSTENROLL_\w+)=", README), "")
+    assert hostenroll.unknown_settings(settings) == [] and seen > 15 and len(settings) > 4
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"line {block.line}" for block in BLOCKS])
