@@ -13593,14 +13593,14 @@ number = matching("[0-9]{1,9}", "is not a number", int)
 listen_address = matching("[!-~]+", "is not an address or a name")
 # An empty name is a shell variable that was not set: to go on without TLS or with other keys would
 # be worse than to stop. An empty head would be found in any log.
-file_name = matching("(?s).+", "is no file: name one, or leave the option out")
+file_name = matching("(?s).+", "is not a file: name one, or leave the option out")
 duration = matching(
     "[0-9]{1,9}[smhd]?",
     "is not a duration: write 90s, 30m, 24h or 7d",
     lambda text: int(text.rstrip("smhd")) * UNITS.get(text[-1], 1),
 )
 _events = [*ACTIONS, *(f"{action}-burst" for action in ACTIONS), *(k.code for k in problems())]
-event_words = matching(f"none|(({'|'.join(_events)})(,(?!$)|$))+", "is no action or code of events",
+event_words = matching(f"none|(({'|'.join(_events)})(,(?!$)|$))+", "is not an action or code",
                        lambda text: [] if text == "none" else text.split(","))  # fmt: skip
 pins = matching(rf"{PIN}(;{PIN}){{0,3}}", "is not sha256//...", lambda text: text.split(";"))
 audit_head = matching("[0-9a-f]{64}", "is not what verify-audit prints", bytes.fromhex)
@@ -13678,7 +13678,7 @@ CUT = {  # columns that may be cut, to how little; no other is: addresses, actor
 TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$|Until$")  # of members that people see from now
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
-    "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s",
+    "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s", "text": "what",
 }  # fmt: skip
 NO_ESCAPES = ("", "dumb")  # of TERM
 
@@ -13736,7 +13736,7 @@ def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progre
 
 class Table:
     """Documents as rows of aligned columns. Where the screen is narrow, the widest columns of texts
-    give way to each other; what then has no room is left out. A table may come in parts, so that no
+    get shorter; what then has no room is left out. A table may come in parts, so that no
     more than one is in memory; columns get wider where a later part needs it."""
 
     def __init__(self, columns: Sequence[str], screen: Screen, has_headings: bool = True) -> None:
@@ -13879,7 +13879,7 @@ def output(text: str, end: str = "\n") -> None:
 
 
 def print_line(text: str) -> None:
-    """Of a command that goes on: it ends when nobody reads."""
+    """Of a command that keeps running: it ends when stdout has no reader."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -13896,8 +13896,8 @@ def output_secret(session: Session, document: Mapping[str, Any], member: str, ti
         discard(sys.stdout)
         id, kind = document["id"], title.lower().replace(" ", "-")
         raise OperatorError(
-            f"cannot write to stdout ({error.strerror}): the {title} {id} is lost, and "
-            f"revoke-{kind} {id} makes it useless"
+            f"cannot write to stdout ({error.strerror}): the {title} {id} is lost, so revoke it: "
+            f"revoke-{kind} {id}"
         ) from error
 
 
@@ -13962,7 +13962,7 @@ class LogHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
                 lines, self._waiting = self._waiting, bytearray()
                 if self._dropped:
-                    text = f"{self._dropped} lines of the log are missing here: its reader was slow"
+                    text = f"{self._dropped} log lines are missing here: their reader was slow"
                     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
                     self._dropped = 0
                     self.put(self.format(record), record.levelno)
@@ -14027,13 +14027,13 @@ class Session(NamedTuple):
         if not url and alone <= ({"--insecure-http"} if "webhook" in arguments else set()):
             return None
         if url and (arguments.db or arguments.key_file):
-            raise UsageError("a server is asked, or a database here: leave out --server or --db")
+            raise UsageError("--server and --db exclude each other: leave one out")
         if not (url and path):
             own = "--pin, --cacert and --insecure-http"
-            raise UsageError(f"--server goes with --api-key-file, and {own} go with both")
+            raise UsageError(f"--server needs --api-key-file, and {own} need both")
         text = read_private(path, "API key file")[0].decode("latin-1").strip()
         if parse_secret(API_KEY_PREFIX, text) is None:
-            raise OperatorError(f"there is no API key in {path}: mint-api-key prints one")
+            raise OperatorError(f"there is no API key in {path}: create one with mint-api-key")
         return Client(
             url, text, pins=arguments.pin or (), cacert=arguments.cacert or "",
             insecure_http=arguments.insecure_http, proxy=proxy_of(url, self.environment),
@@ -14076,14 +14076,14 @@ class Session(NamedTuple):
         words = getattr(self.arguments, "id", [])
         words = [words] if isinstance(words, str) else words
         if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
-            raise NotFound(f"This is a secret, and not an id. Its id is {secret[1]}.")
+            raise NotFound(f"This is a secret, not an id. Its id is {secret[1]}.")
         asked = asked_by(self.arguments, self.operation, self.now())
         asked.checked()
         return asked._replace(target=self.named(words[0]) if len(words) == 1 else None)
 
     @property
     def asks(self) -> bool:
-        """Whether somebody at a terminal is asked before the command destroys something."""
+        """Whether a person at a terminal is asked before the command destroys something."""
         is_destructive = self.command.name in DESTRUCTIVE
         return is_destructive and not self.arguments.yes and is_at_terminal()
 
@@ -14111,7 +14111,7 @@ class Session(NamedTuple):
     def confirm(self, what: str, place: Place) -> None:
         """Raises OperatorError unless somebody at the terminal says yes."""
         where = f" on {place.name}" if place.name else ""
-        question = f"{plain_text(what)}{where}; go on? [y/N]"
+        question = f"{plain_text(what)}{where}; continue? [y/N]"
         print(question, end=" ", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise OperatorError("nothing was done")
@@ -14238,7 +14238,7 @@ DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore") 
 
 def find_database(command: str, named: Optional[str]) -> str:
     """The database of a command: the one that --db or HOSTENROLL_DB names, else the one here, else
-    (but not for serve) that of the service, else the one that it is to make. An empty file counts
+    (but not for serve) the service's, else the one that it is to make. An empty file counts
     as missing, and nothing is opened or made. Raises OperatorError, StoreError, OSError."""
     path, folder = named or DEFAULT_DATABASE, os.path.dirname(SERVICE_DATABASE)
     refusal = "" if named else refusal_of_strangers(folder)
@@ -14248,7 +14248,7 @@ def find_database(command: str, named: Optional[str]) -> str:
     if not named and command != "serve" and os.path.lexists(folder):
         if not os.access(folder, os.X_OK):
             remedy = "run it with sudo, or name another database with --db"
-            raise OperatorError(f"only its owner can look into {folder}: {remedy}")
+            raise OperatorError(f"only its owner can open {folder}: {remedy}")
         is_its = command == "restore" or how_to_continue(SERVICE_DATABASE)
         if is_its or Engine(SERVICE_DATABASE).file_sizes()[0] > 0:
             complain(f"using {SERVICE_DATABASE}" + (refusal and f": {refusal}"))
@@ -14257,7 +14257,7 @@ def find_database(command: str, named: Optional[str]) -> str:
         raise OperatorError(refusal)
     if command not in DATABASE_MAKERS and not os.path.exists(key_file_beside(path)):
         places = here.path + ("" if named else f", and no {SERVICE_DATABASE}")
-        remedy = "name one with --db, or make one with serve or mint-token"
+        remedy = "name one with --db, or create one with serve or mint-token"
         remedy = how_to_continue(path) or remedy
         raise OperatorError(f"there is no database {places}: {remedy}")
     return path
@@ -14276,7 +14276,7 @@ def refusal_of_strangers(folder: str) -> str:
     for name in filter(os.path.lexists, (DEFAULT_DATABASE, DEFAULT_KEY_FILE)):
         owner = os.lstat(name).st_uid
         if os.geteuid() == 0 and owner not in trusted:
-            return f"root takes ./{name} of the user of id {owner} only where --db names it"
+            return f"root uses ./{name}, a file of user {owner}, only if --db names it"
     return ""
 
 
@@ -14312,7 +14312,7 @@ def asked_by(arguments: argparse.Namespace, operation: Operation, now: int) -> A
         except ValueError as error:
             raise UsageError(f"--label: {error}") from None
         if len(values["labels"]) < len(arguments.label):
-            raise UsageError("--label: one key comes twice")
+            raise UsageError("--label: a key is given twice")
     return Asked(operation, values, merges)
 
 
@@ -14352,10 +14352,10 @@ def show(session: Session) -> None:
     facts = [command.said(document)]
     if command.name == "delete-host" and "usesLeft" in document:
         left, id = document["usesLeft"], document["tokenId"]
-        uses = "1 more use" if left == 1 else f"{left} more uses"
+        hosts = "1 more host" if left == 1 else f"{left} more hosts"
         facts.append(
-            f"it came in by token {id}, which is good for {uses}: it can come back; revoke-host "
-            f"keeps it out, and so does revoke-token {id}"
+            f"its token {id} can enroll {hosts}, so the machine can come back: to prevent that, "
+            f"revoke-token {id}"
         )
     shown = document["kid"] if command.name == "rotate-signing-key" else None
     session.report(document, shown, *facts)
@@ -14369,9 +14369,9 @@ def show_host(session: Session) -> None:
         host = place.perform(asked)
         about = {"subject": f"host:{host['id']}", "limit": str(HISTORY_SHOWN)}
         events = place.perform(Asked(OPERATION["show-audit"], about))["events"]
-    status, told = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
+    status, above = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
     age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
-    facts = {name: value for name, value in host.items() if name not in told and value}
+    facts = {name: value for name, value in host.items() if name not in above and value}
     state = session.screen.paint(plain_text(status), status)
     lines = [f"{plain_text(host['name'])}: {state}{age}"]
     lines += map(plain_text, [host["statusReason"], *host["warnings"]])
@@ -14382,13 +14382,13 @@ def show_host(session: Session) -> None:
 
 
 def act_on_hosts(session: Session) -> Optional[int]:
-    """On one host at once; on several, or on those that filters find, after a yes and in short
+    """On one host at once; on several, or on the hosts that filters find, after a yes and in short
     ticks, beside a server. Exit status 3 where there are no such hosts."""
     arguments, asked, action = session.arguments, session.asked(), session.command.name[:-5]
     filters = asked_by(arguments, OPERATION["list-hosts"], session.now())
     words = [*dict.fromkeys(arguments.id)]
     if bool(words) == bool(filters.values):
-        raise UsageError("this needs HOST, or else filters that find hosts")
+        raise UsageError("give a HOST, or filters that find hosts")
     if len(words) == 1 and not arguments.dry_run:
         show(session)
         return None
@@ -14409,7 +14409,7 @@ def act_on_hosts(session: Session) -> Optional[int]:
             session.report({"hosts": words}, "\n".join(words) or None, count)
             return None
         if not arguments.yes and not is_at_terminal():
-            raise UsageError(f"{count}; nothing is done: --dry-run shows them, --yes goes on")
+            raise UsageError(f"{count}; nothing was done: --dry-run lists them, --yes confirms")
         if not arguments.yes:
             session.confirm(count, place)
         return act_in_steps(session, place, words, {**asked.values, "action": action}, count)
@@ -14445,22 +14445,22 @@ def place_of(place: Place) -> ServicePlace:
 def mint_token(session: Session) -> None:
     asked, is_person, now = session.asked(), is_at_terminal(), session.now()
     with session.reach() as place:
-        on_first = "no server has run on this database yet: serve starts one"
+        on_first = "no server has run on this database yet: run serve"
         server, remarks = place_of(place), place.remarks(on_first if is_person else "")
         token = place.perform(asked)  # last: who fails has minted nothing
     output_secret(session, token, "token", "token")
     if not session.arguments.json:
-        uses = "1 use" if token["maxUses"] == 1 else f"{token['maxUses']} uses"
+        uses = "1 host" if token["maxUses"] == 1 else f"{token['maxUses']} hosts"
         expiry, whose = relative_time(token["expiresAt"], now), token["organizationId"]
         inform(
             *remarks,
-            plain_text(f"token {token['id']} of {whose}: {uses}, expires {expiry}"),
-            "enroll with it, on the host:",
+            plain_text(f"token {token['id']} (organization {whose}): {uses}, expires {expiry}"),
+            "run this on the machine:",
             join_command(server.url, server.pin, token["token"]),
         )
         if is_person:
-            inform("it ends with its terminal; with --install at the end root makes it a service,",
-                   "or where there is no systemd gets a line for cron")  # fmt: skip
+            inform("the agent stops with its terminal; as root, add --install at the end to get a",
+                   "service, or without systemd a line for cron")  # fmt: skip
 
 
 def mint_api_key(session: Session) -> None:
@@ -14476,14 +14476,14 @@ def mint_api_key(session: Session) -> None:
     output_secret(session, key, "link" if arguments.link else "apiKey", "API key")
     if not session.arguments.json:
         facts = f"{key['role']} of {key['organizationId'] or 'all organizations'}"
-        inform(plain_text(f"API key {key['id']}: {facts}; the server's page takes it too"))
+        inform(plain_text(f"API key {key['id']}: {facts}; it also signs in to the server's page"))
 
 
 def agent_command(session: Session) -> None:
     with session.reach(writes=False) as place:
         service = place.perform(Asked(OPERATION["show-service"]))
     line = service_place(service["publicUrl"], service["pin"] or "").agent_line
-    facts = "run it as root on enrolled machines: it renews the agent, and the URL and pins it uses"
+    facts = "run this as root on enrolled machines: it updates the agent, its URL and its pins"
     session.report(service, line, facts)
 
 
@@ -14518,8 +14518,7 @@ def list_items(session: Session) -> None:
         has_more = is_part and sum(counts.values()) == PAGE_DEFAULT
         inform(tally(name, counts) + ("; --all shows all" if has_more else ""))
     if form == "table" and not first and name in ("hosts", "tokens"):
-        hint = "yet: mint-token makes a token, and prints how a host enrolls with it"
-        inform(f"no such {name[:-1]}" if asked.values else f"no {name[:-1]} {hint}")
+        inform(f"no {name} match" if asked.values else f"no {name} yet: run mint-token")
     inform(*remarks)
 
 
@@ -14626,15 +14625,15 @@ def serve(session: Session) -> None:
     """Answer until SIGTERM or SIGINT."""
     arguments = session.arguments
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together: make-cert makes a pair")
+        raise UsageError("--tls-cert and --tls-key need each other: make-cert creates a pair")
     is_https = "https:" in (arguments.public_url or "")
     if arguments.tls_pin_cert and (arguments.tls_cert or not is_https):
-        raise UsageError("--tls-pin-cert goes with --public-url https://..., and not --tls-cert")
+        raise UsageError("--tls-pin-cert needs --public-url https://..., and excludes --tls-cert")
     wants_pin = arguments.next_pin or arguments.pin == "always"
     if wants_pin and not (arguments.tls_cert or arguments.tls_pin_cert):
-        raise UsageError("--next-pin and --pin always go with --tls-cert or --tls-pin-cert")
+        raise UsageError("--next-pin and --pin always need --tls-cert or --tls-pin-cert")
     if arguments.next_pin and arguments.pin == "never":
-        raise UsageError("--pin never pins no --next-pin either: leave one of them out")
+        raise UsageError("--pin never excludes --next-pin: leave one of them out")
     with suppress(OSError, AttributeError):
         import ctypes
 
@@ -14654,7 +14653,7 @@ def serve(session: Session) -> None:
         server = stack.enter_context(listen(session, registry))
         registry.metrics.counts = handler.counts
         for folder in folders_open_to_all(registry.engine.path, registry.keys.file.path):
-            log.warning("anybody can replace files in %s: chmod o-w %s", folder, folder)
+            log.warning("any user can replace files in %s: chmod o-w %s", folder, folder)
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
@@ -14704,9 +14703,9 @@ def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optiona
         reason = distrust(chain, public_host or host) if arguments.pin == "auto" else ""
         if reason:
             log.warning(
-                "join commands pin the certificate's key (%s): renewed with another key it shuts "
-                "agents out. Keep the key (certbot --reuse-key), name the next by --next-pin, or "
-                "serve --pin never, and give agents the authority with --cacert",
+                "join commands pin the certificate's key (%s): agents refuse a renewed certificate "
+                "with another key. Keep the key (certbot --reuse-key), name the next with "
+                "--next-pin, or use serve --pin never and give agents the authority with --cacert",
                 reason,
             )
         is_pinned = reason or arguments.pin == "always"
@@ -14718,16 +14717,16 @@ def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optiona
 
 def greet(session: Session, server: Server) -> None:
     if server.is_in_the_clear:
-        log.warning("other machines can connect, and without TLS they send secrets in the clear")
+        log.warning("other machines can connect, and without TLS their secrets are not encrypted")
     if server.host != server.server_name and not session.arguments.public_url:
-        log.warning("join commands have this machine's hostname in them: give --public-url")
+        log.warning("join commands contain this machine's hostname: better give --public-url")
     listens = f"hostenroll {__version__} listens on {server.url}"
     if session.arguments.log_format == "json":
         log.info(listens)
         return
     inform(listens)
     if session.arguments.public_url:
-        inform(f"hosts find it at {session.arguments.public_url}")
+        inform(f"hosts reach it at {session.arguments.public_url}")
     named = ("--db", session.arguments.db), ("--key-file", session.arguments.key_file)
     options = chain(*(pair for pair in named if pair[1] is not None))
     mint = " ".join([session.program, "mint-token", *map(shlex.quote, options)])
@@ -14741,11 +14740,11 @@ def offer_page(session: Session, registry: Registry, url: str) -> None:
         return
     asked = Call(OPERATION["list-api-keys"], SYSTEM, values={"limit": 1})
     if registry.perform(asked, session.now()).items:
-        inform(f"its page is {url}/; sign in by {session.program} mint-api-key --all-orgs --link")
+        inform(f"page: {url}/ (sign in with {session.program} mint-api-key --all-orgs --link)")
         return
     values = {"role": "admin", "ttlSeconds": SIGN_IN_TTL, "description": "sign-in link"}
     minted = registry.perform(Call(OPERATION["mint-api-key"], SYSTEM, values=values), session.now())
-    inform(f"its page, signed in for 12 h: {url}/#key={minted.text}")
+    inform(f"page, with a sign-in for 12 h: {url}/#key={minted.text}")
 
 
 def check_audit(session: Session) -> None:
@@ -14754,14 +14753,14 @@ def check_audit(session: Session) -> None:
     with session.progress() as progress, session.open(purpose="read") as registry:
         verified = verify_audit(registry.engine, registry.keys.keyring, head, progress)
     if registry.engine.altered:
-        raise OperatorError("what the log has is as it was written, but the schema was altered")
+        raise OperatorError("the events are unchanged, but the schema was altered")
     if head is not None and not verified.has_head:
-        reason = "its end has been cut off, or all of it up to there is pruned"
+        reason = "its end was cut off, or all events up to there were deleted by age"
         raise OperatorError(f"the audit log has no event with this head: {reason}")
     numbers = {name: getattr(verified, name) for name in ("first", "last", "unverified")}
-    scope = "only --head, with the head of an earlier run, shows whether its end has been cut off"
+    scope = "keep this head elsewhere: a later run with --head detects a log that was cut off"
     if head is not None:
-        scope = "up to the head given nothing has been cut off; for the rest it takes a later head"
+        scope = "no event up to the given head is missing; a later head is needed for the rest"
     facts = f"{verified.summary()}; the head of the log is on stdout", scope
     session.report({"head": verified.head.hex(), **numbers}, verified.head.hex(), *facts)
 
@@ -14797,7 +14796,7 @@ def run_restore(session: Session) -> None:
 def accept_history(session: Session) -> None:
     with session.open() as registry:
         registry.perform(Call(ACCEPT_HISTORY, session.by), session.now())
-    session.report({}, None, "hosts that enrolled after the backup are to enroll again")
+    session.report({}, None, "hosts that enrolled after the backup must enroll again")
 
 
 def print_inventory(session: Session) -> None:
@@ -14828,9 +14827,9 @@ def run_check(session: Session) -> Optional[int]:
 
 
 def watch(session: Session) -> None:
-    """Tell people until SIGTERM or SIGINT."""
+    """Report changes until SIGTERM or SIGINT."""
     arguments, path = session.arguments, session.arguments.state
-    session.client()  # before people are told anything
+    session.client()  # before anything is reported
     deliver = teller(session)
     if arguments.test:
         deliver(message("test", "this is a test of hostenroll: it works", session.clock()))
@@ -14846,7 +14845,7 @@ def watch(session: Session) -> None:
             lock = open_lock_file(f"{resolve_file(path)}.lock", path)
             stack.callback(os.close, lock)
             if not try_flock(lock):
-                raise OperatorError(f"another watch uses {path}: end it, or name another file")
+                raise OperatorError(f"another watch uses {path}: stop it, or name another file")
         place = stack.enter_context(session.reach(writes=False))
 
         def read(path: str, query: Sequence[tuple[str, str]], patience: float) -> Any:
@@ -14860,10 +14859,10 @@ def watch(session: Session) -> None:
 
 
 def teller(session: Session) -> Callable[[str], None]:
-    """The way to tell people that the arguments name. Raises OperatorError."""
+    """The way to report that the arguments name. Raises OperatorError."""
     arguments, url, secret = session.arguments, session.arguments.webhook, b""
     if arguments.secret_file and not url:
-        raise UsageError("--secret-file goes with --webhook")
+        raise UsageError("--secret-file needs --webhook")
     if arguments.exec:
         return partial(tell_by_command, arguments.exec)
     if not url:
@@ -14920,7 +14919,7 @@ def what_unit_needs(has_user: bool, program: str, folder: str) -> None:
         inform(f"there is no folder {folder} here yet: {make}")
     for path in (sys.executable, program, folder):
         if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/")):
-            inform(f"the service cannot see {path}: use one elsewhere, as in /usr/local/lib")
+            inform(f"the service cannot read {path}: put it in /usr/local/lib or so")
 
 
 # No names of hosts: machines say them, and compgen expands its words as a shell does.
@@ -14973,7 +14972,7 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
     """Make a self-signed certificate and its key, in new files. Raises OperatorError."""
     for path in (certificate, key):
         if os.path.lexists(path):
-            raise OperatorError(f"{path} is there already: remove it, or name another file")
+            raise OperatorError(f"{path} exists already: remove it, or name another file")
     # Not the system's configuration of openssl, which makes authorities: who imports one for a page
     # trusts its key for every name.
     config = (
@@ -14990,7 +14989,7 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
         run = subprocess.run(command, input=config, capture_output=True, text=True, check=False)
     except OSError as error:
         raise OperatorError(
-            f"cannot make a certificate: the openssl program cannot be run ({error.strerror}): "
+            f"cannot make a certificate: cannot run openssl ({error.strerror}): "
             "make a pair on another machine, and copy it here"
         ) from error
     pair = {found[1]: f"{found[0]}\n" for found in PEM.finditer(run.stdout)}
@@ -15019,7 +15018,7 @@ def subject_alternative_name(name: str) -> str:
             return f"IP:{ipaddress.ip_address(name)}"
     label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
     if len(name) > 64 or not re.fullmatch(rf"(\*\.)?{label}(\.{label})*", name):
-        raise OperatorError(f"{sanitize(name)!r} is no name for a server: letters, digits, . and -")
+        raise OperatorError(f"{sanitize(name)!r} is not a server name: letters, digits, . and -")
     return f"DNS:{name}"
 
 
@@ -15113,7 +15112,7 @@ def measure(
                 answered = max(1, load(seconds, *pair[:1]))
                 ticks = max(1, cpu_ticks(server.pid) - before)
         except OSError as error:
-            raise OperatorError(f"cannot go on with the load: {error}") from error
+            raise OperatorError(f"the load was interrupted: {error}") from error
         finally:
             server.terminate()
     each = ticks / os.sysconf("SC_CLK_TCK") / answered
@@ -15171,73 +15170,73 @@ SERVE_OPTIONS = (
     option("--host", None, "the address to listen on (%(default)s)", listen_address, DEFAULT_HOST),
     option("--port", None, "the port to listen on, 0 for a free one (%(default)s)",
            within((0, 65535)), str(DEFAULT_PORT)),
-    option("--heartbeat-interval", "TIME", "how often hosts are to beat (%(default)s)",
+    option("--heartbeat-interval", "TIME", "the time between heartbeats (%(default)s)",
            interval, f"{HEARTBEAT_INTERVAL}s"),
-    option("--credential-ttl", "TIME", "how long credentials live; renewed in time (forever)",
+    option("--credential-ttl", "TIME", "the lifetime of credentials; agents renew them (forever)",
            within(CREDENTIAL_TTL_RANGE, duration, format_duration)),
-    option("--tls-cert", "FILE", "speak TLS, with this certificate chain in PEM", file_name),
+    option("--tls-cert", "FILE", "use TLS, with this certificate chain in PEM", file_name),
     option("--tls-key", "FILE", "its key, in PEM; SIGHUP reloads both", file_name),
-    option("--pin", "WHEN", "pin its key in join commands: always, never, or auto: where this "
+    option("--pin", "WHEN", "pin its key in join commands: always, never, or auto: if this "
            "machine's trust store does not verify it (%(default)s)",
            one_of("auto", "always", "never"), "auto"),
     option("--next-pin", "PIN|CERT", "pin the key of the next certificate too", file_name),
     option("--tls-pin-cert", "FILE", "the certificate chain of the proxy in front", file_name),
-    option("--public-url", "URL", "where agents find the server, for mint-token", web_address),
-    option("--trusted-proxy", "CIDR", "believe X-Forwarded-For from these addresses; repeatable "
+    option("--public-url", "URL", "the URL where agents reach the server", web_address),
+    option("--trusted-proxy", "CIDR", "trust X-Forwarded-For from these addresses; repeatable "
            "(none)", networks, [], action="extend"),
     option("--audit-keep", "TIME", "how long the audit log is kept (forever)",
            within(AUDIT_KEEP_RANGE, duration, format_duration)),
     option("--changes-keep", "TIME", "how long changes of status are kept (30d)",
            within(CHANGES_KEEP_RANGE, duration, format_duration), CHANGES_KEPT),
-    option("--expire-missing", "TIME", "delete hosts that are silent for so long (never)", silence),
+    option("--expire-missing", "TIME", "delete hosts after this silence (never)", silence),
     choice("--log-format", "FORMAT", ("text", "json"), "text"),
     flag("--access-log", "log every request, heartbeats too", **SWITCH),
-    flag("--init", "make what is missing of database and key file, though the other is there",
+    flag("--init", "create the database or the key file even if the other exists",
          **SWITCH),
 )
 CLIENT_OPTIONS = (
-    option("--server", "URL", "ask this server (the database on this machine)", web_address),
+    option("--server", "URL", "use this server (the database on this machine)", web_address),
     option("--api-key-file", "FILE", "an API key, in a file of mode 0600", file_name),
     option("--pin", "PIN", "the key that the server must have", pins),
     option("--cacert", "FILE", "the authority of its certificate, in PEM", file_name),
-    flag("--insecure-http", "send secrets over plain http to other machines"),
+    flag("--insecure-http", "allow secrets over plain http to other machines"),
 )
 SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS, *CLIENT_OPTIONS[:2])
 
-ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or what it begins with, 6 digits or more"})
-HOST_HELP = "its name, hostname or id, or what that begins with, 6 digits or more"
+ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or its first 6 or more digits"})
+HOST_HELP = "name, hostname or id, or the first 6 or more digits of the id"
 HOST_OPERAND = Argument("id", {"metavar": "HOST", "help": HOST_HELP})
 YES_OPTION = flag("--yes", "do not ask")
 JSON_OPTION = flag("--json", "print JSON, in the API's shapes", "form")
 LIST_OPTIONS = (
     choice("-o", "FORMAT", ("table", "csv", "json", "name"), dest="form", group="form"),
-    flag("--all", "more than a page of it, on a terminal"))
+    flag("--all", "show everything, also on a terminal"))
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
-SINCE_OPTION = option("--since", "TIME", "what came in so long a time until now",
+SINCE_OPTION = option("--since", "TIME", "only the last so long, as 1h or 7d",
                       lambda text: str(duration(text)))
 FEED_OPTIONS = (
-    option("--after", "CURSOR", "the oldest first, from this on; now: what comes"),
-    flag("--follow", "go on for ever; with --json, a line for each"))
+    option("--after", "CURSOR", "oldest first, after this cursor; now: only new ones"),
+    flag("--follow", "keep running and show new ones; with --json one per line"))
 TTL_OPTION = option("--ttl", "TIME", "(%(default)s)", duration, "1h")
-WITH_HOSTS_OPTION = flag("--with-hosts", "shut out who came in by it too", action="store_const",
+WITH_HOSTS_OPTION = flag("--with-hosts", "revoke its hosts too", action="store_const",
                          const="true")
 LABEL_OPTION = option("--label", "K=V", "with this label: also K, K!=V; repeatable",
                       action="append", dest="where")
 STATUS_OPTION = choice("--status", "STATUS", STATUSES, action="append")
 FILTERS = (
     ORG_OPTION, STATUS_OPTION, flag("--down", "offline or missing"),
-    option("--signing-key", "KID", "with a credential of this key"),
-    option("--token", "ID", "that came in by this token"),
-    option("--older", "TIME", "whose status began so long ago", lambda text: str(duration(text))),
-    option("--incident", "ID", "that fell silent in it"))
+    option("--signing-key", "KID", "that use this signing key"),
+    option("--token", "ID", "that enrolled with this token"),
+    option("--older", "TIME", "with the same status for so long", lambda text: str(duration(text))),
+    option("--incident", "ID", "of this incident"))
 MANY_ARGUMENTS = (
     Argument("id", {"metavar": "HOST", "nargs": "*", "help": f"{HOST_HELP}; or filters"}),
     *FILTERS,
     option("--where", "K=V", "with this label: also K, K!=V; repeatable", action="append"),
     option("--reason", "TEXT", "for the audit log"),
     flag("--dry-run", "only show which hosts"), YES_OPTION)
-INTERVAL_OPTION = option("--interval", "TIME", "how often its hosts are to beat (the server's)",
+INTERVAL_OPTION = option("--interval", "TIME", "time between its hosts' heartbeats (the server's)",
                          interval)
 # fmt: on
 
@@ -15293,10 +15292,10 @@ GROUPS = {
         Command("mint-token", "mint-token --ttl 30m --label rack=b4", mint_token, (
             option("--org", "NAME", "the organization of its hosts (default)"), TTL_OPTION,
             option("--max-uses", "N", "(%(default)s)", number, "1"),
-            option("--hostname", "H", "bind it to the host of this name"),
+            option("--hostname", "H", "only for this hostname"),
             option("--description", "TEXT", "what it is for"),
             option("--label", "K=V", "for the hosts that enroll; repeatable", action="append"),
-            option("--ephemeral", "TIME", "delete its hosts when silent for so long", silence),
+            option("--ephemeral", "TIME", "delete its hosts after this silence", silence),
             INTERVAL_OPTION)),
         Command("list-tokens", "list-tokens --state valid", list_items, (
             ORG_OPTION, LIMIT_OPTION,
@@ -15305,8 +15304,8 @@ GROUPS = {
                 own_summary="print the command that updates or moves enrolled agents",
                 shared=(JSON_OPTION, *STORE_OPTIONS, *CLIENT_OPTIONS)),
         by_id("show-token"),
-        by_id("revoke-token", "token {id} is revoked; the hosts that enrolled with it stay, unless "
-              "--with-hosts is given", arguments=(ID_OPERAND, WITH_HOSTS_OPTION, YES_OPTION)),
+        by_id("revoke-token", "token {id} is revoked; without --with-hosts its hosts stay enrolled",
+              arguments=(ID_OPERAND, WITH_HOSTS_OPTION, YES_OPTION)),
     ),
     "hosts": (
         Command("list-hosts", "list-hosts --status offline --label rack=b4", list_items, (
@@ -15317,7 +15316,7 @@ GROUPS = {
             option("--address", "CIDR", "of this address or network"), LIMIT_OPTION)),
         Command("list-changes", "list-changes --status offline --label rack=b4", list_items, (
             ORG_OPTION, SINCE_OPTION,
-            option("--status", "STATUS", "what it became; repeatable", action="append"),
+            option("--status", "STATUS", "the new status; repeatable", action="append"),
             LABEL_OPTION,
             option("--host", "HOST", "only this one"), *FEED_OPTIONS)),
         by_id("show-host", run=show_host, arguments=(HOST_OPERAND,)),
@@ -15334,25 +15333,25 @@ GROUPS = {
             flag("--set-labels", "the labels replace all others"),
             flag("--no-labels", "remove all labels", "labels", action="store_const", const=[],
                  dest="label"),
-            option("--interval", "TIME", "how often it is to beat; none: the server's",
+            option("--interval", "TIME", "time between heartbeats; none: the server's",
                    lambda text: text if text == "none" else interval(text)),
-            option("--mute", "TIME", "tell nobody of it for so long; none: tell again",
+            option("--mute", "TIME", "no notifications for so long; none: unmute",
                    lambda text: 0 if text == "none" else duration(text)))),
-        by_id("revoke-host", "host {id} is shut out; restore-host lets it in again",
+        by_id("revoke-host", "host {id} is blocked; restore-host unblocks it",
               act_on_hosts, MANY_ARGUMENTS),
-        by_id("restore-host", "host {id} is let in again; its agent asks once an hour",
+        by_id("restore-host", "host {id} is unblocked; its agent retries once an hour",
               act_on_hosts, MANY_ARGUMENTS),
         by_id("delete-host", "host {id} is deleted; the machine must enroll again",
               act_on_hosts, MANY_ARGUMENTS),
         Command("expire-hosts", "expire-hosts --force", show, (
             ORG_OPTION, flag("--force", "for a day", required=True, action="store_true")),
-            "for a day nothing stops expiry; organizations: {organizations}"),
+            "expiry does not stop for a day; organizations: {organizations}"),
         Command("reenroll-host", "reenroll-host 0ca4f1b28e3d7a95", mint_token,
                 (HOST_OPERAND, TTL_OPTION, INTERVAL_OPTION)),
     ),
     "organizations and API keys": (
         Command("add-org", "add-org berlin", show, (Argument("name", {"metavar": "NAME"}),),
-                "organization {id} is there: mint-token --org {id}"),
+                "organization {id} exists: mint-token --org {id}"),
         Command("list-orgs", "list-orgs", list_items),
         Command("mint-api-key", "mint-api-key --org berlin --role viewer", mint_api_key, (
             option("--org", "NAME", "(%(default)s)", default=DEFAULT_ORGANIZATION, group="org"),
@@ -15360,21 +15359,21 @@ GROUPS = {
                  dest="org"),
             choice("--role", "ROLE", ("admin", "viewer"), "admin"),
             option("--ttl", "TIME", "until it expires (never)", duration),
-            flag("--link", "show it as a link to the page, good for 12 h unless --ttl is given"),
+            flag("--link", "show it as a sign-in link to the page (--ttl 12h)"),
             option("--description", "TEXT", default=""))),
         Command("list-api-keys", "list-api-keys", list_items, (ORG_OPTION, LIMIT_OPTION)),
         by_id("revoke-api-key", "API key {id} is revoked", arguments=(
-            ID_OPERAND, YES_OPTION, flag("--with-keys", "and the keys that it made, and so on",
+            ID_OPERAND, YES_OPTION, flag("--with-keys", "and the keys that it created, and theirs",
                                          action="store_const", const="true"))),
     ),
     "signing keys": (
         Command("list-signing-keys", "list-signing-keys", list_items),
         Command("rotate-signing-key", "rotate-signing-key", show, (),
-                "it signs from now on, and hosts get a credential of it when they beat;\n"
-                "list-signing-keys counts them, and retire-signing-key ends an old key"),
+                "it signs from now on; each host gets a new credential with a heartbeat.\n"
+                "list-signing-keys counts the hosts of each key; retire-signing-key ends one"),
         Command("retire-signing-key", "retire-signing-key 5b1c09d2f3a4e687", show, (
             Argument("kid", {"metavar": "KID"}), YES_OPTION,
-            flag("--force", "though hosts still use it", action="store_const", const="yes")),
+            flag("--force", "even if hosts still use it", action="store_const", const="yes")),
             "signing key {kid} is retired; hosts that must re-enroll, at most: {hosts}"),
     ),
     "operate": (
@@ -15384,25 +15383,25 @@ GROUPS = {
             option("--subject", "KIND:ID", "as in host:0ca4f1b28e3d7a95"),
             option("--code", "CODE", "of a refusal"), LIMIT_OPTION, *FEED_OPTIONS)),
         Command("verify-audit", "verify-audit", check_audit, (
-            option("--head", "HASH", "what an earlier run printed: is all up to it still there?",
+            option("--head", "HASH", "the head of an earlier run: is all up to it still there?",
                    audit_head),),
-            own_summary="find what has been changed in the audit log"),
+            own_summary="check the audit log for tampering"),
         Command("watch", "watch --webhook https://chat.lan/hooks/fleet", watch, (
             ORG_OPTION,
             option("--label", "K=V", "only hosts with this label; repeatable", action="append"),
-            option("--status", "STATUS", "tell of hosts that become this; repeatable "
+            option("--status", "STATUS", "report hosts with this new status; repeatable "
                    f"({', '.join(TROUBLES)})", one_of(*CHANGED_TO), action="append"),
-            option("--audit", "WORD,...", "tell of events with these actions or codes, or none "
+            option("--audit", "WORD,...", "report events with these actions or codes, or none "
                    "(%(default)s)", event_words, ",".join(WAKING)),
-            option("--delay", "TIME", "tell what lasts so long (%(default)s)", duration, "2m"),
-            option("--batch", "TIME", "gather for so long (%(default)s)", duration, "10s"),
-            option("--state", "FILE", "go on from it after a restart", file_name),
-            option("--exec", "COMMAND", "tell by a shell command: JSON is its input",
-                   matching("(?s).+", "is no command"), group="how"),
-            option("--webhook", "URL", "tell by a POST of JSON", webhook_address, group="how"),
-            option("--secret-file", "FILE", "signs webhooks; of mode 0600", file_name),
-            flag("--test", "tell a sample, and end")),
-            own_summary="tell people what changes", shared=(*STORE_OPTIONS, *CLIENT_OPTIONS)),
+            option("--delay", "TIME", "report what lasts so long (%(default)s)", duration, "2m"),
+            option("--batch", "TIME", "collect for so long (%(default)s)", duration, "10s"),
+            option("--state", "FILE", "keep the position, for restarts", file_name),
+            option("--exec", "COMMAND", "run this with JSON as its input",
+                   matching("(?s).+", "is not a command"), group="how"),
+            option("--webhook", "URL", "POST JSON to this URL", webhook_address, group="how"),
+            option("--secret-file", "FILE", "signs webhooks; mode 0600", file_name),
+            flag("--test", "send a test message and exit")),
+            own_summary="notify people of changes", shared=(*STORE_OPTIONS, *CLIENT_OPTIONS)),
         Command("backup", "backup /var/backups/hostenroll", run_backup,
                 (Argument("folder", {"metavar": "DIR"}),
                  option("--keep", "N", "into a new folder in DIR; remove all but the newest N",
@@ -15410,16 +15409,16 @@ GROUPS = {
                 own_summary="copy database and keys, also while a server runs"),
         Command("restore", "restore /var/backups/hostenroll", run_restore, (
             Argument("folder", {"metavar": "DIR"}),
-            flag("--as-it-was", "the backup alone, and do nothing again")),
-            own_summary="put a backup in place; what was revoked stays so"),
+            flag("--as-it-was", "do not repeat what was done since the backup")),
+            own_summary="restore a backup; what was revoked stays revoked"),
         Command("accept-history", "accept-history", accept_history,
-                own_summary="have hosts that a restore has lost enroll again"),
+                own_summary="make hosts that a restore lost enroll again"),
         Command("check", "check", run_check, (
-            option("--ready", "URL", "only whether a server is ready (the one here)", web_address,
+            option("--ready", "URL", "only check that this server is ready", web_address,
                    nargs="?", const=True), *CLIENT_OPTIONS[2:4]),
-                own_summary="say whether database, keys and files are sound"),
+                own_summary="check database, keys and permissions"),
         Command("bench", "bench --hosts 1000000", bench, (
-            option("--hosts", "N", "of the scratch fleet (%(default)s)",
+            option("--hosts", "N", "in the scratch fleet (%(default)s)",
                    within(BENCH_HOSTS_RANGE), str(BENCH_HOSTS)),
             option("--seconds", "S", "of each measurement (%(default)s)",
                    within(BENCH_SECONDS_RANGE), str(BENCH_SECONDS)),
@@ -15428,25 +15427,25 @@ GROUPS = {
             flag("--tls", "only over TLS, a connection each")),
             own_summary="measure how many hosts this machine can hold", shared=(JSON_OPTION,)),
         Command("make-cert", "make-cert --name enroll.lan", make_cert, (
-            option("--name", "NAME", "a name or address that agents find the server by; repeatable",
+            option("--name", "NAME", "a name or address of the server; repeatable",
                    action="append", required=True),
             option("--days", "N", "(%(default)s)", within(CERTIFICATE_DAYS_RANGE), "3650"),
             option("--tls-cert", "FILE", "(%(default)s)", file_name, "hostenroll-tls.crt"),
             option("--tls-key", "FILE", "(%(default)s)", file_name, "hostenroll-tls.key")),
-            own_summary="make a self-signed certificate and its key", shared=(JSON_OPTION,)),
+            own_summary="create a self-signed certificate and its key", shared=(JSON_OPTION,)),
         Command("unit", "unit", print_unit, (
-            flag("--socket", "the unit of its socket", group="of"),
-            flag("--watch", "the unit of watch", group="of"),
-            option("--backup", "DIR", f"that of backup DIR --keep {BACKUPS_KEPT}", file_name,
+            flag("--socket", "the socket unit", group="of"),
+            flag("--watch", "a unit for watch", group="of"),
+            option("--backup", "DIR", f"a unit for backup DIR --keep {BACKUPS_KEPT}", file_name,
                    group="of"),
-            flag("--timer", "the unit of the timer that backs up daily", group="of"),
-            Argument("words", {"metavar": "OPTION", "nargs": "*", "help": "of watch, behind --"}),
-            flag("--dynamic-user", "let systemd make the user of the service when it starts")),
+            flag("--timer", "the timer for daily backups", group="of"),
+            Argument("words", {"metavar": "OPTION", "nargs": "*", "help": "of watch, after --"}),
+            flag("--dynamic-user", "let systemd create the service's user (DynamicUser=)")),
                 own_summary="print a systemd unit", shared=()),
         Command("completion", "completion bash", print_completion, (
             Argument("shell", {"metavar": "SHELL", "type": one_of("bash", "zsh"),
                                "help": "bash or zsh"}),),
-                own_summary="print the completion for a shell to eval", shared=()),
+                own_summary="print completions, for a shell to eval", shared=()),
         Command("schema", "schema", lambda session: output(SCHEMA, end=""),
                 own_summary="print the database's schema", shared=()),
         Command("openapi", "openapi",
@@ -15497,7 +15496,7 @@ def make_parser(
     words: Sequence[str], program: str, environment: Mapping[str, str]
 ) -> tuple[Parser, dict[str, Parser]]:
     typed = {word.partition("=")[0] for word in words}
-    overview = ["Decides who may join a fleet of machines, and knows which are alive."]
+    overview = ["Enroll machines and see which are alive."]
     for group, rows in GROUPS.items():
         overview += ["", f"{group}:", *(f"  {row.name:20} {row.summary}" for row in rows)]
     parser = Parser(
@@ -15505,7 +15504,7 @@ def make_parser(
         prog=program,
         usage="%(prog)s COMMAND ...",
         description="\n".join(overview),
-        epilog="help COMMAND says more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
+        epilog="help COMMAND shows more, with an example. HOSTENROLL_<OPTION> in the\nenvironment "
         "sets --db, --key-file, --server, --api-key-file and the options\nof serve.\n\n"
         f"{EXIT_STATUSES}",
     )
@@ -15539,7 +15538,7 @@ def make_parser(
 
 
 def unknown_settings(environment: Mapping[str, str]) -> list[str]:
-    """Complaints about what looks like a setting, and is none."""
+    """Complaints about what looks like a setting, but is not one."""
     names = {name for name in environment if name.startswith(ENVIRONMENT_PREFIX)}
     unknown = sorted(names - {argument.setting for argument in SETTINGS})
     return [f"{sanitize(name)} in the environment sets nothing" for name in unknown]
@@ -15566,7 +15565,7 @@ def parse_arguments(
         parser.error(f"there is no command {sanitize(words[0])}{suggestion(words[0], parsers)}")
     for word in words:
         if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing of it
-            parser.error(f"{word[:-3]}: -- is no value")
+            parser.error(f"{word[:-3]}: -- is not a value")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -15575,7 +15574,7 @@ def parse_arguments(
         if word.partition("=")[0] == "--server" and STORE_OPTIONS[0] in command.arguments:
             parsers[command.name].error(NEEDS_FILES.format(command.name))
         hint = suggestion(word, [argument.name for argument in command.arguments])
-        parsers[command.name].error(f"{command.name} takes no {kind} {sanitize(word)}{hint}")
+        parsers[command.name].error(f"{command.name} has no {kind} {sanitize(word)}{hint}")
     return arguments
 
 

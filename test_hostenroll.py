@@ -1237,6 +1237,21 @@ def texts_in(tree):
             yield node
 
 
+# What made readers of the program's texts stop and read again.
+STUMBLED = (
+    r"\b(said|told|nobody|somebody|anybody|whoever|whom|anew|of late|at hand|came in by|not as|"
+    r"that of the|those (that|who)|shuts? (\w+ )?out|lets? (\w+ )?(in|go)|goes? on|good for|"
+    r"makes? \w+ useless|for ever|the (newest|oldest) first|are to|takes no|"
+    r"(?<!there )(?<!There )is no(?! longer))\b"
+)
+
+
+def test_what_people_read_is_in_plain_words():
+    lines = [line for node in texts_in(TREE) for line in node.value.split("\n")]
+    assert len(lines) > 5000 and "  --help, --version" in lines
+    assert [line for line in lines if re.search(STUMBLED, line)] == []
+
+
 def newer(statement):
     """What of it an old SQLite does not know. A subquery stands for itself."""
     flat = re.sub(r"\((?:[^()]|\([^()]*\))*\)", "()", statement)
@@ -22415,7 +22430,7 @@ UNKNOWN = "0ca4f1b28e3d7a95"
 
 def test_a_secret_stands_alone_on_stdout(operator):
     for command, prefix, fact in (
-        ("mint-token", "het", "token {} of default: 1 use, expires in 60 min\n"),
+        ("mint-token", "het", "token {} (organization default): 1 host, expires in 60 min\n"),
         ("mint-api-key", "hak", "API key {}: admin of default")):  # fmt: skip
         minted = operator(command)
         assert minted.status == 0
@@ -22443,9 +22458,9 @@ def test_tables_are_aligned_and_show_the_same(operator):
     headings = "NAME STATUS AGE ADDRESS LABELS LAST SEEN HOSTNAME ORG ID"
     operator.make_database()
     assert operator("list-hosts").out.split() == headings.split()
-    assert operator("list-hosts").err.startswith("no host yet: mint-token ")
-    assert operator("list-hosts", "--q", "web").err == "no such host\n"
-    assert operator("list-tokens", "--state", "used").err == "no such token\n"
+    assert operator("list-hosts").err.startswith("no hosts yet: run mint-token")
+    assert operator("list-hosts", "--q", "web").err == "no hosts match\n"
+    assert operator("list-tokens", "--state", "used").err == "no tokens match\n"
     assert operator("list-hosts", "--json").err == ""
     for n in range(3):
         operator("mint-token", "--description", "x" * n * 9, "--max-uses", str(10**n))
@@ -22559,7 +22574,7 @@ def test_a_host_is_known_by_name_hostname_id_and_what_its_id_begins_with(named):
     assert named.json("edit-host", "web-1", "--name", "web-9")["name"] == "web-9"
     assert named.json("show-host", "web-9")["id"] == host
     require_one_line(named("show-host", "web-1"), 3, "no host with this id or name")
-    assert named("revoke-host", "web-9").err.startswith(f"host {host} is shut out")
+    assert named("revoke-host", "web-9").err.startswith(f"host {host} is blocked")
     assert named("restore-host", host[:14]).status == 0
     assert named.json("reenroll-host", "web-9")["hostId"] == host
     assert named.json("restore-host", "db-1", "web-9", host, "--yes")["done"] == 2
@@ -22610,7 +22625,7 @@ def test_what_destroys_takes_a_part_of_an_id_only_from_a_person_who_is_asked(nam
             require_one_line(named(command, *words), 3, "Type the whole id.")
         for typed, words in (("n\n", [id]), ("", [id[:14]]), ("y\n", [id[:14]])):
             done = at_terminal(named, monkeypatch, typed, command, *words)
-            assert done.err.startswith(title.format(id) + "; go on? [y/N] "), done.err
+            assert done.err.startswith(title.format(id) + "; continue? [y/N] "), done.err
             assert done.status == (0 if typed == "y\n" else 1)
             assert ("nothing was done" in done.err) == (typed != "y\n")
     done = at_terminal(named, monkeypatch, "", "delete-host", ids["a.lan"], "--yes")
@@ -22642,7 +22657,9 @@ def test_an_act_on_many_is_asked_about_and_done_to_those_that_filters_find(opera
     web = [operator.enroll(token, hostname=f"web-{n}") for n in range(3)]
     other = operator.enroll()
     refused = operator("revoke-host", "--where", "pool=web")
-    require_one_line(refused, 2, "hosts to revoke: 3; nothing is done: --dry-run shows them, --yes")
+    require_one_line(
+        refused, 2, "hosts to revoke: 3; nothing was done: --dry-run lists them, --yes"
+    )
     dry = operator("delete-host", "--where", "pool=web", "--dry-run")
     found = sorted(web, reverse=True)
     assert (dry.status, dry.out.split(), dry.err) == (0, found, "hosts to delete: 3\n")
@@ -22669,7 +22686,7 @@ def test_on_a_terminal_a_person_says_whether_to_go_on(operator, monkeypatch):
     for typed, status in (("\n", 1), ("n\n", 1), ("", 1), ("Yes\n", 0)):
         done = at_terminal(operator, monkeypatch, typed, "delete-host", *hosts)
         question = "".join(f"web-1 ({host}, default, 192.0.2.7)\n" for host in hosts)
-        question += "hosts to delete: 2; go on? [y/N] "
+        question += "hosts to delete: 2; continue? [y/N] "
         assert done.status == status and done.err.startswith(question)
         assert done.err.endswith("done: 2\n" if status == 0 else "hostenroll: nothing was done\n")
 
@@ -22705,8 +22722,8 @@ def test_who_mints_at_a_terminal_sees_the_ways_to_join_and_that_no_server_runs(
     operator, monkeypatch
 ):
     minted = at_terminal(operator, monkeypatch, "", "mint-token", "--ttl", "2d")
-    assert minted.err.startswith("no server has run on this database yet: serve starts one\n")
-    assert "1 use, expires in 2 d\n" in minted.err
+    assert minted.err.startswith("no server has run on this database yet: run serve\n")
+    assert "1 host, expires in 2 d\n" in minted.err
     assert minted.err.count("--install") == 1 and "a line for cron\n" in minted.err
     plain = operator("mint-token")
     assert "--install" not in plain.err and "no server" not in plain.err
@@ -22782,13 +22799,13 @@ def test_a_token_is_revoked_with_its_hosts(operator):
 
 
 WAYS_BACK = {  # how a host's last token was minted, what happened since, and its uses left
-    "a reusable token": ("--max-uses 9", "", "8 more uses"),
-    "one use left": ("--max-uses 2", "", "1 more use"),
+    "a reusable token": ("--max-uses 9", "", "8 more hosts"),
+    "one use left": ("--max-uses 2", "", "1 more host"),
     "a token that is used up": ("", "", ""),
     "a token that has expired": ("--max-uses 9 --ttl 1m", "time goes on", ""),
     "a token that was revoked": ("--max-uses 9", "revoke-token", ""),
     "a token of its own since": ("--max-uses 9", "reenroll-host", ""),
-    "one that was not used": ("--max-uses 9", "an unused one", "8 more uses"),
+    "one that was not used": ("--max-uses 9", "an unused one", "8 more hosts"),
 }
 
 
@@ -22808,8 +22825,8 @@ def test_who_deletes_a_host_is_told_of_the_token_that_lets_it_in_again(
     deleted = operator("delete-host", host)
     told = f"host {host} is deleted; the machine must enroll again\n"
     if uses:
-        told += f"it came in by token {token['id']}, which is good for {uses}: it can come back; "
-        told += f"revoke-host keeps it out, and so does revoke-token {token['id']}\n"
+        told += f"its token {token['id']} can enroll {uses}, so the machine can come back: "
+        told += f"to prevent that, revoke-token {token['id']}\n"
     assert (deleted.status, deleted.out, deleted.err) == (0, "", told)
 
 
@@ -22835,16 +22852,16 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "did you mean list-hosts?", "lst-hosts"),
     (2, "did you mean mint-token or mint-api-key?", "mint"),
     (2, "no command xyzzy (see: hostenroll --help)", "xyzzy"),
-    (2, "takes no option --nope (see: hostenroll mint-token --help)", "mint-token --nope"),
+    (2, "has no option --nope (see: hostenroll mint-token --help)", "mint-token --nope"),
     (2, "did you mean --max-uses?", "mint-token --max 3"),
-    (2, "takes no argument berlin", "list-orgs berlin"),
+    (2, "has no argument berlin", "list-orgs berlin"),
     (2, "'soon' is not a duration", "edit-host 0ca4f1b28e3d7a95 --interval soon"),
     (2, "'none' is not a duration", "mint-token --interval none"),
     (2, "2d is out of bounds: 1 s to 24 h", "mint-token --interval 2d"),
     (2, "needs HOST (see: hostenroll show-host --help)", "show-host"),
     (2, "not one of valid, used, expired, revoked", "list-tokens --state dead"),
     (2, "--label: ", "mint-token --label x"),
-    *((2, f"--{words.split('--')[1]}: -- is no value", f"{words}=--") for words in (
+    *((2, f"--{words.split('--')[1]}: -- is not a value", f"{words}=--") for words in (
         "mint-token --label", "mint-token --db", "list-tokens --limit", "list-tokens --state",
         "verify-audit --head", "serve --port")),
     *((2, f"--{name}: ", f"serve --port 0 --{name}=")
@@ -22853,15 +22870,15 @@ STATUSES = [  # the exit status, what the line has, the words typed
     *((1, "", f"mint-token --db {path}") for path in ("/dev/null/a.db", ".", "./")),
     (1, "no folder", ("list-orgs", "--db", "x\x1b[31m\ny/z")),
     (1, "no folder", ("list-orgs", "--db", f"{'x' * 200}/" * 100 + "y")),
-    (2, "--label: one key comes twice (see: hostenroll mint-token --help)",
+    (2, "--label: a key is given twice (see: hostenroll mint-token --help)",
      "mint-token --label a=b --label a=c"),
-    (2, "--label: one key comes twice", f"edit-host {UNKNOWN} --label a=b --label a-"),
+    (2, "--label: a key is given twice", f"edit-host {UNKNOWN} --label a=b --label a-"),
     (2, "--label: ", f"edit-host {UNKNOWN} --set-labels --label a-"),
     (2, "--label: ", f"edit-host {UNKNOWN} --label a"),
     (2, "are for one host", f"edit-host {UNKNOWN} {UNKNOWN[::-1]} --name x --yes"),
     (2, "are for one host", "edit-host --org default --no-labels --yes"),
     (2, "are for one host", "edit-host --org default --set-labels --label a=b --yes"),
-    *((2, "needs HOST, or else filters", f"{name}{words}")
+    *((2, "give a HOST, or filters", f"{name}{words}")
       for name in ("delete-host", "revoke-host", "restore-host", "edit-host")
       for words in ("", " --yes", f" {UNKNOWN} --status missing")),
     (3, "--where: ", "delete-host --where =pool --yes"),
@@ -22878,15 +22895,15 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "options come after the command: hostenroll COMMAND --db ", "--db=x.db"),
     (2, "--host: '\\udcff' is not an address or a name", "serve --port 0 --host \udcff"),
     (2, "--host: 'a\\nb' is not an address or a name", ("serve", "--port=0", "--host", "a\nb")),
-    (2, "--tls-cert and --tls-key go together", "serve --tls-cert x"),
-    (2, "--tls-cert and --tls-key go together", "serve --tls-key x"),
-    (2, "--tls-pin-cert goes with", "serve --tls-pin-cert x"),
-    (2, "--tls-pin-cert goes with", "serve --tls-pin-cert x --public-url http://a"),
-    (2, "--tls-pin-cert goes with",
+    (2, "--tls-cert and --tls-key need", "serve --tls-cert x"),
+    (2, "--tls-cert and --tls-key need", "serve --tls-key x"),
+    (2, "--tls-pin-cert needs", "serve --tls-pin-cert x"),
+    (2, "--tls-pin-cert needs", "serve --tls-pin-cert x --public-url http://a"),
+    (2, "--tls-pin-cert needs",
      "serve --tls-pin-cert x --public-url https://a --tls-cert x --tls-key x"),
-    (2, "--pin always go with", "serve --pin always --public-url https://a"),
-    (2, "--pin always go with", f"serve --next-pin {PINS[0]}"),
-    (2, "--pin never pins no --next-pin",
+    (2, "--pin always need", "serve --pin always --public-url https://a"),
+    (2, "--pin always need", f"serve --next-pin {PINS[0]}"),
+    (2, "--pin never excludes --next-pin",
      f"serve --tls-cert a --tls-key b --pin never --next-pin {PINS[0]}"),
     (2, "--pin: 'no' is not one of auto, always, never", "serve --pin no"),
     (2, "--days: 0 is out of bounds: 1 to 36500", "make-cert --name a --days 0"),
@@ -22925,7 +22942,7 @@ STATUSES = [  # the exit status, what the line has, the words typed
     *((2, words.split()[0], f"bench {words}") for words in (
         "--hosts 99", "--hosts 10000001", "--hosts -1", "--seconds 0", "--seconds 601",
         "--connections 0", "--connections 1025", "--close", "--rate 1", "--db hostenroll.db")),
-    *((1, "is no name for a server", ("make-cert", f"--name={name}")) for name in (
+    *((1, "is not a server name", ("make-cert", f"--name={name}")) for name in (
         "", "a b", "a,DNS:evil", "a/O=x", "-a", ".a", "a.", "a\n", "a..b", "\u00fc.lan", "a_b",
         "x" * 300, "1.2.3.4/24", "fe80::1%eth0", "fe80::1%a,DNS:evil", "https://enroll.lan", "a:1",
         "*", "a*b", "a.*")),
@@ -23348,7 +23365,7 @@ def test_root_takes_a_database_of_a_stranger_only_where_it_is_named(searcher):
     trap = searcher.folder / "hostenroll.db"
     os.chown(trap, STRANGER, STRANGER)
     before = sorted(os.listdir(searcher.folder)), trap.read_bytes()
-    refusal = f"root takes ./hostenroll.db of the user of id {STRANGER} only where --db names it"
+    refusal = f"root uses ./hostenroll.db, a file of user {STRANGER}, only if --db names it"
     for words in ("list-orgs", "mint-token", "check", "backup copy", "serve --port 0"):
         require_one_line(searcher(*words.split()), 1, refusal)
     assert (sorted(os.listdir(searcher.folder)), trap.read_bytes()) == before
@@ -23374,7 +23391,7 @@ def test_root_takes_no_key_file_of_a_stranger_that_lies_here(searcher, monkeypat
     (searcher.folder / "hostenroll.db").unlink()
     os.chown(searcher.folder / "hostenroll.key", STRANGER, STRANGER)
     for words in ("mint-token", "list-hosts", "serve --init --port 0"):
-        require_one_line(searcher(*words.split()), 1, "root takes ./hostenroll.key of the user")
+        require_one_line(searcher(*words.split()), 1, "root uses ./hostenroll.key, a file of user")
     assert not (searcher.folder / "hostenroll.db").exists()
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)  # who is not root takes his own
     assert hostenroll.find_database("mint-token", None) == "hostenroll.db"
@@ -23416,7 +23433,7 @@ def test_the_service_has_its_database_in_var_lib(tmp_path):
     used = [line for line in done.stderr.splitlines() if "hostenroll: " in line]
     folder = "/var/lib/hostenroll"
     assert used[:2] == [f"hostenroll: using {folder}/hostenroll.db"] * 2
-    refused = f"hostenroll: only its owner can look into {folder}: run it with sudo, "
+    refused = f"hostenroll: only its owner can open {folder}: run it with sudo, "
     assert [line.startswith(refused) for line in used[2:]] == [True, True]
     assert f"HOSTENROLL_DB={hostenroll.SERVICE_DATABASE}\n" in hostenroll.UNIT.template
 
@@ -23440,7 +23457,7 @@ def test_serve_warns_when_others_can_listen_in_and_tells_where_hosts_find_it(tmp
         assert "--server https://enroll.lan:8443 --token-file -" in printed_command(tmp_path)
         assert server.terminate() == 0
     assert "without TLS" in "".join(server.log)
-    assert "hosts find it at https://enroll.lan:8443\n" in server.log
+    assert "hosts reach it at https://enroll.lan:8443\n" in server.log
 
 
 def test_a_database_may_lie_at_a_path_of_any_bytes(tmp_path):
@@ -24253,16 +24270,16 @@ def test_what_destroys_from_elsewhere_asks_on_which_server_and_takes_no_prefix_w
     url, ask = doors.remote.server.url, partial(at_terminal, doors, monkeypatch)
     words, title = doors.remote.pinned, f"web-asked ({host}, default, 127.0.0.1)"
     for typed, status, end in (("n\n", 1, "hostenroll: nothing was done\n"),
-                               ("y\n", 0, "restore-host lets it in again\n")):  # fmt: skip
+                               ("y\n", 0, "restore-host unblocks it\n")):  # fmt: skip
         done = ask(typed, "revoke-host", host[:15], *words)
-        assert done.err.startswith(f"revoke host {title} on {url}; go on? [y/N] "), done.err
+        assert done.err.startswith(f"revoke host {title} on {url}; continue? [y/N] "), done.err
         assert done.status == status and done.err.endswith(end)
     done = ask("n\n", "delete-host", host, "web-asked", "--dry-run", *words)
     assert done.out == f"{host}\n"
     done = ask("y\n", "delete-host", "--where", "no=label", *words)
-    assert f"hosts to delete: 0 on {url}; go on? [y/N] " in done.err
+    assert f"hosts to delete: 0 on {url}; continue? [y/N] " in done.err
     require_one_line(doors.there("delete-host", host[:15]), 3, "Type the whole id.")
-    require_one_line(doors.there("delete-host", "--where", "a=b"), 2, "--yes goes on")
+    require_one_line(doors.there("delete-host", "--where", "a=b"), 2, "--yes confirms")
     assert doors.there("delete-host", "WEB-ASKED.").status == 0
     require_one_line(doors.here("show-host", host), 3, "no host with this id")
 
@@ -24313,20 +24330,20 @@ def test_a_feed_from_elsewhere_is_followed_until_its_reader_has_gone(remote):
 
 PRECEDENCE = {  # what is typed, what is in the environment, and who is asked: or the complaint
     "nothing": ("", "", "here"), "a server": ("--server", "", "there"),
-    "a database": ("--db", "", "here"), "both": ("--db --server", "", "leave out --server or --db"),
-    "a server, and keys": ("--server --key-file", "", "leave out --server or --db"),
-    "a setting": ("", "SERVER", "there"), "both are settings": ("", "SERVER DB", "leave out"),
+    "a database": ("--db", "", "here"), "both": ("--db --server", "", "leave one out"),
+    "a server, and keys": ("--server --key-file", "", "leave one out"),
+    "a setting": ("", "SERVER", "there"), "both are settings": ("", "SERVER DB", "leave one out"),
     "a server over a setting": ("--server", "DB KEY_FILE", "there"),
     "a database over a setting": ("--db", "SERVER", "here"),
     "keys over a setting": ("--key-file", "SERVER", "here"),
     "both over settings": ("--server", "SERVER DB", "there"),
-    "a pin alone": ("--db --pin", "SERVER", "--server goes with --api-key-file"),
-    "no TLS alone": ("--insecure-http", "", "--server goes with --api-key-file"),
-    "an authority alone": ("--cacert", "", "--server goes with --api-key-file"),
-    "a key alone": ("--api-key-file", "", "--server goes with --api-key-file"),
+    "a pin alone": ("--db --pin", "SERVER", "--server needs --api-key-file"),
+    "no TLS alone": ("--insecure-http", "", "--server needs --api-key-file"),
+    "an authority alone": ("--cacert", "", "--server needs --api-key-file"),
+    "a key alone": ("--api-key-file", "", "--server needs --api-key-file"),
     "a key that is a setting": ("", "API_KEY_FILE", "here"),
-    "no key": ("--server", "-", "--server goes with --api-key-file"),
-    "no key in the environment": ("", "SERVER -", "--server goes with --api-key-file"),
+    "no key": ("--server", "-", "--server needs --api-key-file"),
+    "no key in the environment": ("", "SERVER -", "--server needs --api-key-file"),
 }  # fmt: skip
 
 
@@ -24507,15 +24524,15 @@ BAD_WATCHES = [
     (("--exec", ""), "--exec: '' is no command"), (("--webhook", "ftp://a"), "is not like https://"),
     *((("--webhook", f"https://{rest}"), "--webhook: ") for rest in (
         "", "/x", "user:x@a/y", "a:99999/x", "a/x y", "a/\xfc", "a/\n")),
-    (("--audit", "clone,clown"), "'clone,clown' is no action or code"),
-    *((("--audit", text), "is no action") for text in ("", "none,clone", "clone,", "clone clone")),
+    (("--audit", "clone,clown"), "'clone,clown' is not an action or code"),
+    *((("--audit", text), "is not an") for text in ("", "none,clone", "clone,", "clone clone")),
     (("--status", "on"), "'on' is not one of"), (("--delay", "2"), None),
     (("--state", ""), "--state"),
-    (("--server", "https://a"), "--server goes with --api-key-file"),
-    (("--api-key-file", "x"), "--server goes with"),
-    (("--pin", f"sha256//{'A' * 43}="), "go with both"),
-    (("--cacert", "x"), "go with both"), (("--pin", "sha256//x"), "--pin: 'sha256//x' is not"),
-    (("--secret-file", "x"), "--secret-file goes with --webhook"),
+    (("--server", "https://a"), "--server needs --api-key-file"),
+    (("--api-key-file", "x"), "--server needs"),
+    (("--pin", f"sha256//{'A' * 43}="), "need both"),
+    (("--cacert", "x"), "need both"), (("--pin", "sha256//x"), "--pin: 'sha256//x' is not"),
+    (("--secret-file", "x"), "--secret-file needs --webhook"),
 ]  # fmt: skip
 
 
@@ -25283,7 +25300,7 @@ def test_where_anybody_may_replace_the_files_only_a_first_key_file_and_a_backup_
     with start_server(folder, how="process", api_key=False) as server:
         assert server.call("GET", "/readyz").status == 200
         assert server.terminate() == 0
-    assert [line.count(f"anybody can replace files in {folder}") for line in server.log].count(
+    assert [line.count(f"any user can replace files in {folder}") for line in server.log].count(
         1
     ) == 1
 
@@ -25304,7 +25321,7 @@ def audited(operator):
 def test_the_log_on_the_command_line_is_that_of_the_api_whole_and_in_parts(audited):
     events = audited.json("show-audit")["events"]
     first, *lines = audited("show-audit").out.rstrip("\n").split("\n")
-    assert first.split() == ["WHEN", "TEXT", "ADDRESS", "ACTOR"]
+    assert first.split() == ["WHEN", "WHAT", "ADDRESS", "ACTOR"]
     rows = [("now", event["text"], event["address"] or "-", event["actor"]) for event in events]
     assert [tuple(re.split("  +", line)) for line in lines] == rows
     csv = audited("show-audit", "-o", "csv").out.split("\r\n")[0].split(",")
@@ -25334,16 +25351,16 @@ def unguarded(operator, statement):
 def test_the_head_stands_alone_on_stdout_and_finds_a_tail_cut_off(audited):
     seen = audited("verify-audit")
     assert seen.status == 0 and re.fullmatch("[0-9a-f]{64}\n", seen.out)
-    assert "events 1 to 6 " in seen.err and "only --head" in seen.err
+    assert "events 1 to 6 " in seen.err and "keep this head" in seen.err
     head = seen.out.strip()
     audited("mint-token")
     later = audited("verify-audit", "--head", head)
     assert later.status == 0 and later.out != seen.out
-    assert "up to the head given nothing has been cut off" in later.err
-    assert "takes a later head" in later.err and "only --head" not in later.err
+    assert "no event up to the given head is missing" in later.err
+    assert "a later head is needed" in later.err and "keep this head" not in later.err
     unguarded(audited, "DELETE FROM audit WHERE number >= 6")
     without = audited("verify-audit")
-    assert (without.status, "only --head" in without.err) == (0, True)
+    assert (without.status, "keep this head" in without.err) == (0, True)
     require_one_line(audited("verify-audit", "--head", head), 1, "cut off")
     assert audited("verify-audit", "--head", without.out.strip()).status == 0
     for bad in ("0", head[:-1], head + "0", head.upper(), "x" * 64):
@@ -25413,7 +25430,7 @@ def test_a_command_does_what_is_safe_with_an_altered_schema(name, operator, tmp_
 
 
 def printed_command(folder):
-    return cli(folder, "mint-token").stderr.split("enroll with it, on the host:\n")[1]
+    return cli(folder, "mint-token").stderr.split("run this on the machine:\n")[1]
 
 
 def in_shell(line, folder):
@@ -25566,7 +25583,7 @@ def test_join_commands_pin_by_the_policy_of_serve(
             place = session.arguments.public_url or server.url
             assert server.url.startswith("https:" if way == "own" else "http:")
         world.registry.perform(Call(hostenroll.START_SERVICE, values={"url": place}), 5)
-    assert [("shuts agents out" in line) for line in caplog.messages] == [True] * is_warned
+    assert [("agents refuse a renewed" in line) for line in caplog.messages] == [True] * is_warned
     pins = pins.replace("own", key)
     shown = operator.json("agent-command")
     assert (shown["publicUrl"], shown["pin"]) == (place, pins or None)
@@ -25578,7 +25595,7 @@ def test_join_commands_pin_by_the_policy_of_serve(
     words = shlex.split(printed.out)
     assert ("-k" in words[2].split(), "--pin" in words) == (bool(pins), bool(pins))
     assert not pins or words[words.index("--pin") + 1] == pins
-    assert shlex.split(operator("mint-token").err.split("the host:\n")[1])[8:-2] == words[4:-1]
+    assert shlex.split(operator("mint-token").err.split("the machine:\n")[1])[8:-2] == words[4:-1]
 
 
 def quoted(pins):
@@ -25744,9 +25761,9 @@ def test_the_certificate_that_make_cert_makes_serves(tmp_path):
 
 
 UNMADE = {  # a file that is there, more words, what the line has
-    "a key": ("hostenroll-tls.key", "", "is there already"),
-    "a certificate": ("hostenroll-tls.crt", "", "is there already"),
-    "a link": ("a link", "", "is there already"),
+    "a key": ("hostenroll-tls.key", "", "exists already"),
+    "a certificate": ("hostenroll-tls.crt", "", "exists already"),
+    "a link": ("a link", "", "exists already"),
     "no place for a certificate": ("", "--tls-cert nowhere/a.crt", ""),
     "no place for a key": ("", "--tls-key nowhere/a.key", ""),
 }
@@ -25779,9 +25796,9 @@ def test_what_make_cert_makes_has_its_mode_whatever_the_umask(umask, operator):
 
 # fmt: off
 BAD_OPENSSL = {  # a program, and what is made of its end
-    "none": (None, "the openssl program cannot be run (No such file or directory): make a pair on "
+    "none": (None, "cannot run openssl (No such file or directory): make a pair on "
                    "another machine"),
-    "one that cannot be run": ("#!/nowhere\n", "the openssl program cannot be run"),
+    "one that cannot be run": ("#!/nowhere\n", "cannot run openssl"),
     "a reason": ("#!/bin/sh\necho 'no entropy' >&2; exit 1", ": no entropy\n"),
     "no reason": ("#!/bin/sh\nprintf '..+..\\n-----\\n' >&2; exit 3", ": openssl ended with 3\n"),
     "a reason before dashes": ("#!/bin/sh\nprintf 'no entropy\\n-----\\n' >&2; exit 1",
@@ -26287,9 +26304,7 @@ def test_a_log_that_nobody_reads_is_bounded_and_tells_where_lines_are_missing(
     assert counted > 500
     while after < 2000:
         [text] = messages_of([reader.readline().rstrip("\n")], is_json)
-        missing = re.fullmatch(
-            r"(\d+) lines of the log are missing here: its reader was slow", text
-        )
+        missing = re.fullmatch(r"(\d+) log lines are missing here: their reader was slow", text)
         assert missing or text == f"line {after}"
         after += int(missing[1]) if missing else 1
         read += not missing
@@ -26483,7 +26498,7 @@ def test_a_benchmark_measures_the_agents_way_first(options, has_openssl, ways, t
 
 def test_without_an_openssl_program_a_benchmark_over_tls_fails_at_once(tmp_path):
     failed = run_apart(tmp_path, "bench", "--tls", env={"PATH": "", "TMPDIR": str(tmp_path)})
-    require_one_line(failed, 1, "the openssl program cannot be run")
+    require_one_line(failed, 1, "cannot run openssl")
     assert list(tmp_path.iterdir()) == []
 
 
