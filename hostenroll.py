@@ -13155,6 +13155,7 @@ class Client:
                 # ever. TLS takes the socket over, so its end is at another descriptor.
                 with closing(connection.sock.dup()) as other:
                     timer = threading.Timer(max(0, end - time.monotonic()), shut_down, [other])
+                    timer.daemon = True  # a Ctrl-C may come before it can be cancelled
                     timer.start()
                     try:
                         connection.sock = self._secure(connection.sock)
@@ -13806,7 +13807,8 @@ def relative_time(timestamp: str, now: int) -> str:
     elapsed = now - unix_ms(timestamp)
     if abs(elapsed) < SECOND_MS:
         return "now"
-    shown = format_duration(abs(elapsed) / SECOND_MS, minutes_from=2)
+    seconds = abs(elapsed // SECOND_MS)  # a token of an hour that was just made has 60 min
+    shown = format_duration(seconds, minutes_from=2)
     return f"{shown} ago" if elapsed > 0 else f"in {shown}"
 
 
