@@ -317,9 +317,7 @@ CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chu
 CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
-INTEGER_DIGITS = (
-    19  # in a query or in JSON; int() of thousands of digits is slow before Python 3.11
-)
+INTEGER_DIGITS = 19  # in a query or JSON; int() of thousands of digits is slow before Python 3.11
 HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
 HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
 HOPS_CACHED = 4096  # 0.3 KiB each, and their keys; to parse one is half of a heartbeat's tick
@@ -3330,10 +3328,10 @@ class Queries(Changes):
         return [row[0] for row in self._rows(statement, number, limit)]
 
     def hosts_called(self, word: str, owner: Optional[str], limit: int) -> list[Host]:
-        """Some with this name, and some with this hostname."""
+        """Some with this name, as it is or as Name keeps it, and some with this hostname."""
         equal, values = _equal(organization_id=owner)
-        rest = f"WHERE {equal} host.state IN {HOST_STATES} AND name = ? LIMIT ?"
-        named = self._all(Host, rest, *values, word, limit)
+        rest = f"WHERE {equal} host.state IN {HOST_STATES} AND name IN (?, ?) LIMIT ?"
+        named = self._all(Host, rest, *values, word, unicodedata.normalize("NFC", word), limit)
         equal = equal or "organization_id IN (SELECT id FROM organization) AND"
         rest = f"WHERE {equal} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
         return named + self._all(Host, rest, *values, word, limit)
@@ -3768,7 +3766,7 @@ EVENT_TEXTS = {  # what happened, for people, by action
     "edit": "$actor changed $changed of $subject",
     "revoke": "$actor revoked $subject",
     "restore": "$actor restored $subject",
-    "delete": "$actor deleted $subject",
+    "delete": "$actor deleted $subject ($hostname)",
     "add": "$actor added $subject",
     "rotate": "$actor rotated $subject",
     "retire": "$actor retired $subject",
@@ -3778,7 +3776,7 @@ EVENT_TEXTS = {  # what happened, for people, by action
     "clone": "$subject is used by more than one machine",
     "move": "$subject moved from $from to $to",
     "key-file": "The key file has a problem: $trouble",
-    "expire": "$subject was deleted after a long silence",
+    "expire": "$subject ($hostname) was deleted after a long silence",
     "restore-backup": "$actor restored a backup",
     "accept-history": "$actor made hosts that a restore lost enroll again",
 }
@@ -3989,7 +3987,7 @@ class Names(Rules):
         rows: list[Any] = []
         if ID.fullmatch(word) or (takes_prefix and ID_PREFIX.fullmatch(word)):
             first, last = (int(word.ljust(16, digit), 16) for digit in "0f")
-            newest = self._queries.newest(kind, owner, last + 1, FITS_SHOWN + 1)
+            newest = self._queries.newest(kind, owner, min(last + 1, LAST_ID), FITS_SHOWN + 1)
             rows += [row for row in newest if row.id >= first]
         if kind is Host and not ID.fullmatch(word):
             rows += self._queries.hosts_called(word, owner, FITS_SHOWN + 1)
@@ -4212,11 +4210,13 @@ def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
     detail = stored_object(event.detail)
     changed = detail["facts"] if isinstance(detail.get("facts"), dict) else detail
     fields = {
-        **detail, "problem": TITLES.get(event.code or ""), "actor": called(event.actor),
-        "action": event.action, "subject": called(event.subject),
+        "hostname": "-", **detail, "problem": TITLES.get(event.code or ""),
+        "actor": called(event.actor), "action": event.action, "subject": called(event.subject),
         "changed": ", ".join(name for name in changed if name != "reason"),
     }  # fmt: skip
     template = EVENT_TEXTS.get(event.action, "$actor: $action $subject")  # a forger's
+    if (event.action, event.actor) == ("edit", event.subject):
+        template = "$subject reported a change of $changed"
     text = string.Template(template).safe_substitute(fields)
     text += f": {detail['reason']}" if detail.get("reason") else ""
     text += f", and {detail['more']} more like it" if detail.get("more") else ""
@@ -4709,6 +4709,8 @@ class ServiceRecord(Rules):
             old = old._replace(alive=max(now, old.alive))
         else:
             old = next_period(old, now)
+        if url != old.public_url:
+            log.warning("commands for machines now have the URL %s, not %s", url, old.public_url)
         self._queries.put(self._certified(old._replace(interval=interval, public_url=url)))
 
     def keep_alive(self, now: int) -> None:
@@ -6551,10 +6553,12 @@ def claim_for_backup(folder: Folder) -> None:
 @contextmanager
 def own_folder(parent: Folder, name: str, files: Sequence[str]) -> Iterator[Folder]:
     """A folder in another, of such files, or parts of them. Raises OSError, also for a link, and
-    OperatorError where it is another user's, or has something else in it."""
+    OperatorError where it is another user's, or has something else in it, as links."""
     with closing(Folder(name, parent)) as folder:
-        names = {each.removesuffix(".tmp") for each in os.listdir(folder.descriptor)}
-        if os.fstat(folder.descriptor).st_uid != os.geteuid() or not names.issubset(files):
+        names = os.listdir(folder.descriptor)
+        is_own = {each.removesuffix(".tmp") for each in names}.issubset(files)
+        is_own &= all(stat.S_ISREG(folder.status(each).st_mode) for each in names)
+        if os.fstat(folder.descriptor).st_uid != os.geteuid() or not is_own:
             raise OperatorError(f"{folder.path} is another user's, or has other files: move it")
         yield folder
 
@@ -8420,10 +8424,12 @@ WATCH_LINES = {  # of the unit of watch, in the place of others
     "enrolls machines and shows which are alive": "reports changes of hosts",
     "Type=notify": "Type=exec", "ExecReload=/bin/kill -HUP $MAINPID\n": "",
     "SyslogIdentifier=hostenroll": "SyslogIdentifier=hostenroll-watch",
+    # It finds that by itself; the options may name a server in its place.
+    "Environment=HOSTENROLL_DB=/var/lib/hostenroll/hostenroll.db\n": "",
 }  # fmt: skip
 
 BACKUP_LINES = {  # of the unit of the backup; nice(2) is one of those that change resources
-    "decides who may join the fleet and knows who is alive": "backs up its database and keys",
+    "enrolls machines and shows which are alive": "backs up its database and keys",
     "StartLimitIntervalSec=0": "RequiresMountsFor=@FOLDER@",
     "Type=notify": "Type=oneshot",
     "ExecReload=/bin/kill -HUP $MAINPID\nRestart=on-failure\nRestartPreventExitStatus=2\n"
@@ -9728,7 +9734,7 @@ function showHost(found) {
     Labels: labelLinks(host.labels),
     Organization: [host.organizationId],
     Address: some(host.address, mono),
-    Since: some(host.address && host.addressSince, (time) => when(time, "minute")),
+    "Address since": some(host.address && host.addressSince, (time) => when(time, "minute")),
     Enrolled: [when(host.enrolledAt), ...from(host.enrolledFrom), ", with ",
       make("a", {href: fragment("audit", {subject: `token:${host.tokenId}`})}, "a token")],
     Muted: isMuted(host) ? ["until ", when(host.mutedUntil, "minute")] : [],
@@ -11107,7 +11113,7 @@ OPERATIONS = (
     Operation("list-incidents", "GET", "/api/incidents", "viewer", "incidents.list",
               "list hosts that went offline together in the last day",
               writes=False, query=Schema(Field("organization", SLUG)), answer=INCIDENT,
-              list_of="incidents", columns=("at", "count", "down", "text")),
+              list_of="incidents", columns=("at", "count", "down", "text", "id")),
     Operation("show-me", "GET", "/api/me", "viewer", lambda registry, call, now: call.by,
               "show the role and organization of the API key", writes=False, answer=ME),
     Operation("show-service", "GET", "/api/service", "viewer", _service,
@@ -13062,13 +13068,20 @@ def proxy_of(url: str, environment: Mapping[str, str]) -> str:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether JSON is as a shape: a type, members that are there at least, a list of one shape."""
+    """Whether JSON is as a shape: a type, a pattern of a text, members that are there at least, a
+    list of one shape."""
     if isinstance(shape, dict):
         is_object = isinstance(value, dict) and value.keys() >= shape.keys()
         return is_object and all(fits(value[name], each) for name, each in shape.items())
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and bool(shape.fullmatch(value))
     return isinstance(value, shape)
+
+
+PROBLEM_SHAPE = {"code": str, "detail": str, "cursor": str,
+                 "errors": [{"field": str, "detail": str}]}  # fmt: skip
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -13122,15 +13135,14 @@ class Client:
             document: Any = parse_json(body)
             if 200 <= status < 300:
                 return document
-            if status < 400 or not fits(document, {"code": str, "detail": str}):
+            document = {"errors": [], "cursor": "", **document}
+            if status < 400 or not fits(document, PROBLEM_SHAPE):
                 raise ValueError
-            errors = [
-                FieldError(each["field"], each["detail"]) for each in document.get("errors", ())
-            ]
+            errors = [FieldError(each["field"], each["detail"]) for each in document["errors"]]
             kind = next((kind for kind in problems() if kind.code == document["code"]), Problem)
-            problem = kind(document["detail"], errors=errors, cursor=document.get("cursor", ""))
+            problem = kind(document["detail"], errors=errors, cursor=document["cursor"])
             problem.code, problem.status = document["code"], status
-        except (InvalidBody, LookupError, TypeError, ValueError) as error:
+        except (InvalidBody, TypeError, ValueError) as error:
             raise self.stranger(status) from error
         raise problem
 
@@ -13172,6 +13184,8 @@ class Client:
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
             text = UNPRINTABLE.sub("?", redact(str(reason).strip()))
+            if isinstance(error, ssl.SSLCertVerificationError) and "Authorization" in self._headers:
+                text += ": give --pin, or its authority with --cacert"
             raise OperatorError(f"no answer from {self.name}: {text}") from error
         return response.status, octets
 
@@ -13247,11 +13261,11 @@ ANSWER_SHAPES = {
     EVENTS_PATH: {"cursor": str, "events": [EVENT_SHAPE]},
     INCIDENTS_PATH: {"incidents": [{"text": str, "hosts": [str]}]},
 }
-NUMBER = int, float
+NUMBER, POSITION = (int, float), re.compile("now|[0-9a-f]{16}-[0-9]{1,19}")
 STATE_SHAPE = {
-    CHANGES_PATH: str, EVENTS_PATH: str, "outbox": [str], "events": [EVENT_SHAPE], "at": [NUMBER],
+    CHANGES_PATH: POSITION, EVENTS_PATH: POSITION, "outbox": [dict], "events": [EVENT_SHAPE],
     "hosts": [{"reported": str, "due": NUMBER, "before": str, "times": [NUMBER]}],
-    "changes": [CHANGE_SHAPE],
+    "changes": [CHANGE_SHAPE], "at": [NUMBER],
 }  # fmt: skip
 
 
@@ -13390,6 +13404,7 @@ class Watch:
         hosts, events = self._hosts.values(), self._state["events"]
         changes = [host.change for host in hosts if host.due]
         own = {"hosts": [host._asdict() for host in hosts], "changes": changes}
+        own["outbox"] = [json.loads(line.encode("ascii")) for line in self._state["outbox"]]
         noted = {"at": [at for at, _ in events], "events": [event for _, event in events]}
         return {**self._state, **own, **noted}
 
@@ -13595,6 +13610,7 @@ listen_address = matching("[!-~]+", "is not an address or a name")
 # An empty name is a shell variable that was not set: to go on without TLS or with other keys would
 # be worse than to stop. An empty head would be found in any log.
 file_name = matching("(?s).+", "is not a file: name one, or leave the option out")
+utf8_word = matching("(?s)[^\ud800-\udfff]*", "is not in UTF-8, and names nothing")
 duration = matching(
     "[0-9]{1,9}[smhd]?",
     "is not a duration: write 90s, 30m, 24h or 7d",
@@ -13626,7 +13642,7 @@ silence = within(EXPIRY_RANGE, duration, format_duration)
 def web_address(text: str) -> str:
     name = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]"
     match = re.fullmatch(rf"https?://({name})(:([0-9]{{1,5}}))?(/[A-Za-z0-9._~/-]*)?", text)
-    if match is None or int(match[4] or 0) > 65535:
+    if match is None or not 0 < int(match[4] or 1) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not like https://enroll.lan:8443")
     return text.rstrip("/")
 
@@ -13782,11 +13798,16 @@ class Table:
 def cell(document: Mapping[str, Any], name: str, now: int) -> str:
     """What a column shows of a document: its member of that name, or what is made of others."""
     value = document.get(name)
-    if name in CELLS and (value is None or name in ("uses", "ok", "host")):
+    if name in CELLS and (value is None or name in ("uses", "ok", "host", "status")):
         return CELLS[name](document, now)
     if TIME_NAME.search(name) and value is not None:
         return relative_time(value, now)
     return plain_text(value)
+
+
+def is_muted(item: Mapping[str, Any], now: int) -> bool:
+    """Of a host, or of a change of one."""
+    return bool(item.get("muted")) or (item.get("mutedUntil") or "") > rfc3339(now)
 
 
 CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
@@ -13794,6 +13815,7 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
     "when": lambda event, now: relative_time(event["time"], now),
     "organizationId": lambda api_key, now: "all",
     "ok": lambda finding, now: "ok" if finding["ok"] else "BAD",
+    "status": lambda item, now: plain_text(item["status"]) + ", muted" * is_muted(item, now),
     "name": lambda change, now: plain_text(change["host"].get("name")),
     "host": lambda change, now: plain_text(change["host"].get("id")),
     "age": lambda host, now: age_of(host["statusSince"], now),
@@ -14081,7 +14103,7 @@ class Session(NamedTuple):
             raise NotFound(f"This is a secret, not an id. Its id is {secret[1]}.")
         asked = asked_by(self.arguments, self.operation, self.now())
         asked.checked()
-        return asked._replace(target=self.named(words[0]) if len(words) == 1 else None)
+        return asked._replace(target=self.named(words[0]) if len({*words}) == 1 else None)
 
     @property
     def asks(self) -> bool:
@@ -14105,7 +14127,6 @@ class Session(NamedTuple):
                     id, what = place.find(asked.target)
                     asked = asked._replace(target=asked.target._replace(word=id))
                 self.confirm(f"{self.command.name.replace('-', ' ')} {what}", place)
-                self.arguments.yes = True
             if "self" in self.operation.query.fields and self.arguments.yes:
                 asked = asked._replace(values={**asked.values, "self": "true"})
             return place.perform(asked)
@@ -14217,9 +14238,10 @@ class There:
         """The id and the title of what a person types. Raises NotFound, Conflict, OperatorError."""
         operation, titles = OPERATION[f"list-{KINDS[named.kind]}s"], {}
         found = self.perform(Asked(operation, {"named": named.word}))[operation.list_of]
+        spellings = named.word, unicodedata.normalize("NFC", named.word)
         for each in found:
             name, hostname = each.get("name"), each.get("hostname") or ""
-            is_whole = named.word in (each["id"], name)
+            is_whole = named.word == each["id"] or name in spellings
             is_whole |= hostname.rstrip(".").lower() == named.word.rstrip(".").lower() != ""
             if is_whole or named.takes_prefix:
                 address = each.get("address") or each.get("enrolledFrom") or ""
@@ -14472,6 +14494,10 @@ def mint_api_key(session: Session) -> None:
     asked = session.asked()
     with session.reach() as place:
         url = place_of(place).url
+        if place.name and not arguments.typed & {"--org", "--all-orgs"}:  # one's own first
+            own = place.perform(Asked(OPERATION["show-me"]))["organizationId"]
+            values = {**asked.values, "organizationId": own or DEFAULT_ORGANIZATION}
+            asked = asked._replace(values=values)
         key = place.perform(asked)
     if arguments.link:
         key["link"] = f"{url}/#key={key['apiKey']}"  # browsers send no fragment
@@ -14539,14 +14565,21 @@ def listed(
         members = list(cast("Document", operation.answer).schema.fields)
         yield csv_line(members)
         yield from (csv_line([each.get(it) for it in members]) for each in documents)
-    elif form == "name":  # what is typed again
-        members = ["name", "kid", "id", "number", "cursor"]
-        names = (next(filter(None, map(each.get, members)), "") for each in documents)
-        yield from (f"{plain_text(name)}\n" for name in names)
+    elif form == "name":
+        yield from (f"{plain_text(typed_again(document))}\n" for document in documents)
     elif is_feed:
         yield from (f"{json.dumps(document)}\n" for document in documents)
     else:
         yield from json_list(operation.list_of, batches)
+
+
+def typed_again(document: Mapping[str, Any]) -> Any:
+    """What a script types for it. A machine that calls itself --all, or "a b", or by the id of
+    another host would have the script act on others: such a host goes by its id."""
+    name = document.get("name") or ""
+    if re.fullmatch(r"\w[\w.-]*", name) and not ID.fullmatch(name):
+        return name
+    return next(filter(None, map(document.get, ["kid", "id", "number", "cursor"])), "")
 
 
 def tally(name: str, counts: Mapping[str, int]) -> str:
@@ -14600,7 +14633,8 @@ def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[st
         if items:
             yield items
         if follows and left > 0:
-            is_last, values["wait"] = not has_reader(sys.stdout, 0), str(WATCH_WAIT)
+            is_last = not (sys.stdout and has_reader(sys.stdout, 0))
+            values["wait"] = str(WATCH_WAIT)
 
 
 def number_of(page: Mapping[str, Any]) -> int:
@@ -14703,7 +14737,7 @@ def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optiona
         context, chain = load_tls(file, arguments.tls_key)
         certificate = read_certificate(chain[0], file)
         reason = distrust(chain, public_host or host) if arguments.pin == "auto" else ""
-        if reason:
+        if reason and not next_pin:
             log.warning(
                 "join commands pin the certificate's key (%s): agents refuse a renewed certificate "
                 "with another key. Keep the key (certbot --reuse-key), name the next with "
@@ -14721,7 +14755,7 @@ def greet(session: Session, server: Server) -> None:
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS their secrets are not encrypted")
     if server.host != server.server_name and not session.arguments.public_url:
-        log.warning("join commands contain this machine's hostname: better give --public-url")
+        log.warning("join commands contain this machine's hostname: give --public-url")
     listens = f"hostenroll {__version__} listens on {server.url}"
     if session.arguments.log_format == "json":
         log.info(listens)
@@ -14780,7 +14814,8 @@ def run_backup(session: Session) -> None:
                     registry.backup(folder, progress)
             database, key_file = registry.copies_in(os.path.realpath(folder))
     except OSError as error:
-        raise OperatorError(f"cannot copy to {error.filename}: {error.strerror}") from error
+        path = os.path.join(folder, error.filename or "")
+        raise OperatorError(f"cannot copy to {path}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     facts = copied, *(f"removed {path}" for path in removed)
     session.report({"database": database, "keyFile": key_file, "removed": removed}, None, *facts)
@@ -15205,9 +15240,10 @@ CLIENT_OPTIONS = (
 )
 SETTINGS = (*STORE_OPTIONS, *SERVE_OPTIONS, *CLIENT_OPTIONS[:2])
 
-ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or its first 6 or more digits"})
+ID_OPERAND = Argument("id", {"metavar": "ID", "help": "or its first 6 or more digits",
+                             "type": utf8_word})
 HOST_HELP = "name, hostname or id, or the first 6 or more digits of the id"
-HOST_OPERAND = Argument("id", {"metavar": "HOST", "help": HOST_HELP})
+HOST_OPERAND = Argument("id", {"metavar": "HOST", "help": HOST_HELP, "type": utf8_word})
 YES_OPTION = flag("--yes", "do not ask")
 JSON_OPTION = flag("--json", "print JSON, in the API's shapes", "form")
 LIST_OPTIONS = (
@@ -15215,7 +15251,7 @@ LIST_OPTIONS = (
     flag("--all", "show everything, also on a terminal"))
 LIMIT_OPTION = option("--limit", "N", "only the newest", within((1, 999_999_999)))
 ORG_OPTION = option("--org", "NAME", "only this organization")
-SINCE_OPTION = option("--since", "TIME", "only the last so long, as 1h or 7d",
+SINCE_OPTION = option("--since", "TIME", "only the last 1h, 7d and so on",
                       lambda text: str(duration(text)))
 FEED_OPTIONS = (
     option("--after", "CURSOR", "oldest first, after this cursor; now: only new ones"),
@@ -15230,10 +15266,11 @@ FILTERS = (
     ORG_OPTION, STATUS_OPTION, flag("--down", "offline or missing"),
     option("--signing-key", "KID", "that use this signing key"),
     option("--token", "ID", "that enrolled with this token"),
-    option("--older", "TIME", "with the same status for so long", lambda text: str(duration(text))),
+    option("--older", "TIME", "with its status for this long", lambda text: str(duration(text))),
     option("--incident", "ID", "of this incident"))
 MANY_ARGUMENTS = (
-    Argument("id", {"metavar": "HOST", "nargs": "*", "help": f"{HOST_HELP}; or filters"}),
+    Argument("id", {"metavar": "HOST", "nargs": "*", "help": f"{HOST_HELP}; or filters",
+                    "type": utf8_word}),
     *FILTERS,
     option("--where", "K=V", "with this label: also K, K!=V; repeatable", action="append"),
     option("--reason", "TEXT", "for the audit log"),
@@ -15267,7 +15304,8 @@ class Command(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        return [str(each.options["metavar"]) for each in self.arguments if each.name[0] != "-"]
+        operands = [each.options for each in self.arguments if each.name[0] != "-"]
+        return [f"{each['metavar']}{' ...' if 'nargs' in each else ''}" for each in operands]
 
     def said(self, document: Mapping[str, Any]) -> str:
         """What it has done."""
@@ -15320,7 +15358,7 @@ GROUPS = {
             ORG_OPTION, SINCE_OPTION,
             option("--status", "STATUS", "the new status; repeatable", action="append"),
             LABEL_OPTION,
-            option("--host", "HOST", "only this one"), *FEED_OPTIONS)),
+            option("--host", "HOST", "only this one", utf8_word), *FEED_OPTIONS)),
         by_id("show-host", run=show_host, arguments=(HOST_OPERAND,)),
         Command("inventory", "inventory --list --status online", print_inventory, (
             flag("--list", "all hosts (this is the default)", "what"),
@@ -15337,7 +15375,7 @@ GROUPS = {
                  dest="label"),
             option("--interval", "TIME", "time between heartbeats; none: the server's",
                    lambda text: text if text == "none" else interval(text)),
-            option("--mute", "TIME", "no notifications for so long; none: unmute",
+            option("--mute", "TIME", "no notifications for this long; none: unmute",
                    lambda text: 0 if text == "none" else duration(text)))),
         by_id("revoke-host", "host {id} is blocked; restore-host unblocks it",
               act_on_hosts, MANY_ARGUMENTS),
@@ -15395,8 +15433,8 @@ GROUPS = {
                    f"({', '.join(TROUBLES)})", one_of(*CHANGED_TO), action="append"),
             option("--audit", "WORD,...", "report events with these actions or codes, or none "
                    "(%(default)s)", event_words, ",".join(WAKING)),
-            option("--delay", "TIME", "report what lasts so long (%(default)s)", duration, "2m"),
-            option("--batch", "TIME", "collect for so long (%(default)s)", duration, "10s"),
+            option("--delay", "TIME", "report what lasts this long (%(default)s)", duration, "2m"),
+            option("--batch", "TIME", "collect for this long (%(default)s)", duration, "10s"),
             option("--state", "FILE", "keep the position, for restarts", file_name),
             option("--exec", "COMMAND", "run this with JSON as its input",
                    matching("(?s).+", "is not a command"), group="how"),
@@ -15462,6 +15500,7 @@ COMMANDS = tuple(chain.from_iterable(GROUPS.values()))
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A question about which option or command was meant; "" when nothing is like it."""
+    word = {"--label": "--where", "--where": "--label"}.get(word, word)  # as commands differ
     alike = [name for name in known if word and word in name]
     if not alike:
         from difflib import get_close_matches  # only a mistake is worth its hundredth of a second

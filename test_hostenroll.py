@@ -5347,6 +5347,15 @@ def keep_alive(world):
     world.perform(world.registry.service.keep_alive)
 
 
+def test_a_server_that_starts_warns_when_commands_get_another_url(world, caplog):
+    start(world)
+    start(world)
+    assert caplog.messages == []
+    start(world, "https://there")
+    (warning,) = caplog.messages
+    assert "https://there, not http://here" in warning
+
+
 # What hosts and operators hear of the server's certificate.
 
 PINS = [pin_of(pair) for pair in PAIRS]
@@ -9267,7 +9276,14 @@ def other_fleet(path):
     open_registry(str(path / "hostenroll.db"), str(path / "hostenroll.key"), 1).close()
 
 
+def links_to_the_database(path):
+    for each in path.iterdir():
+        each.unlink()
+        each.symlink_to(path.parents[1] / each.name)
+
+
 NOT_REMOVED = {  # what is done to a backup
+    "links to the files in use": links_to_the_database,
     "of another fleet": other_fleet,
     "with another file": lambda path: (path / "notes").touch(),
     "used as a database": lambda path: (path / "hostenroll.db.lock").touch(),
@@ -9281,7 +9297,9 @@ NOT_REMOVED = {  # what is done to a backup
 }
 
 
-@pytest.mark.parametrize("change", sample(NOT_REMOVED, "a link", "of another fleet", "cut short"))
+@pytest.mark.parametrize("change", sample(
+    NOT_REMOVED, "a link", "of another fleet", "cut short", "links to the files in use",
+))  # fmt: skip
 def test_nothing_but_whole_backups_of_the_fleet_is_removed_or_counted(change, world, folder):
     first, second = (add_backup(world, folder)[0] for _ in range(2))
     change(folder / second)
@@ -11523,13 +11541,13 @@ TOLD = {  # what happens, and the end of the newest sentence
     "mint": (lambda it: it.mint(description="the rack"), "API key ops created token the rack"),
     "enroll": (lambda it: None, "web-1 enrolled with token the cellar"),
     "edit": (lambda it: it.patch(labels={"a": "b"}), "API key ops changed labels of web-1"),
-    "facts": (lambda it: it.beat(it.credential, os="BeOS"), "web-1 changed os of web-1"),
+    "facts": (lambda it: it.beat(it.credential, os="BeOS"), "web-1 reported a change of os"),
     "revoke": (lambda it: it.revoke(it.host), "API key ops revoked web-1"),
     "a reason": (lambda it: it.call("POST", f"/api/hosts/{it.host}/revoke", {"reason": "sold"},
                                     it.key), "API key ops revoked web-1: sold"),
     "refuse": (lambda it: (it.revoke(it.host), it.beat(it.credential)),
                "web-1 was refused: the host has been revoked"),
-    "delete": (lambda it: it.delete(it.host), "API key ops deleted {host}"),
+    "delete": (lambda it: it.delete(it.host), "API key ops deleted {host} (web-1)"),
 }  # fmt: skip
 
 
@@ -17458,7 +17476,7 @@ def test_a_list_finds_what_a_word_names_and_no_organization_hides_it(world):
     assert named("web-1.lan") == named(mine) == named("web-1", "q=lan&sort=name&") == [mine]
     assert named("web-1", "limit=1&") == both[:1]
     assert {mine, twin} <= {*named(mine[:6])} and named("nothing") == []
-    assert mine in named(mine[:15])
+    assert mine in named(mine[:15]) and named("7fffff") == named("7fffffffffffffff") == []
     everybody = find("/api/hosts?", "web-1", world.api_key)["hosts"]
     assert len(everybody) == hostenroll.FITS_SHOWN + 2
     tokens = find(f"{TOKENS_PATH}?organization=default&", own.split("_")[1])["tokens"]
@@ -21390,7 +21408,12 @@ PROBLEM = answer_with(
     "a failure without a document": (answer_with(502, {}), "server (502)"),
     "a list in place of a problem": (answer_with(400, [], "application/problem+json"), "400"),
     "a problem without a code": (answer_with(400, {"detail": "x", "status": 400}), "server (400)"),
-    "a problem with bad errors": (answer_with(400, {"code": "x", "errors": [1]}), "server (400)"),
+    "a problem with bad errors": (answer_with(400, {"code": "x", "detail": "x", "errors": [1]}),
+                                  "server (400)"),
+    "errors of no field": (answer_with(400, {
+        "code": "x", "detail": "x", "errors": [{"field": [], "detail": "x"}]}), "server (400)"),
+    "a number in place of a cursor": (
+        answer_with(410, {"code": "changes-pruned", "detail": "x", "cursor": 7}), "server (410)"),
     "a number in place of a problem": (answer_with(400, b"1"), "server (400)"),
     "JSON that nobody agrees on": (answer_with(200, b'{"a":1,"a":2}'), "server (200)"),
     "nothing": (b" ", "no answer from"), "no HTTP": (b"SSH-2.0-x\r\n", "no answer from"),
@@ -21399,7 +21422,7 @@ PROBLEM = answer_with(
     "too little": (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", "no answer"),
     "too much": (answer_with(200, b"9" * 1001), "cut short, or too long"),
     "a head without end": (b"HTTP/1.1 200 X\r\n" + b"A: b\r\n" * 200 + b"\r\n", "more than 100"),
-}, "a redirect", "less than it says"))  # fmt: skip
+}, "a redirect", "less than it says", "errors of no field"))  # fmt: skip
 def test_what_is_no_answer_of_ours_is_said_in_one_line(answer, complaint, receive, monkeypatch):
     monkeypatch.setattr(hostenroll, "CLIENT_ANSWER_MAXIMUM", 1000)
     server = receive(answer, closes=True)
@@ -22149,7 +22172,9 @@ STATE = {"/api/changes": "now", "/api/audit": "now", "events": [], "outbox": [],
 @pytest.mark.parametrize("text", [
     "", "{}", "[]", '{"hosts": 1}', '{"hosts": {"a": 1}}', "\xff", '{"hosts": {}}', "[" * 100_000,
     *(json.dumps({**STATE, **wrong}) for wrong in (
-        {"outbox": 1}, {"outbox": [1]}, {"events": [1]}, {"events": [[1, {}]]}, {"/api/audit": 1},
+        {"outbox": 1}, {"outbox": [1]}, {"outbox": ["x"]}, {"outbox": ["1"]},
+        {"outbox": ['{"a":"\u00e9"}']}, {"/api/changes": "x"}, {"/api/audit": "NOW"},
+        {"events": [1]}, {"events": [[1, {}]]}, {"/api/audit": 1},
         {"hosts": {"a": ["", 1, {}, "", []]}}, {"hosts": {"a": ["", 0, {}, "", ["x"]]}})),
 ])  # fmt: skip
 def test_a_file_that_is_no_state_is_named(text, feed, tmp_path):
@@ -22508,7 +22533,9 @@ def test_hosts_are_muted_for_a_time_by_their_id_or_a_filter(operator, clock):
         shown = operator.json("edit-host", host, "--mute", typed)["mutedUntil"]
         assert shown == (until and hostenroll.rfc3339(until))
     assert re.search(r"\nmuted until: +in 90 s ", operator("show-host", host).out)
+    assert "pending, muted " in operator("list-hosts").out
     clock.advance(3600)
+    assert "muted" not in operator("list-hosts").out
     again = operator.enroll()
     done = operator.json("edit-host", "--older", "1h", "--mute", "1d", "--yes")
     assert done == {"done": 1, "notFound": []}
@@ -22581,6 +22608,12 @@ def test_a_host_is_known_by_name_hostname_id_and_what_its_id_begins_with(named):
     assert named("delete-host", "web-9").err.startswith(f"host {host} is deleted")
     for word in ("web", "WEB-1", "", "%", "web-1\x1b", host[:5], host):
         require_one_line(named("show-host", "--", word), 3, "no host with this id")
+
+
+def test_a_host_that_is_named_twice_is_one_and_a_word_that_is_no_text_names_none(named):
+    assert named("revoke-host", "web-1", "web-1").err.startswith(f"host {named.ids['web-1.lan']}")
+    for words in (["show-host"], ["delete-host", "web-2"], ["list-changes", "--host"]):
+        require_one_line(named(*words, os.fsdecode(b"\xff")), 2, "is not in UTF-8")
 
 
 def test_a_word_that_fits_several_hosts_is_refused_with_the_list(named):
@@ -22736,6 +22769,7 @@ def test_who_mints_at_a_terminal_sees_the_ways_to_join_and_that_no_server_runs(
 def test_help_names_a_command_before_or_behind(operator):
     assert operator("help", "list-hosts").out == operator("list-hosts", "--help").out != ""
     assert operator("help").out == operator("--help").out
+    assert "revoke-host [options] HOST ...\n" in operator("help", "revoke-host").out
     require_one_line(operator("help", "lst-hosts"), 2, "did you mean list-hosts?")
 
 
@@ -22854,6 +22888,8 @@ STATUSES = [  # the exit status, what the line has, the words typed
     (2, "no command xyzzy (see: hostenroll --help)", "xyzzy"),
     (2, "has no option --nope (see: hostenroll mint-token --help)", "mint-token --nope"),
     (2, "did you mean --max-uses?", "mint-token --max 3"),
+    (2, "has no option --where; did you mean --label?", "list-hosts --where rack=b4"),
+    (2, "has no option --label; did you mean --where?", "revoke-host --label rack=b4"),
     (2, "has no argument berlin", "list-orgs berlin"),
     (2, "'soon' is not a duration", "edit-host 0ca4f1b28e3d7a95 --interval soon"),
     (2, "'none' is not a duration", "mint-token --interval none"),
@@ -23798,6 +23834,7 @@ def test_incidents_are_listed(operator):
     assert (incident["count"], incident["down"]) == (3, 3)
     shown = operator("list-incidents", "--org", "default").out
     assert "20 s ago" in shown and "3 hosts went offline together" in shown
+    assert incident["id"] in shown
     assert operator("list-incidents", "--org", "nope").status == 3
 
 
@@ -24098,6 +24135,13 @@ def test_a_secret_goes_to_stdout_alone_or_is_not_minted(tmp_path):
     assert re.fullmatch(r"het_\S+\n", done.out)
 
 
+def test_a_feed_without_a_stdout_is_not_followed(operator, monkeypatch):
+    operator.make_database()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert operator("list-changes", "--follow").status == 0
+
+
 @slow
 @pytest.mark.parametrize("stderr", [pytest.param("closed", marks=slow), "full"])
 def test_a_command_does_its_work_though_nothing_can_be_reported(stderr, tmp_path):
@@ -24280,18 +24324,23 @@ def test_what_destroys_from_elsewhere_asks_on_which_server_and_takes_no_prefix_w
     assert f"hosts to delete: 0 on {url}; continue? [y/N] " in done.err
     require_one_line(doors.there("delete-host", host[:15]), 3, "Type the whole id.")
     require_one_line(doors.there("delete-host", "--where", "a=b"), 2, "--yes confirms")
+    assert doors.here("edit-host", host, "--name", "cafe\u0301").status == 0
+    for word in ("cafe\u0301", "caf\u00e9"):  # a name has one spelling, and is typed in any
+        assert doors.there("revoke-host", word).status == 0
+        assert doors.here("revoke-host", word).status == 0
     assert doors.there("delete-host", "WEB-ASKED.").status == 0
     require_one_line(doors.here("show-host", host), 3, "no host with this id")
 
 
-def test_a_key_revokes_itself_where_somebody_says_so(doors):
+def test_a_key_revokes_itself_where_somebody_says_so(doors, monkeypatch):
     own = doors.remote.folder / "own.key"
     own.touch(0o600)
     own.write_text(doors.here("mint-api-key").out)
     id, words = own.read_text().split("_")[1], ("--api-key-file", str(own))
-    require_one_line(
-        doors.there("revoke-api-key", id, *words), 3, "would revoke the key that you use"
-    )
+    refusal = "would revoke the key that you use: confirm with self=true, or --yes"
+    require_one_line(doors.there("revoke-api-key", id, *words), 3, refusal)
+    pinned = (*doors.remote.pinned, *words)  # the question does not say which key that is
+    assert refusal in at_terminal(doors, monkeypatch, "y\n", "revoke-api-key", id, *pinned).err
     assert doors.there("revoke-api-key", id, "--yes", *words).err == f"API key {id} is revoked\n"
     refused = doors.there("list-hosts", *words)
     require_one_line(refused, 3, "(api-key-invalid): The API key has been revoked; ")
@@ -24303,7 +24352,8 @@ def test_an_authority_is_named_in_place_of_a_pin_and_a_stranger_is_sent_nothing(
     remote = doors.remote
     for words, complaint in {
         ("--cacert", str(remote.folder / "tls.crt")): "", ("--pin", pin_of("one")): "",
-        (): "certificate verify failed|self.signed", ("--pin", pin_of("other")): "pinned",
+        (): "(certificate verify failed|self.signed).*: give --pin, or",
+        ("--pin", pin_of("other")): "pinned",
     }.items():  # fmt: skip
         done = doors("list-orgs", *remote.words, *words)
         assert done.status == (1 if complaint else 0) and re.search(complaint, done.err)
@@ -24395,6 +24445,8 @@ ENDS = {  # a server's answer, and how a command ends
         {"field": "organization", "detail": "is odd\x1b[31m"}]}), 3, "--org: is odd?[31m"),
     "errors that are none": (
         answer_with(400, {"code": "x", "detail": "x", "errors": 1}), 1, "server (400)"),
+    "errors of strange fields": (answer_with(400, {"code": "x", "detail": "x", "errors": [
+        {"field": [], "detail": "x"}]}), 1, "server (400)"),
     "a redirect": (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:9\r\nContent-Length: 0\r\n\r\n",
                    1, "server (302)"),
     "no content": (204, 1, "server (204)"),
@@ -24458,6 +24510,33 @@ def test_what_a_newer_server_says_is_shown_and_what_is_hostile_is_not(operator, 
     require_one_line(operator("mint-token", *words), 1, "(no secret)")
     service["publicUrl"] = "https://a/$(reboot)"
     require_one_line(operator("agent-command", *words), 1, "bad URL or pin")
+
+
+def test_a_script_that_types_names_again_is_not_led_to_another_host(operator):
+    """A machine chooses its name; xargs takes a name with a space for two."""
+    victim, token = operator.enroll(hostname="web-1"), operator.mint("--max-uses", "9")
+    odd = [operator.enroll(token, hostname=f"x-{n}", name=name) for n, name in enumerate(
+        (victim, "--down", "a web-1", "$(id)", "a/b"))]  # fmt: skip
+    for name in ("b\u00fcro", "0cb36b"):
+        operator.enroll(token, hostname="y", name=name)
+    names = operator("list-hosts", "-o", "name").out.split("\n")[:-1]
+    assert sorted(names) == sorted([*odd, "web-1", "b\u00fcro", "0cb36b"])
+
+
+def test_an_organizations_key_makes_keys_of_its_own(operator, tmp_path):
+    for name in ("berlin", "default"):
+        operator("add-org", name)
+        key = operator("mint-api-key", "--org", name).out.strip()
+        (operator.folder / name).touch(0o600)
+        (operator.folder / name).write_text(key)
+    (operator.folder / "all").touch(0o600)
+    (operator.folder / "all").write_text(operator("mint-api-key", "--all-orgs").out.strip())
+    with start_server(operator.paths, api_key=False) as server:
+        for file, org in {"berlin": "berlin", "default": "default", "all": "default"}.items():
+            words = "mint-api-key", "--server", server.url, "--api-key-file", file
+            assert operator.json(*words)["organizationId"] == org
+        assert operator.json(*words, "--all-orgs")["organizationId"] is None
+        require_one_line(operator(*words[:-1], "berlin", "--org", "default"), 3, "not-found")
 
 
 # Inventories, and whether a server is ready.
@@ -24595,6 +24674,18 @@ def test_the_unit_of_watch_has_its_options(operator):
     assert 'watch "--state" "/var/lib/hostenroll/watch" "--webhook" "https://a/$$x%%\\""' in text
     assert '"--delay" "5m"\n' in text and "Type=exec\n" in text and "HUP" not in text
     assert "Type=notify" in operator("unit").out
+
+
+def test_the_unit_of_watch_asks_the_server_that_the_options_of_the_service_name(operator):
+    text = operator("unit", "--watch", "--", "--exec", "true").out
+    (operator.folder / "api.key").touch(0o600)
+    (operator.folder / "api.key").write_text(WATCH_KEY)
+    operator.environment = {
+        **dict(re.findall("^Environment=(.*)=(.*)$", text, re.MULTILINE)),
+        "HOSTENROLL_SERVER": "http://127.0.0.1:1", "HOSTENROLL_API_KEY_FILE": "api.key",
+    }  # fmt: skip
+    done = operator("watch", "--test", "--exec", "true")
+    assert (done.status, done.err) == (0, "")
 
 
 class Watching:
@@ -26120,6 +26211,11 @@ def unit_of(path):
     unit.optionxform = str
     unit.read_string(path.read_text())
     return unit
+
+
+@pytest.mark.parametrize("lines", [hostenroll.WATCH_LINES, hostenroll.BACKUP_LINES])
+def test_what_other_units_have_in_the_place_of_lines_is_in_the_unit(lines):
+    assert [line for line in lines if line not in hostenroll.UNIT.template.replace("$$", "$")] == []
 
 
 def test_the_units_of_the_backup_are_those_of_a_daily_backup_by_the_services_user(units, operator):
