@@ -3777,6 +3777,7 @@ EVENT_TEXTS = {  # what happened, for people, by action
     "move": "$subject moved from $from to $to",
     "key-file": "The key file has a problem: $trouble",
     "expire": "$subject ($hostname) was deleted after a long silence",
+    "allow-expiry": "$actor allowed hosts to expire for a day, however many",
     "restore-backup": "$actor restored a backup",
     "accept-history": "$actor made hosts that a restore lost enroll again",
 }
@@ -4197,7 +4198,8 @@ class AuditLog(Rules):
         row = None if record is None else self._queries.get(record, parse_id(word))
         if row is not None and owner in (ALL_ORGANIZATIONS, row.organization_id):
             word = getattr(row, "name", "") or getattr(row, "description", "") or word
-        return word if kind in ("cli", "host") else f"{kind.replace('api-', 'API ')} {word}".strip()
+        kind = "" if kind in ("cli", "host") else kind.replace("api", "API").replace("-", " ")
+        return f"{kind} {word}".strip()
 
 
 class EventView(NamedTuple):
@@ -6042,7 +6044,7 @@ class Expiry(Rules):
     def force(self, call: Call, now: int) -> Acted:
         """Let them go for a day. values: organization. Raises InvalidQuery."""
         owner = self._scope(call, InvalidQuery, "organization")
-        self._registry.audit.record("expire", call.by.name, "", owner, force="yes")
+        self._registry.audit.record("allow-expiry", call.by.name, "", owner)
         return Acted(self._queries.set_expiry(owner, -now), [])
 
 
@@ -14576,8 +14578,8 @@ def listed(
 def typed_again(document: Mapping[str, Any]) -> Any:
     """What a script types for it. A machine that calls itself --all, or "a b", or by the id of
     another host would have the script act on others: such a host goes by its id."""
-    name = document.get("name") or ""
-    if re.fullmatch(r"\w[\w.-]*", name) and not ID.fullmatch(name):
+    name = document.get("name")  # of a newer server it may be anything
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) and not ID.fullmatch(name):
         return name
     return next(filter(None, map(document.get, ["kid", "id", "number", "cursor"])), "")
 

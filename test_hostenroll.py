@@ -7885,7 +7885,7 @@ def test_a_cut_cable_is_no_decommissioning(hosts, dead, gone, expiring, caplog):
         expiring.live(2)
         expire(expiring)
     assert hosts_left(expiring) == hosts - dead and stopped(expiring) == []
-    forced = [event for event in expiring.audit("expire") if not event["subject"]]
+    forced = expiring.audit("allow-expiry")
     assert [(e["actor"], e["organizationId"]) for e in forced] == [(OPERATOR.name, None)]
 
 
@@ -11577,6 +11577,12 @@ def test_an_event_says_no_name_of_another_organization(world):
     (event,) = world.call("GET", "/api/audit?action=mint&limit=1", bearer=viewer).document["events"]
     number = hostenroll.id_text(operator.key.id)
     assert event["text"] == f"API key {number} created token the rack"
+
+
+def test_the_sentence_of_a_signing_key_has_its_id(world):
+    kid = world.act("rotate-signing-key").key.kid
+    text = world.audit("rotate")[0]["text"]
+    assert text == f"{OPERATOR.name.partition(':')[2]} rotated signing key {kid}"
 
 
 def test_an_action_that_is_not_ours_has_a_sentence_too_and_none_is_a_template():
@@ -17873,7 +17879,7 @@ def test_every_act_is_in_the_log(paths, clock):
         world.act("retire-signing-key", kid=old, force=True)
         happened("retire", "cli:test", f"signing-key:{old}", None)
         rest = {"refuse", "init", "audit-format", "certificate", "expire", "key-file"}
-        rest |= {"restore-backup", "accept-history"}
+        rest |= {"restore-backup", "accept-history", "allow-expiry"}
         assert set(actions) == set(hostenroll.ACTIONS) - rest
         assert verify_audit(world.registry, None).last == len(actions)
 
@@ -22560,8 +22566,9 @@ def test_hosts_that_have_expired_and_stay_are_let_go_by_force(operator):
     assert (done.status, done.err.count("organizations: 1\n")) == (0, 1)
     assert operator.json("expire-hosts", "--force") == {"organizations": 2}
     with operator.world() as world:
-        events = [event["organizationId"] for event in world.audit("expire")]
-        assert events == ["berlin", None]
+        events = world.audit("allow-expiry")
+        assert [event["organizationId"] for event in events] == ["berlin", None]
+    assert events[0]["text"].endswith(" allowed hosts to expire for a day, however many")
 
 
 def at_terminal(operator, monkeypatch, typed, *words):
