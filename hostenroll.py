@@ -14015,6 +14015,12 @@ def server_log() -> Optional[LogHandler]:
     return next(handlers, None)
 
 
+def refuse_secrets(words: Sequence[str]) -> None:
+    """Where a secret was pasted in place of an id, it goes no further. Raises NotFound."""
+    if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
+        raise NotFound(f"This is a secret, not an id. Its id is {secret[1]}.")
+
+
 class Session(NamedTuple):
     """What a command works with: its arguments and the world around it."""
 
@@ -14101,8 +14107,7 @@ class Session(NamedTuple):
             raise OperatorError("stdout is closed: the secret would be lost")
         words = getattr(self.arguments, "id", [])
         words = [words] if isinstance(words, str) else words
-        if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
-            raise NotFound(f"This is a secret, not an id. Its id is {secret[1]}.")
+        refuse_secrets(words)
         asked = asked_by(self.arguments, self.operation, self.now())
         asked.checked()
         return asked._replace(target=self.named(words[0]) if len({*words}) == 1 else None)
@@ -14530,6 +14535,7 @@ def list_items(session: Session) -> None:
     with session.reach(writes=False) as place:
         word = getattr(arguments, "host", None)
         if word is not None and not ID.fullmatch(word):
+            refuse_secrets([word])
             arguments.host, _ = place.find(Named(Host, word, True))
         asked = session.asked()
         if name == "events" and follows:
@@ -14622,7 +14628,7 @@ def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[st
             while not is_last and len(items) < PAGE_DEFAULT:
                 if "limit" in operation.query.fields:
                     values["limit"] = str(min(left, PAGE_MAXIMUM))
-                page = place.perform(asked._replace(values=values))
+                page = perform_at_last(place, asked._replace(values=values))
                 items, left = items + page[operation.list_of], left - len(page[operation.list_of])
                 if is_feed:
                     is_last = number_of(page) >= end or follows
@@ -14637,6 +14643,23 @@ def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[st
         if follows and left > 0:
             is_last = not (sys.stdout and has_reader(sys.stdout, 0))
             values["wait"] = str(WATCH_WAIT)
+
+
+def perform_at_last(place: Place, asked: Asked) -> Any:
+    """The document. Who follows a feed and has seen some of it waits for a server that restarts,
+    with one line of what fails. Raises what the place raises."""
+    pause = 0
+    while True:
+        try:
+            return place.perform(asked)
+        except (OperatorError, StorageUnavailable, Overloaded) as error:
+            if "wait" not in asked.values:
+                raise
+            if not pause:
+                complain(f"{error}; --follow tries again until it works")
+            pause = min(max(1, 2 * pause), RETRY_LONGEST)
+            if not has_reader(sys.stdout, pause):
+                raise
 
 
 def number_of(page: Mapping[str, Any]) -> int:

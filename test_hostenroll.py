@@ -15952,7 +15952,7 @@ def views(browser, night):
         browser.element("#help")
 
     return [
-        ("hosts", lambda: go("hosts", "#hosts th a")),
+        ("hosts", lambda: go("hosts", "#incident", "together")),
         ("host", lambda: go(f"hosts?host={night.of('old')}", "#day-title", "%")),
         ("selection", select),
         ("nothing", lambda: go("hosts?q=nowhere", "#hosts .nothing")),
@@ -24385,6 +24385,42 @@ def test_a_feed_from_elsewhere_is_followed_until_its_reader_has_gone(remote):
             follower.kill()
 
 
+def test_a_secret_that_is_pasted_in_place_of_a_host_is_sent_to_no_server(doors):
+    refused = doors.there("list-changes", "--host", "het_0ca4f1b28e3d7a95_secret")
+    assert refused.status == 3
+    assert "This is a secret, not an id. Its id is 0ca4f1b28e3d7a95." in refused.err
+
+
+@slow
+def test_who_follows_a_server_goes_on_when_it_has_restarted(tmp_path):
+    def enrolled(server, name):
+        token = cli(tmp_path, "mint-token").stdout.strip()
+        return server.enroll(token, name).document["hostId"]
+
+    with start_server(tmp_path, how="process") as server:
+        key = tmp_path / "api.key"
+        key.touch(0o600)
+        key.write_text(server.api_key)
+        port, words = server.port, ["--server", server.url, "--api-key-file", str(key)]
+        host = enrolled(server, "web-1")
+        follow = [*PROGRAM, "list-changes", "--follow", "--json", *words]
+        follower = subprocess.Popen(
+            follow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=clean_environment(),
+        )  # fmt: skip
+        assert json.loads(follower.stdout.readline())["host"]["id"] == host
+    try:
+        assert "--follow tries again until it works" in follower.stderr.readline()
+        with start_server(tmp_path, "--port", str(port), how="process") as server:
+            host = enrolled(server, "web-2")
+            assert json.loads(follower.stdout.readline())["host"]["id"] == host
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(10) == 130 and follower.stderr.read() == ""
+    finally:
+        follower.kill()
+        follower.communicate()
+
+
 PRECEDENCE = {  # what is typed, what is in the environment, and who is asked: or the complaint
     "nothing": ("", "", "here"), "a server": ("--server", "", "there"),
     "a database": ("--db", "", "here"), "both": ("--db --server", "", "leave one out"),
@@ -24607,7 +24643,7 @@ def test_check_takes_the_answer_of_a_server_and_of_no_other_for_ready(operator, 
 
 BAD_WATCHES = [
     (("--exec", "true", "--webhook", "https://a"), "not allowed with"),
-    (("--exec", ""), "--exec: '' is no command"), (("--webhook", "ftp://a"), "is not like https://"),
+    (("--exec", ""), "--exec: '' is not a command"), (("--webhook", "ftp://a"), "is not like https://"),
     *((("--webhook", f"https://{rest}"), "--webhook: ") for rest in (
         "", "/x", "user:x@a/y", "a:99999/x", "a/x y", "a/\xfc", "a/\n")),
     (("--audit", "clone,clown"), "'clone,clown' is not an action or code"),
