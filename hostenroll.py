@@ -4712,7 +4712,7 @@ class ServiceRecord(Rules):
         else:
             old = next_period(old, now)
         if url != old.public_url:
-            log.warning("commands for machines now have the URL %s, not %s", url, old.public_url)
+            log.info("commands for machines now have the URL %s, not %s", url, old.public_url)
         self._queries.put(self._certified(old._replace(interval=interval, public_url=url)))
 
     def keep_alive(self, now: int) -> None:
@@ -9082,7 +9082,8 @@ class List {
 
   goOn() {
     Object.assign(this, {wanted: Math.min(this.rows.length + ROWS, ROWS_MOST), isLoaded: false});
-    this.poll.go();
+    this.more.hidden = true; // for a frame: the observer reports only that it is seen again
+    requestAnimationFrame(() => this.poll.go());
   }
 
   /** Ask until enough rows are there or the list has ended. Rows that are already shown are
@@ -9381,13 +9382,12 @@ const fleet = {
 
   show() {
     if (here().view !== "hosts") return;
-    const all = this.total(new URLSearchParams());
     show($("tabs"), ...["", ...STATUSES].map((word) => {
       const {asked} = here();
       const isChosen = asked.getAll("status").join() === word;
       asked.delete("status");
       if (word) asked.set("status", word);
-      const number = word ? this.counts?.[word] : all;
+      const number = word ? this.counts?.[word] : this.total(new URLSearchParams());
       return make("a", {href: fragment("hosts", asked), class: word, "data-count": number ?? "",
         title: MEANINGS[word] ?? "", ...(isChosen ? {"aria-current": "true"} : {})},
       word ? word[0].toUpperCase() + word.slice(1) : "All",
