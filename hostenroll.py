@@ -8506,7 +8506,7 @@ h3 { font-weight: 500; color: var(--quiet); }
 a { color: inherit; text-decoration: none; }
 a:hover, p a { text-decoration: underline; text-underline-offset: .2em; }
 code, pre, .mono, kbd { font: .78rem/1.25rem ui-monospace, Menlo, Consolas, monospace; }
-.quiet { color: var(--quiet); }
+.quiet, dt { color: var(--quiet); }
 h3, .small, .foot, thead th { font-size: .75rem; }
 .problem { color: var(--offline); overflow-wrap: anywhere; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -8658,7 +8658,6 @@ aside .title { display: flex; justify-content: space-between; align-items: start
 #day i:not(.none) { min-width: 2px; }
 #day .none { color: var(--line); }
 dl, .history li { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .25rem .75rem; }
-dt { color: var(--quiet); }
 dd, li { overflow-wrap: anywhere; }
 @media (min-width: 68.75rem) {
   aside { position: sticky; top: 3.75rem; max-height: calc(100vh - 4.5rem); }
@@ -9382,12 +9381,13 @@ const fleet = {
 
   show() {
     if (here().view !== "hosts") return;
+    const all = this.total(new URLSearchParams());
     show($("tabs"), ...["", ...STATUSES].map((word) => {
       const {asked} = here();
       const isChosen = asked.getAll("status").join() === word;
       asked.delete("status");
       if (word) asked.set("status", word);
-      const number = word ? this.counts?.[word] : this.total(new URLSearchParams());
+      const number = word ? this.counts?.[word] : all;
       return make("a", {href: fragment("hosts", asked), class: word, "data-count": number ?? "",
         title: MEANINGS[word] ?? "", ...(isChosen ? {"aria-current": "true"} : {})},
       word ? word[0].toUpperCase() + word.slice(1) : "All",
