@@ -14839,7 +14839,8 @@ def run_backup(session: Session) -> None:
                     registry.backup(folder, progress)
             database, key_file = registry.copies_in(os.path.realpath(folder))
     except OSError as error:
-        path = os.path.join(folder, error.filename or "")
+        name = error.filename if isinstance(error.filename, str) else ""  # it may be a descriptor
+        path = os.path.join(folder, name)
         raise OperatorError(f"cannot copy to {path}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
     facts = copied, *(f"removed {path}" for path in removed)

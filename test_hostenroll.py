@@ -25393,6 +25393,19 @@ def test_a_backup_goes_into_a_folder_of_its_owner_alone_or_nowhere(operator):
     assert operator("check", "--db", "copy/hostenroll.db").status == 0
 
 
+def test_a_folder_of_backups_that_cannot_be_listed_is_named(operator, monkeypatch):
+    def listdir(path=".", whole=os.listdir):
+        if isinstance(path, int):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return whole(path)
+
+    operator.mint()
+    monkeypatch.setattr(os, "listdir", listdir)
+    failed = operator("backup", "--keep", "2", "backups")
+    assert failed.status == 1
+    assert failed.err == "hostenroll: cannot copy to backups/: Input/output error\n"
+
+
 def test_a_command_keeps_the_newest_backups_and_names_what_it_made_and_removed(operator):
     operator("mint-token")
     for bad in ("0", "1001", "many", "-1"):
