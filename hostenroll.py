@@ -82,7 +82,8 @@ An enrollment, and every other request:
     After the commit Api.answer makes the Response from the row's Document; write_response.
 
 A command runs the same rule without HTTP: main, run_command, parse_arguments; Session.call makes
-the Call, Session.perform runs it by Registry.perform, and the row's Document is what is shown.
+an UncheckedCall, LocalBackend.perform checks and runs it by Registry.perform (RemoteBackend.perform
+sends it to a server), and the row's Document is what is shown.
 
 How to add a fact, an operation, a refusal or a migration: .github/CONTRIBUTING.md.
 """
@@ -363,7 +364,7 @@ PENDING_REPORTED_AFTER = 10 * MINUTE  # a machine that is being installed may st
 FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is reported once an hour
 BATCH_LONGEST = MINUTE  # where it has an incident that may grow
 MUTED_FOR = 10  # at least: then the feed is asked again
-TOLD_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
+REPORTED_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
 WATCH_WAIT = 10  # for changes: events are read in between
 RETRY_LONGEST = 300
 EXEC_PATIENCE, EXEC_GRACE = 60, 5  # of a command that tells people: then TERM, then KILL
@@ -3404,7 +3405,7 @@ class Queries(Changes):
         """Write heartbeats, as _BEAT has their values; how many matched."""
         return self._many(_BEAT, rows)
 
-    def tell(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
+    def write_beats(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
         """Write heartbeats that were judged in this transaction: last_seen, told_interval,
         address_key and host. They change what the next one is compared with."""
         statement = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?,
@@ -4896,7 +4897,7 @@ class Reports(Rules):
         """When the last change was, in Unix ms; 0: there was none."""
         return sum(change.at for change in self._queries.newest(Change, None, LAST_ID, 1))
 
-    def begin_again(self, call: Call, now: int) -> dict[str, Any]:
+    def redo_after_restore(self, call: Call, now: int) -> dict[str, Any]:
         """In a copy of a backup, do again what must not be undone; what that was. values: revoked
         (rows by their record), used (tokens) and lost (names of hosts) of the newer database, and
         trouble: why that cannot be read."""
@@ -5006,7 +5007,7 @@ class Incident:
         return text + (f"; {self.down} still down" if self.down else "; all are back or gone")
 
 
-class Outlook:
+class IncidentScan:
     """The incidents of an organization, or of all of them, as found in changes so far."""
 
     def __init__(self, after: int, window: int) -> None:
@@ -5053,61 +5054,61 @@ class IncidentLog(Rules):
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self._outlooks: dict[Owner, Outlook] = {}
+        self._scans: dict[Owner, IncidentScan] = {}
 
     def list(self, call: Call, now: int) -> Any:
         """The newest first; the call, after a slice. values: organization. Raises InvalidQuery,
         NotFound."""
         owner = self._scope(call, InvalidQuery, "organization")
-        outlook = self._outlook(owner, now)
-        if not self._look(outlook, owner):
+        scan = self._scan(owner, now)
+        if not self._look(scan, owner):
             return call
-        found = outlook.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
+        found = scan.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
         asked = {trait for incident in found for trait in incident.common()}
         is_known = asked and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM
-        if is_known and not self._count(outlook, owner, asked, now):
+        if is_known and not self._count(scan, owner, asked, now):
             return call
         for incident in found:
-            incident.fleet = (outlook.hosts, outlook.shares) if is_known else None
+            incident.fleet = (scan.hosts, scan.shares) if is_known else None
         return Page(found)
 
     def forget(self, now: int) -> None:
         """Drop what was not asked for in SHARES_KEPT: of a large fleet it may be 100 MiB."""
-        kept, each = SHARES_KEPT * SECOND_MS, self._outlooks.items()
-        self._outlooks = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
+        kept, each = SHARES_KEPT * SECOND_MS, self._scans.items()
+        self._scans = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
 
-    def _outlook(self, owner: Owner, now: int) -> Outlook:
-        if owner not in self._outlooks:
+    def _scan(self, owner: Owner, now: int) -> IncidentScan:
+        if owner not in self._scans:
             interval = (self._queries.service() or self._registry).interval
             # An hour more: a change at its beginning may belong to an incident before.
             after = self._queries.change_before(now - (DAY + HOUR) * SECOND_MS)
-            self._outlooks[owner] = Outlook(after, INCIDENT_INTERVALS * interval * SECOND_MS)
-        self._outlooks[owner].asked_at = now
-        return self._outlooks[owner]
+            self._scans[owner] = IncidentScan(after, INCIDENT_INTERVALS * interval * SECOND_MS)
+        self._scans[owner].asked_at = now
+        return self._scans[owner]
 
-    def _look(self, outlook: Outlook, owner: Owner) -> bool:
+    def _look(self, scan: IncidentScan, owner: Owner) -> bool:
         """At a slice of changes; whether it was the last one."""
-        changes = self._queries.following(Change, outlook.after, LOOKED_AT_ONCE)
+        changes = self._queries.following(Change, scan.after, LOOKED_AT_ONCE)
         history = self._queries.feed().history
         for change in changes:
-            outlook.after = change.number
+            scan.after = change.number
             if owner in (ALL_ORGANIZATIONS, change.organization_id):
-                outlook.add(history, change)
+                scan.add(history, change)
         return len(changes) < LOOKED_AT_ONCE
 
-    def _count(self, outlook: Outlook, owner: Owner, asked: set[str], now: int) -> bool:
+    def _count(self, scan: IncidentScan, owner: Owner, asked: set[str], now: int) -> bool:
         """Who in the fleet has these traits, a slice of it; whether it was the last one."""
-        is_kept = 0 <= now - outlook.counted_at <= SHARES_KEPT * SECOND_MS
-        if not (is_kept and asked <= outlook.asked):
-            outlook.counted_at, outlook.asked, outlook.shares = now, asked, Counter()
-            outlook.last, outlook.hosts = -1, 0
-        rows = self._queries.labels_slice(owner, outlook.last, LOOKED_AT_ONCE)
-        for outlook.last, labels, address in rows:
-            outlook.shares.update(outlook.asked.intersection(traits_of(labels, address)))
-        outlook.hosts += len(rows)
+        is_kept = 0 <= now - scan.counted_at <= SHARES_KEPT * SECOND_MS
+        if not (is_kept and asked <= scan.asked):
+            scan.counted_at, scan.asked, scan.shares = now, asked, Counter()
+            scan.last, scan.hosts = -1, 0
+        rows = self._queries.labels_slice(owner, scan.last, LOOKED_AT_ONCE)
+        for scan.last, labels, address in rows:
+            scan.shares.update(scan.asked.intersection(traits_of(labels, address)))
+        scan.hosts += len(rows)
         if len(rows) < LOOKED_AT_ONCE:
             return True
-        outlook.counted_at = now  # its time begins at the end, or a slow pass would never have one
+        scan.counted_at = now  # its time begins at the end, or a slow pass would never have one
         return False
 
 
@@ -5561,7 +5562,7 @@ class Heartbeats(Rules):
         # A query finds what the statement did match: online, with this serial and lastSeen now.
         # Of a host with another heartbeat that it did not match, later ones are judged after it.
         origins = [origin for _, ref, origin in beats if ref.kid in kids]
-        written = self._tell_strays(rows, origins, now)
+        written = self._write_strays(rows, origins, now)
         strays: set[int] = set()
         outcomes: list[Union[int, Problem]] = []
         for host, credential, origin in beats:
@@ -5581,7 +5582,7 @@ class Heartbeats(Rules):
         counts["heartbeats"] += sum(not isinstance(outcome, Problem) for outcome in outcomes)
         return outcomes
 
-    def _tell_strays(
+    def _write_strays(
         self, rows: list[BeatRow], origins: list[Origin], now: int
     ) -> set[tuple[int, ...]]:
         """Of the rows of a batch, write those of hosts that are to get another interval, have
@@ -5597,7 +5598,7 @@ class Heartbeats(Rules):
             and host.state != REVOKED
         ]
         self._move(heard, now)
-        self._tell([host for host, _ in heard], now)
+        self._write_beats([host for host, _ in heard], now)
         return {row[:2] for row in written}.union((host.id, host.serial) for host, _ in heard)
 
     def _place(self, host: Host, origin: Origin, now: int) -> Host:
@@ -5626,9 +5627,10 @@ class Heartbeats(Rules):
         if rows:
             self._queries.move(rows)
 
-    def _tell(self, hosts: Sequence[Host], last_seen: int) -> None:
+    def _write_beats(self, hosts: Sequence[Host], last_seen: int) -> None:
         """Write heartbeats that were accepted, and report who is back."""
-        self._queries.tell([(last_seen, self._remember(h), h.address_key, h.id) for h in hosts])
+        rows = [(last_seen, self._remember(host), host.address_key, host.id) for host in hosts]
+        self._queries.write_beats(rows)
         others = [host._replace(last_seen=last_seen) for host in hosts if host.state != ONLINE]
         if others:
             self._registry.reports.report([(host, ONLINE, last_seen) for host in others])
@@ -5666,7 +5668,7 @@ class Heartbeats(Rules):
         # that falls silent would else be online until the clock is there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
         last_seen = now if is_ahead else max(now, host.last_seen)
-        self._tell([host], last_seen)
+        self._write_beats([host], last_seen)
         return host._replace(last_seen=last_seen, state=ONLINE)
 
     def beat(self, call: Call, now: int) -> HeartbeatResult:
@@ -5686,7 +5688,7 @@ class Heartbeats(Rules):
                 self._registry.engine.require_durable()
             self._queries.edit_host(host.id, changes)
             host = host._replace(**changes)
-            self._tell([host], host.last_seen)
+            self._write_beats([host], host.last_seen)
             names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
             if audit.successes.takes(kind):
                 audit.record(*kind, facts=dict(zip(names, changes.values())))
@@ -6355,8 +6357,8 @@ KNOWN_KIDS = InternalRule(
     lambda registry, call, now: registry.queries.kids(with_retired=False), writes=False)
 LEARN_KEYS = InternalRule(
     lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
-BEGIN_AGAIN = InternalRule(
-    lambda registry, call, now: registry.reports.begin_again(call, now), durable=True)
+REDO_AFTER_RESTORE = InternalRule(
+    lambda registry, call, now: registry.reports.redo_after_restore(call, now), durable=True)
 ACCEPT_HISTORY = InternalRule(
     lambda registry, call, now: registry.reports.accept(call, now), durable=True)
 # fmt: on
@@ -6691,7 +6693,7 @@ class Restore(NamedTuple):
             keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
             KeyFile(new_keys, new).replace(keyring)
             with closing(open_registry(new, new_keys, now)) as registry:
-                done = registry.perform(Call(BEGIN_AGAIN, by, values=values), now)
+                done = registry.perform(Call(REDO_AFTER_RESTORE, by, values=values), now)
             require_sound(new, new_keys, now, source)
             moved = self._put_in_place(new, None if is_kept else keyring, now)
         return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
@@ -10373,7 +10375,7 @@ class Document:
         return document
 
 
-class ServicePlace(NamedTuple):
+class ServiceInfo(NamedTuple):
     """Where hosts find the servers, and how often they send a heartbeat."""
 
     url: str = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"  # until a server has run
@@ -10394,21 +10396,21 @@ class ServicePlace(NamedTuple):
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin))
 
 
-def service_place(url: str, pin: str, *more: Any) -> ServicePlace:
+def service_info(url: str, pin: str, *more: Any) -> ServiceInfo:
     """Raises StorageUnavailable for a URL or a pin that serve never writes: people paste them into
     a shell."""
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
     if not re.fullmatch(ours, f"{url} {pin}"):
         raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
-    return ServicePlace(url, pin, *more)
+    return ServiceInfo(url, pin, *more)
 
 
-def _service(registry: Registry, call: Call, now: int) -> ServicePlace:
+def _service(registry: Registry, call: Call, now: int) -> ServiceInfo:
     service, options = registry.queries.service(), (registry.keys.ttl, registry.audit.keep)
     if service is None:
-        return ServicePlace()
+        return ServiceInfo()
     place = service.public_url, service.pin, service.interval, service.certificate_ends
-    return service_place(*place, *options)
+    return service_info(*place, *options)
 
 
 def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -10571,7 +10573,7 @@ HEARTBEAT = Document(  # of a HeartbeatResult
 )
 HEALTH = Document("Health", Member("status", Choice("ok"), CONSTANT, lambda _: "ok"))
 READINESS = Document("Readiness", Member("status", Choice("ready"), CONSTANT, lambda _: "ready"))
-SERVICE = Document(  # of a ServicePlace
+SERVICE = Document(  # of a ServiceInfo
     "Service",
     Member("version",                  Text(64, 1),           CONSTANT, lambda _: __version__),
     Member("publicUrl",                Text(2048, 1),         "url"),
@@ -10722,7 +10724,7 @@ clean_name = partial(re.sub, "[^A-Za-z0-9_]", "_")
 
 # Names that Ansible takes for groups or for the machine that it runs on, and such as end like one
 # that another host may be given.
-MISTAKABLE = re.compile(
+AMBIGUOUS_NAMES = re.compile(
     r"all|ungrouped|localhost|127\.0\.0\.1|(status|organization|label)_.*|.*-[0-7][0-9a-f]{15}"
 )
 
@@ -10841,7 +10843,7 @@ def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Ca
     host = summary(view)
     name = re.sub("^[^A-Za-z0-9_]|[^A-Za-z0-9_.-]", "_", host["name"])[:63]
     is_shared = registry.queries.has_namesake(view.host, call.by.organization)
-    if is_shared or name != host["name"] or MISTAKABLE.fullmatch(name):
+    if is_shared or name != host["name"] or AMBIGUOUS_NAMES.fullmatch(name):
         name += f"-{host['id']}"
     variables = {f"hostenroll_{key}": inert(text) for key, text in host.items()}
     if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", host["address"]):
@@ -10917,14 +10919,14 @@ In a shell:  hostenroll.py --help, on the server.
 """
 
 
-def _kept(make: Callable[[], Asset]) -> Callable[[Head], Response]:
+def _cached_asset(make: Callable[[], Asset]) -> Callable[[Head], Response]:
     """What answers with an asset, which is made when it is first asked for."""
     asset = lru_cache(make)
     return lambda head: asset().answer(head)
 
 
-_page = _kept(_page_asset)
-_front_door = _kept(lambda: Asset(FRONT_DOOR, PLAIN))
+_page = _cached_asset(_page_asset)
+_front_door = _cached_asset(lambda: Asset(FRONT_DOOR, PLAIN))
 
 
 def _page_response(head: Head) -> Response:
@@ -11136,11 +11138,11 @@ OPERATIONS = (
     Operation("readiness", "GET", "/readyz", "open", "service.ready", "check that it can work",
               durable=False, answer=READINESS, raises=(StorageUnavailable,)),
     Operation("openapi", "GET", "/openapi.json", "open", "", "print the API as OpenAPI 3.1",
-              static=_kept(lambda: Asset(json_text(openapi_document()), JSON)),
+              static=_cached_asset(lambda: Asset(json_text(openapi_document()), JSON)),
               answer=Document("", open=True)),
     Operation("agent-script", "GET", "/agent.sh", "open", "",
               "print the agent, for a host with sh and curl", content_type=SHELL_SCRIPT,
-              static=_kept(lambda: Asset(AGENT_SCRIPT, SHELL_SCRIPT))),
+              static=_cached_asset(lambda: Asset(AGENT_SCRIPT, SHELL_SCRIPT))),
     Operation("page", "GET", "/", "open", "", "show the admin page",
               static=_page_response, content_type=HTML),
     Operation("add-org", "POST", "/api/organizations", "owner", "organizations.add",
@@ -11180,7 +11182,7 @@ HTTP_OPERATIONS = tuple(operation for operation in OPERATIONS if operation.path)
 BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
 
 
-class Asked(NamedTuple):
+class UncheckedCall(NamedTuple):
     """An operation with its values as a body of JSON or a query has them, before any check."""
 
     operation: Operation
@@ -13069,14 +13071,14 @@ def proxy_of(url: str, environment: Mapping[str, str]) -> str:
     return proxy if "://" in proxy or not proxy else f"http://{proxy}"
 
 
-def fits(value: Any, shape: Any) -> bool:
+def has_shape(value: Any, shape: Any) -> bool:
     """Whether JSON is as a shape: a type, a pattern of a text, members that are there at least, a
     list of one shape."""
     if isinstance(shape, dict):
         is_object = isinstance(value, dict) and value.keys() >= shape.keys()
-        return is_object and all(fits(value[name], each) for name, each in shape.items())
+        return is_object and all(has_shape(value[name], each) for name, each in shape.items())
     if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and bool(shape.fullmatch(value))
     return isinstance(value, shape)
@@ -13138,17 +13140,17 @@ class Client:
             if 200 <= status < 300:
                 return document
             document = {"errors": [], "cursor": "", **document}
-            if status < 400 or not fits(document, PROBLEM_SHAPE):
+            if status < 400 or not has_shape(document, PROBLEM_SHAPE):
                 raise ValueError
             errors = [FieldError(each["field"], each["detail"]) for each in document["errors"]]
             kind = next((kind for kind in problems() if kind.code == document["code"]), Problem)
             problem = kind(document["detail"], errors=errors, cursor=document["cursor"])
             problem.code, problem.status = document["code"], status
         except (InvalidBody, TypeError, ValueError) as error:
-            raise self.stranger(status) from error
+            raise self.unexpected_answer(status) from error
         raise problem
 
-    def stranger(self, answer: object) -> OperatorError:
+    def unexpected_answer(self, answer: object) -> OperatorError:
         """The complaint about an answer that we would not give."""
         what = "does not answer like a hostenroll server"
         return OperatorError(f"{self.name} {what} ({answer}): check the URL")
@@ -13249,12 +13251,12 @@ class Client:
 # host in order.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
-DOWN = ("offline", "missing")
-TROUBLES = (*DOWN, "pending")  # statuses
+DOWN_STATUSES = ("offline", "missing")
+REPORTED_STATUSES = (*DOWN_STATUSES, "pending")  # statuses
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
-WAKING = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
+REPORTED_EVENTS = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
 
-# What Watch goes by in answers and in its state, as fits() has it.
+# What Watch goes by in answers and in its state, as has_shape() has it.
 CHANGE_SHAPE = {"cursor": str, "at": str, "status": str, "muted": bool,
                 "host": {"id": str, "name": str, "labels": dict}}  # fmt: skip
 EVENT_SHAPE = {"time": str, "action": str, "code": (str, type(None)), "detail": dict}
@@ -13271,51 +13273,51 @@ STATE_SHAPE = {
 }  # fmt: skip
 
 
-class Wanted(NamedTuple):
+class WatchOptions(NamedTuple):
     """What people want to hear of, and when, in seconds."""
 
     delay: int
     batch: int
-    statuses: Sequence[str] = TROUBLES
-    events: Sequence[str] = WAKING  # words of words_for()
+    statuses: Sequence[str] = REPORTED_STATUSES
+    events: Sequence[str] = REPORTED_EVENTS  # words of event_keywords()
     query: Sequence[tuple[str, str]] = ()  # organization and labels
 
 
-class Tracked(NamedTuple):
+class TrackedHost(NamedTuple):
     """A host that was reported as down, or has changed within the hour. Times are Unix time."""
 
-    reported: str = ""  # one of TROUBLES or flapping, if that was reported last
+    reported: str = ""  # one of REPORTED_STATUSES or flapping, if that was reported last
     due: float = 0  # when the last change is to be reported; 0: never
     change: Mapping[str, Any] = {}  # as the feed has it, while it is due
     before: str = ""  # the cursor that it comes after
     times: Sequence[float] = ()  # of changes within the hour
 
 
-def track(host: Tracked, change: Mapping[str, Any], before: str, now: float,
-          wanted: Wanted) -> Tracked:  # fmt: skip
+def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
+          options: WatchOptions) -> TrackedHost:  # fmt: skip
     """A host after a change."""
     status, reported, due = change["status"], host.reported, 0.0
     times = [*(at for at in host.times if at > now - HOUR), now]
-    if status in ("revoked", "deleted") and status not in wanted.statuses:
+    if status in ("revoked", "deleted") and status not in options.statuses:
         reported = ""  # an operator did it, and knows
     elif reported == "flapping":
         due = host.due
     elif len(times) > FLAPPING_ABOVE or (status == "online" and reported):
         due = now
-    elif status in wanted.statuses:
-        waits = {**dict.fromkeys(TROUBLES, wanted.delay), "pending": PENDING_REPORTED_AFTER}
-        due = now + waits.get(status, 0)
-    return Tracked(reported, due, change if due else {}, before, times)
+    elif status in options.statuses:
+        waits = dict.fromkeys(DOWN_STATUSES, options.delay)
+        due = now + {**waits, "pending": PENDING_REPORTED_AFTER}.get(status, 0)
+    return TrackedHost(reported, due, change if due else {}, before, times)
 
 
-def settle(host: Tracked, now: float) -> tuple[Tracked, list[Mapping[str, Any]]]:
+def after_report(host: TrackedHost, now: float) -> tuple[TrackedHost, list[Mapping[str, Any]]]:
     """A host that is due, once that is reported; and what to report, if it is news."""
     status, times = host.change["status"], [at for at in host.times if at > now - HOUR]
     if len(times) > FLAPPING_ABOVE:
         flapping = {**host.change, "flapping": len(times)}
         return host._replace(reported="flapping", due=now + HOUR, times=times), [flapping]
     news = [host.change] if status != host.reported else []
-    return Tracked(status if status in TROUBLES else "", times=times), news
+    return TrackedHost(status if status in REPORTED_STATUSES else "", times=times), news
 
 
 def closes_at(dues: Sequence[float], batch: float) -> float:
@@ -13325,13 +13327,13 @@ def closes_at(dues: Sequence[float], batch: float) -> float:
     return min(max(dues) + batch, min(dues) + max(batch, BATCH_LONGEST))
 
 
-def words_for(event: Mapping[str, Any]) -> set[str]:
+def event_keywords(event: Mapping[str, Any]) -> set[str]:
     """What names an event in --audit: its action, its code; a burst is many that were summed up."""
     burst = f"{event['action']}-burst" if "more" in event["detail"] else ""
     return {event["action"], event["code"] or "", burst}
 
 
-def clause(status: str, changes: Sequence[Mapping[str, Any]], incidents: str) -> str:
+def status_clause(status: str, changes: Sequence[Mapping[str, Any]], incidents: str) -> str:
     """What has become of hosts, in words, with a label that most of them have, if the incidents
     name it: then most others have not. A machine chooses its name, and may be no friend: none calls
     everybody in a chat, or looks like a link."""
@@ -13343,7 +13345,7 @@ def clause(status: str, changes: Sequence[Mapping[str, Any]], incidents: str) ->
     labels = Counter(f"{key}={value}" for host in hosts for key, value in host["labels"].items())
     named = re.split(" have |, |; ", incidents)
     for label, most in labels.most_common():
-        if status in DOWN and 2 * most > count and label in named:
+        if status in DOWN_STATUSES and 2 * most > count and label in named:
             return f"{count} hosts are {what}, {most} of them {safe(sanitize(label))}"
     return f"{count} hosts are {what}"
 
@@ -13357,7 +13359,7 @@ def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any
         status = "flapping" if "flapping" in change else change["status"]
         groups.setdefault(status, []).append(change)
     joined = "; ".join(incident["text"] for incident in incidents)
-    texts = [text, *(clause(status, group, joined) for status, group in groups.items())]
+    texts = [text, *(status_clause(status, group, joined) for status, group in groups.items())]
     actions = Counter(event["action"] for event in events)
     noticed = ", ".join(f"{count} {action}" for action, count in actions.items())
     times = [each["at"] for each in changes] + [each["time"] for each in events]
@@ -13366,8 +13368,9 @@ def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any
         "kind": kind, "from": min(times), "to": max(times),
         "counts": {**{status: len(group) for status, group in groups.items()}, **actions},
         "text": "; ".join(filter(None, [*texts, noticed and f"events: {noticed}"])),
-        "incidents": incidents, "changes": changes[:TOLD_MAXIMUM], "events": events[:TOLD_MAXIMUM],
-        "truncated": max(len(changes), len(events)) > TOLD_MAXIMUM,
+        "incidents": incidents,
+        "changes": changes[:REPORTED_MAXIMUM], "events": events[:REPORTED_MAXIMUM],
+        "truncated": max(len(changes), len(events)) > REPORTED_MAXIMUM,
     })  # fmt: skip
 
 
@@ -13377,15 +13380,15 @@ class Watch:
 
     def __init__(
         self, read: Callable[[str, Sequence[tuple[str, str]], float], Any],
-        deliver: Callable[[str], Any], wanted: Wanted, path: str, clock: Callable[[], float],
+        deliver: Callable[[str], Any], options: WatchOptions, path: str, clock: Callable[[], float],
         sleep: Callable[[float], Any],
     ) -> None:  # fmt: skip
         """path: of the file of the state, which no other watch uses; "": none. Raises
         OperatorError."""
-        self._read, self._deliver, self._wanted, self._path = read, deliver, wanted, path
+        self._read, self._deliver, self._options, self._path = read, deliver, options, path
         self._clock, self._sleep = clock, sleep
         self._is_current, self._save_at = False, 0.0
-        self._hosts: dict[str, Tracked] = {}
+        self._hosts: dict[str, TrackedHost] = {}
         self._state: dict[str, Any] = {
             CHANGES_PATH: "now", EVENTS_PATH: "now", "events": [], "outbox": []
         }  # fmt: skip
@@ -13394,8 +13397,8 @@ class Watch:
             try:
                 self._state = json.loads(octets)
                 hosts = self._state.pop("hosts").items()
-                self._hosts = {id: Tracked(*host) for id, host in hosts}
-                if not fits(self._shown(), STATE_SHAPE):
+                self._hosts = {id: TrackedHost(*host) for id, host in hosts}
+                if not has_shape(self._shown(), STATE_SHAPE):
                     raise ValueError
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 remedy = "remove it, and watch reports what happens from now on"
@@ -13457,21 +13460,21 @@ class Watch:
         changes = self._page(CHANGES_PATH, "changes", wait)
         for change in changes:
             id, now = change["host"]["id"], self._clock()
-            host = track(self._hosts.get(id, Tracked()), change, before, now, self._wanted)
+            host = track(self._hosts.get(id, TrackedHost()), change, before, now, self._options)
             self._hosts[id], before = host, change["cursor"]
             self._save_at = min(self._save_at, now + WATCH_SAVES)
         is_end = asked == self._state[CHANGES_PATH]
         self._is_current = is_end or (self._is_current and len(changes) < PAGE_MAXIMUM)
-        for event in self._page(EVENTS_PATH, "events", 0) if self._wanted.events else ():
-            is_wanted = words_for(event).intersection(self._wanted.events)
+        for event in self._page(EVENTS_PATH, "events", 0) if self._options.events else ():
+            is_wanted = event_keywords(event).intersection(self._options.events)
             if is_wanted and len(self._state["events"]) < EVENTS_MAXIMUM:
                 self._state["events"].append((self._clock(), event))
                 self._save_at = min(self._save_at, self._clock() + WATCH_SAVES)
 
     def _ask(self, path: str, patience: float = 0, **asked: object) -> Any:
-        scope = [pair for pair in self._wanted.query if path == CHANGES_PATH or pair[0] != "label"]
+        scope = [pair for pair in self._options.query if path == CHANGES_PATH or pair[0] != "label"]
         answer = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], patience)
-        if not fits(answer, ANSWER_SHAPES[path]):
+        if not has_shape(answer, ANSWER_SHAPES[path]):
             raise OperatorError(f"{path} does not answer like a hostenroll server: check the URL")
         return answer
 
@@ -13495,7 +13498,7 @@ class Watch:
         now, changes, events = self._clock(), [], self._state["events"]
         ready = {id: host for id, host in self._hosts.items() if 0 < host.due <= now}
         dues = [*(host.due for host in ready.values()), *(at for at, _ in events)]
-        if not dues or closes_at(dues, self._wanted.batch) > now:
+        if not dues or closes_at(dues, self._options.batch) > now:
             return
         fresh: dict[str, Any] = {}
         for host in ready.values():
@@ -13504,7 +13507,7 @@ class Watch:
                 with suppress(ChangesPruned):  # then what was read stands
                     page = self._ask(CHANGES_PATH, after=host.before, limit=limit)
                     fresh.update((change["cursor"], change) for change in page["changes"])
-        silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN], []
+        silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN_STATUSES], []
         if len(silent) >= INCIDENT_SMALLEST:
             found = self._ask(INCIDENTS_PATH)["incidents"]
             incidents = [
@@ -13514,7 +13517,7 @@ class Watch:
             if fresh.get(host.change["cursor"], host.change)["muted"]:
                 self._hosts[id] = host._replace(due=now + MUTED_FOR)
             else:
-                self._hosts[id], news = settle(host, now)
+                self._hosts[id], news = after_report(host, now)
                 changes += news
         self._state["events"] = []
         if changes or events:
@@ -13534,7 +13537,7 @@ class Watch:
         self._save_at = self._clock() + HOUR  # so that the cursors in it are kept in the feeds
 
 
-def tell_by_command(command: str, line: str) -> None:
+def deliver_by_command(command: str, line: str) -> None:
     """Have a shell run a command with a message as its input. Raises OperatorError, OSError."""
     with subprocess.Popen(
         ["sh", "-c", command], stdin=subprocess.PIPE, stdout=2, start_new_session=True
@@ -13553,7 +13556,9 @@ def tell_by_command(command: str, line: str) -> None:
         raise OperatorError(f"the command failed with exit status {process.returncode}")
 
 
-def tell_by_webhook(client: Client, secret: bytes, clock: Callable[[], float], line: str) -> None:
+def deliver_by_webhook(
+    client: Client, secret: bytes, clock: Callable[[], float], line: str
+) -> None:
     """POST a message; without lists, where it is too large for the receiver, as for many a chat.
     Raises OperatorError."""
     short = json_text({**json.loads(line), "changes": [], "events": [], "truncated": True})
@@ -14091,16 +14096,16 @@ class Session(NamedTuple):
                 registry.close()
 
     @contextmanager
-    def reach(self, writes: bool = True) -> Iterator[Place]:
+    def backend(self, writes: bool = True) -> Iterator[Backend]:
         """Where operations are performed: the database here, or the server that is named."""
         client = self.client()
         if client is not None:
-            yield There(client)
+            yield RemoteBackend(client)
         else:
             with self.open(purpose="act" if writes else "read") as registry:
-                yield Here(self, registry)
+                yield LocalBackend(self, registry)
 
-    def asked(self) -> Asked:
+    def call(self) -> UncheckedCall:
         """The operation with what was typed for it, which is checked before anything is opened.
         Raises UsageError, InvalidBody, InvalidQuery."""
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
@@ -14108,12 +14113,12 @@ class Session(NamedTuple):
         words = getattr(self.arguments, "id", [])
         words = [words] if isinstance(words, str) else words
         refuse_secrets(words)
-        asked = asked_by(self.arguments, self.operation, self.now())
-        asked.checked()
-        return asked._replace(target=self.named(words[0]) if len({*words}) == 1 else None)
+        call = unchecked_call(self.arguments, self.operation, self.now())
+        call.checked()
+        return call._replace(target=self.named(words[0]) if len({*words}) == 1 else None)
 
     @property
-    def asks(self) -> bool:
+    def asks_first(self) -> bool:
         """Whether a person at a terminal is asked before the command destroys something."""
         is_destructive = self.command.name in DESTRUCTIVE
         return is_destructive and not self.arguments.yes and is_at_terminal()
@@ -14122,25 +14127,25 @@ class Session(NamedTuple):
         """What the command is about. Where it destroys, only a person who is asked may type less
         than an id or a name: a script would not see what it hits."""
         kind = next(kind for kind, noun in KINDS.items() if self.command.name.endswith(noun))
-        return Named(kind, word, self.asks or self.command.name not in DESTRUCTIVE)
+        return Named(kind, word, self.asks_first or self.command.name not in DESTRUCTIVE)
 
     def perform(self) -> Any:
         """The document of the operation. Raises UsageError; OperatorError, if a person says no."""
-        asked = self.asked()
-        with self.reach(self.operation.writes) as place:
-            if self.asks:
-                what = asked.values.get("kid", "")
-                if asked.target is not None:
-                    id, what = place.find(asked.target)
-                    asked = asked._replace(target=asked.target._replace(word=id))
-                self.confirm(f"{self.command.name.replace('-', ' ')} {what}", place)
+        call = self.call()
+        with self.backend(self.operation.writes) as backend:
+            if self.asks_first:
+                what = call.values.get("kid", "")
+                if call.target is not None:
+                    id, what = backend.find(call.target)
+                    call = call._replace(target=call.target._replace(word=id))
+                self.confirm(f"{self.command.name.replace('-', ' ')} {what}", backend)
             if "self" in self.operation.query.fields and self.arguments.yes:
-                asked = asked._replace(values={**asked.values, "self": "true"})
-            return place.perform(asked)
+                call = call._replace(values={**call.values, "self": "true"})
+            return backend.perform(call)
 
-    def confirm(self, what: str, place: Place) -> None:
+    def confirm(self, what: str, backend: Backend) -> None:
         """Raises OperatorError unless somebody at the terminal says yes."""
-        where = f" on {place.name}" if place.name else ""
+        where = f" on {backend.name}" if backend.name else ""
         question = f"{plain_text(what)}{where}; continue? [y/N]"
         print(question, end=" ", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -14155,7 +14160,7 @@ class Session(NamedTuple):
         inform(*facts)
 
 
-class Here:
+class LocalBackend:
     """Performs operations in the database on this machine."""
 
     name = ""
@@ -14166,13 +14171,13 @@ class Here:
     def _run(self, call: Call) -> Any:
         return self._registry.perform(call._replace(by=self._by), self._now())
 
-    def perform(self, asked: Asked) -> Any:
+    def perform(self, call: UncheckedCall) -> Any:
         """The document of an operation; of a feed without news, with wait, after a second. Raises
         the Problem that refuses it."""
-        operation, values = asked.operation, asked.checked()
-        if asked.hosts:
-            values["hosts"] = asked.hosts
-        record = self._run(Call(operation, values=values, named=asked.target))
+        operation, values = call.operation, call.checked()
+        if call.hosts:
+            values["hosts"] = call.hosts
+        record = self._run(Call(operation, values=values, named=call.target))
         if operation.answer is None:
             return json.loads(record)
         document = operation.document(record)
@@ -14199,41 +14204,41 @@ class Here:
 SECRETS = (MINTED_TOKEN, "token", TOKEN_PREFIX), (MINTED_API_KEY, "apiKey", API_KEY_PREFIX)
 
 
-class There:
+class RemoteBackend:
     """Performs operations on a server. What its documents say may be anything of their types, so it
     is shown as what a peer says."""
 
     def __init__(self, client: Client) -> None:
         self._client, self.name = client, client.name
 
-    def perform(self, asked: Asked) -> Any:
+    def perform(self, call: UncheckedCall) -> Any:
         """The document; where the answer has none, one of the id. Raises the Problem that refuses
         it, OperatorError."""
-        operation, values, lost = asked.operation, {**asked.values}, []
-        id = "" if asked.target is None else self._id(asked.target)
-        for named in asked.hosts:
+        operation, values, lost = call.operation, {**call.values}, []
+        id = "" if call.target is None else self._id(call.target)
+        for named in call.hosts:
             try:
                 values["hosts"] = [*values["hosts"], self._id(named)]
             except NotFound:
                 lost.append(named.word)
-        path, query = operation.path.replace("{id}", quote(id, safe="")), asked.query()
+        path, query = operation.path.replace("{id}", quote(id, safe="")), call.query()
         if operation.body is None:
             wait, method = int(dict(query).get("wait", 0)), operation.method
             path += f"?{urlencode(query)}"
             status, octets = self._client.request(method, path, patience=wait)
         else:
-            body, media = json_text(values).encode("ascii"), MERGE_PATCH if asked.merges else JSON
+            body, media = json_text(values).encode("ascii"), MERGE_PATCH if call.merges else JSON
             headers = {"Content-Type": media}
             status, octets = self._client.request(operation.method, path, body, headers)
         if status == operation.status == HTTPStatus.NO_CONTENT:
             return {"id": id}
         document = self._client.document(status, octets)
         shape = operation.shape() if operation.answer else {"_meta": {"hostvars": dict}}
-        if status != operation.status or not fits(document, shape):
-            raise self._client.stranger(status)
+        if status != operation.status or not has_shape(document, shape):
+            raise self._client.unexpected_answer(status)
         for answer, member, prefix in SECRETS:
             if operation.answer is answer and parse_secret(prefix, document[member]) is None:
-                raise self._client.stranger("no secret")
+                raise self._client.unexpected_answer("no secret")
         if lost:
             document["notFound"] += lost
         return document
@@ -14244,7 +14249,7 @@ class There:
     def find(self, named: Named) -> tuple[str, str]:
         """The id and the title of what a person types. Raises NotFound, Conflict, OperatorError."""
         operation, titles = OPERATION[f"list-{KINDS[named.kind]}s"], {}
-        found = self.perform(Asked(operation, {"named": named.word}))[operation.list_of]
+        found = self.perform(UncheckedCall(operation, {"named": named.word}))[operation.list_of]
         spellings = named.word, unicodedata.normalize("NFC", named.word)
         for each in found:
             name, hostname = each.get("name"), each.get("hostname") or ""
@@ -14261,7 +14266,7 @@ class There:
         return []
 
 
-Place = Union[Here, There]
+Backend = Union[LocalBackend, RemoteBackend]
 NEEDS_FILES = "{} works on the database's files: type it where they are, with --db, not --server"
 
 DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore")  # commands
@@ -14321,16 +14326,16 @@ OPTION_NAMES = {
 }  # fmt: skip
 
 
-def asked_by(arguments: argparse.Namespace, operation: Operation, now: int) -> Asked:
+def unchecked_call(arguments: argparse.Namespace, operation: Operation, now: int) -> UncheckedCall:
     """An operation with the values that a command's arguments name. Raises UsageError."""
     schema = operation.query if operation.body is None else operation.body
     names = [name for name in schema.fields if name not in ("limit", "cursor", "named")]
     options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
     if getattr(arguments, "down", False) and "status" in options:
-        options["status"] = [*(options["status"] or ()), *DOWN]
+        options["status"] = [*(options["status"] or ()), *DOWN_STATUSES]
     values: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     if operation.body is None:
-        return Asked(operation, values)
+        return UncheckedCall(operation, values)
     if values.get("intervalSeconds") == "none":
         values["intervalSeconds"] = None
     if (mute := values.get("mutedUntil")) is not None:
@@ -14344,7 +14349,7 @@ def asked_by(arguments: argparse.Namespace, operation: Operation, now: int) -> A
             raise UsageError(f"--label: {error}") from None
         if len(values["labels"]) < len(arguments.label):
             raise UsageError("--label: a key is given twice")
-    return Asked(operation, values, merges)
+    return UncheckedCall(operation, values, merges)
 
 
 def user_name(environment: Mapping[str, str]) -> str:
@@ -14380,7 +14385,7 @@ def show(session: Session) -> None:
     if not command.outcome:
         session.report(document, describe(document, session.now(), session.screen))
         return
-    facts = [command.said(document)]
+    facts = [command.outcome_text(document)]
     if command.name == "delete-host" and "usesLeft" in document:
         left, id = document["usesLeft"], document["tokenId"]
         hosts = "1 more host" if left == 1 else f"{left} more hosts"
@@ -14395,11 +14400,11 @@ def show(session: Session) -> None:
 def show_host(session: Session) -> None:
     """What a host is and why, in a headline and a reason; the facts that it has; its last events,
     as far as one page of the log reaches."""
-    asked, now = session.asked(), session.now()
-    with session.reach(writes=False) as place:
-        host = place.perform(asked)
+    call, now = session.call(), session.now()
+    with session.backend(writes=False) as backend:
+        host = backend.perform(call)
         about = {"subject": f"host:{host['id']}", "limit": str(HISTORY_SHOWN)}
-        events = place.perform(Asked(OPERATION["show-audit"], about))["events"]
+        events = backend.perform(UncheckedCall(OPERATION["show-audit"], about))["events"]
     status, above = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
     age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
     facts = {name: value for name, value in host.items() if name not in above and value}
@@ -14415,25 +14420,25 @@ def show_host(session: Session) -> None:
 def act_on_hosts(session: Session) -> Optional[int]:
     """On one host at once; on several, or on the hosts that filters find, after a yes and in short
     ticks, beside a server. Exit status 3 where there are no such hosts."""
-    arguments, asked, action = session.arguments, session.asked(), session.command.name[:-5]
-    filters = asked_by(arguments, OPERATION["list-hosts"], session.now())
+    arguments, call, action = session.arguments, session.call(), session.command.name[:-5]
+    filters = unchecked_call(arguments, OPERATION["list-hosts"], session.now())
     words = [*dict.fromkeys(arguments.id)]
     if bool(words) == bool(filters.values):
         raise UsageError("give a HOST, or filters that find hosts")
     if len(words) == 1 and not arguments.dry_run:
         show(session)
         return None
-    if "name" in asked.values or (session.operation.patch and not asked.merges):
+    if "name" in call.values or (session.operation.patch and not call.merges):
         raise UsageError("--name, --set-labels and --no-labels are for one host")
     filters.checked()
-    with session.reach(writes=not arguments.dry_run) as place:
+    with session.backend(writes=not arguments.dry_run) as backend:
         if filters.values:
-            found = chain.from_iterable(pages(session, place, filters))
+            found = chain.from_iterable(pages(session, backend, filters))
             words = [host["id"] for host in found]
-        elif arguments.dry_run or session.asks or len(words) > ACTED_AT_ONCE // 2:
-            titles = dict(place.find(session.named(word)) for word in words)
+        elif arguments.dry_run or session.asks_first or len(words) > ACTED_AT_ONCE // 2:
+            titles = dict(backend.find(session.named(word)) for word in words)
             words = [*titles]
-            if session.asks:
+            if session.asks_first:
                 inform(*map(plain_text, titles.values()))
         count = f"hosts to {action}: {len(words)}"
         if arguments.dry_run:
@@ -14442,20 +14447,21 @@ def act_on_hosts(session: Session) -> Optional[int]:
         if not arguments.yes and not is_at_terminal():
             raise UsageError(f"{count}; nothing was done: --dry-run lists them, --yes confirms")
         if not arguments.yes:
-            session.confirm(count, place)
-        return act_in_steps(session, place, words, {**asked.values, "action": action}, count)
+            session.confirm(count, backend)
+        return act_in_steps(session, backend, words, {**call.values, "action": action}, count)
 
 
 def act_in_steps(
-    session: Session, place: Place, words: Sequence[str], values: Mapping[str, Any], count: str
+    session: Session, backend: Backend, words: Sequence[str], values: Mapping[str, Any], count: str
 ) -> Optional[int]:
     """On a part of the hosts in a tick; what is done stays, when a later tick is refused."""
     total: dict[str, Any] = {"done": 0, "notFound": []}
-    act, step = Asked(OPERATION["act-on-hosts"], {**values, "hosts": []}), ACTED_AT_ONCE // 2
+    act = UncheckedCall(OPERATION["act-on-hosts"], {**values, "hosts": []})
+    step = ACTED_AT_ONCE // 2
     try:
         for start in range(0, len(words), step):
             hosts = [session.named(word) for word in words[start : start + step]]
-            acted = place.perform(act._replace(hosts=hosts))
+            acted = backend.perform(act._replace(hosts=hosts))
             total = {name: total[name] + acted[name] for name in total}
     finally:
         missing = [f"there is no host {plain_text(id)}" for id in total["notFound"]]
@@ -14467,18 +14473,18 @@ def is_at_terminal() -> bool:
     return all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
-def place_of(place: Place) -> ServicePlace:
+def service_of(backend: Backend) -> ServiceInfo:
     """Where hosts find the servers. Raises StorageUnavailable."""
-    service = place.perform(Asked(OPERATION["show-service"]))
-    return service_place(service["publicUrl"], service["pin"] or "")
+    service = backend.perform(UncheckedCall(OPERATION["show-service"]))
+    return service_info(service["publicUrl"], service["pin"] or "")
 
 
 def mint_token(session: Session) -> None:
-    asked, is_person, now = session.asked(), is_at_terminal(), session.now()
-    with session.reach() as place:
+    call, is_person, now = session.call(), is_at_terminal(), session.now()
+    with session.backend() as backend:
         on_first = "no server has run on this database yet: run serve"
-        server, remarks = place_of(place), place.remarks(on_first if is_person else "")
-        token = place.perform(asked)  # last: who fails has minted nothing
+        server, remarks = service_of(backend), backend.remarks(on_first if is_person else "")
+        token = backend.perform(call)  # last: who fails has minted nothing
     output_secret(session, token, "token", "token")
     if not session.arguments.json:
         uses = "1 host" if token["maxUses"] == 1 else f"{token['maxUses']} hosts"
@@ -14498,14 +14504,14 @@ def mint_api_key(session: Session) -> None:
     arguments = session.arguments
     if arguments.link and arguments.ttl is None:
         arguments.ttl = SIGN_IN_TTL
-    asked = session.asked()
-    with session.reach() as place:
-        url = place_of(place).url
-        if place.name and not arguments.typed & {"--org", "--all-orgs"}:  # one's own first
-            own = place.perform(Asked(OPERATION["show-me"]))["organizationId"]
-            values = {**asked.values, "organizationId": own or DEFAULT_ORGANIZATION}
-            asked = asked._replace(values=values)
-        key = place.perform(asked)
+    call = session.call()
+    with session.backend() as backend:
+        url = service_of(backend).url
+        if backend.name and not arguments.typed & {"--org", "--all-orgs"}:  # one's own first
+            own = backend.perform(UncheckedCall(OPERATION["show-me"]))["organizationId"]
+            values = {**call.values, "organizationId": own or DEFAULT_ORGANIZATION}
+            call = call._replace(values=values)
+        key = backend.perform(call)
     if arguments.link:
         key["link"] = f"{url}/#key={key['apiKey']}"  # browsers send no fragment
     output_secret(session, key, "link" if arguments.link else "apiKey", "API key")
@@ -14515,9 +14521,9 @@ def mint_api_key(session: Session) -> None:
 
 
 def agent_command(session: Session) -> None:
-    with session.reach(writes=False) as place:
-        service = place.perform(Asked(OPERATION["show-service"]))
-    line = service_place(service["publicUrl"], service["pin"] or "").agent_line
+    with session.backend(writes=False) as backend:
+        service = backend.perform(UncheckedCall(OPERATION["show-service"]))
+    line = service_info(service["publicUrl"], service["pin"] or "").agent_line
     facts = "run this as root on enrolled machines: it updates the agent, its URL and its pins"
     session.report(service, line, facts)
 
@@ -14532,33 +14538,33 @@ def list_items(session: Session) -> None:
     is_part = is_screen and not (arguments.all or follows or getattr(arguments, "limit", None))
     if is_part:
         arguments.limit = PAGE_DEFAULT
-    with session.reach(writes=False) as place:
+    with session.backend(writes=False) as backend:
         word = getattr(arguments, "host", None)
         if word is not None and not ID.fullmatch(word):
             refuse_secrets([word])
-            arguments.host, _ = place.find(Named(Host, word, True))
-        asked = session.asked()
+            arguments.host, _ = backend.find(Named(Host, word, True))
+        call = session.call()
         if name == "events" and follows:
-            asked = asked._replace(values={"after": "now", **asked.values})
-        batches = pages(session, place, asked)
+            call = call._replace(values={"after": "now", **call.values})
+        batches = pages(session, backend, call)
         first = next(batches, [])
-        is_feed = name == "changes" or "after" in asked.values
+        is_feed = name == "changes" or "after" in call.values
         try:
-            for text in listed(session, chain([first], batches), form, is_feed, counts):
+            for text in list_text(session, chain([first], batches), form, is_feed, counts):
                 print(text, end="", flush=True)
         except BrokenPipeError:  # its reader has read enough
             discard(sys.stdout)
             return
-        remarks = place.remarks() if form == "table" and name == "hosts" else ()
+        remarks = backend.remarks() if form == "table" and name == "hosts" else ()
     if is_screen and counts:
         has_more = is_part and sum(counts.values()) == PAGE_DEFAULT
-        inform(tally(name, counts) + ("; --all shows all" if has_more else ""))
+        inform(summary_line(name, counts) + ("; --all shows all" if has_more else ""))
     if form == "table" and not first and name in ("hosts", "tokens"):
-        inform(f"no {name} match" if asked.values else f"no {name} yet: run mint-token")
+        inform(f"no {name} match" if call.values else f"no {name} yet: run mint-token")
     inform(*remarks)
 
 
-def listed(
+def list_text(
     session: Session, batches: Iterable[list[dict[str, Any]]], form: str, is_feed: bool,
     counts: Counter[str],
 ) -> Iterator[str]:  # fmt: skip
@@ -14574,14 +14580,14 @@ def listed(
         yield csv_line(members)
         yield from (csv_line([each.get(it) for it in members]) for each in documents)
     elif form == "name":
-        yield from (f"{plain_text(typed_again(document))}\n" for document in documents)
+        yield from (f"{plain_text(name_to_type(document))}\n" for document in documents)
     elif is_feed:
         yield from (f"{json.dumps(document)}\n" for document in documents)
     else:
         yield from json_list(operation.list_of, batches)
 
 
-def typed_again(document: Mapping[str, Any]) -> Any:
+def name_to_type(document: Mapping[str, Any]) -> Any:
     """What a script types for it. A machine that calls itself --all, or "a b", or by the id of
     another host would have the script act on others: such a host goes by its id."""
     name = document.get("name")  # of a newer server it may be anything
@@ -14590,10 +14596,11 @@ def typed_again(document: Mapping[str, Any]) -> Any:
     return next(filter(None, map(document.get, ["kid", "id", "number", "cursor"])), "")
 
 
-def tally(name: str, counts: Mapping[str, int]) -> str:
+def summary_line(name: str, counts: Mapping[str, int]) -> str:
     """How many items a list has, and how many of them in each state."""
     total, noun = sum(counts.values()), words_of(name)
-    order = filter(counts.get, dict.fromkeys((*TROUBLES, *STATUSES, *filter(None, counts))))
+    known = (*REPORTED_STATUSES, *STATUSES, *filter(None, counts))
+    order = filter(counts.get, dict.fromkeys(known))
     states = ", ".join(f"{counts[state]:,} {plain_text(state)}" for state in order)
     return f"{total:,} {noun[:-1] if total == 1 else noun}" + (states and f": {states}")
 
@@ -14613,25 +14620,25 @@ def csv_line(values: Iterable[Any]) -> str:
     return line.getvalue()
 
 
-def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[str, Any]]]:
+def pages(session: Session, backend: Backend, call: UncheckedCall) -> Iterator[list[Any]]:
     """The items that are asked for, as many as --limit says, some at a time. Where few are found
     for long the progress line shows it; else what is printed shows it."""
     left = getattr(session.arguments, "limit", None) or LAST_ID
     follows = getattr(session.arguments, "follow", False)
-    operation, values, is_last = asked.operation, dict(asked.values), False
+    operation, values, is_last = call.operation, dict(call.values), False
     is_feed, end = operation.list_of == "changes" or "after" in values, 0
     if is_feed and not follows:  # of a feed only the end is known, and it moves
-        end = number_of(place.perform(Asked(operation, {"after": "now", "limit": "1"})))
+        end = feed_number(backend.perform(UncheckedCall(operation, {"after": "now", "limit": "1"})))
     while not is_last:
         items: list[dict[str, Any]] = []
         with session.progress() as progress:
             while not is_last and len(items) < PAGE_DEFAULT:
                 if "limit" in operation.query.fields:
                     values["limit"] = str(min(left, PAGE_MAXIMUM))
-                page = perform_at_last(place, asked._replace(values=values))
+                page = perform_with_retries(backend, call._replace(values=values))
                 items, left = items + page[operation.list_of], left - len(page[operation.list_of])
                 if is_feed:
-                    is_last = number_of(page) >= end or follows
+                    is_last = feed_number(page) >= end or follows
                     values["after"] = page["cursor"]
                 else:
                     values["cursor"] = page.get("nextCursor")
@@ -14645,15 +14652,15 @@ def pages(session: Session, place: Place, asked: Asked) -> Iterator[list[dict[st
             values["wait"] = str(WATCH_WAIT)
 
 
-def perform_at_last(place: Place, asked: Asked) -> Any:
+def perform_with_retries(backend: Backend, call: UncheckedCall) -> Any:
     """The document. Who follows a feed and has seen some of it waits for a server that restarts,
-    with one line of what fails. Raises what the place raises."""
+    with one line of what fails. Raises what the backend raises."""
     pause = 0
     while True:
         try:
-            return place.perform(asked)
+            return backend.perform(call)
         except (OperatorError, StorageUnavailable, Overloaded) as error:
-            if "wait" not in asked.values:
+            if "wait" not in call.values:
                 raise
             if not pause:
                 complain(f"{error}; --follow tries again until it works")
@@ -14662,7 +14669,7 @@ def perform_at_last(place: Place, asked: Asked) -> Any:
                 raise
 
 
-def number_of(page: Mapping[str, Any]) -> int:
+def feed_number(page: Mapping[str, Any]) -> int:
     """The number in the cursor of a part of a feed. Raises OperatorError."""
     if not re.fullmatch(FEED_CURSOR.pattern, str(page.get("cursor"))):
         raise OperatorError("the answer has no cursor: check the URL of the server")
@@ -14718,10 +14725,10 @@ def serve(session: Session) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, server.stop)
         signal.signal(signal.SIGHUP, server.reload)
-        place = {"url": arguments.public_url or server.url}
-        registry.perform(Call(START_SERVICE, values=place), session.now())
+        values = {"url": arguments.public_url or server.url}
+        registry.perform(Call(START_SERVICE, values=values), session.now())
         greet(session, server)
-        offer_page(session, registry, place["url"])
+        offer_page(session, registry, values["url"])
         with server.woken_by_signals():
             server.serve_forever()
         for number in STOP_SIGNALS:  # a second one must not spoil the exit status
@@ -14799,8 +14806,8 @@ def offer_page(session: Session, registry: Registry, url: str) -> None:
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     if session.arguments.log_format == "json" or not is_terminal:
         return
-    asked = Call(OPERATION["list-api-keys"], SYSTEM, values={"limit": 1})
-    if registry.perform(asked, session.now()).items:
+    call = Call(OPERATION["list-api-keys"], SYSTEM, values={"limit": 1})
+    if registry.perform(call, session.now()).items:
         inform(f"page: {url}/ (sign in with {session.program} mint-api-key --all-orgs --link)")
         return
     values = {"role": "admin", "ttlSeconds": SIGN_IN_TTL, "description": "sign-in link"}
@@ -14832,9 +14839,9 @@ def run_backup(session: Session) -> None:
     try:
         with session.progress() as progress, session.open(purpose="copy") as registry:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            with closing(Folder(folder)) as place:
+            with closing(Folder(folder)) as parent:
                 if keep:
-                    folder, *removed = Backups(registry, place).add(keep, session.now(), progress)
+                    folder, *removed = Backups(registry, parent).add(keep, session.now(), progress)
                 else:
                     registry.backup(folder, progress)
             database, key_file = registry.copies_in(os.path.realpath(folder))
@@ -14893,14 +14900,14 @@ def watch(session: Session) -> None:
     """Report changes until SIGTERM or SIGINT."""
     arguments, path = session.arguments, session.arguments.state
     session.client()  # before anything is reported
-    deliver = teller(session)
+    deliver = delivery_of(session)
     if arguments.test:
         deliver(message("test", "this is a test of hostenroll: it works", session.clock()))
         return
     query = [("organization", arguments.org)] if arguments.org else []
     query += [("label", pair) for pair in arguments.label or ()]
-    statuses, events = arguments.status or TROUBLES, arguments.audit
-    wanted = Wanted(arguments.delay, arguments.batch, statuses, events, query)
+    statuses, events = arguments.status or REPORTED_STATUSES, arguments.audit
+    options = WatchOptions(arguments.delay, arguments.batch, statuses, events, query)
     log.addHandler(LogHandler(False, session.environment))
     log.setLevel(logging.INFO)
     with ExitStack() as stack:
@@ -14909,25 +14916,25 @@ def watch(session: Session) -> None:
             stack.callback(os.close, lock)
             if not try_flock(lock):
                 raise OperatorError(f"another watch uses {path}: stop it, or name another file")
-        place = stack.enter_context(session.reach(writes=False))
+        backend = stack.enter_context(session.backend(writes=False))
 
         def read(path: str, query: Sequence[tuple[str, str]], patience: float) -> Any:
             values: dict[str, list[str]] = {}
             for name, text in query:
                 values.setdefault(name, []).append(text)
-            return place.perform(Asked(find_operation("GET", path)[0], values))
+            return backend.perform(UncheckedCall(find_operation("GET", path)[0], values))
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        Watch(read, deliver, wanted, path or "", session.clock, time.sleep).run()
+        Watch(read, deliver, options, path or "", session.clock, time.sleep).run()
 
 
-def teller(session: Session) -> Callable[[str], None]:
+def delivery_of(session: Session) -> Callable[[str], None]:
     """The way to report that the arguments name. Raises OperatorError."""
     arguments, url, secret = session.arguments, session.arguments.webhook, b""
     if arguments.secret_file and not url:
         raise UsageError("--secret-file needs --webhook")
     if arguments.exec:
-        return partial(tell_by_command, arguments.exec)
+        return partial(deliver_by_command, arguments.exec)
     if not url:
         return print_line
     if arguments.secret_file:
@@ -14936,7 +14943,7 @@ def teller(session: Session) -> Callable[[str], None]:
             raise OperatorError(f"there is no secret in {arguments.secret_file}")
     proxy = proxy_of(url, session.environment)
     client = Client(url, proxy=proxy, insecure_http=arguments.insecure_http)
-    return partial(tell_by_webhook, client, secret, session.clock)
+    return partial(deliver_by_webhook, client, secret, session.clock)
 
 
 def print_unit(session: Session) -> None:
@@ -15333,11 +15340,11 @@ class Command(NamedTuple):
         operands = [each.options for each in self.arguments if each.name[0] != "-"]
         return [f"{each['metavar']}{' ...' if 'nargs' in each else ''}" for each in operands]
 
-    def said(self, document: Mapping[str, Any]) -> str:
+    def outcome_text(self, document: Mapping[str, Any]) -> str:
         """What it has done."""
         return self.outcome.format(**{name: plain_text(v) for name, v in document.items()})
 
-    def typed(self, member: str) -> str:
+    def argument_of(self, member: str) -> str:
         """The option or operand of a member of a body or query."""
         for each in self.arguments:
             if each.attribute == OPTION_NAMES.get(member, member):
@@ -15456,9 +15463,9 @@ GROUPS = {
             ORG_OPTION,
             option("--label", "K=V", "only hosts with this label; repeatable", action="append"),
             option("--status", "STATUS", "report hosts with this new status; repeatable "
-                   f"({', '.join(TROUBLES)})", one_of(*CHANGED_TO), action="append"),
+                   f"({', '.join(REPORTED_STATUSES)})", one_of(*CHANGED_TO), action="append"),
             option("--audit", "WORD,...", "report events with these actions or codes, or none "
-                   "(%(default)s)", event_words, ",".join(WAKING)),
+                   "(%(default)s)", event_words, ",".join(REPORTED_EVENTS)),
             option("--delay", "TIME", "report what lasts this long (%(default)s)", duration, "2m"),
             option("--batch", "TIME", "collect for this long (%(default)s)", duration, "10s"),
             option("--state", "FILE", "keep the position, for restarts", file_name),
@@ -15711,7 +15718,7 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
     except StorageUnavailable as problem:
         complain(str(problem.__cause__ or problem.detail))
     except Problem as problem:
-        errors = "; ".join(f"{command.typed(name)}: {detail}" for name, detail in problem.errors)
+        errors = "; ".join(f"{command.argument_of(it)}: {detail}" for it, detail in problem.errors)
         is_lost = isinstance(problem, NotFound) and hasattr(arguments, "id")
         hint = f" See: list-{command.name.partition('-')[2]}s" if is_lost else ""
         if isinstance(problem, ApiKeyInvalid):

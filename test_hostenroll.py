@@ -1438,7 +1438,7 @@ MUTATED = {
     "Heartbeats.accept": (
         "serial or copied_cred or locked_out or api and (lives_and_dies or never_goes_back)", 0,
         ""),
-    "Heartbeats._tell_strays": (
+    "Heartbeats._write_strays": (
         "two_intervals or few_statements or strays_of or neighbours or moves_no_host or "
         "shut_out_lets or old_credential_is", 3,
         "what had matched is written once more, and is the same"),
@@ -7116,15 +7116,15 @@ DOWN_AT = {  # changes as "host status seconds", of a window of 60 s; each incid
 
 def found_in(text, labels=lambda host: "", addresses=None):
     """What is found in changes that are written as in DOWN_AT."""
-    outlook, last = hostenroll.Outlook(0, 60), {}
+    scan, last = hostenroll.IncidentScan(0, 60), {}
     for number, change in enumerate(text.split(", "), 1):
         host, status, at = change.split()
         was, actor = last.get(host, hostenroll.ONLINE), "cli:alice" * status.endswith("!")
         last[host] = state = hostenroll.STATUS_NAMES.index(status.rstrip("!"))
         own = json.dumps(dict(pair.split("=") for pair in labels(host).split(",") if "=" in pair))
         row = number, int(at), host, "default", host, own, was, state, 0, actor, None
-        outlook.add("f", hostenroll.Change(*row, (addresses or {}).get(host, "")))
-    return outlook
+        scan.add("f", hostenroll.Change(*row, (addresses or {}).get(host, "")))
+    return scan
 
 
 @pytest.mark.parametrize("text, expected", table(DOWN_AT))
@@ -21689,7 +21689,7 @@ class Told:
 
     def __init__(self, feed, path="", **wanted):
         self.feed, self.path, self.trouble, self.lines, self.times = feed, str(path), None, [], []
-        self.wanted = hostenroll.Wanted(**{"delay": 120, "batch": 10, **wanted})
+        self.wanted = hostenroll.WatchOptions(**{"delay": 120, "batch": 10, **wanted})
         self.start()
 
     def start(self):
@@ -22041,7 +22041,7 @@ def test_a_watch_that_is_refused_at_first_ends_and_later_goes_on(feed, people, t
 
 
 @pytest.mark.parametrize("words, actions", table({
-    "by itself": (hostenroll.WAKING,
+    "by itself": (hostenroll.REPORTED_EVENTS,
                   ["clone", "credential-superseded", "token-unknown", "certificate", "key-file"]),
     "by action": (["mint", "refuse"],
                   ["mint", "token-used", "credential-superseded", "token-unknown"]),
@@ -22062,7 +22062,7 @@ def test_events_worth_waking_somebody_for_are_told(words, actions, feed):
     events = [event for message in told.messages for event in message["events"]]
     assert [event["code"] or event["action"] for event in events] == actions
     assert len(told.messages) == bool(actions)
-    if words is hostenroll.WAKING:
+    if words is hostenroll.REPORTED_EVENTS:
         assert told.messages[0]["kind"] == "events" and told.messages[0]["counts"]["refuse"] == 2
         assert told.texts == ["events: 1 clone, 2 refuse, 1 certificate, 1 key-file"]
 
@@ -22277,8 +22277,8 @@ def test_each_word_that_wakes_somebody_by_itself_has_an_event(world):
     for _ in range(3):
         world.housekeeping()
     Path(world.registry.keys.file.path).chmod(0o600)
-    words = [word for event in world.audit() for word in hostenroll.words_for(event)]
-    assert set(hostenroll.WAKING) <= set(words)
+    words = [word for event in world.audit() for word in hostenroll.event_keywords(event)]
+    assert set(hostenroll.REPORTED_EVENTS) <= set(words)
     (event,) = world.audit("key-file")
     assert "open to others" in event["detail"]["trouble"]
 
@@ -22293,15 +22293,15 @@ def test_a_command_gets_the_message_as_a_line_and_nothing_of_a_machine_in_its_wo
     )
     script = f"cd {tmp_path}; {script}"
     (tmp_path / "status").write_text("0")
-    hostenroll.tell_by_command(script, line)
+    hostenroll.deliver_by_command(script, line)
     assert (tmp_path / "in").read_text() == f"{line}\n"
     assert json.loads(line)["text"] == "said-by-a-machine"
     shown = (tmp_path / "env").read_text()
     assert "PATH=" in shown and "said-by" not in shown
     (tmp_path / "status").write_text("3")
     with pytest.raises(hostenroll.OperatorError, match="exit status 3"):
-        hostenroll.tell_by_command(script, line)
-    hostenroll.tell_by_command("exit 0", "x" * 1_000_000)  # it does not read
+        hostenroll.deliver_by_command(script, line)
+    hostenroll.deliver_by_command("exit 0", "x" * 1_000_000)  # it does not read
 
 
 @slow
@@ -22310,7 +22310,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkey
     monkeypatch.setattr(hostenroll, "EXEC_GRACE", 0.2)
     script = f"trap '' TERM; sleep 60 & echo $! > {tmp_path}/pid; wait; wait"
     with pytest.raises(hostenroll.OperatorError, match="took more than"):
-        hostenroll.tell_by_command(script, "{}")
+        hostenroll.deliver_by_command(script, "{}")
     pid = int((tmp_path / "pid").read_text())
     until(lambda: not is_alive(pid))
     # Whoever ends watch ends the command, too.
@@ -22318,7 +22318,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkey
         hostenroll.subprocess.Popen, "communicate", lambda *_: signal.raise_signal(2)
     )
     with pytest.raises(KeyboardInterrupt):
-        hostenroll.tell_by_command(f"echo $$ > {tmp_path}/pid; exec sleep 60", "{}")
+        hostenroll.deliver_by_command(f"echo $$ > {tmp_path}/pid; exec sleep 60", "{}")
 
 
 def is_alive(pid):
@@ -22334,10 +22334,10 @@ def test_a_webhook_is_signed_and_keeps_its_key_when_it_is_sent_again(receive, cl
     client = hostenroll.Client(f"{server.url}/hooks/x?y=z")
     line = hostenroll.message("test", "x", 1)
     with pytest.raises(hostenroll.OperatorError, match="answered 500"):
-        hostenroll.tell_by_webhook(client, b"shared", clock, line)
+        hostenroll.deliver_by_webhook(client, b"shared", clock, line)
     server.answer = 204
     clock.advance(60)
-    hostenroll.tell_by_webhook(client, b"shared", clock, line)
+    hostenroll.deliver_by_webhook(client, b"shared", clock, line)
     first, second = server.requests
     assert (second.method, second.target) == ("POST", "/hooks/x?y=z")
     assert first.body == second.body == line.encode()
@@ -22347,7 +22347,7 @@ def test_a_webhook_is_signed_and_keeps_its_key_when_it_is_sent_again(receive, cl
         signed = b"%d.%b" % (int(at), request.body)
         digest = hmac.new(b"shared", signed, hashlib.sha256).hexdigest()
         assert request.headers["x-hostenroll-signature"] == f"t={int(at)},v1={digest}"
-    hostenroll.tell_by_webhook(client, b"", clock, hostenroll.message("test", "y", 1))
+    hostenroll.deliver_by_webhook(client, b"", clock, hostenroll.message("test", "y", 1))
     third = server.requests[2].headers
     assert "x-hostenroll-signature" not in third and "authorization" not in third
     assert third["idempotency-key"] != first.headers["idempotency-key"]
@@ -22357,7 +22357,7 @@ def test_a_receiver_that_takes_no_long_messages_gets_them_without_lists(receive,
     server = receive(lambda request: 413 if len(request.body) > 1000 else 200)
     change = {"at": "now", "status": "offline", "host": {"name": "x", "labels": {}}}
     line = hostenroll.message("changes", "", NOON, [change] * 500)
-    hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"k", clock, line)
+    hostenroll.deliver_by_webhook(hostenroll.Client(server.url), b"k", clock, line)
     long, short = server.requests
     assert len(long.body) == len(line) and long.headers["idempotency-key"] != short.headers[
         "idempotency-key"]  # fmt: skip
@@ -22367,12 +22367,12 @@ def test_a_receiver_that_takes_no_long_messages_gets_them_without_lists(receive,
     assert short.headers["x-hostenroll-signature"] == signed
     server.answer = 413
     with pytest.raises(hostenroll.OperatorError, match="answered 413"):
-        hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"", clock, line)
+        hostenroll.deliver_by_webhook(hostenroll.Client(server.url), b"", clock, line)
 
 
 def test_a_webhook_has_taken_what_it_answers_with_2xx_whatever_follows(receive, clock):
     server = receive(b"HTTP/1.1 202 X\r\nContent-Length: 999999999999\r\n\r\nx")
-    hostenroll.tell_by_webhook(hostenroll.Client(server.url), b"", clock, "{}")
+    hostenroll.deliver_by_webhook(hostenroll.Client(server.url), b"", clock, "{}")
 
 
 @slow
@@ -22381,10 +22381,10 @@ def test_a_webhook_that_redirects_or_is_not_trusted_is_told_nothing_more(receive
     to = f"HTTP/1.1 307 X\r\nLocation: {elsewhere.url}/\r\nContent-Length: 0\r\n\r\n"
     redirecting = receive(to.encode())
     with pytest.raises(hostenroll.OperatorError, match="answered 307"):
-        hostenroll.tell_by_webhook(hostenroll.Client(redirecting.url), b"", clock, "{}")
+        hostenroll.deliver_by_webhook(hostenroll.Client(redirecting.url), b"", clock, "{}")
     strange = receive(200, tls=hostenroll.load_tls(*write_pair(tmp_path))[0])
     with pytest.raises(hostenroll.OperatorError, match="certificate"):
-        hostenroll.tell_by_webhook(hostenroll.Client(strange.url), b"", clock, "{}")
+        hostenroll.deliver_by_webhook(hostenroll.Client(strange.url), b"", clock, "{}")
     assert elsewhere.requests == strange.requests == []
 
 
