@@ -10207,8 +10207,8 @@ def page(states: Iterable[str], actions: Iterable[str]) -> str:
 
 # 9. Operations
 #
-# Law: what can be asked for is one row of OPERATIONS, and a document is declared once. Dispatch,
-# the OpenAPI document, the README's table and the commands of the same name come from these rows.
+# Law: each operation is one row of OPERATIONS, and each document is declared once. Dispatch, the
+# OpenAPI document, the README's table and the commands of the same name come from these rows.
 #
 # Contents: what bodies and queries may hold; documents; the rows; OpenAPI; the Api, which turns a
 # request into a Call before the tick, and the outcome of the Call into an answer after it.
@@ -10216,13 +10216,13 @@ def page(states: Iterable[str], actions: Iterable[str]) -> str:
 HOSTNAME = Text(
     253, 1, r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?", "letters, digits, dots, - and _"
 )
-NAME = Text(255, 1)  # of hosts that are there; the rule for names was laxer once
+NAME = Text(255, 1)  # of existing hosts: earlier versions had a laxer rule for names
 NEW_NAME = Name(255, 1)
 SLUG = Text(64, 1, r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, - and _")
 ID_TEXT = Text(16, 16, ID.pattern, "16 hexadecimal digits")
-INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # of an agent
+INSTANCE = Text(16, 16, "[0-9a-f]{16}", "16 hexadecimal digits")  # an agent's
 CURSOR = Text(16, 16, ID.pattern, "a nextCursor")
-HOST_CURSOR = Text(  # of a list by name, the name: 255 characters of 4 octets, in hexadecimal
+HOST_CURSOR = Text(  # a list by name has the name in it: 255 characters of 4 octets, in hexadecimal
     2100, 16, rf"({ID.pattern}|[0-9]\.{ID.pattern}\.[0-9a-f]*)", "a nextCursor"
 )
 FEED_CURSOR = Text(36, 18, "[0-9a-f]{16}-[0-9]{1,19}", "a cursor")
@@ -10239,10 +10239,10 @@ DESCRIPTION = Text(1000)
 IDEMPOTENCY_KEY = Text(128, 1, "[!-~]+", "visible ASCII characters")
 ROLE = Choice("admin", "viewer")
 
-# These stand in answers only.
-TRUTH = Choice(True, False)
-_NOT_BY_4 = "([02468][1235679]|[13579][01345789])"  # numbers of two digits
-TIME = Text(  # as rfc3339() writes it, or without milliseconds
+# The types below are used in answers only.
+BOOLEAN = Choice(True, False)
+_NOT_BY_4 = "([02468][1235679]|[13579][01345789])"  # two digits that are not divisible by 4
+TIME = Text(  # as rfc3339() writes times, or without milliseconds
     24, 20,
     rf"(?!([0-9]{{2}}{_NOT_BY_4}|{_NOT_BY_4}00)-02-29)"
     r"[1-9][0-9]{3}-((0[1-9]|1[0-2])-(0[1-9]|[12][0-9])|(0[13-9]|1[0-2])-30|(0[13578]|1[02])-31)"
@@ -10251,7 +10251,7 @@ TIME = Text(  # as rfc3339() writes it, or without milliseconds
 )  # fmt: skip
 MAYBE_TIME = Nullable(TIME)
 EXPIRY = Integer(EXPIRY_RANGE, "seconds")
-ACTOR = Text(255, 1)  # host:<id>, cli:<user> and so on
+ACTOR = Text(255, 1)  # such as host:<id> or cli:<user>
 ADDRESS = Text(255, 1)
 SENTENCE = Text(1000, 1)
 CREDENTIAL = Text(CREDENTIAL_MAXIMUM, 1, r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", "a JWT")
@@ -10262,7 +10262,7 @@ NEXT_INTERVAL = Integer((1, HEARTBEAT_INTERVAL_RANGE[1] * (100 + HEARTBEAT_SPREA
 
 
 # fmt: off
-FACTS = (  # what an agent reports about its machine: in JSON, and as a column of the host
+FACTS = (  # what an agent reports about its machine; COLUMNS has the columns of the host
     Field("os",            Text(128)),
     Field("architecture",  Text(128)),
     Field("dockerVersion", Text(128)),
@@ -10271,7 +10271,7 @@ FACTS = (  # what an agent reports about its machine: in JSON, and as a column o
 )
 COLUMNS = {name: re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
            for name in ("hostname", *(fact.name for fact in FACTS))}
-COLUMNS["instance"] = "instances"  # never equal to one: such a heartbeat is not plain
+COLUMNS["instance"] = "instances"  # never equal to an instance: such a heartbeat is not plain
 
 # What bodies, queries and headers may hold.
 NO_MEMBERS = Schema()
@@ -10315,7 +10315,7 @@ HOST_COUNTS = Schema(
 PORT = Integer((1, 65535))
 HOST_FILTERS = [HOSTS_QUERY.fields[name] for name in ("organization", "label", "label!", "address")]
 INVENTORY_QUERY = Schema(HOSTS_QUERY.fields["status"], *HOST_FILTERS)
-TARGETS_QUERY = Schema(  # machines that are there
+TARGETS_QUERY = Schema(  # no pending or revoked hosts: their machines may not be there
     *HOST_FILTERS, Field("status", Choice("online", "offline", "missing"), repeats=True),
     Field("port", PORT), Field("port_label", Labels.KEY))
 DOWN_QUERY = Schema(Field("show", Labels.KEY, repeats=True))
@@ -10332,17 +10332,18 @@ ORGANIZATION_BODY = Schema(*required(name=SLUG))
 API_KEY_BODY = Schema(
     Field("organizationId", Nullable(SLUG)), Field("role", ROLE), Field("description", DESCRIPTION),
     Field("ttlSeconds", Nullable(Integer(API_KEY_TTL_RANGE, "seconds"))))
-YES = Choice("true", "false")
+BOOL_TEXT = Choice("true", "false")
 RETIRE_BODY = Schema(*required(kid=Text(64, 1)), Field("force", Choice("yes")))
 # fmt: on
 
 
-CONSTANT = "__class__"  # an attribute that every record has: of members that do not depend on it
+CONSTANT = "__class__"  # every record has this attribute: for members that ignore the record
 
 
 class Member(NamedTuple):
-    """A member of a document: its name, what it may be, the attribute of the record that holds it
-    (dotted: of a part), and what makes JSON of that. One that is not required may be None."""
+    """A member of a document: its name, its type, the attribute of the record that holds its value
+    (a dotted one is an attribute of a part), and the function that converts the value to JSON. A
+    member that is not required is left out if the attribute is None."""
 
     name: str
     type: FieldType
@@ -10352,14 +10353,14 @@ class Member(NamedTuple):
 
 
 class Document:
-    """A record as a JSON object: of() makes it, schema describes it."""
+    """How a record becomes a JSON object: of() makes the object, and schema describes it."""
 
     def __init__(self, name: str, *members: Member, open: bool = False) -> None:
         fields = [Field(member.name, member.type, member.required) for member in members]
         self.schema = Schema(*fields, open=open, name=name)
         self._names = [member.name for member in members]
-        # All attributes in one call: a page has a thousand records with sixteen of them. One more
-        # makes it a tuple also where there is one member.
+        # One call gets all attributes, because a page has a thousand records with sixteen members.
+        # The attribute CONSTANT is added so that attrgetter returns a tuple for one member, too.
         self._attributes = attrgetter(*(member.attribute for member in members), CONSTANT)
         self._converted = [(member.name, member.convert) for member in members if member.convert]
         self._optional = [member.name for member in members if not member.required]
@@ -10379,42 +10380,42 @@ class ServiceInfo(NamedTuple):
     """Where hosts find the servers, and how often they send a heartbeat."""
 
     url: str = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"  # until a server has run
-    pin: str = ""  # one or more, as curl takes them; "" for none
+    pin: str = ""  # one or more pins, as curl takes them; "": none
     interval: int = HEARTBEAT_INTERVAL
-    certificate_ends: int = 0  # Unix ms; 0: there is none
-    credential_ttl: Optional[int] = None  # options of this server, in seconds; None: no end
-    audit_keep: Optional[int] = None
+    certificate_ends: int = 0  # Unix ms; 0: there is no certificate
+    credential_ttl: Optional[int] = None  # an option of the server, in seconds; None: no expiry
+    audit_keep: Optional[int] = None  # an option of the server, in seconds; None: forever
 
     @property
     def join_line(self) -> str:
-        """The command that makes a machine a host in one line, with TOKEN in place of a token."""
+        """The command that enrolls a machine, in one line, with TOKEN in place of a token."""
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin, "TOKEN"))
 
     @property
     def agent_line(self) -> str:
-        """The command that renews the agent of a host, in one line."""
+        """The command that updates the agent of an enrolled host, in one line."""
         return re.sub(r"\s*\n\s*", " ", join_command(self.url, self.pin))
 
 
-def service_info(url: str, pin: str, *more: Any) -> ServiceInfo:
-    """Raises StorageUnavailable for a URL or a pin that serve never writes: people paste them into
-    a shell."""
+def service_info(url: str, pin: str, *options: Any) -> ServiceInfo:
+    """A ServiceInfo of values that the database or a server has. Raises StorageUnavailable for a
+    URL or a pin that serve never writes, because people paste both into a shell."""
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
     if not re.fullmatch(ours, f"{url} {pin}"):
         raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
-    return ServiceInfo(url, pin, *more)
+    return ServiceInfo(url, pin, *options)
 
 
 def _service(registry: Registry, call: Call, now: int) -> ServiceInfo:
     service, options = registry.queries.service(), (registry.keys.ttl, registry.audit.keep)
     if service is None:
         return ServiceInfo()
-    place = service.public_url, service.pin, service.interval, service.certificate_ends
-    return service_info(*place, *options)
+    stored = service.public_url, service.pin, service.interval, service.certificate_ends
+    return service_info(*stored, *options)
 
 
 def _or_null(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A conversion for what may be missing: None, an empty text, the time 0."""
+    """A conversion that gives None for a missing value: None, an empty text, or the time 0."""
     return lambda value: convert(value) if value else None
 
 
@@ -10507,7 +10508,7 @@ CHANGE = Document(  # of a ChangeView
     Member("status",         Choice(*CHANGED_TO),  "change.status", STATUS_NAMES.__getitem__),
     Member("seen",           MAYBE_TIME,           "change.seen", _or_null(rfc3339)),
     Member("by",             Nullable(ACTOR),      "change.actor", _or_null(str)),
-    Member("muted",          TRUTH,                "muted"),
+    Member("muted",          BOOLEAN,              "muted"),
 )
 INCIDENT = Document(
     "Incident",
@@ -10592,7 +10593,7 @@ EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text form
 
 
 def metric_labels(**pairs: str) -> str:
-    """Labels as the end of a sample's name."""
+    """Labels in braces, as they follow the name of a metric."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     return "{" + ",".join(f'{n}="{text.translate(escapes)}"' for n, text in pairs.items()) + "}"
 
@@ -10601,14 +10602,15 @@ def metric(
     name: str, help: str, samples: Union[float, Iterable[tuple[str, float]]], kind: str = "gauge",
     prefix: str = "hostenroll_",
 ) -> str:  # fmt: skip
-    """The lines of a metric. samples: its value, or the ends of several names with their values."""
-    several = [("", samples)] if isinstance(samples, (int, float)) else samples
-    lines = [f"{prefix}{name}{end} {value!r}\n" for end, value in several]
+    """The lines of a metric. samples: its one value, or pairs of what follows the name of the
+    metric (labels, a suffix) and a value."""
+    pairs = [("", samples)] if isinstance(samples, (int, float)) else samples
+    lines = [f"{prefix}{name}{end} {value!r}\n" for end, value in pairs]
     return f"# HELP {prefix}{name} {help}\n# TYPE {prefix}{name} {kind}\n{''.join(lines)}"
 
 
 def histogram_samples(histogram: Histogram) -> Iterator[tuple[str, float]]:
-    """Buckets are cumulative, and the last one counts everything."""
+    """The samples of a histogram. Buckets are cumulative, and the last one counts everything."""
     below = 0
     for bound, count in zip((*histogram.bounds, math.inf), histogram.counts):
         below += count
@@ -10633,8 +10635,8 @@ HISTOGRAMS = (  # attributes of Metrics, the names that Prometheus sees, what th
 
 
 def _metrics(registry: Registry, call: Call, now: int) -> Any:
-    """The caller's hosts by organization and status, and what their agents are; for an API key of
-    all organizations also what the process has counted."""
+    """The metrics of the caller: hosts by organization and status, and versions of their agents;
+    for an API key of all organizations also the metrics of the process."""
     owner, agents = call.by.organization, _agent_metrics(registry, call, now)
     if isinstance(agents, Call):
         return agents
@@ -10645,16 +10647,17 @@ def _metrics(registry: Registry, call: Call, now: int) -> Any:
         for row, status in product(rows, STATUSES)
     ]
     stopped = [(metric_labels(organization=row.id), int(row.expiry > 0)) for row in rows]
-    own = _process_metrics(registry, now) if owner is ALL_ORGANIZATIONS else ()
-    more = "1 while expiry is stopped because too many hosts expired."
+    process = _process_metrics(registry, now) if owner is ALL_ORGANIZATIONS else ()
+    help = "1 while expiry is stopped because too many hosts expired."
     return "".join([
         metric("hosts", "Hosts by organization and status.", hosts),
-        metric("expiry_stopped", more, stopped), *agents, *own,
+        metric("expiry_stopped", help, stopped), *agents, *process,
     ])  # fmt: skip
 
 
-def _frequent(counts: Counter[str], number: int) -> Counter[str]:
-    """The most frequent so many, and the rest as `other`, which a machine may say as well."""
+def _most_frequent(counts: Counter[str], number: int) -> Counter[str]:
+    """The counts of so many frequent texts, and the sum of the rest as `other`. A machine may
+    report the text `other`, too."""
     rest = counts.pop("other", 0)
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     rest += sum(count for _, count in ranked[number:])
@@ -10662,7 +10665,8 @@ def _frequent(counts: Counter[str], number: int) -> Counter[str]:
 
 
 def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list[str]]:
-    """A slice of the hosts is counted in each tick."""
+    """The metrics of agents. Each tick counts one slice of the hosts: until the last slice is
+    counted, the call to run in the next tick is returned."""
     after, counted, copied = call.values.get("counted", (-1, Counter(), 0))
     versions = Counter(counted)
     owner, since = call.by.organization, now - COPY_SHOWN_MS
@@ -10671,10 +10675,10 @@ def _agent_metrics(registry: Registry, call: Call, now: int) -> Union[Call, list
         versions[str(version)] += count
         copied, after = copied + copies, max(after, last)
     if sum(row[1] for row in rows) == SWEPT_AT_ONCE:
-        # What is frequent in the fleet is so in each slice.
-        counted = after, _frequent(versions, COUNTED_AT_ONCE), copied
+        # A version that is frequent in the fleet is frequent in each slice, so it is not dropped.
+        counted = after, _most_frequent(versions, COUNTED_AT_ONCE), copied
         return call._replace(values={"counted": counted})
-    shown = _frequent(versions, VERSIONS_SHOWN).items()
+    shown = _most_frequent(versions, VERSIONS_SHOWN).items()
     agents = [(metric_labels(version=version), count) for version, count in shown]
     return [
         metric("agents", "Hosts by version of the agent.", agents),
@@ -10689,8 +10693,8 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
         yield metric(f"{name}_total", help, metrics.counts[name], "counter")
     refusals = [(metric_labels(code=kind.code), metrics.refusals[kind.code]) for kind in problems()]
     yield metric("refusals_total", "Refusals by code.", refusals, "counter")
-    for name, shown, help in HISTOGRAMS:
-        yield metric(shown, help, histogram_samples(getattr(metrics, name)), "histogram")
+    for name, shown_name, help in HISTOGRAMS:
+        yield metric(shown_name, help, histogram_samples(getattr(metrics, name)), "histogram")
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
     yield metric("cpu_seconds_total", "CPU time of the process.", cpu, "counter", "process_")
@@ -10717,20 +10721,20 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
         yield metric("tls_certificate_not_after_seconds", help, ends)
 
 
-# What other tools learn of hosts.
+# What other tools get to know about hosts.
 
-# A text as a part of a name in another tool; two may become one.
+# A text as a part of a name in another tool. Two different texts may give the same name.
 clean_name = partial(re.sub, "[^A-Za-z0-9_]", "_")
 
-# Names that Ansible takes for groups or for the machine that it runs on, and such as end like one
-# that another host may be given.
+# Names that Ansible takes for groups or for its own machine; and names that end in an id, as the
+# program may name another host.
 AMBIGUOUS_NAMES = re.compile(
     r"all|ungrouped|localhost|127\.0\.0\.1|(status|organization|label)_.*|.*-[0-7][0-9a-f]{15}"
 )
 
 
-def summary(view: HostView) -> dict[str, str]:
-    """What other tools learn of a host, under the names that they know."""
+def host_summary(view: HostView) -> dict[str, str]:
+    """What other tools get to know about a host, under the names that they use."""
     host, labels = view.host, stored_object(view.host.labels)
     return {
         "id": id_text(host.id), "name": host.name, "hostname": host.hostname,
@@ -10741,12 +10745,12 @@ def summary(view: HostView) -> dict[str, str]:
 
 
 def _down_hosts(registry: Registry, call: Call, now: int) -> str:
-    """For Prometheus: a series of each host that is down, the latest first, and how many are not
-    shown. values: show (labels). Raises InvalidQuery for two that would have one name: Prometheus
-    would take no series at all."""
-    asked = {*call.values.get("show", ())}
-    shown = {f"label_{clean_name(key)}": key for key in sorted(asked)}
-    if len(shown) < len(asked):
+    """Metrics for Prometheus: a series for each host that is down, the latest first, and how many
+    hosts are not shown. values: show (labels). Raises InvalidQuery if two labels would have the
+    same name in Prometheus: it would reject every series."""
+    keys = {*call.values.get("show", ())}
+    shown = {f"label_{clean_name(key)}": key for key in sorted(keys)}
+    if len(shown) < len(keys):
         raise InvalidQuery(errors=[FieldError("show", "two labels become one in Prometheus")])
     down = ["offline", "missing"]
     values = {"status": down, "sort": "attention", "limit": DOWN_SHOWN}
@@ -10764,73 +10768,77 @@ def _down_hosts(registry: Registry, call: Call, now: int) -> str:
 
 
 class Inventory:
-    """Texts about hosts, one for each, and of Ansible's groups the names of their hosts."""
+    """The list of hosts for another tool, while a call collects it: a text for each host; for
+    Ansible also its groups, each with the names of its hosts."""
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self.groups: dict[str, list[str]] = {}
-        self.owners: dict[str, str] = {}  # the groups of organizations
-        self.length = 0  # of all of these texts
-        self.at = 0  # of the last slice, in Unix ms
+        self.owner_groups: dict[str, str] = {}  # organizations, and the name of the group of each
+        self.length = 0  # the characters of all these texts
+        self.at = 0  # when the last page was added, in Unix ms
 
 
 def _inventory(
     put: Callable[[Inventory, HostView, Registry, Call], None], text: Callable[[Inventory], str],
     registry: Registry, call: Call, now: int,
 ) -> Any:  # fmt: skip
-    """The hosts that a call finds, as the text that another tool takes; in each tick put() is given
-    a page of them. Raises InvalidQuery, NotFound."""
-    made = call.values.get("made")
-    if made is None:
-        # One that was refused, or whose tick failed, goes on no more.
-        times = [each.at for each in registry.inventories]
+    """The hosts that a call finds, as text for another tool. Each tick gives one page of hosts to
+    put(); until the last page, the call to run in the next tick is returned. Raises InvalidQuery,
+    NotFound."""
+    inventory = call.values.get("inventory")
+    if inventory is None:
+        # A call that was refused, or whose tick failed, is not continued: the time of its inventory
+        # says so.
+        times = [other.at for other in registry.inventories]
         if sum(0 <= now - at < INVENTORY_LEFT for at in times) >= INVENTORIES_AT_ONCE:
             return call._replace(values={**call.values, "waits": True})
-        made = Inventory()
-        registry.inventories.add(made)
-        values = {**call.values, "made": made, "limit": LISTED_AT_ONCE, "waits": False}
+        inventory = Inventory()
+        registry.inventories.add(inventory)
+        values = {**call.values, "inventory": inventory, "limit": LISTED_AT_ONCE, "waits": False}
         call = call._replace(values=values)
-    made.at, goes_on = now, False
+    inventory.at, has_more = now, False
     try:
         page = registry.hosts.list(call, now)
         for view in page.items:
-            put(made, view, registry, call)
-        if len(made.hosts) > INVENTORY_HOSTS or made.length > INVENTORY_BYTES:
-            most = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
+            put(inventory, view, registry, call)
+        if len(inventory.hosts) > INVENTORY_HOSTS or inventory.length > INVENTORY_BYTES:
+            maximum = f"{INVENTORY_HOSTS} hosts, or {INVENTORY_BYTES >> 20} MiB"
             remedy = "filter by status, label or organization"
-            raise InvalidQuery(f"The inventory has more than {most}: {remedy}.")
+            raise InvalidQuery(f"The inventory has more than {maximum}: {remedy}.")
         if page.next is None:
-            return text(made)
-        goes_on = True
+            return text(inventory)
+        has_more = True
         return call._replace(values={**call.values, "cursor": page.next})
-    finally:  # also when it is refused: a kept refusal would keep what was made
-        if not goes_on:
-            registry.inventories.discard(made)
+    finally:  # also for a refusal: while its exception is kept, it keeps the inventory alive
+        if not has_more:
+            registry.inventories.discard(inventory)
 
 
-def _put_target(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
-    """For Prometheus' HTTP service discovery. values: port, port_label (the label that has the port
-    of a host). A host without an address or a port is no target."""
-    host, label = summary(view), call.values.get("port_label")
+def _put_target(inventory: Inventory, view: HostView, registry: Registry, call: Call) -> None:
+    """Add a target of Prometheus' HTTP service discovery. values: port, port_label (the label that
+    has the port of a host). A host without an address or a port is no target."""
+    host, label = host_summary(view), call.values.get("port_label")
     port = call.values.get("port", EXPORTER_PORT if label is None else None)
     with suppress(ValueError):
         port = PORT.parse(str(stored_object(view.host.labels).get(label or "")))
     if host["address"] and port and host["status"] != "revoked":
-        place = f"[{host['address']}]" if ":" in host["address"] else host["address"]
+        address = f"[{host['address']}]" if ":" in host["address"] else host["address"]
         labels = {f"__meta_hostenroll_{name}": text for name, text in host.items()}
-        made.hosts.append(json_text({"targets": [f"{place}:{port}"], "labels": labels}))
-        made.length += len(made.hosts[-1])
+        inventory.hosts.append(json_text({"targets": [f"{address}:{port}"], "labels": labels}))
+        inventory.length += len(inventory.hosts[-1])
 
 
-def inert(text: str) -> Any:
-    """A text for Ansible, which runs what is written as a template."""
+def ansible_value(text: str) -> Any:
+    """A text as a value for Ansible, which must not run it: Ansible runs templates in texts."""
     is_plain = re.fullmatch(r"[\w ./:@+,~()=-]*", text)
     return text if is_plain else {"__ansible_unsafe": text}
 
 
-def _owner_group(organization: str, registry: Registry, call: Call) -> str:
-    """Ansible's group of an organization. Where others in sight would have the same, one has it
-    whose name it is, and the name of any other ends in a checksum."""
+def _organization_group(organization: str, registry: Registry, call: Call) -> str:
+    """The name of Ansible's group for an organization. If the names of several organizations that
+    the caller may see would give the same group, then the one that has exactly this name keeps it,
+    and a checksum is added for the others."""
     name, slugs = clean_name(organization), [organization]
     if call.by.organization is ALL_ORGANIZATIONS and name != organization:
         slugs = [row.id for row in registry.queries.organizations()]
@@ -10838,32 +10846,34 @@ def _owner_group(organization: str, registry: Registry, call: Call) -> str:
     return f"organization_{name}{f'_{sha256(organization).hex()[:8]}' if is_shared else ''}"
 
 
-def _put_variables(made: Inventory, view: HostView, registry: Registry, call: Call) -> None:
-    """For Ansible. A host has the same name whatever is filtered."""
-    host = summary(view)
+def _put_ansible_host(inventory: Inventory, view: HostView, registry: Registry, call: Call) -> None:
+    """Add a host with its variables and groups, for Ansible. The filters of the call do not change
+    the name of a host."""
+    host = host_summary(view)
     name = re.sub("^[^A-Za-z0-9_]|[^A-Za-z0-9_.-]", "_", host["name"])[:63]
     is_shared = registry.queries.has_namesake(view.host, call.by.organization)
     if is_shared or name != host["name"] or AMBIGUOUS_NAMES.fullmatch(name):
         name += f"-{host['id']}"
-    variables = {f"hostenroll_{key}": inert(text) for key, text in host.items()}
+    variables = {f"hostenroll_{key}": ansible_value(text) for key, text in host.items()}
     if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", host["address"]):
         variables["ansible_host"] = host["address"]
-    made.hosts.append(f'"{name}":{json_text(variables)}')
-    labels = stored_object(view.host.labels).items()  # of which two may have one variable
+    inventory.hosts.append(f'"{name}":{json_text(variables)}')
+    labels = stored_object(view.host.labels).items()  # two of them may become one variable
     groups = {clean_name(f"label_{key}_{text}") for key, text in labels}
     owner = host["organization"]
-    if owner not in made.owners:
-        made.owners[owner] = _owner_group(owner, registry, call)
-    groups.update((f"status_{host['status']}", made.owners[owner]))
+    if owner not in inventory.owner_groups:
+        inventory.owner_groups[owner] = _organization_group(owner, registry, call)
+    groups.update((f"status_{host['status']}", inventory.owner_groups[owner]))
     for group in groups:
-        made.groups.setdefault(group, []).append(f'"{name}"')
-    made.length += len(made.hosts[-1]) + len(groups) * len(f'"{name}",')
+        inventory.groups.setdefault(group, []).append(f'"{name}"')
+    inventory.length += len(inventory.hosts[-1]) + len(groups) * len(f'"{name}",')
 
 
-def _ansible_text(made: Inventory) -> str:
-    """As an inventory script prints it."""
-    groups = [f',"{name}":{{"hosts":[{",".join(hosts)}]}}' for name, hosts in made.groups.items()]
-    return f'{{"_meta":{{"hostvars":{{{",".join(made.hosts)}}}}}{"".join(groups)}}}'
+def _ansible_text(inventory: Inventory) -> str:
+    """The inventory in JSON, as Ansible expects it of an inventory script."""
+    groups = inventory.groups.items()
+    texts = [f',"{name}":{{"hosts":[{",".join(hosts)}]}}' for name, hosts in groups]
+    return f'{{"_meta":{{"hostvars":{{{",".join(inventory.hosts)}}}}}{"".join(texts)}}}'
 
 
 # Answers that are the same for every request.
@@ -10874,28 +10884,30 @@ PLAIN = "text/plain; charset=utf-8"
 
 
 class Asset:
-    """A text that clients may keep, and compare with ours before they use it again: RFC 9110
-    sections 8.8.3 and 13.1.2. It is compressed once. The tag is weak: both codings have it."""
+    """A text that clients may cache, if they ask whether it has changed before they use it again:
+    RFC 9110 sections 8.8.3 and 13.1.2. The text is compressed once. Its entity tag is weak, because
+    the plain and the compressed form share it."""
 
     def __init__(self, text: str, content_type: str, headers: Headers = ()) -> None:
         self.tag = f'"{sha256(text).hex()[:32]}"'
         caching = ("Cache-Control", "no-cache"), ("Vary", "Accept, Accept-Encoding")
         headers = (*headers, *caching, ("ETag", f"W/{self.tag}"))
         self.plain = Response(200, text.encode("utf-8"), content_type, headers)
-        packer = zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS)  # as gzip
-        packed = packer.compress(self.plain.body) + packer.flush()
+        compressor = zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS)  # as gzip
+        compressed = compressor.compress(self.plain.body) + compressor.flush()
         headers += (("Content-Encoding", "gzip"),)
-        self.packed = self.plain._replace(body=packed, headers=headers)
+        self.compressed = self.plain._replace(body=compressed, headers=headers)
 
     def answer(self, head: Head) -> Response:
         if self.tag.encode() in head.tags or head.tags == b"*":
             return self.plain._replace(status=HTTPStatus.NOT_MODIFIED, body=b"")
-        return self.packed if head.takes_gzip else self.plain
+        return self.compressed if head.takes_gzip else self.plain
 
 
 def _page_asset() -> Asset:
-    """The page. Its policy lets a browser run, load and send nothing but the page's own texts,
-    whatever a host's name might put into it, and no other site can show it in a frame."""
+    """The page. Its security policy lets a browser run only the page's own script and style, and
+    connect only to this server, whatever the name of a host might put into the page. No other site
+    can show the page in a frame."""
 
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(sha256(text)).decode('ascii')}'"
@@ -10909,7 +10921,7 @@ def _page_asset() -> Asset:
     return Asset(page(TOKEN_STATES, ACTIONS), HTML, headers)
 
 
-FRONT_DOOR = f"""\
+OVERVIEW = f"""\
 hostenroll {__version__}: enrolls machines and shows which are alive.
 The page:    this address, in a browser.
 The agent:   agent.sh; the command that mint-token prints fetches and runs it.
@@ -10920,25 +10932,26 @@ In a shell:  hostenroll.py --help, on the server.
 
 
 def _cached_asset(make: Callable[[], Asset]) -> Callable[[Head], Response]:
-    """What answers with an asset, which is made when it is first asked for."""
+    """A function that answers with an asset, which is made when the first request comes."""
     asset = lru_cache(make)
     return lambda head: asset().answer(head)
 
 
 _page = _cached_asset(_page_asset)
-_front_door = _cached_asset(lambda: Asset(FRONT_DOOR, PLAIN))
+_overview = _cached_asset(lambda: Asset(OVERVIEW, PLAIN))
 
 
 def _page_response(head: Head) -> Response:
-    """The page for browsers; for curl and its kind, which ask for no HTML, where to go."""
-    return (_page if head.takes_html else _front_door)(head)
+    """The page for browsers; a short text for clients that do not ask for HTML, such as curl."""
+    return (_page if head.takes_html else _overview)(head)
 
 
 # The rows.
 
 
 class Caller(NamedTuple):
-    """Who may call an operation: its tag in OpenAPI, and what it is refused for."""
+    """Who may call an operation: the tag and the security scheme of its operations in OpenAPI, and
+    the problems that they may be refused for."""
 
     tag: str
     scheme: Optional[str]  # of SECURITY_SCHEMES
@@ -10958,7 +10971,7 @@ CALLERS = {
         *AGENT_PROBLEMS)),
     "viewer":     Caller("user", "apiKey", USER_PROBLEMS),  # any API key
     "admin":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),
-    "owner":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),  # an admin of all
+    "owner":      Caller("user", "apiKey", (*USER_PROBLEMS, Forbidden)),  # admin, all organizations
 }
 # fmt: on
 
@@ -10970,55 +10983,55 @@ JSON_TYPES: Mapping[str, Any] = {
 
 
 class Operation(NamedTuple):
-    """Something that can be asked for: by HTTP, by the command of the same name, or by both."""
+    """Something to do: by HTTP, by the command of the same name, or by both."""
 
     name: str
-    method: str  # "": it is a command only
+    method: str  # "": the operation is a command only
     path: str
-    caller: str  # of CALLERS
-    rule: Union[str, Callable[[Registry, Call, int], Any]]  # by name: a noun's method
+    caller: str  # a key of CALLERS
+    rule: Union[str, Callable[[Registry, Call, int], Any]]  # a name: of a method in the registry
     summary: str
     body: Optional[Schema] = None
-    patch: Optional[Schema] = None  # the body where its type is MERGE_PATCH
+    patch: Optional[Schema] = None  # the body, if its media type is MERGE_PATCH
     query: Schema = NO_MEMBERS
     headers: Schema = NO_MEMBERS
     status: int = 200
-    answer: Optional[Document] = None  # of what the rule returns, or of each item of a list
-    list_of: str = ""  # the rule returns a Page: the member that holds its items
-    more: Mapping[str, FieldType] = {}  # members of its answer beside these
-    columns: tuple[str, ...] = ()  # of a table for people: members, or names that section 12 knows
+    answer: Optional[Document] = None  # for the record of the rule, or for each item of a list
+    list_of: str = ""  # if the rule returns a Page: the member that holds the items
+    more: Mapping[str, FieldType] = {}  # members of a list beside the items
+    columns: tuple[str, ...] = ()  # of a table for people: members, or keys of CELLS in section 12
     content_type: str = JSON
-    raises: tuple[type[Problem], ...] = ()  # beside what problems() finds
+    raises: tuple[type[Problem], ...] = ()  # those that problems() cannot derive
     writes: bool = True
-    durable: bool = True  # what it writes is on the disk before the answer
-    static: Optional[Callable[[Head], Response]] = None  # the answer, where the rule is ""
+    durable: bool = True  # what the operation writes is on the disk before the answer
+    static: Optional[Callable[[Head], Response]] = None  # makes the answer, if the rule is ""
 
     def run(self, registry: Registry, call: Call, now: int) -> Any:
-        """Run the rule, such as registry.tokens.mint(call, now); its record."""
+        """Run the rule, such as registry.tokens.mint(call, now), and return its record."""
         if isinstance(self.rule, str):
             return attrgetter(self.rule)(registry)(call, now)
         return self.rule(registry, call, now)
 
     def check(self, members: Any, merges: bool) -> dict[str, Any]:
-        """The values of a body; merges: of a merge patch, if there is one. Raises InvalidBody."""
+        """The values of a body, or of a merge patch, if it merges. Raises InvalidBody."""
         if merges and self.patch is not None:
             return {**self.patch.check(members), "merges": True}
         assert self.body is not None
         return self.body.check(members)
 
     def problems(self) -> list[type[Problem]]:
-        """What HTTP may refuse it for, by status and code."""
+        """The problems that a request over HTTP may be refused for, by status and code."""
         raised = {Problem, *CALLERS[self.caller].problems, *self.raises}
         raised |= {InvalidBody} if self.body is not None else set()
-        asked = {*self.query.fields, *(self.body.fields if self.body else ())}
-        if "{id}" in self.path or asked & {"organization", "organizationId"}:
+        names = {*self.query.fields, *(self.body.fields if self.body else ())}
+        if "{id}" in self.path or names & {"organization", "organizationId"}:
             raised.add(NotFound)
-        if "after" in asked:
+        if "after" in names:
             raised.add(ChangesPruned)
         return [kind for kind in problems() if kind in raised or issubclass(kind, Unframed)]
 
     def document(self, record: Any) -> dict[str, Any]:
-        """The answer, of what the rule returned."""
+        """The answer as a JSON object. record: what the rule returned."""
         assert self.answer is not None
         if not self.list_of:
             return self.answer.of(record)
@@ -11027,29 +11040,29 @@ class Operation(NamedTuple):
         return {self.list_of: items, **end, **record.more}
 
     def response(self, record: Any) -> Response:
-        """The same as the answer of HTTP."""
+        """The answer over HTTP. record: what the rule returned."""
         if self.status == HTTPStatus.NO_CONTENT:
             return Response(self.status)
         if self.answer is None:
-            body = record.encode("utf-8", "replace")  # a forger can write half of a character
+            body = record.encode("utf-8", "replace")  # a forger can write lone surrogates
             return Response(self.status, body, self.content_type)
         return json_response(self.status, self.document(record))
 
     def shape(self) -> dict[str, Any]:
-        """What document() has at least: of each member its types in Python. Words and members may
-        become more in newer versions."""
+        """The members that document() has at least, each with its types in Python. A newer version
+        may add members, and values of a Choice."""
         assert self.answer is not None
         members: dict[str, Any] = {}
         for field in self.answer.schema.fields.values():
             schema = field.type.json_schema()
             types = [
-                JSON_TYPES[each.get("type", "object")] for each in schema.get("anyOf", [schema])
+                JSON_TYPES[part.get("type", "object")] for part in schema.get("anyOf", [schema])
             ]
             members.update({field.name: tuple(types)} if field.required else {})
         return {self.list_of: [members]} if self.list_of else members
 
     def schema(self) -> Optional[Schema]:
-        """The schema of document(); None for an answer that is text, or empty."""
+        """The schema of document(); None if the answer is text, or empty."""
         if self.answer is None or self.status == HTTPStatus.NO_CONTENT:
             return None
         item = self.answer.schema
@@ -11057,7 +11070,7 @@ class Operation(NamedTuple):
             return item
         members = required(**{self.list_of: ListOf(ObjectOf(item), PAGE_MAXIMUM)}, **self.more)
         if "cursor" not in self.more:
-            is_feed = "after" in self.query.fields  # where it is one, it has the other cursor
+            is_feed = "after" in self.query.fields  # a feed has cursor, and a list nextCursor
             cursor = self.query.fields.get("cursor", Field("", CURSOR)).type
             members.append(Field("nextCursor", Nullable(cursor), required=not is_feed))
             members += [Field("cursor", FEED_CURSOR)] if is_feed else []
@@ -11082,7 +11095,7 @@ OPERATIONS = (
               "show a token and the hosts that enrolled with it", writes=False, answer=TOKEN),
     Operation("revoke-token", "DELETE", "/api/hosts/tokens/{id}", "admin", "tokens.revoke",
               "revoke a token, and its hosts if asked",
-              query=Schema(Field("withHosts", YES)), status=204, answer=TOKEN),
+              query=Schema(Field("withHosts", BOOL_TEXT)), status=204, answer=TOKEN),
     Operation("list-hosts", "GET", "/api/hosts", "viewer", "hosts.list",
               "list hosts, newest first",
               writes=False, query=HOSTS_QUERY, answer=HOST, list_of="hosts",
@@ -11131,7 +11144,7 @@ OPERATIONS = (
               partial(_inventory, _put_target, lambda made: f"[{','.join(made.hosts)}]"),
               "list hosts as Prometheus targets", writes=False, query=TARGETS_QUERY),
     Operation("inventory", "GET", "/api/inventory/ansible", "viewer",
-              partial(_inventory, _put_variables, _ansible_text),
+              partial(_inventory, _put_ansible_host, _ansible_text),
               "list hosts as an Ansible inventory", writes=False, query=INVENTORY_QUERY),
     Operation("health", "GET", "/healthz", "open", "", "check that the server answers",
               static=lambda head: json_response(200, HEALTH.of(None)), answer=HEALTH),
@@ -11161,9 +11174,9 @@ OPERATIONS = (
                        "createdBy", "createdAt", "id")),
     Operation("revoke-api-key", "DELETE", "/api/keys/{id}", "admin", "api_keys.revoke",
               "revoke an API key, and the keys it created if asked",
-              query=Schema(Field("withKeys", YES), Field("self", YES)), status=204,
+              query=Schema(Field("withKeys", BOOL_TEXT), Field("self", BOOL_TEXT)), status=204,
               answer=API_KEY, raises=(Conflict,)),
-    # Commands only: who may run them has the key file, or could read the database anyway.
+    # Commands only: whoever runs them can read the key file or the database anyway.
     Operation("expire-hosts", "", "", "admin", "expiry.force",
               "delete expired hosts, even if they are many",
               query=Schema(Field("organization", SLUG)), answer=FREED),
@@ -11183,26 +11196,26 @@ BEAT, READY = OPERATION["beat"], OPERATION["readiness"]
 
 
 class UncheckedCall(NamedTuple):
-    """An operation with its values as a body of JSON or a query has them, before any check."""
+    """An operation with its values as a JSON body or a query has them, before any check."""
 
     operation: Operation
-    values: Mapping[str, Any] = {}  # of a query: texts, and lists of them
+    values: Mapping[str, Any] = {}  # of a query: texts, and lists of texts
     merges: bool = False  # the body is a merge patch
-    target: Optional[Named] = None  # what it is about
-    hosts: Sequence[Named] = ()  # of act-on-hosts
+    target: Optional[Named] = None  # the object that the operation is about
+    hosts: Sequence[Named] = ()  # the objects of act-on-hosts
 
     def query(self) -> list[tuple[str, str]]:
         lists = {name: v if isinstance(v, list) else [v] for name, v in self.values.items()}
         return [(name, text) for name in lists for text in lists[name]]
 
     def checked(self) -> dict[str, Any]:
-        """The values of a Call. Raises InvalidBody, InvalidQuery."""
+        """The values for a Call. Raises InvalidBody, InvalidQuery."""
         if self.operation.body is None:
             return self.operation.query.parse(self.query())
         return self.operation.check(self.values, self.merges)
 
 
-# The OpenAPI document says what the rows, the schemas and the problems say, and nothing else.
+# The OpenAPI document is made of the rows, the schemas and the problems, and of nothing else.
 
 TAGS = {
     "agent": "Calls by machines, with a token and then with a credential.",
@@ -11231,8 +11244,8 @@ PROBLEM = Schema(  # as Problem.document() makes it
 
 AN_ID, A_TIME, AN_ORGANIZATION = "0ca4f1b28e3d7a95", "2027-01-15T08:00:00.000Z", "default"
 A_CURSOR = "5e0ff1ce5e0ff1ce-7"
-# By the name of a member or a parameter what it says, an example, and what it is where a request
-# leaves it out. Where it says something else in one document or operation, that is before its name.
+# For the name of each member or parameter: its meaning, an example, and its value if a request
+# leaves it out. A name with a document or an operation before it has this meaning only there.
 # fmt: off
 MEANINGS: Mapping[str, tuple[Any, ...]] = {
     "Idempotency-Key": ("a retry with the same key and token gets the same host", "b1946ac9"),
@@ -11378,34 +11391,34 @@ MEANINGS: Mapping[str, tuple[Any, ...]] = {
 # fmt: on
 
 
-def _described(owner: str, name: str, schema: dict[str, Any], is_asked: bool) -> dict[str, Any]:
-    """The schema of a member or a parameter with its meaning; is_asked: it is of a request."""
+def _described(owner: str, name: str, schema: dict[str, Any], is_request: bool) -> dict[str, Any]:
+    """Add the meaning to the schema of a member or a parameter. is_request: a request has it."""
     text, example, *default = MEANINGS.get(f"{owner}.{name}") or MEANINGS[name]
     rule = schema.get("description")
     described = {**schema, "description": f"{text}; {rule}" if rule else text}
-    more = {"default": default[0]} if default and is_asked else {}
-    return {**described, "examples": [example], **more}
+    defaults = {"default": default[0]} if default and is_request else {}
+    return {**described, "examples": [example], **defaults}
 
 
-def _opened(schema: Any) -> Any:
-    """The schema of an answer as clients may rely on it: members and words may be added, in newer
-    versions. The tests hold answers to the closed one."""
+def _extensible(schema: Any) -> Any:
+    """The part of an answer's schema that clients may rely on: newer versions may add members, and
+    values of an enum. The tests check answers against the strict schema."""
     if isinstance(schema, list):
-        return [*map(_opened, schema)]
+        return [*map(_extensible, schema)]
     if not isinstance(schema, dict):
         return schema
     names = {"enum": "x-extensible-enum"}
-    opened = {names.get(name, name): _opened(value) for name, value in schema.items()}
+    opened = {names.get(name, name): _extensible(value) for name, value in schema.items()}
     if opened.get("additionalProperties") is False:
         del opened["additionalProperties"]
     return opened
 
 
-def _object_schema(name: str, schema: Schema, is_asked: bool) -> dict[str, Any]:
-    """A body or an answer, as its component."""
-    document = schema.json_schema() if is_asked else _opened(schema.json_schema())
+def _object_schema(name: str, schema: Schema, is_request: bool) -> dict[str, Any]:
+    """The component of a body (is_request) or of an answer."""
+    document = schema.json_schema() if is_request else _extensible(schema.json_schema())
     members, owner = document["properties"], name.replace("Minted", "")
-    document["properties"] = {n: _described(owner, n, members[n], is_asked) for n in members}
+    document["properties"] = {n: _described(owner, n, members[n], is_request) for n in members}
     return cast("dict[str, Any]", document)
 
 
@@ -11416,7 +11429,7 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
         ("header", operation.headers),
     ):
         for name, field in schema.fields.items():
-            if name == "label!":  # generators of clients make one name of it and label
+            if name == "label!":  # generators of clients would make one name of label! and label
                 continue
             described = _described(operation.name, name, field.parameter_schema(), True)
             text, (example,) = described.pop("description"), described.pop("examples")
@@ -11454,7 +11467,8 @@ def _refusal_response(kinds: Sequence[type[Problem]]) -> dict[str, Any]:
 def _openapi_operation(
     operation: Operation, schemas: dict[str, Any], responses: dict[str, Any]
 ) -> dict[str, Any]:
-    """Its description. The schemas of its bodies and its refusals become components."""
+    """The description of an operation. The schemas of its bodies are added to schemas, and its
+    refusals to responses: both become components."""
     tag, scheme, _ = CALLERS[operation.caller]
     document: dict[str, Any] = {
         "operationId": operation.name,
@@ -11482,8 +11496,8 @@ def _openapi_operation(
 
 
 def openapi_document() -> dict[str, Any]:
-    """The HTTP API in OpenAPI 3.1. Answers are open to additions, requests are as they are judged;
-    words of an answer that stand in x-extensible-enum may become more."""
+    """The HTTP API in OpenAPI 3.1. Newer versions may add members to answers, and values to an
+    x-extensible-enum. The schemas of requests are exactly what requests are checked against."""
     paths: dict[str, dict[str, Any]] = {}
     responses: dict[str, Any] = {}
     schemas: dict[str, Any] = {}
@@ -11502,7 +11516,7 @@ def openapi_document() -> dict[str, Any]:
             "summary": "Enroll machines and see which are alive.",
             "description": "Newer versions may add members and words to answers.",
         },
-        # Relative to this document, since a proxy may take a prefix off.
+        # The URL is relative to this document, because a proxy may remove a prefix from paths.
         "servers": [{"url": ".", "description": "the server of this document"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
@@ -11558,9 +11572,9 @@ def find_operation(method: str, path: str) -> tuple[Operation, str]:
 
 @lru_cache(maxsize=HEADS_CACHED)
 def _heartbeat_head(before: bytes, after: bytes) -> Optional[Head]:
-    """Parse a heartbeat whose credential was cut out between before and after. None unless that gap
-    is the head's one Authorization (a body or a trailer may hold a line that looks like one) and
-    the rest is a whole plain heartbeat."""
+    """Parse a heartbeat whose credential was cut out: before and after are the bytes around it.
+    None unless the credential was the value of the head's only Authorization field (a body or a
+    trailer may hold a line that looks like one), and the bytes are one whole plain heartbeat."""
     if b"\r\n\r\n" in before:
         return None
     reader = RequestReader()
@@ -11580,14 +11594,14 @@ _tuple_of = tuple.__new__  # a NamedTuple's own constructor takes twice as long
 class HeartbeatFastPath:
     """Recognizes plain heartbeats without parsing them.
 
-    An agent sends the same bytes with every heartbeat, and a fleet's heads differ only in the
-    credential, of which the header and the first claim are the same for all: the opening. So the
-    bytes around the credential are compared with those of the heartbeat before, and parsed only
-    when they are others; and a credential is verified once an hour, then found in a dict.
+    An agent sends the same bytes with every heartbeat, and the heads of a fleet differ only in the
+    credential. All credentials of one signing key begin with the same header and first claim: the
+    opening. So the bytes around the credential are compared with those of the heartbeat before, and
+    parsed only if they differ; and a credential is verified once an hour, then found in a dict.
 
-    The dict is by what follows the opening. It evicts nothing: hosts beat in rotation, so in an LRU
-    smaller than the fleet each entry would be evicted just before its next use. It is cleared once
-    an hour, with every change of the keys, and when the clock is set.
+    The keys of the dict are what follows the opening. The dict evicts nothing: hosts beat in
+    rotation, so in an LRU cache smaller than the fleet each entry would be evicted just before its
+    next use. It is cleared once an hour, with every change of the keys, and when the clock is set.
     """
 
     def __init__(self, keys: SigningKeys) -> None:
@@ -11595,12 +11609,12 @@ class HeartbeatFastPath:
         self.clear(0)
 
     def clear(self, now: int) -> None:
-        """Forget everything, and go by the keys as they are now. now: Unix ms."""
+        """Forget all credentials, and use the keys as they are now. now: Unix ms."""
         self._verified: dict[bytes, CredentialRef] = {}
-        self._refs: dict[CredentialRef, CredentialRef] = {}  # one object for all that are equal
-        # Around the credential of the heartbeat before; at first, no request begins like this.
+        self._refs: dict[CredentialRef, CredentialRef] = {}  # one object for all equal ones
+        # The bytes around the credential of the last heartbeat. No request begins with a zero byte.
         self._before, self._after, self._head = b"\0", b"", INTERNAL_REQUEST.head
-        self._gap = slice(1, 0)  # the place of what follows the opening
+        self._gap = slice(1, 0)  # where the bytes have what follows the opening
         self._since, self._until = now, now + CREDENTIALS_KEPT_MS
         self._keyring = self._keys.keyring
         self._opening = BEARER + self._keyring.first.opening
@@ -11608,8 +11622,8 @@ class HeartbeatFastPath:
     def match(
         self, data: bytes, reader: RequestReader, now: int
     ) -> Optional[tuple[Heartbeat, Head]]:
-        """The heartbeat, if data is one whole plain heartbeat with a good credential that is not
-        due for renewal; None for everything else, which is then parsed and admitted. data: what
+        """The heartbeat, if data is one whole plain heartbeat with a valid credential that is not
+        due for renewal; None for all other data, which is then parsed and admitted. data: what
         arrived on the connection of the reader, which is between two requests. now: Unix ms."""
         if self._keys.keyring is not self._keyring or not self._since <= now < self._until:
             self.clear(now)
@@ -11623,16 +11637,16 @@ class HeartbeatFastPath:
             rest = data[self._gap]
         ref = self._verified.get(rest)
         if ref is None:
-            if b"\r\n" in rest:  # other bytes around it, or more lines
-                rest = self._cut(data)
+            if b"\r\n" in rest:  # the bytes around the credential differ, or there are more lines
+                rest = self._cut_credential(data)
             ref = self._verified.get(rest) or self._verify(rest, now)
             if ref is None:
                 return None
         origin = _tuple_of(Origin, (address, reader.connection, reader.number))
         return _tuple_of(Heartbeat, (host_of(rest), ref, origin)), self._head
 
-    def _cut(self, data: bytes) -> bytes:
-        """What follows the opening of the credential in a plain heartbeat; empty for all else."""
+    def _cut_credential(self, data: bytes) -> bytes:
+        """What follows the opening of the credential in a plain heartbeat; empty for other data."""
         before, opening, behind = data.partition(self._opening)
         rest, end, after = behind.partition(b"\r\n")
         if not after or len(before) + len(after) > HEAD_CACHED_MAXIMUM:
@@ -11645,8 +11659,8 @@ class HeartbeatFastPath:
         return rest
 
     def _verify(self, rest: bytes, now: int) -> Optional[CredentialRef]:
-        """Verify a credential, and keep it unless it becomes due for renewal before the next
-        clear(). Only what we signed is kept, so junk cannot fill the dict."""
+        """Verify a credential, and keep it in the dict, unless it becomes due for renewal before
+        the next clear(). Only credentials that we signed are kept, so junk cannot fill the dict."""
         if not rest:
             return None
         keys = self._keys
@@ -11659,10 +11673,10 @@ class HeartbeatFastPath:
         return ref
 
 
-@lru_cache(maxsize=16)  # of one tick, and of intervals with more digits
+@lru_cache(maxsize=16)  # enough for one tick: intervals differ in digits, answers in closes
 def _heartbeat_template(last_seen: int, digits: int, seconds: int, closes: bool) -> bytes:
-    """The whole answer to a plain heartbeat, written as any other, with places for the host and for
-    an interval of so many digits."""
+    """The whole answer to a plain heartbeat, as write_response() makes it, with placeholders for
+    the host and for an interval with this number of digits."""
     interval = 10 ** (digits - 1)
     document = HEARTBEAT.of(HeartbeatResult(0, last_seen, None, interval))
     answer = write_response(json_response(BEAT.status, document), seconds, closes, False)
@@ -11671,22 +11685,23 @@ def _heartbeat_template(last_seen: int, digits: int, seconds: int, closes: bool)
 
 
 class Api:
-    """HTTP's door to the registry: admit() makes a Call of a request, which the server has the
-    registry run in a tick; answer() makes a Response of its outcome."""
+    """HTTP's door to the registry: admit() turns a request into a Call, the server has the registry
+    run the Call in a tick, and answer() turns its outcome into a Response."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.metrics = registry.metrics
         self.match = HeartbeatFastPath(registry.keys).match
         self._next_interval = registry.heartbeats.next_interval
-        self._readiness_at, self._readiness = 0, object()  # the time and outcome of READY
+        self._readiness_at, self._readiness = 0, object()  # the time and outcome of the last READY
 
     # Before the tick.
 
     def admit(self, request: Request, now: int) -> Union[Response, Work]:
-        """Judge a request: its refusal, or the work for the next tick. Of the database only a
-        secret is looked up, and the facts of a host. Ticks that enroll wait for the disk, so a
-        flood of wrong secrets must not get into one."""
+        """Judge a request: the answer, if there is one already, or the work for the next tick. All
+        that is read from the database is the row of a secret, and the facts of a host. Wrong
+        secrets are refused here, because ticks that enroll wait for the disk: a flood of wrong
+        secrets must not get into one."""
         head = request.head
         try:
             if len(request.body) > head.body_maximum:
@@ -11702,8 +11717,8 @@ class Api:
             if operation.caller == "token":
                 return self._admit_enrollment(operation, request, now)
             if operation is READY:
-                # Anybody may ask, and to find out takes a write: so an outcome is good for
-                # READY_EVERY, whatever it was.
+                # Everybody may ask, and the check writes to the database: so each outcome, good or
+                # bad, is used again for READY_EVERY.
                 call = Call(READY, origin=request.origin)
                 if not 0 <= now - self._readiness_at < READY_EVERY * SECOND_MS:
                     self._readiness_at, self._readiness = now, call
@@ -11715,18 +11730,18 @@ class Api:
     def _admit_user(
         self, operation: Operation, request: Request, identifier: str, now: int
     ) -> Call:
-        """Refusals in order: 401, 403 for the role, 400; the tick adds 404 and the rest."""
-        asked = f"{operation.method} {sanitize_path(request.head.path)}"
+        """Raises refusals in this order: 401, 403 for the role, 400; the tick adds the others."""
+        requested = f"{operation.method} {sanitize_path(request.head.path)}"
         if not request.authorization:
-            raise ApiKeyMissing().with_audit("anonymous", "", None, request=asked)
-        by = self.registry.api_keys.identify(request.authorization, asked, request.origin, now)
+            raise ApiKeyMissing().with_audit("anonymous", "", None, request=requested)
+        by = self.registry.api_keys.identify(request.authorization, requested, request.origin, now)
         problem = None
         if operation.caller == "owner" and by.organization is not ALL_ORGANIZATIONS:
             problem = Forbidden("Use an admin's API key for all organizations.")
         if operation.caller != "viewer" and by.role != "admin":
             problem = problem or Forbidden()
         if problem:
-            raise problem.with_audit(by.name, by.name, by.organization, request=asked)
+            raise problem.with_audit(by.name, by.name, by.organization, request=requested)
         options: dict[str, Any] = {"errors": "strict", "max_num_fields": PARAMETERS_MAXIMUM}
         try:
             pairs = parse_qsl(request.head.query, keep_blank_values=True, **options)
@@ -11750,12 +11765,12 @@ class Api:
         facts = {COLUMNS[fact.name]: body.get(fact.name, "") for fact in FACTS}
         values = {**body, "token": token, "facts": facts, "idempotencyKey": key}
         if secret_state(token, now) != "valid" or (key is not None and token.uses > 0):
-            # Most likely there is nothing to keep. If there is, the tick begins again.
+            # Most likely nothing is written. If something is, the tick begins again as durable.
             operation = operation._replace(durable=False)
         return Call(operation, values=values, origin=request.origin)
 
     def _admit_heartbeat(self, request: Request, now: int) -> Work:
-        """A heartbeat that brings nothing new and needs no renewal becomes a plain one."""
+        """A plain Heartbeat, if it brings no new facts and needs no renewal; else a Call."""
         if not request.authorization:
             raise CredentialMissing()
         claims = self.registry.keys.authenticate(request.authorization, now)
@@ -11775,10 +11790,11 @@ class Api:
     # After the tick.
 
     def answer(self, work: Work, outcome: Any) -> Optional[Response]:
-        """The answer by its outcome in a tick; None for a call, to be run in another."""
+        """The answer for the outcome of work in a tick; None if the outcome is a Call, which is to
+        be run in a later tick."""
         if isinstance(work, Call) and work.operation is READY:
             self._readiness = outcome
-        if isinstance(outcome, OperatorError):  # of this machine: the caller cannot mend it
+        if isinstance(outcome, OperatorError):  # a fault of this machine: no caller can correct it
             log.error("%s", outcome)
             outcome = Internal()
         if isinstance(outcome, Problem):
@@ -11799,12 +11815,12 @@ class Api:
         return _heartbeat_template(last_seen, len(interval), seconds, closes) % (host, interval)
 
     def refuse(self, problem: Problem, origin: Origin, now: int) -> Response:
-        """The answer to a request that got into no tick. It is audited with the next tick."""
+        """The answer to a request that is refused before any tick. The next tick audits it."""
         self.registry.audit.refuse(problem, origin, now)
         return self.refusal(problem)
 
     def refusal(self, problem: Problem) -> Response:
-        """A Problem as an answer, counted."""
+        """Count a Problem, and make its answer."""
         self.metrics.refusals[problem.code] += 1
         return refusal(problem)
 
@@ -13053,16 +13069,16 @@ def closed_loop(
 
 # 11. Watch
 #
-# Law: this section asks other servers, and answers none. A secret goes to this machine, or over TLS
-# to a server that we may trust: by a pinned key, an authority, or this machine's trust store.
+# Law: this section sends requests to other servers, and answers none. A secret is sent only to this
+# machine, or over TLS to a server that a pinned key, an authority or the trust store vouches for.
 #
-# Contents: Client, which commands use too; what is worth telling, as pure functions; Watch, from
-# the feed to people; ways to tell them.
+# Contents: Client, which commands use too; pure functions that decide what to report; Watch, which
+# reads the feeds and makes messages; ways to deliver a message to people.
 
 
 def proxy_of(url: str, environment: Mapping[str, str]) -> str:
-    """The proxy through which a URL of https is to be asked, as curl finds it; "" for none."""
-    named = {name.lower(): text for name, text in sorted(environment.items())}  # aB after AB
+    """The proxy for requests to an https URL, chosen as curl chooses it; "" for none."""
+    named = {name.lower(): text for name, text in sorted(environment.items())}  # lower case wins
     host, proxy = urlsplit(url).hostname, named.get("https_proxy") or named.get("all_proxy", "")
     direct = named.get("no_proxy", "").lower().replace(",", " ").split()
     ends = [f".{name.lstrip('*.')}" if name != "*" else "" for name in direct]
@@ -13072,13 +13088,13 @@ def proxy_of(url: str, environment: Mapping[str, str]) -> str:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether JSON is as a shape: a type, a pattern of a text, members that are there at least, a
-    list of one shape."""
+    """Whether a JSON value has a shape: a type, a pattern for a text, an object with at least these
+    members, or a list whose items have one shape."""
     if isinstance(shape, dict):
         is_object = isinstance(value, dict) and value.keys() >= shape.keys()
-        return is_object and all(has_shape(value[name], each) for name, each in shape.items())
+        return is_object and all(has_shape(value[name], inner) for name, inner in shape.items())
     if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and bool(shape.fullmatch(value))
     return isinstance(value, shape)
@@ -13089,52 +13105,52 @@ PROBLEM_SHAPE = {"code": str, "detail": str, "cursor": str,
 
 
 def shut_down(connection: socket.socket) -> None:
-    """End what waits for a connection."""
-    with suppress(OSError):  # it has ended
+    """Shut a connection down: whatever waits for it stops waiting."""
+    with suppress(OSError):  # the connection has ended already
         connection.shutdown(socket.SHUT_RDWR)
 
 
 class Client:
-    """Asks one server, and follows no redirect. Each request has a connection of its own."""
+    """Sends requests to one server, each on its own connection, and follows no redirect."""
 
     def __init__(
         self, url: str, api_key: str = "", *, pins: Sequence[str] = (), cacert: str = "",
         insecure_http: bool = False, proxy: str = "",
     ) -> None:  # fmt: skip
-        """pins: of keys, one of which the server must have; cacert: a file of authorities, in PEM.
-        Without either the trust store of this machine decides. Raises OperatorError."""
+        """pins: the server must have one of these keys; cacert: a file with authorities, in PEM.
+        Without both, the trust store of this machine decides. Raises OperatorError."""
         try:
             server, self._pins, self._proxy = urlsplit(url), pins, urlsplit(proxy)
             port, _ = server.port, self._proxy.port
-        except ValueError as error:  # the environment is checked nowhere else
+        except ValueError as error:  # nothing else has checked a proxy from the environment
             raise OperatorError(f"{error}: correct the server's or the proxy's URL") from error
         self.name = f"{server.scheme}://{server.netloc}"  # the path of a webhook is a secret
         self._path = f"{server.path}?{server.query}" if server.query else server.path
         self._is_https = server.scheme == "https"
-        self._place = server.hostname or "", port or (443 if self._is_https else 80)
-        own = {"User-Agent": f"hostenroll/{__version__}", "Connection": "close"}
-        self._headers = {**own, "Authorization": f"Bearer {api_key}"} if api_key else own
-        is_allowed = insecure_http or is_loopback(self._place[0])
+        self._address = server.hostname or "", port or (443 if self._is_https else 80)
+        headers = {"User-Agent": f"hostenroll/{__version__}", "Connection": "close"}
+        self._headers = {**headers, "Authorization": f"Bearer {api_key}"} if api_key else headers
+        is_allowed = insecure_http or is_loopback(self._address[0])
         if not self._is_https and (pins or not is_allowed):
             remedy = "use https, or allow this with --insecure-http"
             raise OperatorError(f"secrets would go to {self.name} unencrypted: {remedy}")
         if self._proxy.scheme not in ("", "http"):
             raise OperatorError(f"the proxy's URL begins with {self._proxy.scheme}: use http")
-        self._kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        self._http_class: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if not self._is_https:
             return
         try:
             self._context = ssl.create_default_context(cafile=cacert or None)
-        except OSError as error:  # a file that OpenSSL cannot parse, too
+        except OSError as error:  # also for a file that OpenSSL cannot parse
             raise OperatorError(f"cannot read {cacert}: {error.strerror or error}") from error
-        self._context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as distrust()
-        # For its Host field: _secure() speaks TLS.
-        self._kind = partial(http.client.HTTPSConnection, context=self._context)
+        self._context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as in distrust()
+        # The class only gives the Host field the right port: _secure() starts TLS.
+        self._http_class = partial(http.client.HTTPSConnection, context=self._context)
         if pins and not cacert:
             self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
 
     def document(self, status: int, body: bytes) -> Any:
-        """What was answered. Raises OperatorError, and the Problem of a refusal."""
+        """The JSON of an answer. Raises OperatorError, or the Problem that a refusal describes."""
         try:
             document: Any = parse_json(body)
             if 200 <= status < 300:
@@ -13142,7 +13158,7 @@ class Client:
             document = {"errors": [], "cursor": "", **document}
             if status < 400 or not has_shape(document, PROBLEM_SHAPE):
                 raise ValueError
-            errors = [FieldError(each["field"], each["detail"]) for each in document["errors"]]
+            errors = [FieldError(item["field"], item["detail"]) for item in document["errors"]]
             kind = next((kind for kind in problems() if kind.code == document["code"]), Problem)
             problem = kind(document["detail"], errors=errors, cursor=document["cursor"])
             problem.code, problem.status = document["code"], status
@@ -13151,7 +13167,7 @@ class Client:
         raise problem
 
     def unexpected_answer(self, answer: object) -> OperatorError:
-        """The complaint about an answer that we would not give."""
+        """The error for an answer that no server of ours would give."""
         what = "does not answer like a hostenroll server"
         return OperatorError(f"{self.name} {what} ({answer}): check the URL")
 
@@ -13159,19 +13175,19 @@ class Client:
         self, method: str, path: str, body: Optional[bytes] = None,
         headers: Mapping[str, str] = {}, patience: float = 0, reads: bool = True,
     ) -> tuple[int, bytes]:  # fmt: skip
-        """The status of whatever is answered, and its body, if it reads; patience: how many seconds
-        longer than CLIENT_PATIENCE it may take. Raises OperatorError."""
+        """The status and the body of any answer; reads: whether to read the body. patience: how
+        many seconds longer than CLIENT_PATIENCE the answer may take. Raises OperatorError."""
         patience += CLIENT_PATIENCE
         end = time.monotonic() + 1.1 * patience
         try:
-            with closing(self._kind(*self._place)) as connection:
+            with closing(self._http_class(*self._address)) as connection:
                 connection.sock = self._connect(end)
                 connection.sock.settimeout(patience)
-                # All of it has this time: a server, or a proxy, might send a byte now and then, for
-                # ever. TLS takes the socket over, so its end is at another descriptor.
-                with closing(connection.sock.dup()) as other:
-                    timer = threading.Timer(max(0, end - time.monotonic()), shut_down, [other])
-                    timer.daemon = True  # a Ctrl-C may come before it can be cancelled
+                # A timer limits the whole request, because a server or a proxy might send a byte
+                # now and then for ever. TLS takes over the socket, so the timer has a duplicate.
+                with closing(connection.sock.dup()) as duplicate:
+                    timer = threading.Timer(max(0, end - time.monotonic()), shut_down, [duplicate])
+                    timer.daemon = True  # a Ctrl-C may come before the timer can be cancelled
                     timer.start()
                     try:
                         connection.sock = self._secure(connection.sock)
@@ -13194,10 +13210,10 @@ class Client:
         return response.status, octets
 
     def _connect(self, end: float) -> socket.socket:
-        """A connection to the server or its proxy, before a time. Raises OSError."""
+        """Connect to the server or its proxy, before the time end. Raises OSError."""
         proxy, failure = self._proxy, OSError("it has no address")
-        place = (proxy.hostname, proxy.port or 80) if proxy.hostname else self._place
-        for *kind, _, address in socket.getaddrinfo(*place, type=socket.SOCK_STREAM):
+        target = (proxy.hostname, proxy.port or 80) if proxy.hostname else self._address
+        for *kind, _, address in socket.getaddrinfo(*target, type=socket.SOCK_STREAM):
             connection = socket.socket(*kind)
             try:
                 connection.settimeout(max(0.001, end - time.monotonic()))
@@ -13210,12 +13226,12 @@ class Client:
         raise failure
 
     def _secure(self, connection: socket.socket) -> socket.socket:
-        """A connection with TLS, through the proxy. Raises OSError, ValueError, HTTPException."""
+        """Add a proxy's tunnel, and TLS for https. Raises OSError, ValueError, HTTPException."""
         if self._proxy.hostname:
             self._tunnel(connection)
         if not self._is_https:
             return connection
-        secured = self._context.wrap_socket(connection, server_hostname=self._place[0])
+        secured = self._context.wrap_socket(connection, server_hostname=self._address[0])
         if self._pins:
             shown = secured.getpeercert(True) or b""
             if read_certificate(shown, self.name).pin not in self._pins:
@@ -13224,12 +13240,12 @@ class Client:
         return secured
 
     def _tunnel(self, connection: socket.socket) -> None:
-        """RFC 9110 section 9.3.6. Raises OSError, HTTPException."""
+        """Ask the proxy for a tunnel: RFC 9110 section 9.3.6. Raises OSError, HTTPException."""
         user = base64.b64encode(unquote(self._proxy.netloc.rpartition("@")[0]).encode()).decode()
-        own = f"Proxy-Authorization: Basic {user}\r\n" if user else ""
-        host, port = self._place
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{own}\r\n"
+        authorization = f"Proxy-Authorization: Basic {user}\r\n" if user else ""
+        host, port = self._address
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n{authorization}\r\n"
         connection.sendall(head.encode("ascii"))
         with http.client.HTTPResponse(connection, method="CONNECT") as answer:
             answer.begin()
@@ -13239,24 +13255,25 @@ class Client:
 
 # Watching: theory of operation
 #
-# Watch reads the feeds on from their cursors. Of each host it keeps what was reported, and when
-# to report what has changed since: after the delay that it is down, at once that it is back. So
-# what ends in time is not reported at all. What is due gathers in a batch, which stays open while
-# more and more hosts fall silent; then it is a message in the outbox.
+# Watch reads both feeds from their cursors on. For each host it keeps what it reported last, and
+# when it will report what has changed since: that a host is down, after the delay; that the host is
+# back, at once. So an outage that ends within the delay is not reported at all. Changes that are
+# due form a batch, which stays open while more and more hosts fall silent. When the batch closes,
+# it becomes a message in the outbox.
 #
-# Cursors, hosts and outbox are the state. It is in its file before a message is sent, and again
-# when that was taken; what is read meanwhile goes there at intervals, since it can be read again.
-# A message whose fate is not known is sent again, in the same bytes with the same Idempotency-Key,
-# and the next batch grows meanwhile. So everything is sent at least once, and what concerns one
-# host in order.
+# The cursors, the hosts and the outbox are the state. Watch writes the state to its file before it
+# sends a message, and again when the message was accepted. What it reads in between is written at
+# intervals, because it can be read again. A message of which nobody knows whether it arrived is
+# sent again, in the same bytes with the same Idempotency-Key, while the next batch grows. So
+# everything is sent at least once, and in order for each host.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
 DOWN_STATUSES = ("offline", "missing")
-REPORTED_STATUSES = (*DOWN_STATUSES, "pending")  # statuses
+REPORTED_STATUSES = (*DOWN_STATUSES, "pending")
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
 REPORTED_EVENTS = ("clone", CredentialSuperseded.code, "refuse-burst", "certificate", "key-file")
 
-# What Watch goes by in answers and in its state, as has_shape() has it.
+# The shapes, for has_shape(), of what Watch reads in answers and in its state.
 CHANGE_SHAPE = {"cursor": str, "at": str, "status": str, "muted": bool,
                 "host": {"id": str, "name": str, "labels": dict}}  # fmt: skip
 EVENT_SHAPE = {"time": str, "action": str, "code": (str, type(None)), "detail": dict}
@@ -13274,32 +13291,32 @@ STATE_SHAPE = {
 
 
 class WatchOptions(NamedTuple):
-    """What people want to hear of, and when, in seconds."""
+    """What people want to get reported, and when. Times are in seconds."""
 
     delay: int
     batch: int
     statuses: Sequence[str] = REPORTED_STATUSES
-    events: Sequence[str] = REPORTED_EVENTS  # words of event_keywords()
-    query: Sequence[tuple[str, str]] = ()  # organization and labels
+    events: Sequence[str] = REPORTED_EVENTS  # as event_keywords() names them
+    query: Sequence[tuple[str, str]] = ()  # the organization and the labels to report
 
 
 class TrackedHost(NamedTuple):
-    """A host that was reported as down, or has changed within the hour. Times are Unix time."""
+    """A host that was reported as down, or changed within the last hour. Times are Unix time."""
 
-    reported: str = ""  # one of REPORTED_STATUSES or flapping, if that was reported last
-    due: float = 0  # when the last change is to be reported; 0: never
-    change: Mapping[str, Any] = {}  # as the feed has it, while it is due
-    before: str = ""  # the cursor that it comes after
-    times: Sequence[float] = ()  # of changes within the hour
+    reported: str = ""  # the last report, if it was one of REPORTED_STATUSES or flapping
+    due: float = 0  # when to report the last change; 0: never
+    change: Mapping[str, Any] = {}  # the last change, as the feed has it, if it will be reported
+    before: str = ""  # the cursor just before the last change
+    times: Sequence[float] = ()  # of the changes within the last hour
 
 
 def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
           options: WatchOptions) -> TrackedHost:  # fmt: skip
-    """A host after a change."""
+    """The host after a change. before: the cursor just before the change."""
     status, reported, due = change["status"], host.reported, 0.0
     times = [*(at for at in host.times if at > now - HOUR), now]
     if status in ("revoked", "deleted") and status not in options.statuses:
-        reported = ""  # an operator did it, and knows
+        reported = ""  # an operator made this change, and knows about it
     elif reported == "flapping":
         due = host.due
     elif len(times) > FLAPPING_ABOVE or (status == "online" and reported):
@@ -13311,7 +13328,7 @@ def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
 
 
 def after_report(host: TrackedHost, now: float) -> tuple[TrackedHost, list[Mapping[str, Any]]]:
-    """A host that is due, once that is reported; and what to report, if it is news."""
+    """A host that was due, after its report; and the changes to report, if they are news."""
     status, times = host.change["status"], [at for at in host.times if at > now - HOUR]
     if len(times) > FLAPPING_ABOVE:
         flapping = {**host.change, "flapping": len(times)}
@@ -13321,39 +13338,41 @@ def after_report(host: TrackedHost, now: float) -> tuple[TrackedHost, list[Mappi
 
 
 def closes_at(dues: Sequence[float], batch: float) -> float:
-    """When a batch is reported, by the times at which what is in it was due."""
+    """When a batch closes. dues: the times at which the changes and events in it were due."""
     if len(dues) < INCIDENT_SMALLEST:
         return min(dues) + batch
     return min(max(dues) + batch, min(dues) + max(batch, BATCH_LONGEST))
 
 
 def event_keywords(event: Mapping[str, Any]) -> set[str]:
-    """What names an event in --audit: its action, its code; a burst is many that were summed up."""
+    """The words of --audit that select an event: its action, its code, and ACTION-burst for an
+    event that sums up many."""
     burst = f"{event['action']}-burst" if "more" in event["detail"] else ""
     return {event["action"], event["code"] or "", burst}
 
 
 def status_clause(status: str, changes: Sequence[Mapping[str, Any]], incidents: str) -> str:
-    """What has become of hosts, in words, with a label that most of them have, if the incidents
-    name it: then most others have not. A machine chooses its name, and may be no friend: none calls
-    everybody in a chat, or looks like a link."""
-    safe, what = partial(re.sub, r"[^\w .=+-]", "?"), STATUS_WORDS.get(status, status)
+    """A clause that says which hosts have a status now. It names a label that most of these hosts
+    have, if the texts of incidents name the label, too: then most other hosts do not have it. A
+    hostile machine may choose its own name, so no name can notify everybody in a chat, or look like
+    a link."""
+    safe, status_text = partial(re.sub, r"[^\w .=+-]", "?"), STATUS_WORDS.get(status, status)
     hosts, count = [change["host"] for change in changes], len(changes)
     if count < INCIDENT_SMALLEST:
         *names, last = (safe(sanitize(host["name"])) for host in hosts)
-        return f"{names[0]} and {last} are {what}" if names else f"{last} is {what}"
+        return f"{names[0]} and {last} are {status_text}" if names else f"{last} is {status_text}"
     labels = Counter(f"{key}={value}" for host in hosts for key, value in host["labels"].items())
     named = re.split(" have |, |; ", incidents)
-    for label, most in labels.most_common():
-        if status in DOWN_STATUSES and 2 * most > count and label in named:
-            return f"{count} hosts are {what}, {most} of them {safe(sanitize(label))}"
-    return f"{count} hosts are {what}"
+    for label, labelled in labels.most_common():
+        if status in DOWN_STATUSES and 2 * labelled > count and label in named:
+            return f"{count} hosts are {status_text}, {labelled} of them {safe(sanitize(label))}"
+    return f"{count} hosts are {status_text}"
 
 
 def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any]] = (),
             events: Sequence[Mapping[str, Any]] = (),
             incidents: Sequence[Mapping[str, Any]] = ()) -> str:  # fmt: skip
-    """What is delivered: a line of JSON."""
+    """The message to deliver: a line of JSON."""
     groups: dict[str, list[Any]] = {}
     for change in changes:
         status = "flapping" if "flapping" in change else change["status"]
@@ -13361,13 +13380,13 @@ def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any
     joined = "; ".join(incident["text"] for incident in incidents)
     texts = [text, *(status_clause(status, group, joined) for status, group in groups.items())]
     actions = Counter(event["action"] for event in events)
-    noticed = ", ".join(f"{count} {action}" for action, count in actions.items())
-    times = [each["at"] for each in changes] + [each["time"] for each in events]
+    events_text = ", ".join(f"{count} {action}" for action, count in actions.items())
+    times = [change["at"] for change in changes] + [event["time"] for event in events]
     times = times or [rfc3339(int(now * SECOND_MS))]
     return json_text({
         "kind": kind, "from": min(times), "to": max(times),
         "counts": {**{status: len(group) for status, group in groups.items()}, **actions},
-        "text": "; ".join(filter(None, [*texts, noticed and f"events: {noticed}"])),
+        "text": "; ".join(filter(None, [*texts, events_text and f"events: {events_text}"])),
         "incidents": incidents,
         "changes": changes[:REPORTED_MAXIMUM], "events": events[:REPORTED_MAXIMUM],
         "truncated": max(len(changes), len(events)) > REPORTED_MAXIMUM,
@@ -13375,15 +13394,15 @@ def message(kind: str, text: str, now: float, changes: Sequence[Mapping[str, Any
 
 
 class Watch:
-    """From the feeds to people. read(path, query, seconds to wait) gives a document, deliver(line)
-    tells people; they raise OperatorError, OSError or a Problem when they fail."""
+    """Reads the feeds and reports to people. read(path, query, seconds to wait) returns a document,
+    and deliver(line) sends a message. Both may raise OperatorError, OSError or a Problem."""
 
     def __init__(
         self, read: Callable[[str, Sequence[tuple[str, str]], float], Any],
         deliver: Callable[[str], Any], options: WatchOptions, path: str, clock: Callable[[], float],
         sleep: Callable[[float], Any],
     ) -> None:  # fmt: skip
-        """path: of the file of the state, which no other watch uses; "": none. Raises
+        """path: the file for the state, which no other watch may use; "": no file. Raises
         OperatorError."""
         self._read, self._deliver, self._options, self._path = read, deliver, options, path
         self._clock, self._sleep = clock, sleep
@@ -13398,24 +13417,24 @@ class Watch:
                 self._state = json.loads(octets)
                 hosts = self._state.pop("hosts").items()
                 self._hosts = {id: TrackedHost(*host) for id, host in hosts}
-                if not has_shape(self._shown(), STATE_SHAPE):
+                if not has_shape(self._checkable_state(), STATE_SHAPE):
                     raise ValueError
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 remedy = "remove it, and watch reports what happens from now on"
                 raise OperatorError(f"{path} is not a state file of watch: {remedy}") from error
 
-    def _shown(self) -> dict[str, Any]:
-        """The state, for STATE_SHAPE. Raises ValueError, TypeError, LookupError."""
+    def _checkable_state(self) -> dict[str, Any]:
+        """The state, as STATE_SHAPE describes it. Raises ValueError, TypeError, LookupError."""
         hosts, events = self._hosts.values(), self._state["events"]
         changes = [host.change for host in hosts if host.due]
-        own = {"hosts": [host._asdict() for host in hosts], "changes": changes}
-        own["outbox"] = [json.loads(line.encode("ascii")) for line in self._state["outbox"]]
-        noted = {"at": [at for at, _ in events], "events": [event for _, event in events]}
-        return {**self._state, **own, **noted}
+        members = {"hosts": [host._asdict() for host in hosts], "changes": changes}
+        members["outbox"] = [json.loads(line.encode("ascii")) for line in self._state["outbox"]]
+        notes = {"at": [at for at, _ in events], "events": [event for _, event in events]}
+        return {**self._state, **members, **notes}
 
     def run(self) -> None:
-        """Until KeyboardInterrupt. What fails is logged once, and tried again ever more seldom.
-        Raises the Problem that refuses the first request."""
+        """Watch until KeyboardInterrupt. A failure is logged once, and the pause before each new
+        attempt gets longer. Raises the Problem that refuses the first request."""
         pause = 0
         with suppress(KeyboardInterrupt):
             while True:
@@ -13434,67 +13453,68 @@ class Watch:
                     self._sleep(pause)
 
     def turn(self) -> None:
-        """Wait for news until something is due; then tell it."""
+        """Wait for news until a report is due, and deliver what is in the outbox."""
         now, dues = self._clock(), [host.due for host in self._hosts.values() if host.due]
         wait = min([WATCH_WAIT, *(due - now for due in dues if due > now)])
         if self._state["outbox"] or not self._is_current:
             wait = 0
         elif self._state["events"] or min(dues, default=math.inf) <= now:
             wait = min(wait, 1)  # a batch is open
-        self._follow(wait)
+        self._read_feeds(wait)
         if self._is_current and not self._state["outbox"]:
-            self._gather()
+            self._close_batch()
         try:
             if self._is_current and self._save_at <= self._clock():
                 self._save()
-        finally:  # messages go out though the disk is full
+        finally:  # messages are delivered even if the disk is full
             while self._state["outbox"]:
                 self._deliver(self._state["outbox"][0])
                 del self._state["outbox"][0]
                 self._save_at = 0
                 self._save()
 
-    def _follow(self, wait: float) -> None:
-        """Read on in the feeds."""
-        asked = before = self._state[CHANGES_PATH]
-        changes = self._page(CHANGES_PATH, "changes", wait)
+    def _read_feeds(self, wait: float) -> None:
+        """Read the next page of both feeds."""
+        start = before = self._state[CHANGES_PATH]
+        changes = self._next_page(CHANGES_PATH, "changes", wait)
         for change in changes:
             id, now = change["host"]["id"], self._clock()
             host = track(self._hosts.get(id, TrackedHost()), change, before, now, self._options)
             self._hosts[id], before = host, change["cursor"]
             self._save_at = min(self._save_at, now + WATCH_SAVES)
-        is_end = asked == self._state[CHANGES_PATH]
+        is_end = start == self._state[CHANGES_PATH]
         self._is_current = is_end or (self._is_current and len(changes) < PAGE_MAXIMUM)
-        for event in self._page(EVENTS_PATH, "events", 0) if self._options.events else ():
+        for event in self._next_page(EVENTS_PATH, "events", 0) if self._options.events else ():
             is_wanted = event_keywords(event).intersection(self._options.events)
             if is_wanted and len(self._state["events"]) < EVENTS_MAXIMUM:
                 self._state["events"].append((self._clock(), event))
                 self._save_at = min(self._save_at, self._clock() + WATCH_SAVES)
 
-    def _ask(self, path: str, patience: float = 0, **asked: object) -> Any:
+    def _ask(self, path: str, patience: float = 0, **values: object) -> Any:
         scope = [pair for pair in self._options.query if path == CHANGES_PATH or pair[0] != "label"]
-        answer = self._read(path, [*scope, *((k, str(v)) for k, v in asked.items())], patience)
+        answer = self._read(path, [*scope, *((k, str(v)) for k, v in values.items())], patience)
         if not has_shape(answer, ANSWER_SHAPES[path]):
             raise OperatorError(f"{path} does not answer like a hostenroll server: check the URL")
         return answer
 
-    def _page(self, path: str, member: str, wait: float) -> list[Any]:
-        """What comes next in a feed. Where it is not kept, a message says what may be missing."""
-        asked = {"after": self._state[path], "limit": PAGE_MAXIMUM, "wait": math.ceil(wait)}
+    def _next_page(self, path: str, member: str, wait: float) -> list[Any]:
+        """The items on the next page of a feed. If the server no longer has what follows the
+        cursor, a message says that changes may be missing."""
+        query = {"after": self._state[path], "limit": PAGE_MAXIMUM, "wait": math.ceil(wait)}
         try:
-            page = self._ask(path, wait, **asked)
+            page = self._ask(path, wait, **query)
         except ChangesPruned as pruned:
-            page = self._ask(path, **{**asked, "after": pruned.cursor, "wait": 0})
+            page = self._ask(path, **{**query, "after": pruned.cursor, "wait": 0})
             text = "changes up to now may be missing: the server no longer keeps all of them"
             outbox, line = self._state["outbox"], message("pruned", text, self._clock())
-            outbox += [] if outbox and outbox[-1].startswith(line[:16]) else [line]  # of both feeds
+            outbox += [] if outbox and outbox[-1].startswith(line[:16]) else [line]  # once for both
             self._save_at = 0
         self._state[path] = page["cursor"]
         return cast("list[Any]", page[member])
 
-    def _gather(self) -> None:
-        """Make a message of what is due, once its batch closes. Hosts may have been muted since: so
-        their changes are read again."""
+    def _close_batch(self) -> None:
+        """Make a message of everything that is due, if its batch closes now. Changes are read again
+        first, because their hosts may have been muted in the meantime."""
         now, changes, events = self._clock(), [], self._state["events"]
         ready = {id: host for id, host in self._hosts.items() if 0 < host.due <= now}
         dues = [*(host.due for host in ready.values()), *(at for at, _ in events)]
@@ -13504,14 +13524,14 @@ class Watch:
         for host in ready.values():
             if host.change["cursor"] not in fresh:
                 limit = min(len(ready), PAGE_MAXIMUM)
-                with suppress(ChangesPruned):  # then what was read stands
+                with suppress(ChangesPruned):  # then the change that was read first is used
                     page = self._ask(CHANGES_PATH, after=host.before, limit=limit)
                     fresh.update((change["cursor"], change) for change in page["changes"])
         silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN_STATUSES], []
         if len(silent) >= INCIDENT_SMALLEST:
-            found = self._ask(INCIDENTS_PATH)["incidents"]
+            recent = self._ask(INCIDENTS_PATH)["incidents"]
             incidents = [
-                incident for incident in found if {*silent}.intersection(incident["hosts"])
+                incident for incident in recent if {*silent}.intersection(incident["hosts"])
             ]
         for id, host in ready.items():
             if fresh.get(host.change["cursor"], host.change)["muted"]:
@@ -13522,11 +13542,11 @@ class Watch:
         self._state["events"] = []
         if changes or events:
             self._save_at = 0
-            kind, seen = "changes" if changes else "events", [event for _, event in events]
-            self._state["outbox"].append(message(kind, "", now, changes, seen, incidents))
+            kind, noticed = "changes" if changes else "events", [event for _, event in events]
+            self._state["outbox"].append(message(kind, "", now, changes, noticed, incidents))
 
     def _save(self) -> None:
-        """Raises OSError, OperatorError."""
+        """Forget hosts without news, and write the state file. Raises OSError, OperatorError."""
         since = self._clock() - HOUR
         for id, host in [*self._hosts.items()]:
             if not host.reported and not host.due and max(host.times, default=0) <= since:
@@ -13534,11 +13554,11 @@ class Watch:
         if self._path:
             with replacing(self._path) as file:
                 file.write(json_text({**self._state, "hosts": self._hosts}).encode("ascii"))
-        self._save_at = self._clock() + HOUR  # so that the cursors in it are kept in the feeds
+        self._save_at = self._clock() + HOUR  # so the saved cursors stay young enough for the feeds
 
 
 def deliver_by_command(command: str, line: str) -> None:
-    """Have a shell run a command with a message as its input. Raises OperatorError, OSError."""
+    """Run a command in a shell, with a message as its input. Raises OperatorError, OSError."""
     with subprocess.Popen(
         ["sh", "-c", command], stdin=subprocess.PIPE, stdout=2, start_new_session=True
     ) as process:
@@ -13559,8 +13579,8 @@ def deliver_by_command(command: str, line: str) -> None:
 def deliver_by_webhook(
     client: Client, secret: bytes, clock: Callable[[], float], line: str
 ) -> None:
-    """POST a message; without lists, where it is too large for the receiver, as for many a chat.
-    Raises OperatorError."""
+    """POST a message. If the receiver says that it is too large, as chats may, POST it again
+    without its lists. Raises OperatorError."""
     short = json_text({**json.loads(line), "changes": [], "events": [], "truncated": True})
     for body in (line.encode("ascii"), short.encode("ascii")):
         headers = {"Content-Type": JSON, "Idempotency-Key": sha256(body).hex()[:32]}
@@ -13576,25 +13596,25 @@ def deliver_by_webhook(
 # 12. Command line
 #
 # What people type and see around OPERATIONS. A secret or a requested value stands alone on stdout;
-# facts for people go to stderr. This section alone prints, starts other programs, and reads the
-# environment and the wall clock. A command that is an operation turns words into its Call and
-# performs it; main() ends the process when something cannot pass by itself.
+# facts for people go to stderr. Only this section prints, and reads the environment and the wall
+# clock. A command with the name of an operation turns the typed words into a call and performs it;
+# main() ends the process on a fault that cannot pass by itself.
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_STATUSES = "exit status: 0 done, 1 failed, 2 usage, 3 refused"
 ENVIRONMENT_PREFIX = "HOSTENROLL_"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-DYNAMIC_USERS = range(61184, 65520)  # systemd makes these, while a unit with DynamicUser= runs
-FLAGS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+DYNAMIC_USERS = range(61184, 65520)  # uids of systemd, while a unit with DynamicUser= runs
+FLAG_WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 UNITS = {"m": MINUTE, "h": HOUR, "d": DAY}  # of durations
 
 
 class UsageError(Exception):
-    """Options that do not go together."""
+    """Arguments that do not fit together."""
 
 
-# Types of arguments. argparse calls them, and shows what an ArgumentTypeError says.
+# Types of arguments. argparse calls them, and shows the text of an ArgumentTypeError.
 
 
 def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) -> Any:
@@ -13608,14 +13628,14 @@ def matching(pattern: str, complaint: str, convert: Callable[[str], Any] = str) 
 
 def one_of(*words: str) -> Any:
     check = matching("|".join(words), f"is not one of {', '.join(words)}")
-    check.words = words  # for the completion of a shell
+    check.words = words  # for print_completion()
     return check
 
 
 number = matching("[0-9]{1,9}", "is not a number", int)
 listen_address = matching("[!-~]+", "is not an address or a name")
-# An empty name is a shell variable that was not set: to go on without TLS or with other keys would
-# be worse than to stop. An empty head would be found in any log.
+# An empty file name comes from a shell variable that was not set. To run without TLS or with other
+# keys would then be worse than to stop. An empty head would be found in any audit log.
 file_name = matching("(?s).+", "is not a file: name one, or leave the option out")
 utf8_word = matching("(?s)[^\ud800-\udfff]*", "is not in UTF-8, and names nothing")
 duration = matching(
@@ -13672,14 +13692,14 @@ def networks(text: str) -> list[Any]:
 
 
 def text_width(text: str) -> int:
-    """The columns of a terminal that a text takes: a wide letter of East Asia two (UAX 11)."""
+    """The columns that a text takes on a terminal: a wide East Asian letter takes two (UAX 11)."""
     if text.isascii():
         return len(text)
     return len(text) + sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
 
 
 def shorten(text: str, width: int) -> str:
-    """A text in at most so many columns, with an ellipsis in the place of what is left out."""
+    """A text in at most width columns: if the text is longer, an ellipsis replaces its end."""
     if text_width(text) <= width:
         return text
     text = text[:width]
@@ -13688,27 +13708,27 @@ def shorten(text: str, width: int) -> str:
     return f"{text}\u2026"
 
 
-COLOURS = {  # of states (ECMA-48, SGR): green, red, yellow, dim. Nothing else has a colour.
+COLOURS = {  # only states have a colour (ECMA-48, SGR): green, red, dim, yellow
     **dict.fromkeys(("online", "valid", "signs", "ok"), "32"),
     **dict.fromkeys(("offline", "BAD"), "31"),
     **dict.fromkeys(("revoked", "used", "expired", "retired"), "2"),
     "missing": "33",
 }
 STATE_COLUMNS = ("state", "status", "ok")
-CUT = {  # columns that may be cut, to how little; no other is: addresses, actors, ids, times
+LEAST_WIDTHS = {  # of columns that may be cut: never an address, an actor, an id or a time
     "name": 20, "host": 20, "text": 20, "description": 16, "subject": 16, "labels": 12,
     "hostname": 12, "detail": 12, "organizationId": 8,
 }  # fmt: skip
-TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$|Until$")  # of members that people see from now
+TIME_NAME = re.compile("At$|^at$|^lastSeen$|Since$|Until$")  # members shown by relative_time()
 HEADINGS = {
     "organizationId": "org", "perSecond": "a second", "serverCpuMicroseconds": "CPU us each",
     "hostsAt30Seconds": "hosts at 30 s", "hostsAt60Seconds": "hosts at 60 s", "text": "what",
 }  # fmt: skip
-NO_ESCAPES = ("", "dumb")  # of TERM
+DUMB_TERMINALS = ("", "dumb")  # values of TERM for terminals without escape sequences
 
 
 class Screen(NamedTuple):
-    """What a stream's terminal can show; columns is None where it is no terminal."""
+    """What the terminal of a stream can show; columns is None if the stream is no terminal."""
 
     columns: Optional[int] = None
     has_colours: bool = False
@@ -13719,7 +13739,7 @@ class Screen(NamedTuple):
 
 
 def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
-    """COLUMNS overrides the terminal's width (POSIX), NO_COLOR (no-color.org) its colours."""
+    """COLUMNS overrides the width of the terminal (POSIX), NO_COLOR its colours (no-color.org)."""
     try:
         if not stream.isatty():
             return Screen()
@@ -13728,27 +13748,27 @@ def screen_of(stream: Any, environment: Mapping[str, str]) -> Screen:
         return Screen()
     if re.fullmatch("[1-9][0-9]{0,3}", environment.get("COLUMNS", "")):
         columns = int(environment["COLUMNS"])
-    is_dumb = environment.get("TERM", "") in NO_ESCAPES
+    is_dumb = environment.get("TERM", "") in DUMB_TERMINALS
     return Screen(columns, not is_dumb and not environment.get("NO_COLOR"))
 
 
 @contextmanager
 def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progress]:
-    """How far a long act is, which calls what this yields from time to time: one line on the
-    terminal of stderr, from PROGRESS_AFTER on, removed at the end."""
+    """Show the progress of long work in one line on the terminal of stderr, from PROGRESS_AFTER on,
+    until the work ends. The work calls the yielded function from time to time."""
     columns, start = screen_of(sys.stderr, environment).columns, time.monotonic()
     first = due = start + PROGRESS_AFTER
 
     def show(done: int, total: int) -> None:
         nonlocal due
         moment = time.monotonic()
-        if columns and moment >= due and environment.get("TERM", "") not in NO_ESCAPES:
+        if columns and moment >= due and environment.get("TERM", "") not in DUMB_TERMINALS:
             amount = f"{done:,} of {total:,} ({100 * done // total} %)" if total else f"{done:,}"
             write(shorten(f"{title}: {amount}, {format_duration(moment - start)}", columns - 1))
             due = moment + PROGRESS_EVERY
 
     def write(line: str) -> None:
-        with suppress(OSError, ValueError):  # the terminal is gone
+        with suppress(OSError, ValueError):  # the terminal has gone
             print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
@@ -13759,30 +13779,30 @@ def progress_line(title: str, environment: Mapping[str, str]) -> Iterator[Progre
 
 
 class Table:
-    """Documents as rows of aligned columns. Where the screen is narrow, the widest columns of texts
-    get shorter; what then has no room is left out. A table may come in parts, so that no
-    more than one is in memory; columns get wider where a later part needs it."""
+    """Documents as rows of aligned columns. On a narrow screen the widest text columns are cut
+    first; a column that still does not fit is left out. add() makes one part of a table, so that
+    only one part is in memory; columns get wider when a later part needs that."""
 
     def __init__(self, columns: Sequence[str], screen: Screen, has_headings: bool = True) -> None:
         self._columns, self._screen = columns, screen
         self._widths = [0] * len(columns)
-        headings = [HEADINGS.get(name, words_of(name)).upper() for name in columns]
+        headings = [HEADINGS.get(name, readable_name(name)).upper() for name in columns]
         self._rows = [headings] if has_headings else []
 
     def add(self, documents: Sequence[dict[str, Any]], now: int) -> str:
         self._rows += [[cell(each, name, now) for name in self._columns] for each in documents]
         for at, texts in enumerate(zip(*self._rows)):
             self._widths[at] = max(self._widths[at], *map(text_width, texts))
-        widths = self._fitting()
+        widths = self._shown_widths()
         lines, self._rows = [self._line(row, widths) for row in self._rows], []
         return "\n".join(lines)
 
-    def _fitting(self) -> dict[int, int]:
+    def _shown_widths(self) -> dict[int, int]:
         """The widths of the columns that are shown."""
         widths: dict[int, int] = {}
         room = (self._screen.columns or sys.maxsize) + 2
         for at, (name, width) in enumerate(zip(self._columns, self._widths)):
-            least = min(width, CUT.get(name, width))
+            least = min(width, LEAST_WIDTHS.get(name, width))
             if least + 2 <= room or not widths:
                 widths[at], room = least, room - least - 2
         while room > 0:
@@ -13803,7 +13823,7 @@ class Table:
 
 
 def cell(document: Mapping[str, Any], name: str, now: int) -> str:
-    """What a column shows of a document: its member of that name, or what is made of others."""
+    """The text of a column: the document's member of this name, or what CELLS makes of others."""
     value = document.get(name)
     if name in CELLS and (value is None or name in ("uses", "ok", "host", "status")):
         return CELLS[name](document, now)
@@ -13813,7 +13833,7 @@ def cell(document: Mapping[str, Any], name: str, now: int) -> str:
 
 
 def is_muted(item: Mapping[str, Any], now: int) -> bool:
-    """Of a host, or of a change of one."""
+    """Whether a host, or the host of a change, is muted. item: the document of either."""
     return bool(item.get("muted")) or (item.get("mutedUntil") or "") > rfc3339(now)
 
 
@@ -13830,13 +13850,13 @@ CELLS: dict[str, Callable[[Mapping[str, Any], int], str]] = {
 
 
 def relative_time(timestamp: str, now: int) -> str:
-    """What rfc3339() wrote, for people: 3 min ago, in 42 min. now is in milliseconds."""
-    if not re.fullmatch(TIME.pattern, str(timestamp)):  # a newer server may have written it
+    """A timestamp of rfc3339() for people: 3 min ago, in 42 min. now: Unix ms."""
+    if not re.fullmatch(TIME.pattern, str(timestamp)):  # a newer server may write other times
         return plain_text(timestamp)
     elapsed = now - unix_ms(timestamp)
     if abs(elapsed) < SECOND_MS:
         return "now"
-    seconds = abs(elapsed // SECOND_MS)  # a token of an hour that was just made has 60 min
+    seconds = abs(elapsed // SECOND_MS)  # rounded up, if ahead: a new token of an hour has 60 min
     shown = format_duration(seconds, minutes_from=2)
     return f"{shown} ago" if elapsed > 0 else f"in {shown}"
 
@@ -13846,7 +13866,7 @@ def age_of(timestamp: Optional[str], now: int) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A value for people. A forger can store what no peer can: no escape reaches a terminal."""
+    """A value for people, without control characters: a forger can store what no peer can."""
     text = "" if value in (None, [], ()) else str(value)
     if isinstance(value, dict):
         shown = partial(json.dumps, ensure_ascii=False)
@@ -13855,18 +13875,18 @@ def plain_text(value: Any) -> str:
     return UNPRINTABLE.sub("?", text) or "-"
 
 
-def words_of(name: str) -> str:
-    """The name of a member for people: lastSeen is last seen, expiresAt expires."""
+def readable_name(name: str) -> str:
+    """The name of a member for people: "last seen" for lastSeen, "expires" for expiresAt."""
     bare = re.sub("(?<=[a-z])(Id|At)$", "", name)
     return re.sub("[A-Z]", lambda letter: f" {letter[0].lower()}", bare)
 
 
 def describe(document: Mapping[str, Any], now: int, screen: Screen) -> str:
-    """One thing for people: a line for each member, and for each item of a list."""
-    width = max(len(words_of(name)) for name in document) + 1
+    """A document for people: a line for each member, and for each item of a list in it."""
+    width = max(len(readable_name(name)) for name in document) + 1
     lines = []
     for name, value in document.items():
-        title = f"{words_of(name)}:"
+        title = f"{readable_name(name)}:"
         for item in value if isinstance(value, list) and value else [value]:
             text = plain_text(item)
             if TIME_NAME.search(name) and item:
@@ -13877,17 +13897,17 @@ def describe(document: Mapping[str, Any], now: int, screen: Screen) -> str:
     return "\n".join(lines)
 
 
-# Output. The reader of our output may stop at any time; the command still does its work and ends
-# with its own status. Only a secret has to reach its reader.
+# Output. The reader of our output may stop at any time: the command still does its work, and ends
+# with its usual exit status. Only a secret must reach its reader.
 
 
 def discard(stream: Any) -> None:
-    """Drop what could not be written: the interpreter would try again at its end, and complain."""
+    """Drop what could not be written: at its end, the interpreter would try again, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def inform(*lines: str, level: int = logging.INFO) -> None:
-    """Facts on stderr, for a server through its log. A closed one or a full disk stops nothing."""
+    """Write facts to stderr, or a server's log. A closed stderr or a full disk stops nothing."""
     handler = server_log()
     with suppress(OSError):
         if lines and handler:
@@ -13897,7 +13917,7 @@ def inform(*lines: str, level: int = logging.INFO) -> None:
 
 
 def complain(text: str) -> None:
-    """One line on stderr, whatever was typed or pasted: no secret, no escape sequence."""
+    """Write one line to stderr, without the secrets and control characters that were pasted."""
     line = UNPRINTABLE.sub("?", redact(text))
     inform(f"hostenroll: {line[:COMPLAINT_MAXIMUM]}", level=logging.ERROR)
 
@@ -13910,7 +13930,7 @@ def output(text: str, end: str = "\n") -> None:
 
 
 def print_line(text: str) -> None:
-    """Of a command that keeps running: it ends when stdout has no reader."""
+    """Print a line of a command that keeps running. The command ends if stdout has no reader."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -13919,7 +13939,7 @@ def print_line(text: str) -> None:
 
 
 def output_secret(session: Session, document: Mapping[str, Any], member: str, title: str) -> None:
-    """Show a secret, the only time, as JSON or alone. Raises OperatorError where it was lost."""
+    """Show a secret alone or in JSON. It is shown only now: raises OperatorError if it is lost."""
     shown = json.dumps(document, indent=2) if session.arguments.json else document[member]
     try:
         print(shown, flush=True)
@@ -13933,27 +13953,27 @@ def output_secret(session: Session, document: Mapping[str, Any], member: str, ti
 
 
 class LogHandler(logging.Handler):
-    """The log on stderr: a line for people, or a JSON object, for each record. A thread writes it,
-    because its reader may hang; lines that it cannot write in time are dropped and counted."""
+    """The log on stderr: a line for people, or a JSON object, for each record. A thread writes the
+    log, because its reader may hang. If too many lines wait, new ones are dropped and counted."""
 
     def __init__(self, is_json: bool, environment: Mapping[str, str] = os.environ) -> None:
         super().__init__()
         self._is_json = is_json
         try:
             self._descriptor, self.has_file = sys.stderr.fileno(), True
-        except (AttributeError, OSError):  # it is closed, or in memory
+        except (AttributeError, OSError):  # stderr is closed, or in memory
             self._descriptor, self.has_file = os.open(os.devnull, os.O_WRONLY), False
         status = os.fstat(self._descriptor)
         self._is_journal = environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
         self.counts: Counter[str] = Counter()
-        self._waiting, self._dropped = bytearray(), 0  # lines
+        self._waiting, self._dropped = bytearray(), 0  # waiting lines, the number of dropped lines
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback of a defect. JSON escapes line ends."""
+        """A record as one line, and the traceback of a defect. JSON escapes line ends."""
         time, message = rfc3339(int(record.created * SECOND_MS)), record.getMessage()
         request = getattr(record, "request", "")
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
@@ -13971,8 +13991,8 @@ class LogHandler(logging.Handler):
         self.put(self.format(record), record.levelno)
 
     def put(self, text: str, level: int = logging.INFO) -> None:
-        """Have a text written, or drop it. The journal takes the level of a line from a prefix, and
-        cuts that off, also where a JSON object follows: sd-daemon(3)."""
+        """Have a text written, or drop the text if too much waits. The journal takes the level of a
+        line from its prefix, and cuts the prefix off, also before a JSON object: sd-daemon(3)."""
         if self._is_journal:
             prefix = f"<{3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6}>"
             text = prefix + text.replace("\n", f"\n{prefix}")
@@ -13987,7 +14007,7 @@ class LogHandler(logging.Handler):
                 self.counts["log_lines_dropped"] += 1
 
     def _run(self) -> None:
-        """The thread that writes."""
+        """Write what waits, until close(). This runs in the thread."""
         while not self._is_closed or self._waiting:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
@@ -14007,7 +14027,7 @@ class LogHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._is_closed, LOG_PAUSE)
 
     def close(self) -> None:
-        """Write what waits, within LOG_PATIENCE: logging.shutdown() calls it at the end."""
+        """Have what waits written, within LOG_PATIENCE; logging.shutdown() calls it at the end."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -14015,26 +14035,26 @@ class LogHandler(logging.Handler):
 
 
 def server_log() -> Optional[LogHandler]:
-    """The handler of the log, in a server."""
+    """The handler that writes the log of a server; None in a command."""
     handlers = (each for each in log.handlers if isinstance(each, LogHandler) and each.has_file)
     return next(handlers, None)
 
 
 def refuse_secrets(words: Sequence[str]) -> None:
-    """Where a secret was pasted in place of an id, it goes no further. Raises NotFound."""
+    """Stop a secret that was pasted in place of an id, before it goes anywhere. Raises NotFound."""
     if secret := re.search("(?:^| )(?:het|hak)_([0-7][0-9a-f]{15})_", " ".join(words)):
         raise NotFound(f"This is a secret, not an id. Its id is {secret[1]}.")
 
 
 class Session(NamedTuple):
-    """What a command works with: its arguments and the world around it."""
+    """What a command works with: its arguments, the clock, the environment, the screen."""
 
     arguments: argparse.Namespace
     command: Command
     clock: Callable[[], float]
     environment: Mapping[str, str]
-    program: str  # how it was started, for commands that people are to type next
-    screen: Screen  # where stdout ends
+    program: str  # how to start this program, for commands that people may type next
+    screen: Screen  # of stdout
 
     @property
     def operation(self) -> Operation:
@@ -14045,8 +14065,8 @@ class Session(NamedTuple):
         return Principal(f"cli:{user_name(self.environment)}", ALL_ORGANIZATIONS, "admin")
 
     def files(self) -> tuple[str, str]:
-        """Its database, and the key file: beside that unless named. Raises OperatorError, and
-        UsageError where the environment names a server in their place."""
+        """The paths of the database and the key file; the key file is beside the database, unless
+        it is named. Raises OperatorError; UsageError if the environment names a server instead."""
         command, arguments = self.command, self.arguments
         is_elsewhere = self.environment.get("HOSTENROLL_SERVER") and command.run is not serve
         if is_elsewhere and not arguments.typed.intersection(("--db", "--key-file")):
@@ -14055,19 +14075,19 @@ class Session(NamedTuple):
         return database, arguments.key_file or key_file_beside(database)
 
     def client(self) -> Optional[Client]:
-        """Of the server that --server names. Raises OperatorError, UsageError."""
+        """A Client of the server that --server names, if any. Raises OperatorError, UsageError."""
         arguments = self.arguments
         if "server" not in arguments:
             return None
         url, path = arguments.server, arguments.api_key_file
-        alone = arguments.typed & {each.name for each in CLIENT_OPTIONS}
-        if not url and alone <= ({"--insecure-http"} if "webhook" in arguments else set()):
+        typed_options = arguments.typed & {each.name for each in CLIENT_OPTIONS}
+        if not url and typed_options <= ({"--insecure-http"} if "webhook" in arguments else set()):
             return None
         if url and (arguments.db or arguments.key_file):
             raise UsageError("--server and --db exclude each other: leave one out")
         if not (url and path):
-            own = "--pin, --cacert and --insecure-http"
-            raise UsageError(f"--server needs --api-key-file, and {own} need both")
+            client_options = "--pin, --cacert and --insecure-http"
+            raise UsageError(f"--server needs --api-key-file, and {client_options} need both")
         text = read_private(path, "API key file")[0].decode("latin-1").strip()
         if parse_secret(API_KEY_PREFIX, text) is None:
             raise OperatorError(f"there is no API key in {path}: create one with mint-api-key")
@@ -14084,8 +14104,8 @@ class Session(NamedTuple):
 
     @contextmanager
     def open(self, purpose: str = "act", **options: Any) -> Iterator[Registry]:
-        """The registry of files(). What cannot pass by itself ends the process in main(): then the
-        database is not closed, because that would write to it."""
+        """The registry of files(). After a fault that cannot pass by itself, the database is not
+        closed, because closing would write to it: main() ends the process."""
         registry = open_registry(*self.files(), self.now(), purpose=purpose, **options)
         if warning := registry.engine.schema_fault or registry.engine.schema_remark:
             (log.warning if purpose == "serve" else complain)(warning)
@@ -14097,7 +14117,7 @@ class Session(NamedTuple):
 
     @contextmanager
     def backend(self, writes: bool = True) -> Iterator[Backend]:
-        """Where operations are performed: the database here, or the server that is named."""
+        """What performs operations: the database here, or the server that is named."""
         client = self.client()
         if client is not None:
             yield RemoteBackend(client)
@@ -14106,8 +14126,8 @@ class Session(NamedTuple):
                 yield LocalBackend(self, registry)
 
     def call(self) -> UncheckedCall:
-        """The operation with what was typed for it, which is checked before anything is opened.
-        Raises UsageError, InvalidBody, InvalidQuery."""
+        """The operation with the values that were typed. The values are checked here, before a
+        database or a connection is opened. Raises UsageError, OperatorError, and Problems."""
         if sys.stdout is None and self.operation.answer in (MINTED_TOKEN, MINTED_API_KEY):
             raise OperatorError("stdout is closed: the secret would be lost")
         words = getattr(self.arguments, "id", [])
@@ -14124,13 +14144,14 @@ class Session(NamedTuple):
         return is_destructive and not self.arguments.yes and is_at_terminal()
 
     def named(self, word: str) -> Named:
-        """What the command is about. Where it destroys, only a person who is asked may type less
-        than an id or a name: a script would not see what it hits."""
+        """The object that the command is about. For a destructive command, only a person who is
+        asked first may type a part of an id: a script would not see which object that is."""
         kind = next(kind for kind, noun in KINDS.items() if self.command.name.endswith(noun))
         return Named(kind, word, self.asks_first or self.command.name not in DESTRUCTIVE)
 
     def perform(self) -> Any:
-        """The document of the operation. Raises UsageError; OperatorError, if a person says no."""
+        """Perform the operation and return its document. Raises what call() and the backend raise,
+        and OperatorError if the person who is asked says no."""
         call = self.call()
         with self.backend(self.operation.writes) as backend:
             if self.asks_first:
@@ -14144,7 +14165,7 @@ class Session(NamedTuple):
             return backend.perform(call)
 
     def confirm(self, what: str, backend: Backend) -> None:
-        """Raises OperatorError unless somebody at the terminal says yes."""
+        """Ask the person at the terminal. Raises OperatorError unless the answer is yes."""
         where = f" on {backend.name}" if backend.name else ""
         question = f"{plain_text(what)}{where}; continue? [y/N]"
         print(question, end=" ", file=sys.stderr, flush=True)
@@ -14152,7 +14173,7 @@ class Session(NamedTuple):
             raise OperatorError("nothing was done")
 
     def report(self, document: Mapping[str, Any], shown: Optional[str], *facts: str) -> None:
-        """JSON; or what is shown on stdout, if anything, and facts on stderr."""
+        """With --json, print the document; else print shown, if any, and the facts to stderr."""
         if self.arguments.json:
             shown, facts = json.dumps(document, indent=2), ()
         if shown is not None:
@@ -14172,8 +14193,8 @@ class LocalBackend:
         return self._registry.perform(call._replace(by=self._by), self._now())
 
     def perform(self, call: UncheckedCall) -> Any:
-        """The document of an operation; of a feed without news, with wait, after a second. Raises
-        the Problem that refuses it."""
+        """The document of an operation. With wait, a feed without news is answered after a second.
+        Raises the Problem that refuses the operation."""
         operation, values = call.operation, call.checked()
         if call.hosts:
             values["hosts"] = call.hosts
@@ -14186,16 +14207,16 @@ class LocalBackend:
         return document
 
     def find(self, named: Named) -> tuple[str, str]:
-        """The id and the title of what a person types. Raises NotFound, Conflict."""
-        row = self._run(Call(LOOK_UP, named=named))
+        """The id and the title of a typed object. Raises NotFound, Conflict."""
+        row = self._run(Call(FIND_RULE, named=named))
         return id_text(row.id), title_of(row)
 
-    def remarks(self, on_first: str = "") -> list[str]:
-        """While no server runs, no host can enroll, and each status is as it was at the stop.
-        on_first: before the first one has run."""
+    def remarks(self, before_first: str = "") -> list[str]:
+        """What to tell people if no server is running: no host can enroll then, and each status is
+        as it was when the server stopped. before_first: the remark if no server has run yet."""
         service, now = self._run(Call(SERVICE_RULE)), self._now()
         if service is None:
-            return [on_first] if on_first else []
+            return [before_first] if before_first else []
         last = relative_time(rfc3339(service.alive), now)
         ended = f"no server is running (the last one was {last}): serve starts one"
         return [] if is_served(service, now) else [ended]
@@ -14205,15 +14226,15 @@ SECRETS = (MINTED_TOKEN, "token", TOKEN_PREFIX), (MINTED_API_KEY, "apiKey", API_
 
 
 class RemoteBackend:
-    """Performs operations on a server. What its documents say may be anything of their types, so it
-    is shown as what a peer says."""
+    """Performs operations on a server. Only the types in its documents are checked: any text may
+    be in them, so they are shown like other text from a peer."""
 
     def __init__(self, client: Client) -> None:
         self._client, self.name = client, client.name
 
     def perform(self, call: UncheckedCall) -> Any:
-        """The document; where the answer has none, one of the id. Raises the Problem that refuses
-        it, OperatorError."""
+        """The document of an operation; if the answer is empty, a document with the id. Raises the
+        Problem that refuses the operation, OperatorError."""
         operation, values, lost = call.operation, {**call.values}, []
         id = "" if call.target is None else self._id(call.target)
         for named in call.hosts:
@@ -14247,39 +14268,40 @@ class RemoteBackend:
         return named.word if ID.fullmatch(named.word) else self.find(named)[0]
 
     def find(self, named: Named) -> tuple[str, str]:
-        """The id and the title of what a person types. Raises NotFound, Conflict, OperatorError."""
+        """The id and the title of a typed object. Raises NotFound, Conflict, OperatorError."""
         operation, titles = OPERATION[f"list-{KINDS[named.kind]}s"], {}
-        found = self.perform(UncheckedCall(operation, {"named": named.word}))[operation.list_of]
+        documents = self.perform(UncheckedCall(operation, {"named": named.word}))[operation.list_of]
         spellings = named.word, unicodedata.normalize("NFC", named.word)
-        for each in found:
-            name, hostname = each.get("name"), each.get("hostname") or ""
-            is_whole = named.word == each["id"] or name in spellings
+        for document in documents:
+            id, name = document["id"], document.get("name")
+            hostname = document.get("hostname") or ""
+            is_whole = named.word == id or name in spellings
             is_whole |= hostname.rstrip(".").lower() == named.word.rstrip(".").lower() != ""
             if is_whole or named.takes_prefix:
-                address = each.get("address") or each.get("enrolledFrom") or ""
-                name = name or each.get("description", "")
-                titles[each["id"]] = title(name, each["id"], each["organizationId"], address)
+                address = document.get("address") or document.get("enrolledFrom") or ""
+                name = name or document.get("description", "")
+                titles[id] = title(name, id, document["organizationId"], address)
         id = named.id_among(titles)
         return id, titles[id]
 
-    def remarks(self, on_first: str = "") -> list[str]:
+    def remarks(self, before_first: str = "") -> list[str]:
         return []
 
 
 Backend = Union[LocalBackend, RemoteBackend]
 NEEDS_FILES = "{} works on the database's files: type it where they are, with --db, not --server"
 
-DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore")  # commands
+DATABASE_MAKERS = ("serve", "mint-token", "add-org", "mint-api-key", "restore")
 
 
 def find_database(command: str, named: Optional[str]) -> str:
-    """The database of a command: the one that --db or HOSTENROLL_DB names, else the one here, else
-    (but not for serve) the service's, else the one that it is to make. An empty file counts
-    as missing, and nothing is opened or made. Raises OperatorError, StoreError, OSError."""
+    """The path of a command's database: the one that --db or HOSTENROLL_DB names, else the one in
+    this folder, else (but not for serve) the service's, else the one to create. An empty file
+    counts as missing. Nothing is opened or created. Raises OperatorError, StoreError, OSError."""
     path, folder = named or DEFAULT_DATABASE, os.path.dirname(SERVICE_DATABASE)
-    refusal = "" if named else refusal_of_strangers(folder)
-    here = Engine(path)
-    if here.file_sizes()[0] > 0 and not refusal:
+    refusal = "" if named else refusal_of_foreign_files(folder)
+    engine = Engine(path)
+    if engine.file_sizes()[0] > 0 and not refusal:
         return path
     if not named and command != "serve" and os.path.lexists(folder):
         if not os.access(folder, os.X_OK):
@@ -14292,7 +14314,7 @@ def find_database(command: str, named: Optional[str]) -> str:
     if refusal:
         raise OperatorError(refusal)
     if command not in DATABASE_MAKERS and not os.path.exists(key_file_beside(path)):
-        places = here.path + ("" if named else f", and no {SERVICE_DATABASE}")
+        places = engine.path + ("" if named else f", and no {SERVICE_DATABASE}")
         remedy = "name one with --db, or create one with serve or mint-token"
         remedy = how_to_continue(path) or remedy
         raise OperatorError(f"there is no database {places}: {remedy}")
@@ -14303,9 +14325,9 @@ def key_file_beside(database: str) -> str:
     return os.path.join(os.path.dirname(database), DEFAULT_KEY_FILE)
 
 
-def refusal_of_strangers(folder: str) -> str:
-    """Why root does not take the files here, or "". Who can write the database or knows the keys
-    can let in any host: so they must belong to root, or to the owner of the service's folder."""
+def refusal_of_foreign_files(folder: str) -> str:
+    """Why root must not use the files in this folder, or "". Whoever can write the database or
+    knows the keys can let in any host, so root or the service folder's owner must own both."""
     trusted = {0}
     if os.path.isdir(folder):
         trusted.add(os.stat(folder).st_uid)
@@ -14316,7 +14338,7 @@ def refusal_of_strangers(folder: str) -> str:
     return ""
 
 
-# What the command line calls those members of bodies and queries that it names otherwise.
+# The attributes of arguments for members of bodies and queries that the command line renames.
 OPTION_NAMES = {
     "intervalSeconds": "interval", "label": "where", "labels": "label", "maxUses": "max_uses",
     "signingKey": "signing_key", "sinceSeconds": "since", "mutedUntil": "mute",
@@ -14327,7 +14349,7 @@ OPTION_NAMES = {
 
 
 def unchecked_call(arguments: argparse.Namespace, operation: Operation, now: int) -> UncheckedCall:
-    """An operation with the values that a command's arguments name. Raises UsageError."""
+    """An operation with the values that the arguments of a command have. Raises UsageError."""
     schema = operation.query if operation.body is None else operation.body
     names = [name for name in schema.fields if name not in ("limit", "cursor", "named")]
     options = {name: getattr(arguments, OPTION_NAMES.get(name, name), None) for name in names}
@@ -14353,8 +14375,8 @@ def unchecked_call(arguments: argparse.Namespace, operation: Operation, now: int
 
 
 def user_name(environment: Mapping[str, str]) -> str:
-    """Who runs this, for the audit log: by the uid, which cannot be chosen as LOGNAME can. Under
-    sudo also who it was before, though root can set that."""
+    """The name of the user who runs this, for the audit log: the name of the uid, because a user
+    can choose LOGNAME, but not the uid. Under sudo also the user before, which root can forge."""
 
     def name_of(uid: int) -> str:
         with suppress(KeyError, OverflowError):  # no such user in this container
@@ -14369,9 +14391,9 @@ def user_name(environment: Mapping[str, str]) -> str:
 
 # Commands that are an operation.
 
-# The Service; None before the first server.
+# The Service row; None if no server has run yet.
 SERVICE_RULE = InternalRule(lambda registry, call, now: registry.queries.service(), writes=False)
-LOOK_UP = InternalRule(  # the row of a call that is named
+FIND_RULE = InternalRule(  # the row of the object that the call names
     lambda registry, call, now: registry.names.find(ALL_ORGANIZATIONS, cast("Named", call.named)),
     writes=False,
 )
@@ -14379,8 +14401,8 @@ DESTRUCTIVE = ("delete-host", "revoke-host", "revoke-token", "revoke-api-key", "
 
 
 def show(session: Session) -> None:
-    """What was done, in a sentence, or all of it. A new signing key's id stands alone on stdout.
-    While the token of a deleted host lets hosts in, the machine enrolls with it again."""
+    """Report what was done in a sentence, or the whole document. The token of a deleted host may
+    still enroll hosts: then the report says that the machine can enroll again."""
     document, command = session.perform(), session.command
     if not command.outcome:
         session.report(document, describe(document, session.now(), session.screen))
@@ -14393,21 +14415,21 @@ def show(session: Session) -> None:
             f"its token {id} can enroll {hosts}, so the machine can come back: to prevent that, "
             f"revoke-token {id}"
         )
-    shown = document["kid"] if command.name == "rotate-signing-key" else None
+    shown = document["kid"] if command.name == "rotate-signing-key" else None  # stands alone
     session.report(document, shown, *facts)
 
 
 def show_host(session: Session) -> None:
-    """What a host is and why, in a headline and a reason; the facts that it has; its last events,
-    as far as one page of the log reaches."""
+    """Show a host: its status and the reason in a headline, then its facts, then its last events,
+    as far as one page of the audit log reaches."""
     call, now = session.call(), session.now()
     with session.backend(writes=False) as backend:
         host = backend.perform(call)
-        about = {"subject": f"host:{host['id']}", "limit": str(HISTORY_SHOWN)}
-        events = backend.perform(UncheckedCall(OPERATION["show-audit"], about))["events"]
-    status, above = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
+        query = {"subject": f"host:{host['id']}", "limit": str(HISTORY_SHOWN)}
+        events = backend.perform(UncheckedCall(OPERATION["show-audit"], query))["events"]
+    status, in_head = host["status"], ("name", "status", "statusSince", "statusReason", "warnings")
     age = f" for {age_of(host['statusSince'], now)}" if host["statusSince"] else ""
-    facts = {name: value for name, value in host.items() if name not in above and value}
+    facts = {name: value for name, value in host.items() if name not in in_head and value}
     state = session.screen.paint(plain_text(status), status)
     lines = [f"{plain_text(host['name'])}: {state}{age}"]
     lines += map(plain_text, [host["statusReason"], *host["warnings"]])
@@ -14418,8 +14440,8 @@ def show_host(session: Session) -> None:
 
 
 def act_on_hosts(session: Session) -> Optional[int]:
-    """On one host at once; on several, or on the hosts that filters find, after a yes and in short
-    ticks, beside a server. Exit status 3 where there are no such hosts."""
+    """Act on one host at once. On several hosts, or on hosts that filters find, act only after a
+    yes, and in short ticks, because a server may run, too. Returns the exit status."""
     arguments, call, action = session.arguments, session.call(), session.command.name[:-5]
     filters = unchecked_call(arguments, OPERATION["list-hosts"], session.now())
     words = [*dict.fromkeys(arguments.id)]
@@ -14433,8 +14455,8 @@ def act_on_hosts(session: Session) -> Optional[int]:
     filters.checked()
     with session.backend(writes=not arguments.dry_run) as backend:
         if filters.values:
-            found = chain.from_iterable(pages(session, backend, filters))
-            words = [host["id"] for host in found]
+            hosts = chain.from_iterable(pages(session, backend, filters))
+            words = [host["id"] for host in hosts]
         elif arguments.dry_run or session.asks_first or len(words) > ACTED_AT_ONCE // 2:
             titles = dict(backend.find(session.named(word)) for word in words)
             words = [*titles]
@@ -14454,7 +14476,7 @@ def act_on_hosts(session: Session) -> Optional[int]:
 def act_in_steps(
     session: Session, backend: Backend, words: Sequence[str], values: Mapping[str, Any], count: str
 ) -> Optional[int]:
-    """On a part of the hosts in a tick; what is done stays, when a later tick is refused."""
+    """Act on a part of the hosts in each tick. What is done stays done if a later tick fails."""
     total: dict[str, Any] = {"done": 0, "notFound": []}
     act = UncheckedCall(OPERATION["act-on-hosts"], {**values, "hosts": []})
     step = ACTED_AT_ONCE // 2
@@ -14474,7 +14496,7 @@ def is_at_terminal() -> bool:
 
 
 def service_of(backend: Backend) -> ServiceInfo:
-    """Where hosts find the servers. Raises StorageUnavailable."""
+    """The URL and pins of the servers. Raises StorageUnavailable."""
     service = backend.perform(UncheckedCall(OPERATION["show-service"]))
     return service_info(service["publicUrl"], service["pin"] or "")
 
@@ -14482,9 +14504,9 @@ def service_of(backend: Backend) -> ServiceInfo:
 def mint_token(session: Session) -> None:
     call, is_person, now = session.call(), is_at_terminal(), session.now()
     with session.backend() as backend:
-        on_first = "no server has run on this database yet: run serve"
-        server, remarks = service_of(backend), backend.remarks(on_first if is_person else "")
-        token = backend.perform(call)  # last: who fails has minted nothing
+        before_first = "no server has run on this database yet: run serve"
+        server, remarks = service_of(backend), backend.remarks(before_first if is_person else "")
+        token = backend.perform(call)  # last, so that a command that fails has minted nothing
     output_secret(session, token, "token", "token")
     if not session.arguments.json:
         uses = "1 host" if token["maxUses"] == 1 else f"{token['maxUses']} hosts"
@@ -14507,13 +14529,13 @@ def mint_api_key(session: Session) -> None:
     call = session.call()
     with session.backend() as backend:
         url = service_of(backend).url
-        if backend.name and not arguments.typed & {"--org", "--all-orgs"}:  # one's own first
-            own = backend.perform(UncheckedCall(OPERATION["show-me"]))["organizationId"]
-            values = {**call.values, "organizationId": own or DEFAULT_ORGANIZATION}
+        if backend.name and not arguments.typed & {"--org", "--all-orgs"}:  # the caller's own
+            organization = backend.perform(UncheckedCall(OPERATION["show-me"]))["organizationId"]
+            values = {**call.values, "organizationId": organization or DEFAULT_ORGANIZATION}
             call = call._replace(values=values)
         key = backend.perform(call)
     if arguments.link:
-        key["link"] = f"{url}/#key={key['apiKey']}"  # browsers send no fragment
+        key["link"] = f"{url}/#key={key['apiKey']}"  # browsers send no fragment to a server
     output_secret(session, key, "link" if arguments.link else "apiKey", "API key")
     if not session.arguments.json:
         facts = f"{key['role']} of {key['organizationId'] or 'all organizations'}"
@@ -14529,8 +14551,8 @@ def agent_command(session: Session) -> None:
 
 
 def list_items(session: Session) -> None:
-    """A list, page by page: a million hosts need no more memory than a thousand. Of a feed each
-    item is a line of JSON, so that it can be followed."""
+    """Show a list, page by page, so that a million hosts need no more memory than a thousand. In
+    JSON, each item of a feed is a line, so that a program can follow the feed."""
     arguments, name = session.arguments, session.operation.list_of
     form, counts = "json" if arguments.json else arguments.form or "table", Counter[str]()
     is_screen = form == "table" and session.screen.columns is not None
@@ -14552,7 +14574,7 @@ def list_items(session: Session) -> None:
         try:
             for text in list_text(session, chain([first], batches), form, is_feed, counts):
                 print(text, end="", flush=True)
-        except BrokenPipeError:  # its reader has read enough
+        except BrokenPipeError:  # the reader has read enough
             discard(sys.stdout)
             return
         remarks = backend.remarks() if form == "table" and name == "hosts" else ()
@@ -14568,17 +14590,18 @@ def list_text(
     session: Session, batches: Iterable[list[dict[str, Any]]], form: str, is_feed: bool,
     counts: Counter[str],
 ) -> Iterator[str]:  # fmt: skip
-    """The text of a list in the form that -o names; of a table, counts has the states."""
+    """The parts of a list's text in a form, one of those of -o. For a table, the states of its
+    items are counted in counts."""
     operation, documents = session.operation, chain.from_iterable(batches)
     if form == "table":
         table = Table(operation.columns, session.screen)
-        for each in batches:
-            counts.update(one.get("status") or one.get("state") or "" for one in each)
-            yield f"{table.add(each, session.now())}\n"
+        for batch in batches:
+            counts.update(item.get("status") or item.get("state") or "" for item in batch)
+            yield f"{table.add(batch, session.now())}\n"
     elif form == "csv":
         members = list(cast("Document", operation.answer).schema.fields)
         yield csv_line(members)
-        yield from (csv_line([each.get(it) for it in members]) for each in documents)
+        yield from (csv_line(map(document.get, members)) for document in documents)
     elif form == "name":
         yield from (f"{plain_text(name_to_type(document))}\n" for document in documents)
     elif is_feed:
@@ -14588,9 +14611,9 @@ def list_text(
 
 
 def name_to_type(document: Mapping[str, Any]) -> Any:
-    """What a script types for it. A machine that calls itself --all, or "a b", or by the id of
-    another host would have the script act on others: such a host goes by its id."""
-    name = document.get("name")  # of a newer server it may be anything
+    """What a script types for an object: its name, if the name is safe, else its id. A machine may
+    call itself --all, "a b", or the id of another host: a script would then act on other hosts."""
+    name = document.get("name")  # a newer server may send any value
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) and not ID.fullmatch(name):
         return name
     return next(filter(None, map(document.get, ["kid", "id", "number", "cursor"])), "")
@@ -14598,7 +14621,7 @@ def name_to_type(document: Mapping[str, Any]) -> Any:
 
 def summary_line(name: str, counts: Mapping[str, int]) -> str:
     """How many items a list has, and how many of them in each state."""
-    total, noun = sum(counts.values()), words_of(name)
+    total, noun = sum(counts.values()), readable_name(name)
     known = (*REPORTED_STATUSES, *STATUSES, *filter(None, counts))
     order = filter(counts.get, dict.fromkeys(known))
     states = ", ".join(f"{counts[state]:,} {plain_text(state)}" for state in order)
@@ -14609,7 +14632,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # where a spreadsheet runs what a ce
 
 
 def csv_line(values: Iterable[Any]) -> str:
-    """By RFC 4180. Machines say what they are called, so no cell begins as a formula does."""
+    """A line of CSV (RFC 4180). Machines choose their names, so no cell begins like a formula."""
     cells, line = [], io.StringIO()
     for value in values:
         text = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -14621,13 +14644,13 @@ def csv_line(values: Iterable[Any]) -> str:
 
 
 def pages(session: Session, backend: Backend, call: UncheckedCall) -> Iterator[list[Any]]:
-    """The items that are asked for, as many as --limit says, some at a time. Where few are found
-    for long the progress line shows it; else what is printed shows it."""
+    """The items of a list, at most --limit of them, in parts. While a part takes long, the progress
+    line shows how many items were found."""
     left = getattr(session.arguments, "limit", None) or LAST_ID
     follows = getattr(session.arguments, "follow", False)
     operation, values, is_last = call.operation, dict(call.values), False
     is_feed, end = operation.list_of == "changes" or "after" in values, 0
-    if is_feed and not follows:  # of a feed only the end is known, and it moves
+    if is_feed and not follows:  # the end of a feed moves, so stop where it is now
         end = feed_number(backend.perform(UncheckedCall(operation, {"after": "now", "limit": "1"})))
     while not is_last:
         items: list[dict[str, Any]] = []
@@ -14653,8 +14676,8 @@ def pages(session: Session, backend: Backend, call: UncheckedCall) -> Iterator[l
 
 
 def perform_with_retries(backend: Backend, call: UncheckedCall) -> Any:
-    """The document. Who follows a feed and has seen some of it waits for a server that restarts,
-    with one line of what fails. Raises what the backend raises."""
+    """The document of a call. A call that follows a feed, after its first page, is repeated until
+    a server that restarts is back; one line says what fails. Raises what the backend raises."""
     pause = 0
     while True:
         try:
@@ -14670,14 +14693,14 @@ def perform_with_retries(backend: Backend, call: UncheckedCall) -> Any:
 
 
 def feed_number(page: Mapping[str, Any]) -> int:
-    """The number in the cursor of a part of a feed. Raises OperatorError."""
+    """The number in the cursor of a page of a feed. Raises OperatorError."""
     if not re.fullmatch(FEED_CURSOR.pattern, str(page.get("cursor"))):
         raise OperatorError("the answer has no cursor: check the URL of the server")
     return int(page["cursor"].rpartition("-")[2])
 
 
 def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
-    """A list as the API has it on one page, an item a line."""
+    """A list in JSON as the API would send it on one page, with one line for each item."""
     yield f'{{\n  "{name}": ['
     separator = ""
     for documents in filter(None, batches):
@@ -14686,12 +14709,10 @@ def json_list(name: str, batches: Iterable[list[dict[str, Any]]]) -> Iterator[st
     yield ("\n  ]" if separator else "]") + ',\n  "nextCursor": null\n}\n'
 
 
-# Commands of their own.
+# Commands that are not operations.
 
 
-def serve(session: Session) -> None:
-    """Answer until SIGTERM or SIGINT."""
-    arguments = session.arguments
+def check_tls_options(arguments: argparse.Namespace) -> None:
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key need each other: make-cert creates a pair")
     is_https = "https:" in (arguments.public_url or "")
@@ -14702,11 +14723,17 @@ def serve(session: Session) -> None:
         raise UsageError("--next-pin and --pin always need --tls-cert or --tls-pin-cert")
     if arguments.next_pin and arguments.pin == "never":
         raise UsageError("--pin never excludes --next-pin: leave one of them out")
+
+
+def serve(session: Session) -> None:
+    """Run a server until SIGTERM or SIGINT."""
+    arguments = session.arguments
+    check_tls_options(arguments)
     with suppress(OSError, AttributeError):
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)  # what compiling this file took: glibc keeps it
-        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: each thread would have 64 MiB of addresses
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps the memory that compiling this file took
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: each thread would reserve 64 MiB
     handler = LogHandler(arguments.log_format == "json", session.environment)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -14727,16 +14754,16 @@ def serve(session: Session) -> None:
         signal.signal(signal.SIGHUP, server.reload)
         values = {"url": arguments.public_url or server.url}
         registry.perform(Call(START_SERVICE, values=values), session.now())
-        greet(session, server)
-        offer_page(session, registry, values["url"])
+        announce_start(session, server)
+        announce_page(session, registry, values["url"])
         with server.woken_by_signals():
             server.serve_forever()
-        for number in STOP_SIGNALS:  # a second one must not spoil the exit status
+        for number in STOP_SIGNALS:  # a second signal must not change the exit status
             signal.signal(number, signal.SIG_IGN)
 
 
 def listen(session: Session, registry: Registry) -> Server:
-    """The server that the arguments describe. Raises OperatorError."""
+    """Make the server that the arguments describe. Raises OperatorError."""
     arguments, environment = session.arguments, session.environment
     connections = fit_connections(CONNECTIONS_MAXIMUM)
     if connections < CONNECTIONS_MAXIMUM:
@@ -14783,7 +14810,7 @@ def tls_loader(arguments: argparse.Namespace, service: ServiceRecord) -> Optiona
     return load if file else None
 
 
-def greet(session: Session, server: Server) -> None:
+def announce_start(session: Session, server: Server) -> None:
     if server.is_in_the_clear:
         log.warning("other machines can connect, and without TLS their secrets are not encrypted")
     if server.host != server.server_name and not session.arguments.public_url:
@@ -14801,8 +14828,8 @@ def greet(session: Session, server: Server) -> None:
     inform(f"next, in another terminal: {mint}")
 
 
-def offer_page(session: Session, registry: Registry, url: str) -> None:
-    """Say where the page is; on a terminal, while there is no API key, with one that signs in."""
+def announce_page(session: Session, registry: Registry, url: str) -> None:
+    """On a terminal, print the page's URL; if there is no API key yet, a link that signs in."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     if session.arguments.log_format == "json" or not is_terminal:
         return
@@ -14816,7 +14843,7 @@ def offer_page(session: Session, registry: Registry, url: str) -> None:
 
 
 def check_audit(session: Session) -> None:
-    """The head of the audit log on stdout. Raises OperatorError for one that was changed."""
+    """Verify the audit log, and print its head. Raises OperatorError if the log was changed."""
     head = session.arguments.head
     with session.progress() as progress, session.open(purpose="read") as registry:
         verified = verify_audit(registry.engine, registry.keys.keyring, head, progress)
@@ -14846,7 +14873,7 @@ def run_backup(session: Session) -> None:
                     registry.backup(folder, progress)
             database, key_file = registry.copies_in(os.path.realpath(folder))
     except OSError as error:
-        name = error.filename if isinstance(error.filename, str) else ""  # it may be a descriptor
+        name = error.filename if isinstance(error.filename, str) else ""  # or it is a descriptor
         path = os.path.join(folder, name)
         raise OperatorError(f"cannot copy to {path}: {error.strerror}") from error
     copied = f"copied the database to {database} and its keys to {key_file}: keep both secret"
@@ -14870,7 +14897,7 @@ def accept_history(session: Session) -> None:
 
 
 def print_inventory(session: Session) -> None:
-    """What Ansible asks an inventory script for."""
+    """Print what Ansible expects of an inventory script: all hosts, or the variables of one."""
     document, host = session.perform(), session.arguments.host
     if host is not None:
         document = document["_meta"]["hostvars"].get(host, {})
@@ -14879,9 +14906,10 @@ def print_inventory(session: Session) -> None:
 
 def run_check(session: Session) -> Optional[int]:
     arguments = session.arguments
-    if arguments.ready is not None:  # no secret is sent
-        here = f"http://{DEFAULT_HOST}:{session.environment.get('HOSTENROLL_PORT') or DEFAULT_PORT}"
-        url, pins = here if arguments.ready is True else arguments.ready, arguments.pin or ()
+    if arguments.ready is not None:  # plain http is allowed, because no secret is sent
+        port = session.environment.get("HOSTENROLL_PORT") or DEFAULT_PORT
+        url = f"http://{DEFAULT_HOST}:{port}" if arguments.ready is True else arguments.ready
+        pins = arguments.pin or ()
         client = Client(url, pins=pins, cacert=arguments.cacert or "", insecure_http=True)
         if client.request("GET", READY.path)[0] != HTTPStatus.OK:
             raise OperatorError(f"{client.name} is not ready")
@@ -14899,7 +14927,7 @@ def run_check(session: Session) -> Optional[int]:
 def watch(session: Session) -> None:
     """Report changes until SIGTERM or SIGINT."""
     arguments, path = session.arguments, session.arguments.state
-    session.client()  # before anything is reported
+    session.client()  # raises errors in the options before anything is reported
     deliver = delivery_of(session)
     if arguments.test:
         deliver(message("test", "this is a test of hostenroll: it works", session.clock()))
@@ -14929,7 +14957,7 @@ def watch(session: Session) -> None:
 
 
 def delivery_of(session: Session) -> Callable[[str], None]:
-    """The way to report that the arguments name. Raises OperatorError."""
+    """A function that delivers messages as the arguments say. Raises OperatorError, UsageError."""
     arguments, url, secret = session.arguments, session.arguments.webhook, b""
     if arguments.secret_file and not url:
         raise UsageError("--secret-file needs --webhook")
@@ -14952,7 +14980,7 @@ def print_unit(session: Session) -> None:
         output(SOCKET_UNIT if arguments.socket else TIMER_UNIT, end="")
         return
 
-    def word(text: str) -> str:  # systemd.syntax(7), and the specifiers of systemd.unit(5)
+    def word(text: str) -> str:  # quoted: systemd.syntax(7), and the specifiers of systemd.unit(5)
         escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
         return f'"{escaped}"'
 
@@ -14965,7 +14993,7 @@ def print_unit(session: Session) -> None:
         command, words, lines = "backup", [folder, "--keep", str(BACKUPS_KEPT)], BACKUP_LINES
         if arguments.dynamic_user:
             raise UsageError("with --dynamic-user each unit has a user of its own: not --backup")
-    # Variables are replaced in arguments, not in the path of the program: systemd.service(5).
+    # systemd replaces variables in arguments, but not in the program's path: systemd.service(5).
     path, *options = (word(each).replace("$", "$$") for each in (program, *words))
     start = " ".join([word(sys.executable), path, command, *options])
     typed = shlex.join([sys.executable, program])
@@ -14974,11 +15002,11 @@ def print_unit(session: Session) -> None:
     for of_serve, of_other in lines.items():
         text = text.replace(of_serve, of_other)
     output(text.replace("@FOLDER@", word(folder)), end="")
-    what_unit_needs(arguments.dynamic_user, program, folder)
+    report_unit_needs(arguments.dynamic_user, program, folder)
 
 
-def what_unit_needs(has_user: bool, program: str, folder: str) -> None:
-    """What is missing on this machine, on stderr."""
+def report_unit_needs(has_user: bool, program: str, folder: str) -> None:
+    """Say on stderr what the unit needs and this machine does not have yet."""
     with suppress(KeyError):
         has_user |= pwd.getpwnam(SERVICE_USER).pw_uid not in DYNAMIC_USERS
     if not has_user:
@@ -14992,7 +15020,7 @@ def what_unit_needs(has_user: bool, program: str, folder: str) -> None:
             inform(f"the service cannot read {path}: put it in /usr/local/lib or so")
 
 
-# No names of hosts: machines say them, and compgen expands its words as a shell does.
+# Names of hosts are not completed: machines choose them, and compgen expands words as a shell does.
 COMPLETION = string.Template("""\
 _hostenroll() {
   local words="" word="$${COMP_WORDS[COMP_CWORD]}" before=""
@@ -15009,7 +15037,7 @@ ZSH_COMPLETION = "autoload -Uz compinit bashcompinit && compinit && bashcompinit
 
 
 def print_completion(session: Session) -> None:
-    """Commands, their options, and the words that these take; else the shell completes files."""
+    """Print what completes commands, options and their words; else the shell completes files."""
     lines = []
     for command in COMMANDS:
         for argument in command.arguments:
@@ -15032,19 +15060,16 @@ def make_cert(session: Session) -> None:
         raise OperatorError("--tls-cert and --tls-key name the same file")
     make_pair(certificate, key, arguments.name[0], names, arguments.days)
     pin = read_certificate(load_tls(certificate, key)[1][0], certificate).pin
-    made = {"certificate": certificate, "key": key, "pin": pin}
+    document = {"certificate": certificate, "key": key, "pin": pin}
     files = f"--tls-cert {shlex.quote(certificate)} --tls-key {shlex.quote(key)}"
     command = f"{session.program} serve {files}"
-    session.report(made, None, f"made {certificate} and {key}; its pin is {pin}; now", command)
+    session.report(document, None, f"made {certificate} and {key}; its pin is {pin}; now", command)
 
 
-def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
-    """Make a self-signed certificate and its key, in new files. Raises OperatorError."""
-    for path in (certificate, key):
-        if os.path.lexists(path):
-            raise OperatorError(f"{path} exists already: remove it, or name another file")
-    # Not the system's configuration of openssl, which makes authorities: who imports one for a page
-    # trusts its key for every name.
+def run_openssl(subject: str, names: Sequence[str], days: int) -> dict[str, str]:
+    """A new self-signed certificate and its key, in PEM by their kind. Raises OperatorError."""
+    # The system's configuration of openssl is not used, because it makes authorities: whoever
+    # imports an authority for the page trusts its key for every name.
     config = (
         "[req]\ndistinguished_name=req\nx509_extensions=server\n[server]\n"
         "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
@@ -15056,34 +15081,42 @@ def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], da
         *("-config", "/dev/stdin", "-keyout", "/dev/stdout"),
     ]
     try:
-        run = subprocess.run(command, input=config, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, input=config, capture_output=True, text=True, check=False)
     except OSError as error:
         raise OperatorError(
             f"cannot make a certificate: cannot run openssl ({error.strerror}): "
             "make a pair on another machine, and copy it here"
         ) from error
-    pair = {found[1]: f"{found[0]}\n" for found in PEM.finditer(run.stdout)}
-    if run.returncode or len(pair) != 2:
-        # The reason stands last, but for signs of life: dots, and a line of dashes.
-        reasons = [line for line in run.stderr.splitlines() if line.strip("-.+* ")]
-        reason = (reasons or [f"openssl ended with {run.returncode}"])[-1]
+    pair = {match[1]: f"{match[0]}\n" for match in PEM.finditer(result.stdout)}
+    if result.returncode or len(pair) != 2:
+        # The reason is the last line, apart from progress output: dots, and a line of dashes.
+        reasons = [line for line in result.stderr.splitlines() if line.strip("-.+* ")]
+        reason = (reasons or [f"openssl ended with {result.returncode}"])[-1]
         raise OperatorError(f"cannot make a certificate: {reason}")
-    made: list[str] = []
+    return pair
+
+
+def make_pair(certificate: str, key: str, subject: str, names: Sequence[str], days: int) -> None:
+    """Make a self-signed certificate and its key, in new files. Raises OperatorError."""
+    for path in (certificate, key):
+        if os.path.lexists(path):
+            raise OperatorError(f"{path} exists already: remove it, or name another file")
+    pair, created = run_openssl(subject, names, days), list[str]()
     files = (key, "PRIVATE KEY", PRIVATE_MODE), (certificate, "CERTIFICATE", 0o644)
     try:
         for path, kind, mode in files:
             with open(create_file(path, mode), "w", encoding="ascii") as file:
-                made.append(path)
+                created.append(path)
                 file.write(pair[kind])
     except OSError as error:
-        for file_made in made:  # or the next try would find them there
-            os.remove(file_made)
+        for leftover in created:  # or the next attempt would refuse, because they exist
+            os.remove(leftover)
         raise OperatorError(f"cannot make {path}: {error.strerror}") from error
 
 
 def subject_alternative_name(name: str) -> str:
-    """A server's name or address as openssl wants it. Raises OperatorError."""
-    if "%" not in name:  # a zone belongs to one machine, and may be any text
+    """The name or address of a server, as openssl expects it. Raises OperatorError."""
+    if "%" not in name:  # the zone of an address belongs to one machine, and may be any text
         with suppress(ValueError):
             return f"IP:{ipaddress.ip_address(name)}"
     label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -15092,7 +15125,7 @@ def subject_alternative_name(name: str) -> str:
     return f"DNS:{name}"
 
 
-# bench: a scratch fleet in a temporary folder, the real server on it, and the load from here.
+# bench makes a scratch fleet in a temporary folder, starts the real server, and sends it requests.
 
 HEARTBEAT_REQUEST = (
     b"POST /api/agent/heartbeat HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: curl/8.5.0\r\n"
@@ -15102,7 +15135,7 @@ BENCH_RULE = f"hosts: as many as {BENCH_SHARE:.0%} of a core answers, each every
 
 
 def bench(session: Session) -> None:
-    """Measure the shipped agent's way first, TLS with a connection each, then kept alive."""
+    """Measure heartbeats as agents send them, each on a TLS connection, then on kept-alive ones."""
     arguments = session.arguments
     fit_connections(arguments.connections)
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up as after a Ctrl-C
@@ -15125,8 +15158,8 @@ def bench(session: Session) -> None:
 
 
 def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
-    """Enroll hosts by the rules, BENCH_BATCH in a transaction: rows and history are those of a real
-    fleet. Returns heartbeats of all in turn, in random order, for ever."""
+    """Enroll hosts by the rules, BENCH_BATCH in a transaction, so that rows and history are those
+    of a real fleet. Returns heartbeats of all hosts in random order, again and again."""
     by, hosts = Principal("cli:bench", ALL_ORGANIZATIONS, "admin"), session.arguments.hosts
     files = [os.path.join(folder, name) for name in (DEFAULT_DATABASE, DEFAULT_KEY_FILE)]
     facts = {COLUMNS[fact.name]: fact.name for fact in FACTS}
@@ -15142,7 +15175,7 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
             values = ({"token": token, "hostname": name, "facts": facts} for name in names)
             batch = [Call(OPERATION["enroll"], values=each) for each in values]
             new = [enrolled.host.id for enrolled in registry.run(batch, now) or ()]
-            fleet.extend(new)  # and where they are is known by a first heartbeat:
+            fleet.extend(new)  # their first heartbeats tell the registry their addresses:
             registry.run([heartbeat_of(claims._replace(host=host), origin) for host in new], now)
             registry.after_tick()
             progress(len(fleet), hosts)
@@ -15152,20 +15185,22 @@ def make_fleet(session: Session, folder: str) -> Iterator[bytes]:
     return (HEARTBEAT_REQUEST % credential.encode("ascii") for credential in credentials)
 
 
+def cpu_ticks(process: int) -> int:
+    """The CPU time that a process has taken, in clock ticks: proc(5)."""
+    with open(f"/proc/{process}/stat", "rb") as file:
+        return sum(map(int, file.read().rpartition(b")")[2].split()[11:13]))
+
+
 def measure(
     session: Session, folder: str, requests: Iterator[bytes], way: str, pair: Sequence[str]
 ) -> dict[str, Any]:
-    """Load a server for --seconds, after half as long to fill its caches. Raises OperatorError."""
+    """Measure a server for --seconds, after half that time to fill its caches. way: the name of the
+    measurement; pair: the certificate and key, if over TLS. Raises OperatorError."""
     connections, seconds = session.arguments.connections, session.arguments.seconds
     ours = (ENVIRONMENT_PREFIX, "NOTIFY_SOCKET", "LISTEN_")
     clean = {n: text for n, text in session.environment.items() if not n.startswith(ours)}
     tls = [f"{option}={path}" for option, path in zip(("--tls-cert", "--tls-key"), pair)]
     command = [sys.executable, os.path.abspath(__file__), "serve", "--port=0", *tls]
-
-    def cpu_ticks(process: int) -> int:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return sum(map(int, file.read().rpartition(b")")[2].split()[11:13]))  # proc(5)
-
     with subprocess.Popen(command, cwd=folder, env=clean, stderr=subprocess.PIPE) as server:
         try:
             line, listens, log = b"", None, cast("BinaryIO", server.stderr)
@@ -15174,7 +15209,7 @@ def measure(
                 if not line:
                     raise OperatorError(f"the server does not start: {last.decode()}")
                 listens = re.search(rb" listens on https?://\S+:([0-9]+)\n", line)
-            threading.Thread(target=log.read, daemon=True).start()  # so that it never waits for us
+            threading.Thread(target=log.read, daemon=True).start()  # or a full pipe would stop it
             load = partial(closed_loop, int(listens[1]), requests, connections)
             with session.progress(f"measuring {way}") as progress:
                 progress(load(seconds / 2, *pair[:1]), 0)
@@ -15185,18 +15220,18 @@ def measure(
             raise OperatorError(f"the load was interrupted: {error}") from error
         finally:
             server.terminate()
-    each = ticks / os.sysconf("SC_CLK_TCK") / answered
+    cpu_seconds = ticks / os.sysconf("SC_CLK_TCK") / answered
     return {
         "way": way,
         "perSecond": round(answered / seconds),
-        "serverCpuMicroseconds": round(each * 1e6, 1),
-        "hostsAt30Seconds": int(BENCH_SHARE / each * 30),
-        "hostsAt60Seconds": int(BENCH_SHARE / each * 60),
+        "serverCpuMicroseconds": round(cpu_seconds * 1e6, 1),
+        "hostsAt30Seconds": int(BENCH_SHARE / cpu_seconds * 30),
+        "hostsAt60Seconds": int(BENCH_SHARE / cpu_seconds * 60),
     }
 
 
 class Argument(NamedTuple):
-    """One argument of a command, as argparse takes it. Of one group only one can be given."""
+    """An argument of a command, as argparse takes it. Arguments of one group exclude each other."""
 
     name: str
     options: dict[str, Any]
@@ -15208,7 +15243,7 @@ class Argument(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The variable in the environment that stands in for it."""
+        """The environment variable that sets this argument, if it was not typed."""
         return ENVIRONMENT_PREFIX + self.attribute.upper()
 
 
@@ -15231,7 +15266,7 @@ def flag(name: str, help: str, group: str = "", **more: Any) -> Argument:
 
 # fmt: off
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "default": "no", "metavar": "no",
-                          "type": lambda text: FLAGS[one_of(*FLAGS)(text)]}
+                          "type": lambda text: FLAG_WORDS[one_of(*FLAG_WORDS)(text)]}
 STORE_OPTIONS = (
     option("--db", "FILE", "the database (hostenroll.db, or the service's)", file_name),
     option("--key-file", "FILE", "the keys (hostenroll.key beside the database)", file_name),
@@ -15314,13 +15349,13 @@ INTERVAL_OPTION = option("--interval", "TIME", "time between its hosts' heartbea
 
 
 class Command(NamedTuple):
-    """What people type. An operation of the same name has its summary, what it takes and does."""
+    """A command that people type. It performs the operation of its name, if there is one."""
 
     name: str
     example: str
     run: Callable[[Session], Optional[int]]
     own_arguments: Sequence[Argument] = ()
-    outcome: str = ""  # of show(): a sentence, with members of the document in braces
+    outcome: str = ""  # the sentence of show(), with members of the document in braces
     own_summary: str = ""
     shared: Sequence[Argument] = (JSON_OPTION, *STORE_OPTIONS)
 
@@ -15337,15 +15372,15 @@ class Command(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        operands = [each.options for each in self.arguments if each.name[0] != "-"]
+        operands = [argument.options for argument in self.arguments if argument.name[0] != "-"]
         return [f"{each['metavar']}{' ...' if 'nargs' in each else ''}" for each in operands]
 
     def outcome_text(self, document: Mapping[str, Any]) -> str:
-        """What it has done."""
+        """The sentence that says what the command has done."""
         return self.outcome.format(**{name: plain_text(v) for name, v in document.items()})
 
     def argument_of(self, member: str) -> str:
-        """The option or operand of a member of a body or query."""
+        """The option or operand that sets a member of a body or query."""
         for each in self.arguments:
             if each.attribute == OPTION_NAMES.get(member, member):
                 return each.name if each.name[0] == "-" else str(each.options["metavar"])
@@ -15532,38 +15567,57 @@ COMMANDS = tuple(chain.from_iterable(GROUPS.values()))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """A question about which option or command was meant; "" when nothing is like it."""
-    word = {"--label": "--where", "--where": "--label"}.get(word, word)  # as commands differ
-    alike = [name for name in known if word and word in name]
-    if not alike:
-        from difflib import get_close_matches  # only a mistake is worth its hundredth of a second
+    """A question whether a similar option or command was meant; "" if there is no similar one."""
+    word = {"--label": "--where", "--where": "--label"}.get(word, word)  # some take the other
+    similar = [name for name in known if word and word in name]
+    if not similar:
+        from difflib import get_close_matches  # takes 10 ms: imported only after a mistake
 
-        alike = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {' or '.join(alike)}?" if 0 < len(alike) <= 4 else ""
+        similar = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {' or '.join(similar)}?" if 0 < len(similar) <= 4 else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with complaints of one line that says what to type next."""
+    """A parser whose complaints are one line that says what to type next."""
 
     def __init__(self, typed: set[str], **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
-        self.color = False  # Python 3.14 has it; here only states have a colour
-        self.variables: dict[str, str] = {}  # by option: the environment's variable that set it
+        self.color = False  # no colours in help, which Python 3.14 has: only states have a colour
+        self.variables: dict[str, str] = {}  # options, and the environment variables that set them
         self._typed = typed
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's, which raises for a broken pipe before Python 3.12."""
+        """Replaces argparse's method, which raises for a broken pipe before Python 3.12."""
         if message:
             output(message, end="")
 
     def error(self, message: str) -> NoReturn:
-        """Raises SystemExit. A value that was not typed came from the environment."""
+        """Complain and raise SystemExit. A bad value that was not typed is from the environment."""
         name, colon, rest = re.sub("argument (?=-)", "", message).partition(": ")
         name = name if name in self._typed else self.variables.get(name, name)
         text = f"{name}{colon}{rest}".replace("the following arguments are required:", "this needs")
         complain(f"{text} (see: {self.prog} --help)")
         self.exit(EXIT_USAGE)
+
+
+def add_arguments(
+    parser: Parser, command: Command, typed: set[str], environment: Mapping[str, str]
+) -> None:
+    """Add the arguments of a command to its parser, with their settings in the environment."""
+    parser.set_defaults(command=command, typed=typed)
+    groups = {each.group: parser.add_mutually_exclusive_group() for each in command.arguments}
+    for argument in command.arguments:
+        into = groups[argument.group] if argument.group else parser
+        into.add_argument(argument.name, **argument.options)
+        # What is typed wins: --db over HOSTENROLL_SERVER, and --server over HOSTENROLL_DB.
+        names = {argument.name}
+        names |= {"--server"} if argument in STORE_OPTIONS else set()
+        names |= {"--db", "--key-file"} if argument in CLIENT_OPTIONS else set()
+        takes_setting = argument in SETTINGS and not names & typed
+        if takes_setting and environment.get(argument.setting):
+            parser.set_defaults(**{argument.attribute: environment[argument.setting]})
+            parser.variables[argument.name] = argument.setting
 
 
 def make_parser(
@@ -15595,24 +15649,12 @@ def make_parser(
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             epilog=f"example: {program} {command.example}\n\n{EXIT_STATUSES}",
         )
-        sub.set_defaults(command=command, typed=typed)
-        groups = {each.group: sub.add_mutually_exclusive_group() for each in command.arguments}
-        for argument in command.arguments:
-            into = groups[argument.group] if argument.group else sub
-            into.add_argument(argument.name, **argument.options)
-            # What is typed wins: a database over a server, and a server over a database.
-            names = {argument.name}
-            names |= {"--server"} if argument in STORE_OPTIONS else set()
-            names |= {"--db", "--key-file"} if argument in CLIENT_OPTIONS else set()
-            is_open = argument in SETTINGS and not names & typed
-            if is_open and environment.get(argument.setting):
-                sub.set_defaults(**{argument.attribute: environment[argument.setting]})
-                sub.variables[argument.name] = argument.setting
+        add_arguments(sub, command, typed, environment)
     return parser, parsers
 
 
 def unknown_settings(environment: Mapping[str, str]) -> list[str]:
-    """Complaints about what looks like a setting, but is not one."""
+    """Complaints about environment variables that look like settings, but are none."""
     names = {name for name in environment if name.startswith(ENVIRONMENT_PREFIX)}
     unknown = sorted(names - {argument.setting for argument in SETTINGS})
     return [f"{sanitize(name)} in the environment sets nothing" for name in unknown]
@@ -15621,7 +15663,7 @@ def unknown_settings(environment: Mapping[str, str]) -> list[str]:
 def parse_arguments(
     words: Sequence[str], environment: Mapping[str, str], program: str = "hostenroll"
 ) -> argparse.Namespace:
-    """Raises SystemExit, after help, or a line about what is wrong."""
+    """The parsed words. Raises SystemExit after help, the version, or a line about a mistake."""
     words = [*words[1:2], "--help"] if words[:1] in (["help"], ("help",)) else words
     parser, parsers = make_parser(words, program, environment)
     if not words:
@@ -15638,7 +15680,7 @@ def parse_arguments(
     if not words[0].startswith("-") and words[0] not in parsers:
         parser.error(f"there is no command {sanitize(words[0])}{suggestion(words[0], parsers)}")
     for word in words:
-        if word.startswith("--") and word.endswith("=--"):  # argparse makes a list of nothing of it
+        if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list
             parser.error(f"{word[:-3]}: -- is not a value")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
@@ -15653,22 +15695,22 @@ def parse_arguments(
 
 
 def how_started(environment: Mapping[str, str]) -> str:
-    """What to type to start this program again, in the words of a shell."""
+    """What to type in a shell to start this program again."""
 
-    def typed(path: str) -> str:  # the bare name, where a shell finds this file by it
+    def shell_word(path: str) -> str:  # only the name, if a shell finds this file by the name
         name = os.path.basename(path)
         return name if shutil.which(name, path=environment.get("PATH")) == path else path
 
     script = sys.argv[0]
-    if __name__ == "hostenroll":  # imported: by the command that pip makes, or by a test
-        return shlex.quote(typed(script)) if script.endswith("/hostenroll") else "hostenroll"
+    if __name__ == "hostenroll":  # imported by the command that pip installs, or by a test
+        return shlex.quote(shell_word(script)) if script.endswith("/hostenroll") else "hostenroll"
     module = ["-m", "hostenroll"] if __spec__ is not None else [script]
-    return shlex.join([typed(sys.executable), *module])
+    return shlex.join([shell_word(sys.executable), *module])
 
 
 def main(argv: Optional[Sequence[str]] = None, *, environment: Mapping[str, str] = os.environ,
          clock: Callable[[], float] = time.time) -> int:  # fmt: skip
-    """Run one command; its exit status."""
+    """Run one command, and return its exit status."""
     status = EXIT_FAILED
     try:
         status = run_command(sys.argv[1:] if argv is None else argv, environment, clock)
@@ -15688,28 +15730,28 @@ def main(argv: Optional[Sequence[str]] = None, *, environment: Mapping[str, str]
 
 
 def end_process(error: BaseException) -> NoReturn:
-    """Crash only: one line, and the end, with nothing closed. To close a database that was replaced
-    would write to it; all that was acknowledged is in its files, and the next start recovers it."""
+    """Crash only: end the process after one line, with nothing closed. To close a database that was
+    replaced would write to it; its files have all that was acknowledged, for the next start."""
     try:
         text = str(error)
         if isinstance(error, MemoryError):
             text = "out of memory: raise its limit, and start again"
         (log.error if server_log() else complain)(text)
         logging.shutdown()
-    finally:  # even where there is no memory for the line
+    finally:  # even if there is no memory left for the line
         os._exit(EXIT_FAILED)
 
 
 def run_command(argv: Sequence[str], environment: Mapping[str, str],
                 clock: Callable[[], float]) -> int:  # fmt: skip
-    """Run one command; what it refuses or fails at is one line."""
+    """Run one command. A refusal or a failure is reported in one line. Returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a host's name may not fit the terminal
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack letters of a host's name
             stream.reconfigure(errors="backslashreplace")
     program = how_started(environment)
     arguments = parse_arguments(argv, environment, program)
     command: Command = arguments.command
-    if command.run is not serve:  # serve logs them
+    if command.run is not serve:  # serve writes these warnings to its log
         inform(*(f"hostenroll: {warning}" for warning in unknown_settings(environment)))
     try:
         screen = screen_of(sys.stdout, environment)
@@ -15718,12 +15760,12 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str],
     except StorageUnavailable as problem:
         complain(str(problem.__cause__ or problem.detail))
     except Problem as problem:
-        errors = "; ".join(f"{command.argument_of(it)}: {detail}" for it, detail in problem.errors)
+        fields = [f"{command.argument_of(field)}: {detail}" for field, detail in problem.errors]
         is_lost = isinstance(problem, NotFound) and hasattr(arguments, "id")
         hint = f" See: list-{command.name.partition('-')[2]}s" if is_lost else ""
         if isinstance(problem, ApiKeyInvalid):
             hint = f" The key is in {arguments.api_key_file}."
-        complain(f"refused ({problem.code}): {errors or problem.detail}{hint}")
+        complain(f"refused ({problem.code}): {'; '.join(fields) or problem.detail}{hint}")
         return EXIT_REFUSED if problem.status < 500 else EXIT_FAILED
     except UsageError as error:
         complain(f"{error} (see: {program} {command.name} --help)")

@@ -25818,7 +25818,7 @@ def test_a_url_with_a_hostname_that_nobody_has_chosen_is_warned_of(
     session = session_of(operator, "serve", "--port", "0", *words.split())
     with operator.world() as world:
         with hostenroll.listen(session, world.registry) as server:
-            hostenroll.greet(session, server)
+            hostenroll.announce_start(session, server)
             assert (socket.gethostname() in server.url) == ("127" not in words)
     lines = [line for line in caplog.messages if "hostname" in line]
     assert len(lines) == is_warned and all("--public-url" in line for line in lines)
@@ -25828,7 +25828,7 @@ def test_a_terminal_is_told_where_the_page_is_and_once_how_to_get_in(
     operator, clock, monkeypatch, capsys
 ):
     session = session_of(operator, "serve", "--port", "0")
-    offer = partial(hostenroll.offer_page, session)
+    offer = partial(hostenroll.announce_page, session)
     with operator.world() as world:
         offer(world.registry, "http://here:8080")
         assert capsys.readouterr().err == "" and world.registry.queries.newest(
