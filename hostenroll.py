@@ -22,15 +22,15 @@ Words, each with one meaning, in code, SQL, API and command line alike:
     organization    owns hosts, tokens and API keys; known by its slug
     revoke          block a host until it is restored; the row stays
     delete          remove the row; the machine must enroll again, and the id never returns
-    re-enroll       by a token bound to an existing host: new credential, same id, name and history
+    re-enroll       enroll by a token bound to a host: new credential; same id, name and history
     serial          the number of a credential among those issued to one host
     tick            one turn of the server's loop: one batch of requests, one transaction, one time
-    operation       something to do, by HTTP, by a command or both: a row of a table
-    call            an operation with its caller and its values, from either door
+    operation       an act that HTTP, a command or both offer: a row of OPERATIONS
+    call            an operation with its caller and its values, from HTTP or a command
     engine          SQLite and its files; queries: the plain SQL that runs in it
-    interval        seconds between heartbeats; a host is judged by the last one that it was given
-    service period  the time since servers began to listen without a pause, which is no silence
-    instance        a machine, a boot of it and the agent's folder: two that take turns are copies
+    interval        seconds between heartbeats; a host is judged by the last interval sent to it
+    service period  the time in which servers listen without a pause; pauses are no silence of hosts
+    instance        a machine, its boot and the agent's folder: instances that take turns are copies
     event           what happened, as a row of the audit log
 
 Contents; each section uses only those above it, and a test checks that:
@@ -45,45 +45,46 @@ Contents; each section uses only those above it, and a test checks that:
      8. Assets         texts for people to copy; the agent, in shell; the page, for browsers
      9. Operations     OPERATIONS: one row each; the documents they answer with; OpenAPI; metrics
     10. Server         the loop: sockets, TLS, connection states, deadlines, shutdown
-    11. Watch          a client of HTTP; from what a server says has changed to people
-    12. Command line   what people type and see around OPERATIONS; main()
+    11. Watch          an HTTP client; it notifies people of what has changed on a server
+    12. Command line   what people type and see for each operation; main()
 
 Laws that the code keeps, each explained where it is kept:
 
     An answer is a promise: a tick is one transaction, and is answered only after its commit.
-    Between processes there is one writer at a time, and it is also the only one to checkpoint.
+    Of all processes, one at a time writes; only that process may checkpoint.
     Nothing but SQLite opens the database while a connection is open.
     Nothing secret is in the database, in a log, or in a refusal.
     A refused request changes nothing; a refused enrollment never uses up a token.
     Status is computed by one function, never stored.
     Parsing never touches a socket.
     Control goes down once: a door makes calls, the registry runs them, queries run in the engine.
-    What cannot pass by itself ends the process: one line, exit status 1, and it is started again.
+    A failure that cannot pass by itself ends the process: one line, exit status 1, a new start.
     Nothing is written through a link or a file that another user prepared.
     Memory and time are bounded for whatever a peer sends.
     The loop waits for the selector, the write lock and the commit, and for nothing else.
 
 A tour, by function names. A heartbeat, the same bytes every 30 s:
 
-    Server._turn waits, and has Exchanges.on_ready read what arrived.
-    HeartbeatFastPath.match recognizes it by its bytes and finds its credential verified: a
-      Heartbeat. Else RequestReader.next parses it and Api.admit judges it (Keyring.verify).
-    Exchanges.run_tick hands all that may write to Registry.run, in one transaction.
-    Heartbeats.batch runs one statement for all heartbeats, and one for those of hosts with another
-      interval than before; Heartbeats.accept judges each that is left.
+    Server._turn waits for the sockets; Exchanges.on_ready reads what arrived.
+    HeartbeatFastPath.match recognizes the bytes, knows the credential as verified, and returns a
+      Heartbeat. Otherwise RequestReader.next parses and Api.admit judges (Keyring.verify).
+    Exchanges.run_tick hands all calls that may write to Registry.run: one transaction.
+    Heartbeats.batch runs one statement for all heartbeats, and a second one for hosts whose
+      interval has changed; Heartbeats.accept judges the remaining heartbeats one by one.
     Registry._commit commits; then Api.heartbeat_answer writes each answer.
 
 An enrollment, and every other request:
 
-    RequestReader.next: bytes to a Request. Api.admit: find_operation, the checks of its Schemas,
-      Tokens.prove; the outcome is a Call, or the refusal.
-    Registry.run: Registry._run_one runs the row's rule in a savepoint: Enrollments.enroll, where
-      the guarded UPDATE of Queries.use_token decides; AuditLog.record notes the event.
-    After the commit Api.answer makes the Response from the row's Document; write_response.
+    RequestReader.next turns bytes into a Request. Api.admit finds the operation (find_operation),
+      checks body and query (Schema) and the token (Tokens.prove): a Call, or a refusal.
+    Registry.run has Registry._run_one run the operation's rule in a savepoint: Enrollments.enroll,
+      where the guarded UPDATE of Queries.use_token decides. AuditLog.record notes the event.
+    After the commit Api.answer makes the Response from the operation's Document, and write_response
+      turns it into bytes.
 
-A command runs the same rule without HTTP: main, run_command, parse_arguments; Session.call makes
-an UncheckedCall, LocalBackend.perform checks and runs it by Registry.perform (RemoteBackend.perform
-sends it to a server), and the row's Document is what is shown.
+A command runs the same rule without HTTP. main calls run_command, which calls parse_arguments.
+Session.call makes an UncheckedCall. LocalBackend.perform checks it and runs it by Registry.perform,
+or RemoteBackend.perform sends it to a server. The command shows the operation's Document.
 
 How to add a fact, an operation, a refusal or a migration: .github/CONTRIBUTING.md.
 """
@@ -96,9 +97,9 @@ import sys
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from importlib.util import MAGIC_NUMBER
 
-# Python keeps the syntax tree of its main script for as long as that runs: 20 of the 47 MiB of an
-# idle server. So a server starts over, in the same process, from this file's compiled code. Where
-# that cannot be done, it goes on with more memory. It comes first, so that little is done twice;
+# Python keeps the syntax tree of its main script while the script runs: 20 of the 47 MiB of an idle
+# server. So a server starts again, in the same process, from this file's compiled code. If that
+# fails, it continues with more memory. This comes first, so that little work is done twice.
 # sys.path loses the working directory, where others may have put modules.
 if __name__ == "__main__" and __spec__ is None and sys.argv[1:2] == ["serve"]:
     with suppress(AttributeError, OSError):  # Python before 3.10, not Linux, or forbidden
@@ -166,133 +167,132 @@ from weakref import WeakSet
 
 # 1. Limits
 #
-# Law: every number that we chose stands here, with its unit and the reason for its size. Times are
-# in milliseconds where the name ends in _MS, else in seconds; sizes are in bytes.
+# Law: every number that we chose stands here, with its unit and the reason for its size. A time is
+# in milliseconds if its name ends in _MS, else in seconds; a size is in bytes.
 #
-# Contents: numbers by topic; Progress, Origin; in_background(); how JSON, times, ids and peers'
-# texts are written.
+# Contents: numbers by topic; Progress, Origin; in_background(); the texts of JSON, times and ids.
 
 __version__ = "0.2.0"
-RELEASED = "20261129"  # the day of it: a clock that shows an earlier one is not set
+RELEASED = "20261129"  # the day of the release: a clock that shows an earlier day is not set
 
 SECOND_MS = 1000
-LAST_SECOND = 253_402_300_799  # of the year 9999: RFC 3339 has no later one
+LAST_SECOND = 253_402_300_799  # the end of the year 9999, the last that RFC 3339 can write
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 # Tokens and credentials.
 TOKEN_TTL = HOUR  # long enough to walk to the machine
 TOKEN_TTL_RANGE = (MINUTE, 30 * DAY)
 API_KEY_TTL_RANGE = (MINUTE, 3650 * DAY)
-SIGN_IN_TTL = 12 * HOUR  # of the API key in a link
+SIGN_IN_TTL = 12 * HOUR  # the life of the API key in a sign-in link
 TOKEN_USES_RANGE = (1, 1_000_000)
-TOKEN_HOSTS_SHOWN = 1000  # the newest hosts that a token let in: a token may let in a million
-TOKEN_KEPT = 30 * DAY  # after its end, so that show-token can still tell what became of it
+TOKEN_HOSTS_SHOWN = 1000  # the newest hosts that a token enrolled: there may be a million
+TOKEN_KEPT = 30 * DAY  # after a token has ended: show-token can still report what became of it
 CREDENTIAL_TTL_RANGE = (1, 3650 * DAY)
-CREDENTIAL_GRACE = 7 * DAY  # a beat this long after expiry still counts and brings a renewal
-CREDENTIAL_MAXIMUM = 1024  # the longest that we sign, with a kid and a slug of 64 each, has 413
-CREDENTIAL_REPEATED_MS = HOUR * SECOND_MS  # for so long who asks again gets the same bytes
-REPLAY_SHORTEST_MS = 10 * MINUTE * SECOND_MS  # to ask again for an enrollment's lost reply
-REPLAY_LONGEST_MS = DAY * SECOND_MS  # the same, where the token itself lives on
-SERIALS_LOST = 1_000_000  # with a restored backup; a forged serial beyond could never be outdone
-DUPLICATES_EXAMINED = 20  # hosts with one hostname: of a fleet of "localhost", the newest
+CREDENTIAL_GRACE = 7 * DAY  # a heartbeat so long after expiry still counts, and its reply renews
+CREDENTIAL_MAXIMUM = 1024  # the longest that we sign, with kid and slug of 64 each, has 413
+CREDENTIAL_REPEATED_MS = HOUR * SECOND_MS  # so long, a repeated request gets the same credential
+REPLAY_SHORTEST_MS = 10 * MINUTE * SECOND_MS  # for so long at least, an enrollment can be repeated
+REPLAY_LONGEST_MS = DAY * SECOND_MS  # for so long at most, even while its token is valid
+SERIALS_LOST = 1_000_000  # serials that a restored backup may lack; forged higher ones are refused
+DUPLICATES_EXAMINED = 20  # of the hosts with one hostname, such as "localhost": the newest
 
 # Copies of a credential, as of a machine that was cloned. Agents name their instance every hour.
-INSTANCES_KNOWN = 4  # of a host, the newest: one of these that is named again has returned
-COPY_RETURNS = 2  # a machine that is started again does not return; one that is restored does once
-COPY_NEW = 6  # more machines than are known, or one that is started often
-COPY_WINDOW_MS = 4 * HOUR * SECOND_MS  # in which either number is a sign of a copy
-SIGHTINGS_KEPT = 12  # of a host, the newest: among so many, one of the two numbers is reached
-COPY_SHOWN_MS = DAY * SECOND_MS  # the warning, after the last sign
+INSTANCES_KNOWN = 4  # the newest of a host; if one of these is named again, it has returned
+COPY_RETURNS = 2  # returns: a restarted machine has none, a restored machine has one
+COPY_NEW = 6  # new instances: more machines than are known, or one that restarts often
+COPY_WINDOW_MS = 4 * HOUR * SECOND_MS  # so many returns or new instances in this time mean a copy
+SIGHTINGS_KEPT = 12  # the newest of a host: so many are enough to reach one of the two numbers
+COPY_SHOWN_MS = DAY * SECOND_MS  # the warning is shown for so long after the last sign of a copy
 
 # Files with secrets.
 PRIVATE_MODE = 0o600
-KEY_FILE_MAXIMUM = 1024 * 1024  # of keys, and of a certificate chain: thousands of either
-LINKS_MAXIMUM = 40  # one behind the other: as many as Linux follows
-FILE_PATIENCE = 0.5  # of a server for its key file: a disk takes a thousandth, a mount may hang
+KEY_FILE_MAXIMUM = 1024 * 1024  # thousands of keys, or of certificates in a chain
+LINKS_MAXIMUM = 40  # links that lead to links: as many as Linux follows
+FILE_PATIENCE = 0.5  # how long a server waits for its key file: a disk takes 1 ms, a mount may hang
 
 # Heartbeats and status.
 HEARTBEAT_INTERVAL = 30
 HEARTBEAT_INTERVAL_RANGE = (1, DAY)
 HEARTBEAT_SPREAD = 15  # per cent; each reply draws its interval: a fleet must not beat as one
-MISSED_BEATS = 3  # after this many intervals of silence, and the slack, a host is still online
+MISSED_BEATS = 3  # a host that is silent for so many intervals, and the slack, is still online
 ONLINE_SLACK = 10
 MISSING_AFTER = 7 * DAY
-PAUSE_ALLOWANCE = 300  # after a pause of the servers: agents wait no longer between two attempts
-PAUSES_KEPT = 16  # of the servers; more, within MISSING_AFTER, are restarts in a loop
-ALIVE_EVERY = 10  # how often a server writes that it lives
-ALIVE_GRACE = 25  # longer than two such writes: no server lives
-ADDRESS_KEPT_MS = 10 * MINUTE * SECOND_MS  # of a host whose address changes again and again
-CLOCK_SLACK = 300  # a time further ahead was written by a clock that has been set back since
-READY_EVERY = 1  # between two writes by /readyz, which is open to all
-SWEPT_AT_ONCE = 2000  # hosts, in a slice of the sweep, by SQL: half a millisecond
-JUDGED_AT_ONCE = 200  # of these, by Python: a slice in which all have fallen silent takes 10 ms
-CHANGES_MANY = 8  # in a tick: to run the next one twice costs more than to wait for the disk
-SWEEP_REST = 3  # between two sweeps, and before the first: who waits for the server beats first
-SWEEP_RESTS = 40  # or as many times what the last one took: with its turns 3 % of a core at most
+PAUSE_ALLOWANCE = 300  # after a pause of the servers: the longest wait of an agent between attempts
+PAUSES_KEPT = 16  # pauses of the servers; more within MISSING_AFTER are restarts in a loop
+ALIVE_EVERY = 10  # how often a server records that it lives
+ALIVE_GRACE = 25  # longer than two such periods: after that, no server lives
+ADDRESS_KEPT_MS = 10 * MINUTE * SECOND_MS  # the address of a host whose address changes often
+CLOCK_SLACK = 300  # a time that is further ahead came from a clock that has been set back since
+READY_EVERY = 1  # between two writes by /readyz, which anybody may request
+SWEPT_AT_ONCE = 2000  # hosts that SQL examines in a slice of the sweep: half a millisecond
+JUDGED_AT_ONCE = 200  # hosts of these that Python judges: 10 ms if all have fallen silent
+CHANGES_MANY = 8  # in a tick: to run the next tick twice then costs more than to wait for the disk
+SWEEP_REST = 3  # between two sweeps, and before the first: agents that waited beat first
+SWEEP_RESTS = 40  # or the rest is so many times as long as the last sweep: 3 % of a core at most
 CHANGES_KEPT = 30 * DAY
-CHANGES_KEEP_RANGE = (DAY, 3650 * DAY)  # a day is what incidents and the brake of expiry look at
-CHANGES_MAXIMUM = 1_000_000  # kept: some 200 MiB
+CHANGES_KEEP_RANGE = (DAY, 3650 * DAY)  # incidents and the brake of expiry need a day
+CHANGES_MAXIMUM = 1_000_000  # rows: some 200 MiB
 
 # Hosts that expire: they are deleted after a silence.
-EXPIRY_INTERVALS = 10  # no shorter silence ends a host: one that lives must not be deleted
+EXPIRY_INTERVALS = 10  # a shorter silence must not delete a host: it may be alive
 EXPIRY_RANGE = (EXPIRY_INTERVALS * HEARTBEAT_INTERVAL_RANGE[0], 3650 * DAY)
-EXPIRY_CALM_MS = 10 * MINUTE * SECOND_MS  # after a start: twice what agents wait at most
-EXPIRED_AT_ONCE, EXPIRY_REST = 25, 0.25  # hosts, s: 100 a second at most, in slices of 5 ms
-EXPIRED_FREELY, EXPIRED_SHARE = 10, 5  # of an organization in a day: or one host in so many
+EXPIRY_CALM_MS = 10 * MINUTE * SECOND_MS  # after a start: twice the longest wait of an agent
+EXPIRED_AT_ONCE, EXPIRY_REST = 25, 0.25  # hosts, s: at most 100 hosts a second, in slices of 5 ms
+EXPIRED_FREELY, EXPIRED_SHARE = 10, 5  # hosts of an organization in a day, or one host in so many
 
-# Lists. No request examines more rows than this, so that a heartbeat behind it waits a few ms.
+# Lists. No request examines more than ROWS_EXAMINED, so that a heartbeat after it waits a few ms.
 PAGE_DEFAULT = 100
 PAGE_MAXIMUM = 1000
-FITS_SHOWN = 5  # of the objects that a word fits
+FITS_SHOWN = 5  # objects that match a word that a person typed
 HISTORY_SHOWN = 5  # events of a host
 ROWS_EXAMINED = 1000
-ROWS_READ = 100  # of a list, at once: a page of PAGE_DEFAULT without a filter
-PAGE_BYTES = 1024 * 1024  # a page ends with the row that exceeds it: 1,000 hosts may be 100 MiB
-ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more counts as several
-COUNTED_AT_ONCE = 1000  # hosts, in one slice of what goes through all of them
-ACTED_AT_ONCE = 1000  # hosts, in one tick; half as many by commands, which servers wait for
+ROWS_READ = 100  # rows of a list that are read at once: a page of PAGE_DEFAULT without a filter
+PAGE_BYTES = 1024 * 1024  # the row that exceeds it ends a page: 1,000 hosts may be 100 MiB
+ROW_BYTES = PAGE_BYTES // ROWS_EXAMINED  # of text: a row with more text counts as several
+COUNTED_AT_ONCE = 1000  # hosts in one slice of a task that goes through all of them
+ACTED_AT_ONCE = 1000  # hosts in one tick; half as many in a command, which servers wait for
 INVENTORY_HOSTS = 10_000
 INVENTORY_BYTES = 16 * 1024 * 1024  # 1.6 KiB for each; half of BUFFERED_MAXIMUM
-INVENTORIES_AT_ONCE = 4  # that are being made; who asks for more waits
-INVENTORY_LEFT = 5000  # ms without a slice after which one is not being made any more
-LISTED_AT_ONCE = 200  # hosts of an inventory, in a tick: 10 ms
-DOWN_SHOWN = 1000  # hosts, each of them a time series
-VERSIONS_SHOWN = 10  # of agents: machines can say what they like
-EXPORTER_PORT = 9100  # Prometheus' node exporter
-VERIFIED_AT_ONCE = 1000  # events, in one read transaction: a longer one holds up the WAL
-PRUNED_AT_ONCE = 500  # rows a turn, a few ms; again in the next turn while there are more
-VARIABLES_MAXIMUM = 500  # in an IN list; SQLite before 3.32 takes 999 in a statement
+INVENTORIES_AT_ONCE = 4  # in progress; further requests wait
+INVENTORY_LEFT = 5000  # ms: an inventory without a slice for so long has been given up
+LISTED_AT_ONCE = 200  # hosts of an inventory in one tick: 10 ms
+DOWN_SHOWN = 1000  # hosts that are down: each is a time series
+VERSIONS_SHOWN = 10  # versions of agents: a machine can report any text
+EXPORTER_PORT = 9100  # of Prometheus' node exporter
+VERIFIED_AT_ONCE = 1000  # events in one read transaction: a longer one holds up the WAL
+PRUNED_AT_ONCE = 500  # rows in a turn, a few ms; the next turn prunes the rest
+VARIABLES_MAXIMUM = 500  # values in an IN list; SQLite before 3.32 takes 999 in a statement
 
 # The audit log.
-PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written, 1 MiB at most
-REFUSALS_AUDITED = 60  # of one code and organization in a minute, and moves; more are one event
-SUCCESSES_AUDITED = 12  # in an hour, of each thing that a host can do as often as it likes
-KIND_SLOTS = 1 << 17  # counts, a byte each: kinds of events in one slot share its maximum
-KINDS_COUNTED = 2000  # of events that are not listed, 1 MiB; more are counted by organization
+PENDING_REFUSALS_MAXIMUM = 1000  # kept in memory while nothing can be written: 1 MiB at most
+REFUSALS_AUDITED = 60  # a minute, of one code and organization; moves too; the rest are one event
+SUCCESSES_AUDITED = 12  # an hour, of each act that a host can repeat as often as it likes
+KIND_SLOTS = 1 << 17  # counts of a byte each: the kinds of events in one slot share its maximum
+KINDS_COUNTED = 2000  # kinds of unlisted events, 1 MiB; further kinds are counted by organization
 AUDIT_KEEP_RANGE = (DAY, 36500 * DAY)
-STORED_NESTING = 8  # brackets in a column of JSON: deep ones could not be encoded again
-UNREADABLE_MAXIMUM = 200  # characters that are shown of a column that is not JSON of ours
+STORED_NESTING = 8  # brackets in a column of JSON: a deeper value could not be encoded again
+UNREADABLE_MAXIMUM = 200  # characters shown of a column whose JSON we did not write
 
-# Wrong secrets. None of them can be guessed: what is limited is the noise that they make.
-FAILURES_ALLOWED = 20  # of one network, in a minute: a third of what the audit log lists
-FAILING_REMEMBERED = 4096  # networks, about 0.3 KiB each; the one that began first is forgotten
-NETWORK_BITS = 64  # of an IPv6 address: who has one of such a network has all of them
+# Wrong secrets. No secret can be guessed: the limit is for the load and the log.
+FAILURES_ALLOWED = 20  # of one network in a minute: a third of what the audit log lists
+FAILING_REMEMBERED = 4096  # networks, about 0.3 KiB each; the oldest entry is forgotten first
+NETWORK_BITS = 64  # of an IPv6 address: who has one address of such a network has all of them
 
-# Feeds: changes and events, the oldest first, for who goes on from a cursor.
+# Feeds: changes and events after a cursor, the oldest first.
 WAIT_RANGE = (0, 50)  # seconds; most proxies wait 60 for an answer
-WAITING_MAXIMUM = 256  # requests that wait for more of a feed: few beside CONNECTIONS_MAXIMUM
-WAITING_OF_KEY = 16  # of an API key, so that no other is kept out
-FOLLOW_EVERY = 0.5  # between two looks for what other processes have committed
+WAITING_MAXIMUM = 256  # requests that wait for news of a feed: few beside CONNECTIONS_MAXIMUM
+WAITING_OF_KEY = 16  # such requests of one API key, so that other keys have room
+FOLLOW_EVERY = 0.5  # between two looks for commits of other processes
 
 # Incidents: hosts that fell silent together, of the last day.
 INCIDENT_SMALLEST = 3
-INCIDENT_INTERVALS = 2  # from the first to any other: hosts of one cause beat in turn
-INCIDENTS_OPEN = 4  # the newest, which one more host may be of: a sweep goes by ids, not by time
+INCIDENT_INTERVALS = 2  # between the first host and any other: hosts of one cause beat in turn
+INCIDENTS_OPEN = 4  # the newest, which may grow: a sweep finds hosts by id, not in order of time
 INCIDENT_HOSTS_SHOWN = 100
-TRAITS_COUNTED = 1000  # of an incident: what most of its hosts share is among the first
+TRAITS_COUNTED = 1000  # traits of an incident: the traits that most of its hosts share come early
 LOOKED_AT_ONCE = 300  # changes, or hosts of the fleet, in a slice of a few ms
-SHARES_KEPT = MINUTE  # what was counted and found, while requests ask for it
-SHARES_MAXIMUM = 100_000  # hosts: to go through more each minute would take a share of a core
+SHARES_KEPT = MINUTE  # counts are used for so long, and dropped after so long without a request
+SHARES_MAXIMUM = 100_000  # hosts: to count more each minute would take a noticeable part of a core
 
 # Metrics: upper bounds of histogram buckets.
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -300,131 +300,131 @@ SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 # Backups.
 BACKUP_PAGES = 256  # copied at once, in less than a millisecond
-BACKUP_PAUSE = 0.005  # after each, so that processor and disk are there for others too
+BACKUP_PAUSE = 0.005  # after each copy, so that others get processor and disk too
 BACKUP_NICENESS = 10  # the default of nice(1)
-BACKUPS_KEPT, BACKUPS_KEPT_RANGE = 14, (1, 1000)  # two weeks, by the timer of unit
-LOST_WAIT = DAY  # that hosts which a restore has lost are to wait before they enroll again
-LOST_NAMED = 10  # of these hosts
+BACKUPS_KEPT, BACKUPS_KEPT_RANGE = 14, (1, 1000)  # two weeks, by the timer of the systemd unit
+LOST_WAIT = DAY  # for so long, hosts that a restore lost wait before they enroll again
+LOST_NAMED = 10  # lost hosts that are named
 
 # HTTP messages.
-HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one such, and what proxies add
+HEAD_MAXIMUM = 16 * 1024  # nginx and Apache take lines of 8 KiB: one, and what proxies add
 FIELDS_MAXIMUM = 100  # as Apache's LimitRequestFields
-PARAMETERS_MAXIMUM = 64  # labels and whatever else; no list needs more
-BODY_MAXIMUM = 64 * 1024  # the largest valid one in UTF-8, a host's 32 longest labels, has 35 KiB
-AGENT_BODY_MAXIMUM = 8 * 1024  # anybody can have one read; the largest valid one has 3.5 KiB
-AGENT_BRACKETS_MAXIMUM = 8  # { and [ in it: an agent sends one, and thousands are slow to read
-CHUNK_LINE_MAXIMUM = 256  # a size has up to 16 digits; the rest are extensions, which are ignored
-CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers together: tiny chunks are work
-CHUNK_LINES_AT_ONCE = 32  # then others have their turn; about as much work as a request
+PARAMETERS_MAXIMUM = 64  # labels and all others; no list needs more
+BODY_MAXIMUM = 64 * 1024  # the largest valid body, a host's 32 longest labels in UTF-8, has 35 KiB
+AGENT_BODY_MAXIMUM = 8 * 1024  # anybody can send one; the largest valid body has 3.5 KiB
+AGENT_BRACKETS_MAXIMUM = 8  # { and [ in such a body: an agent sends one; thousands are slow to read
+CHUNK_LINE_MAXIMUM = 256  # a size has up to 16 digits; the rest of the line is extensions: ignored
+CHUNK_OVERHEAD_MAXIMUM = 64 * 1024  # size lines and trailers of one body: tiny chunks are work
+CHUNK_LINES_AT_ONCE = 32  # then other connections have their turn; about the work of one request
 REPEATS_MAXIMUM = 32  # of one parameter in a query: a host has no more labels
 ERRORS_NAMED = 20  # in one refusal: a body may be wrong in ten thousand places
 INTEGER_DIGITS = 19  # in a query or JSON; int() of thousands of digits is slow before Python 3.11
-HOPS_MAXIMUM = 16  # trusted proxies, one behind the other
+HOPS_MAXIMUM = 16  # trusted proxies that a request passes
 HOP_LENGTH = 64  # of an address in X-Forwarded-For: IPv6 with brackets and port has 53
-HOPS_CACHED = 4096  # 0.3 KiB each, and their keys; to parse one is half of a heartbeat's tick
+HOPS_CACHED = 4096  # 0.3 KiB each, and its key; parsing a hop is half of the cost of a heartbeat
 HEAD_CACHED_MAXIMUM = 2048  # a longer head is parsed each time
-HEADS_CACHED = 1024  # times the above: 2 MiB, and as much again for what they parse to
-CREDENTIALS_CACHED = 110_000  # 0.2 KiB each, 0.3 for the longest: 22 to 32 MiB; as many intervals
+HEADS_CACHED = 1024  # of up to HEAD_CACHED_MAXIMUM: 2 MiB, and 2 MiB for the parsed heads
+CREDENTIALS_CACHED = 110_000  # 0.2 to 0.3 KiB each: 22 to 32 MiB; as many intervals are kept
 CREDENTIALS_KEPT_MS = HOUR * SECOND_MS  # in the cache: longer than most intervals
 
-# Connections. Each kind of deadline has one length, so its queue is in order by itself.
+# Connections. Each kind of deadline has one length, so its queue is always in order.
 CONNECTIONS_MAXIMUM = 4096
-BACKLOG = 4096  # the kernel lowers it to its own limit; a full queue costs honest peers seconds
+BACKLOG = 4096  # the kernel lowers it to its own limit; a full queue delays honest peers by seconds
 DESCRIPTORS_SPARE = 64  # beside the connections: database, locks, log, selector
 HANDSHAKE_DEADLINE = 10  # a lost packet is sent again after 1, 3 and 7 s: RFC 6298
-HEAD_DEADLINE = 10  # likewise; a head is one or two packets
+HEAD_DEADLINE = 10  # for the same reason; a head is one or two packets
 BODY_DEADLINE = 30  # BODY_MAXIMUM at 2 KiB/s
-IDLE_DEADLINE = 75  # as nginx; two heartbeat intervals and their spread fit
+IDLE_DEADLINE = 75  # as in nginx; two heartbeat intervals and their spread fit
 ANSWER_DEADLINE = 30  # PAGE_BYTES at 35 KiB/s
 LINGER_DEADLINE = 2  # for the peer to read the answer before a reset drops it: RFC 9112 section 9.6
-HANDSHAKE_MAXIMUM = 16 * 1024  # from the peer; OpenSSL alone would hold 128 KiB of a hello
-TLS_RECORD = 16384  # the longest plain text of one: RFC 8446 section 5.1
-RECEIVE_SIZE = 4096  # a request fits; a larger buffer costs more to make than it saves
-DROP_SIZE = 64 * 1024  # of what arrives behind a refusal: in smaller pieces it would take 16 turns
-BUFFERED_MAXIMUM = 32 * 1024 * 1024  # unfinished requests and answers not taken yet, together
-ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not hold up the others
+HANDSHAKE_MAXIMUM = 16 * 1024  # bytes from the peer; OpenSSL alone would keep 128 KiB of a hello
+TLS_RECORD = 16384  # the longest plain text of a record: RFC 8446 section 5.1
+RECEIVE_SIZE = 4096  # a request fits; a larger buffer takes longer to make than it saves
+DROP_SIZE = 64 * 1024  # bytes read at once after a refusal: smaller pieces would take 16 turns
+BUFFERED_MAXIMUM = 32 * 1024 * 1024  # all unfinished requests and unsent answers together
+ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not delay the others
 ACCEPT_PAUSE = 0.1  # when no descriptor is free
-JUDGING_TIME = 0.005  # in a turn: heartbeats wait no longer for other requests to be judged
-SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE and LOG_PATIENCE less than 5 s: then it has stopped
-SHUTDOWN_GRACE = 1  # for who is connected to bring a request: a handshake has two round trips
+JUDGING_TIME = 0.005  # per turn: heartbeats wait no longer while other requests are judged
+SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE and LOG_PATIENCE less than 5 s for the whole shutdown
+SHUTDOWN_GRACE = 1  # for open connections to bring a request: a handshake has two round trips
 FIRST_INHERITED = 3  # the descriptor of a socket that a service manager hands over
 
 # The log.
 LOG_MAXIMUM = 1024 * 1024  # that waits to be written, and as much again that is being written
-LOG_PIECE = 4096  # written at once: a pipe takes that whole, and nothing of others in between
-LOG_PAUSE = 0.01  # after each write; in it lines gather, so a busy access log is few writes
-LOG_PATIENCE = 0.4  # at the end of the process: a reader that lives takes LOG_MAXIMUM in less
+LOG_PIECE = 4096  # written at once: a pipe takes it whole, and mixes it with no other text
+LOG_PAUSE = 0.01  # after each write; lines gather in it, so a busy access log makes few writes
+LOG_PATIENCE = 0.4  # at the end of the process: a working reader takes LOG_MAXIMUM in less
 
 # Requests of ours to other servers.
-CLIENT_PATIENCE = 30  # for a connection, and for a whole answer beyond what it was to be held
-CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # of inventories: 10,000 hosts with many labels
+CLIENT_PATIENCE = 30  # for a connection, and for an answer after the time that it was to be held
+CLIENT_ANSWER_MAXIMUM = 64 * 1024 * 1024  # an inventory: 10,000 hosts with many labels
 
 # What watch reports.
-PENDING_REPORTED_AFTER = 10 * MINUTE  # a machine that is being installed may start once more
-FLAPPING_ABOVE = 6  # changes of a host in an hour; then it is reported once an hour
-BATCH_LONGEST = MINUTE  # where it has an incident that may grow
-MUTED_FOR = 10  # at least: then the feed is asked again
-REPORTED_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; that wait for one
-WATCH_WAIT = 10  # for changes: events are read in between
+PENDING_REPORTED_AFTER = 10 * MINUTE  # a machine that is being installed may restart once
+FLAPPING_ABOVE = 6  # changes of a host in an hour; above that it is reported once an hour
+BATCH_LONGEST = MINUTE  # while a batch has an incident that may grow
+MUTED_FOR = 10  # then the feed is asked whether the host is still muted
+REPORTED_MAXIMUM, EVENTS_MAXIMUM = 1000, 10_000  # in a message, about 400 KiB; in its queue
+WATCH_WAIT = 10  # for changes; between two waits, events are read
 RETRY_LONGEST = 300
-EXEC_PATIENCE, EXEC_GRACE = 60, 5  # of a command that tells people: then TERM, then KILL
-WATCH_SAVES = 10  # of what can be read again, at most: each writes all of the state
+EXEC_PATIENCE, EXEC_GRACE = 60, 5  # of a command that notifies people: then it gets TERM, then KILL
+WATCH_SAVES = 10  # between saves of news that the feed still has: each save writes the whole state
 WATCH_STATE_MAXIMUM = 256 * 1024 * 1024  # a million hosts that are down
 
 # The store.
-LOCK_PATIENCE = 5  # many times what a command holds the lock for; then something is wrong
-CLOSE_PATIENCE = 0.5  # a server that stops leaves the last checkpoint to the next one
+LOCK_PATIENCE = 5  # many times as long as a command holds the lock: then something is wrong
+CLOSE_PATIENCE = 0.5  # a server that stops leaves the last checkpoint to the next server
 LOCK_POLL = 0.001  # a tick takes about as long
 RETRY_AFTER = 5  # as LOCK_PATIENCE
-TROUBLE_OVER = 30  # so long without one more failure: what failed can be used again
+TROUBLE_OVER = 30  # so long without a further failure: what failed works again
 TROUBLE_PAUSE = 0.5  # between attempts to end a trouble by a checkpoint, which makes room
-CHECKPOINT_AFTER = 8192  # rows, of heartbeats at most 8 MiB: to move them holds up the loop 15 ms
-CHECKPOINT_AT_ONCE = 32768  # rows, of heartbeats at most 32 MiB: then all is moved at once
+CHECKPOINT_AFTER = 8192  # rows; heartbeats: 8 MiB at most, which hold up the loop for 15 ms
+CHECKPOINT_AT_ONCE = 32768  # rows; heartbeats: 32 MiB at most: then the whole WAL is moved at once
 CHECKPOINT_REST = 512  # rows: so few are moved while the loop waits for the disk
-WAL_MAXIMUM = 16 * 1024 * 1024  # of the file, when it has once been larger
-PAGE_SIZE = 1024  # a heartbeat changes one row of 30 bytes, and writes the whole page of it twice
+WAL_MAXIMUM = 16 * 1024 * 1024  # the file is cut to this size after it has been larger
+PAGE_SIZE = 1024  # a heartbeat changes one row of 30 bytes, and its whole page is written twice
 PAGE_CACHE_KIB = 7168  # the heartbeats of some 200,000 hosts
 
 # What a terminal shows.
-PROGRESS_AFTER = 1.0  # an act that takes no longer needs no progress line
+PROGRESS_AFTER = 1.0  # an act that takes less time needs no progress line
 PROGRESS_EVERY = 0.2
 COLUMNS_DEFAULT = 80  # of a terminal that does not report its width
 COMPLAINT_MAXIMUM = 1000  # characters
-CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl counts beyond all calendars
-CERTIFICATE_WARNING = 21 * DAY  # before its end; certbot renews 30 days before, and has failed then
+CERTIFICATE_DAYS_RANGE = (1, 36500)  # openssl takes numbers beyond all calendars
+CERTIFICATE_WARNING = 21 * DAY  # before it ends: certbot renews 30 days before, so it has failed
 
 # The benchmark.
 BENCH_HOSTS, BENCH_HOSTS_RANGE = 100_000, (100, 10_000_000)
 BENCH_SECONDS, BENCH_SECONDS_RANGE = 10, (1, 600)
 BENCH_CONNECTIONS, BENCH_CONNECTIONS_RANGE = 64, (1, 1024)
-BENCH_BATCH = 1000  # hosts made in one transaction; larger ones are no faster
-BENCH_SHARE = 0.7  # of a full core's rate: a fleet needs room for its bad days
+BENCH_BATCH = 1000  # hosts created in one transaction; larger batches are no faster
+BENCH_SHARE = 0.7  # of the rate of a full core: a fleet needs room for its bad days
 
 DEFAULT_ORGANIZATION = "default"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
-DEFAULT_DATABASE, DEFAULT_KEY_FILE = "hostenroll.db", "hostenroll.key"  # beside each other
+DEFAULT_DATABASE, DEFAULT_KEY_FILE = "hostenroll.db", "hostenroll.key"  # in the same folder
 SERVICE_DATABASE = "/var/lib/hostenroll/hostenroll.db"  # of the unit: commands look here last
 
 log = logging.getLogger("hostenroll")
-log.addHandler(logging.NullHandler())  # commands print what went wrong themselves, once
+log.addHandler(logging.NullHandler())  # commands print their errors themselves, once
 
-Progress = Callable[[int, int], Any]  # called with how much is done, and of how much
+Progress = Callable[[int, int], Any]  # called with how much is done, and the total
 
 
 def no_progress(done: int, total: int) -> None:
-    """The Progress of an act that runs unwatched."""
+    """The Progress of an act that shows none."""
 
 
 class Origin(NamedTuple):
     """Where a call came from: for the log, the audit log and limits."""
 
-    address: str = ""  # of the client; '': the command line of this machine, or the server itself
-    connection: int = 0
-    number: int = 0  # of the request among those of its connection, from 1
+    address: str = ""  # of the client; '': this machine's command line, or the server itself
+    connection: int = 0  # the number of the connection
+    number: int = 0  # of the request on its connection, from 1
 
     @property
     def request(self) -> str:
-        """The id of the request, and the X-Request-Id of its refusal; '' where there is none."""
+        """The id of the request, and the X-Request-Id of its refusal; '' if there is no request."""
         return f"{self.connection:x}-{self.number}" if self.number else ""
 
 
@@ -435,7 +435,7 @@ def is_loopback(host: str) -> bool:
 
 
 def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
-    """Run a function that reads files in a thread: where a mount hangs, only the thread hangs."""
+    """Run a function that reads files in a thread: if a mount hangs, only the thread hangs."""
     outcome: futures.Future[Any] = futures.Future()
 
     def run() -> None:
@@ -449,12 +449,12 @@ def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
 
 
 # Control characters, line and paragraph separators, lone surrogates, and the marks that reorder
-# text (Unicode TR 36, section 3.3): none may reach a terminal, a log or a page through a name.
+# text (Unicode TR 36, section 3.3). No name may carry one to a terminal, a log or a page.
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 
-# JSON in ASCII, without white space. json.dumps() would make an encoder for each text.
+# Writes JSON in ASCII, without white space. json.dumps() would make an encoder for each text.
 json_text = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -463,59 +463,59 @@ def rfc3339(milliseconds: int) -> str:
     return f"{_date_and_time(milliseconds // SECOND_MS)}.{milliseconds % SECOND_MS:03d}Z"
 
 
-@lru_cache(maxsize=1024)  # a list has many times of few seconds
+@lru_cache(maxsize=1024)  # the times in a list are often of the same second
 def _date_and_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(min(max(seconds, 0), LAST_SECOND)))
 
 
 def unix_ms(timestamp: str) -> int:
-    """The time of a timestamp as above, or of one without milliseconds."""
+    """The Unix time in milliseconds of a timestamp of rfc3339(), or of one without milliseconds."""
     numbers = [*map(int, re.findall("[0-9]+", timestamp)), 0]
     return timegm(tuple(numbers[:6])) * SECOND_MS + numbers[6]
 
 
 ID = re.compile(r"[0-7][0-9a-f]{15}")  # 63 bits: SQLite's integers have a sign
-ID_PREFIX = re.compile(r"[0-7][0-9a-f]{5,14}")  # what people may type of one
+ID_PREFIX = re.compile(r"[0-7][0-9a-f]{5,14}")  # the start of an id, which people may type
 LAST_ID = (1 << 63) - 1
 
 
 def id_text(number: int) -> str:
-    """An id as the world sees it: 16 hexadecimal digits."""
+    """An id as everything outside the database shows it: 16 hexadecimal digits."""
     return f"{number:016x}"
 
 
 def tagged_id(kind: str, number: int) -> str:
-    """An id with its kind, as the audit log names actors and subjects: host:<id>."""
+    """The name of an actor or a subject in the audit log, such as host:<id>."""
     return f"{kind}:{id_text(number)}"
 
 
 def parse_id(text: str) -> int:
-    """The number of an id; -1, which nothing has, for what cannot be one."""
+    """The number of an id; -1, which no object has, for a text that is not an id."""
     return int(text, 16) if ID.fullmatch(text) else -1
 
 
-# A token, an API key or a credential, whole or cut short, where an id or a hostname belongs.
+# A token, an API key or a credential, whole or cut off, in the place of an id or a hostname.
 SECRET_SHAPED = re.compile(r"((?:het|hak)_[0-7][0-9a-f]{15}_|eyJ)[A-Za-z0-9_.-]+")
 
 
 def redact(text: str) -> str:
-    """A text without the secrets in it; of a token or an API key the id stays."""
+    """A text with the secrets in it cut off; the ids of tokens and API keys stay."""
     return SECRET_SHAPED.sub(r"\1...", text)
 
 
 def sanitize(text: str) -> str:
-    """A peer's text made safe to show: no control characters, no secrets, at most 64 characters."""
+    """A peer's text, safe to show: no control characters, no secrets, at most 64 characters."""
     shown = UNPRINTABLE.sub("?", redact(text))
     return shown if len(shown) <= 64 else f"{shown[:61]}..."
 
 
 def sanitize_path(path: str) -> str:
-    """A path made safe to show. What is longer than an id may be a secret in the wrong place."""
+    """A path, safe to show. A segment longer than an id may be a secret in the wrong place."""
     return sanitize(re.sub("[^/]{33,}", lambda long: f"{long[0][:4]}...", path))
 
 
 def format_duration(seconds: float, minutes_from: int = 10) -> str:
-    """A duration for people: 95 s, 12 min, 3 h, 8 d; minutes from so many minutes on."""
+    """A duration for people: 95 s, 12 min, 3 h, 8 d. Below minutes_from it is in seconds."""
     if seconds < minutes_from * MINUTE:
         return f"{round(seconds)} s"
     for unit, size in (("d", DAY), ("h", HOUR)):
@@ -527,22 +527,23 @@ def format_duration(seconds: float, minutes_from: int = 10) -> str:
 # 2. Problems
 #
 # Law: every refusal has a name, and each name has one thing for the caller to do. A Problem is
-# raised where the reason is known and rendered in one place (section 7); a peer reads what is in
-# the document and nothing else.
+# raised where its reason is known, and refusal() in section 7 alone writes it. A peer sees the
+# problem document and nothing else.
 #
-# Contents: the errors of operators; Problem; the refusals, as rows; problems().
+# Contents: the errors for operators; Problem; the refusals, as rows; problems().
 
 
 class OperatorError(Exception):
-    """A mistake or a trouble on the operator's side: one line that says what to do."""
+    """A mistake of the operator, or a trouble of the machine: one line that says what to do."""
 
 
 class Unrecoverable(BaseException):
-    """What cannot pass by itself: a database, WAL or lock that is gone or replaced, a failed sync.
+    """A failure that cannot pass by itself: a database, WAL or lock that is gone or replaced, or a
+    failed sync. Its text is one line for the log.
 
-    One line for the log. main() prints it and ends the process with 1, and leaves the database as
-    it is: closing it would checkpoint into a file that cannot be trusted. No Exception, so that
-    nothing on the way up takes it for a failure that can be survived.
+    main() prints the line and ends the process with status 1. The database stays as it is: to close
+    it would checkpoint into a file that cannot be trusted. This is no Exception, so that no caller
+    takes it for a failure that the process can survive.
     """
 
 
@@ -550,7 +551,7 @@ Headers = tuple[tuple[str, str], ...]  # names and values of header fields
 
 
 class FieldError(NamedTuple):
-    """One complaint about a body or a query: the member's name, and what is wrong with it."""
+    """One error in a body or a query: the name of the member or parameter, and what is wrong."""
 
     field: str
     detail: str
@@ -563,11 +564,11 @@ class Problem(Exception):
     status = 500
     code = "internal"
     title = "The server failed"
-    remedy = "Try again later. The server's log has the reason."  # detail, unless one is given
-    closes = False  # the connection: the start of the next message is not known
+    remedy = "Try again later. The server's log has the reason."  # the detail if none is given
+    closes = False  # the connection closes: the start of the next message is not known
     challenge = ""  # the error attribute of WWW-Authenticate: RFC 6750 section 3
     names_errors = False  # the document lists what is wrong with a body or a query
-    is_audited = False  # the caller asked for what is not theirs
+    is_audited = False  # the caller tried something that it may not do
     retry_after = 0  # seconds, in Retry-After; 0: no such field
 
     actor = "anonymous"
@@ -588,13 +589,13 @@ class Problem(Exception):
     def with_audit(
         self, actor: str, subject: str, organization: Optional[str], **detail: Any
     ) -> Problem:
-        """Itself, with what the audit log records of it."""
+        """This problem, with what the audit log records of it."""
         self.actor, self.subject, self.organization = actor, subject, organization
         self.audit_detail = detail
         return self
 
     def document(self) -> dict[str, Any]:
-        """The members of RFC 9457 section 3.1, then code, then errors or cursor where it has it."""
+        """The members of RFC 9457 section 3.1, then code, then errors and cursor if it has them."""
         document: dict[str, Any] = {
             "type": f"urn:hostenroll:problem:{self.code}",
             "title": self.title,
@@ -609,7 +610,7 @@ class Problem(Exception):
         return document
 
     def headers(self) -> Headers:
-        """Header fields that the status asks for: RFC 9110 sections 11.6.1 and 10.2.3."""
+        """The header fields that the status requires: RFC 9110 sections 11.6.1 and 10.2.3."""
         if self.status == HTTPStatus.UNAUTHORIZED:
             error = f', error="{self.challenge}"' if self.challenge else ""
             return (*self._headers, ("WWW-Authenticate", f'Bearer realm="hostenroll"{error}'))
@@ -619,7 +620,7 @@ class Problem(Exception):
 
 
 class Internal(Problem):
-    """A defect of ours; the log has the traceback, the peer never does."""
+    """A defect of the program. The log has the traceback; a peer never sees it."""
 
 
 class Unframed(Problem):
@@ -629,7 +630,7 @@ class Unframed(Problem):
 
 
 class Unauthorized(Problem):
-    """The caller has not shown that it may ask."""
+    """The caller has not shown that it may do this."""
 
     status = 401
     is_audited = True
@@ -642,10 +643,10 @@ def _variant(name: str, base: type[Problem], **attributes: Any) -> type[Problem]
 
 
 def _refusal(
-    code: str, status: int, title: str, remedy: str, base: type[Problem] = Problem, **more: Any
+    code: str, status: int, title: str, remedy: str, base: type[Problem] = Problem, **others: Any
 ) -> type[Problem]:
-    """One with a code of its own: TokenUsed for token-used."""
-    members = {"code": code, "status": status, "title": title, "remedy": remedy, **more}
+    """A class of Problem with a code, and a name made from the code: TokenUsed from token-used."""
+    members = {"code": code, "status": status, "title": title, "remedy": remedy, **others}
     return _variant(code.title().replace("-", ""), base, **members)
 
 
@@ -655,9 +656,10 @@ RETRY_LATER = "Try again after the time in Retry-After."
 
 # fmt: off
 
-# Framing: the message cannot be read, or not to its end. In order: RFC 9112 sections 2.2, 5 and
-# 6.3; RFC 9110 section 15.5.9; 15.5.14; RFC 6585 section 5; RFC 9112 section 6.1; RFC 9110 section
-# 15.6.6; 10.1.1; and 9.1, a method that no operation has: that message is read to its end.
+# Framing: the message cannot be read, or not to its end. Sources in the order of the rows: RFC 9112
+# sections 2.2, 5 and 6.3; RFC 9110 section 15.5.9; 15.5.14; RFC 6585 section 5; RFC 9112 section
+# 6.1; RFC 9110 section 15.6.6; 10.1.1; and 9.1 for the last row, a method that no operation has: a
+# message with such a method is read to its end.
 MalformedRequest = _refusal("malformed-request", 400, "The request is not valid HTTP/1.1",
     "Send a well-formed HTTP/1.1 request.", Unframed)
 RequestTimeout = _refusal("request-timeout", 408, "The request did not arrive in time",
@@ -674,11 +676,11 @@ HttpVersion = _refusal("http-version", 505, "The HTTP version is not supported",
     "Use HTTP/1.1.", Unframed)
 ExpectationFailed = _refusal("expectation-failed", 417, "The expectation cannot be met",
     "Send Expect: 100-continue, or no Expect.", Unframed)
-AgentBodyTooLarge = _variant(  # it is read to its end: peers that connect again cost more
+AgentBodyTooLarge = _variant(  # the body is read to its end: a new connection would cost more
     "AgentBodyTooLarge", BodyTooLarge, closes=False)
 UnknownMethod = _variant("UnknownMethod", UnknownTransferCoding, closes=False)
 
-# The message asks for what cannot be done.
+# The message can be read, and asks for what cannot be done.
 InvalidBody = _refusal("invalid-body", 400, "The body is not valid",
     "Correct the fields named in errors.", names_errors=True)
 InvalidQuery = _refusal("invalid-query", 400, "The query is not valid",
@@ -693,8 +695,8 @@ Conflict = _refusal("conflict", 409, "The request conflicts with what exists",
 ChangesPruned = _refusal("changes-pruned", 410, "What follows the cursor is no longer kept",
     "Continue from the cursor in this answer, and check the lists for what you missed.")
 
-# Tokens. Only a caller who proved its secret learns that a token has expired, was revoked or is
-# used up. The bound hostname is a guard against mistakes, not a proof: a machine states its own.
+# Tokens. Only a caller who has the secret of a token learns that it has expired, was revoked or is
+# used up. A bound hostname guards against mistakes, not attacks: a machine can report any hostname.
 TokenUnknown = _refusal("token-unknown", 401, "The token is not known", GET_TOKEN, Unauthorized)
 TokenExpired = _refusal("token-expired", 401, "The token has expired", GET_TOKEN, Unauthorized)
 TokenRevoked = _refusal("token-revoked", 401, "The token has been revoked", GET_TOKEN, Unauthorized)
@@ -703,7 +705,7 @@ TokenUsed = _refusal("token-used", 401, "The token has been used",
 TokenHostMismatch = _refusal("token-host-mismatch", 403, "The token is bound to another hostname",
     "Use the token on the machine that has this hostname; it is still valid.", is_audited=True)
 
-# Credentials. Where none was presented the challenge names no error: RFC 6750 section 3.1.
+# Credentials. If none was sent, the challenge names no error: RFC 6750 section 3.1.
 CredentialMissing = _refusal("credential-missing", 401, "The credential is missing",
     "Send the credential from enrollment as Authorization: Bearer <credential>.", Unauthorized,
     challenge="")
@@ -731,8 +733,8 @@ ApiKeyMissing = _variant("ApiKeyMissing", ApiKeyInvalid, challenge="")
 Forbidden = _refusal("forbidden", 403, "The API key may not do this",
     "Use an API key with the role admin.", is_audited=True)
 
-# Limits and troubles. An address with too many wrong secrets gets too-many-requests in place of
-# token-unknown and api-key-invalid (RFC 6585 section 4); a correct one from there is accepted.
+# Limits and troubles. An address that sent too many wrong secrets gets too-many-requests in place
+# of token-unknown and api-key-invalid (RFC 6585 section 4). A correct secret is still accepted.
 TooManyRequests = _refusal("too-many-requests", 429, "Too many requests",
     "Try again after the time in Retry-After. If this address sent wrong secrets, a correct one is "
     "accepted at once.", is_audited=True, retry_after=MINUTE)
@@ -745,7 +747,7 @@ StorageUnavailable = _refusal("storage-unavailable", 503, "The database cannot b
 
 
 def problems() -> tuple[type[Problem], ...]:
-    """One class for each code, the first of its rows, in the order of status and code."""
+    """One class for each code: the first row that has it. In the order of status and code."""
     kinds = [k for k in globals().values() if isinstance(k, type) and issubclass(k, Problem)]
     by_code = {kind.code: kind for kind in reversed(kinds)}
     return tuple(sorted(by_code.values(), key=lambda kind: (kind.status, kind.code)))
@@ -754,17 +756,17 @@ def problems() -> tuple[type[Problem], ...]:
 # 3. Schemas
 #
 # Law: what a body or a query may be is declared once: the check and the JSON Schema come from one
-# declaration. A FieldType judges one value; a Schema judges an object member by member, names every
+# declaration. A FieldType judges one value. A Schema judges an object member by member, names every
 # member that is wrong, and returns only members that it knows. Answers are declared the same way,
 # for readers of the OpenAPI document and for the tests.
 
-# What UNPRINTABLE leaves, as ECMA-262 writes it, which JSON Schema goes by. Surrogates stay out:
-# JSON that we read has none, and an engine that knows UTF-16 alone sees two of them in an emoji.
+# All characters but UNPRINTABLE, in the syntax of ECMA-262, which JSON Schema uses. Surrogates may
+# match: JSON that we read has none, and an engine that knows only UTF-16 sees two in each emoji.
 PRINTABLE = "[^" + json.dumps(UNPRINTABLE.pattern)[2:-1].replace(r"\ud800-\udfff", "")
 
-# A name is what people click, and tell hosts apart by. What shows nothing, or nothing by itself, as
-# ranges, because Python's own tables differ by its version (Unicode 16, DerivedCoreProperties):
-# Default_Ignorable_Code_Point, without what UNPRINTABLE has, and without the joiners, which
+# People click names, and tell hosts apart by them. These characters show nothing, or nothing by
+# themselves. They are ranges, because Python's own tables differ by its version (Unicode 16,
+# DerivedCoreProperties): Default_Ignorable_Code_Point without UNPRINTABLE and the joiners, which
 # languages and emoji need; white space and the blank of Braille; the blocks of combining marks.
 _IGNORABLE = (
     "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u2060-\u2065\u206a-\u206f\u3164"
@@ -773,8 +775,8 @@ _IGNORABLE = (
 _JOINERS = "\u200c\u200d\ufe0f"
 _BLANK = " \xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000"
 _MARKS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
-# A joiner stands between visible characters, one alone or U+FE0F and U+200D; but U+FE0F may also
-# end a word, after a symbol that it makes an emoji.
+# One joiner, or U+FE0F and then U+200D, may stand between visible characters. U+FE0F may also end
+# a word, after a symbol: there it makes the symbol an emoji.
 _INVISIBLE = (
     f"[{_IGNORABLE}]|^[{_BLANK}{_MARKS}{_JOINERS}]|[{_BLANK}]$|[{_BLANK}][{_JOINERS}]"
     f"|[\u200c\u200d](?:[{_BLANK}{_JOINERS}]|$)|\ufe0f[\u200c\ufe0f]"
@@ -790,32 +792,32 @@ class FieldType:
     """What one value may be."""
 
     def check(self, value: Any) -> Any:
-        """The value, from JSON. Raises ValueError with what is wrong: "must be ..."."""
+        """The checked value of a value from JSON. Raises ValueError, with "must be ..."."""
         raise NotImplementedError
 
     def parse(self, text: str) -> Any:
-        """The value of a text from a query. Raises ValueError."""
+        """The checked value of a text from a query. Raises ValueError."""
         return self.check(text)
 
     def json_schema(self) -> dict[str, Any]:
-        """JSON Schema 2020-12 of what check() takes."""
+        """The JSON Schema 2020-12 of the values that check() takes."""
         raise NotImplementedError
 
     def parameter_schema(self) -> dict[str, Any]:
-        """JSON Schema 2020-12 of what parse() takes."""
+        """The JSON Schema 2020-12 of the texts that parse() takes."""
         return self.json_schema()
 
 
 class Text(FieldType):
-    """A string of printable characters. A pattern is matched against the whole, takes nothing that
-    is not printable, and has a description for people. more: members of its JSON Schema."""
+    """A string of printable characters. A pattern has to match the whole string, and must take only
+    printable characters; description tells people what it takes. extra: JSON Schema members."""
 
     def __init__(
-        self, maximum: int, minimum: int = 0, pattern: str = "", description: str = "", **more: str
+        self, maximum: int, minimum: int = 0, pattern: str = "", description: str = "", **extra: str
     ) -> None:
         self._maximum, self._minimum = maximum, minimum
-        self._pattern, self._description, self._more = pattern, description, more
-        self.pattern = pattern or f"{PRINTABLE}{{{minimum},{maximum}}}"  # of the whole
+        self._pattern, self._description, self._extra = pattern, description, extra
+        self.pattern = pattern or f"{PRINTABLE}{{{minimum},{maximum}}}"  # of the whole text
         self._lengths = f"{minimum} to {maximum}" if minimum else f"at most {maximum}"
         if minimum == maximum:
             self._lengths = str(maximum)
@@ -837,13 +839,13 @@ class Text(FieldType):
             "minLength": self._minimum,
             "maxLength": self._maximum,
             "pattern": f"^(?:{self._pattern or PRINTABLE + '*'})$",
-            **self._more,
+            **self._extra,
         }
 
 
 class Name(Text):
-    """A text that looks like no other: nothing invisible is in it or at an end of it, and of the
-    spellings that Unicode calls canonically equivalent it has the composed one."""
+    """A text that no other text looks like. It has nothing invisible inside or at an end. Of the
+    spellings that Unicode calls canonically equivalent, check() returns the composed one (NFC)."""
 
     RULE = "must begin and end with visible characters, and have no invisible ones but joiners"
 
@@ -854,20 +856,20 @@ class Name(Text):
         return text
 
     def json_schema(self) -> dict[str, Any]:
-        """Its pattern ends at U+FFFF, for engines that know UTF-16 alone; the words do not."""
+        """The pattern ends at U+FFFF, for engines that know only UTF-16; check() goes further."""
         pattern = json.dumps(_INVISIBLE)[1:-1]
         return {**super().json_schema(), "not": {"pattern": pattern}, "description": self.RULE}
 
 
 class Network(Text):
-    """An address, or a network of them, in a query; its value is one of ipaddress."""
+    """An address or a network in a query. The value is a network of the module ipaddress."""
 
     def check(self, value: Any) -> Any:
         return ipaddress.ip_network(super().check(value), strict=False)
 
 
 class Integer(FieldType):
-    """An integer within bounds, both included; JSON may write it 3.0 (RFC 8259 section 6)."""
+    """An integer within bounds, both included. JSON may write 3 as 3.0 (RFC 8259 section 6)."""
 
     def __init__(self, bounds: tuple[int, int], unit: str = "") -> None:
         self._minimum, self._maximum = bounds
@@ -888,7 +890,7 @@ class Integer(FieldType):
 
 
 class Choice(FieldType):
-    """One of a few words; or True and False."""
+    """One of a few words, or a boolean."""
 
     def __init__(self, *words: Any) -> None:
         self._words = words
@@ -904,7 +906,7 @@ class Choice(FieldType):
 
 
 class Labels(FieldType):
-    """An object of short keys and printable values; in a query, one key=value."""
+    """An object of short keys and printable values. In a query, one label as key=value."""
 
     COUNT = 32
     KEY = Text(63, 1, r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", "letters, digits, . _ / -")
@@ -946,7 +948,7 @@ class Labels(FieldType):
 
 
 class Nullable(FieldType):
-    """A value of another type, or null where there is none."""
+    """A value of another type, or null."""
 
     def __init__(self, type: FieldType) -> None:
         self._type = type
@@ -959,7 +961,7 @@ class Nullable(FieldType):
 
 
 class LabelChanges(Labels):
-    """Labels to set, and with null to remove; typed, one key=value or key-."""
+    """Labels to set; a null removes the label. In a query or a command, one key=value or key-."""
 
     VALUE = Nullable(Labels.VALUE)
 
@@ -970,12 +972,12 @@ class LabelChanges(Labels):
         return text[:-1], None
 
 
-LabelTerm = tuple[str, Optional[str], bool]  # key, value or None, whether a host is to have it
+LabelTerm = tuple[str, Optional[str], bool]  # key, value or None, whether a host must have it
 
 
 class LabelFilter(Labels):
-    """In a query, of a host's labels: key=value, key!=value (all hosts but these), or a key with
-    whatever value: None."""
+    """A condition on a host's labels, in a query: key=value, key!=value (all other hosts), key (the
+    label exists) or key! (it does not). In the last two, the value of the LabelTerm is None."""
 
     def parse(self, text: str) -> Any:  # a LabelTerm
         key, equals, value = text.partition("=")
@@ -987,10 +989,10 @@ class LabelFilter(Labels):
         return {"type": "string", "pattern": f"^{self.KEY.pattern}(!?={self.TEXT.pattern}|!)?$"}
 
 
-def has_labels(own: Mapping[str, Any], wanted: Iterable[LabelTerm]) -> bool:
-    """Whether labels are as a LabelFilter says."""
+def has_labels(labels: Mapping[str, Any], terms: Iterable[LabelTerm]) -> bool:
+    """Whether labels meet all terms."""
     return all(
-        (key in own and value in (None, own[key])) is has_it for key, value, has_it in wanted
+        (key in labels and value in (None, labels[key])) is has_it for key, value, has_it in terms
     )
 
 
@@ -1008,7 +1010,7 @@ class ListOf(FieldType):
 
 
 class ObjectOf(FieldType):
-    """An object of a Schema, within another. It stands in answers only."""
+    """An object of a Schema inside another object. Only answers have such objects."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -1026,21 +1028,21 @@ class Field(NamedTuple):
     name: str
     type: FieldType
     required: bool = False
-    repeats: bool = False  # in a query: may come more than once; its value is a list
+    repeats: bool = False  # a query may have the parameter more than once; the value is a list
 
     def parameter_schema(self) -> dict[str, Any]:
-        one = self.type.parameter_schema()
-        return {"type": "array", "maxItems": REPEATS_MAXIMUM, "items": one} if self.repeats else one
+        schema, maximum = self.type.parameter_schema(), REPEATS_MAXIMUM
+        return {"type": "array", "maxItems": maximum, "items": schema} if self.repeats else schema
 
 
 def required(**types: FieldType) -> list[Field]:
-    """Members that are always there."""
+    """Fields of members that an object must have."""
     return [Field(name, type, required=True) for name, type in types.items()]
 
 
 class Schema:
-    """An object's members. An open one ignores members that it does not know. One with a name is
-    described once in an OpenAPI document, and referred to."""
+    """The members of an object. An open schema ignores members that it does not know. A schema with
+    a name stands once in an OpenAPI document, which refers to it by that name."""
 
     def __init__(self, *fields: Field, open: bool = False, name: str = "") -> None:
         self.fields = {field.name: field for field in fields}
@@ -1048,14 +1050,14 @@ class Schema:
         self.name = name
 
     def check(self, value: Any) -> dict[str, Any]:
-        """The known members of a JSON object. Raises InvalidBody, which names all that is wrong."""
+        """The known members of a JSON object. Raises InvalidBody, which lists the errors."""
         if not isinstance(value, dict):
             raise InvalidBody("The body must be a JSON object.")
         judged = self._judge(value.items(), lambda field, v: field.type.check(v), InvalidBody)
         return {name: member for name, (member,) in judged.items()}
 
     def parse(self, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        """The parameters of a query. Raises InvalidQuery, which names all that is wrong."""
+        """The parameters of a query. Raises InvalidQuery, which lists the errors."""
         judged = self._judge(pairs, lambda field, text: field.type.parse(text), InvalidQuery)
         return {name: v if self.fields[name].repeats else v[0] for name, v in judged.items()}
 
@@ -1069,14 +1071,14 @@ class Schema:
             field = self.fields.get(name)
             if field is None and self._open:
                 continue
-            of_name = values.setdefault(name, [])
+            judged = values.setdefault(name, [])
             try:
                 if field is None:
                     raise ValueError("is unknown")
-                if of_name and not field.repeats:
+                if judged and not field.repeats:
                     raise ValueError("is given more than once")
-                of_name.append(judge(field, value))
-                if len(of_name) == REPEATS_MAXIMUM + 1:
+                judged.append(judge(field, value))
+                if len(judged) == REPEATS_MAXIMUM + 1:
                     raise ValueError(f"is given more than {REPEATS_MAXIMUM} times")
             except ValueError as error:
                 errors.append(FieldError(sanitize(name), str(error)))
@@ -1095,7 +1097,7 @@ class Schema:
         }
 
     def reference(self) -> dict[str, Any]:
-        """Where the schema stands in an OpenAPI document; the schema, if it has no name."""
+        """A reference to the schema in an OpenAPI document; the schema itself if it has no name."""
         return {"$ref": f"#/components/schemas/{self.name}"} if self.name else self.json_schema()
 
 
@@ -1111,28 +1113,29 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _read_integer(digits: str) -> float:
-    """A float where it is long: an int() takes time by the square of its digits."""
+    """The number; a float if it is long: the time of int() grows by the square of the digits."""
     return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
 
 
-# Made once: json.loads() would make one for each body, and it takes longer than reading most.
+# Made once: json.loads() would make a decoder for each body, which takes longer than reading most.
 _JSON = json.JSONDecoder(
     object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=_read_integer
 )
 
 
 def parse_agent_json(body: bytes) -> Any:
-    """A JSON text of a caller whose secret is not known yet. Raises InvalidBody."""
+    """The value of a JSON text from a caller who has not shown a secret yet. Raises InvalidBody."""
     if body.count(b"{") + body.count(b"[") > AGENT_BRACKETS_MAXIMUM:
         raise InvalidBody(f"The body has more than {AGENT_BRACKETS_MAXIMUM} characters {{ and [.")
     return parse_json(body)
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON (RFC 8259), as in RFC 8785: unique members, no lone surrogates. Raises InvalidBody."""
+    """The value of JSON (RFC 8259). As in RFC 8785, members are unique, and surrogates are paired.
+    Raises InvalidBody."""
     try:
         value = _JSON.decode(body.decode("utf-8"))
-        if b"\\u" in body:  # only an escape can write a lone surrogate
+        if b"\\u" in body:  # only an escape can stand for a lone surrogate
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise InvalidBody("The body must be UTF-8, without lone surrogates.") from None
@@ -1144,16 +1147,16 @@ def parse_json(body: bytes) -> Any:
 
 
 _STORED_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
-_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.?)*"?')  # in JSON; it matches whatever follows a quote
+_STRING = re.compile(r'(?s)"(?:[^"\\]|\\.?)*"?')  # a string in JSON, also one without an end
 
 
 def stored_object(text: str) -> dict[str, Any]:
-    """The object in a column of JSON; one that shows the text, if we cannot have written it."""
+    """The object in a column of JSON; {"unreadable": text} if we cannot have written the text."""
     if text == "{}":  # the labels of most hosts
         return {}
     value: Any = None
     brackets = text.count("{") + text.count("[")
-    if brackets > STORED_NESTING:  # those in strings do no harm; to leave them out takes long
+    if brackets > STORED_NESTING:  # brackets in strings do no harm, but to find them takes long
         brackets = len(re.findall(r"[\[{]", _STRING.sub("", text)))
     if brackets <= STORED_NESTING:
         with suppress(Problem, ValueError):
@@ -1164,29 +1167,30 @@ def stored_object(text: str) -> dict[str, Any]:
 # 4. Secrets
 #
 # Law: secret randomness, cryptography and safe files stand here alone. Tokens and API keys are 256
-# random bits, shown once and kept as SHA-256: what is random needs no slow hash. Credentials are
-# compact JWS (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518
+# random bits, shown once and kept as SHA-256: random bits need no slow hash. Credentials are JWS in
+# compact form (RFC 7515) with the claims of a JWT (RFC 7519), signed with HMAC-SHA256 (RFC 7518
 # section 3.2). Nothing is written through a link or a file that another user prepared.
 
-ID_EPOCH_MS = 1_577_836_800_000  # 2020-01-01: ids begin with the time since
+ID_EPOCH_MS = 1_577_836_800_000  # 2020-01-01: ids begin with the time since then
 
 
 def first_id(now: int) -> int:
-    """The lowest id that new_id() makes at a time in Unix ms."""
+    """The lowest id that new_id() makes at a time (Unix ms)."""
     return max(0, now - ID_EPOCH_MS) % (1 << 41) << 22
 
 
 def new_id(now: int) -> int:
-    """A fresh id for time now, in Unix ms: 41 bits of milliseconds, then 22 random ones.
+    """A new id at the time now (Unix ms): 41 bits of milliseconds, then 22 random bits.
 
-    Ids in the order of time list themselves, keep new rows together at the end of a table's b-tree,
-    and keep a deleted id from coming back. Two of one millisecond may be equal: look before adding.
+    Ids in the order of time need no other column to sort by, keep new rows together at the end of
+    a table's b-tree, and keep a deleted id from coming back. Two ids of one millisecond may be
+    equal: look for the id before you add a row.
     """
     return first_id(now) | secrets.randbits(22)
 
 
 def new_history() -> str:
-    """The name of a history of changes and events, which no other has."""
+    """A name for a history of changes and events: no other history has it."""
     return secrets.token_hex(8)
 
 
@@ -1197,11 +1201,11 @@ class Secret(NamedTuple):
     text: str
 
     def digest(self) -> bytes:
-        """What is kept of it: SHA-256 of the whole text, so that no other spelling matches."""
+        """What the database keeps: SHA-256 of the whole text, so that no other spelling matches."""
         return sha256(self.text)
 
 
-equal_secrets = hmac.compare_digest  # the time of == tells how much of a guess was right
+equal_secrets = hmac.compare_digest  # the time that == takes shows how much of a guess was right
 TOKEN_PREFIX, API_KEY_PREFIX = "het", "hak"
 SECRET = re.compile(r"(het|hak)_([0-7][0-9a-f]{15})_[A-Za-z0-9_-]{43}([0-9a-f]{8})")
 
@@ -1213,7 +1217,7 @@ def mint_secret(prefix: str, number: int) -> Secret:
 
 
 def parse_secret(prefix: str, text: str) -> Optional[Secret]:
-    """The secret in a text; None for a text that we cannot have minted."""
+    """The secret in a text; None if we cannot have minted the text."""
     match = SECRET.fullmatch(text)
     if match is None or match[1] != prefix or zlib.crc32(text[:-8].encode()) != int(match[3], 16):
         return None
@@ -1221,11 +1225,11 @@ def parse_secret(prefix: str, text: str) -> Optional[Secret]:
 
 
 def sha256(data: Union[str, bytes]) -> bytes:
-    """The digest of octets, or of a text in UTF-8."""
+    """The SHA-256 of octets, or of a text in UTF-8."""
     return hashlib.sha256(data.encode("utf-8") if isinstance(data, str) else data).digest()
 
 
-# Every credential goes through these two; base64's own functions take three times as long.
+# Every credential passes these two tables: the functions of base64 take three times as long.
 _TO_URL, _FROM_URL = bytes.maketrans(b"+/", b"-_"), bytes.maketrans(b"-_", b"+/")
 
 
@@ -1235,7 +1239,7 @@ def base64url(data: bytes) -> bytes:
 
 
 def webhook_signature(secret: bytes, at: int, body: bytes) -> str:
-    """Shows a receiver who sent a body, and when (Unix time): others may send it again later."""
+    """Shows a receiver who sent a body, and when (Unix time), since others can send it again."""
     return f"t={at},v1={hmac.new(secret, b'%d.%b' % (at, body), hashlib.sha256).hexdigest()}"
 
 
@@ -1244,17 +1248,17 @@ def _decode_base64url(text: bytes) -> bytes:
 
 
 class Claims(NamedTuple):
-    """The claims of a credential; times in Unix seconds."""
+    """The claims of a credential. Times are in Unix seconds."""
 
     host: int
     organization: str
     issued_at: int
     serial: int
     expires_at: Optional[int]
-    kid: str  # of the key that signs it: it stands in the header
+    kid: str  # of the signing key; it stands in the header, not in the payload
 
 
-# 27 bytes, so a credential has 36 characters for them, whatever follows.
+# 27 bytes: in a credential they are 36 characters, whatever follows.
 _CLAIMS_OPENING = b'{"iss":"hostenroll","sub":"'
 CLAIMS = re.compile(
     re.escape(_CLAIMS_OPENING) + rb'([0-7][0-9a-f]{15})","org":"([A-Za-z0-9_-]{1,64})",'
@@ -1262,9 +1266,9 @@ CLAIMS = re.compile(
 )
 
 
-def host_of(rest: bytes) -> int:
-    """The host of a verified credential, from the part behind its key's opening, which begins with
-    the 16 digits of the host's id and two more bytes: 24 characters."""
+def host_of_credential(rest: bytes) -> int:
+    """The host of a verified credential. rest: the credential without SigningKey.opening; its first
+    24 characters are the 16 digits of the host's id and two more bytes."""
     return int(binascii.a2b_base64(rest[:24])[:16], 16)
 
 
@@ -1272,21 +1276,21 @@ KID = r"[A-Za-z0-9_-]{1,64}"
 
 
 @lru_cache(maxsize=256)
-def header_of(kid: str) -> bytes:
-    """What the credentials of a signing key begin with."""
+def credential_header(kid: str) -> bytes:
+    """The JWS header of the credentials of a signing key, in base64url."""
     return base64url(json_text({"alg": "HS256", "typ": "JWT", "kid": kid}).encode())
 
 
 class SigningKey:
-    """One key of the keyring: random bytes, 32 where we made them, with a kid as its name."""
+    """One key of the keyring: random bytes with a kid as its name. Keys that we make have 32."""
 
     def __init__(self, kid: str, octets: bytes) -> None:
         self.kid = kid
         self.octets = octets
-        self.header = header_of(kid)
-        # What all credentials of this key begin with: a fleet's differ in the rest alone.
+        self.header = credential_header(kid)
+        # All credentials of this key begin with these bytes, and differ only in the rest.
         self.opening = b"%b.%b" % (self.header, base64url(_CLAIMS_OPENING))
-        self._keyed = hmac.new(octets, digestmod="sha256")  # copied: half the cost of a new one
+        self._keyed = hmac.new(octets, digestmod="sha256")  # to copy it costs half of a new one
 
     def signature(self, signed: bytes) -> bytes:
         """The JWS signature of header.payload, in base64url."""
@@ -1295,7 +1299,7 @@ class SigningKey:
         return base64url(mac.digest())
 
     def sign(self, claims: Claims) -> str:
-        """A credential. verify() takes this spelling of these members and no other."""
+        """A credential. Keyring.verify() takes only these members, in exactly this spelling."""
         expiry = "" if claims.expires_at is None else f',"exp":{claims.expires_at}'
         payload = (
             f'{{"iss":"hostenroll","sub":"{id_text(claims.host)}","org":"{claims.organization}",'
@@ -1309,24 +1313,24 @@ _AUDIT_RECORD = json.JSONEncoder(separators=(",", ":"), default=list).encode
 
 
 def audit_record(values: Sequence[Any]) -> bytes:
-    """The values that a MAC covers, as no others are written: a forger's octets are an array."""
+    """The text that a MAC covers. No other values have it: a forger's octets become an array."""
     return _AUDIT_RECORD(values).encode("ascii")
 
 
 class Keyring:
-    """The keys of one key file: the first signs, all verify. It never changes."""
+    """The keys of one key file: the first key signs, all keys verify. A keyring never changes."""
 
     def __init__(
         self, keys: Sequence[SigningKey], audit_key: bytes, file: Optional[os.stat_result] = None
     ) -> None:
-        """file: the one that they were read from; None: they are new."""
+        """file: the status of the file that the keys were read from; None: the keys are new."""
         self.keys, self.file = tuple(keys), file
         self.first = keys[0]
         self.kids = [key.kid for key in keys]
         self.audit_key = audit_key
         self._by_header = {key.header: key for key in keys}
-        # An attacker who can write the database chooses what an event is chained to. If one key did
-        # for all, the MAC of that event would prove an anchor.
+        # An attacker who can write the database can choose what an event is chained to. With one
+        # key for all three, the MAC of that event would pass for the proof of an anchor.
         domains = b"event", b"anchor", b"head"
         self._audit_keys = {name: hmac.digest(audit_key, name, "sha256") for name in domains}
 
@@ -1344,21 +1348,23 @@ class Keyring:
         return json.dumps({"keys": keys}, indent=2).encode("ascii") + b"\n"
 
     def audit_mac(self, domain: bytes, record: bytes, previous: bytes = b"") -> bytes:
-        """The HMAC-SHA256 of a record of the audit log. An event's covers the MAC before it too, to
-        tie it to all before; a forged MAC of any length cannot pass for a part of a record."""
+        """The HMAC-SHA256 of a record of the audit log. The MAC of an event also covers the MAC
+        before it, and so all earlier events. The length of previous comes first, so that no forged
+        MAC, of whatever length, passes for a part of a record."""
         framed = b"%d:%b%b" % (len(previous), previous, record)
         return hmac.digest(self._audit_keys[domain], framed, "sha256")
 
     def old_audit_mac(self, record: bytes, previous: bytes = b"") -> bytes:
-        """The same in schema 2, where events and anchors had the audit key itself."""
+        """The MAC of a record in schema 2, which used the audit key itself for every record."""
         return hmac.digest(self.audit_key, previous + record, "sha256")
 
     def verify(self, credential: bytes) -> Optional[Claims]:
-        """The claims of a credential that we signed, however old it is; None of anything else.
+        """The claims of a credential that we signed, however old it is; None for all other bytes.
 
-        The header is never parsed: it must be, byte for byte, the one that we write for a key that
-        we hold. So there is no algorithm to choose, no embedded key to trust, no kid to look up
-        elsewhere (RFC 8725 sections 2.1 and 3.10). The signature has one spelling, that of a text.
+        The header is never parsed: it must be, byte for byte, the header that we write for a key of
+        this keyring. So there is no algorithm to choose, no embedded key to trust, no kid to look
+        up elsewhere (RFC 8725 sections 2.1 and 3.10). The signature is compared as text, so it has
+        only one spelling.
         """
         if len(credential) > CREDENTIAL_MAXIMUM:
             return None
@@ -1385,7 +1391,7 @@ def _new_signing_key() -> SigningKey:
 
 
 def new_keyring() -> Keyring:
-    """One fresh signing key, and a key for the audit chain beside it."""
+    """A keyring with one new signing key and a new audit key."""
     return Keyring([_new_signing_key()], secrets.token_bytes(32))
 
 
@@ -1393,18 +1399,18 @@ def new_keyring() -> Keyring:
 #
 # Root runs commands in a folder that belongs to the service's user. The owner of a folder decides
 # what stands at a name in it, and when: a link to a file of root's, a hard link to one, a file of
-# root's that was renamed, a pipe that never answers. So nothing below writes to, gives away or
-# replaces the file that a name happens to lead to. It makes the file itself (O_EXCL takes no link
-# and no file that is there), or opens it without following a link and judges the open descriptor.
-# A file that replaces another is made, synced and renamed in a folder that is opened once, wherever
-# its path leads by then. The server may be another user than the operator: a new key file gets the
-# owner of the one that was read and judged before, not that of what stands there by then.
+# root's that was renamed, a pipe that never answers. So no function below writes to, gives away or
+# replaces the file that a name happens to lead to. It creates the file itself (O_EXCL takes no link
+# and no existing file), or opens it without following a link and judges the open descriptor. A file
+# that replaces another is created, synced and renamed in a folder that is opened once, wherever the
+# path of the folder leads by then. The server and the operator may be different users: a new key
+# file gets the owner of the file that was read and judged before, whatever is at the name by then.
 
 
 def resolve_file(path: str) -> str:
-    """The absolute path of a file that is to be written. A link in its last component is followed
+    """The absolute path of a file that is to be written. A link in the last component is followed
     only if root or we made it, in a folder that only root or we may write: the owner of a folder
-    can rename any link into its place. Raises OperatorError."""
+    can rename any link to that name. Raises OperatorError."""
     for _ in range(LINKS_MAXIMUM):
         folder = os.path.realpath(os.path.dirname(path))
         path = os.path.join(folder, os.path.basename(path))
@@ -1421,8 +1427,8 @@ def resolve_file(path: str) -> str:
 
 
 def create_file(path: str, mode: int = PRIVATE_MODE, dir_fd: Optional[int] = None) -> int:
-    """A descriptor of a new file of exactly this mode, for writing; dir_fd: of the folder that a
-    name is in. Raises FileExistsError for whatever is there, a link too."""
+    """The descriptor of a new file with exactly this mode, open for writing. dir_fd: the descriptor
+    of the folder, if path is a name. Raises FileExistsError if the name exists, also as a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(path, flags, mode, dir_fd=dir_fd)
     os.fchmod(descriptor, mode)  # whatever the umask
@@ -1430,12 +1436,15 @@ def create_file(path: str, mode: int = PRIVATE_MODE, dir_fd: Optional[int] = Non
 
 
 def require_own_file(path: str, database: str, descriptor: int = -1) -> None:
-    """Raises OperatorError unless a file beside the database, open or by its name, is a regular one
-    of the database's owner (of the folder's, where there is no database, or the file is to become
-    it); that and a lock may be root's or ours. What may not be the owner's must have one name, or
-    it may be a hard link to any file of root's; so must what SQLite opens. As root, SQLite gives
-    that to the owner, so it must be that owner's already; and it deletes any file that a -journal
-    names, so a -journal must be ours."""
+    """Raises OperatorError unless the database, or a file beside it, is regular and may be used.
+
+    descriptor: the file is open; else it is examined by its name. The owner is the owner of the
+    database; if there is none yet, or the file itself is the database, the owner of the folder.
+    The database and lock files may belong to the owner, and also to root or us if they have one
+    name only: a second name may be a hard link to any file of root's. A file that SQLite opens
+    beside the database must have one name. If we are root, SQLite gives it to the owner, so it must
+    be the owner's already; else it may also be ours. SQLite deletes any file that a -journal names,
+    so a -journal must be ours."""
     status = os.lstat(path) if descriptor < 0 else os.fstat(descriptor)
     owner = os.stat(os.path.dirname(database) or ".").st_uid
     if path != database:
@@ -1455,21 +1464,21 @@ def require_own_file(path: str, database: str, descriptor: int = -1) -> None:
 
 
 def open_lock_file(path: str, database: str) -> int:
-    """A descriptor of a lock file beside a database, made if it is missing. A new one gets the
-    owner and the mode of the database, where there is one; one that was there is not changed.
-    Raises OperatorError for what cannot be a lock file of ours, and OSError."""
+    """The descriptor of a lock file beside a database; a missing file is created. A new file gets
+    the owner and the mode of the database, if there is one; an existing file is not changed.
+    Raises OperatorError for a file that cannot be a lock file of ours, and OSError."""
     try:
         descriptor = create_file(path)
     except FileExistsError:
-        require_own_file(path, database)  # a link, a folder and a socket cannot be opened
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe may wait
+        require_own_file(path, database)  # so it is no link, folder or socket
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait
         try:
             require_own_file(path, database, descriptor)  # the name may lead elsewhere by now
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
-    with suppress(OSError):  # no database yet, or it is another user's: then it is right already
+    with suppress(OSError):  # no database yet, or another user's: then the file stays as it is
         status = os.lstat(database)
         if stat.S_ISREG(status.st_mode):
             os.fchown(descriptor, status.st_uid, status.st_gid)
@@ -1478,10 +1487,10 @@ def open_lock_file(path: str, database: str) -> int:
 
 
 class Folder:
-    """An open folder: what is done to a name in it is done in this one, and follows no link."""
+    """An open folder. Its methods act on names in this very folder, and follow no link."""
 
     def __init__(self, path: str, parent: Optional[Folder] = None) -> None:
-        """path: where there is a parent, a name in it. Raises OSError, also for such a link."""
+        """path: with a parent, a name in the parent. Raises OSError, also if the name is a link."""
         self.path: str = os.path.join(parent.path, path) if parent else os.path.realpath(path)
         flags, name = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, path if parent else self.path
         self.descriptor: int = os.open(name, flags, dir_fd=parent.descriptor if parent else None)
@@ -1493,22 +1502,23 @@ class Folder:
         return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
 
     def remove(self, name: str) -> None:
-        """Idempotent."""
+        """Remove the file with a name, if there is one."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
     @contextmanager
     def replacing(self, name: str, like: Optional[os.stat_result] = None) -> Iterator[BinaryIO]:
-        """A file of mode 0600 that takes the place of a name when all of it is on the disk; else
-        nothing changes. It gets the owner of the file that like is of, and its group may read it if
-        it could read that one. One process at a time. Raises OSError, OperatorError."""
+        """A new file of mode 0600. At the end of the with block, when all of it is on the disk, it
+        replaces the file with this name; after an error that file stays as it is. like: the status
+        of a file, whose owner the new file gets; its group may read the new file if it could read
+        that one. One process at a time. Raises OSError, OperatorError."""
         fresh, path = f"{name}.tmp", os.path.join(self.path, name)
         try:
-            self.remove(fresh)  # left by a process that was killed, or put there to be written to
+            self.remove(fresh)  # left by a process that was killed, or an attacker's
             descriptor = create_file(fresh, dir_fd=self.descriptor)
             with open(f"{path}.tmp", "wb", opener=lambda *_: descriptor) as file:
                 if like is not None:
-                    with suppress(OSError):  # we may not give files away
+                    with suppress(OSError):  # only root may give files away
                         os.fchown(descriptor, like.st_uid, like.st_gid)
                         os.fchmod(descriptor, PRIVATE_MODE | like.st_mode & 0o040)
                 yield file
@@ -1517,9 +1527,9 @@ class Folder:
                 os.replace(fresh, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
                 if not os.path.samestat(self.status(name), os.fstat(descriptor)):
                     raise OperatorError(f"another user replaced {path} while it was written")
-            os.fsync(self.descriptor)  # or the rename may be lost with the power
+            os.fsync(self.descriptor)  # else the rename may be lost with the power
         except BaseException as error:
-            with suppress(OSError):  # the first error tells more
+            with suppress(OSError):  # the first error says more
                 self.remove(fresh)
             if not isinstance(error, OSError):
                 raise
@@ -1529,7 +1539,7 @@ class Folder:
 
 @contextmanager
 def replacing(path: str, like: Optional[os.stat_result] = None) -> Iterator[BinaryIO]:
-    """Folder.replacing() for the file that a path leads to, as resolve_file() finds it."""
+    """Folder.replacing() for the file that resolve_file() finds at a path."""
     folder, name = os.path.split(resolve_file(path))
     with closing(Folder(folder)) as opened, opened.replacing(name, like) as file:
         yield file
@@ -1539,13 +1549,13 @@ OPEN_TO_ALL = "any user can replace files in {0}: {1}, or chmod o-w {0}"
 
 
 def is_open_to_all(folder: Union[str, int]) -> bool:
-    """Whether anybody may replace the files in a folder: others may write, and no sticky bit keeps
-    them from what is not theirs. What its group may do was meant: a group has been chosen."""
+    """Whether any user may replace the files in a folder: others may write, and no sticky bit
+    protects the files of other users. A group that may write was chosen on purpose."""
     return os.stat(folder).st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH
 
 
 def folders_open_to_all(*files: str) -> list[str]:
-    """Such folders of files that are there, and of what their links lead to."""
+    """The folders that are open to all, among those of files and of what the files link to."""
     paths = {path for file in files for path in (os.path.abspath(file), os.path.realpath(file))}
     folders = sorted(set(map(os.path.dirname, paths)))
     return [folder for folder in folders if os.path.isdir(folder) and is_open_to_all(folder)]
@@ -1563,11 +1573,11 @@ def _parse_jwk(jwk: Mapping[str, Any]) -> tuple[str, str, bytes]:
 def read_private(
     path: str, kind: str, owner: int = 0, maximum: int = KEY_FILE_MAXIMUM
 ) -> tuple[bytes, os.stat_result]:
-    """A file of secrets, and its status. Raises OperatorError for what cannot be read, is open to
-    others, or belongs to neither root, us nor the owner. Links are followed, since mounted secrets
-    are links: the file that was opened is judged."""
+    """The contents of a file of secrets, and its status. Raises OperatorError for a file that
+    cannot be read, is open to others, or belongs to neither root, us nor the owner. Links are
+    followed, since mounted secrets are links; the opened file is judged."""
     try:
-        # Without O_NONBLOCK a pipe would wait for its writer.
+        # Without O_NONBLOCK, a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > maximum:
@@ -1580,15 +1590,15 @@ def read_private(
             f"the {kind} {path} belongs to another user, of id {status.st_uid}: run this as that "
             "user, or put the right file back and chown it to root or the database's owner"
         )
-    # What is mounted for a service belongs to root, and the service's group may read it.
+    # A secret that is mounted for a service belongs to root, and the service's group may read it.
     if status.st_mode & (0o077 if status.st_uid else 0o027):
         raise OperatorError(f"the {kind} {path} is open to others: chmod 600 {path}")
     return octets, status
 
 
 def load_keyring(path: str, database: str) -> Keyring:
-    """The keyring of the key file of a database, whose owner may own it. Raises OperatorError."""
-    # The owner of the folder counts where there is no database, or anybody may have put it.
+    """The keyring in a key file, which may belong to the database's owner. Raises OperatorError."""
+    # If there is no database, or any user may have put it there, the folder's owner counts.
     try:
         folder = owner = os.stat(os.path.dirname(database) or ".")
         if not folder.st_mode & 0o002:
@@ -1611,24 +1621,24 @@ def load_keyring(path: str, database: str) -> Keyring:
 
 
 class KeyFile:
-    """A key file that others may replace while we run. Its path is read as it was given: a mounted
-    secret is updated by a new target of a link on the way to it."""
+    """A key file that others may replace while we run. The path is resolved at each read, because a
+    mounted secret is updated by a new target of a link in its path."""
 
     def __init__(self, path: str, database: str) -> None:
         self.path, self._database = path, database
-        self.trouble = ""  # why the keys in the file now are not used
-        self.patience: Optional[float] = None  # seconds for reload(); None: as long as it takes
+        self.trouble = ""  # why the keys that are in the file now are not used
+        self.patience: Optional[float] = None  # seconds that reload() may take; None: no limit
         self._seen: Optional[tuple[int, ...]] = None
         self._reading: Optional[futures.Future[Any]] = None
 
     def load(self) -> Keyring:
-        """The keyring in it. Raises OperatorError."""
-        self._seen = self._look()
+        """The keyring in the file. Raises OperatorError."""
+        self._seen = self._fingerprint()
         return load_keyring(self.path, self._database)
 
     def replace(self, keyring: Keyring) -> None:
-        """Put a keyring into it, whole or not at all. Raises OperatorError, also for a first one
-        where anybody may replace it."""
+        """Write a keyring into the file, whole or not at all. Raises OperatorError, also for a new
+        keyring in a folder where any user may replace the file."""
         folders = folders_open_to_all(self.path)
         if folders and keyring.file is None:
             raise OperatorError(OPEN_TO_ALL.format(folders[0], "name a file by --key-file"))
@@ -1637,7 +1647,7 @@ class KeyFile:
                 file.write(keyring.jwk_set())
         except OSError as error:
             raise OperatorError(f"cannot write {error.filename}: {error.strerror}") from error
-        self._seen = self._look()
+        self._seen = self._fingerprint()
 
     def remove(self) -> None:
         """Remove the file that replace() has just made, and no other."""
@@ -1648,9 +1658,10 @@ class KeyFile:
                 opened.remove(name)
 
     def reload(self, current: Keyring) -> Optional[Keyring]:
-        """The keyring in it, if it has changed since the last look, is a good one, and is of the
-        same database as the current one: the audit key never changes."""
-        patience: Optional[float] = 0  # an earlier read is late: it is not waited for again
+        """The keyring in the file if the file has changed; else None. A keyring that is not valid,
+        or is of another database than the current one, is not used but logged. The audit key tells
+        the database, since it never changes."""
+        patience: Optional[float] = 0  # for an earlier read that is late already
         if self._reading is None or self._reading.done():
             patience, known = self.patience, () if self.trouble else self._seen
             self._reading = in_background(partial(self._read, known))
@@ -1670,21 +1681,21 @@ class KeyFile:
         return keyring if isinstance(keyring, Keyring) else None
 
     def _read(self, known: object) -> tuple[object, Optional[Keyring]]:
-        """How the file looks, and the keyring in it if that is not as it was known."""
-        seen = self._look()
+        """The fingerprint of the file, and the keyring in it if it has another one than known."""
+        seen = self._fingerprint()
         return seen, None if seen == known else load_keyring(self.path, self._database)
 
-    def _look(self) -> Optional[tuple[int, ...]]:
+    def _fingerprint(self) -> Optional[tuple[int, ...]]:
         try:
             status = os.stat(self.path)
         except OSError:
             return None
-        # A write, a rename, a chmod: each changes st_ctime, unless within one tick of its clock.
+        # A write, a rename or a chmod changes st_ctime, unless within one tick of its clock.
         return status.st_dev, status.st_ino, status.st_mode, status.st_size, status.st_ctime_ns
 
 
 def _der_elements(octets: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """The elements of DER (ITU-T X.690 section 8.1) in order: tag, whole element, contents."""
+    """The elements in DER octets (ITU-T X.690 section 8.1): tag, whole element, contents."""
     while octets:
         length, start = octets[1], 2
         if length & 0x80:
@@ -1696,12 +1707,12 @@ def _der_elements(octets: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         octets = octets[start + length :]
 
 
-PIN = "sha256//[A-Za-z0-9+/]{43}="  # of a key, as curl's --pinnedpubkey takes it
+PIN = "sha256//[A-Za-z0-9+/]{43}="  # the pin of a public key, as curl's --pinnedpubkey takes it
 
 
 class Certificate(NamedTuple):
-    pin: str  # SHA-256 of its SubjectPublicKeyInfo
-    ends: int  # its notAfter, Unix ms, at least 1
+    pin: str  # SHA-256 of the SubjectPublicKeyInfo
+    ends: int  # notAfter in Unix ms, at least 1
 
 
 def read_certificate(octets: bytes, path: str = "it") -> Certificate:
@@ -1710,10 +1721,10 @@ def read_certificate(octets: bytes, path: str = "it") -> Certificate:
         _, _, contents = next(_der_elements(octets))
         _, _, signed = next(_der_elements(contents))
         kinds, members, contents_of = zip(*_der_elements(signed))
-        first = 3 if kinds[0] == 0xA0 else 2  # a version stands before the others, unless it is 1
-        key = members[first + 3]
-        _, (kind, _, after) = _der_elements(contents_of[first + 1])
-        text = after.decode("ascii")
+        issuer = 3 if kinds[0] == 0xA0 else 2  # version 1 is left out; others are the first member
+        key = members[issuer + 3]
+        _, (kind, _, not_after) = _der_elements(contents_of[issuer + 1])
+        text = not_after.decode("ascii")
         if kind == 0x17:  # UTCTime has two digits of the year: section 4.1.2.5.1
             text = f"{'19' if text >= '50' else '20'}{text}"
         ends = timegm((int(text[:4]), *(int(text[at : at + 2]) for at in range(4, 14, 2))))
@@ -1745,7 +1756,7 @@ CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL,
-    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: allowed at -expiry
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: when it stopped; below: allowed at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -1770,7 +1781,7 @@ CREATE TABLE token (
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     description      TEXT    NOT NULL,
-    hostname         TEXT,              -- bound to this hostname, where there is one
+    hostname         TEXT,              -- bound to this hostname; NULL: to none
     host_id          INTEGER,           -- bound to this host: a re-enroll token
     labels           TEXT    NOT NULL,  -- a JSON object of strings, given to the host
     max_uses         INTEGER NOT NULL CHECK (max_uses >= 1),
@@ -1782,7 +1793,7 @@ CREATE TABLE token (
     used_from        TEXT,              -- the address of the last use
     revoked_at       INTEGER,
     own_interval     INTEGER,           -- seconds between the heartbeats of its hosts, or NULL
-    ephemeral        INTEGER            -- seconds of silence that end its hosts, or NULL
+    ephemeral        INTEGER            -- seconds of silence that delete its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -1790,12 +1801,12 @@ CREATE INDEX token_end ON token
     (coalesce(revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END));
 
 CREATE TABLE host (
-    -- A machine that has enrolled. Heartbeat has what changes with each beat.
+    -- A machine that has enrolled. The table heartbeat has what changes with each heartbeat.
     id               INTEGER PRIMARY KEY,
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     name             TEXT    NOT NULL,
     hostname         TEXT    NOT NULL,
-    bound            INTEGER NOT NULL,  -- 1: the token named the hostname, no beat changes it
+    bound            INTEGER NOT NULL,  -- 1: the token named the hostname; heartbeats keep it
     os               TEXT    NOT NULL,
     architecture     TEXT    NOT NULL,
     docker_version   TEXT    NOT NULL,
@@ -1807,25 +1818,25 @@ CREATE TABLE host (
     admitted_by      INTEGER NOT NULL,  -- the token of its last enrollment or re-enrollment
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
-    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
+    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with that token
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
-    twin_id          INTEGER,           -- a live host that had this hostname at that time
+    twin_id          INTEGER,           -- a live host that had this hostname at admitted_at
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
-    issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    issued_hash      BLOB,              -- SHA-256 of that credential and the serial it replaces
     instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
-    every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
+    every_seconds    INTEGER,           -- its rhythm, if cron decides it; NULL: the server does
     own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
     enrolled_from    TEXT    NOT NULL DEFAULT '',  -- the address that it enrolled from
     address          TEXT    NOT NULL DEFAULT '',  -- of its last heartbeat; empty: not known
     address_since    INTEGER NOT NULL DEFAULT 0,
-    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
-    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
-    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last move that was an event, or 0
+    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal of the host, or 0
+    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that refusal
     restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last restored, or 0
-    state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
-    status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
+    state            INTEGER NOT NULL DEFAULT 2,  -- a copy of heartbeat.state, for lists
+    status_since     INTEGER NOT NULL DEFAULT 0,  -- when its status last changed
     muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then notifications are off
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
@@ -1860,11 +1871,11 @@ CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id        INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen      INTEGER NOT NULL,  -- 0: never
-    serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
+    serial         INTEGER NOT NULL,  -- the valid serial: the highest seen; at first the one issued
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     state          INTEGER NOT NULL,  -- the status that was last reported: see change
     told_interval  INTEGER NOT NULL DEFAULT 30,  -- the last interval sent to it, in seconds
-    address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
+    address_key    INTEGER NOT NULL DEFAULT 0  -- for its address; below 0: any till -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
@@ -1876,27 +1887,27 @@ CREATE TABLE change (
     organization_id  TEXT    NOT NULL,
     name             TEXT    NOT NULL,  -- as it was then
     labels           TEXT    NOT NULL,  -- as they were then
-    was              INTEGER NOT NULL,  -- 0: it has just enrolled
+    was              INTEGER NOT NULL,  -- the status before; 0: it has just enrolled
     status           INTEGER NOT NULL,
-    seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
+    seen             INTEGER NOT NULL,  -- the last heartbeat as of then; 0: there was none
     actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
     ephemeral        INTEGER,           -- as it was then
-    address          TEXT    NOT NULL DEFAULT ''  -- the same
+    address          TEXT    NOT NULL DEFAULT ''  -- as it was then
 );
 CREATE INDEX change_host ON change (host_id, number);
 CREATE INDEX change_expired ON change (organization_id, at)
     WHERE actor = 'expire' AND ephemeral IS NULL;
 
 CREATE TABLE feed (
-    -- One row. The numbers of changes and events are given out again after a restore: so a new
-    -- database and each copy begin a history of their own.
+    -- One row. After a restore the numbers of changes and events are given out again. So a new
+    -- database begins a history of its own, and so does each copy.
     id       INTEGER PRIMARY KEY CHECK (id = 1),
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
-    change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
-    event    INTEGER NOT NULL,  -- the same
-    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost wait
-    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
-    lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
+    change   INTEGER NOT NULL,  -- the last change when the history began; 0: none
+    event    INTEGER NOT NULL,  -- the last event when the history began; 0: none
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then, hosts that a restore lost wait
+    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the backup's highest id: higher ones may be lost
+    lost         INTEGER NOT NULL DEFAULT 0   -- how many hosts are lost; 0: not known
 );
 
 CREATE TABLE service (
@@ -1904,14 +1915,14 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last wrote that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    previous_alive  INTEGER NOT NULL,  -- when a server last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
     pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
     pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
     certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
-    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log was last warned of that end
-    pauses          TEXT    NOT NULL DEFAULT ''  -- those before: previous_alive-started, ...
+    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log last warned of that end
+    pauses          TEXT    NOT NULL DEFAULT ''  -- earlier pauses: previous_alive-started, ...
 );
 
 CREATE TABLE audit (
@@ -1932,11 +1943,11 @@ CREATE INDEX audit_organization ON audit (organization_id);
 CREATE INDEX audit_format ON audit (action) WHERE action = 'audit-format';
 
 CREATE TABLE audit_anchor (
-    -- One row, where older events have been pruned: what the first of the rest is chained to.
+    -- One row if older events have been pruned: what the first remaining event is chained to.
     id      INTEGER PRIMARY KEY CHECK (id = 1),
-    number  INTEGER NOT NULL,  -- of the last event before the rest
+    number  INTEGER NOT NULL,  -- of the event before the first remaining one
     mac     BLOB    NOT NULL,  -- its mac
-    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
+    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both; without it, to cut the start would be easy
 );
 
 CREATE TRIGGER census_adds AFTER INSERT ON host
@@ -1977,13 +1988,13 @@ BEGIN
 END;
 """
 
-# Its tables, indexes and triggers: by name the statement that creates each.
+# The CREATE statements of SCHEMA by the name of the table, index or trigger.
 SCHEMA_OBJECTS = {
     name: text for text, name in re.findall(r"(?ms)^(CREATE [A-Z ]+ (\w+).*?);$(?!\nEND)", SCHEMA)
 }
 
-# What a database of an older version needs: columns get the names of today, then what is missing of
-# SCHEMA is added, and the values of old rows are set.
+# The steps for a database of an older version: columns get their present names (RENAMES), then what
+# is missing of SCHEMA is added, then the values of old rows are set (MIGRATIONS).
 RENAMES: Mapping[int, Sequence[str]] = {
     2: ("ALTER TABLE heartbeat RENAME COLUMN active TO state",),
 }
@@ -1993,21 +2004,22 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "UPDATE service SET pinned = pin",
         "UPDATE heartbeat SET told_interval = coalesce((SELECT interval FROM service), 30)",
         "UPDATE host SET status_since = enrolled_at",
-        # Then begin_feed() computes the states of hosts that have beaten.
+        # After this, begin_feed() computes the states of hosts that have sent a heartbeat.
         "UPDATE heartbeat SET state = CASE WHEN state = 0 THEN 5 WHEN last_seen = 0 THEN 2 ELSE 1"
         " END",
     ),
 }
 
-# SQL word by word. White space is what SQLite takes for it: to it, all else is part of a name.
+# The words of SQL. White space is only what SQLite takes for it; all else belongs to a name.
 _SQL_WORDS = re.compile(r"""(?as)--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"[a-z_]+"|\w+|\S""")
 
 
 def canonical(statement: str) -> str:
-    """A CREATE statement without comments and layout, with the columns of a table in alphabetical
-    order, since ALTER TABLE puts a new one last, and the names without the quotation marks of its
-    RENAME. What differs for SQLite from one of SCHEMA differs here, since that has its keywords in
-    capitals, and no comma, bracket or comment between quotation marks."""
+    """A CREATE statement in a form that can be compared. It has no comments and no layout. The
+    columns of a table are in alphabetical order, since ALTER TABLE puts a new column last. Names
+    lose the quotation marks that its RENAME adds. A statement that SQLite reads differently from
+    one of SCHEMA stays different, since SCHEMA has its keywords in capitals, and no comma, bracket
+    or comment between quotation marks."""
     words = (word for word in _SQL_WORDS.findall(statement) if not word.startswith(("--", "/*")))
     text = " ".join(word.strip('"') or word for word in words)
     head, _, rest = text.partition(" ( ")
@@ -2017,10 +2029,10 @@ def canonical(statement: str) -> str:
     return " , ".join([head, *sorted(re.split(r" , (?![^()]* \))", body)), tail])
 
 
-ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # states: see Change
+ONLINE, PENDING, OFFLINE, MISSING, REVOKED, DELETED = range(1, 7)  # the states in a row of change
 
 
-class Token(NamedTuple):  # like the records below: a row, with the columns of SCHEMA
+class Token(NamedTuple):  # a record, as the classes below: one row, with the columns of SCHEMA
     id: int
     secret_hash: bytes
     organization_id: str
@@ -2041,7 +2053,7 @@ class Token(NamedTuple):  # like the records below: a row, with the columns of S
 
 
 class Host(NamedTuple):
-    """A row of host, and its row of heartbeat. What it lacks at first has a default."""
+    """A row of host with its row of heartbeat. A value that a new host lacks has a default."""
 
     id: int
     organization_id: str
@@ -2087,13 +2099,13 @@ class Host(NamedTuple):
     address_key: int = 0
 
     @property
-    def seen(self) -> tuple[int, Optional[int], int]:
-        """What its status follows from."""
+    def status_inputs(self) -> tuple[int, Optional[int], int]:
+        """The values that decide the host's status."""
         return self.last_seen, self.revoked_at, self.told_interval
 
 
 class Change(NamedTuple):
-    """A row of change. It gets its number when it is written."""
+    """A row of change. A new row gets its number when it is written."""
 
     number: int
     at: int
@@ -2165,7 +2177,7 @@ class SigningKeyRow(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A row of audit. It gets its number and its mac when it joins the chain."""
+    """A row of audit. A new event gets its number and its mac when it joins the chain."""
 
     number: int
     at: int
@@ -2179,8 +2191,8 @@ class Event(NamedTuple):
     mac: bytes
 
     def legible(self) -> Event:
-        """Itself, with types that can be shown: a forger may have put any into any column."""
-        if _fits(Event, tuple(map(type, self))):
+        """This event with types that can be shown: a forger can put any type into any column."""
+        if _fits_record(Event, tuple(map(type, self))):
             return self
         at = self.at if isinstance(self.at, int) else 0
         *texts, detail = (v if isinstance(v, (str, type(None))) else repr(v) for v in self[2:-1])
@@ -2194,54 +2206,54 @@ class Anchor(NamedTuple):
 
 
 class StoreError(Exception):
-    """The database failed, and the transaction is dead: roll it back. SQLITE_FULL, IOERR and NOMEM
-    have done so already, and a further statement would commit on its own."""
+    """The database failed, and the transaction is dead: roll it back. After SQLITE_FULL, IOERR and
+    NOMEM SQLite has rolled back already, and a further statement would be committed by itself."""
 
 
 class NotDurable(StoreError):
-    """The transaction does not wait for the disk, and what it writes has to be there."""
+    """The transaction does not wait for the disk, but what it writes must be on the disk."""
 
 
 class StoreBusy(StoreError):
-    """Another process has the database."""
+    """Another process has locked the database."""
 
 
 class BadRow(StoreError):
-    """A row holds what we never write: SQLite takes any type. What does not read it goes on."""
+    """A row has values that we never write: SQLite takes any type. Only acts on the row fail."""
 
 
-# By its type in a record, the type of a value in SQLite.
+# SQLite's name for the type of a value, by the type in a record.
 STORED_AS = {int: "'integer'", str: "'text'", bytes: "'blob'", type(None): "'null'"}
 
 
-def _name(value: Any) -> str:
-    """Of a row, by its first value."""
+def _row_name(value: Any) -> str:
+    """The name of a row in messages, made from its first value."""
     return id_text(value) if isinstance(value, int) else ascii(value)
 
 
-def _kinds(record: type[Any]) -> list[tuple[type, ...]]:
+def _column_types(record: type[Any]) -> list[tuple[type, ...]]:
     """The types that each column of a record may have."""
     hints = typing.get_type_hints(record, globals()).values()
     return [typing.get_args(hint) or (hint,) for hint in hints]
 
 
 @lru_cache(maxsize=256)
-def _fits(record: type[Any], types: tuple[type, ...]) -> bool:
+def _fits_record(record: type[Any], types: tuple[type, ...]) -> bool:
     """Whether a record can be made of values of these types."""
-    return all(each in kinds for each, kinds in zip(types, _kinds(record)))
+    return all(kind in kinds for kind, kinds in zip(types, _column_types(record)))
 
 
-def _text(octets: bytes) -> Union[str, bytes]:
-    """A TEXT of a database. What is not UTF-8 stays octets, and so fits no column of text."""
+def _decode_text(octets: bytes) -> Union[str, bytes]:
+    """A TEXT of a database. If it is not UTF-8, it stays octets, and so fits no column of text."""
     try:
         return octets.decode("utf-8")
     except UnicodeDecodeError:
         return octets
 
 
-SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # of its result codes
+SQLITE_BUSY, SQLITE_IOERR_FSYNC = 5, 1034  # result codes
 
-# What to do about an error of SQLite or of the system, by the start of its text.
+# What an operator can do about an error of SQLite or of the system, by the start of its text.
 ROOM = "make room on its disk"
 WRITABLE = "mount its disk read-write, or chown folder and file to the server's user"
 RESTORE = "restore it from a backup"
@@ -2259,21 +2271,21 @@ REMEDIES = {
     "malformed database schema": DAMAGED,
     "file is not a database": DAMAGED,
     "database is locked": "another program is writing to it: end that program",
-    "Python int too large": RESTORE,  # what we add to a number of a forger's
+    "Python int too large": RESTORE,  # a forged number to which we add
     os.strerror(errno.EMFILE): "raise the limit of open files",
 }
 
 
 def describe_error(path: str, error: Exception) -> str:
-    """What has gone wrong with a file, and what to do, in one line."""
+    """What went wrong with a file, and what to do, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     remedies = (remedy for start, remedy in REMEDIES.items() if text.startswith(start))
     return ": ".join(filter(None, (path, text, next(remedies, ""))))
 
 
 def file_id(file: Union[str, int]) -> Optional[tuple[int, int]]:
-    """Device and inode of the file at a path, or open; None where there is none. It is not opened:
-    closing any descriptor of a database drops SQLite's POSIX locks on it. Raises StoreError."""
+    """Device and inode of a file, by path or descriptor; None if there is none. The file is not
+    opened: closing any descriptor of a database drops SQLite's locks on it. Raises StoreError."""
     try:
         status = os.lstat(file) if isinstance(file, str) else os.fstat(file)
     except FileNotFoundError:
@@ -2284,7 +2296,7 @@ def file_id(file: Union[str, int]) -> Optional[tuple[int, int]]:
 
 
 def descriptors_of(file: Optional[tuple[int, int]]) -> list[int]:
-    """The descriptors of a file in this process, SQLite's own too; none where none are listed."""
+    """The descriptors of a file in this process, also SQLite's. Without /proc, an empty list."""
     numbers = []
     with suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
@@ -2295,7 +2307,7 @@ def descriptors_of(file: Optional[tuple[int, int]]) -> list[int]:
 
 
 def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file, if no other process has locked it. Raises StoreError."""
+    """Lock a file. False if another process has locked it. Raises StoreError."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2316,8 +2328,8 @@ def open_lock(database: str, suffix: str) -> tuple[str, int]:
 
 @contextmanager
 def service_lock(database: str, is_shared: bool) -> Iterator[None]:
-    """What servers share for their lives, and a restore has alone. Raises StoreError (StoreBusy
-    while others have it) and OperatorError."""
+    """The lock that servers share while they run, and that a restore has alone. Raises StoreError
+    (StoreBusy if others have the lock) and OperatorError."""
     _, descriptor = open_lock(database, ".serve")
     try:
         if not try_flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX):
@@ -2329,22 +2341,23 @@ def service_lock(database: str, is_shared: bool) -> Iterator[None]:
 
 
 class WriteLock:
-    """The one writer between processes: a turnstile of two flocks beside the database.
+    """The lock that lets one process at a time write: two flocks, gate and lock, on files beside
+    the database.
 
-    A waiter takes the gate, then waits for the lock while it holds the gate, so that no other
-    process overtakes it; with the lock alone a busy server starves all others. A process that
-    stops asking has to release the gate. The files are never unlinked: a lock on an unlinked file
-    excludes no process. They are opened at the first try, and that may raise OperatorError. For
-    checkpoints too: SQLite before 3.51.3 can corrupt a database when one meets another's write.
+    A process takes the gate, then waits for the lock while it holds the gate, so that no other
+    process overtakes it; with the lock alone, a busy server would starve all others. A process that
+    stops waiting must release the gate. The files are never unlinked: a lock on an unlinked file
+    excludes no process. The first try opens them, and may raise OperatorError. Checkpoints need the
+    lock too: SQLite before 3.51.3 can corrupt a database if one meets another process's write.
     """
 
     def __init__(self, database: str) -> None:
         self._database = database
         self._files: list[tuple[str, int]] = []  # path and descriptor: the gate, then the lock
-        self._holds = [False, False]
+        self._holds = [False, False]  # gate, lock
 
     def exists_unchanged(self) -> bool:
-        """Whether the files that other processes lock are the ones that we have open."""
+        """Whether the files at the paths, which other processes lock, are those that we opened."""
         return all(file_id(path) == file_id(descriptor) for path, descriptor in self._files)
 
     def try_acquire(self) -> bool:
@@ -2359,7 +2372,7 @@ class WriteLock:
         return self._holds[1]
 
     def acquire(self, patience: float) -> None:
-        """Take the lock. Raises StoreBusy when another has it for so many seconds."""
+        """Take the lock. Raises StoreBusy if others keep it for patience seconds."""
         deadline = time.monotonic() + patience
         while not self.try_acquire():
             if time.monotonic() > deadline:
@@ -2368,18 +2381,18 @@ class WriteLock:
             time.sleep(LOCK_POLL)
 
     def release_gate(self) -> None:
-        """Stop waiting."""
+        """Stop waiting for the lock."""
         self.release(0)
 
     def release(self, number: int = 1) -> None:
-        """Give the lock back, where it is held; a place at the gate is kept."""
+        """Release the lock (number 0: the gate) if we hold it."""
         if self._holds[number]:
             self._holds[number] = False
-            with suppress(OSError):  # what is committed stays so; the next attempt reports it
+            with suppress(OSError):  # a commit stays valid; the next attempt reports the error
                 fcntl.flock(self._files[number][1], fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Give back what is held, and close the files. Idempotent."""
+        """Release lock and gate, and close their files."""
         self.release()
         self.release_gate()
         while self._files:
@@ -2387,21 +2400,21 @@ class WriteLock:
 
 
 class Database:
-    """A file, a connection of SQLite to it, its statements and their errors, and the schema. After
+    """A database file: the connection, its statements and their errors, and the schema. After
     Unrecoverable it is not closed: SQLite would unlink whatever WAL is at the path by then."""
 
     def __init__(self, path: str) -> None:
         self.path, self._wal_path, self._shm_path = path, f"{path}-wal", f"{path}-shm"
         self._connection: Optional[sqlite3.Connection] = None
         self._is_lost = False  # Unrecoverable was raised
-        # Of the schema, as it was compared: the changes that SQLite had counted, what was altered,
-        # the line about that and what is missing, the line about what does no harm.
+        # Results of compare_schema(): SQLite's count of schema changes then; what was altered; the
+        # line about that and what is missing; the line about differences that do no harm.
         self._schema_cookie = -1
         self.altered: list[str] = []
         self.schema_fault = self.schema_remark = ""
 
     def file_sizes(self) -> tuple[int, int]:
-        """Bytes of the database and of its WAL, which are not opened."""
+        """The sizes in bytes of the database and of its WAL, without opening them."""
         sizes = [0, 0]
         for number, path in enumerate((self.path, self._wal_path)):
             with suppress(FileNotFoundError):
@@ -2409,7 +2422,7 @@ class Database:
         return sizes[0], sizes[1]
 
     def connect(self, path: str, mode: str) -> sqlite3.Connection:
-        """A connection to an existing file, with the URI parameters of mode."""
+        """A connection to an existing file. mode: URI parameters."""
         try:
             uri = f"file:{quote(os.fsencode(path))}?{mode}"
             return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
@@ -2422,14 +2435,15 @@ class Database:
         return self._connection
 
     def run(self, statement: str, *parameters: Any) -> int:
-        """How many rows a statement has changed. Raises StoreError and Unrecoverable, as all do."""
+        """Run a statement; the number of rows that it changed. This and every method that runs a
+        statement raises StoreError and Unrecoverable."""
         try:
             return self.db.execute(statement, parameters).rowcount
         except (sqlite3.Error, OverflowError) as error:
             raise self._failure(error, statement) from error
 
     def many(self, statement: str, rows: Iterable[Sequence[Any]]) -> int:
-        """The same, run for each row of parameters."""
+        """Run a statement for each row of parameters; the number of rows changed in all."""
         try:
             return self.db.executemany(statement, rows).rowcount
         except (sqlite3.Error, OverflowError) as error:
@@ -2441,14 +2455,14 @@ class Database:
         except sqlite3.Error as error:
             if "decode to UTF-8" not in str(error) or self.db.text_factory is not str:
                 raise self._failure(error, statement) from error
-        self.db.text_factory = _text  # for this read alone: it is called for each text
+        self.db.text_factory = _decode_text  # only for this read: it is called for each text
         try:
             return self.rows(statement, *parameters)
         finally:
             self.db.text_factory = str
 
     def value(self, statement: str, *parameters: Any) -> Any:
-        """The first value of a result; None when it has no row."""
+        """The first value of the first row; None if there is no row."""
         rows = self.rows(statement, *parameters)
         return rows[0][0] if rows else None
 
@@ -2456,16 +2470,16 @@ class Database:
         self.run("SAVEPOINT act")
 
     def end_savepoint(self, keeps: bool) -> None:
-        """Keep what came after the savepoint, or undo it."""
+        """Keep what was written since savepoint(), or undo it."""
         if not keeps:
             self.run("ROLLBACK TO act")
         self.run("RELEASE act")
 
     def _failure(self, error: Exception, statement: str = "") -> StoreError:
-        """What an error of SQLite is raised as. Raises Unrecoverable for a failed sync: the system
+        """The exception for an error of SQLite. Raises Unrecoverable for a failed sync: the system
         may report it once and drop the pages, and then the next sync succeeds without them."""
         code = getattr(error, "sqlite_errorcode", None)
-        if code is None:  # before Python 3.11 there is the text alone, which does not tell a sync
+        if code is None:  # before Python 3.11 there is only the text, which names no sync
             codes = {"database is locked": SQLITE_BUSY}
             if statement.startswith(("COMMIT", "PRAGMA wal_checkpoint")):
                 codes["disk I/O error"] = SQLITE_IOERR_FSYNC
@@ -2477,7 +2491,7 @@ class Database:
         return kind(describe_error(self.path, error))
 
     def unrecoverable(self, reason: str) -> Unrecoverable:
-        """What to raise when the database cannot be worked with any more."""
+        """The exception to raise when the database cannot be used any more."""
         self._is_lost = True
         return Unrecoverable(f"{reason}: start again")
 
@@ -2485,11 +2499,11 @@ class Database:
         return int(self.value("PRAGMA user_version"))
 
     def data_version(self) -> int:
-        """Another number after each commit of another process."""
+        """A number that changes with each commit of another process."""
         return int(self.value("PRAGMA data_version"))
 
     def _recognize(self) -> bool:
-        """Whether the database has our schema; not, when it is empty. Raises StoreError."""
+        """True if the database has our schema, False if it is empty; else raises StoreError."""
         application, version = self.value("PRAGMA application_id"), self.version()
         if application != APPLICATION_ID and self.value("SELECT count(*) FROM sqlite_master"):
             raise StoreError(f"{self.path} is the database of another program")
@@ -2500,7 +2514,7 @@ class Database:
         return bool(application == APPLICATION_ID)
 
     def require_our_schema(self) -> None:
-        """Raises Unrecoverable for a newer schema, or one altered since opening; StoreError."""
+        """Raises Unrecoverable if the schema has another version, or was altered since opening."""
         version = self.version()
         if version != SCHEMA_VERSION:
             raise self.unrecoverable(
@@ -2513,43 +2527,43 @@ class Database:
                 raise self.unrecoverable(self.schema_fault)
 
     def compare_schema(self, refuses: bool = False) -> None:
-        """Compare the schema with SCHEMA. A trigger that swallows events leaves no gap in their
-        chain, so it must not get to act. refuses: raises StoreError for a schema that was altered.
-        In an older one only what is foreign counts. What a forger wrote may be of any type."""
+        """Compare the schema with SCHEMA. A trigger that drops events leaves no gap in their chain,
+        so no foreign trigger may ever run. refuses: raise StoreError for an altered schema. In an
+        older schema only foreign objects count. A forged value may be of any type."""
         self._schema_cookie = self.value("PRAGMA schema_version")
         self.altered, remarks, missing = [], [], dict(SCHEMA_OBJECTS)
         is_older = self.version() < SCHEMA_VERSION
         columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("type", "name", "tbl_name", "sql"))
-        # What a table has made by itself, as the index of a UNIQUE column, has no text.
+        # An object that a table makes by itself, such as the index of a UNIQUE column, has no text.
         for row in self.rows(f"SELECT {columns} FROM sqlite_master WHERE sql IS NOT NULL"):
             texts = (str(value or b"", "utf-8", "replace") for value in row)
-            kind, name, table, text = (text.partition("\0")[0] for text in texts)  # as C reads it
-            what = sanitize(f"{kind} {name}")  # SQLite before 3.32 goes by the text alone
+            kind, name, table, text = (text.partition("\0")[0] for text in texts)  # to a NUL
+            label = sanitize(f"{kind} {name}")  # SQLite before 3.32 reads the text, not the kind:
             is_trigger = "trigger" in (kind.lower(), *canonical(text).lower().split()[1:2])
             is_on_ours = table.lower() in SCHEMA_OBJECTS
-            if is_trigger and not is_on_ours:  # a foreign key may have its rows deleted with ours
+            if is_trigger and not is_on_ours:  # a foreign key can delete its rows with ours
                 is_on_ours = bool(self.rows("SELECT 1 FROM pragma_foreign_key_list(?)", table))
             if name in SCHEMA_OBJECTS:
                 ours = missing.pop(name, SCHEMA_OBJECTS[name])
                 if not is_older and text != ours and canonical(text) != canonical(ours):
-                    self.altered.append(f"{what} is altered")
+                    self.altered.append(f"{label} is altered")
             elif is_on_ours and (is_trigger or canonical(text).startswith("CREATE UNIQUE ")):
-                self.altered.append(f"{what} on {sanitize(table)} is foreign")
-            elif not name.startswith("sqlite_"):  # of ANALYZE and of AUTOINCREMENT
-                remarks.append(f"{what} is foreign")
+                self.altered.append(f"{label} on {sanitize(table)} is foreign")
+            elif not name.startswith("sqlite_"):  # tables of ANALYZE and AUTOINCREMENT
+                remarks.append(f"{label} is foreign")
         missing = {} if is_older else missing
         slow = [name for name in missing if missing[name].startswith("CREATE INDEX")]
         remarks += [f"index {name} is missing, so requests take longer" for name in slow]
         faults = [*self.altered, *(f"{name} is missing" for name in missing if name not in slow)]
-        first, first_remarks = (", ".join(each[:ERRORS_NAMED]) for each in (faults, remarks))
+        first_faults, first_remarks = (", ".join(r[:ERRORS_NAMED]) for r in (faults, remarks))
         remedy = "stop every server, and DROP what is foreign or restore a backup"
-        self.schema_fault = f"the schema of {self.path}: {first}: {remedy}" if faults else ""
+        self.schema_fault = f"the schema of {self.path}: {first_faults}: {remedy}" if faults else ""
         self.schema_remark = f"the schema of {self.path}: {first_remarks}" if remarks else ""
         if faults and refuses:
             raise StoreError(self.schema_fault)
 
     def create_schema(self) -> None:
-        """Create what is missing of the schema, in the caller's transaction."""
+        """Create the missing objects of SCHEMA, in the caller's transaction."""
         self.run(f"PRAGMA application_id = {APPLICATION_ID}")
         self.run(f"PRAGMA user_version = {SCHEMA_VERSION}")
         existing = {row[0] for row in self.rows("SELECT name FROM sqlite_master")}
@@ -2558,8 +2572,8 @@ class Database:
                 self.run(statement)
 
     def _add_columns(self) -> None:
-        """Add what the tables of an older schema lack, in the words of SCHEMA: those are compared.
-        A column that is NOT NULL has to have a default, which old rows get."""
+        """Add the columns that tables of an older schema lack, in the words of SCHEMA, since the
+        words are compared. A NOT NULL column must have a default, which old rows get."""
         for table, text in SCHEMA_OBJECTS.items():
             existing = {row[0] for row in self.rows("SELECT name FROM pragma_table_info(?)", table)}
             for name, kind in re.findall(r"(?m)^    ([a-z_]+)( .*?),?(?: *--.*)?$", text):
@@ -2567,8 +2581,8 @@ class Database:
                     self.run(f"ALTER TABLE {table} ADD COLUMN {name}{kind}")
 
     def migrate(self, finish: Callable[[int], object]) -> None:
-        """Bring an older schema up to ours, all or nothing, under the lock that the caller holds.
-        finish is called with its version before the commit. Raises StoreError; rollback() then."""
+        """Bring an older schema to our version, all or nothing. The caller holds the lock. finish
+        is called with the old version before the commit. After StoreError, call rollback()."""
         version = self.version()
         if version < SCHEMA_VERSION:
             self.run("BEGIN IMMEDIATE")  # synchronous is FULL until begin() changes it
@@ -2586,8 +2600,8 @@ class Database:
 
 
 def has_hot_journal(path: str) -> bool:
-    """Whether SQLite is to play back a journal beside a database. One that begins with a zero it
-    does not, and does not remove: a process was killed before it wrote."""
+    """Whether SQLite will play back a journal beside a database. SQLite ignores, and leaves there,
+    a journal that begins with a zero: its process was killed before it wrote to the database."""
     with suppress(FileNotFoundError), open(f"{path}-journal", "rb") as journal:
         return journal.read(1) > b"\0"
     return False
@@ -2599,7 +2613,7 @@ class Engine(Database):
     sqlite_version = sqlite3.sqlite_version
 
     def __init__(self, path: str) -> None:
-        """Look at a path; open() opens it. Raises StoreError."""
+        """Check the path of a database; open() opens it. Raises StoreError."""
         super().__init__(os.path.realpath(path))  # SQLite resolves links for its WAL
         self._given_path = path
         if os.path.exists(self.path) and not os.path.isfile(self.path):
@@ -2608,8 +2622,8 @@ class Engine(Database):
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder} for the database")
         self.lock = WriteLock(path)
-        self.descriptor = -1  # SQLite's own, of the database; -1: not known
-        self._files: tuple[Any, ...] = ()  # that were opened: the database and its WAL
+        self.descriptor = -1  # SQLite's descriptor of the database; -1: not known
+        self._files: tuple[Any, ...] = ()  # see _identify_files(): those that were opened
         self._is_examined = self._is_immutable = self._makes_shm = False
         self._synchronous, self._changes_before = "FULL", 0
         self._waits_for = ""
@@ -2619,16 +2633,16 @@ class Engine(Database):
     # Opening and closing.
 
     def open(self, as_it_is: bool = False) -> bool:
-        """Connect, under the lock that the caller holds; make an empty file of mode 0600 where
-        there is none. True when the database has our schema, False when it is empty. as_it_is: to
-        examine it; no file is made or changed, read-only media will do, and no lock is needed.
-        Raises StoreError, and OperatorError for files that another user put there."""
-        if self._connection is not None:  # to a file without a schema, which is to get one now
+        """Open the database; the caller holds the lock. A missing file is created, empty, with mode
+        0600. True if the database has our schema, False if it is empty. as_it_is: only examine it:
+        no file is created or changed, read-only media suffice, and no lock is needed. Raises
+        StoreError, and OperatorError for files that another user put there."""
+        if self._connection is not None:  # an earlier call has opened a file without a schema
             return self._recognize()
         self._is_examined = as_it_is
         try:
-            # A file that is exchanged between this look and SQLite's open can still misuse root:
-            # only running as the database's owner would end that.
+            # Whoever exchanges a file between this check and SQLite's open can still misuse root:
+            # only running as the database's owner would prevent that.
             for suffix in ("-wal", "-shm", "-journal"):
                 with suppress(FileNotFoundError):
                     require_own_file(f"{self.path}{suffix}", self.path)
@@ -2639,7 +2653,7 @@ class Engine(Database):
     def _open_to_write(self) -> bool:
         if resolve_file(self._given_path) != self.path:
             raise StoreError(f"{self.path} has been replaced while it was opened")
-        # SQLite makes the WAL first and removes it last, also when it is killed.
+        # SQLite creates the WAL before the -shm and removes it after, also if it is killed between.
         if os.path.exists(self._shm_path) and not os.path.exists(self._wal_path):
             raise StoreError(
                 f"{self._wal_path} has been removed, with the last changes in it: stop every "
@@ -2657,7 +2671,7 @@ class Engine(Database):
         is_ours = self._recognize()
         if not is_ours:
             require_own_file(self.path, self.path, self.descriptor)
-        self.run(f"PRAGMA page_size = {PAGE_SIZE}")  # of a database that is empty
+        self.run(f"PRAGMA page_size = {PAGE_SIZE}")  # it takes effect on an empty database only
         if self.value("PRAGMA journal_mode = WAL") != "wal":
             raise StoreError(f"{self.path}: its file system does not support write-ahead logging")
         self.run("PRAGMA wal_autocheckpoint = 0")
@@ -2665,14 +2679,14 @@ class Engine(Database):
         self.run("PRAGMA foreign_keys = ON")
         self.run(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
         self.run("PRAGMA synchronous = FULL")
-        self.version()  # the first read makes the WAL, also where there was none until now
+        self.version()  # the first read creates the WAL if there is none
         self._files = opened, file_id(self._wal_path)
         return is_ours
 
     def require_alone(self, patience: float) -> None:
-        """Raises StoreBusy where another process has the database open for so many seconds, such as
-        an older server: until it sees the new schema it would go on to write in its own format. To
-        leave WAL mode takes SQLite's exclusive lock, which every connection that is open shares."""
+        """Raises StoreBusy if another process keeps the database open for patience seconds, such as
+        an older server: until it sees the new schema, it would write in its own format. To leave
+        WAL mode SQLite needs an exclusive lock, and each open connection holds a shared one."""
         deadline = time.monotonic() + patience
         while self.value("PRAGMA journal_mode") == "wal":
             try:
@@ -2687,9 +2701,9 @@ class Engine(Database):
         self._files = file_id(self.path), file_id(self._wal_path)
 
     def _open_to_examine(self) -> bool:
-        """Without a WAL, which SQLite would make, there is no writer: SQLite takes the file for one
-        that does not change, and _identify_files() sees whether it does. With one, a -shm that is
-        missing has to be made; close() removes it."""
+        """Without a WAL there is no writer. SQLite would create a WAL, so it is told that the file
+        does not change (immutable), and _identify_files() notices if it does. With a WAL, SQLite
+        creates a missing -shm, and close() removes that."""
         is_written = os.path.exists(self._wal_path) or has_hot_journal(self.path)
         self._is_immutable = not is_written
         self._makes_shm = not self._is_immutable and not os.path.exists(self._shm_path)
@@ -2699,8 +2713,8 @@ class Engine(Database):
         return self._recognize()
 
     def close(self) -> None:
-        """Close, under the lock: the last connection to close checkpoints. If we cannot get it, we
-        are not the last. Raises Unrecoverable when the files are not ours any more."""
+        """Close, under the lock: the last connection to close checkpoints. If another process keeps
+        the lock, ours is not the last. Raises Unrecoverable if the files are not ours any more."""
         try:
             if self._connection is None or self._is_lost:
                 return
@@ -2720,32 +2734,32 @@ class Engine(Database):
         finally:
             self.lock.close()
 
-    # The files, while they are open. What was acknowledged is in the database and its WAL, and
-    # SQLite goes on with the files that it has open, whatever happens to their names. So they are
-    # looked at before each transaction, and what is gone or replaced ends the process, after this:
+    # The open files. All acknowledged changes are in the database and its WAL, and SQLite continues
+    # with the files that it has open, whatever happens to their names. So the names are checked
+    # before each transaction. If a file is gone or replaced, the process ends, but first:
     #
     #   database gone    All of the WAL is moved into the database that we have open, wherever its
-    #   or replaced      name is now, and the WAL is removed: SQLite would take it for one of the
-    #                    file that is at the path, and ruin that.
-    #   WAL removed      All of it is moved: a new process would begin another WAL.
-    #   WAL replaced     All of ours is moved, and the new file renamed, or the next start would mix
-    #                    it in. But where the index in shared memory is not that of our WAL, another
-    #                    process is at work with the new one, and nothing is moved.
+    #   or replaced      name is now, and the WAL is removed: SQLite would take it for the WAL of
+    #                    the new file at the path, and ruin that file.
+    #   WAL removed      All of the WAL is moved: a new process would begin another WAL.
+    #   WAL replaced     All of our WAL is moved. The new file is renamed, or the next start would
+    #                    mix it in. But if the index in shared memory is not that of our WAL,
+    #                    another process works with the new WAL, and nothing is moved.
     #   lock removed     Nothing is moved, since another process may hold a new lock. The WAL is in
-    #   or replaced      its place, and the next start goes on with it.
+    #   or replaced      its place, and the next start uses it.
     #
-    # What cannot be moved for now (a full disk, readers) is a StoreError, and is tried again.
+    # If the WAL cannot be moved now (a full disk, readers): StoreError, and the next check tries.
 
     def _identify_files(self) -> tuple[Any, ...]:
-        """Which files there are: database and WAL; of an immutable one also its last change."""
+        """The ids of the database and its WAL; for an immutable database also its last change."""
         database, wal = file_id(self.path), file_id(self._wal_path)
         if self._is_immutable and database is not None:
             return database, wal, os.stat(self.path).st_mtime_ns
         return database, wal
 
     def require_unchanged(self, durable: bool) -> None:
-        """Raises Unrecoverable when database or WAL, or the lock before a durable transaction, are
-        not what we have open; StoreError when they cannot be seen, or not left yet."""
+        """Raises Unrecoverable if database or WAL, or (with durable) a lock file, is not the one
+        that we have open; StoreError if that is not known, or the WAL cannot be moved now."""
         if self._identify_files() == self._files and (not durable or self.lock.exists_unchanged()):
             return
         if self._is_examined:
@@ -2773,8 +2787,8 @@ class Engine(Database):
         raise self.unrecoverable(reason)
 
     def _has_index_of_our_wal(self) -> bool:
-        """Whether the -shm at its path is the one that we have open, and the last frame that it
-        knows is in our WAL, with the checksum of all before it (sqlite.org/walformat.html)."""
+        """Whether the -shm at the path is open here, and its last frame is in our WAL with the same
+        checksum, which covers all frames before it (sqlite.org/walformat.html)."""
         wal, shm = descriptors_of(self._files[1]), descriptors_of(file_id(self._shm_path))
         if not wal or not shm:
             return False
@@ -2797,19 +2811,19 @@ class Engine(Database):
     # Transactions.
 
     def begin(self, writes: bool, durable: bool) -> bool:
-        """Begin. False when another writer is at work: ask again, or stop_waiting(). A durable
-        transaction is on the disk when commit() returns; one that is not may be lost with the
-        power, and never with the process. Raises StoreError and Unrecoverable."""
+        """Begin a transaction. False if another process is writing: call it again, or
+        stop_waiting(). A durable transaction is on the disk when commit() returns. Others survive
+        the end of the process, but not of the power. Raises StoreError, Unrecoverable."""
         self.require_unchanged(durable)
         if not writes:
             self.run("BEGIN")
             return True
         if not self.lock.try_acquire():
-            # A process of ours may just be looking whether another program still writes.
+            # An earlier reason is kept: whoever has our lock may be waiting for another program.
             self._waits_for = self._waits_for or f"another process is writing to {self.path}"
             return False
         synchronous = "FULL" if durable else "NORMAL"
-        if synchronous != self._synchronous:  # inside a transaction it is an error
+        if synchronous != self._synchronous:  # inside a transaction, the PRAGMA is an error
             self.run(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
         self._checkpoints.begin_part()
@@ -2825,23 +2839,23 @@ class Engine(Database):
         return True
 
     def require_durable(self) -> None:
-        """Raises NotDurable unless the transaction that writes is a durable one."""
+        """Raises NotDurable if the transaction is not durable."""
         if self._synchronous != "FULL":
             raise NotDurable("the transaction is not durable")
 
     def stop_waiting(self) -> StoreBusy:
-        """Wait no longer for another writer: the reason, to raise."""
+        """Stop waiting for another writer; the exception to raise, with the reason."""
         self.lock.release_gate()
         return StoreBusy(self._waits_for)
 
     def commit(self) -> bool:
-        """End the transaction and keep it; whether it wrote. Raises StoreError, Unrecoverable."""
+        """Commit the transaction; whether it changed any row. Raises StoreError, Unrecoverable."""
         self.run("COMMIT")
         self.lock.release()
         return self.db.total_changes > self._changes_before
 
     def rollback(self) -> None:
-        """End the transaction, where there still is one, and keep nothing."""
+        """Undo the transaction, if there still is one, and release the lock."""
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -2852,7 +2866,7 @@ class Engine(Database):
             self.lock.release_gate()
 
     def faults(self) -> list[str]:
-        """What is wrong by our schema, and by SQLite's checks, which a forged one can make fail."""
+        """Faults of the schema, and of SQLite's checks, which a forged schema can make fail."""
         faults: list[str] = []
         try:
             self.compare_schema()
@@ -2866,19 +2880,19 @@ class Engine(Database):
         return faults
 
     def copy_to(self, copy: BinaryIO, pause: Progress) -> None:
-        """Copy the database as the caller's read transaction sees it, while others go on writing,
-        into the empty file of replacing(). pause() is called after each BACKUP_PAGES."""
+        """Copy the database, as the caller's read transaction sees it, into the empty file of
+        replacing(), while others write. pause() is called after each BACKUP_PAGES pages."""
         with self.opened_copy(copy) as target:
             show = lambda _, left, total: pause(total - left, total)  # noqa: E731
             self.db.backup(target.db, pages=BACKUP_PAGES, progress=show)
-        # Not a WAL database for now: else SQLite would make files beside it when it is opened
-        # (sqlite.org/fileformat2.html, section 1.3.3). Who uses the copy makes it one again.
+        # The copy is not in WAL mode, or SQLite would create files beside it when it is opened
+        # (sqlite.org/fileformat2.html, section 1.3.3). A server that uses it sets WAL mode again.
         os.pwrite(copy.fileno(), b"\1\1", 18)
 
     @contextmanager
     def opened_copy(self, copy: BinaryIO) -> Iterator[Database]:
-        """The file of replacing(), to be written by SQLite, which opens it by its name: nothing is
-        written unless it has opened that one, and no file is made beside it."""
+        """A Database that writes the file of replacing(). SQLite opens it by its name, so nothing
+        is written unless it has opened that very file. No file is created beside it."""
         file = file_id(copy.fileno())
         before = descriptors_of(file)
         target = Database(copy.name)
@@ -2898,37 +2912,38 @@ class Engine(Database):
 class Checkpoints:
     """When the WAL is moved into the database, and how.
 
-    A checkpoint moves the pages in the WAL into the database; when all are moved, SQLite syncs, and
+    A checkpoint moves the pages in the WAL into the database. When all are moved, SQLite syncs, and
     the next commit writes over the WAL from its start. At a million hosts that sync waits for pages
     all over the disk: some 30 ms in which no request is answered.
 
     So the WAL is moved in parts. Before a transaction, a second connection begins to read; after
-    it, a checkpoint moves what is older than the reader's snapshot. Since not all is moved, SQLite
-    does not sync, and a thread syncs while we go on. When little is left, the rest is moved without
-    a reader, with SQLite's own short sync, and the WAL begins again.
+    it, a checkpoint moves the pages that are older than the reader's snapshot. Since pages are
+    left, SQLite does not sync: a thread does, while the loop continues. When few pages are left,
+    they are moved without a reader, with SQLite's own short sync, and the WAL begins again.
 
     Safety depends on neither thread nor reader: SQLite syncs all of the database before it writes
     over the WAL. A sync that fails is the exception: a system may drop the pages, and SQLite would
-    not move those of earlier parts again. So the process ends, and the next one moves all of it.
+    not move pages of earlier parts again. So the process ends, and the next one moves all pages.
 
-    Only a checkpoint tells how much is in the WAL, and the file keeps its size: to truncate it and
-    let it grow again costs a heartbeat a tenth of its time. So changed rows are counted. While
-    another process reads an old snapshot, such as a backup, nothing newer can be moved.
+    Only a checkpoint tells how much is in the WAL. The size of the file does not: to truncate it
+    and let it grow again would cost a heartbeat a tenth of its time, so it stays as large as it
+    was. Changed rows are counted instead. While another process, such as a backup, reads an old
+    snapshot, no newer page can be moved.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.has_old_wal = False  # that an earlier process has left
+        self.has_old_wal = False  # an earlier process has left a WAL
         self._engine = engine
-        # Times are in the connection's count of rows changed.
-        self._checkpointed_at = self._moved_at = 0  # the whole WAL, and a part of it
-        self._snapshot_at: Optional[int] = None  # the reader holds back what came later
-        self._complaint = ""  # why the last one failed
+        # These times are the connection's count of changed rows at that time.
+        self._checkpointed_at = self._moved_at = 0  # when the whole WAL was moved, and a part of it
+        self._snapshot_at: Optional[int] = None  # the reader holds back later changes
+        self._complaint = ""  # why the last checkpoint failed
         self._reader: Optional[sqlite3.Connection] = None
         self._flush: Optional[threading.Thread] = None
-        self._flush_failed = ""  # why
+        self._flush_failed = ""  # why a sync failed
 
     def begin_part(self) -> None:
-        """Before a transaction that writes: have the reader begin, if a part is due."""
+        """Before a transaction that writes: begin the reader's snapshot if a part is due."""
         changes = self._engine.db.total_changes
         has_begun = self._moved_at > self._checkpointed_at
         is_due = changes - self._moved_at >= (CHECKPOINT_REST if has_begun else CHECKPOINT_AFTER)
@@ -2938,7 +2953,7 @@ class Checkpoints:
         try:
             if self._reader is None:
                 self._reader = self._engine.connect(self._engine.path, "mode=rw")
-                self._engine.require_unchanged(durable=True)  # else it may be another file's
+                self._engine.require_unchanged(durable=True)  # or we have connected to another file
             self._reader.execute("BEGIN")
             self._reader.execute("SELECT 1 FROM sqlite_master").fetchall()
             self._snapshot_at = changes
@@ -2946,7 +2961,7 @@ class Checkpoints:
             self.release_reader()
 
     def run(self, is_forced: bool = False) -> None:
-        """Between transactions: move a part of the WAL, or all, if it is time or is_forced."""
+        """Between transactions: move a part of the WAL, or all of it, if due or is_forced."""
         changes = self._engine.db.total_changes
         has_begun = self._moved_at > self._checkpointed_at and not self._is_flushing()
         is_rest = has_begun and changes - self._moved_at <= CHECKPOINT_REST
@@ -2972,8 +2987,8 @@ class Checkpoints:
                     thread.start()
                     self._flush = thread
         except StoreError as error:
-            self._checkpointed_at = self._moved_at = changes  # it is not tried again at once
-            if not is_forced and str(error) != self._complaint:  # else it is logged already
+            self._checkpointed_at = self._moved_at = changes  # do not try again at once
+            if not is_forced and str(error) != self._complaint:  # else it has been logged
                 log.warning("cannot checkpoint: %s", error)
             self._complaint = str(error)
         finally:
@@ -2981,7 +2996,7 @@ class Checkpoints:
             self._engine.lock.release()
 
     def release_reader(self) -> None:
-        """Hold nothing back any more."""
+        """End the reader's snapshot, so that it holds back no page."""
         self._snapshot_at, reader = None, self._reader
         if reader is None or not reader.in_transaction:
             return
@@ -2992,7 +3007,7 @@ class Checkpoints:
             reader.close()
 
     def _sync(self) -> None:
-        """In a thread: sync the database by SQLite's own descriptor, see file_id()."""
+        """In a thread: sync the database by SQLite's own descriptor (file_id() says why)."""
         try:
             os.fdatasync(self._engine.descriptor)
         except OSError as error:
@@ -3003,8 +3018,8 @@ class Checkpoints:
         return self._flush is not None and self._flush.is_alive()
 
     def finish_part(self) -> None:
-        """Before SQLite syncs the database itself: of two syncs by one descriptor, a system reports
-        a failure to one. The reader is closed. Raises Unrecoverable."""
+        """Close the reader and wait for the thread, before SQLite syncs the database itself: a
+        system reports a failure to only one of two syncs by a descriptor. Raises Unrecoverable."""
         if self._reader is not None:
             self._reader.close()
         self._snapshot_at = self._reader = None
@@ -3016,7 +3031,7 @@ class Checkpoints:
 
 T = TypeVar("T")
 
-# Of each record its table, and the statement that reads all of its columns.
+# The table of each record.
 TABLES: Mapping[Any, str] = {
     Organization: "organization", ApiKey: "api_key", Token: "token", SigningKeyRow: "signing_key",
     Service: "service", Event: "audit", Anchor: "audit_anchor", Change: "change", Feed: "feed",
@@ -3024,112 +3039,112 @@ TABLES: Mapping[Any, str] = {
 }  # fmt: skip
 
 
-def _equal(**columns: Any) -> tuple[str, list[Any]]:
-    """The start of a WHERE, and its values: what rows have in these columns; None: whatever."""
-    asked = {column: value for column, value in columns.items() if value is not None}
-    return " ".join(f"{column} = ? AND" for column in asked), [*asked.values()]
+def _conditions(**columns: Any) -> tuple[str, list[Any]]:
+    """The start of a WHERE clause for the values of columns, and these values. None: any value."""
+    wanted = {column: value for column, value in columns.items() if value is not None}
+    return " ".join(f"{column} = ? AND" for column in wanted), [*wanted.values()]
 
 
-# The rows of a host: of each its table, the column with the id, and its columns in Host.
-_END = Host._fields.index("last_seen")
-HOST_ROWS = ("host", "id", Host._fields[:_END]), ("heartbeat", "host_id", Host._fields[_END:])
-UNMATCHED = LAST_ID  # an address_key that no address has: beat() leaves the next heartbeat out
+# The two rows of a host: the table, the column with the host's id, and the columns in Host.
+_FIRST = Host._fields.index("last_seen")  # of the columns of heartbeat
+HOST_ROWS = ("host", "id", Host._fields[:_FIRST]), ("heartbeat", "host_id", Host._fields[_FIRST:])
+UNMATCHED = LAST_ID  # an address_key that no address has: beat() matches no next heartbeat
 
-# The states that there can be in a column.
+# The lowest and the highest state that a column can have.
 STATES_IN = {"state": (ONLINE, REVOKED), "was": (0, REVOKED), "status": (ONLINE, DELETED)}
 HOST_STATES = ONLINE, PENDING, OFFLINE, MISSING, REVOKED  # for indexes that begin with them
 
 
-def _columns(record: Any) -> list[str]:
-    """Of a record, as a statement names them. Host and heartbeat both have the state. One that
-    there is not is read as NULL, and so fits no record."""
+def _selected(record: Any) -> list[str]:
+    """The columns of a record as SQL. A state that does not exist is read as NULL, and so fits no
+    record. Host and heartbeat both have a column state; this reads that of heartbeat."""
     table = "heartbeat." if record is Host else ""
     state = f"CASE WHEN {table}{{0}} BETWEEN {{1}} AND {{2}} THEN {table}{{0}} END".format
-    return [state(it, *STATES_IN[it]) if it in STATES_IN else it for it in record._fields]
+    return [state(name, *STATES_IN[name]) if name in STATES_IN else name for name in record._fields]
 
 
-SELECT = {row: f"SELECT {', '.join(_columns(row))} FROM {table}" for row, table in TABLES.items()}
+SELECT = {row: f"SELECT {', '.join(_selected(row))} FROM {table}" for row, table in TABLES.items()}
 
-# The whole authorization of a heartbeat, beside its signature. The first use of a newer credential,
-# and a clock that was set back, match nothing: the general path judges them. Nor does a host match
-# that is to get another interval, has another address or was reported as not online.
+# With the signature, this is the whole authorization of a heartbeat. It matches no row at the first
+# use of a newer credential, after a clock was set back, or for a host that will get another
+# interval, has another address or was reported as not online: the general path judges these.
 _BEAT = """UPDATE heartbeat SET last_seen = ? WHERE last_seen <= ? AND host_id = ? AND serial = ?
             AND told_interval = ? AND (address_key = ? OR address_key < ?) AND state = 1"""
-BeatRow = tuple[int, ...]  # the values of it
-Silence = tuple[int, int, int, int]  # of heartbeat: host_id, last_seen, told_interval, state
+BeatRow = tuple[int, ...]  # the values of _BEAT
+Silence = tuple[int, int, int, int]  # host_id, last_seen, told_interval and state of heartbeat
 
 
 class Records:
-    """What the statements of all tables have in common. Raises StoreError and Unrecoverable."""
+    """Statements that several tables share. Every method raises StoreError and Unrecoverable."""
 
     def __init__(self, engine: Database) -> None:
         self._run, self._many = engine.run, engine.many
         self._rows, self._value = engine.rows, engine.value
 
-    def _read(self, record: Any, rest: str, *values: Any) -> list[Any]:
+    def _read(self, record: Any, where: str, *values: Any) -> list[Any]:
         """Rows with the columns of a record. Raises BadRow."""
-        rows = self._rows(f"{SELECT[record]} {rest}", *values)
-        if record in (Event, Anchor):  # their MACs tell what we never wrote
+        rows = self._rows(f"{SELECT[record]} {where}", *values)
+        if record in (Event, Anchor):  # their MACs show what we never wrote
             return rows
-        fitting: tuple[type, ...] = ()  # those of the row before: to compare is the least work
+        fitting: tuple[type, ...] = ()  # the types of the row before: to compare them costs little
         for row in rows:
             types = tuple(map(type, row))
-            if types != fitting and not _fits(record, types):
+            if types != fitting and not _fits_record(record, types):
                 table = TABLES[record].partition(" ")[0]
-                raise BadRow(f"row {_name(row[0])} of {table} has impossible values: {RESTORE}")
+                raise BadRow(f"row {_row_name(row[0])} of {table} has impossible values: {RESTORE}")
             fitting = types
         return rows
 
-    def _all(self, record: Callable[..., T], rest: str, *values: Any) -> list[T]:
-        return [*starmap(record, self._read(record, rest, *values))]
+    def _all(self, record: Callable[..., T], where: str, *values: Any) -> list[T]:
+        return [*starmap(record, self._read(record, where, *values))]
 
-    def _one(self, record: Callable[..., T], rest: str, *values: Any) -> Optional[T]:
-        return next(iter(self._all(record, rest, *values)), None)
+    def _one(self, record: Callable[..., T], where: str, *values: Any) -> Optional[T]:
+        return next(iter(self._all(record, where, *values)), None)
 
     def get(self, record: Callable[..., T], id: Union[int, str]) -> Optional[T]:
         return self._one(record, "WHERE id = ?", id)
 
     def oldest(self, record: Any, before: int, now: int, limit: int) -> list[Any]:
-        """The first events or changes, as long as they are older than a time. One of a clock that
-        was ahead counts as old as those after it."""
-        # Of any types: one that a forger wrote is not to stop what else housekeeping does.
+        """The first events or changes while they are older than a time (Unix ms), up to limit. One
+        written by a clock that was ahead counts as old as the rows after it."""
+        # Types are not checked: a forged row must not stop the other tasks of housekeeping.
         rows = starmap(record, self._rows(f"{SELECT[record]} ORDER BY number LIMIT ?", limit))
-        old = [*takewhile(lambda it: isinstance(it.at, int) and not before <= it.at <= now, rows)]
+        old = [*takewhile(lambda r: isinstance(r.at, int) and not before <= r.at <= now, rows)]
         while old and old[-1].at >= before:
             old.pop()
         return old
 
     def first_number(self, record: Any) -> Optional[int]:
-        """Of the events or changes that are kept."""
+        """The number of the first event or change that is kept; None if there is none."""
         return cast(Optional[int], self._value(f"SELECT min(number) FROM {TABLES[record]}"))
 
     def newest(
         self, record: Any, owner: Optional[str], before: int, limit: int, **columns: Any
     ) -> list[Any]:
-        key, (equal, values) = record._fields[0], _equal(organization_id=owner, **columns)
-        rest = f"WHERE {equal} {key} < ? ORDER BY {key} DESC LIMIT ?"
-        return self._all(record, rest, *values, before, limit)
+        key, (equal, values) = record._fields[0], _conditions(organization_id=owner, **columns)
+        where = f"WHERE {equal} {key} < ? ORDER BY {key} DESC LIMIT ?"
+        return self._all(record, where, *values, before, limit)
 
     def following(self, record: Any, number: int, limit: int, **columns: Any) -> list[Any]:
         """The events or changes after a number, the oldest first."""
-        equal, values = _equal(**columns)
-        rest = f"WHERE {equal} number > ? ORDER BY number LIMIT ?"
-        return self._all(record, rest, *values, number, limit)
+        equal, values = _conditions(**columns)
+        where = f"WHERE {equal} number > ? ORDER BY number LIMIT ?"
+        return self._all(record, where, *values, number, limit)
 
     def revoke(self, record: type[Union[ApiKey, Token]], number: int, now: int) -> bool:
-        """False when it is revoked already."""
-        rest = "SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
-        return self._run(f"UPDATE {TABLES[record]} {rest}", now, number) == 1
+        """Revoke an API key or a token. False if it is revoked already."""
+        statement = "SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL"
+        return self._run(f"UPDATE {TABLES[record]} {statement}", now, number) == 1
 
     def _insert(self, table: str, columns: Sequence[str], *rows: Sequence[Any]) -> None:
-        """Raises StoreError: a foreign trigger can have an INSERT do nothing, by RAISE(IGNORE)."""
+        """Add rows. Raises StoreError, also if a foreign trigger prevents that by RAISE(IGNORE)."""
         marks = ", ".join("?" * len(columns))
         statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
         if self._many(statement, rows) < len(rows):
             raise StoreError("a row was not added, perhaps because of a foreign trigger: run check")
 
     def add(self, row: Union[Organization, ApiKey, Token]) -> bool:
-        """False when there is a row of that id."""
+        """Add a row. False if there is a row with this id."""
         return self._add(TABLES[type(row)], row._fields, row)
 
     def _add(self, table: str, columns: Sequence[str], values: Sequence[Any]) -> bool:
@@ -3139,14 +3154,14 @@ class Records:
         return True
 
     def put(self, row: Union[Service, Anchor, Feed]) -> None:
-        """Replace the only row. What is not after an anchor may be pruned then."""
+        """Replace the only row of a table. After a new anchor the events up to it can be pruned."""
         table = TABLES[type(row)]
         self._run(f"DELETE FROM {table}")
         self._insert(table, ("id", *row._fields), (1, *row))
 
 
 class Changes(Records):
-    """The statements about what was reported of hosts."""
+    """The statements about the reported states of hosts."""
 
     def feed(self) -> Feed:
         feed = self._one(Feed, "")
@@ -3155,48 +3170,48 @@ class Changes(Records):
         return feed
 
     def add_changes(self, changes: Sequence[Change]) -> None:
-        """Raises StoreError after a number that none can follow: SQLite would take any other."""
+        """Raises StoreError if no higher number is left: SQLite would then take any free number."""
         last = self.last_change()
         if last > LAST_ID - len(changes):
             raise StoreError(f"change {last} of the feed was never written: {DAMAGED}")
         self._insert("change", Change._fields[1:], *(change[1:] for change in changes))
 
     def set_states(self, states: Sequence[tuple[int, int, int]]) -> None:
-        """Of hosts: what was last reported, since when (Unix ms), and the id."""
+        """Write the reported states of hosts. states: the state, since when (Unix ms), the id."""
         self._many("UPDATE host SET state = ?, status_since = ? WHERE id = ?", states)
         statement = "UPDATE heartbeat SET state = ? WHERE host_id = ?"
         self._many(statement, ((state, host) for state, _, host in states))
 
     def count_hosts(self) -> None:
-        """Fill the census of a database that was migrated; then its triggers keep it."""
+        """Fill the census of a migrated database; afterwards its triggers keep it."""
         columns = "organization_id, state"
         self._run(f"INSERT INTO census SELECT {columns}, count(*) FROM host GROUP BY {columns}")
 
     def census(self, organization: Optional[str]) -> list[tuple[str, int, int]]:
-        """Organizations, states, and how many hosts of it are in that."""
-        equal, values = _equal(organization_id=organization)
+        """Rows of an organization, a state, and how many of its hosts are in that state."""
+        equal, values = _conditions(organization_id=organization)
         return self._read(Census, f"WHERE {equal} hosts > 0", *values)
 
     def hosts_by(
         self, column: str, way: str, states: Sequence[int], owner: Optional[str],
         after: Sequence[Any], limit: int,
     ) -> list[Host]:  # fmt: skip
-        """Hosts in some states in the order of a column (name or status_since) and then by id,
-        after these two values. way: ASC or DESC. Each part of the union is read in the order of an
-        index. A part of its own has equal values: for row values SQLite would walk through all of
-        those."""
-        (owned, owners), sign = _equal(organization_id=owner), {"ASC": ">", "DESC": "<"}[way]
+        """Hosts in some states, in the order of a column (name or status_since) and then of the id.
+        after: the values of both to continue after. way: ASC or DESC. Each part of the union is
+        read in the order of an index. Rows with an equal value in the column are a part of their
+        own: if row values were compared, SQLite would walk through all of these rows."""
+        (owned, owners), sign = _conditions(organization_id=owner), {"ASC": ">", "DESC": "<"}[way]
         parts, values = [], []
         for state in states:
             for bound in (f"{column} = ? AND id {sign} ?", f"{column} {sign} ?"):
                 parts.append(f"WHERE {owned} host.state = ? AND {bound}")
                 values += [*owners, state, *after[: bound.count("?")]]
-        rest = f" UNION ALL {SELECT[Host]} ".join(parts)
-        return self._all(Host, f"{rest} ORDER BY {column} {way}, id {way} LIMIT ?", *values, limit)
+        where = f" UNION ALL {SELECT[Host]} ".join(parts)
+        return self._all(Host, f"{where} ORDER BY {column} {way}, id {way} LIMIT ?", *values, limit)
 
     def change_before(self, at: int) -> int:
-        """The number before the first change since a time: numbers rise with time, but for clocks
-        that were set, and for what is found late."""
+        """The number before the first change since a time (Unix ms). Numbers rise with time, unless
+        a clock was set or a change was noticed late."""
         low, high = self.first_number(Change) or 0, self.last_change()
         statement = "SELECT at < ? FROM change WHERE number >= ? ORDER BY number LIMIT 1"
         while low < high:
@@ -3206,12 +3221,12 @@ class Changes(Records):
         return low - 1
 
     def last_change(self) -> int:
-        """Its number; 0: there was none."""
+        """The number of the last change; 0 if there is none."""
         return int(self._value("SELECT max(number) FROM change") or 0)
 
     def prune_changes(self, before: int, now: int) -> bool:
-        """Delete the first changes, PRUNED_AT_ONCE at most, while they are older than a time or
-        too many; never the last. True: there may be more."""
+        """Delete the first changes, PRUNED_AT_ONCE at most, while they are older than a time or too
+        many; never the last change. True if there may be more to delete."""
         last, old = self.last_change(), self.oldest(Change, before, now, PRUNED_AT_ONCE)
         slice_end = (self.first_number(Change) or 0) + PRUNED_AT_ONCE - 1
         end = max(old[-1].number if old else 0, min(last - CHANGES_MAXIMUM, slice_end))
@@ -3221,14 +3236,15 @@ class Changes(Records):
     def silences(
         self, after: int, examined: int, limit: int, now: int, is_new_period: bool
     ) -> tuple[list[Silence], Optional[int]]:
-        """Look at so many hosts with an id above after: of these, at most limit that may have
-        another state than the one reported. The id to go on after; None when there are no more.
+        """Examine some hosts with an id above after. Returns those, limit at most, that may have
+        another state than the reported one, and the id to continue after (None: that was the end).
 
-        SQL knows no pauses, so to it a silence looks as long as it is, or longer; in a new service
-        period it may have become shorter. A last_seen that is far ahead tells nothing by itself."""
+        SQL does not know the pauses of servers, so it takes no silence for shorter than it is. In a
+        new service period a silence may have become shorter, so hosts in other states than online
+        are returned too. So is a host whose last_seen is far ahead, since that says nothing."""
         statement = "SELECT host_id FROM heartbeat WHERE host_id > ? ORDER BY host_id LIMIT 1"
         end = self._value(f"{statement} OFFSET ?", after, examined - 1)
-        # Hosts that are pending or revoked stay so: no time changes that.
+        # Pending and revoked hosts are left out: the passing of time does not change their state.
         statement = f"""SELECT host_id, last_seen, told_interval, state FROM heartbeat
              WHERE host_id > ? AND host_id <= ? AND state IN (1, 3, 4)
              AND ((? = 1 AND state <> 1) OR last_seen > ? OR state <> CASE
@@ -3241,7 +3257,7 @@ class Changes(Records):
         return fitting, rows[-1][0] if len(rows) == limit else end
 
     def expired(self, organization: str, since: int) -> int:
-        """How many of its hosts have expired, without ephemeral ones."""
+        """How many hosts of an organization have expired since a time, without ephemeral hosts."""
         statement = """SELECT count(*) FROM change WHERE organization_id = ? AND at >= ?
              AND actor = 'expire' AND ephemeral IS NULL"""
         return int(self._value(statement, organization, since))
@@ -3252,22 +3268,23 @@ class Changes(Records):
 
 
 class Queries(Changes):
-    """The statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
-    values, = 1 for truth, no RETURNING. None stands for all organizations. Lists begin with the
-    newest, and take those with an id below before. Raises StoreError and Unrecoverable."""
+    """All statements, in SQL that PostgreSQL knows too: CASE in place of max() and min() of two
+    values, = 1 for truth, no RETURNING. None as an organization or owner stands for all of them.
+    Lists begin with the newest row, and hold rows with an id below before. Every method raises
+    StoreError and Unrecoverable."""
 
     def organizations(self) -> list[Organization]:
         return self._all(Organization, "ORDER BY id")
 
-    def live_keys_of(self, maker: int, now: int, limit: int) -> list[ApiKey]:
-        """Some that an API key made, or one that it made, and so on, and that are good."""
-        rest = """WHERE id IN (WITH RECURSIVE made(id) AS (SELECT id FROM api_key WHERE maker_id = ?
-             UNION SELECT api_key.id FROM api_key JOIN made ON maker_id = made.id) SELECT id FROM
-             made) AND revoked_at IS NULL AND coalesce(expires_at, ?) > ? LIMIT ?"""
-        return self._all(ApiKey, rest, maker, now + 1, now, limit)
+    def live_keys_made_by(self, maker: int, now: int, limit: int) -> list[ApiKey]:
+        """Up to limit valid API keys that a key made, directly or through keys that it made."""
+        where = """WHERE id IN (WITH RECURSIVE made(id) AS (SELECT id FROM api_key WHERE
+             maker_id = ? UNION SELECT api_key.id FROM api_key JOIN made ON maker_id = made.id)
+             SELECT id FROM made) AND revoked_at IS NULL AND coalesce(expires_at, ?) > ? LIMIT ?"""
+        return self._all(ApiKey, where, maker, now + 1, now, limit)
 
     def use_api_keys(self, uses: Mapping[int, int]) -> None:
-        """Record when keys were used, in Unix ms by their ids; of each once an hour."""
+        """Record when API keys were used, for each key once an hour. uses: Unix ms by key id."""
         hour = HOUR * SECOND_MS
         statement = """UPDATE api_key SET last_used_at = ?
              WHERE id = ? AND coalesce(last_used_at, 0) NOT BETWEEN ? AND ?"""
@@ -3277,12 +3294,12 @@ class Queries(Changes):
         return self._all(SigningKeyRow, "ORDER BY number DESC")
 
     def kids(self, with_retired: bool = True) -> set[str]:
-        """Without retired ones: what the database takes for the keys of the key file."""
+        """The kids of all keys. Without retired keys, these should be the keys in the key file."""
         which = "" if with_retired else " WHERE retired_at IS NULL"
         return {kid for (kid,) in self._rows(f"SELECT kid FROM signing_key{which}")}
 
     def add_signing_key(self, kid: str, now: int) -> None:
-        """Give a kid a number; one that was retired is no longer."""
+        """Give a kid a number. A kid that was retired keeps its number, and is in use again."""
         if not self._run("UPDATE signing_key SET retired_at = NULL WHERE kid = ?", kid):
             self._insert("signing_key", ("kid", "created_at"), (kid, now))
 
@@ -3296,7 +3313,7 @@ class Queries(Changes):
     def hosts_by_signing_key(self, number: int) -> int:
         return int(self._value("SELECT count(*) FROM heartbeat WHERE key_number = ?", number))
 
-    def hosts_not_past(self, number: int) -> int:
+    def hosts_up_to_key(self, number: int) -> int:
         """How many hosts were last seen with a credential of this key, or of an older key that is
         not retired. Such a host may hold an unused credential of this key."""
         statement = """SELECT count(*) FROM heartbeat WHERE key_number IN
@@ -3304,21 +3321,22 @@ class Queries(Changes):
         return int(self._value(statement, number))
 
     def service(self) -> Optional[Service]:
-        """None before the first server ran."""
+        """The service row, or None if no server has run yet."""
         return self._one(Service, "")
 
     def keep_alive(self, now: int) -> None:
-        """Record that a server lives; a time that is set back changes nothing."""
+        """Record that a server lives. A time that was set back changes nothing."""
         self._run("UPDATE service SET alive = ? WHERE alive < ?", now, now)
 
     def use_token(self, number: int, now: int, address: str) -> bool:
-        """Take one use. False when it may not be taken: the guard against every race."""
+        """Take one use of a token. False if it may not be used: this guards against every race."""
         statement = """UPDATE token SET uses = uses + 1, used_at = ?, used_from = ?
              WHERE id = ? AND uses < max_uses AND revoked_at IS NULL AND expires_at > ?"""
         return self._run(statement, now, address, number, now) == 1
 
     def prune_tokens(self, ended: int) -> bool:
-        """Delete some that had ended by a time, as token_end has it. True: there may be more."""
+        """Delete up to PRUNED_AT_ONCE tokens that ended by a time, as the index token_end computes
+        their end. True if there may be more to delete."""
         statement = """DELETE FROM token WHERE id IN (SELECT id FROM token WHERE coalesce(
              revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END) <= ? LIMIT ?)
             """
@@ -3328,55 +3346,55 @@ class Queries(Changes):
         statement = "SELECT id FROM host WHERE token_id = ? ORDER BY id DESC LIMIT ?"
         return [row[0] for row in self._rows(statement, number, limit)]
 
-    def hosts_called(self, word: str, owner: Optional[str], limit: int) -> list[Host]:
-        """Some with this name, as it is or as Name keeps it, and some with this hostname."""
-        equal, values = _equal(organization_id=owner)
-        rest = f"WHERE {equal} host.state IN {HOST_STATES} AND name IN (?, ?) LIMIT ?"
-        named = self._all(Host, rest, *values, word, unicodedata.normalize("NFC", word), limit)
+    def hosts_named(self, word: str, owner: Optional[str], limit: int) -> list[Host]:
+        """Some hosts with a name (as it is, or in NFC as Name keeps it) or with that hostname."""
+        equal, values = _conditions(organization_id=owner)
+        where = f"WHERE {equal} host.state IN {HOST_STATES} AND name IN (?, ?) LIMIT ?"
+        named = self._all(Host, where, *values, word, unicodedata.normalize("NFC", word), limit)
         equal = equal or "organization_id IN (SELECT id FROM organization) AND"
-        rest = f"WHERE {equal} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
-        return named + self._all(Host, rest, *values, word, limit)
+        where = f"WHERE {equal} lower(rtrim(hostname, '.')) = lower(rtrim(?, '.')) LIMIT ?"
+        return named + self._all(Host, where, *values, word, limit)
 
     def hosts_of_key(self, number: int, _: None, before: int, limit: int) -> list[Host]:
-        """The newest of all organizations whose last credential is of a signing key."""
-        rest = "WHERE key_number = ? AND host_id < ? ORDER BY host_id DESC LIMIT ?"
-        return self._all(Host, rest, number, before, limit)
+        """The newest hosts, of all organizations, whose valid credential a signing key signed."""
+        where = "WHERE key_number = ? AND host_id < ? ORDER BY host_id DESC LIMIT ?"
+        return self._all(Host, where, number, before, limit)
 
     def live_hosts_of_token(self, token: Token, limit: int) -> list[int]:
-        """Some that it let in, or that were last let in again by it, and are not revoked."""
+        """Some hosts, not revoked, that a token enrolled, or that it was the last to re-enroll."""
         statement = """SELECT id FROM host WHERE revoked_at IS NULL
              AND (token_id = ? OR (id = ? AND admitted_by = ?)) LIMIT ?"""
         values = token.id, token.host_id, token.id
         return [row[0] for row in self._rows(statement, *values, limit)]
 
     def add_host(self, host: Host) -> bool:
-        """Add a row to host and one to heartbeat. False when there is one of that id."""
-        (table, _, columns), (other, key, more) = HOST_ROWS
+        """Add a row to host and one to heartbeat. False if there is a host with this id."""
+        (table, _, columns), (beat_table, key, beat_columns) = HOST_ROWS
         if not self._add(table, columns, host[: len(columns)]):
             return False
-        self._insert(other, (key, *more), (host.id, *host[len(columns) :]))
+        self._insert(beat_table, (key, *beat_columns), (host.id, *host[len(columns) :]))
         return True
 
     def replayed_host(self, token: int, idempotency: bytes) -> Optional[Host]:
-        """The host that a token admitted last, with an Idempotency-Key."""
+        """The host that a token admitted with an Idempotency-Key, unless it was admitted again."""
         return self._one(Host, "WHERE admitted_by = ? AND idempotency = ?", token, idempotency)
 
     def hosts_by_hostname(self, organization: str, hostname: str, limit: int) -> list[Host]:
-        """The newest of an organization by a hostname: RFC 4343, without the final dot."""
-        rest = """WHERE organization_id = ? AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.'))
+        """The newest hosts with a hostname, whatever its letter case (RFC 4343) and a final dot."""
+        where = """WHERE organization_id = ? AND lower(rtrim(hostname, '.')) = lower(rtrim(?, '.'))
              ORDER BY id DESC LIMIT ?"""
-        return self._all(Host, rest, organization, hostname, limit)
+        return self._all(Host, where, organization, hostname, limit)
 
     def has_namesake(self, host: Host, organization: Optional[str]) -> bool:
         """Whether an organization (None: any) has another host of this name."""
-        equal, values = _equal(organization_id=organization, name=host.name)
+        equal, values = _conditions(organization_id=organization, name=host.name)
         statement = f"SELECT 1 FROM host WHERE {equal} state IN {HOST_STATES} AND id <> ? LIMIT 1"
         return bool(self._rows(statement, *values, host.id))
 
     def agents_slice(self, owner: Optional[str], after: int, limit: int, since: int) -> list[Any]:
-        """Of so many hosts with an id above after, by agent_version: how many, how many of these
-        were copied since then, and the highest id."""
-        equal, values = _equal(organization_id=owner)
+        """Count the next hosts, limit at most, with an id above after. Rows of an agent_version,
+        its hosts, those of them with a sign of a copy since a time, and the highest id."""
+        equal, values = _conditions(organization_id=owner)
         statement = f"""SELECT agent_version, count(*), sum(CASE WHEN copied_at > ? THEN 1 ELSE 0
              END), max(id) FROM (SELECT id, agent_version, copied_at FROM host WHERE {equal} id > ?
              ORDER BY id LIMIT ?) AS slice GROUP BY agent_version"""
@@ -3385,13 +3403,14 @@ class Queries(Changes):
     def edit_host(self, number: int, changes: Mapping[str, Any]) -> None:
         """Set columns of a host, in either of its rows. The program names them, never a peer."""
         for table, key, columns in HOST_ROWS:
-            own = {column: changes[column] for column in columns if column in changes}
-            if own:
-                settings = ", ".join(f"{column} = ?" for column in own)
-                self._run(f"UPDATE {table} SET {settings} WHERE {key} = ?", *own.values(), number)
+            values = {column: changes[column] for column in columns if column in changes}
+            if values:
+                settings = ", ".join(f"{column} = ?" for column in values)
+                statement = f"UPDATE {table} SET {settings} WHERE {key} = ?"
+                self._run(statement, *values.values(), number)
 
     def mark_copied(self, number: int, now: int) -> bool:
-        """Record a sign that a host's credential is copied; False: one was, within the hour."""
+        """Record a sign of a copied credential. False if one was recorded within the hour."""
         statement = "UPDATE host SET copied_at = ? WHERE id = ? AND copied_at NOT BETWEEN ? AND ?"
         return self._run(statement, now, number, now - HOUR * SECOND_MS + 1, now) == 1
 
@@ -3402,33 +3421,34 @@ class Queries(Changes):
         self._run("DELETE FROM host WHERE id = ?", number)
 
     def beat(self, rows: Sequence[BeatRow]) -> int:
-        """Write heartbeats, as _BEAT has their values; how many matched."""
+        """Write heartbeats, with the values of _BEAT; how many of them matched."""
         return self._many(_BEAT, rows)
 
     def write_beats(self, rows: Sequence[tuple[int, int, int, int]]) -> None:
-        """Write heartbeats that were judged in this transaction: last_seen, told_interval,
-        address_key and host. They change what the next one is compared with."""
+        """Write heartbeats that were judged in this transaction. rows: last_seen, and told_interval
+        and address_key, which the next heartbeat is compared with, and the host's id."""
         statement = """UPDATE heartbeat SET last_seen = ?, told_interval = ?, address_key = ?,
              state = 1 WHERE host_id = ?"""
         self._many(statement, rows)
 
-    def beaten(self, now: int, hosts: Sequence[int]) -> set[BeatRow]:
-        """Which of these hosts beat() wrote now, with serial, told_interval and address_key."""
+    def beats_written(self, now: int, hosts: Sequence[int]) -> set[BeatRow]:
+        """The hosts whose heartbeats beat() wrote now: id, serial, told_interval, address_key."""
         statement = """SELECT host_id, serial, told_interval, address_key FROM heartbeat
              WHERE last_seen = ? AND state = 1 AND host_id IN"""
         return set(self._rows_of(hosts, statement, now))
 
     def hosts(self, numbers: Sequence[int]) -> list[Host]:
-        """In no order; without those whose rows hold what we never write."""
+        """The hosts with these ids, in no particular order. A host whose row has impossible values
+        is left out."""
         rows = self._rows_of(numbers, f"{SELECT[Host]} WHERE id IN")
-        return [Host._make(row) for row in rows if _fits(Host, tuple(map(type, row)))]
+        return [Host._make(row) for row in rows if _fits_record(Host, tuple(map(type, row)))]
 
-    def move(self, rows: Sequence[tuple[str, int, int, int]]) -> None:
+    def set_addresses(self, rows: Sequence[tuple[str, int, int, int]]) -> None:
         statement = "UPDATE host SET address = ?, address_since = ?, moved_at = ? WHERE id = ?"
         self._many(statement, rows)
 
-    def trace_refusals(self, rows: Sequence[tuple[int, str, int, int, int]]) -> None:
-        """Write time and code of a refusal, then host and twice the time; of each one a minute."""
+    def record_refusals(self, rows: Sequence[tuple[int, str, int, int, int]]) -> None:
+        """Record refusals, one a minute for each host. rows: time, code, host's id, time, time."""
         statement = f"""UPDATE host SET refused_at = ?, refused_code = ?
              WHERE id = ? AND refused_at NOT BETWEEN ? - {MINUTE * SECOND_MS - 1} AND ?"""
         self._many(statement, rows)
@@ -3439,8 +3459,8 @@ class Queries(Changes):
             yield from self._rows(f"{statement} ({', '.join('?' * len(chunk))})", *values, *chunk)
 
     def last_event(self) -> tuple[int, bytes]:
-        """Number and mac that the next event is chained to."""
-        for table in ("audit", "audit_anchor"):  # a forger's mac may be a text, which bytea is not
+        """The number and the mac that the next event is chained to."""
+        for table in ("audit", "audit_anchor"):  # CAST, because a forged mac may be a text
             statement = f"""SELECT CAST(number AS INTEGER), CAST(mac AS BLOB) FROM {table}
                  ORDER BY number DESC LIMIT 1"""
             for number, mac in self._rows(statement):
@@ -3451,47 +3471,48 @@ class Queries(Changes):
         self._insert("audit", Event._fields, *events)
 
     def begin_history(self, *restored: int) -> None:
-        """Of a new database or copy: no cursor of another is good. restored: the rest of a Feed."""
+        """Begin the history of a new database or copy: cursors of other histories are not valid in
+        it. restored: the last values of Feed, after a restore."""
         self.put(Feed(new_history(), *self.feed_ends(), *restored))
 
     def newest_host(self) -> int:
-        """The highest id; 0: there is no host."""
+        """The highest id of a host; 0 if there is none."""
         return int(self._value("SELECT max(id) FROM host") or 0)
 
-    def names_after(self, number: int) -> list[str]:
-        """Of the hosts with a higher id, in that order."""
+    def host_names_after(self, number: int) -> list[str]:
+        """The names of the hosts with a higher id, in the order of the ids."""
         statement = "SELECT name FROM host WHERE id > ? ORDER BY id"
         return [row[0] for row in self._rows(statement, number)]
 
-    def with_a(self, record: Callable[..., T], column: str) -> list[T]:
+    def having(self, record: Callable[..., T], column: str) -> list[T]:
         """The rows that have a value in a column."""
         return self._all(record, f"WHERE {column} IS NOT NULL")
 
-    def use_again(self, tokens: Sequence[Token]) -> int:
-        """Take the uses of a newer database; of how many tokens that had fewer."""
-        columns = attrgetter("uses", "used_at", "used_from", "id", "uses")
+    def take_uses(self, tokens: Sequence[Token]) -> int:
+        """Take the uses of tokens from a newer database; how many tokens had fewer uses here."""
+        values = attrgetter("uses", "used_at", "used_from", "id", "uses")
         statement = "SET uses = ?, used_at = ?, used_from = ? WHERE id = ? AND uses < ?"
-        return self._many(f"UPDATE token {statement}", map(columns, tokens))
+        return self._many(f"UPDATE token {statement}", map(values, tokens))
 
     def feed_ends(self) -> tuple[int, int]:
-        """The numbers of the last change and the last event; 0: there was none."""
+        """The numbers of the last change and the last event; 0 if there is none."""
         return self.last_change(), self.last_event()[0]
 
     def labels_slice(self, owner: Optional[str], after: int, limit: int) -> list[Any]:
-        """Of so many hosts with an id above after: id, labels and address."""
-        equal, values = _equal(organization_id=owner)
+        """The next hosts, limit at most, with an id above after: id, labels and address."""
+        equal, values = _conditions(organization_id=owner)
         statement = f"SELECT id, labels, address FROM host WHERE {equal} id > ? ORDER BY id LIMIT ?"
         return self._rows(statement, *values, after, limit)
 
     def format_event(self, after: int) -> Optional[Event]:
-        """The first event after a number with which the format of today begins."""
-        rest = "WHERE action = 'audit-format' AND number > ? ORDER BY number LIMIT 1"
-        return self._one(Event, rest, after)
+        """The first event after a number that marks the start of the present format of events."""
+        where = "WHERE action = 'audit-format' AND number > ? ORDER BY number LIMIT 1"
+        return self._one(Event, where, after)
 
-    def not_minted(self, limit: int) -> list[str]:
-        """The API keys and tokens, as subjects, that are newer than the oldest event that can be
-        verified, and that no event minted for this organization and in this role."""
-        # The set of what was minted is made once. Version 0.1.0 wrote spaces. printf() is SQLite's.
+    def unminted_secrets(self, limit: int) -> list[str]:
+        """Up to limit subjects of API keys and tokens that no event minted with their organization
+        and role, although they are newer than the oldest event that can be verified."""
+        # The set of minted subjects is made once. Version 0.1.0 wrote spaces. printf() is SQLite's.
         statement = """WITH oldest AS (SELECT at FROM audit WHERE number >
                  coalesce((SELECT number FROM audit_anchor), 0) ORDER BY number LIMIT 1),
              secret AS (SELECT printf('token:%016x', id) AS subject, organization_id AS owner,
@@ -3505,17 +3526,17 @@ class Queries(Changes):
         return [row[0] for row in self._rows(statement, ID_EPOCH_MS, limit)]
 
     def anchor(self) -> Optional[Anchor]:
-        """What the first event is chained to, where older ones have been pruned."""
+        """What the first event is chained to, if older events have been pruned."""
         return self._one(Anchor, "")
 
     def prune_events(self, last: int) -> int:
-        """Delete the first events up to a number that is not after the anchor; how many."""
+        """Delete the events up to a number, which is not after the anchor; how many they were."""
         return self._run("DELETE FROM audit WHERE number <= ?", last)
 
 
 def bad_rows(engine: Engine, limit: int) -> list[str]:
-    """Rows outside the audit log that hold what we never write, by name: a value of another type,
-    or one that contradicts others."""
+    """The names of up to limit rows, outside the audit log, with values that we never write: of
+    another type, or in contradiction to other values."""
     names: list[str] = []
     odd = {Change: f"number < 1 OR number = {LAST_ID}", Host: "heartbeat.state <> host.state"}
     for record, table in TABLES.items():
@@ -3523,15 +3544,17 @@ def bad_rows(engine: Engine, limit: int) -> list[str]:
             continue
         wrong = " OR ".join(
             f"typeof({column}) NOT IN ({', '.join(STORED_AS[kind] for kind in kinds)})"
-            for column, kinds in zip(_columns(record), _kinds(record))
+            for column, kinds in zip(_selected(record), _column_types(record))
         )
         wrong += f" OR {odd[record]}" if record in odd else ""
-        of = f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}"
-        names += [f"{table.partition(' ')[0]} {_name(row[0])}" for row in engine.rows(of)]
-    of = f"""SELECT owner FROM (SELECT organization_id AS owner, state, hosts FROM census UNION ALL
+        rows = engine.rows(f"SELECT {record._fields[0]} FROM {table} WHERE {wrong} LIMIT {limit}")
+        names += [f"{table.partition(' ')[0]} {_row_name(row[0])}" for row in rows]
+    rows = engine.rows(
+        f"""SELECT owner FROM (SELECT organization_id AS owner, state, hosts FROM census UNION ALL
          SELECT organization_id, state, -count(*) FROM host GROUP BY organization_id, state)
          GROUP BY owner, state HAVING sum(hosts) <> 0 LIMIT {limit}"""
-    names += [f"census {_name(row[0])}" for row in engine.rows(of)]
+    )
+    names += [f"census {_row_name(row[0])}" for row in rows]
     return names[:limit]
 
 
@@ -3992,7 +4015,7 @@ class Names(Rules):
             newest = self._queries.newest(kind, owner, min(last + 1, LAST_ID), FITS_SHOWN + 1)
             rows += [row for row in newest if row.id >= first]
         if kind is Host and not ID.fullmatch(word):
-            rows += self._queries.hosts_called(word, owner, FITS_SHOWN + 1)
+            rows += self._queries.hosts_named(word, owner, FITS_SHOWN + 1)
         return sorted({row.id: row for row in rows}.values(), key=attrgetter("id"), reverse=True)
 
     def find(self, owner: Owner, named: Named) -> Any:
@@ -4069,7 +4092,7 @@ class AuditLog(Rules):
         self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)  # and moves: a proxy moves a fleet
         self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
         self.limits = self.refusals, self.successes
-        self.refused: list[tuple[int, str, int, int, int]] = []  # hosts, see trace_refusals()
+        self.refused: list[tuple[int, str, int, int, int]] = []  # hosts, see record_refusals()
         self._trouble = ""  # why the log cannot be pruned
 
     def begin(self, now: int) -> None:
@@ -4120,7 +4143,7 @@ class AuditLog(Rules):
 
     def write(self, keyring: Keyring) -> None:
         if self.refused:
-            self._queries.trace_refusals(self.refused)
+            self._queries.record_refusals(self.refused)
         if not self.events:
             return
         number, mac = self._queries.last_event()
@@ -4417,7 +4440,7 @@ class SigningKeys(Rules):
             if retired is None:
                 raise StorageUnavailable()
             header = credential.partition(".")[0].encode("ascii", "replace")
-            if header in map(header_of, retired):
+            if header in map(credential_header, retired):
                 raise CredentialInvalid("Its signing key was retired. Get a re-enroll token.")
             raise CredentialInvalid()
         expires_at = claims.expires_at
@@ -4522,7 +4545,7 @@ class SigningKeys(Rules):
             raise NotFound("The key file does not have this key: see list-signing-keys.")
         if kid == self.keyring.first.kid:
             raise Conflict("This key signs. First create another: rotate-signing-key.")
-        hosts = self._queries.hosts_not_past(self.number(kid, now))
+        hosts = self._queries.hosts_up_to_key(self.number(kid, now))
         if hosts and not call.values.get("force"):
             raise Conflict(
                 f"Hosts that use this key, or may have a credential signed by it: {hosts}. They "
@@ -4913,7 +4936,7 @@ class Reports(Rules):
             for kind in (ApiKey, Token)
         )
         done = {"hostsRevoked": len(hosts), "apiKeysRevoked": api_keys, "tokensRevoked": tokens,
-                "tokensUsed": queries.use_again(newer["used"]), "hostsLost": len(lost)}  # fmt: skip
+                "tokensUsed": queries.take_uses(newer["used"]), "hostsLost": len(lost)}  # fmt: skip
         self._registry.audit.record("restore-backup", by, "", None, "", **cast("Any", done))
         return {**done, "firstLost": lost[:LOST_NAMED], "notReadable": newer["trouble"]}
 
@@ -4935,7 +4958,7 @@ def begin_feed(queries: Queries, now: int) -> None:
     while rows := queries.labels_slice(None, after, COUNTED_AT_ONCE):
         states, after = [], rows[-1][0]
         for host in queries.hosts([row[0] for row in rows]):
-            status = period.status(*host.seen)
+            status = period.status(*host.status_inputs)
             if status != "pending":
                 since = host.revoked_at or period.since(host.last_seen, host.told_interval)
                 states.append((STATUS_NAMES.index(status), since, host.id))
@@ -5198,7 +5221,7 @@ class ApiKeys(Rules):
         while there may be more; self, whether also the caller's key. Raises NotFound, Conflict."""
         key, keys = self._own(call, ApiKey), []
         if call.values.get("withKeys") == "true":
-            keys = self._queries.live_keys_of(key.id, now, ACTED_AT_ONCE)
+            keys = self._queries.live_keys_made_by(key.id, now, ACTED_AT_ONCE)
         has_more = len(keys) == ACTED_AT_ONCE
         for each in (*keys, key):
             if each.id == call.by.id and call.values.get("self") != "true":
@@ -5472,7 +5495,7 @@ class Enrollments(Rules):
             return None
         period = self._registry.service.period(now)
         for host in others:
-            if period.status(*host.seen) in ("pending", "online") and host.id != own:
+            if period.status(*host.status_inputs) in ("pending", "online") and host.id != own:
                 return host.id
         return None
 
@@ -5588,7 +5611,7 @@ class Heartbeats(Rules):
         """Of the rows of a batch, write those of hosts that are to get another interval, have
         moved or are back; host and serial of all that are written. A new --heartbeat-interval or a
         new proxy brings the whole fleet here at once: so it is a few statements, and few events."""
-        written = self._queries.beaten(now, [row[2] for row in rows])
+        written = self._queries.beats_written(now, [row[2] for row in rows])
         strays = {row[2:4]: o for row, o in zip(rows, origins) if row[2:6] not in written}
         heard = [
             (self._place(host, origin, now), origin)
@@ -5625,7 +5648,7 @@ class Heartbeats(Rules):
                 self._record("move", tagged_id("host", host.id), host, **ends)
             rows.append((origin.address, now, now if is_due else host.moved_at, host.id))
         if rows:
-            self._queries.move(rows)
+            self._queries.set_addresses(rows)
 
     def _write_beats(self, hosts: Sequence[Host], last_seen: int) -> None:
         """Write heartbeats that were accepted, and report who is back."""
@@ -5838,7 +5861,7 @@ class Hosts(Rules):
 
     def _view(self, host: Host, period: ServicePeriod, now: int, reported: str = "") -> HostView:
         """reported: its status in lists, which go by that, so that counts and rows agree."""
-        status, reason = period.status(*host.seen), period.reason(*host.seen)
+        status, reason = period.status(*host.status_inputs), period.reason(*host.status_inputs)
         if reported not in ("", status):  # until the next sweep
             reason = f"Reported as {reported} at {rfc3339(host.status_since)}."
         title = TITLES.get(host.refused_code)
@@ -6736,11 +6759,11 @@ class Restore(NamedTuple):
                 _require_our_version(old)
                 old.compare_schema(refuses=True)
                 queries = Queries(old)
-                values["lost"] = queries.names_after(newest)
+                values["lost"] = queries.host_names_after(newest)
                 if not self.as_it_was:
                     retired = queries.kids() - queries.kids(with_retired=False)
-                    values["used"] = queries.with_a(Token, "used_at")
-                    values["revoked"] = {kind: queries.with_a(kind, "revoked_at") for kind in kinds}
+                    values["used"] = queries.having(Token, "used_at")
+                    values["revoked"] = {kind: queries.having(kind, "revoked_at") for kind in kinds}
         except StoreBusy:
             raise
         except (StoreError, OperatorError) as error:
@@ -6822,7 +6845,7 @@ def examine(
             yield Finding(name, True, f"{len(keyring.keys)} in {key_file}")
             name = "audit"
             if version >= AUDITED_SINCE:
-                strangers = Queries(engine).not_minted(ERRORS_NAMED)
+                strangers = Queries(engine).unminted_secrets(ERRORS_NAMED)
                 text = "every API key and token newer than the log has its event"
                 if strangers:
                     text = f"no event created {', '.join(strangers)}: revoke them"
@@ -6858,9 +6881,9 @@ def require_sound(database: str, key_file: str, now: int, shown: str) -> None:
 
 # 7. Messages
 #
-# HTTP/1.1 as bytes: RFC 9112, read strictly. What two readers could frame differently is refused,
-# because that is how requests are smuggled past a proxy. Parsing never touches a socket: a reader
-# takes bytes and returns requests, a writer takes a response and returns bytes.
+# HTTP/1.1 as bytes: RFC 9112, read strictly. A message that two readers could frame differently is
+# refused, because such messages smuggle requests past a proxy. Parsing never touches a socket: a
+# reader takes bytes and returns requests, a writer takes a response and returns bytes.
 #
 # http.server's own parser is not used: from Python 3.9 to 3.13 it accepts two Content-Length fields
 # that differ, ignores Transfer-Encoding, reads "+4" as a length, and drops every field after a line
@@ -6880,8 +6903,8 @@ _FIELD_VALUE = re.compile(_VALUE_BYTES)
 
 
 def _encoded(characters: str) -> str:
-    """A pattern for *( characters / pct-encoded ). It matches in runs: one alternative for each
-    character would make a head full of them as much work as ten requests."""
+    """A pattern for *( characters / pct-encoded ). It matches runs of characters: to match them one
+    by one would make a head full of them as much work as ten requests."""
     return f"[{characters}]*(?:%[0-9A-Fa-f]{{2}}[{characters}]*)*"
 
 
@@ -6913,8 +6936,8 @@ _TOKEN68_BYTES = (string.ascii_letters + string.digits + "-._~+/=").encode("asci
 
 CHUNKED = -1  # as the length of a body
 MERGE_PATCH = "application/merge-patch+json"
-AGENT_PATHS = "/api/agent/"  # the paths of what agents send begin so
-# One server would take the first of two, another the last: a second one is refused.
+AGENT_PATHS = "/api/agent/"  # the start of the paths of agents' requests
+# A second field of these is refused: one server would take the first, another server the last.
 _SINGLE_FIELDS = (
     "host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect",
 )  # fmt: skip
@@ -6929,12 +6952,12 @@ class Head(NamedTuple):
     length: int  # of the body in bytes, or CHUNKED
     keep_alive: bool
     expects: bool  # "Expect: 100-continue" was sent, and a body follows
-    authorization: Optional[str]  # None also where parse_head() returns the credential apart
+    authorization: Optional[str]  # None also if parse_head() returns the credential by itself
     idempotency_key: Optional[str]
     merges: bool = False  # the body is a merge patch (RFC 7396)
-    takes_html: bool = False  # by name, as a browser
+    takes_html: bool = False  # Accept names text/html, as that of a browser does
     takes_gzip: bool = False
-    tags: bytes = b""  # If-None-Match: what the client has
+    tags: bytes = b""  # If-None-Match: the entity tags that the client has
 
     @property
     def body_maximum(self) -> int:
@@ -6949,7 +6972,7 @@ class Request(NamedTuple):
 
 
 def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
-    """Field lines by lower-case name. RFC 9112 section 5: no folding, no space before the colon."""
+    """Values by lower-case name. RFC 9112 section 5: no folding, no space before the colon."""
     if len(lines) > FIELDS_MAXIMUM:
         raise HeadTooLarge()
     fields: dict[str, list[bytes]] = {}
@@ -6962,14 +6985,14 @@ def _parse_fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
 
 
 def _takes(word: bytes, values: Iterable[bytes]) -> bool:
-    """Whether a list with weights names a word, and not to refuse it: RFC 9110 section 12.4.2."""
+    """Whether a list with weights (RFC 9110 section 12.4.2) names a word with a weight above 0."""
     items = b",".join(values).lower().split(b",")
     named = [item for item in items if item.partition(b";")[0].strip(b" \t") == word]
     return any(not re.search(rb";[ \t]*q=0(\.0*)?[ \t]*$", item) for item in named)
 
 
 def _body_length(single: Mapping[str, str], minor: int) -> int:
-    """Bytes of the body, or CHUNKED: RFC 9112 sections 6.1 to 6.3, without the leniencies."""
+    """The length of the body in bytes, or CHUNKED: RFC 9112 sections 6.1 to 6.3, strictly."""
     length, coding = single.get("content-length"), single.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor == 0:
@@ -6988,7 +7011,7 @@ def _body_length(single: Mapping[str, str], minor: int) -> int:
 
 
 def _split_target(method: str, text: str) -> tuple[str, str]:
-    """Path and query of a target in origin-form, absolute-form, or asterisk-form."""
+    """The path and the query of a target in origin-form, absolute-form or asterisk-form."""
     if text == "*" and method == "OPTIONS":
         return "*", ""
     match = _TARGET.fullmatch(text)
@@ -7017,7 +7040,7 @@ def _parse_head(data: bytes) -> Head:
     if ("host" not in single and minor > 0) or not _HOST_FIELD.fullmatch(single.get("host", "-")):
         raise MalformedRequest("Send one Host header field that names a host.")
     length = _body_length(single, minor)
-    if method == "CONNECT":  # after its head no HTTP would follow
+    if method == "CONNECT":  # what follows its head is not HTTP
         raise UnknownTransferCoding()
     path, query = _split_target(method, match[2].decode("ascii"))
     options = b",".join(fields.get("connection", ())).lower().split(b",")
@@ -7042,11 +7065,12 @@ BEARER = AUTHORIZATION + b" Bearer "
 
 
 def parse_head(data: bytes) -> tuple[Head, Optional[str]]:
-    """A head, without the empty line that ends it, and its bearer credential. Raises Unframed.
+    """The Head of a request, and its bearer credential. data: without the empty line that ends the
+    head. Raises Unframed.
 
-    The heads of agents differ only in the credential. Where it is written as usual, it is cut out
-    of its line before the head is parsed, so the cache holds a handful of heads for any fleet. The
-    line itself stays: a second Authorization is noticed, and all other lines are read as before.
+    The heads of agents differ only in the credential. If it is written in the usual way, it is cut
+    out of its line before the head is parsed, so the cache holds a handful of heads for any fleet.
+    The line itself stays, so that a second Authorization is noticed. All other lines are unchanged.
     """
     before, _, after = data.partition(BEARER)
     value, line_end, after = after.partition(b"\r\n")
@@ -7064,12 +7088,12 @@ def parse_head(data: bytes) -> tuple[Head, Optional[str]]:
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 
-# An address as proxies write it; some add a port. No zone: it could be any text.
+# An address as proxies write it; some add a port. A zone is not allowed: it could be any text.
 _HOP = re.compile(
     r"([0-9.]{7,15})(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})"
     r"|\[([0-9A-Fa-f:.]{2,45})\](?::[0-9]{1,5})?"
 )
-# Groups: the name and colon; X-Forwarded-For where it is that; the value.
+# Groups: the name and the colon; the name if it is X-Forwarded-For; the value.
 _ADDED_BY_PROXIES = re.compile(
     rb"(\r\n(?:(X-Forwarded-For)|X-Real-IP|X-Request-ID|Forwarded):)(%b)" % _VALUE_BYTES,
     re.IGNORECASE,
@@ -7077,13 +7101,13 @@ _ADDED_BY_PROXIES = re.compile(
 
 
 def plain_address(address: str) -> str:
-    """An IPv4 address without the prefix of an IPv6 socket; any other unchanged."""
+    """An IPv4 address without the prefix that an IPv6 socket adds; other addresses unchanged."""
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
 @lru_cache(maxsize=HOPS_CACHED)
 def _parse_hop(text: str) -> Optional[tuple[Address, str]]:
-    """An address and its usual spelling; None for what is no address."""
+    """An address and its usual spelling; None if the text is not an address."""
     match = _HOP.fullmatch(text)
     if match is None:
         return None
@@ -7096,14 +7120,14 @@ def _parse_hop(text: str) -> Optional[tuple[Address, str]]:
 
 
 def split_forwarded(head: bytes, proxies: Networks, peer: str) -> tuple[bytes, str]:
-    """The head of a request that a trusted proxy sent on, without the values that proxies add, and
-    the client's address: the last one in X-Forwarded-For that is not one of the trusted proxies.
-    Each proxy appends the address of its peer, so everything before that one is only what the
-    client claims. It is the peer's own where none can be read.
+    """The head of a request from a trusted proxy, without the values that proxies add, and the
+    client's address: the last address in X-Forwarded-For that is not a trusted proxy's. Each proxy
+    appends the address of its peer, so all addresses before that one are only claims of the client.
+    If no address can be read, it is the address of the peer.
 
-    Those values differ from client to client and from request to request, and would keep the head
-    out of every cache. Their lines stay, with an empty value, so the head parses as before. The
-    argument must end at the head's end: a body may contain lines that look like these.
+    The values of proxies differ from client to client and from request to request, and would keep
+    the head out of every cache. Their lines stay, with an empty value, so the head parses as
+    before. head must end where the head ends: a body may contain lines that look like these.
     """
     parts = _ADDED_BY_PROXIES.split(head)  # text, then (name, group 2, value, text) for each field
     if len(parts) == 1:
@@ -7121,19 +7145,19 @@ def split_forwarded(head: bytes, proxies: Networks, peer: str) -> tuple[bytes, s
 
 
 class ChunkedBody:
-    """A body in chunks (RFC 9112 section 7.1), read as it arrives, no byte twice. The chunks are
-    joined at once: kept one by one, chunks of two bytes would take twenty times the memory."""
+    """A body in chunks (RFC 9112 section 7.1), read as it arrives, each byte once. Chunks are
+    joined at once: as separate objects, chunks of two bytes would take twenty times the memory."""
 
     def __init__(self) -> None:
-        self.body = bytearray()  # of all chunks so far
-        self._announced = self._overhead = 0
-        self._left = 0  # of the current chunk, with the CR LF behind it
+        self.body = bytearray()  # the data of all chunks so far
+        self._announced = self._overhead = 0  # bytes: the sizes of all chunks; all other lines
+        self._left = 0  # the size of the current chunk with its CR LF; 0: a line comes next
         self._trailers = -1  # lines of the trailer section so far; -1: before the last chunk
-        self.has_more = False  # feed() stopped early: what it returned can be read further
+        self.has_more = False  # feed() stopped early: it can read on in the rest that it returned
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Read at most CHUNK_LINES_AT_ONCE lines of data. Returns the rest, and whether the body
-        has ended. Raises MalformedRequest, BodyTooLarge, HeadTooLarge."""
+        """Read at most CHUNK_LINES_AT_ONCE lines of data. Returns the unread rest, and whether the
+        body has ended. Raises MalformedRequest, BodyTooLarge, HeadTooLarge."""
         at = 0
         self.has_more = False
         for _ in range(CHUNK_LINES_AT_ONCE):
@@ -7161,11 +7185,11 @@ class ChunkedBody:
         return data[at:], False
 
     def _read_line(self, line: bytes) -> bool:
-        """A size line, or a line of the trailer section. True at the end of the body."""
+        """Read a size line, or a line of the trailer section. True if it ends the body."""
         self._overhead += len(line) + 4
         if self._overhead > CHUNK_OVERHEAD_MAXIMUM:
             raise BodyTooLarge("Send the body in fewer and larger chunks.")
-        if self._trailers >= 0:  # RFC 9110 section 6.5.1: checked and dropped, they change nothing
+        if self._trailers >= 0:  # trailers are checked and dropped: RFC 9110 section 6.5.1
             if not line:
                 return True
             _parse_fields([line])
@@ -7188,11 +7212,11 @@ class ChunkedBody:
 
 
 class RequestReader:
-    """The requests in a stream of bytes, one by one; after a Problem there are no more."""
+    """The requests in a stream of bytes, one by one. After a Problem there are no more requests."""
 
     def __init__(self, peer: str = "", connection: int = 0, proxies: Networks = ()) -> None:
-        """proxies: the trusted ones, if the peer is one: X-Forwarded-For names its clients."""
-        self.peer = self.address = peer  # address: of the client of the latest head
+        """proxies: the trusted proxies if the peer is one of them, else none."""
+        self.peer = self.address = peer  # address: that of the client of the last head
         self.proxies = proxies
         self.connection = connection
         self.number = 1  # of the next request
@@ -7202,8 +7226,8 @@ class RequestReader:
         self._chunked: Optional[ChunkedBody] = None
 
     def next(self, data: bytes = b"") -> Optional[Request]:
-        """Take more bytes; the next request if all of it has arrived. Raises a kind of Unframed. To
-        search a head again with each piece is quadratic, but bounded: by 16 KiB and ten seconds."""
+        """Take more bytes; the next request, if all of it has arrived. Raises Unframed. Each piece
+        has the head searched again: quadratic, but bounded by 16 KiB and ten seconds."""
         buffer = self.buffer + data if self.buffer else data
         head = self._head
         if head is None:
@@ -7219,7 +7243,7 @@ class RequestReader:
             head, self._authorization = parse_head(text)
             buffer = buffer[end + 4 :]
             if head.length > head.body_maximum and not buffer:
-                raise BodyTooLarge()  # before it is sent; if it is on its way, Api.admit() refuses
+                raise BodyTooLarge()  # before the body is sent; else Api.admit() refuses it
         length = head.length
         if length == CHUNKED:
             self._chunked = self._chunked or ChunkedBody()
@@ -7238,8 +7262,8 @@ class RequestReader:
 
     @staticmethod
     def _check_unfinished_head(buffer: bytes) -> None:
-        """Refuse at once what never becomes a head: another protocol, a bare CR or LF, too much."""
-        if buffer.strip(b"\r") and not _TOKEN.match(buffer):  # a method is one
+        """Refuse at once what cannot become a head: another protocol, a bare CR or LF, too much."""
+        if buffer.strip(b"\r") and not _TOKEN.match(buffer):  # a method is a token
             raise MalformedRequest("This is not HTTP/1.1; it may be TLS.")
         pairs = buffer.count(b"\r\n")
         bare = buffer.count(b"\r") - pairs - buffer.endswith(b"\r")
@@ -7250,7 +7274,7 @@ class RequestReader:
 
     @property
     def has_more(self) -> bool:
-        """Whether what has arrived can be read further: call next() again."""
+        """Whether more of the arrived bytes can be read: call next() again."""
         return self._chunked is not None and self._chunked.has_more
 
     @property
@@ -7259,7 +7283,7 @@ class RequestReader:
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything of a request has arrived, except the empty line that may precede it."""
+        """Whether any byte of a request has arrived, after the empty line that may precede it."""
         return self._head is not None or self.buffer not in (b"", b"\r", b"\r\n")
 
     @property
@@ -7272,8 +7296,8 @@ class RequestReader:
         return self._head is not None and self._head.expects and not self.buffer
 
     def unfinished(self) -> Request:
-        """A stand-in for a request that cannot be read: for its refusal and for the log. Of its
-        head it knows only whether it is a HEAD, because then the answer has no content."""
+        """A stand-in for a request that cannot be read, for its refusal and for the log. It tells
+        only whether the method is HEAD, because the answer to HEAD has no content."""
         if self._head is not None:
             is_head, address = self._head.method == "HEAD", self.address
         else:  # self.address is still the previous request's
@@ -7299,28 +7323,28 @@ class Response(NamedTuple):
 
 
 def json_response(status: int, document: Any) -> Response:
-    """An answer with a JSON document, written so that sed in a shell script can read it."""
+    """An answer with a JSON document, in a form that sed in a shell script can read."""
     return Response(status, json_text(document).encode("ascii"))
 
 
 def refusal(problem: Problem) -> Response:
-    """A Problem as an answer: the one place that shows a Problem to a peer."""
+    """The answer for a Problem. No other function shows a Problem to a peer."""
     body = json_text(problem.document()).encode("ascii")
     return Response(problem.status, body, PROBLEM_JSON, problem.headers(), problem.closes)
 
 
 @lru_cache(maxsize=4)
 def http_date(seconds: int) -> bytes:
-    """Unix time as an HTTP-date: RFC 9110 section 5.6.7."""
+    """A Unix time as an HTTP-date: RFC 9110 section 5.6.7."""
     return formatdate(seconds, usegmt=True).encode("ascii")
 
 
 @lru_cache(maxsize=256)
 def _field_lines(status: int, content_type: str, headers: Headers, closes: bool) -> bytes:
-    """The status line and all fields up to the value of Date."""
+    """The status line and all fields up to the name of Date."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers]
-    if UNPRINTABLE.search("".join(lines)):  # response splitting: a value would begin a line
+    if UNPRINTABLE.search("".join(lines)):  # response splitting: a value would begin a new line
         raise ValueError("a header field with a control character")
     if status not in (204, 304):
         lines.append(f"Content-Type: {content_type}")
@@ -7334,8 +7358,9 @@ def _field_lines(status: int, content_type: str, headers: Headers, closes: bool)
 def write_response(
     response: Response, seconds: int, closes: bool, head_only: bool, request: str = ""
 ) -> bytes:
-    """The bytes of an answer at a Unix time; a refusal names the request. A 204 and a 304 have no
-    Content-Length (RFC 9110 section 8.6), a HEAD has the GET's (section 9.3.2)."""
+    """The bytes of an answer. seconds: the Unix time. request: the id of a refused request. A 204
+    and a 304 have no Content-Length (RFC 9110 section 8.6), and an answer to HEAD has the
+    Content-Length of the answer to GET (section 9.3.2)."""
     status, body, content_type, headers, _ = response
     fields = _field_lines(status, content_type, headers, closes)
     request_id = b"\r\nX-Request-Id: " + request.encode("ascii") if request else b""
@@ -11643,7 +11668,7 @@ class HeartbeatFastPath:
             if ref is None:
                 return None
         origin = _tuple_of(Origin, (address, reader.connection, reader.number))
-        return _tuple_of(Heartbeat, (host_of(rest), ref, origin)), self._head
+        return _tuple_of(Heartbeat, (host_of_credential(rest), ref, origin)), self._head
 
     def _cut_credential(self, data: bytes) -> bytes:
         """What follows the opening of the credential in a plain heartbeat; empty for other data."""

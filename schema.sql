@@ -8,7 +8,7 @@ CREATE TABLE organization (
     -- Owns hosts, tokens and API keys.
     id          TEXT    NOT NULL PRIMARY KEY,  -- the slug given to add-org
     created_at  INTEGER NOT NULL,
-    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: stopped then; below: allowed at -expiry
+    expiry      INTEGER NOT NULL DEFAULT 0  -- above 0: when it stopped; below: allowed at -expiry
 ) WITHOUT ROWID;
 
 CREATE TABLE api_key (
@@ -33,7 +33,7 @@ CREATE TABLE token (
     secret_hash      BLOB    NOT NULL,  -- SHA-256 of the token's text
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     description      TEXT    NOT NULL,
-    hostname         TEXT,              -- bound to this hostname, where there is one
+    hostname         TEXT,              -- bound to this hostname; NULL: to none
     host_id          INTEGER,           -- bound to this host: a re-enroll token
     labels           TEXT    NOT NULL,  -- a JSON object of strings, given to the host
     max_uses         INTEGER NOT NULL CHECK (max_uses >= 1),
@@ -45,7 +45,7 @@ CREATE TABLE token (
     used_from        TEXT,              -- the address of the last use
     revoked_at       INTEGER,
     own_interval     INTEGER,           -- seconds between the heartbeats of its hosts, or NULL
-    ephemeral        INTEGER            -- seconds of silence that end its hosts, or NULL
+    ephemeral        INTEGER            -- seconds of silence that delete its hosts, or NULL
 );
 CREATE INDEX token_organization ON token (organization_id);
 CREATE INDEX token_host ON token (host_id) WHERE host_id IS NOT NULL;
@@ -53,12 +53,12 @@ CREATE INDEX token_end ON token
     (coalesce(revoked_at, CASE WHEN uses >= max_uses THEN used_at ELSE expires_at END));
 
 CREATE TABLE host (
-    -- A machine that has enrolled. Heartbeat has what changes with each beat.
+    -- A machine that has enrolled. The table heartbeat has what changes with each heartbeat.
     id               INTEGER PRIMARY KEY,
     organization_id  TEXT    NOT NULL REFERENCES organization (id),
     name             TEXT    NOT NULL,
     hostname         TEXT    NOT NULL,
-    bound            INTEGER NOT NULL,  -- 1: the token named the hostname, no beat changes it
+    bound            INTEGER NOT NULL,  -- 1: the token named the hostname; heartbeats keep it
     os               TEXT    NOT NULL,
     architecture     TEXT    NOT NULL,
     docker_version   TEXT    NOT NULL,
@@ -70,25 +70,25 @@ CREATE TABLE host (
     admitted_by      INTEGER NOT NULL,  -- the token of its last enrollment or re-enrollment
     admitted_at      INTEGER NOT NULL,
     admitted_serial  INTEGER NOT NULL,  -- the serial that was issued for that token
-    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with it
+    idempotency      BLOB,              -- SHA-256 of the Idempotency-Key sent with that token
     issued_to        TEXT    NOT NULL DEFAULT '',  -- the address that the highest serial went to
-    twin_id          INTEGER,           -- a live host that had this hostname at that time
+    twin_id          INTEGER,           -- a live host that had this hostname at admitted_at
     agent_version    TEXT    NOT NULL DEFAULT '',  -- as the agent reports it
     issued_at        INTEGER NOT NULL DEFAULT 0,  -- when the highest serial was issued
-    issued_hash      BLOB,              -- SHA-256 of its credential, and of what that replaces
+    issued_hash      BLOB,              -- SHA-256 of that credential and the serial it replaces
     instances        TEXT    NOT NULL DEFAULT '',  -- sightings, a line for each, newest first
     copied_at        INTEGER NOT NULL DEFAULT 0,  -- the last sign of a copied credential, or 0
-    every_seconds    INTEGER,           -- its rhythm, where cron and not the server decides
+    every_seconds    INTEGER,           -- its rhythm, if cron decides it; NULL: the server does
     own_interval     INTEGER,           -- seconds between its heartbeats; NULL: the server's
     enrolled_from    TEXT    NOT NULL DEFAULT '',  -- the address that it enrolled from
     address          TEXT    NOT NULL DEFAULT '',  -- of its last heartbeat; empty: not known
     address_since    INTEGER NOT NULL DEFAULT 0,
-    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last change that was an event, or 0
-    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal that concerned it, or 0
-    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that
+    moved_at         INTEGER NOT NULL DEFAULT 0,  -- the last move that was an event, or 0
+    refused_at       INTEGER NOT NULL DEFAULT 0,  -- the last refusal of the host, or 0
+    refused_code     TEXT    NOT NULL DEFAULT '',  -- the code of that refusal
     restored_at      INTEGER NOT NULL DEFAULT 0,  -- when it was last restored, or 0
-    state            INTEGER NOT NULL DEFAULT 2,  -- that of its heartbeat, for lists
-    status_since     INTEGER NOT NULL DEFAULT 0,  -- since when it has this status
+    state            INTEGER NOT NULL DEFAULT 2,  -- a copy of heartbeat.state, for lists
+    status_since     INTEGER NOT NULL DEFAULT 0,  -- when its status last changed
     muted_until      INTEGER NOT NULL DEFAULT 0,  -- until then notifications are off
     ephemeral        INTEGER            -- seconds of silence after which it is deleted, or NULL
 );
@@ -123,11 +123,11 @@ CREATE TABLE heartbeat (
     -- One narrow row for each host: all that a heartbeat reads and writes.
     host_id        INTEGER PRIMARY KEY REFERENCES host (id) ON DELETE CASCADE,
     last_seen      INTEGER NOT NULL,  -- 0: never
-    serial         INTEGER NOT NULL,  -- the valid one: the highest seen, at first the one expected
+    serial         INTEGER NOT NULL,  -- the valid serial: the highest seen; at first the one issued
     key_number     INTEGER NOT NULL,  -- of the signing_key of the credential with that serial
     state          INTEGER NOT NULL,  -- the status that was last reported: see change
     told_interval  INTEGER NOT NULL DEFAULT 30,  -- the last interval sent to it, in seconds
-    address_key    INTEGER NOT NULL DEFAULT 0  -- of its address; below 0: any until -address_key
+    address_key    INTEGER NOT NULL DEFAULT 0  -- for its address; below 0: any till -address_key
 );
 CREATE INDEX heartbeat_key ON heartbeat (key_number);
 
@@ -139,27 +139,27 @@ CREATE TABLE change (
     organization_id  TEXT    NOT NULL,
     name             TEXT    NOT NULL,  -- as it was then
     labels           TEXT    NOT NULL,  -- as they were then
-    was              INTEGER NOT NULL,  -- 0: it has just enrolled
+    was              INTEGER NOT NULL,  -- the status before; 0: it has just enrolled
     status           INTEGER NOT NULL,
-    seen             INTEGER NOT NULL,  -- the last heartbeat then; 0: there was none
+    seen             INTEGER NOT NULL,  -- the last heartbeat as of then; 0: there was none
     actor            TEXT    NOT NULL,  -- as in audit; empty: time, or a heartbeat
     ephemeral        INTEGER,           -- as it was then
-    address          TEXT    NOT NULL DEFAULT ''  -- the same
+    address          TEXT    NOT NULL DEFAULT ''  -- as it was then
 );
 CREATE INDEX change_host ON change (host_id, number);
 CREATE INDEX change_expired ON change (organization_id, at)
     WHERE actor = 'expire' AND ephemeral IS NULL;
 
 CREATE TABLE feed (
-    -- One row. The numbers of changes and events are given out again after a restore: so a new
-    -- database and each copy begin a history of their own.
+    -- One row. After a restore the numbers of changes and events are given out again. So a new
+    -- database begins a history of its own, and so does each copy.
     id       INTEGER PRIMARY KEY CHECK (id = 1),
     history  TEXT    NOT NULL,  -- random: the first part of every cursor
-    change   INTEGER NOT NULL,  -- the number of the last one when the history began; 0: none
-    event    INTEGER NOT NULL,  -- the same
-    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then hosts that a restore lost wait
-    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the highest id that it knew: later ones may be lost
-    lost         INTEGER NOT NULL DEFAULT 0   -- how many are; 0: not known
+    change   INTEGER NOT NULL,  -- the last change when the history began; 0: none
+    event    INTEGER NOT NULL,  -- the last event when the history began; 0: none
+    lost_until   INTEGER NOT NULL DEFAULT 0,  -- until then, hosts that a restore lost wait
+    newest_host  INTEGER NOT NULL DEFAULT 0,  -- the backup's highest id: higher ones may be lost
+    lost         INTEGER NOT NULL DEFAULT 0   -- how many hosts are lost; 0: not known
 );
 
 CREATE TABLE service (
@@ -167,14 +167,14 @@ CREATE TABLE service (
     id              INTEGER PRIMARY KEY CHECK (id = 1),
     started         INTEGER NOT NULL,  -- when service began again after the last pause
     alive           INTEGER NOT NULL,  -- when a server last wrote that it lives
-    previous_alive  INTEGER NOT NULL,  -- when one last lived before that pause
+    previous_alive  INTEGER NOT NULL,  -- when a server last lived before that pause
     interval        INTEGER NOT NULL,  -- the heartbeat interval, in seconds
     public_url      TEXT    NOT NULL,  -- where agents find the server
     pin             TEXT    NOT NULL DEFAULT '',  -- what join commands pin: curl's --pinnedpubkey
     pinned          TEXT    NOT NULL DEFAULT '',  -- the last pin that was not ''
     certificate_ends INTEGER NOT NULL DEFAULT 0,  -- 0: there is none
-    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log was last warned of that end
-    pauses          TEXT    NOT NULL DEFAULT ''  -- those before: previous_alive-started, ...
+    warned_at       INTEGER NOT NULL DEFAULT 0,  -- when the log last warned of that end
+    pauses          TEXT    NOT NULL DEFAULT ''  -- earlier pauses: previous_alive-started, ...
 );
 
 CREATE TABLE audit (
@@ -195,11 +195,11 @@ CREATE INDEX audit_organization ON audit (organization_id);
 CREATE INDEX audit_format ON audit (action) WHERE action = 'audit-format';
 
 CREATE TABLE audit_anchor (
-    -- One row, where older events have been pruned: what the first of the rest is chained to.
+    -- One row if older events have been pruned: what the first remaining event is chained to.
     id      INTEGER PRIMARY KEY CHECK (id = 1),
-    number  INTEGER NOT NULL,  -- of the last event before the rest
+    number  INTEGER NOT NULL,  -- of the event before the first remaining one
     mac     BLOB    NOT NULL,  -- its mac
-    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both, or else to cut the start would be easy
+    proof   BLOB    NOT NULL   -- HMAC-SHA256 of both; without it, to cut the start would be easy
 );
 
 CREATE TRIGGER census_adds AFTER INSERT ON host

@@ -2162,7 +2162,7 @@ def test_no_character_of_a_credential_can_be_another_and_all_of_a_key_begin_alik
     for host in (0, 1, 2**63 - 1, CLAIMS.host):
         credential = KEY.sign(CLAIMS._replace(host=host))
         assert credential.startswith(opening)
-        assert hostenroll.host_of(credential[len(opening) :].encode("ascii")) == host
+        assert hostenroll.host_of_credential(credential[len(opening) :].encode("ascii")) == host
     assert not KEY_2.sign(CLAIMS).startswith(opening)
 
 
@@ -4160,9 +4160,9 @@ def test_the_strays_of_a_batch_are_found_whatever_its_size(world, clock, monkeyp
     expected = {(n << 8, 1 + (n == 5), 30, key) for n in range(1, 31) if n not in (3, 7, 9, 11)}
     for maximum in (1, 2, 7, 16, 29, 30, 31, 500):
         monkeypatch.setattr(hostenroll, "VARIABLES_MAXIMUM", maximum)
-        beaten = world.registry.queries.beaten(clock.ms, [n << 8 for n in range(1, 31)])
+        beaten = world.registry.queries.beats_written(clock.ms, [n << 8 for n in range(1, 31)])
         assert beaten == expected, maximum
-    assert world.registry.queries.beaten(clock.ms, []) == set()
+    assert world.registry.queries.beats_written(clock.ms, []) == set()
 
 
 # Older schemas.
@@ -11140,7 +11140,7 @@ class MemoryDatabase(hostenroll.Engine):
         super().__init__(":memory:")
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         world.registry.engine._connection.backup(self._connection)
-        self._connection.text_factory = hostenroll._text
+        self._connection.text_factory = hostenroll._decode_text
 
     def begin(self, **_):
         return True
@@ -19956,8 +19956,9 @@ def test_without_a_good_key_file_a_server_goes_on_and_none_starts(failure, spoil
 
 def test_a_key_file_on_a_mount_that_hangs_holds_up_nobody(live, monkeypatch):
     beat, keys, goes_on = beat_of(live), live.registry.keys.file, threading.Event()
-    keys.patience, look = 0.05, hostenroll.KeyFile._look
-    monkeypatch.setattr(hostenroll.KeyFile, "_look", lambda it: goes_on.wait(20) and look(it))
+    keys.patience, look = 0.05, hostenroll.KeyFile._fingerprint
+    waiting_look = lambda it: goes_on.wait(20) and look(it)  # noqa: E731
+    monkeypatch.setattr(hostenroll.KeyFile, "_fingerprint", waiting_look)
     for _ in range(3):
         live.clock.advance(10)
         assert live.call("GET", "/readyz").status == 503
@@ -22688,7 +22689,7 @@ def test_what_people_type_is_found_by_index(named):
             f"EXPLAIN QUERY PLAN {text}", *values)  # fmt: skip
         queries._rows = lambda *statement: plans.append(explain(*statement)) or []
         for owner in (None, "berlin"):
-            queries.hosts_called("web-1", owner, 5)
+            queries.hosts_named("web-1", owner, 5)
             queries.newest(hostenroll.Host, owner, 2, 5)
         del queries._rows
     assert len(plans) == 6
