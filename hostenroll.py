@@ -3560,14 +3560,14 @@ def bad_rows(engine: Engine, limit: int) -> list[str]:
 
 # 6. Registry
 #
-# Law: every rule runs inside a tick: one transaction and one time (now, in Unix ms), answered
-# only after its commit. Only secrets and facts are looked up before it. What the Store reports
-# becomes a refusal here. HTTP, commands and the server itself come by the same way: a Call.
+# Law: every rule runs inside a tick, which is one transaction with one time (now, in Unix ms), and
+# is answered only after the commit. Only secrets and facts are looked up before the tick. Errors of
+# the Store become refusals here. HTTP, commands and the server itself all make a Call.
 #
 # Contents: values; the audit log; then a class of Rules for each other noun; the Registry with its
 # transactions; backing up, opening and examining the files.
 
-Owner = Optional[str]  # the slug of an organization; None: all of them, or no one's
+Owner = Optional[str]  # the slug of an organization; None: all organizations, or none
 ALL_ORGANIZATIONS: Owner = None
 
 
@@ -3577,7 +3577,7 @@ class Principal(NamedTuple):
     name: str  # as createdBy and the audit log show it
     organization: Owner  # the only one that the caller sees, or ALL_ORGANIZATIONS
     role: str  # admin or viewer
-    id: int = -1  # of the API key; -1: none, such as for the command line
+    id: int = -1  # of the caller's API key; -1: no key, as for the command line
 
 
 SYSTEM = Principal("server", ALL_ORGANIZATIONS, "admin")
@@ -3586,7 +3586,7 @@ AUDITED_SINCE = 2  # the schema that brought the audit log
 
 
 class CredentialRef(NamedTuple):
-    """What a credential is judged by, beside its host. Most of a fleet have an equal one."""
+    """The claims by which a credential is judged, without the host. Most hosts have equal ones."""
 
     serial: int
     organization: str
@@ -3594,7 +3594,7 @@ class CredentialRef(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """A plain heartbeat, without facts or a renewal: the call that has a batch form."""
+    """A plain heartbeat, without facts or a renewal. A tick runs all of these in one batch."""
 
     host: int
     credential: CredentialRef
@@ -3608,8 +3608,8 @@ def heartbeat_of(claims: Claims, origin: Origin = LOCAL) -> Heartbeat:
 
 
 class Rule(Protocol):
-    """What a call runs, given the tick's time in Unix ms. What a refused call has written is
-    rolled back; the commit of a durable one waits for the disk."""
+    """What a call runs. now is the tick's time in Unix ms. If the call is refused, its writes are
+    rolled back. The commit of a durable rule waits for the disk."""
 
     @property
     def run(self) -> Callable[[Registry, Call, int], Any]: ...
@@ -3620,7 +3620,7 @@ class Rule(Protocol):
 
 
 class InternalRule(NamedTuple):
-    """A rule for calls of the program's own."""
+    """A rule for calls that the program itself makes."""
 
     run: Callable[[Registry, Call, int], Any]
     writes: bool = True
@@ -3628,15 +3628,15 @@ class InternalRule(NamedTuple):
 
 
 class Named(NamedTuple):
-    """An object as a person types it, and whether the first digits of its id are enough."""
+    """An object, by the word that a person typed. takes_prefix: an id may be shortened."""
 
     kind: type[Any]
     word: str
     takes_prefix: bool
 
     def id_among(self, titles: Mapping[str, str]) -> str:
-        """The id of the only one that the word fits. titles: of all that it fits, by id. Raises
-        NotFound; Conflict, which lists them."""
+        """The id of the only object that the word matches. titles: the titles of all matches, by
+        id. Raises NotFound if there are none; Conflict, which lists them, if there are several."""
         if not titles:
             title = KINDS[self.kind].replace("api-", "API ")
             is_id = self.kind is not Host or ID.fullmatch(self.word)
@@ -3645,9 +3645,9 @@ class Named(NamedTuple):
             hint = ". Type the whole id" if is_short else ""
             raise NotFound(f"There is no {title} with this {how}{hint}.")
         if len(titles) > 1:
-            more = ["more"] if len(titles) > FITS_SHOWN else []
-            fits = ", ".join([*islice(titles.values(), FITS_SHOWN), *more])
-            raise Conflict(f"{self.word} matches several: {fits}. Type the id of one.")
+            ellipsis = ["more"] if len(titles) > FITS_SHOWN else []
+            matches = ", ".join([*islice(titles.values(), FITS_SHOWN), *ellipsis])
+            raise Conflict(f"{self.word} matches several: {matches}. Type the id of one.")
         return next(iter(titles))
 
 
@@ -3657,24 +3657,24 @@ class Call(NamedTuple):
     operation: Rule
     by: Principal = SYSTEM
     id: int = -1  # of the object that the operation is about
-    # By the names of the wire; and what a call has so far that goes on in a later tick: its rule
-    # gives the call to run then, in place of an outcome.
+    # Values by their names on the wire. A rule that needs a further tick returns the call to run in
+    # that tick, in place of an outcome; the values of this call hold the progress so far.
     values: Mapping[str, Any] = MappingProxyType({})
     origin: Origin = LOCAL
-    named: Optional[Named] = None  # in place of the id: found in the transaction of the call
+    named: Optional[Named] = None  # in place of the id, which the call's transaction looks up
 
 
 Work = Union[Heartbeat, Call]  # what a tick runs
 
 
 class IssuedCredential(NamedTuple):
-    """A new credential; its expiry in Unix ms, 0: never."""
+    """A new credential, and when it expires in Unix ms; 0 if it never does."""
 
     credential: str
     expires_at: int
 
     def hash(self, held: int) -> bytes:
-        """Of it, and of the serial of the credential that it replaces; 0: it came for a token."""
+        """A hash of the credential and of held, the serial that it replaces (0: for a token)."""
         return sha256(f"{held} {self.credential}")
 
 
@@ -3687,7 +3687,7 @@ class Enrollment(NamedTuple):
 
 
 class HeartbeatResult(NamedTuple):
-    """An accepted heartbeat: lastSeen in Unix ms, a renewal where due, seconds until the next."""
+    """An accepted heartbeat: lastSeen in Unix ms, a renewal if due, seconds until the next one."""
 
     host: int
     last_seen: int
@@ -3696,7 +3696,7 @@ class HeartbeatResult(NamedTuple):
 
 
 class TokenView(NamedTuple):
-    """A token with its state and the hosts that it let in; its text only when it is minted."""
+    """A token, its state and the hosts that it enrolled. text is set only when it is minted."""
 
     token: Token
     state: str
@@ -3705,7 +3705,7 @@ class TokenView(NamedTuple):
 
 
 class ApiKeyView(NamedTuple):
-    """An API key with its state; its text only when it is minted."""
+    """An API key and its state. text is set only when it is minted."""
 
     key: ApiKey
     state: str
@@ -3713,7 +3713,7 @@ class ApiKeyView(NamedTuple):
 
 
 class HostView(NamedTuple):
-    """A host with its status, the sentence that gives the reason, and warnings for people."""
+    """A host, its status, a sentence with the reason of the status, and warnings for people."""
 
     host: Host
     status: str
@@ -3722,14 +3722,14 @@ class HostView(NamedTuple):
 
 
 class DeletedHost(NamedTuple):
-    """A host that was deleted, and the token that admitted it last if that still admits hosts."""
+    """A deleted host, and the token that enrolled it last if this token can still enroll hosts."""
 
     host: Host
     token: Optional[Token]
 
 
-class Acted(NamedTuple):
-    """How many hosts an act on many found, and the ids that are no host's."""
+class BulkResult(NamedTuple):
+    """How many objects an act on many reached, and the ids or names that no host has."""
 
     done: int
     not_found: list[str]
@@ -3744,21 +3744,21 @@ class SigningKeyView(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A part of a list. It may be empty and not the last: only next None ends a list. Of a feed,
-    more has the cursor up to which it has looked."""
+    """A part of a list. An empty page is not always the last: a list ends only where next is None.
+    For a feed, more holds the cursor up to which the feed was searched."""
 
     items: list[Any]
-    next: Optional[str] = None  # the cursor: where the list goes on
-    more: Mapping[str, Any] = {}  # what else the answer has
+    next: Optional[str] = None  # the cursor at which the list continues
+    more: Mapping[str, Any] = {}  # other members of the answer
 
 
 class Order(NamedTuple):
-    """Where a list goes on: a place, that of a row, and as the text of a cursor."""
+    """The order of a list: its start, a row's position in it, and a position as a cursor."""
 
-    start: Any = LAST_ID  # of the newest: they come first, by their ids
+    start: Any = LAST_ID  # before the newest row: rows come by id, the newest first
     cursor: Callable[[Any], str] = id_text
     parse: Callable[[str], Any] = partial(int, base=16)  # raises ValueError, IndexError
-    place: Callable[[Any], Any] = itemgetter(0)
+    position: Callable[[Any], Any] = itemgetter(0)
 
 
 NEWEST = Order()
@@ -3767,10 +3767,10 @@ NEWEST = Order()
 class ChangeView(NamedTuple):
     change: Change
     cursor: str
-    muted: bool  # its host, now
+    muted: bool  # whether its host is muted now
 
 
-# The states by their numbers; 0 is what was reported of a host that has just enrolled.
+# The states by number. 0 is the state before the first report of a host that has just enrolled.
 STATUS_NAMES = ("", "online", "pending", "offline", "missing", "revoked", "deleted")
 STATUSES = STATUS_NAMES[ONLINE:DELETED]
 CHANGED_TO = STATUS_NAMES[ONLINE:]
@@ -3822,11 +3822,11 @@ class Histogram:
 
 
 class Metrics:
-    """What a process has counted since its start. Nothing is decided by it."""
+    """What this process has counted since its start. No decision depends on it."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()  # of what is committed, and of connections
-        self.tick: Counter[str] = Counter()  # of the tick that runs: joins counts at its commit
+        self.counts: Counter[str] = Counter()  # of committed ticks, and of connections
+        self.tick: Counter[str] = Counter()  # of the running tick: added to counts at its commit
         self.refusals: Counter[str] = Counter()  # by code
         self.open_connections = 0
         self.waiting_requests = 0
@@ -3844,8 +3844,8 @@ EventKind = tuple[str, str, str, Owner, str]  # action, actor, subject, organiza
 
 
 class Rules:
-    """What the rules of a noun have in common. They are methods (call, now) -> record, which raise
-    the Problem that refuses the call; other nouns are reached through the registry.
+    """The base of the rules of each noun. A rule is a method (call, now) -> record, which raises
+    the Problem that refuses the call. It reaches the rules of other nouns through the registry.
 
     To an API key of one organization, objects of others are refused as if they did not exist.
     """
@@ -3855,28 +3855,28 @@ class Rules:
         self._queries = registry.queries
 
     @staticmethod
-    def _kind(action: str, row: Row, actor: str = "") -> EventKind:
-        """What events about a row have in common. Without an actor it is the row itself."""
+    def _event_kind(action: str, row: Row, actor: str = "") -> EventKind:
+        """The kind of an event about a row. Without an actor, the row itself is the actor."""
         subject = tagged_id(KINDS[type(row)], row.id)
         return action, actor or subject, subject, row.organization_id, ""
 
     def _record(self, action: str, actor: str, row: Row, **detail: Any) -> None:
-        self._registry.audit.record(*self._kind(action, row, actor), **detail)
+        self._registry.audit.record(*self._event_kind(action, row, actor), **detail)
 
     def _scope(self, call: Call, problem: type[Problem], field: str) -> Owner:
-        """The organization that a call is about: the one in a field of its values, or the
-        caller's own. Raises NotFound, or the problem for one that does not exist."""
-        asked: Owner = call.values.get(field)
-        if asked is None:
+        """The organization that a call is about: the one in a field of its values, or the caller's.
+        Raises NotFound if the caller may not see it, and the problem if it does not exist."""
+        slug: Owner = call.values.get(field)
+        if slug is None:
             return call.by.organization
-        if call.by.organization not in (ALL_ORGANIZATIONS, asked):
+        if call.by.organization not in (ALL_ORGANIZATIONS, slug):
             raise NotFound("The organization does not exist.")
-        if self._queries.get(Organization, asked) is None:
+        if self._queries.get(Organization, slug) is None:
             detail = "the organization does not exist: create it with add-org"
             raise problem(errors=[FieldError(field, detail)])
-        return asked
+        return slug
 
-    def _own(self, call: Call, record: type[AnyRow]) -> AnyRow:
+    def _row_of(self, call: Call, record: type[AnyRow]) -> AnyRow:
         """The row that a call is about. Raises NotFound, also if another organization has it."""
         row = self._queries.get(record, call.id)
         if row is None or call.by.organization not in (ALL_ORGANIZATIONS, row.organization_id):
@@ -3887,8 +3887,8 @@ class Rules:
         self, record: type[AnySecret], secret: Optional[Secret], problem: Problem, origin: Origin,
         now: int, **detail: str,
     ) -> AnySecret:  # fmt: skip
-        """The row of a secret that a caller presents, in whatever state, before the tick. Raises
-        the problem, TooManyRequests, StorageUnavailable."""
+        """Before the tick: the row of the secret that a caller presents, in whatever state the row
+        is. Raises the problem, TooManyRequests, StorageUnavailable."""
         with self._registry.reading():
             row = self._queries.get(record, secret.id) if secret else None
         if secret is None or row is None or not equal_secrets(secret.digest(), row.secret_hash):
@@ -3897,24 +3897,25 @@ class Rules:
             raise problem.with_audit("anonymous", name, None, **detail)
         return row
 
-    def _common(
+    def _owned_id(
         self, record: type[Any], owner: Owner, column: str, id: Optional[str]
     ) -> Optional[int]:
-        """The number of an id that rows have in a column, all of them of one organization. One of
-        another is as an id that nothing has: to read its rows would take time, and tell of them."""
+        """The number of an id in a column, to filter rows by. All rows with this id belong to one
+        organization. If that is another than the owner, the result is -1, which no row has: to read
+        such rows would take time, and the time would reveal that they exist."""
         if id is None:
             return None
         rows = self._queries.newest(record, None, LAST_ID, 1, **{column: parse_id(id)})
         is_own = rows and owner in (ALL_ORGANIZATIONS, rows[0].organization_id)
         return parse_id(id) if is_own else -1
 
-    def _newest(self, record: type[Row], call: Call) -> Callable[[Owner, int, int], Sequence[Any]]:
-        """What reads the rows of a list; values: named, a word that fits them, as Names has it."""
+    def _reader(self, record: type[Row], call: Call) -> Callable[[Owner, int, int], Sequence[Any]]:
+        """A function that reads a list. values: named, a word that rows must match (see Names)."""
         if "named" not in call.values:
             return partial(self._queries.newest, record)
 
         def read(owner: Owner, before: int, limit: int) -> Sequence[Any]:
-            rows = self._registry.names.fitting(owner, record, call.values["named"])
+            rows = self._registry.names.matching(owner, record, call.values["named"])
             return [row for row in rows if row.id < before][:limit]
 
         return read
@@ -3923,92 +3924,92 @@ class Rules:
         self, call: Call, read: Callable[[Owner, Any, int], Sequence[Any]],
         view: Callable[[Any], Any], text: str = "labels", order: Order = NEWEST,
     ) -> Page:  # fmt: skip
-        """One page of a list. values: organization, limit, cursor. It ends at its limit or after
-        ROWS_EXAMINED rows. Raises InvalidQuery, NotFound.
+        """One page of a list. It ends at its limit or after ROWS_EXAMINED rows. values:
+        organization, limit, cursor. Raises InvalidQuery, NotFound.
 
-        read(owner, place, limit) gives the rows after a place; view(row) the item, or None for a
-        row that does not match. A row with a long text (the name of its column), and a token with
-        many hosts, count as several rows.
+        read(owner, position, limit) returns the rows after it. view(row) returns the item, or
+        None for a row that does not match. text names the column with the longest text: a row with
+        a long text counts as several rows, and so does a token with many hosts.
         """
         owner = self._scope(call, InvalidQuery, "organization")
         limit, cursor = call.values.get("limit", PAGE_DEFAULT), call.values.get("cursor")
         try:
-            place = order.start if cursor is None else order.parse(cursor)
+            position = order.start if cursor is None else order.parse(cursor)
         except (ValueError, IndexError):
             error = FieldError("cursor", "must be a nextCursor of a list in this order")
             raise InvalidQuery(errors=[error]) from None
         items: list[Any] = []
         examined = 0
         while True:
-            rows = read(owner, place, ROWS_READ + 1)
+            rows = read(owner, position, ROWS_READ + 1)
             for row in rows[:ROWS_READ]:
-                examined += 1 + len(str(getattr(row, text))) // ROW_BYTES  # a forger's may be any
+                examined += 1 + len(str(getattr(row, text))) // ROW_BYTES  # any type, if forged
                 item = view(row)
                 if item is not None:
                     items.append(item)
                     examined += len(getattr(item, "hosts", ()))
                 if len(items) == limit or examined >= ROWS_EXAMINED:
                     is_last = row is rows[-1]
-                    return Page(items, None if is_last else order.cursor(order.place(row)))
+                    return Page(items, None if is_last else order.cursor(order.position(row)))
             if len(rows) <= ROWS_READ:
                 return Page(items)
-            place = order.place(row)
+            position = order.position(row)
 
-    def _follow(
+    def _feed_page(
         self, call: Call, record: type[Union[Change, Event]], view: Callable[[Any], Any],
         **columns: Any,
     ) -> Page:  # fmt: skip
-        """A page of changes or events, of those with such columns, the oldest first, for who goes
-        on from a cursor (values: after), <history>-<number>; of events, the number alone is one. It
-        is good in the history in which it was given, up to the last number of that, and from the
-        oldest that is kept. Any other is refused, with one to continue from: so a reader learns
-        what it missed. For a cursor of another history that is the last number before this began.
+        """A page of changes or events with these columns, the oldest first, for a reader that
+        continues from a cursor (values: after): <history>-<number>, or for events the number alone.
+        A cursor is valid in the history that gave it, from the oldest number that is kept to the
+        last. Any other is refused with one to continue from, so that the reader learns what it
+        missed; for a cursor of another history that is the last number before this history began.
 
-        view is as in _page(), and has to leave out what is not of the caller's organization, since
-        many rows may lie between two that are. Raises ChangesPruned.
+        view is as in _page(). It must leave out rows of other organizations: a query that did it
+        could pass many of them between two of the caller's. Raises ChangesPruned.
         """
         history, *began_at = self._queries.feed()
         oldest, n = self._queries.first_number(record), (Change, Event).index(record)
         began, last = began_at[n], self._queries.feed_ends()[n]
-        read = lambda _, *page: self._queries.following(record, *page, **columns)  # noqa: E731
+        following = lambda _, *page: self._queries.following(record, *page, **columns)  # noqa: E731
         cursor, floor = f"{history}-{{}}".format, last if oldest is None else oldest - 1
         after = call.values.get("after", cursor(floor))
         named, _, digits = (cursor(last) if after == "now" else after).rpartition("-")
         is_ours, number = named in ("", history), int(digits)
-        good = max(floor, min(number, last if is_ours else began))
-        if good != number or not is_ours:
-            start = cursor(good)
+        valid = max(floor, min(number, last if is_ours else began))
+        if valid != number or not is_ours:
+            start = cursor(valid)
             raise ChangesPruned(f"{ChangesPruned.remedy} The cursor is {start}.", cursor=start)
-        order = Order(number, cursor, "".index)  # no nextCursor is good here
-        page = self._page(call, read, view, ("labels", "detail")[n], order)
+        order = Order(number, cursor, "".index)  # a feed takes no nextCursor
+        page = self._page(call, following, view, ("labels", "detail")[n], order)
         return page._replace(more={"cursor": page.next or cursor(last)})
 
 
 def title(name: str, id: str, organization: Owner, address: str = "") -> str:
-    """What people know a host, a token or an API key by."""
+    """The text by which people know a host, a token or an API key."""
     facts = id, organization or "all organizations", address
     return f"{name or 'no description'} ({', '.join(filter(None, facts))})"
 
 
 def title_of(row: Row) -> str:
-    known = id_text(row.id), row.organization_id
+    identity = id_text(row.id), row.organization_id
     if isinstance(row, Host):
-        return title(row.name, *known, row.address or row.enrolled_from)
-    return title(row.description, *known)
+        return title(row.name, *identity, row.address or row.enrolled_from)
+    return title(row.description, *identity)
 
 
 class Names(Rules):
-    """What commands are about, by the words that people type.
+    """Finds what a command is about by the word that a person typed.
 
-    A host is known by its id, its name, its hostname or the first digits of its id. Machines say
-    their hostnames, and names as well until an operator gives others. So that no machine can put
-    itself in the place of another, a word that fits several hosts is refused, in whatever way it
-    fits them; and what can be an id is nothing else, also after the host of that id is gone.
+    A host is known by its id, its name, its hostname or the first digits of its id. Machines report
+    their hostnames, and names too until an operator gives others. So that no machine can pose as
+    another, a word that matches several hosts is refused, in whatever way it matches them; and a
+    word with the form of an id is only ever an id, also after the host with that id is gone.
     """
 
-    def fitting(self, owner: Owner, kind: type[Any], word: str, takes_prefix: bool = True) -> Any:
-        """The rows that a word fits, the newest first; in each way at most one more than are shown
-        to people."""
+    def matching(self, owner: Owner, kind: type[Any], word: str, takes_prefix: bool = True) -> Any:
+        """The rows that a word matches, the newest first; for each way of matching, at most one
+        more than is shown to people."""
         rows: list[Any] = []
         if ID.fullmatch(word) or (takes_prefix and ID_PREFIX.fullmatch(word)):
             first, last = (int(word.ljust(16, digit), 16) for digit in "0f")
@@ -4019,28 +4020,28 @@ class Names(Rules):
         return sorted({row.id: row for row in rows}.values(), key=attrgetter("id"), reverse=True)
 
     def find(self, owner: Owner, named: Named) -> Any:
-        """The row. Raises NotFound, Conflict."""
-        rows = {id_text(row.id): row for row in self.fitting(owner, *named)}
+        """The row that a word names. Raises NotFound, Conflict."""
+        rows = {id_text(row.id): row for row in self.matching(owner, *named)}
         return rows[named.id_among({id: title_of(row) for id, row in rows.items()})]
 
 
 class EventLimit:
-    """Bounds the events of what a peer can do as often as it likes. In each period the first of a
-    kind are listed; the others are counted, and become one event when it is over."""
+    """Bounds the events that a peer can cause as often as it likes. In each period the first events
+    of a kind are listed; the others are counted, and become one event at the period's end."""
 
     def __init__(self, maximum: int, length: int) -> None:
-        """maximum: events of a kind that are listed; length: of a period, in seconds."""
+        """maximum: how many events of a kind are listed in a period; length: its seconds."""
         self._maximum, self.length_ms = maximum, length * SECOND_MS
         self.since = 0  # when the period began
-        self._listed = bytearray(KIND_SLOTS)  # events, by the hash of their kind
-        self.excess: Counter[EventKind] = Counter()  # only counted
-        self.unlisted: list[EventKind] = []  # of the tick: joins excess at its commit
+        self._listed = bytearray(KIND_SLOTS)  # how many events, by the hash of their kind
+        self.excess: Counter[EventKind] = Counter()  # events that were only counted
+        self.unlisted: list[EventKind] = []  # of the running tick: added to excess at its commit
 
     def has_room(self, kind: EventKind) -> bool:
         return self._listed[hash(kind) % KIND_SLOTS] < self._maximum
 
-    def takes(self, kind: EventKind, is_full: bool = False, in_tick: bool = True) -> bool:
-        """Count one more, which is listed if there is room. False: it is not."""
+    def try_list(self, kind: EventKind, is_full: bool = False, in_tick: bool = True) -> bool:
+        """Count one more event. True if it is to be listed, because there is room."""
         is_listed = self.has_room(kind) and not is_full
         if is_listed:
             self._listed[hash(kind) % KIND_SLOTS] += 1
@@ -4056,8 +4057,8 @@ class EventLimit:
             kind = action, "server", "", owner, code
         self.excess[kind] += 1
 
-    def settle(self) -> None:
-        """The tick is committed."""
+    def after_commit(self) -> None:
+        """To be called when the tick is committed."""
         for kind in self.unlisted:
             self._count(kind)
         self.unlisted.clear()
@@ -4069,15 +4070,15 @@ class EventLimit:
 
 
 class AuditLog(Rules):
-    """What happened, event after event.
+    """The events that happened, in a chain.
 
-    Rules record events while a tick runs; just before the commit they are chained to the last one
-    (each MAC covers its event and the MAC before it) and written, after it they are logged. A
-    refused call's events are undone with it, then its refusal is recorded. Refusals outside of a
-    tick that writes are pending until the next one.
+    Rules record events while a tick runs. Just before the commit the events are chained to the last
+    one (each MAC covers its event and the MAC before it) and written; after the commit they are
+    logged. If a call is refused, its events are undone, and its refusal is recorded. A refusal
+    outside of a tick that writes is pending until the next tick that does.
 
-    Any peer can cause refusals: of these a code and an organization are a kind, so that the noise
-    of one hides no other's. Renewals, replays and changed facts have kinds for each host.
+    Any peer can cause refusals. Each code and organization has a kind of its own, so that noise in
+    one hides none in another. Renewals, replays and changed facts have a kind for each host.
     """
 
     def __init__(self, registry: Registry, keep: Optional[int]) -> None:
@@ -4086,24 +4087,24 @@ class AuditLog(Rules):
         self.origin = LOCAL  # of the call that runs
         self._now = 0  # the time of the tick
         self.keep = keep
-        self.events: list[tuple[Event, str]] = []  # of the tick, with the ids of the requests
-        self._taken = 0  # how many of them, the first, were pending before it
-        self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that writes
-        self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)  # and moves: a proxy moves a fleet
+        self.events: list[tuple[Event, str]] = []  # of the tick, each with the id of its request
+        self._taken = 0  # how many of them, at the front, were pending before the tick
+        self.pending: list[tuple[Event, str]] = []  # refusals, for the next tick that may write
+        self.refusals = EventLimit(REFUSALS_AUDITED, MINUTE)  # and moves: a new proxy moves a fleet
         self.successes = EventLimit(SUCCESSES_AUDITED, HOUR)
         self.limits = self.refusals, self.successes
-        self.refused: list[tuple[int, str, int, int, int]] = []  # hosts, see record_refusals()
+        self.refused: list[tuple[int, str, int, int, int]] = []  # rows of record_refusals()
         self._trouble = ""  # why the log cannot be pruned
 
     def begin(self, now: int) -> None:
         self.origin, self._now = LOCAL, now
         self.events, self.pending = self.pending, []
         if len(self.events) < PENDING_REFUSALS_MAXIMUM:
-            self.sum_up(now)
+            self.end_periods(now)
         self._taken = len(self.events)
 
-    def forget(self) -> None:
-        """The tick is rolled back. Refusals that were pending before it are answered: they stay."""
+    def roll_back(self) -> None:
+        """The tick is rolled back. Refusals that were pending before it are answered: keep them."""
         self.events, self.pending = [], self.events[: self._taken] + self.pending
         for limit in self.limits:
             limit.unlisted.clear()
@@ -4111,34 +4112,34 @@ class AuditLog(Rules):
     def record(
         self, action: str, actor: str, subject: str, owner: Owner, code: str = "", **detail: Any
     ) -> None:
-        """An event of the call that runs. Details that are None or '' are left out."""
+        """Record an event of the running call. Details that are None or '' are left out."""
         text = redact(json_text({k: v for k, v in detail.items() if v not in (None, "")}))
-        about = action, actor, self.origin.address, owner, subject, code or None, text
-        self.events.append((Event(0, self._now, *about, b""), self.origin.request))
+        fields = action, actor, self.origin.address, owner, subject, code or None, text
+        self.events.append((Event(0, self._now, *fields, b""), self.origin.request))
 
     def refuse(self, problem: Problem, origin: Origin, now: int, in_tick: bool = False) -> None:
-        """A call or a request was refused; in_tick: in the tick that runs, and writes."""
+        """Record that a call or a request was refused. in_tick: during a tick that writes."""
         if not problem.is_audited:
             return
         if problem.subject[:5] == "host:" and len(self.refused) < PENDING_REFUSALS_MAXIMUM:
             self.refused.append((now, problem.code, parse_id(problem.subject[5:]), now, now))
         kind = "refuse", "anonymous", "", problem.organization, problem.code
         is_full = len(self.pending) >= PENDING_REFUSALS_MAXIMUM
-        if not self.refusals.takes(kind, is_full, in_tick):
+        if not self.refusals.try_list(kind, is_full, in_tick):
             return
         self.origin, self._now = origin, now
-        about = problem.actor, problem.subject, problem.organization, problem.code
-        self.record("refuse", *about, **problem.audit_detail)
+        fields = problem.actor, problem.subject, problem.organization, problem.code
+        self.record("refuse", *fields, **problem.audit_detail)
         if not in_tick:
             self.pending.append(self.events.pop())
 
-    def sum_up(self, now: int, at_once: bool = False) -> None:
-        """In a tick: end the periods that are over, or all. What they counted becomes events."""
+    def end_periods(self, now: int, at_once: bool = False) -> None:
+        """In a tick: end the periods that are over, or all, and record what they counted."""
         for limit in self.limits:
             is_over = not 0 <= now - limit.since < limit.length_ms
             if at_once or is_over:
-                for kind, more in limit.excess.items():
-                    self.record(*kind, more=more, since=rfc3339(limit.since))
+                for kind, count in limit.excess.items():
+                    self.record(*kind, more=count, since=rfc3339(limit.since))
                 limit.begin(now)
 
     def write(self, keyring: Keyring) -> None:
@@ -4156,10 +4157,10 @@ class AuditLog(Rules):
             self.events[place] = numbered._replace(mac=mac), request
         self._queries.add_events([event for event, _ in self.events])
 
-    def emit(self) -> None:
+    def log_events(self) -> None:
         self.refused.clear()
         for limit in self.limits:
-            limit.settle()
+            limit.after_commit()
         events, self.events = self.events, []
         for event, request in events:
             text = f"{event.action} {event.subject or '-'} by {event.actor}"
@@ -4168,18 +4169,18 @@ class AuditLog(Rules):
             log.info("%s", text, extra={"event": event, "request": request})
 
     def prune(self, keyring: Keyring, now: int) -> bool:
-        """Delete up to PRUNED_AT_ONCE events that are too old. True: there may be more."""
+        """Delete up to PRUNED_AT_ONCE events that are too old. True if there may be more."""
         if self.keep is None:
             return False
         old = self._queries.oldest(Event, now - self.keep * SECOND_MS, now, PRUNED_AT_ONCE)
         if not old:
             return False
-        # Only what is as it was written: a thief of the database alone could else make events old,
-        # and have us prune the log and prove the anchor.
+        # Delete only unchanged events. Otherwise a thief who has the database but no keys could
+        # backdate events, and make us prune the log and sign the anchor.
         try:
             start = chain_start(self._queries, keyring)
-            known = range(1, start.number + 1)  # of which the key is gone
-            verify_events([event for event in old if event.number not in known], start, keyring)
+            keyless = range(1, start.number + 1)  # their key is gone
+            verify_events([event for event in old if event.number not in keyless], start, keyring)
         except OperatorError as error:
             if str(error) != self._trouble:
                 log.error("%s: old events are not deleted", error)
@@ -4191,32 +4192,32 @@ class AuditLog(Rules):
         return self._queries.prune_events(old[-1].number) >= PRUNED_AT_ONCE
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, action (some), subject, code, sinceSeconds; after: it is a feed.
-        Raises InvalidQuery, NotFound, ChangesPruned."""
-        asked = [call.values.get(name) for name in ("subject", "code")]
-        asked.append(call.values.get("organization", call.by.organization))
+        """A page of events. values: organization, action (one or more), subject, code,
+        sinceSeconds; after, for a page of a feed. Raises InvalidQuery, NotFound, ChangesPruned."""
+        filters = [call.values.get(name) for name in ("subject", "code")]
+        filters.append(call.values.get("organization", call.by.organization))
         actions, queries = call.values.get("action"), self._queries
         since = now - call.values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(event: Event) -> Optional[EventView]:
             event = event.legible()
-            pairs = zip(asked, (event.subject, event.code, event.organization_id))
-            is_asked = (actions is None or event.action in actions) and event.at >= since
-            is_asked &= all(wanted in (None, own) for wanted, own in pairs)
-            return event_view(event, called) if is_asked else None
+            pairs = zip(filters, (event.subject, event.code, event.organization_id))
+            matches = (actions is None or event.action in actions) and event.at >= since
+            matches &= all(wanted in (None, value) for wanted, value in pairs)
+            return event_view(event, called) if matches else None
 
-        called = lru_cache(partial(self._called, call.by.organization))  # names change
+        called = lru_cache(partial(self._name_of, call.by.organization))  # names change
 
         def read_back(*page: Any) -> list[Event]:
             events = queries.newest(Event, *page)
-            return [*takewhile(lambda it: it.legible().at >= since, events)]
+            return [*takewhile(lambda event: event.legible().at >= since, events)]
 
         if "after" not in call.values:
             return self._page(call, read_back, view, "detail")
-        return self._follow(call, Event, view)
+        return self._feed_page(call, Event, view)
 
-    def _called(self, owner: Owner, party: str) -> str:
-        """An actor or a subject for people: by its name, unless another organization has it."""
+    def _name_of(self, owner: Owner, party: str) -> str:
+        """An actor or a subject as people know it: by name, unless another organization owns it."""
         kind, _, word = party.partition(":")
         record = next((record for record, name in KINDS.items() if name == kind), None)
         row = None if record is None else self._queries.get(record, parse_id(word))
@@ -4232,7 +4233,7 @@ class EventView(NamedTuple):
 
 
 def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
-    """An event and its sentence. called: what people call an actor or a subject."""
+    """An event and its sentence. called(party): how people call an actor or a subject."""
     detail = stored_object(event.detail)
     changed = detail["facts"] if isinstance(detail.get("facts"), dict) else detail
     fields = {
@@ -4240,7 +4241,7 @@ def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
         "actor": called(event.actor), "action": event.action, "subject": called(event.subject),
         "changed": ", ".join(name for name in changed if name != "reason"),
     }  # fmt: skip
-    template = EVENT_TEXTS.get(event.action, "$actor: $action $subject")  # a forger's
+    template = EVENT_TEXTS.get(event.action, "$actor: $action $subject")  # if it was forged
     if (event.action, event.actor) == ("edit", event.subject):
         template = "$subject reported a change of $changed"
     text = string.Template(template).safe_substitute(fields)
@@ -4251,25 +4252,27 @@ def event_view(event: Event, called: Callable[[str], str] = str) -> EventView:
 
 # The formats of the audit log: theory of operation.
 #
-# In schema 2 the MAC of an event was by the audit key itself; now it is by the key for events. The
-# migration writes an event, audit-format, the first of the new format. It is chained to the last
-# old one, and its detail has the number and the MAC of that. Events before it are verified as old
-# ones. To make it or to move it takes the key. Without it all events are new ones, so that no log
-# can be passed off as an old one; where it was pruned, all old ones were pruned before.
+# In schema 2 the MAC of an event was made with the audit key itself, now with the key for events.
+# The migration writes an audit-format event, the first one of the new format. It is chained to the
+# last old event, and its detail has the number and MAC of that one. Events before it are verified
+# in the old format. Only who has the key can make or move it. Without it all events are verified in
+# the new format, so nobody can pass off a log as an old one; if it was pruned, so were all old
+# events.
 #
-# A head is a MAC by a key of its own, so that none can be read from the database. In schema 2 it
-# was the MAC of the event itself: that of an old event is still taken for a head.
+# A head is a MAC made with a key of its own, so that nobody can read a head from the database. In
+# schema 2 it was the MAC of the event itself, which for old events is still taken as a head.
 
 
-class Link(NamedTuple):
-    """Number and MAC of an event, to which the next is chained. Events up to old_until are old."""
+class ChainLink(NamedTuple):
+    """The number and MAC of an event to which the next event is chained. Events up to the number
+    old_until have the old format."""
 
     number: int
     mac: bytes
     old_until: int = 0
 
     def head(self, keyring: Keyring) -> bytes:
-        """What verify-audit prints when this is the last event; of an old event, what it did."""
+        """What verify-audit prints if this is the last event: for an old one, its MAC."""
         is_old = self.number <= self.old_until
         return self.mac if is_old else keyring.audit_mac(b"head", b"%d %b" % self[:2])
 
@@ -4279,31 +4282,33 @@ def _anchor_proof(keyring: Keyring, number: int, mac: bytes) -> bytes:
 
 
 def put_anchor(queries: Queries, keyring: Keyring, number: int, mac: bytes) -> None:
-    """Chain what follows an event to its number and MAC alone, proved by a key."""
+    """Store the number and MAC of an event with a proof by the key. The events after it are chained
+    to these, and the event itself is no longer needed."""
     queries.put(Anchor(number, mac, _anchor_proof(keyring, number, mac)))
 
 
-def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -> Link:
-    """What the first event is chained to. Raises OperatorError if that was forged."""
+def chain_start(queries: Queries, keyring: Keyring, is_schema_2: bool = False) -> ChainLink:
+    """The link to which the first event is chained. Raises OperatorError if it was forged."""
     anchor = queries.anchor()
     number, mac = (anchor.number, anchor.mac) if anchor else (0, b"")
     proof: Optional[bytes] = _anchor_proof(keyring, number, mac)
-    if is_schema_2:  # of other types and lengths, the MAC of an event could be a proof
+    if is_schema_2:  # else the MAC of an event could be a proof
         is_ours = isinstance(number, int) and isinstance(mac, bytes) and len(mac) in (0, 32)
         proof = keyring.old_audit_mac(b"anchor %d %b" % (number, mac)) if is_ours else None
     if anchor and anchor.proof != proof:
         raise OperatorError("the anchor of the audit log has been changed")
     event = None if is_schema_2 else queries.format_event(number)
     if event is None:
-        return Link(number, mac, LAST_ID if is_schema_2 else 0)
+        return ChainLink(number, mac, LAST_ID if is_schema_2 else 0)
     named = re.search('"mac":"((?:[0-9a-f]{2})*)"', str(event.detail))
-    before = Link(event.number - 1, bytes.fromhex(named[1]) if named else b"")
+    before = ChainLink(event.number - 1, bytes.fromhex(named[1]) if named else b"")
     verify_events([event], before, keyring)
-    return Link(number, mac, before.number)
+    return ChainLink(number, mac, before.number)
 
 
-def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link:
-    """The last of events that must follow a link. Raises OperatorError at the first wrong one."""
+def verify_events(events: Iterable[Event], link: ChainLink, keyring: Keyring) -> ChainLink:
+    """Verify events that follow a link; returns the link of the last. Raises OperatorError at the
+    first that is wrong."""
     number, mac, old_until = link
     for event in events:
         number += 1
@@ -4316,12 +4321,12 @@ def verify_events(events: Iterable[Event], link: Link, keyring: Keyring) -> Link
             mac = keyring.audit_mac(b"event", record, mac)
         if event.mac != mac:
             raise OperatorError(f"event {number} of the audit log has been changed")
-    return Link(number, mac, old_until)
+    return ChainLink(number, mac, old_until)
 
 
-def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> None:
-    """End a migration from an older schema: verify the old events, and begin the new format behind
-    them. Of a log that does not verify nothing is mended, so it goes on being reported."""
+def begin_audit_format(queries: Queries, keyring: Keyring, now: int, older: int) -> None:
+    """The end of a migration from an older schema: verify the old events, and begin the new format
+    after them. A log that does not verify is not mended, so it continues to be reported."""
     number, mac = queries.last_event()
     if older < AUDITED_SINCE or (number, mac) == (0, b"") or number == LAST_ID:
         return
@@ -4340,12 +4345,12 @@ def begin_format(queries: Queries, keyring: Keyring, now: int, older: int) -> No
 
 
 class Verified(NamedTuple):
-    """What verify_audit() found to be as it was written."""
+    """The events that verify_audit() found unchanged."""
 
-    first: int  # numbers of events
+    first: int  # the number of an event
     last: int
-    head: bytes  # of the last
-    has_head: bool  # it is, or an earlier one was, the head that the caller named
+    head: bytes  # of the last event
+    has_head: bool  # this head, or an earlier one, is the one that the caller named
     unverified: int  # older events, chained with a key that is gone
 
     def summary(self) -> str:
@@ -4359,12 +4364,12 @@ def verify_audit(
     engine: Engine, keyring: Keyring, head: Optional[bytes], progress: Progress = no_progress
 ) -> Verified:
     """Verify the whole audit log, and look for the event of an earlier head. Raises OperatorError,
-    which names the first event that is not as it was written; StoreError.
+    which names the first event that was changed; StoreError.
 
-    In slices, each in a read transaction of its own: one for all would keep the WAL of a busy
-    server from restarting. Where that server prunes meanwhile, a slice begins at the new anchor.
+    Each slice of the log has its own read transaction: one for all would keep the WAL of a busy
+    server from restarting. If that server prunes meanwhile, a slice begins at the new anchor.
     """
-    queries, link, start, has_head = Queries(engine), Link(0, b""), -1, False
+    queries, link, start, has_head = Queries(engine), ChainLink(0, b""), -1, False
     while True:
         engine.begin(writes=False, durable=False)
         try:
@@ -4385,43 +4390,43 @@ def verify_audit(
             return Verified(start + 1, link.number, link.head(keyring), has_head, unverified)
         link = verify_events(events, link, keyring)
         if head is not None and not has_head:
-            each = (Link(event.number, event.mac, link.old_until) for event in events)
-            has_head = any(one.head(keyring) == head for one in each)
+            links = (ChainLink(event.number, event.mac, link.old_until) for event in events)
+            has_head = any(candidate.head(keyring) == head for candidate in links)
         progress(link.number - start, max(link.number, last) - start)
 
 
 class SigningKeys(Rules):
     """The keys that sign and verify credentials, and their names in the database.
 
-    The key file decides. It may be replaced while we run, by a command or from a backup: reload()
-    goes by what is in it, and learn() has the database know it. A command commits after it has
-    changed the file, so follow() looks after commits. Housekeeping, and so SIGHUP, finds the rest.
+    The key file decides. A command or a restored backup may replace it while we run: reload() reads
+    it, and sync_kids() writes its kids to the database. A command commits after it has changed the
+    file, so reload_if_changed() looks after commits. Housekeeping, and so SIGHUP, finds the rest.
     """
 
     def __init__(
         self, registry: Registry, key_file: KeyFile, keyring: Keyring, ttl: Optional[int]
     ) -> None:
-        """ttl: of credentials, in seconds; None: they do not expire."""
+        """ttl: how many seconds a credential is valid; None: it does not expire."""
         super().__init__(registry)
         self.keyring = keyring
         self.file = key_file
         self.ttl = ttl
-        self._version = -1  # of the database, when follow() last looked
-        self._noted = ""  # a trouble of the file that is in the audit log
+        self._version = -1  # of the database, when reload_if_changed() looked
+        self._noted = ""  # the trouble with the file that is in the audit log already
 
     def reload(self) -> None:
         self.keyring = self.file.reload(self.keyring) or self.keyring
 
-    def note_trouble(self) -> None:
-        """In the audit log, once: the trouble refuses no host yet, but a restart would fail."""
+    def record_trouble(self) -> None:
+        """Audit trouble with the key file, once. No host is refused, but a restart would fail."""
         trouble = self.file.trouble
         if trouble not in ("", self._noted):
             self._registry.audit.record("key-file", "server", "", None, trouble=trouble)
         self._noted = trouble
 
-    def follow(self) -> None:
-        """Read the key file, if another process has committed and the database has other keys. To
-        look at the file in every tick would hang with its mount."""
+    def reload_if_changed(self) -> None:
+        """Read the key file if another process has committed and the database has other keys. A
+        look at the file in every tick would hang if its mount hangs."""
         version = self._registry.engine.data_version()
         if version != self._version:
             self._version = version
@@ -4429,11 +4434,11 @@ class SigningKeys(Rules):
                 self.reload()
 
     def authenticate(self, credential: str, now: int) -> Claims:
-        """The claims of a credential, by its signature and expiry. The time of issue is not judged:
-        a clock an hour back would refuse all. Raises CredentialInvalid, CredentialExpired,
-        StorageUnavailable."""
+        """The claims of a credential whose signature is good and which has not expired. The time of
+        issue is not checked: a clock an hour back would refuse all hosts. Raises CredentialInvalid,
+        CredentialExpired, StorageUnavailable."""
         claims = self.keyring.verify(credential.encode("ascii", "replace"))
-        if claims is None:  # an agent would wait an hour, where perhaps only a key cannot be read
+        if claims is None:  # a refusal makes an agent wait an hour: none if a key is unreadable
             with self._registry.reading():
                 kept = self._queries.kids(with_retired=False)
                 retired = self._queries.kids() - kept if kept.issubset(self.keyring.kids) else None
@@ -4450,7 +4455,7 @@ class SigningKeys(Rules):
         return claims
 
     def is_due(self, claims: Claims, now: int) -> bool:
-        """Whether a credential is to be renewed: it is in the last third of its life, or signed by
+        """Whether a credential must be renewed: it is in the last third of its life, was signed by
         a key that no longer signs, or lives longer than credentials may now."""
         if claims.kid != self.keyring.first.kid:
             return True
@@ -4462,25 +4467,26 @@ class SigningKeys(Rules):
         return (claims.expires_at * SECOND_MS - now) * 3 < life * SECOND_MS
 
     # Issuing. A reply can be lost, so its request may come again: an enrollment with its
-    # Idempotency-Key, a heartbeat with a credential that is due. From a host that wants to fill the
-    # disk it comes a million times. So until it is used, past its end or an hour old, the newest
-    # credential is signed again, without an event or a wait for the disk. Its hash shows that the
-    # bytes are the same, for the first key or the lifetime may have changed. Another address gets
-    # another: of two machines with copies of one, the first to use its new one must supersede the
-    # other. When addresses alternate, that ends with the events of the hour; then all get the same.
+    # Idempotency-Key, a heartbeat with a credential that is due. A host that wants to fill the disk
+    # repeats it a million times. So the newest credential is signed again, without an event or a
+    # wait for the disk, until it is used, has expired or is an hour old. Its hash shows whether the
+    # bytes are the same: the first key or the lifetime may have changed. Another address gets
+    # another one: of two machines with copies, the first to use its new credential must supersede
+    # the other. If addresses alternate, that ends when the hour has no room for events; then all
+    # get one.
 
     def sign(self, host: Host) -> IssuedCredential:
-        """The credential with the highest serial of a host."""
+        """The credential with the highest serial that was issued to a host."""
         issued_at, first = host.issued_at // SECOND_MS, self.keyring.first
         expires_at = None if self.ttl is None else issued_at + self.ttl
-        about = host.id, host.organization_id, issued_at, host.issued, expires_at, first.kid
-        return IssuedCredential(first.sign(Claims(*about)), (expires_at or 0) * SECOND_MS)
+        claims = host.id, host.organization_id, issued_at, host.issued, expires_at, first.kid
+        return IssuedCredential(first.sign(Claims(*claims)), (expires_at or 0) * SECOND_MS)
 
     def issue(
         self, host: Host, changes: Mapping[str, Any], held: int, address: str, now: int
     ) -> IssuedCredential:
-        """Issue a credential in place of one with a serial (0: for a token) to an address. changes:
-        columns of the host, with a higher serial."""
+        """Issue a credential to an address. held: the serial that it replaces; 0 if it is for a
+        token. changes: columns of the host to write, with a higher serial."""
         changes = {**changes, "issued_to": address, "issued_at": now}
         issued = self.sign(host._replace(**changes))
         self._queries.edit_host(host.id, {**changes, "issued_hash": issued.hash(held)})
@@ -4489,8 +4495,8 @@ class SigningKeys(Rules):
     def issue_again(
         self, host: Host, held: int, kind: EventKind, address: str, now: int, **detail: Any
     ) -> IssuedCredential:
-        """A credential in place of one with a serial (0: for a token): the newest of the host, if
-        it was issued for the same; or else a new one, with an event of a kind."""
+        """The newest credential of a host if it was issued for the same request, or else a new one,
+        with an event of a kind. held: as in issue()."""
         audit, newest = self._registry.audit, self.sign(host)
         is_known = newest.hash(held) == host.issued_hash
         is_recent = 0 <= now - host.issued_at < CREDENTIAL_REPEATED_MS
@@ -4500,44 +4506,44 @@ class SigningKeys(Rules):
             return newest
         self._registry.engine.require_durable()
         serial = max(host.issued, held) + 1
-        if audit.successes.takes(kind):
+        if audit.successes.try_list(kind):
             audit.record(*kind, **detail, serial=serial)
         self._registry.metrics.tick["renewals"] += kind[0] == "renew"
         return self.issue(host, {"issued": serial}, held, address, now)
 
-    def number(self, kid: str, now: int) -> int:
-        """The number of a key in the database, which may have to learn of it first."""
+    def number_of(self, kid: str, now: int) -> int:
+        """The number of a key in the database. If the database lacks the key, it is added."""
         number = self._queries.signing_key_number(kid)
         if number is None:
-            self.learn("key-file", now)
+            self.sync_kids("key-file", now)
             number = self._queries.signing_key_number(kid)
             assert number is not None, "it is a key of the keyring"
         return number
 
-    def learn(self, actor: str, now: int, restarts_audit: bool = False) -> None:
-        """Have the database know the keys of the key file alone. The call that runs did not cause
-        that, so its origin is not recorded."""
-        audit, known = self._registry.audit, self._queries.kids(with_retired=False)
-        if restarts_audit:  # the audit key is a new one: only what follows can be verified with it
+    def sync_kids(self, actor: str, now: int, restarts_audit: bool = False) -> None:
+        """Make the database have exactly the keys of the key file. The running call did not cause
+        the difference, so its origin is not recorded."""
+        audit, stored = self._registry.audit, self._queries.kids(with_retired=False)
+        if restarts_audit:  # the audit key is new: it verifies only later events
             put_anchor(self._queries, self.keyring, *self._queries.last_event())
             audit.record("init", "key-file", "audit", None)
         origin, audit.origin = audit.origin, LOCAL
         for kid in reversed(self.keyring.kids):
-            if kid not in known:
+            if kid not in stored:
                 self._queries.add_signing_key(kid, now)
                 audit.record("rotate", actor, f"signing-key:{kid}", None)
-        for kid in sorted(known.difference(self.keyring.kids)):
+        for kid in sorted(stored.difference(self.keyring.kids)):
             self._queries.retire_signing_key(kid, now)
             audit.record("retire", actor, f"signing-key:{kid}", None)
         audit.origin = origin
 
     def rotate(self, call: Call, now: int) -> SigningKeyView:
-        """A new key signs from now on, and the others verify."""
+        """Make a new key, which signs from now on; the others verify."""
         self.reload()
         return self._replace(self.keyring.rotated(), call, now)[0]
 
     def retire(self, call: Call, now: int) -> SigningKeyView:
-        """Stop verifying by a key; values: kid, force. hosts of the view: how many that locks out
+        """Stop verifying with a key; values: kid, force. hosts of the view: how many this locks out
         at most. Raises NotFound; Conflict for the key that signs, or one in use without force."""
         self.reload()
         kid = call.values["kid"]
@@ -4545,7 +4551,7 @@ class SigningKeys(Rules):
             raise NotFound("The key file does not have this key: see list-signing-keys.")
         if kid == self.keyring.first.kid:
             raise Conflict("This key signs. First create another: rotate-signing-key.")
-        hosts = self._queries.hosts_up_to_key(self.number(kid, now))
+        hosts = self._queries.hosts_up_to_key(self.number_of(kid, now))
         if hosts and not call.values.get("force"):
             raise Conflict(
                 f"Hosts that use this key, or may have a credential signed by it: {hosts}. They "
@@ -4556,14 +4562,14 @@ class SigningKeys(Rules):
         return next(view._replace(hosts=hosts) for view in views if view.key.kid == kid)
 
     def _replace(self, keyring: Keyring, call: Call, now: int) -> list[SigningKeyView]:
-        """Replace the key file before the commit: if that fails, the database learns it later."""
+        """Replace the key file before the commit: if that fails, the database is updated later."""
         self.file.replace(keyring)
         self.keyring = keyring
-        self.learn(call.by.name, now)
+        self.sync_kids(call.by.name, now)
         return self.list(call, now).items
 
     def list(self, call: Call, now: int) -> Page:
-        """All that ever were, the newest first."""
+        """All keys that ever were, the newest first."""
         states = {**dict.fromkeys(self.keyring.kids, "verifies"), self.keyring.first.kid: "signs"}
         rows, hosts_of = self._queries.signing_keys(), self._queries.hosts_by_signing_key
         return Page(
@@ -4573,49 +4579,49 @@ class SigningKeys(Rules):
 
 # The service period, and the status of hosts.
 #
-# Theory of operation. A host's status follows from its silence: how long a server could have
-# heard it, and did not. Time without a server must not count, or a restart after an hour would
+# Theory of operation. A host's status follows from its silence: the time for which a server could
+# have heard it, and did not. Time without a server must not count, or a restart after an hour would
 # show the whole fleet offline. Nor must time in which nothing could be written (a full disk), nor
-# time that never was (the clock was set).
+# time that never passed (the clock was set).
 #
 # So the servers on one database keep a row, service, with three times. alive: a server writes it
-# every ALIVE_EVERY seconds; older than ALIVE_GRACE, no server lives. started: the current service
-# period began. previous_alive: the one before it ended. Between the last two lies a pause; pauses
-# has those before it.
+# every ALIVE_EVERY seconds; if it is older than ALIVE_GRACE, no server lives. started: when the
+# current service period began. previous_alive: when the one before it ended. The time between those
+# two is a pause; the column pauses has the earlier ones.
 #
 # A server that starts, or finds that alive is not close to its clock, begins a new period: started
-# and alive become now, previous_alive what alive was.
+# and alive become now, and previous_alive becomes what alive was.
 #
-# A host may be silent for MISSED_BEATS of the last interval sent to it, and ONLINE_SLACK. In
-# a pause its heartbeats fail, and it waits longer and longer between attempts: so after each pause
-# it may be silent for as long as that was, but for PAUSE_ALLOWANCE at most, if it was online when
-# the pause began. A host that was offline then stays so until it is heard.
+# A host may be silent for MISSED_BEATS of the last interval sent to it, and ONLINE_SLACK. In a
+# pause its heartbeats fail, and it waits longer and longer between attempts. So a host that was
+# online when a pause began may be silent for the length of the pause more, but at most
+# PAUSE_ALLOWANCE. A host that was offline then stays offline until it is heard.
 #
 #     silence   = the time in service since last_seen
 #     allowance = MISSED_BEATS * told_interval + ONLINE_SLACK
 #               + min(pause, PAUSE_ALLOWANCE), for each pause that began with silence <= allowance
 #
 # In a crash loop, servers live for seconds and hear few hosts: each pause allows for more than what
-# the period before it adds. Of more than PAUSES_KEPT pauses, the two with the shortest period
-# between them are taken as one, and a host last seen between them counts as seen at its end.
+# the period before it adds. If there are more than PAUSES_KEPT pauses, the two that are closest for
+# their age become one, and a host last seen between them may count as seen at its end.
 #
-# Where no server lives, alive takes the place of now: the fleet looks as the server left it. A
+# While no server lives, alive is used in place of now: the fleet looks as the server left it. A
 # last_seen far ahead of now was written before the clock was set back. It is moved back by as much
-# as the clock was, and not past the start of this period.
+# as the clock was, or to the start of this period if that is earlier.
 
 
 def is_served(service: Optional[Service], now: int) -> bool:
-    """Whether a server lives, and goes by the clock as it is now (Unix ms)."""
+    """Whether a server lives, and writes times that are close to now (Unix ms)."""
     return service is not None and abs(now - service.alive) <= ALIVE_GRACE * SECOND_MS
 
 
 def allowed_silence_ms(told_interval: int) -> int:
-    """How long a host may be silent and still be online, by its interval in s, without pauses."""
+    """How long a host with an interval (in s) may be silent and still be online, without pauses."""
     return (MISSED_BEATS * told_interval + ONLINE_SLACK) * SECOND_MS
 
 
 def pauses_of(service: Service) -> list[tuple[int, int]]:
-    """The pauses that are remembered, the oldest first: from when to when, in Unix ms."""
+    """The remembered pauses, the oldest first, each as its begin and its end in Unix ms."""
     pairs = re.findall("([0-9]{1,15})-([0-9]{1,15})", service.pauses)
     pauses = [(int(end), int(start)) for end, start in pairs]
     if service.previous_alive < service.started:  # else the clock was set back
@@ -4624,9 +4630,9 @@ def pauses_of(service: Service) -> list[tuple[int, int]]:
 
 
 def next_period(old: Service, now: int) -> Service:
-    """The service row when a new service period begins, in Unix ms. It forgets pauses that a clock
-    which was set back has yet to reach. Of too many, the two that are closest for their age become
-    one: as long as both, and at the end of the later, so that no silence looks too long."""
+    """The service row for a new service period that begins at now, in Unix ms. It drops pauses that
+    a clock which was set back has yet to reach. Of too many, the two that are closest for their age
+    become one: as long as both, with the end of the later, so that no silence looks too long."""
     pauses = [pause for pause in pauses_of(old) if pause[1] <= now]
     if len(pauses) > PAUSES_KEPT:
         spans = [(b[1] - a[0]) / max(now - a[0], 1) for a, b in zip(pauses, pauses[1:])]
@@ -4638,25 +4644,25 @@ def next_period(old: Service, now: int) -> Service:
 
 
 class ServicePeriod:
-    """The service row as seen at one time: what the status of all hosts depends on."""
+    """The service row at one time, from which the status of every host is computed."""
 
     def __init__(self, service: Optional[Service], now: int) -> None:
-        """now: in Unix ms. Without a row, as before the first server, every time counts."""
+        """now: in Unix ms. service: None before the first server has run; then all time counts."""
         row = service or Service(0, now, 0, HEARTBEAT_INTERVAL, "")
         self._now, self._started, self._pauses = now, row.started, pauses_of(row)
-        self._set_back = min(row.started - row.previous_alive, 0)  # the clock
-        self.is_live = is_served(row, now)  # whether a server hears hosts
+        self._set_back = min(row.started - row.previous_alive, 0)  # of the clock: 0 ms or less
+        self.is_live = is_served(row, now)  # whether a server lives, and hears hosts
         self._until = now if self.is_live else row.alive
         self._ahead = max(now, row.alive) + CLOCK_SLACK * SECOND_MS if service else LAST_ID
         self._ago = "ago" if self.is_live else "before the server stopped"
 
     def silence_ms(self, last_seen: int, told_interval: int) -> tuple[int, int]:
-        """How long a host has been silent while a server could hear it, and how much of that is
-        allowed because of pauses. told_interval: in seconds."""
+        """How long a host was silent while a server could hear it, and how much silence pauses
+        allow it, both in ms. told_interval: in seconds."""
         if last_seen > self._ahead:
             last_seen = min(self._started, last_seen + self._set_back)
         silence, allowance, since = 0, 0, last_seen
-        allowed = allowed_silence_ms(told_interval)  # once: a dead host has many pauses behind it
+        allowed = allowed_silence_ms(told_interval)  # once: a dead host has many pauses
         for end, start in self._pauses if since < self._started else ():
             if since < start:
                 end = end if end > since else since
@@ -4668,19 +4674,19 @@ class ServicePeriod:
         return silence if silence > 0 else 0, allowance
 
     def since(self, last_seen: int, told_interval: int) -> int:
-        """When a host that is silent became offline, or then missing, in Unix ms; else: now."""
+        """When a silent host became offline, or missing if it is, in Unix ms; now for others."""
         silence, allowance = self.silence_ms(last_seen, told_interval)
         missing = MISSING_AFTER * SECOND_MS
         limit = allowed_silence_ms(told_interval) + allowance
         excess, at = silence - (missing if silence > missing else limit), self._until
-        for end, start in reversed(self._pauses):  # they are no silence
+        for end, start in reversed(self._pauses):  # pauses are no silence
             if at - excess >= start:
                 break
             excess, at = excess - (at - start), end
-        return min(max(at - excess, 0), self._now)  # a forger's numbers may be of any size
+        return min(max(at - excess, 0), self._now)  # forged numbers may have any size
 
     def status(self, last_seen: int, revoked_at: Optional[int], told_interval: int) -> str:
-        """One of STATUSES: the one function that computes it."""
+        """The status of a host, one of STATUSES. No other function computes it."""
         if revoked_at is not None:
             return "revoked"
         if last_seen == 0:
@@ -4715,19 +4721,19 @@ class ServicePeriod:
 
 
 class ServiceRecord(Rules):
-    """The row that the servers on a database keep: their service period, interval and address."""
+    """The row in which the servers on a database keep their service period, interval and URL."""
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
         self.certificate: Optional[Certificate] = None  # in use; None without TLS
-        self._pin = ""  # what join commands are to pin
-        self._is_new = False  # whether the row does not have these yet
+        self._pin = ""  # what join commands pin
+        self._is_new = False  # whether these are not in the row yet
 
     def period(self, now: int) -> ServicePeriod:
         return ServicePeriod(self._queries.service(), now)
 
     def start(self, url: str, now: int) -> None:
-        """A server starts. Beside a live one, or right after one, the service period goes on."""
+        """A server starts. If another one lives, or just did, the service period continues."""
         old, interval = self._queries.service(), self._registry.interval
         if old is None:
             old = Service(now, now, now, interval, url)
@@ -4737,7 +4743,7 @@ class ServiceRecord(Rules):
             old = next_period(old, now)
         if url != old.public_url:
             log.info("commands for machines now have the URL %s, not %s", url, old.public_url)
-        self._queries.put(self._certified(old._replace(interval=interval, public_url=url)))
+        self._queries.put(self._with_certificate(old._replace(interval=interval, public_url=url)))
 
     def keep_alive(self, now: int) -> None:
         service = self._queries.service()
@@ -4749,8 +4755,8 @@ class ServiceRecord(Rules):
         log.warning("the clock was set, or nothing could be written, from %s to %s", *times)
 
     def ready(self, call: Call, now: int) -> None:
-        """A server that can write is ready: so it writes. Raises StorageUnavailable for bad keys:
-        they refuse no host yet, but a restart would fail."""
+        """Check that the server can write, by writing. Raises StorageUnavailable for a bad key
+        file: it refuses no host yet, but a restart would fail."""
         self.keep_alive(now)
         self._registry.keys.reload()
         if self._registry.keys.file.trouble:
@@ -4760,12 +4766,12 @@ class ServiceRecord(Rules):
             )
 
     def announce(self, certificate: Certificate, pin: str) -> None:
-        """The server has another certificate, and join commands are to pin this ('': nothing).
-        Housekeeping writes it to the row."""
+        """The server has a new certificate, and from now on join commands pin this ('': nothing).
+        Housekeeping writes both to the row."""
         self.certificate, self._pin, self._is_new = certificate, pin, True
 
-    def _certified(self, row: Service) -> Service:
-        """The row with the certificate in use. Says so once if agents have pinned other keys."""
+    def _with_certificate(self, row: Service) -> Service:
+        """The row with the certificate in use. If agents pin another key, this is logged once."""
         if self.certificate is None:
             return row._replace(pin="", certificate_ends=0)
         key, ends, pinned = self.certificate.pin, self.certificate.ends, row.pinned
@@ -4780,12 +4786,12 @@ class ServiceRecord(Rules):
         return row._replace(pin=self._pin, pinned=self._pin or pinned)
 
     def watch_certificate(self, now: int) -> None:
-        """Write a new certificate to the row. It counts as written when a later turn reads it: a
-        tick may fail. Near its end, warn once a day, however often servers start."""
+        """Write a new certificate to the row. A tick may fail, so it counts as written when a later
+        turn reads it. Near the certificate's end, warn once a day, however often servers start."""
         row = self._queries.service()
         if row is None:
             return
-        fresh = self._certified(row) if self._is_new else row
+        fresh = self._with_certificate(row) if self._is_new else row
         self._is_new = fresh != row
         ends, has_warned = fresh.certificate_ends, 0 <= now - fresh.warned_at < DAY * SECOND_MS
         if ends and ends - now <= CERTIFICATE_WARNING * SECOND_MS and not has_warned:
@@ -4798,57 +4804,58 @@ class ServiceRecord(Rules):
 
 # What is reported of hosts: theory of operation
 #
-# The status of a host is computed. Its changes are reported, and for that the database has
-# the state of each host: the status that was last reported. Where the two differ there is a change,
-# which is written in one transaction with the new state: so each is reported once, by however many
-# servers. Lists, their filters and counts go by the state, too: they show what was reported.
+# The status of a host is computed, and its changes are reported. For that the database has the
+# state of each host: the status that was last reported. If the two differ there is a change, which
+# is written in one transaction with the new state. So each change is reported once, however many
+# servers there are. Lists, their filters and counts show the state, too: what was reported.
 #
-# An act of an operator reports at once. So does a heartbeat, of a host that was not online: the
-# statement of plain heartbeats matches none of those. Who falls silent is found by the sweep. It
-# looks at all hosts in the order of their ids, in slices: no heartbeat waits for more than one, and
-# one that is rolled back, as on a full disk, is done again. SQL leaves out hosts whose state is as
-# last_seen looks; the others are judged by the service period. Where a new period has begun, as at
-# a start or when the clock was set, all are judged that were reported as offline or missing.
+# An act of an operator is reported at once. So is a heartbeat of a host that was not online: the
+# statement for plain heartbeats does not match such a host. Hosts that fall silent are found by the
+# sweep. It looks at all hosts in the order of their ids, in slices: no heartbeat waits for more
+# than one, and one that is rolled back, as on a full disk, is done again. SQL leaves out hosts
+# whose state agrees with last_seen; the service period judges the others. After a new period has
+# begun, as at a start or when the clock was set, it judges all that were reported as offline or
+# missing.
 #
-# While no server lives by the clock, silence cannot be known, and the sweep waits until
-# housekeeping has begun a service period: then that time is a pause. Between two sweeps is a rest,
-# the longer the more the last one took, so they take a fixed share of the processor at most.
+# While no server lives by the clock, silence cannot be known: the sweep waits until housekeeping
+# has begun a service period, and the time before is a pause. The rest after a sweep is longer the
+# more time it took, so that sweeps take a fixed share of the processor at most.
 
 
 class Sweep(NamedTuple):
-    """The last sweep that has ended, and how far the one that goes on has come."""
+    """The last sweep that ended, and the progress of the one that runs."""
 
-    last_started: int  # of the service period in which it began
-    last_spent: float  # seconds of the processor, by its slices
+    last_started: int  # the start of the service period in which it began
+    last_spent: float  # seconds of processor time, of all its slices
     last_ended: float  # by the monotonic clock
-    after: int = -1  # the id of the last host that was looked at; -1: it begins
+    after: int = -1  # the id of the last host that was judged; -1: none yet
     started: int = -1
     spent: float = 0.0
 
 
 class Reports(Rules):
-    """What is reported of hosts, as changes. A rule sets the state of a host at once; its changes
-    are written with the tick, and then the tick waits for the disk: who follows the feed misses
-    none. A plain heartbeat is only of a host that was reported as online."""
+    """Reports changes of hosts. A rule sets the state of a host at once; its changes are written at
+    the end of the tick, which then waits for the disk, so that readers of the feed miss none. A
+    plain heartbeat is no change: its host was reported as online."""
 
     def __init__(self, registry: Registry, keep: int) -> None:
         """keep: for how many seconds changes are kept."""
         super().__init__(registry)
         self._keep = keep
         self.changes: list[Change] = []  # of the tick
-        self.are_many = False  # in the last tick: the next is durable from its beginning
-        self.swept = self._sweep = Sweep(-1, 0.0, time.monotonic())  # committed, and of the tick
+        self.are_many = False  # in the last tick: then the next is durable from its beginning
+        self.swept = self._sweep = Sweep(-1, 0.0, time.monotonic())  # as committed; as of the tick
 
     def report(
         self, hosts: Sequence[tuple[Host, int, int]], actor: str = "", is_new: bool = False
     ) -> None:
-        """Hosts have other states: each with its state, and since when in Unix ms. actor: who did
-        it, in the words of the audit log; is_new: they have just enrolled."""
+        """Report the new states of hosts: each host with its state, and since when in Unix ms.
+        actor: who caused it, as the audit log names them; is_new: the hosts have just enrolled."""
         for host, state, at in hosts:
-            about = host.id, host.organization_id, host.name, host.labels
+            fields = host.id, host.organization_id, host.name, host.labels
             reported = 0 if is_new else host.state, state, host.last_seen, actor
-            self.changes.append(Change(0, at, *about, *reported, host.ephemeral, host.address))
-        if not is_new:  # the row of one that is deleted goes at once
+            self.changes.append(Change(0, at, *fields, *reported, host.ephemeral, host.address))
+        if not is_new:  # the row of a deleted host is deleted, too
             states = [(state, at, host.id) for host, state, at in hosts if state != DELETED]
             self._queries.set_states(states)
 
@@ -4858,12 +4865,12 @@ class Reports(Rules):
             self._registry.engine.require_durable()
             self._queries.add_changes(self.changes)
 
-    def settle(self, is_committed: bool) -> None:
+    def end_tick(self, is_committed: bool) -> None:
         self.changes.clear()
         self.swept = self._sweep = self._sweep if is_committed else self.swept
 
     def sweep(self, now: int) -> float:
-        """Report who of a slice of hosts has fallen silent. Seconds until the next is due."""
+        """Report which hosts of a slice fell silent. Returns the seconds until the next slice."""
         began, sweep, service = time.thread_time(), self.swept, self._queries.service()
         period, started = ServicePeriod(service, now), service.started if service else 0
         if not period.is_live:
@@ -4872,7 +4879,7 @@ class Reports(Rules):
             sweep = sweep._replace(started=started)
         limits = SWEPT_AT_ONCE, JUDGED_AT_ONCE, now, started != sweep.last_started
         silences, after = self._queries.silences(sweep.after, *limits)
-        self._report_others(silences, period)
+        self._report_changed(silences, period)
         spent = sweep.spent + time.thread_time() - began
         if after is not None:
             self._sweep = sweep._replace(after=after, spent=spent)
@@ -4880,24 +4887,24 @@ class Reports(Rules):
         self._sweep = Sweep(sweep.started, spent, time.monotonic())
         return max(SWEEP_REST, SWEEP_RESTS * spent)
 
-    def _report_others(self, silences: Sequence[Silence], period: ServicePeriod) -> None:
-        """Report those of which the status is not the state."""
-        others: dict[int, tuple[int, int]] = {}
+    def _report_changed(self, silences: Sequence[Silence], period: ServicePeriod) -> None:
+        """Report the hosts whose status is not their state."""
+        changed: dict[int, tuple[int, int]] = {}
         for host, last_seen, told_interval, was in silences:
             state = STATUS_NAMES.index(period.status(last_seen, None, told_interval))
             if state != was:
-                others[host] = state, period.since(last_seen, told_interval)
-        if others:
-            reports = [(host, *others[host.id]) for host in self._queries.hosts([*others])]
+                changed[host] = state, period.since(last_seen, told_interval)
+        if changed:
+            reports = [(host, *changed[host.id]) for host in self._queries.hosts([*changed])]
             self.report(sorted(reports, key=itemgetter(2)))
 
     def list(self, call: Call, now: int) -> Page:
-        """values: after or sinceSeconds, organization, status and label (several of each), host.
-        Raises InvalidQuery, NotFound, ChangesPruned."""
+        """A page of changes. values: after or sinceSeconds, organization, status and label (one or
+        more of each), host. Raises InvalidQuery, NotFound, ChangesPruned."""
         queries, values = self._queries, call.values
         statuses, labels = values.get("status", CHANGED_TO), values.get("label", ())
         owner = values.get("organization", call.by.organization)
-        host = self._common(Change, owner, "host_id", values.get("host"))
+        host = self._owned_id(Change, owner, "host_id", values.get("host"))
         since = now - values.get("sinceSeconds", LAST_ID) * SECOND_MS
 
         def view(change: Change) -> Optional[Change]:
@@ -4909,30 +4916,30 @@ class Reports(Rules):
         if "sinceSeconds" in values and "after" not in values:
             after = f"{queries.feed().history}-{max(queries.change_before(since), 0)}"
             call = call._replace(values={**values, "after": after})
-        page = self._follow(call, Change, view, host_id=host)
+        page = self._feed_page(call, Change, view, host_id=host)
         hosts = queries.hosts([*{change.host_id for change in page.items}])
         muted = {host.id for host in hosts if host.muted_until > now}
         cursor = f"{queries.feed().history}-{{}}".format
-        items = [ChangeView(it, cursor(it.number), it.host_id in muted) for it in page.items]
+        items = [ChangeView(row, cursor(row.number), row.host_id in muted) for row in page.items]
         return page._replace(items=items)
 
-    def last_at(self) -> int:
-        """When the last change was, in Unix ms; 0: there was none."""
+    def last_change_at(self) -> int:
+        """When the last change was, in Unix ms; 0 if there is none."""
         return sum(change.at for change in self._queries.newest(Change, None, LAST_ID, 1))
 
     def redo_after_restore(self, call: Call, now: int) -> dict[str, Any]:
-        """In a copy of a backup, do again what must not be undone; what that was. values: revoked
-        (rows by their record), used (tokens) and lost (names of hosts) of the newer database, and
-        trouble: why that cannot be read."""
+        """In a copy of a backup, redo what must not be undone, and return what that was. values,
+        all of the newer database: revoked (rows by their record), used (tokens), lost (names of
+        hosts), and trouble: why it cannot be read."""
         queries, by, newer, lost = self._queries, call.by.name, call.values, call.values["lost"]
         queries.begin_history(now + LOST_WAIT * SECOND_MS, queries.newest_host(), len(lost))
-        times = {it.id: it.revoked_at for it in newer["revoked"][Host]}
+        times = {row.id: row.revoked_at for row in newer["revoked"][Host]}
         hosts = [host for host in queries.hosts([*times]) if host.revoked_at is None]
         for host in hosts:
             queries.edit_host(host.id, {"revoked_at": times[host.id]})
         self.report([(host, REVOKED, now) for host in hosts], by)
         api_keys, tokens = (
-            sum(queries.revoke(kind, it.id, it.revoked_at) for it in newer["revoked"][kind])
+            sum(queries.revoke(kind, row.id, row.revoked_at) for row in newer["revoked"][kind])
             for kind in (ApiKey, Token)
         )
         done = {"hostsRevoked": len(hosts), "apiKeysRevoked": api_keys, "tokensRevoked": tokens,
@@ -4940,18 +4947,18 @@ class Reports(Rules):
         self._registry.audit.record("restore-backup", by, "", None, "", **cast("Any", done))
         return {**done, "firstLost": lost[:LOST_NAMED], "notReadable": newer["trouble"]}
 
-    def accept(self, call: Call, now: int) -> None:
-        """Lost hosts are to enroll again from now on. Idempotent."""
+    def accept_history(self, call: Call, now: int) -> None:
+        """From now on, hosts that a restore lost must enroll again. Idempotent."""
         self._queries.put(self._queries.feed()._replace(lost_until=0))
         self._registry.audit.record("accept-history", call.by.name, "", None)
 
     def prune(self, now: int) -> bool:
-        """Delete some changes that are too old or too many. True: there may be more."""
+        """Delete some changes that are too old or too many. True if there may be more."""
         return self._queries.prune_changes(now - self._keep * SECOND_MS, now)
 
 
 def begin_feed(queries: Queries, now: int) -> None:
-    """End a migration: what was reported of each host is what it is now, and no change."""
+    """The end of a migration: the state of each host becomes its status, without a change."""
     queries.begin_history()
     queries.count_hosts()
     period, after = ServicePeriod(queries.service(), now), -1
@@ -4972,9 +4979,9 @@ SILENT = OFFLINE, MISSING
 
 @lru_cache(maxsize=HOPS_CACHED)
 def network_of(address: str) -> list[str]:
-    """The network of a host and its neighbours, /24 or /64; none where its address is none."""
-    if found := re.fullmatch(r"((?:[0-9]{1,3}\.){3})[0-9]{1,3}", address):
-        return [f"{found[1]}0/24"]  # as ipaddress has it, which takes ten times as long
+    """The network of a host and its neighbours, /24 or /64; none if the text is no address."""
+    if match := re.fullmatch(r"((?:[0-9]{1,3}\.){3})[0-9]{1,3}", address):
+        return [f"{match[1]}0/24"]  # as ipaddress writes it, ten times as fast
     with suppress(ValueError):
         return [str(ipaddress.ip_network(f"{address}/{NETWORK_BITS}", strict=False))]
     return []
@@ -4982,21 +4989,21 @@ def network_of(address: str) -> list[str]:
 
 def traits_of(labels: str, address: str) -> list[str]:
     """What a host may share with others: labels as key=value, and its network."""
-    own = stored_object(labels).items()
-    return [*(f"{key}={value}" for key, value in own), *network_of(address)]
+    pairs = stored_object(labels).items()
+    return [*(f"{key}={value}" for key, value in pairs), *network_of(address)]
 
 
 class Incident:
-    """Hosts that fell silent within some time of the first. Times are in Unix ms."""
+    """Hosts that fell silent within some time of the first one. Times are in Unix ms."""
 
-    # What it is compared with: how many hosts there are, and how many of them have a trait.
+    # The fleet to compare it with: how many hosts there are, and how many of them have each trait.
     fleet: Optional[tuple[int, Counter[str]]] = None
 
     def __init__(self, id: str, at: int) -> None:
         self.id, self.at = id, at  # the cursor and the time of its first change
-        self.until: Optional[int] = None  # when the last of them was back
+        self.until: Optional[int] = None  # when the last of its hosts was back
         self.hosts: dict[int, None] = {}  # in the order in which they fell silent
-        self.down = 0  # how many of them still are
+        self.down = 0  # how many of them are still down
         self.traits: Counter[str] = Counter()
 
     @property
@@ -5007,8 +5014,8 @@ class Incident:
         """The traits that most of its hosts have, the most frequent first."""
         return [trait for trait, hosts in self.traits.most_common() if 2 * hosts > self.count]
 
-    def _elsewhere(self, trait: str) -> float:
-        """Which part of all other hosts has a trait. Where there are none, no trait is special."""
+    def _share_elsewhere(self, trait: str) -> float:
+        """The share of all other hosts that has a trait. If there are none, no trait is special."""
         if self.fleet is None:
             return 0.0
         others = self.fleet[0] - self.count
@@ -5016,11 +5023,11 @@ class Incident:
 
     @property
     def text(self) -> str:
-        """It in a sentence, with the trait that most of its hosts have and most others do not."""
+        """A sentence, with the trait that most of its hosts have and most others do not."""
         count, text = self.count, f"{self.count} hosts went offline together"
-        own = [trait for trait in self.common() if self._elsewhere(trait) <= 0.5]
-        if own:
-            trait = max(own, key=lambda it: self.traits[it] / count - self._elsewhere(it))
+        special = [trait for trait in self.common() if self._share_elsewhere(trait) <= 0.5]
+        if special:
+            trait = max(special, key=lambda t: self.traits[t] / count - self._share_elsewhere(t))
             verb = "have" if "=" in trait else "are in"
             text += f", {self.traits[trait]} of the {count} {verb} {sanitize(trait)}"
             if self.fleet is not None:
@@ -5031,21 +5038,21 @@ class Incident:
 
 
 class IncidentScan:
-    """The incidents of an organization, or of all of them, as found in changes so far."""
+    """The incidents of one organization, or of all, as found in the changes searched so far."""
 
     def __init__(self, after: int, window: int) -> None:
-        """after: the number of the last change that was looked at; window: for how many ms after
-        the first, or before it, a host that falls silent is one more."""
+        """after: the number of the last change that was searched; window: a host belongs to an
+        incident if it falls silent within so many ms of the first host."""
         self.after, self._window = after, window
-        self._found: list[Incident] = []  # the oldest first; those of few hosts are none yet
-        self._of_host: dict[int, Incident] = {}  # of hosts that are down
+        self._found: list[Incident] = []  # the oldest first; one of few hosts does not count yet
+        self._of_host: dict[int, Incident] = {}  # of each host that is down
         self.asked_at = self.counted_at = 0
-        self.asked: set[str] = set()  # the traits that are counted
+        self.traits: set[str] = set()  # the traits that are counted
         self.shares: Counter[str] = Counter()
-        self.last, self.hosts = -1, 0  # counted: the id of the last one, and how many
+        self.last, self.hosts = -1, 0  # the last host that was counted, and how many were
 
     def add(self, history: str, change: Change) -> None:
-        """The next change in the feed."""
+        """Search the next change in the feed."""
         is_silent, host = change.status in SILENT, change.host_id
         if is_silent and change.was in SILENT:
             return
@@ -5053,64 +5060,64 @@ class IncidentScan:
             incident.down -= 1
             incident.until = None if incident.down else change.at
         if is_silent and not change.actor:
-            newest = self._found[-INCIDENTS_OPEN:]
-            incident = next((it for it in newest if abs(change.at - it.at) <= self._window), None)
+            last = self._found[-INCIDENTS_OPEN:]
+            incident = next((one for one in last if abs(change.at - one.at) <= self._window), None)
             if incident is None:
                 incident = Incident(f"{history}-{change.number}", change.at)
                 self._found.append(incident)
             self._of_host[host], incident.until = incident, None
             incident.down += 1
             if host not in incident.hosts:
-                incident.hosts[host], known = None, incident.traits
-                own = traits_of(change.labels, change.address)
-                known.update(it for it in own if it in known or len(known) < TRAITS_COUNTED)
+                incident.hosts[host], counts = None, incident.traits
+                traits = traits_of(change.labels, change.address)
+                counts.update(t for t in traits if t in counts or len(counts) < TRAITS_COUNTED)
 
     def since(self, at: int) -> list[Incident]:
-        """The newest first; older ones are forgotten."""
-        self._found = [it for it in self._found if it.at >= at]
-        return [it for it in reversed(self._found) if it.count >= INCIDENT_SMALLEST]
+        """The incidents since a time, the newest first. Older ones are dropped."""
+        self._found = [one for one in self._found if one.at >= at]
+        return [one for one in reversed(self._found) if one.count >= INCIDENT_SMALLEST]
 
 
 class IncidentLog(Rules):
-    """The incidents of the last day. What was found in changes is kept in memory while requests
-    ask for it: then only newer changes are looked at, and what hosts share is counted again."""
+    """The incidents of the last day. While requests ask for them, what was found in the changes is
+    kept in memory: then only newer changes are searched, and what hosts share is counted again."""
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
         self._scans: dict[Owner, IncidentScan] = {}
 
     def list(self, call: Call, now: int) -> Any:
-        """The newest first; the call, after a slice. values: organization. Raises InvalidQuery,
-        NotFound."""
+        """A page of incidents, the newest first; after a slice, the call. values: organization.
+        Raises InvalidQuery, NotFound."""
         owner = self._scope(call, InvalidQuery, "organization")
-        scan = self._scan(owner, now)
-        if not self._look(scan, owner):
+        scan = self._scan_of(owner, now)
+        if not self._search(scan, owner):
             return call
-        found = scan.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
-        asked = {trait for incident in found for trait in incident.common()}
-        is_known = asked and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM
-        if is_known and not self._count(scan, owner, asked, now):
+        incidents = scan.since(now - DAY * SECOND_MS)[:PAGE_MAXIMUM]
+        traits = {trait for incident in incidents for trait in incident.common()}
+        is_known = traits and sum(row[2] for row in self._queries.census(owner)) <= SHARES_MAXIMUM
+        if is_known and not self._count_traits(scan, owner, traits, now):
             return call
-        for incident in found:
+        for incident in incidents:
             incident.fleet = (scan.hosts, scan.shares) if is_known else None
-        return Page(found)
+        return Page(incidents)
 
     def forget(self, now: int) -> None:
-        """Drop what was not asked for in SHARES_KEPT: of a large fleet it may be 100 MiB."""
-        kept, each = SHARES_KEPT * SECOND_MS, self._scans.items()
-        self._scans = {it: one for it, one in each if 0 <= now - one.asked_at <= kept}
+        """Drop scans that were not asked for in SHARES_KEPT: one may take 100 MiB."""
+        age, scans = SHARES_KEPT * SECOND_MS, self._scans.items()
+        self._scans = {owner: scan for owner, scan in scans if 0 <= now - scan.asked_at <= age}
 
-    def _scan(self, owner: Owner, now: int) -> IncidentScan:
+    def _scan_of(self, owner: Owner, now: int) -> IncidentScan:
         if owner not in self._scans:
             interval = (self._queries.service() or self._registry).interval
-            # An hour more: a change at its beginning may belong to an incident before.
+            # One hour more: the first changes may belong to an earlier incident.
             after = self._queries.change_before(now - (DAY + HOUR) * SECOND_MS)
             self._scans[owner] = IncidentScan(after, INCIDENT_INTERVALS * interval * SECOND_MS)
         self._scans[owner].asked_at = now
         return self._scans[owner]
 
-    def _look(self, scan: IncidentScan, owner: Owner) -> bool:
-        """At a slice of changes; whether it was the last one."""
+    def _search(self, scan: IncidentScan, owner: Owner) -> bool:
+        """Search a slice of the changes. True if it was the last one."""
         changes = self._queries.following(Change, scan.after, LOOKED_AT_ONCE)
         history = self._queries.feed().history
         for change in changes:
@@ -5119,27 +5126,27 @@ class IncidentLog(Rules):
                 scan.add(history, change)
         return len(changes) < LOOKED_AT_ONCE
 
-    def _count(self, scan: IncidentScan, owner: Owner, asked: set[str], now: int) -> bool:
-        """Who in the fleet has these traits, a slice of it; whether it was the last one."""
+    def _count_traits(self, scan: IncidentScan, owner: Owner, traits: set[str], now: int) -> bool:
+        """Count who in a slice of the fleet has these traits. True if it was the last slice."""
         is_kept = 0 <= now - scan.counted_at <= SHARES_KEPT * SECOND_MS
-        if not (is_kept and asked <= scan.asked):
-            scan.counted_at, scan.asked, scan.shares = now, asked, Counter()
+        if not (is_kept and traits <= scan.traits):
+            scan.counted_at, scan.traits, scan.shares = now, traits, Counter()
             scan.last, scan.hosts = -1, 0
         rows = self._queries.labels_slice(owner, scan.last, LOOKED_AT_ONCE)
         for scan.last, labels, address in rows:
-            scan.shares.update(scan.asked.intersection(traits_of(labels, address)))
+            scan.shares.update(scan.traits.intersection(traits_of(labels, address)))
         scan.hosts += len(rows)
         if len(rows) < LOOKED_AT_ONCE:
             return True
-        scan.counted_at = now  # its time begins at the end, or a slow pass would never have one
+        scan.counted_at = now  # else a slow pass would be too old at its end
         return False
 
 
 class Organizations(Rules):
-    """Whose the hosts, tokens and API keys are."""
+    """The owners of hosts, tokens and API keys."""
 
     def add(self, call: Call, now: int) -> Organization:
-        """values: name. Raises Conflict."""
+        """Create an organization. values: name. Raises Conflict if it exists."""
         name = call.values["name"]
         organization = Organization(name, now)
         if not self._queries.add(organization):
@@ -5149,28 +5156,29 @@ class Organizations(Rules):
 
     def list(self, call: Call, now: int) -> Page:
         """The organizations that the caller sees."""
-        own = call.by.organization
-        return Page([it for it in self._queries.organizations() if own in (None, it.id)])
+        owner = call.by.organization
+        return Page([row for row in self._queries.organizations() if owner in (None, row.id)])
 
 
 class FailedAuthLimiter:
-    """Wrong secrets by network, in the minute after the first of them.
+    """Counts the wrong secrets of each network, in the minute after the first of them.
 
     A flood of guesses gets 429 and a time to wait. Only wrong secrets are counted and refused: a
-    good one is let in. Who has more networks than are remembered gets 401 for longer, that is all.
+    valid one is accepted. Who has more networks than are remembered gets 401 for longer, that is
+    all.
     """
 
     def __init__(self) -> None:
         self._windows: OrderedDict[str, tuple[int, int]] = OrderedDict()  # begin in ms, and count
 
     def judge(self, problem: Problem, address: str, now: int) -> Problem:
-        """Count one more wrong secret: the problem, or TooManyRequests in its place."""
-        network = address  # of an IPv6 one, the network that one party controls
+        """Count one more wrong secret. Returns the problem, or TooManyRequests in its place."""
+        network = address  # for IPv6, the network that one party controls
         if ":" in address:
             network = ipaddress.ip_address(address).packed[: NETWORK_BITS // 8].hex()
         since, count = self._windows.get(network, (now, 0))
         if not 0 <= now - since < MINUTE * SECOND_MS:
-            del self._windows[network]  # so that the order stays by beginning
+            del self._windows[network]  # so that the windows stay in the order of their beginnings
             since, count = now, 0
         self._windows[network] = since, count + 1
         if len(self._windows) > FAILING_REMEMBERED:
@@ -5183,7 +5191,7 @@ class FailedAuthLimiter:
 
 
 def secret_state(row: Union[ApiKey, Token], now: int) -> str:
-    """One of TOKEN_STATES or KEY_STATES, at a time in Unix ms."""
+    """The state of a secret at a time in Unix ms, one of TOKEN_STATES or KEY_STATES."""
     if row.revoked_at is not None:
         return "revoked"
     if isinstance(row, Token) and row.uses >= row.max_uses:
@@ -5192,16 +5200,16 @@ def secret_state(row: Union[ApiKey, Token], now: int) -> str:
 
 
 class ApiKeys(Rules):
-    """What lets a person or a script use the user API. A key makes keys of its organization alone,
-    or of any if it is one of all. What it made stays good when it expires or is revoked."""
+    """The keys of people and scripts that use the user API. A key of one organization creates keys
+    of that one alone, a key of all creates any; they stay valid when it expires or is revoked."""
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self.uses: dict[int, int] = {}  # by the id of a key, in Unix ms: for housekeeping
+        self.uses: dict[int, int] = {}  # the last uses by key id, in Unix ms, for housekeeping
 
     def mint(self, call: Call, now: int) -> ApiKeyView:
-        """A key and its text, shown this once; values: organizationId (None: the caller's scope),
-        role, description, ttlSeconds (None: no end). Raises InvalidBody, NotFound."""
+        """Create a key. Its text is shown this once. values: organizationId (None: the caller's
+        scope), role, description, ttlSeconds (None: no end). Raises InvalidBody, NotFound."""
         values, owner = call.values, self._scope(call, InvalidBody, "organizationId")
         secret, ttl = mint_secret(API_KEY_PREFIX, new_id(now)), values.get("ttlSeconds")
         key = ApiKey(
@@ -5217,40 +5225,41 @@ class ApiKeys(Rules):
         return ApiKeyView(key, secret_state(key, now), secret.text)
 
     def revoke(self, call: Call, now: int) -> Any:
-        """Idempotent. values: withKeys, whether also what it made, and what that made: the call
-        while there may be more; self, whether also the caller's key. Raises NotFound, Conflict."""
-        key, keys = self._own(call, ApiKey), []
+        """Revoke a key. Idempotent. values: withKeys, for the keys too that it created, directly or
+        not; self, for the caller's too. The call while there may be more. Raises NotFound,
+        Conflict."""
+        key, keys = self._row_of(call, ApiKey), []
         if call.values.get("withKeys") == "true":
             keys = self._queries.live_keys_made_by(key.id, now, ACTED_AT_ONCE)
         has_more = len(keys) == ACTED_AT_ONCE
-        for each in (*keys, key):
-            if each.id == call.by.id and call.values.get("self") != "true":
+        for target in (*keys, key):
+            if target.id == call.by.id and call.values.get("self") != "true":
                 remedy = "confirm with self=true, or --yes"
                 raise Conflict(f"This would revoke the key that you use: {remedy}.")
-            if has_more and each.id == call.by.id:  # it has to be good in the next tick, too
+            if has_more and target.id == call.by.id:  # it must still be valid in the next tick
                 continue
-            if self._queries.revoke(ApiKey, each.id, now):
-                self._record("revoke", call.by.name, each)
+            if self._queries.revoke(ApiKey, target.id, now):
+                self._record("revoke", call.by.name, target)
         if has_more:
             return call
         return ApiKeyView(key._replace(revoked_at=key.revoked_at or now), "revoked")
 
     def identify(self, text: str, request: str, origin: Origin, now: int) -> Principal:
-        """The caller that presents an API key with a request, before the tick: see Api.admit().
+        """Before the tick: the caller that presents an API key with a request; see Api.admit().
         Raises ApiKeyInvalid, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(API_KEY_PREFIX, text)
         key = self._prove(ApiKey, secret, ApiKeyInvalid(), origin, now, request=request)
         by = Principal(tagged_id("api-key", key.id), key.organization_id, key.role, key.id)
-        self._require_good(key, by, request, now)
+        self._require_valid(key, by, request, now)
         self.uses[key.id] = now
         return by
 
     def require_live(self, by: Principal, now: int) -> None:
         """In the tick: the key may have been revoked since identify(). Raises ApiKeyInvalid."""
-        self._require_good(self._queries.get(ApiKey, by.id), by, "", now)
+        self._require_valid(self._queries.get(ApiKey, by.id), by, "", now)
 
     @staticmethod
-    def _require_good(key: Optional[ApiKey], by: Principal, request: str, now: int) -> None:
+    def _require_valid(key: Optional[ApiKey], by: Principal, request: str, now: int) -> None:
         state = "revoked" if key is None else secret_state(key, now)
         if state != "valid":
             word = "has expired" if state == "expired" else "has been revoked"
@@ -5258,26 +5267,26 @@ class ApiKeys(Rules):
             raise problem.with_audit(by.name, by.name, by.organization, request=request)
 
     def record_uses(self) -> None:
-        """As housekeeping, which does not wait for the disk: no request waits for this."""
+        """Write the last uses. Housekeeping does, without a wait for the disk: no request waits."""
         self._queries.use_api_keys(self.uses)
         self.uses.clear()
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, named. Raises InvalidQuery, NotFound."""
+        """A page of API keys. values: organization, named. Raises InvalidQuery, NotFound."""
 
         def view(key: ApiKey) -> ApiKeyView:
             used = key.last_used_at or self.uses.get(key.id)  # the first use is not written yet
             return ApiKeyView(key._replace(last_used_at=used), secret_state(key, now))
 
-        return self._page(call, self._newest(ApiKey, call), view, "description")
+        return self._page(call, self._reader(ApiKey, call), view, "description")
 
 
 class Tokens(Rules):
-    """What lets hosts in: minted, shown, revoked and proved. Enrollments uses them."""
+    """The tokens with which hosts enroll: minted, shown, revoked, proved. Enrollments uses them."""
 
     def mint(self, call: Call, now: int) -> TokenView:
-        """A token and its text, shown this once. values: ttlSeconds, maxUses, description,
-        hostname, labels, intervalSeconds, ephemeralSeconds (of silence, that end its hosts),
+        """Create a token. Its text is shown this once. values: ttlSeconds, maxUses, description,
+        hostname, labels, intervalSeconds, ephemeralSeconds (the silence that ends its hosts),
         organizationId. Raises InvalidBody, NotFound."""
         usual = (self._queries.service() or self._registry).interval
         least = EXPIRY_INTERVALS * call.values.get("intervalSeconds", usual)
@@ -5288,8 +5297,8 @@ class Tokens(Rules):
         return self._mint(call, owner, None, now)
 
     def reenroll(self, call: Call, now: int) -> TokenView:
-        """A token that gives an existing host a new credential. Raises NotFound."""
-        host = self._own(call, Host)
+        """Create a token that gives an existing host a new credential. Raises NotFound."""
+        host = self._row_of(call, Host)
         return self._mint(call, host.organization_id, host.id, now)
 
     def _mint(self, call: Call, owner: str, host: Optional[int], now: int) -> TokenView:
@@ -5315,7 +5324,7 @@ class Tokens(Rules):
 
     def get(self, call: Call, now: int) -> TokenView:
         """Raises NotFound."""
-        return self._view(self._own(call, Token), now)
+        return self._view(self._row_of(call, Token), now)
 
     def _view(self, token: Token, now: int) -> TokenView:
         if token.host_id is None:
@@ -5325,34 +5334,35 @@ class Tokens(Rules):
         return TokenView(token, secret_state(token, now), hosts)
 
     def revoke(self, call: Call, now: int) -> Any:
-        """Idempotent. values: withHosts, whether to revoke the hosts that enrolled with it: the
-        call while there may be more. Raises NotFound."""
-        token = self._own(call, Token)
+        """Revoke a token. Idempotent. values: withHosts, whether also the hosts that enrolled with
+        it: the call while there may be more. Raises NotFound."""
+        token = self._row_of(call, Token)
         if self._queries.revoke(Token, token.id, now):
             self._record("revoke", call.by.name, token)
         if call.values.get("withHosts") == "true":
             hosts = self._queries.live_hosts_of_token(token, ACTED_AT_ONCE)
-            each = call._replace(values={"reason": f"it enrolled with token {id_text(token.id)}"})
+            reason = f"it enrolled with token {id_text(token.id)}"
+            host_call = call._replace(values={"reason": reason})
             for number in hosts:
-                self._registry.hosts.revoke(each._replace(id=number), now)
+                self._registry.hosts.revoke(host_call._replace(id=number), now)
             if len(hosts) == ACTED_AT_ONCE:
                 return call
         return self.get(call, now)
 
     def prove(self, text: str, hostname: str, origin: Origin, now: int) -> Token:
-        """The token whose secret a caller has, in whatever state. Before the tick, as with API
-        keys. Raises TokenUnknown, TooManyRequests, StorageUnavailable."""
+        """Before the tick: the token whose secret a caller has, in whatever state the token is.
+        Raises TokenUnknown, TooManyRequests, StorageUnavailable."""
         secret = parse_secret(TOKEN_PREFIX, text)
         return self._prove(Token, secret, TokenUnknown(), origin, now, hostname=hostname)
 
     def list(self, call: Call, now: int) -> Page:
-        """values: organization, state (some), named. Raises InvalidQuery, NotFound."""
+        """A page of tokens. values: organization, state, named. Raises InvalidQuery, NotFound."""
         states = call.values.get("state", TOKEN_STATES)
 
         def view(token: Token) -> Optional[TokenView]:
             return self._view(token, now) if secret_state(token, now) in states else None
 
-        return self._page(call, self._newest(Token, call), view)
+        return self._page(call, self._reader(Token, call), view)
 
 
 def changed_facts(host: Host, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -5365,11 +5375,11 @@ def changed_facts(host: Host, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Sighting(NamedTuple):
-    """An instance of an agent begins to use a credential, or does so again after another (back)."""
+    """An instance of an agent begins to use a credential (new), or does so again (back)."""
 
     kind: str
     at: int  # Unix ms
-    instance: str  # of a machine, a boot of it and a folder
+    instance: str  # names a machine, its boot and a folder
     address: str
     hostname: str
 
@@ -5378,17 +5388,17 @@ _SEEN = re.compile(r"(?m)^(new|back) ([0-9]{1,15}) ([0-9a-f]{16}) (\S*) (\S*)$")
 
 
 class Enrollments(Rules):
-    """Exchange a token for a host and its credential.
+    """Exchanges a token for a host and its credential.
 
-    Serials: a new host gets 1. A replay (a reply was lost, and the same token comes again with the
-    same Idempotency-Key) gets the same credential, or one more than the highest issued. A
-    re-enrollment gets a serial beyond all that can be good: no older credential can be renewed past
-    it, and none counts that was issued after the backup from which this database may come.
+    Serials: a new host gets 1. A replay (the reply was lost, and the same token comes again with
+    the same Idempotency-Key) gets the same credential, or one with the next serial. A re-enrollment
+    gets a serial beyond all that can be valid: no older credential can be renewed past it, and none
+    counts that was issued after the backup from which this database may have been restored.
     """
 
     def enroll(self, call: Call, now: int) -> Enrollment:
-        """values: token (the row, of a caller who proved its secret), hostname, name, facts (by
-        column, '' where not given), idempotencyKey.
+        """Enroll a host. values: token (the row, of a caller who proved its secret), hostname,
+        name, facts (by column, '' if not given), idempotencyKey.
 
         Raises TokenRevoked, TokenUsed, TokenExpired, TokenHostMismatch, HostRevoked, HostUnknown.
         """
@@ -5401,31 +5411,31 @@ class Enrollments(Rules):
             raise
 
     def _enroll(self, token: Token, call: Call, now: int) -> Enrollment:
-        """The token row was read before the tick. What never changes of it is good; of its state
-        the guarded use_token() decides, and for a replay it is read again."""
+        """The token's row was read before the tick. Only columns that never change are used from
+        it. The guarded use_token() decides by its state; for a replay the row is read again."""
         text, address = call.values.get("idempotencyKey"), call.origin.address
         key = sha256(text) if text else None
-        known = self._queries.replayed_host(token.id, key) if key else None
-        if known is None:
+        replayed = self._queries.replayed_host(token.id, key) if key else None
+        if replayed is None:
             self._require_valid(token, now)
         else:
-            self._require_replayable(self._queries.get(Token, token.id) or token, known, now)
+            self._require_replayable(self._queries.get(Token, token.id) or token, replayed, now)
         names = token.hostname or call.values["hostname"], call.values["hostname"]
         if len({name.lower().rstrip(".") for name in names}) > 1:  # compared as in RFC 4343
             raise TokenHostMismatch()
-        if known is not None:
-            kind = self._kind("replay", known, tagged_id("token", token.id))
+        if replayed is not None:
+            kind = self._event_kind("replay", replayed, tagged_id("token", token.id))
             issued = self._registry.keys.issue_again(
-                known, 0, kind, address, now, hostname=call.values["hostname"]
+                replayed, 0, kind, address, now, hostname=call.values["hostname"]
             )
-            return Enrollment(known, issued, self._registry.heartbeats.interval_of(known))
+            return Enrollment(replayed, issued, self._registry.heartbeats.interval_of(replayed))
         self._registry.engine.require_durable()
         if not self._queries.use_token(token.id, now, address):
             self._require_valid(self._queries.get(Token, token.id), now)
             raise TokenUsed()
         if token.host_id is None:
-            return self._admit(token, key, call, now)
-        return self._readmit(token, key, call, now)
+            return self._enroll_new(token, key, call, now)
+        return self._enroll_again(token, key, call, now)
 
     @staticmethod
     def _require_valid(token: Optional[Token], now: int) -> None:
@@ -5435,8 +5445,8 @@ class Enrollments(Rules):
             raise refusals[state]()
 
     def _require_replayable(self, token: Token, host: Host, now: int) -> None:
-        """A lost reply may be asked for again until its credential is used, and as long as a token
-        lives that is not used, but for REPLAY_SHORTEST_MS at least."""
+        """A lost reply may be requested again until its credential is used or the token expires:
+        but for REPLAY_SHORTEST_MS after the enrollment at least, and REPLAY_LONGEST_MS at most."""
         is_revoked = token.revoked_at is not None or host.revoked_at is not None
         is_used = host.last_seen > 0 and host.serial >= host.admitted_serial
         end = max(token.expires_at, host.admitted_at + REPLAY_SHORTEST_MS)
@@ -5444,7 +5454,7 @@ class Enrollments(Rules):
             self._require_valid(token, now)
             raise TokenUsed("This Idempotency-Key has enrolled a host already: use another.")
 
-    def _admit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
+    def _enroll_new(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         hostname, keys, address = call.values["hostname"], self._registry.keys, call.origin.address
         facts = dict(call.values["facts"])
         facts["every_seconds"] = facts["every_seconds"] or None
@@ -5455,18 +5465,18 @@ class Enrollments(Rules):
             enrolled_at=now, enrolled_from=address, issued=1, issued_to=address, issued_at=now,
             admitted_by=token.id, admitted_at=now, admitted_serial=1, idempotency=key,
             twin_id=self._duplicate_of(token.organization_id, hostname, -1, now),
-            key_number=keys.number(keys.keyring.first.kid, now), status_since=now,
+            key_number=keys.number_of(keys.keyring.first.kid, now), status_since=now,
             own_interval=token.own_interval, ephemeral=token.ephemeral,
         )  # fmt: skip
         issued, interval = keys.sign(host), self._registry.heartbeats.interval_of(host)
         host = host._replace(issued_hash=issued.hash(0), told_interval=interval)
         if not self._queries.add_host(host):
-            return self._admit(token, key, call, now)  # the id is taken
+            return self._enroll_new(token, key, call, now)  # the id is taken
         actor = tagged_id("token", token.id)
         self._registry.reports.report([(host, PENDING, now)], actor, is_new=True)
-        return self._admitted("enroll", token, host, issued, call)
+        return self._enrolled("enroll", token, host, issued, call)
 
-    def _readmit(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
+    def _enroll_again(self, token: Token, key: Optional[bytes], call: Call, now: int) -> Enrollment:
         host = self._queries.get(Host, token.host_id) if token.host_id is not None else None
         if host is None:
             raise HostUnknown()
@@ -5482,24 +5492,24 @@ class Enrollments(Rules):
             instances="", copied_at=0, address_key=UNMATCHED,
             own_interval=token.own_interval or host.own_interval,
         )  # fmt: skip
-        # The answer may be lost: then the host goes on with the interval that it has.
+        # The answer may be lost: then the host keeps its present interval.
         interval = self._registry.heartbeats.interval_of(host._replace(**changes))
         changes["told_interval"] = max(interval, host.told_interval)
         issued = self._registry.keys.issue(host, changes, 0, call.origin.address, now)
-        return self._admitted("re-enroll", token, host._replace(**changes), issued, call)
+        return self._enrolled("re-enroll", token, host._replace(**changes), issued, call)
 
-    def _duplicate_of(self, owner: str, hostname: str, own: int, now: int) -> Optional[int]:
-        """A live host of an organization that has a hostname, and is another than own."""
-        others = self._queries.hosts_by_hostname(owner, hostname, DUPLICATES_EXAMINED)
-        if not others:
+    def _duplicate_of(self, owner: str, hostname: str, excluded: int, now: int) -> Optional[int]:
+        """The id of another host of an organization with a hostname, if it is online or pending."""
+        candidates = self._queries.hosts_by_hostname(owner, hostname, DUPLICATES_EXAMINED)
+        if not candidates:
             return None
         period = self._registry.service.period(now)
-        for host in others:
-            if period.status(*host.status_inputs) in ("pending", "online") and host.id != own:
+        for host in candidates:
+            if period.status(*host.status_inputs) in ("pending", "online") and host.id != excluded:
                 return host.id
         return None
 
-    def _admitted(
+    def _enrolled(
         self, action: str, token: Token, host: Host, issued: IssuedCredential, call: Call
     ) -> Enrollment:
         self._registry.metrics.tick["enrollments"] += 1
@@ -5513,15 +5523,15 @@ class Enrollments(Rules):
 
 @lru_cache(maxsize=1024)
 def interval_range(interval: int) -> tuple[int, int]:
-    """The shortest interval that is drawn from one in seconds, and how many there are."""
+    """The shortest interval that is drawn around one in seconds, and how many can be drawn."""
     shortest = -(-interval * (100 - HEARTBEAT_SPREAD) // 100)
     return shortest, interval * (100 + HEARTBEAT_SPREAD) // 100 - shortest + 1
 
 
 @lru_cache(maxsize=HOPS_CACHED)
 def address_key(address: str) -> int:
-    """What heartbeats from an address are compared by: an IPv4 address as a number; of an IPv6
-    address, as Origin spells it, 62 bits of the SHA-256; 0: not known."""
+    """The number that stands for an address in heartbeats: an IPv4 address itself; 62 bits of the
+    SHA-256 of an IPv6 address, as Origin spells it; 0 if the address is not known."""
     try:
         return int.from_bytes(map(int, address.split(".")), "big") if address else 0
     except ValueError:
@@ -5531,20 +5541,20 @@ def address_key(address: str) -> int:
 class Heartbeats(Rules):
     """A host presents its credential, and its lastSeen advances.
 
-    Plain heartbeats of a tick go in one statement, Queries.beat(), which is their authorization.
-    Where it does not match because interval, address or state has changed, the host's row tells,
-    and they are written together. What is left is judged by accept(), one by one: the first use of
-    a newer credential, a clock that went back, or a refusal. Heartbeats with facts or a renewal due
-    are calls: beat().
+    The plain heartbeats of a tick go in one statement, Queries.beat(), which also authorizes them.
+    Some do not match because interval, address or state has changed: the rows of their hosts tell,
+    and they are written together. The others are judged by accept(), one by one: the first use of a
+    newer credential, a clock that went back, or a refusal. Heartbeats with facts, or with a renewal
+    due, are calls: beat().
 
-    Law: an interval is in the host's row before it is sent, for its status follows from the row.
-    Plain heartbeats are answered from memory, so the statement compares that with the row.
+    Law: an interval is in the host's row before it is sent, because the status follows from the
+    row. Plain heartbeats are answered from memory, so the statement compares that with the row.
     """
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        # The last interval sent to each host, where it is not the server's. It may be wrong:
-        # another server may have answered since. Then the statement does not match.
+        # The last interval sent to each host, if it is not the server's. It may be out of date,
+        # because another server may have answered since. Then the statement does not match.
         self._intervals: dict[int, int] = {}
         self._usual_range = interval_range(registry.interval)
 
@@ -5553,13 +5563,13 @@ class Heartbeats(Rules):
         return host.every_seconds or host.own_interval or self._registry.interval
 
     def next_interval(self, host: int) -> int:
-        """Seconds until a host's next heartbeat, drawn for each: a fleet must not beat as one."""
-        own = self._intervals.get(host)
-        shortest, choices = self._usual_range if own is None else interval_range(own)
+        """Seconds until a host's next heartbeat, at random: a fleet must not beat all at once."""
+        interval = self._intervals.get(host)
+        shortest, choices = self._usual_range if interval is None else interval_range(interval)
         return shortest + int(random.random() * choices)
 
     def _remember(self, host: Host) -> int:
-        """The interval that is sent to a host from now on."""
+        """Remember the interval that is sent to a host from now on, and return it."""
         interval = self.interval_of(host)
         if interval == self._registry.interval:
             self._intervals.pop(host.id, None)
@@ -5569,12 +5579,12 @@ class Heartbeats(Rules):
 
     def batch(self, beats: Sequence[Heartbeat], now: int) -> Sequence[Union[int, Problem]]:
         """lastSeen of each plain heartbeat, or its refusal."""
-        kids = self._registry.keys.keyring.kids  # a key may be retired since these were verified
-        if len(self._intervals) >= CREDENTIALS_CACHED:  # not later: the answers need it
+        kids = self._registry.keys.keyring.kids  # a key may have been retired since
+        if len(self._intervals) >= CREDENTIALS_CACHED:  # now, not later: the answers need them
             self._intervals.clear()
-        own, usual = self._intervals.get, self._registry.interval
+        interval, usual = self._intervals.get, self._registry.interval
         rows: list[BeatRow] = [
-            (now, now, host, ref.serial, own(host, usual), address_key(origin.address), -now)
+            (now, now, host, ref.serial, interval(host, usual), address_key(origin.address), -now)
             for host, ref, origin in beats
             if ref.kid in kids
         ]
@@ -5582,8 +5592,8 @@ class Heartbeats(Rules):
         if self._queries.beat(rows) == len(beats):
             counts["heartbeats"] += len(beats)
             return [now] * len(beats)
-        # A query finds what the statement did match: online, with this serial and lastSeen now.
-        # Of a host with another heartbeat that it did not match, later ones are judged after it.
+        # A query finds the rows that the statement matched: online, with this serial and lastSeen
+        # now. After a heartbeat that did not match, later ones of the same host are judged too.
         origins = [origin for _, ref, origin in beats if ref.kid in kids]
         written = self._write_strays(rows, origins, now)
         strays: set[int] = set()
@@ -5608,33 +5618,33 @@ class Heartbeats(Rules):
     def _write_strays(
         self, rows: list[BeatRow], origins: list[Origin], now: int
     ) -> set[tuple[int, ...]]:
-        """Of the rows of a batch, write those of hosts that are to get another interval, have
-        moved or are back; host and serial of all that are written. A new --heartbeat-interval or a
-        new proxy brings the whole fleet here at once: so it is a few statements, and few events."""
+        """Write those rows of a batch whose hosts get another interval, have moved or are back.
+        Returns host and serial of all that are written. A new --heartbeat-interval or a new proxy
+        brings the whole fleet here at once: hence few statements, and few events."""
         written = self._queries.beats_written(now, [row[2] for row in rows])
         strays = {row[2:4]: o for row, o in zip(rows, origins) if row[2:6] not in written}
         heard = [
-            (self._place(host, origin, now), origin)
+            (self._with_address_key(host, origin, now), origin)
             for host in self._queries.hosts([host for host, _ in strays])
             if (origin := strays.get((host.id, host.serial)))
             and host.last_seen <= now
             and host.state != REVOKED
         ]
-        self._move(heard, now)
+        self._write_addresses(heard, now)
         self._write_beats([host for host, _ in heard], now)
         return {row[:2] for row in written}.union((host.id, host.serial) for host, _ in heard)
 
-    def _place(self, host: Host, origin: Origin, now: int) -> Host:
-        """A host with the address_key that a heartbeat leaves. One that moves again is heard from
-        any address for a while: else each of its heartbeats would go the general way."""
+    def _with_address_key(self, host: Host, origin: Origin, now: int) -> Host:
+        """A host with the address_key that a heartbeat leaves. One that moves again soon is heard
+        from any address for a while: else each of its heartbeats would take the general way."""
         is_other = origin.address not in ("", host.address) and host.moved_at > 0
         if 0 <= now - host.address_since < ADDRESS_KEPT_MS and (is_other or host.address_key < 0):
             return host._replace(address_key=-(host.address_since + ADDRESS_KEPT_MS))
         return host._replace(address_key=address_key(origin.address or host.address))
 
-    def _move(self, heard: Sequence[tuple[Host, Origin]], now: int) -> None:
-        """Write the addresses that are new of hosts, as _place() left them. The first one that is
-        known is no event; further ones within the hour are summed up."""
+    def _write_addresses(self, heard: Sequence[tuple[Host, Origin]], now: int) -> None:
+        """Write the new addresses of hosts, as _with_address_key() left them. The first known one
+        is no event; further ones within an hour are summed up."""
         audit, rows = self._registry.audit, []
         for host, origin in heard:
             if origin.address in ("", host.address) or host.address_key < 0:
@@ -5642,33 +5652,33 @@ class Heartbeats(Rules):
             is_due = host.address != "" and not 0 <= now - host.moved_at < HOUR * SECOND_MS
             limit = audit.refusals if is_due else audit.successes
             kind = "move", "server", "", host.organization_id, ""
-            if host.address and limit.takes(kind, is_full=not is_due):
+            if host.address and limit.try_list(kind, is_full=not is_due):
                 audit.origin = origin
-                ends = {"from": host.address, "to": origin.address}
-                self._record("move", tagged_id("host", host.id), host, **ends)
+                addresses = {"from": host.address, "to": origin.address}
+                self._record("move", tagged_id("host", host.id), host, **addresses)
             rows.append((origin.address, now, now if is_due else host.moved_at, host.id))
         if rows:
             self._queries.set_addresses(rows)
 
     def _write_beats(self, hosts: Sequence[Host], last_seen: int) -> None:
-        """Write heartbeats that were accepted, and report who is back."""
+        """Write accepted heartbeats, and report which hosts are back."""
         rows = [(last_seen, self._remember(host), host.address_key, host.id) for host in hosts]
         self._queries.write_beats(rows)
-        others = [host._replace(last_seen=last_seen) for host in hosts if host.state != ONLINE]
-        if others:
-            self._registry.reports.report([(host, ONLINE, last_seen) for host in others])
+        returned = [host._replace(last_seen=last_seen) for host in hosts if host.state != ONLINE]
+        if returned:
+            self._registry.reports.report([(host, ONLINE, last_seen) for host in returned])
 
     def accept(self, beat: Heartbeat, now: int) -> Host:
-        """Judge and write one heartbeat; the host as it is then. Raises CredentialInvalid,
+        """Judge and write one heartbeat. Returns the host as it is then. Raises CredentialInvalid,
         HostUnknown, HostLost, CredentialSuperseded, HostRevoked."""
         number, (serial, owner, kid), origin = beat
         name = tagged_id("host", number)
-        if kid not in self._registry.keys.keyring.kids:  # it was retired since it was verified
+        if kid not in self._registry.keys.keyring.kids:  # retired since the credential was verified
             raise CredentialInvalid()
         host = self._queries.get(Host, number)
         if host is None:
             feed = self._queries.feed()
-            after = first_id(feed.lost_until - LOST_WAIT * SECOND_MS + 1)  # of who came since
+            after = first_id(feed.lost_until - LOST_WAIT * SECOND_MS + 1)  # ids of later hosts
             is_lost = now < feed.lost_until and feed.newest_host < number < after
             raise (HostLost() if is_lost else HostUnknown()).with_audit(name, name, owner)
         if serial < host.serial:  # one of the two is a copy: the audit log has both addresses
@@ -5676,26 +5686,26 @@ class Heartbeats(Rules):
             raise CredentialSuperseded().with_audit(name, name, owner, **detail)
         if host.state == REVOKED:
             raise HostRevoked().with_audit(name, name, owner)
-        # Beyond all that a restored backup can have lost it was forged with a stolen key, and no
-        # re-enrollment could exceed it.
+        # A serial beyond all that a restored backup can have lost was forged with a stolen key, and
+        # no re-enrollment could exceed it.
         if serial > host.issued + SERIALS_LOST:
             raise CredentialInvalid().with_audit(name, name, owner)
         if serial > host.serial:  # the first use of a newer credential: older ones end here
-            key_number = self._registry.keys.number(kid, now)
+            key_number = self._registry.keys.number_of(kid, now)
             self._queries.edit_host(host.id, {"serial": serial, "key_number": key_number})
             self._record("supersede", name, host, serial=serial, superseded=host.serial)
             host = host._replace(serial=serial, key_number=key_number)
-        host = self._place(host, origin, now)
-        self._move([(host, origin)], now)
-        # lastSeen does not go back, unless it was written by a clock that was far ahead: a host
-        # that falls silent would else be online until the clock is there again.
+        host = self._with_address_key(host, origin, now)
+        self._write_addresses([(host, origin)], now)
+        # lastSeen does not go back, unless a clock that was far ahead wrote it: else a host that
+        # falls silent would be online until the clock gets there again.
         is_ahead = host.last_seen > now + CLOCK_SLACK * SECOND_MS
         last_seen = now if is_ahead else max(now, host.last_seen)
         self._write_beats([host], last_seen)
         return host._replace(last_seen=last_seen, state=ONLINE)
 
     def beat(self, call: Call, now: int) -> HeartbeatResult:
-        """A heartbeat that brings facts, or whose credential is due for renewal. values: claims,
+        """A heartbeat with facts, or with a credential that is due for renewal. values: claims,
         facts (by column), problem (of the body). Raises what accept() raises, then the problem."""
         claims, facts = call.values["claims"], dict(call.values.get("facts") or {})
         host = self.accept(heartbeat_of(claims, call.origin), now)
@@ -5703,35 +5713,35 @@ class Heartbeats(Rules):
             raise call.values["problem"]
         audit, keys, address = self._registry.audit, self._registry.keys, call.origin.address
         if "instances" in facts:
-            self._sight(host, facts, address, now)
+            self._judge_instance(host, facts, address, now)
         changes, issued = changed_facts(host, facts), None
         if changes:
-            kind = self._kind("edit", host)
+            kind = self._event_kind("edit", host)
             if audit.successes.has_room(kind):
                 self._registry.engine.require_durable()
             self._queries.edit_host(host.id, changes)
             host = host._replace(**changes)
             self._write_beats([host], host.last_seen)
-            names = (re.sub("_(.)", lambda it: it[1].upper(), column) for column in changes)
-            if audit.successes.takes(kind):
+            names = (re.sub("_(.)", lambda match: match[1].upper(), column) for column in changes)
+            if audit.successes.try_list(kind):
                 audit.record(*kind, facts=dict(zip(names, changes.values())))
-        # A copy from before a re-enrollment is not renewed. The old credential is good until a new
-        # one is first used, so a lost reply locks no host out.
+        # A copy from before a re-enrollment is not renewed. The old credential is valid until the
+        # new one is first used, so a lost reply locks no host out.
         if keys.is_due(claims, now) and claims.serial >= host.admitted_serial:
-            kind = self._kind("renew", host)
+            kind = self._event_kind("renew", host)
             issued = keys.issue_again(host, claims.serial, kind, address, now)
         self._registry.metrics.tick["heartbeats"] += 1
         return HeartbeatResult(host.id, host.last_seen, issued, self.next_interval(host.id))
 
-    def _sight(self, host: Host, facts: dict[str, Any], address: str, now: int) -> None:
-        """Take the instance out of facts, and judge it: copies of a credential take turns, so
-        theirs return; a machine that is started again has a new one. Does not wait for the disk."""
+    def _judge_instance(self, host: Host, facts: dict[str, Any], address: str, now: int) -> None:
+        """Take the instance out of facts, and judge it. Copies of a credential take turns, so their
+        instances return; a machine that restarts has a new one. Does not wait for the disk."""
         instance, hostname = facts.pop("instances"), facts.get("hostname", host.hostname)
         seen = [Sighting(kind, int(at), *rest) for kind, at, *rest in _SEEN.findall(host.instances)]
-        known = list(dict.fromkeys(each.instance for each in seen))[:INSTANCES_KNOWN]
-        if known[:1] == [instance]:
+        instances = list(dict.fromkeys(each.instance for each in seen))[:INSTANCES_KNOWN]
+        if instances[:1] == [instance]:
             return
-        kind = "back" if instance in known else "new"
+        kind = "back" if instance in instances else "new"
         seen.insert(0, Sighting(kind, now, instance, address, hostname))
         lines = [" ".join(map(str, each)) for each in seen[:SIGHTINGS_KEPT]]
         self._queries.edit_host(host.id, {"instances": "\n".join(lines)})
@@ -5742,7 +5752,7 @@ class Heartbeats(Rules):
             self._record("clone", tagged_id("host", host.id), host, hostname=hostname, **other)
 
     def note_copy(self, number: int, now: int) -> bool:
-        """Count a sign that a host's credential is copied. False: there was one in this hour."""
+        """Count a sign that a credential was copied. False if there was one within the hour."""
         is_first = self._queries.mark_copied(number, now)
         self._registry.metrics.tick["clones"] += is_first
         return is_first
@@ -5760,19 +5770,19 @@ class Heartbeats(Rules):
 
 
 def is_within(address: str, network: Any) -> bool:
-    """Whether a host's address is in a network; a forger may have put any text into the column."""
+    """Whether a host's address is in a network. The column may hold any text, if it was forged."""
     with suppress(ValueError):
         return ipaddress.ip_address(address) in network
     return False
 
 
-def _asked_states(values: Mapping[str, Any]) -> set[int]:
+def _states_of(values: Mapping[str, Any]) -> set[int]:
     return {STATUS_NAMES.index(status) for status in values.get("status", STATUSES)}
 
 
 def host_filter(values: Mapping[str, Any], now: int) -> Callable[[Host], bool]:
-    """Whether a host is one that a list is about, by the values of Hosts.list()."""
-    states = _asked_states(values)
+    """A function that says whether a list shows a host, by the values of Hosts.list()."""
+    states = _states_of(values)
     text, network = values.get("q", "").casefold(), values.get("address")
     token = parse_id(values["token"]) if "token" in values else None
     older = values.get("olderSeconds", -LAST_ID) * SECOND_MS
@@ -5792,13 +5802,13 @@ def host_filter(values: Mapping[str, Any], now: int) -> Callable[[Host], bool]:
 
 
 def _searched_text(host: Host) -> str:
-    """What a list of hosts is searched by: no query has an end of line."""
+    """The text in which q is searched for, a value a line: no query has an end of line."""
     names = host.name, host.hostname, id_text(host.id), host.address, host.os, host.architecture
     return "\n".join((*names, *map(str, stored_object(host.labels).values()))).casefold()
 
 
-# Of a list of hosts, but for enrolledAt: the states that come one after the other, or together, and
-# the column that each group is ordered by.
+# The orders of a list of hosts, except enrolledAt: groups of states, one group after the other,
+# each with the column that the group is ordered by.
 ORDERS: Mapping[str, Sequence[tuple[Sequence[int], str]]] = {
     "attention": (
         *(((state,), "status_since") for state in (OFFLINE, MISSING, PENDING, REVOKED)),
@@ -5807,42 +5817,42 @@ ORDERS: Mapping[str, Sequence[tuple[Sequence[int], str]]] = {
     "name": ((range(ONLINE, DELETED), "name"),),
     "statusSince": ((range(ONLINE, DELETED), "status_since"),),
 }
-# Of each column its way, and what is before all hosts: a value of it, and an id.
+# For each column its direction, and the position before all hosts: a value and an id.
 WAYS: Mapping[str, Any] = {"name": ("ASC", "", -1), "status_since": ("DESC", LAST_ID, LAST_ID)}
-HostPlace = tuple[int, Any, int]  # the number of its group, the value of the column, its id
+HostPosition = tuple[int, Any, int]  # the number of its group, the value of the column, its id
 
 
 class HostOrder:
-    """An order of hosts that indexes have."""
+    """An order of hosts for which there are indexes."""
 
-    def __init__(self, queries: Queries, sort: str, asked: set[int]) -> None:
-        """asked: the states that a list is about."""
-        groups = [([it for it in states if it in asked], column) for states, column in ORDERS[sort]]
+    def __init__(self, queries: Queries, sort: str, shown: set[int]) -> None:
+        """shown: the states that the list shows."""
+        groups = [([s for s in states if s in shown], column) for states, column in ORDERS[sort]]
         self._queries, self._groups = queries, [group for group in groups if group[0]]
         start = 0, *WAYS[self._groups[0][1]][1:]
-        self.order = Order(start, self._cursor, self._parse, self._place)
+        self.order = Order(start, self._cursor, self._parse, self._position)
 
-    def read(self, owner: Owner, place: HostPlace, limit: int) -> list[Host]:
-        first, *after = place
+    def read(self, owner: Owner, position: HostPosition, limit: int) -> list[Host]:
+        first, *after = position
         hosts: list[Host] = []
         for number, (states, column) in enumerate(self._groups[first:], first):
             way, *begin = WAYS[column]
-            about = column, way, states, owner, after if number == first else begin
-            hosts += self._queries.hosts_by(*about, limit - len(hosts))
+            query = column, way, states, owner, after if number == first else begin
+            hosts += self._queries.hosts_by(*query, limit - len(hosts))
             if len(hosts) == limit:
                 break
         return hosts
 
-    def _place(self, host: Host) -> HostPlace:
+    def _position(self, host: Host) -> HostPosition:
         number = next(n for n, (states, _) in enumerate(self._groups) if host.state in states)
         return number, getattr(host, self._groups[number][1]), host.id
 
-    def _cursor(self, place: HostPlace) -> str:
-        number, value, id = place
+    def _cursor(self, position: HostPosition) -> str:
+        number, value, id = position
         key = value.encode().hex() if isinstance(value, str) else id_text(value)
         return f"{number}.{id_text(id)}.{key}"
 
-    def _parse(self, cursor: str) -> HostPlace:
+    def _parse(self, cursor: str) -> HostPosition:
         number, id, key = cursor.split(".")
         is_name = self._groups[int(number)][1] == "name"
         if not is_name and not ID.fullmatch(key):
@@ -5852,15 +5862,15 @@ class HostOrder:
 
 
 class Hosts(Rules):
-    """The machines that have enrolled, as operators see and change them. What changes them takes a
+    """The machines that have enrolled, as operators see and change them. Each change takes a
     reason, for the audit log."""
 
     def get(self, call: Call, now: int) -> HostView:
         """Raises NotFound."""
-        return self._view(self._own(call, Host), self._registry.service.period(now), now)
+        return self._view(self._row_of(call, Host), self._registry.service.period(now), now)
 
     def _view(self, host: Host, period: ServicePeriod, now: int, reported: str = "") -> HostView:
-        """reported: its status in lists, which go by that, so that counts and rows agree."""
+        """reported: the status that lists show, so that rows agree with counts."""
         status, reason = period.status(*host.status_inputs), period.reason(*host.status_inputs)
         if reported not in ("", status):  # until the next sweep
             reason = f"Reported as {reported} at {rfc3339(host.status_since)}."
@@ -5883,19 +5893,19 @@ class Hosts(Rules):
         return view
 
     def edit(self, call: Call, now: int) -> HostView:
-        """values: name, labels (where it merges, changes of them), intervalSeconds (None: that of
-        the server), mutedUntil, or some of them. Raises NotFound, InvalidBody."""
-        host, changes, detail = self._own(call, Host), {}, {}
+        """values, any of: name, labels (with merges, changes of them), intervalSeconds (None: the
+        server's), mutedUntil. Raises NotFound, InvalidBody."""
+        host, changes, detail = self._row_of(call, Host), {}, {}
         for name in filter(call.values.__contains__, EDITED):
             column, value = EDITED[name], call.values[name]
             if name == "labels" and call.values.get("merges"):
-                value = self._merged(host, value)
+                value = self._merged_labels(host, value)
             stored = json_text(value) if name == "labels" else value
             if name == "mutedUntil":
                 stored = max(unix_ms(value), 0) if value else 0
             if stored != getattr(host, column):
                 changes[column], detail[name] = stored, "none" if value is None else value
-        if "own_interval" in changes:  # its next heartbeat is answered with it
+        if "own_interval" in changes:  # then the next heartbeat is answered with it
             changes["address_key"] = UNMATCHED
         if changes:
             self._queries.edit_host(host.id, changes)
@@ -5903,8 +5913,9 @@ class Hosts(Rules):
         return self.get(call, now)
 
     @staticmethod
-    def _merged(host: Host, changes: Optional[Mapping[str, Any]]) -> dict[str, Any]:
-        """A host's labels after changes: by RFC 7396, None removes one, or all."""
+    def _merged_labels(host: Host, changes: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+        """A host's labels after changes. By RFC 7396, None as a value removes one label, and None
+        as changes removes all."""
         both = {} if changes is None else {**stored_object(host.labels), **changes}
         labels = {key: value for key, value in both.items() if value is not None}
         if len(labels) > Labels.COUNT:
@@ -5913,15 +5924,15 @@ class Hosts(Rules):
         return labels
 
     def revoke(self, call: Call, now: int) -> HostView:
-        """Shut a host out: its next heartbeat is refused. Idempotent. Raises NotFound."""
-        return self._activate("revoke", now, call, now)
+        """Block a host: its next heartbeat is refused. Idempotent. Raises NotFound."""
+        return self._set_block("revoke", now, call, now)
 
     def restore(self, call: Call, now: int) -> HostView:
-        """Let a host in again with the credential that it has. Idempotent. Raises NotFound."""
-        return self._activate("restore", None, call, now)
+        """Accept a host again, with the credential that it has. Idempotent. Raises NotFound."""
+        return self._set_block("restore", None, call, now)
 
-    def _activate(self, action: str, revoked_at: Optional[int], call: Call, now: int) -> HostView:
-        host = self._own(call, Host)
+    def _set_block(self, action: str, revoked_at: Optional[int], call: Call, now: int) -> HostView:
+        host = self._row_of(call, Host)
         if (host.revoked_at is None) != (revoked_at is None):
             times = {"revoked_at": revoked_at, "restored_at": 0 if revoked_at else now}
             self._queries.edit_host(host.id, times)
@@ -5933,8 +5944,8 @@ class Hosts(Rules):
         return self.get(call, now)
 
     def delete(self, call: Call, now: int, action: str = "delete") -> DeletedHost:
-        """Also revoke the tokens that are bound to it. Raises NotFound, also the second time."""
-        host, reason = self._own(call, Host), call.values.get("reason")
+        """Also revoke the tokens bound to the host. Raises NotFound, also the second time."""
+        host, reason = self._row_of(call, Host), call.values.get("reason")
         self._registry.reports.report([(host, DELETED, now)], call.by.name)
         self._queries.delete_host(host.id, now)
         self._record(action, call.by.name, host, hostname=host.hostname, reason=reason)
@@ -5942,43 +5953,43 @@ class Hosts(Rules):
         is_good = token is not None and secret_state(token, now) == "valid"
         return DeletedHost(host, token if is_good else None)
 
-    def act(self, call: Call, now: int) -> Acted:
-        """An act above on each of many hosts; where it is refused for one, on none. values:
-        action, hosts (ids, or each Named), and those of edit, where labels are changes. Raises
-        InvalidBody, Conflict."""
+    def act(self, call: Call, now: int) -> BulkResult:
+        """Run an act above on many hosts; if it is refused for one of them, on none. values:
+        action, hosts (ids or Named), those of edit() with labels as changes. Raises InvalidBody,
+        Conflict."""
         act, not_found = getattr(self, call.values["action"]), []
         if act != self.edit and any(name in call.values for name in EDITED):
             raise InvalidBody("Only the action edit takes labels, intervalSeconds and mutedUntil.")
-        each = call._replace(values={**call.values, "merges": True})
+        host_call = call._replace(values={**call.values, "merges": True})
         hosts: dict[int, None] = {}
-        for it in call.values["hosts"]:  # all first: where one is gone, its name may fit another
-            named = it if isinstance(it, Named) else Named(Host, it, False)
+        for host in call.values["hosts"]:  # find all first: without one, its name may match another
+            named = host if isinstance(host, Named) else Named(Host, host, False)
             try:
                 hosts[self._registry.names.find(call.by.organization, named).id] = None
             except NotFound:
                 not_found.append(named.word)
         for number in hosts:
-            act(each._replace(id=number), now)
-        return Acted(len(hosts), not_found)
+            act(host_call._replace(id=number), now)
+        return BulkResult(len(hosts), not_found)
 
     def census(self, owner: Owner) -> Counter[tuple[str, str]]:
-        """How many hosts each organization that is in sight has in each status, as reported."""
+        """How many hosts each organization in sight has in each status, as reported."""
         rows = self._queries.census(owner)
         return Counter({(slug, STATUS_NAMES[state]): hosts for slug, state, hosts in rows})
 
     def list(self, call: Call, now: int) -> Any:
-        """values: organization, status (some), address (a network), q, label (values of a
-        LabelFilter), label! (the opposite), token, signingKey, olderSeconds (since its status
-        began), incident, named, sort (of ORDERS, or enrolledAt). The call while incidents are
-        found. Raises InvalidQuery, NotFound."""
+        """A page of hosts; the call while incidents are searched. values: organization, status (one
+        or more), address (a network), q, label (values of a LabelFilter), label! (the opposite),
+        token, signingKey, olderSeconds (since its status began), incident, named, sort (of ORDERS,
+        or enrolledAt). Raises InvalidQuery, NotFound."""
         values, queries = call.values, self._queries
         period, is_wanted = self._registry.service.period(now), host_filter(values, now)
-        incident, found = values.get("incident"), Page([])
+        incident, incidents = values.get("incident"), Page([])
         if incident:
-            found = self._registry.incidents.list(call, now)
-            if found is call:
+            incidents = self._registry.incidents.list(call, now)
+            if incidents is call:
                 return call
-        members = {host for it in found.items if it.id == incident for host in it.hosts}
+        members = {host for one in incidents.items if one.id == incident for host in one.hosts}
 
         owner, kid = self._scope(call, InvalidQuery, "organization"), values.get("signingKey")
         key = queries.signing_key_number(kid) or 0 if kid else None  # no key has 0
@@ -5991,16 +6002,16 @@ class Hosts(Rules):
             return self._view(host, period, now, STATUS_NAMES[host.state])
 
         order, sort = NEWEST, values.get("sort", "enrolledAt")
-        read: Callable[[Owner, Any, int], Sequence[Any]] = self._newest(Host, call)
+        read: Callable[[Owner, Any, int], Sequence[Any]] = self._reader(Host, call)
         if "named" in values:
             sort = "enrolledAt"
         elif "token" in values:
-            token = self._common(Host, owner, "token_id", values["token"])
+            token = self._owned_id(Host, owner, "token_id", values["token"])
             read = lambda _, *page: queries.newest(Host, None, *page, token_id=token)  # noqa: E731
-        elif key is not None and owner is ALL_ORGANIZATIONS:  # else others' may be all of them
+        elif key is not None and owner is ALL_ORGANIZATIONS:  # else all may be of others
             read = partial(queries.hosts_of_key, key)
         if sort != "enrolledAt":
-            sorted_hosts = HostOrder(queries, sort, _asked_states(values))
+            sorted_hosts = HostOrder(queries, sort, _states_of(values))
             read, order = sorted_hosts.read, sorted_hosts.order
         page = self._page(call, read, view, order=order)
         counts = Counter(dict.fromkeys(STATUSES, 0))
@@ -6010,53 +6021,53 @@ class Hosts(Rules):
 
 
 class Expiry(Rules):
-    """Hosts that have been silent for too long are deleted: those of ephemeral tokens, and with
-    serve --expire-missing all others. They are reported as silent by then, and no pause of the
-    servers counts, as in their status. A cut cable is no decommissioning: when too many others of
-    an organization expire in a day the rest stay, until an operator lets them go for a day. Its row
-    says so, for all servers."""
+    """Deletes hosts that have been silent for too long: those of ephemeral tokens, and with serve
+    --expire-missing all others. They were reported as silent by then, and no pause of the servers
+    counts, as in their status. A cut cable must not delete a fleet: when too many others of an
+    organization expire in a day, the rest stay until an operator allows it for a day. The
+    organization's row says so, for all servers."""
 
-    FIRST = -1, -1  # all come after it
+    FIRST = -1, -1  # the position before all hosts
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self._began = 0  # when this server looked first, in Unix ms
-        self._after = self.FIRST  # the last host that it has looked at: status_since and id
+        self._began = 0  # when this server first looked, in Unix ms
+        self._after = self.FIRST  # that of the last host examined: status_since and id
 
     def run(self, call: Call, now: int) -> float:
-        """Look at EXPIRED_AT_ONCE silent hosts. Seconds until the next are due."""
-        service, rooms = self._queries.service(), dict[str, int]()
+        """Examine EXPIRED_AT_ONCE silent hosts. Returns the seconds until the next are due."""
+        service, quotas = self._queries.service(), dict[str, int]()
         self._began = min(self._began or now, now)
         began = max(self._began, service.started) if service else now
         if not is_served(service, now) or now - began < EXPIRY_CALM_MS:
-            return ALIVE_EVERY  # who lives may not have been heard yet
+            return ALIVE_EVERY  # live hosts may not have been heard yet
         after, period = self._after, ServicePeriod(service, now)
         silent = "status_since", "ASC", (PENDING, OFFLINE, MISSING), ALL_ORGANIZATIONS
         hosts = self._queries.hosts_by(*silent, after, EXPIRED_AT_ONCE)
-        each = call._replace(by=SYSTEM._replace(name="expire"))
+        host_call = call._replace(by=SYSTEM._replace(name="expire"))
         for host in hosts:
             after = host.status_since, host.id
             since = max(host.last_seen, host.admitted_at, host.restored_at)
             silence, _ = period.silence_ms(since, host.told_interval)
             limit = host.ephemeral or self._registry.expire_missing or LAST_SECOND
             is_due = silence > max(limit, EXPIRY_INTERVALS * host.told_interval) * SECOND_MS
-            if is_due and (host.ephemeral or self._may_go(host.organization_id, rooms, now)):
+            if is_due and (host.ephemeral or self._may_expire(host.organization_id, quotas, now)):
                 self._registry.engine.require_durable()  # before this rule remembers anything
-                self._registry.hosts.delete(each._replace(id=host.id), now, "expire")
+                self._registry.hosts.delete(host_call._replace(id=host.id), now, "expire")
         has_more = len(hosts) == EXPIRED_AT_ONCE
         self._after = after if has_more else self.FIRST
         return EXPIRY_REST if has_more else ALIVE_EVERY
 
-    def _may_go(self, owner: str, rooms: dict[str, int], now: int) -> bool:
-        """Whether one more host of an organization may. rooms: how many may, by organization."""
-        rooms[owner] = (rooms[owner] if owner in rooms else self._room(owner, now)) - 1
-        if rooms[owner] == -1:
+    def _may_expire(self, owner: str, quotas: dict[str, int], now: int) -> bool:
+        """Whether one more host of an organization may expire. quotas: how many still may."""
+        quotas[owner] = (quotas[owner] if owner in quotas else self._quota(owner, now)) - 1
+        if quotas[owner] == -1:
             log.warning("too many hosts of %s expired in a day: run expire-hosts --force", owner)
             self._queries.set_expiry(owner, now)
-        return rooms[owner] >= 0
+        return quotas[owner] >= 0
 
-    def _room(self, owner: str, now: int) -> int:
-        """How many may; -1: it is stopped."""
+    def _quota(self, owner: str, now: int) -> int:
+        """How many hosts of an organization may expire now; -1 if it is stopped."""
         row, day = self._queries.get(Organization, owner), DAY * SECOND_MS
         if row is None or row.expiry > 0:
             return -1
@@ -6066,25 +6077,25 @@ class Expiry(Rules):
         hosts = expired + sum(self._registry.hosts.census(owner).values())
         return max(0, max(EXPIRED_FREELY, hosts // EXPIRED_SHARE) - expired)
 
-    def force(self, call: Call, now: int) -> Acted:
-        """Let them go for a day. values: organization. Raises InvalidQuery."""
+    def force(self, call: Call, now: int) -> BulkResult:
+        """Let any number of hosts expire for a day. values: organization. Raises InvalidQuery."""
         owner = self._scope(call, InvalidQuery, "organization")
         self._registry.audit.record("allow-expiry", call.by.name, "", owner)
-        return Acted(self._queries.set_expiry(owner, -now), [])
+        return BulkResult(self._queries.set_expiry(owner, -now), [])
 
 
 # The registry.
 #
-# Theory of operation: the tick. run() takes what has arrived and runs all of it in one
-# transaction, which waits for the disk once if anything in it is durable. Where a rule finds that
-# it has to be and is not, it is rolled back and begun again. Heartbeats go first, in one statement;
-# then each call, in a savepoint if it may write: a refused one is undone, and the others stand.
+# Theory of operation: the tick. run() runs all calls that have arrived in one transaction, which
+# waits for the disk once if any of them is durable. If a rule finds that the transaction must be
+# durable and is not, it is rolled back and run again. Heartbeats go first, in one statement; then
+# each call, in a savepoint if it may write: a refused call is undone, and the others stand.
 #
 # If the database fails, the whole transaction is dead: SQLite may have rolled it back, and one more
 # statement would be committed by itself. So every answer of the tick becomes 503, also that of a
-# read: it may have seen rows that are gone. If another process holds the write lock, run() returns
-# None: ask again. A defect in a rule is that call's 500. What cannot pass by itself (Unrecoverable,
-# no memory) passes through: nothing is rolled back or closed, the process ends.
+# read, which may have seen rows that are gone. If another process holds the write lock, run()
+# returns None: call it again. A defect in a rule gives that call 500. What cannot pass by itself
+# (Unrecoverable, no memory) is not caught: nothing is rolled back or closed, and the process ends.
 
 
 class Registry:
@@ -6096,7 +6107,7 @@ class Registry:
         audit_keep: Optional[int] = None, changes_keep: int = CHANGES_KEPT,
         expire_missing: Optional[int] = None,
     ) -> None:  # fmt: skip
-        """All in seconds; None: neither credentials nor hosts expire, events are kept for ever."""
+        """All in seconds. None: neither credentials nor hosts expire; events are kept for ever."""
         self.engine = engine
         self.interval, self.expire_missing = interval, expire_missing
         self.queries = Queries(engine)
@@ -6115,16 +6126,16 @@ class Registry:
         self.heartbeats = Heartbeats(self)
         self.hosts = Hosts(self)
         self.expiry = Expiry(self)
-        self.inventories: WeakSet[Any] = WeakSet()  # that are being made
-        self.storage_trouble = ""  # why the last tick that was to write failed; '' if it did not
-        self._logged: set[str] = set()  # troubles: each once, not once for each tick
+        self.inventories: WeakSet[Any] = WeakSet()  # those that are being made
+        self.storage_trouble = ""  # why the last tick that was to write failed; '' if it succeeded
+        self._logged: set[str] = set()  # troubles that were logged: each once, not in every tick
         self._failed_at = 0.0
         self._next_checkpoint = 0.0  # while there is trouble
 
     def run(self, calls: Sequence[Work], now: int, durable: bool = False) -> Optional[list[Any]]:
-        """One transaction. The outcome of each call, in order, all of it committed: the value of
-        its rule, or the Problem (of a command's call also the OperatorError) that refuses it.
-        None: another writer is at work. Ask again with the same calls, or stop_waiting()."""
+        """Run calls in one transaction. Returns the outcome of each, in order, all committed: the
+        value of its rule, or the Problem (for a command also the OperatorError) that refuses it.
+        None if another writer is at work: call it again with the same calls, or stop_waiting()."""
         requests = [call for call in calls if isinstance(call, Call)]
         beats = [call for call in calls if isinstance(call, Heartbeat)] if requests else calls
         writes = bool(beats) or any(call.operation.writes for call in requests)
@@ -6134,7 +6145,7 @@ class Registry:
             if not self.engine.begin(writes, durable):
                 return None
             if requests:
-                self.keys.follow()
+                self.keys.reload_if_changed()
             if writes:
                 self.audit.begin(now)
             outcomes: list[Any] = []
@@ -6175,7 +6186,7 @@ class Registry:
             if call.named is not None:
                 call = call._replace(id=self.names.find(call.by.organization, call.named).id)
             outcome = call.operation.run(self, call, now)
-        except BadRow as error:  # of this call, and not of the tick
+        except BadRow as error:  # this call fails, and not the tick
             outcome = self.unavailable(error, writes=False)
         except (StoreError, MemoryError):
             raise
@@ -6195,7 +6206,7 @@ class Registry:
         return outcome
 
     def refuse(self, problem: Problem, origin: Origin, now: int, in_tick: bool) -> None:
-        """Record that a call was refused; what it wrote has been undone."""
+        """Record that a call was refused. Its writes are undone already."""
         self.audit.refuse(problem, origin, now, in_tick)
         if isinstance(problem, CredentialSuperseded):
             self.heartbeats.note_copy(parse_id(problem.subject.partition(":")[2]), now)
@@ -6211,19 +6222,19 @@ class Registry:
         self.metrics.commits.observe(time.perf_counter() - started)
         self.metrics.counts.update(self.metrics.tick)
         self.metrics.tick.clear()
-        self.reports.settle(is_committed=True)
-        self.audit.emit()
-        if has_written:  # a full disk takes a commit of nothing
+        self.reports.end_tick(is_committed=True)
+        self.audit.log_events()
+        if has_written:  # a commit of nothing succeeds on a full disk, too
             self.storage_trouble = ""
-        # On a disk that is nearly full some ticks succeed, and others do not.
+        # On a disk that is nearly full some ticks succeed, and others fail.
         if self._logged and time.monotonic() - self._failed_at > TROUBLE_OVER:
             self._logged.clear()
             log.info("storage: the database can be used again")
 
     def _roll_back(self) -> None:
         self.engine.rollback()
-        self.audit.forget()
-        self.reports.settle(is_committed=False)
+        self.audit.roll_back()
+        self.reports.end_tick(is_committed=False)
         self.metrics.tick.clear()
 
     def _note_failure(self, trouble: str, writes: bool) -> None:
@@ -6235,7 +6246,7 @@ class Registry:
             self.storage_trouble = trouble
 
     def unavailable(self, error: StoreError, writes: bool) -> Problem:
-        """The refusal of calls that the database failed. Raises Unrecoverable if migrated."""
+        """The refusal of calls if the database failed. Raises Unrecoverable if it was migrated."""
         with suppress(StoreError):
             self.engine.require_our_schema()
         self._note_failure(str(error), writes)
@@ -6245,7 +6256,7 @@ class Registry:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around a look-up outside of a tick. Raises StorageUnavailable."""
+        """Surrounds a look-up outside of a tick. Raises StorageUnavailable."""
         try:
             self.engine.require_unchanged(durable=False)
             yield
@@ -6253,8 +6264,8 @@ class Registry:
             raise self.unavailable(error, writes=False) from error
 
     def perform(self, call: Call, now: int) -> Any:
-        """The value of one call: a tick of its own, or as many as it takes, waiting up to
-        LOCK_PATIENCE seconds in each for other writers. Raises the Problem or OperatorError."""
+        """Run one call, in as many ticks as it needs, and return its value. Each tick waits up to
+        LOCK_PATIENCE seconds for other writers. Raises the Problem or OperatorError."""
         outcome: Any = call
         while isinstance(outcome, Call):
             deadline = time.monotonic() + LOCK_PATIENCE
@@ -6268,22 +6279,22 @@ class Registry:
         return outcome
 
     def stop_waiting(self) -> Problem:
-        """Stop waiting for another writer: what refuses the calls that waited."""
+        """Stop waiting for another writer. Returns the refusal of the calls that waited."""
         return self.unavailable(self.engine.stop_waiting(), writes=True)
 
-    def follow(self) -> None:
-        """Between ticks: go by the keys as other processes have changed them."""
-        with suppress(StoreError):  # the tick meets it, too
-            self.keys.follow()
+    def reload_changed_keys(self) -> None:
+        """Between ticks: use the keys as other processes have changed them."""
+        with suppress(StoreError):  # the tick fails, too
+            self.keys.reload_if_changed()
 
     def feed_ends(self) -> tuple[int, int]:
         """Between ticks: the numbers of the last change and the last event."""
         with suppress(StoreError):
             return self.queries.feed_ends()
-        return -1, -1  # who waits asks again, and meets it
+        return -1, -1  # then waiting reads run again, and fail
 
     def after_tick(self) -> None:
-        """Between ticks: a checkpoint. No answer waits for it; it may make room on a full disk."""
+        """Between ticks: a checkpoint. No answer waits for it. It may make room on a full disk."""
         if not self.storage_trouble:
             self.engine.checkpoint()
         elif time.monotonic() >= self._next_checkpoint:
@@ -6291,31 +6302,32 @@ class Registry:
             self.engine.checkpoint(is_forced=True)
 
     def housekeeping(self, now: int) -> float:
-        """What a server does every ALIVE_EVERY seconds, as a call. Seconds until it is due: none
-        while there is more to prune, so that keeps pace with any load. Raises Unrecoverable."""
+        """The call that a server makes every ALIVE_EVERY seconds. Returns the seconds until the
+        next: 0 while there is more to prune, to keep pace with any load. Raises Unrecoverable."""
         self.engine.require_unchanged(durable=True)
         self.engine.require_our_schema()
         self.service.keep_alive(now)
         self.service.watch_certificate(now)
         self.api_keys.record_uses()
         self.keys.reload()
-        self.keys.note_trouble()
+        self.keys.record_trouble()
         if not self.keys.file.trouble:
-            self.keys.learn("key-file", now)
+            self.keys.sync_kids("key-file", now)
         self.incidents.forget(now)
         has_more = [self.queries.prune_tokens(now - TOKEN_KEPT * SECOND_MS)]
         has_more += self.reports.prune(now), self.audit.prune(self.keys.keyring, now)
         return 0 if any(has_more) else ALIVE_EVERY
 
     def copies_in(self, folder: str) -> list[str]:
-        """The paths of a backup of database and key file there."""
+        """The paths of database and key file in a backup that is in this folder."""
         sources = self.engine.path, os.path.realpath(self.keys.file.path)
         return [os.path.join(folder, os.path.basename(path)) for path in sources]
 
     def backup(self, folder: str, progress: Progress = no_progress,
                parent: Optional[Folder] = None) -> tuple[str, str]:  # fmt: skip
-        """Copy database and key file into a folder, whole or not at all; their paths there. It must
-        have no database in use, nor files of another fleet. Raises OperatorError, StoreError."""
+        """Copy database and key file into a folder, whole or not at all; returns their paths. It
+        must have no database in use and no other fleet's files. Raises OperatorError,
+        StoreError."""
         with closing(Folder(folder, parent)) as copies:
             names, (database, key_file) = self.copies_in(""), self.copies_in(copies.path)
             sources = self.engine.path, os.path.realpath(self.keys.file.path)
@@ -6323,14 +6335,15 @@ class Registry:
                 raise OperatorError(f"{copies.path} has a database in use: name another folder")
             if database == key_file:
                 raise OperatorError("database and key file have the same name: rename one")
-            claim_for_backup(copies)
+            lock_for_backup(copies)
             if os.path.lexists(database) or os.path.lexists(key_file):
                 self.keys_of_backup(copies.path)
             self._copy_pair(copies, names, progress)
         return database, key_file
 
     def keys_of_backup(self, folder: str) -> Keyring:
-        """Raises OperatorError where it is not of this fleet, whose audit key never changes."""
+        """The keys of a backup. Raises OperatorError if it is of another fleet: the audit key of a
+        fleet never changes."""
         with suppress(OperatorError):
             keyring = load_keyring(self.copies_in(folder)[1], self.engine.path)
             if equal_secrets(keyring.audit_key, self.keys.keyring.audit_key):
@@ -6338,13 +6351,14 @@ class Registry:
         raise OperatorError(f"{folder} has other files of these names: name another folder")
 
     def _copy_pair(self, copies: Folder, names: Sequence[str], progress: Progress) -> None:
-        """The key file is read last: then it has the keys that the copy of the database knows. Both
-        take their places when they are on the disk. They are ours, whatever they replace."""
+        """The key file is read last, so that it has the keys that the copy of the database knows.
+        Both are renamed into place when they are on the disk. They are ours, whatever they
+        replace."""
         with copies.replacing(names[0]) as copy:
 
             def pause(done: int, total: int) -> None:
                 progress(done, total)
-                os.fdatasync(copy.fileno())  # all of it at the end would hold up every other sync
+                os.fdatasync(copy.fileno())  # one sync at the end would delay all others
                 time.sleep(BACKUP_PAUSE)
 
             self.engine.begin(writes=False, durable=False)
@@ -6367,25 +6381,26 @@ class Registry:
         self.engine.close()
 
 
-# Calls of the program itself. START_SERVICE: value url. LEARN_KEYS: restarts_audit.
+# Calls of the program itself. Values: url of START_SERVICE, restarts_audit of SYNC_KIDS.
 # fmt: off
 HOUSEKEEPING = InternalRule(lambda registry, call, now: registry.housekeeping(now))
 SWEEP = InternalRule(lambda registry, call, now: registry.reports.sweep(now))
 EXPIRE = InternalRule(lambda registry, call, now: registry.expiry.run(call, now))
 WRITE_REFUSALS = InternalRule(lambda registry, call, now: None)  # as every tick that writes does
-FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.sum_up(now, True))
+FINAL_AUDIT_FLUSH = InternalRule(lambda registry, call, now: registry.audit.end_periods(now, True))
 START_SERVICE = InternalRule(
     lambda registry, call, now: registry.service.start(**call.values, now=now), durable=True)
 KNOWN_KIDS = InternalRule(
     lambda registry, call, now: registry.queries.kids(with_retired=False), writes=False)
-LEARN_KEYS = InternalRule(
-    lambda registry, call, now: registry.keys.learn("key-file", now, **call.values), durable=True)
+SYNC_KIDS = InternalRule(
+    lambda registry, call, now: registry.keys.sync_kids("key-file", now, **call.values),
+    durable=True)
 REDO_AFTER_RESTORE = InternalRule(
     lambda registry, call, now: registry.reports.redo_after_restore(call, now), durable=True)
 ACCEPT_HISTORY = InternalRule(
-    lambda registry, call, now: registry.reports.accept(call, now), durable=True)
+    lambda registry, call, now: registry.reports.accept_history(call, now), durable=True)
 # fmt: on
-# What a server calls again and again: seconds until the first time. They return those to the next.
+# The calls that a server repeats: seconds until the first. Each returns those until the next.
 RECURRING = {HOUSEKEEPING: 0, SWEEP: SWEEP_REST, EXPIRE: ALIVE_EVERY}
 
 
@@ -6415,19 +6430,19 @@ def open_registry(
     """
     engine = Engine(database)
     if purpose not in ("serve", "copy") and not os.path.exists(f"{engine.path}-journal"):
-        with closing(Engine(database)) as seen:  # to open it to write would make and move files
-            if seen.file_sizes()[0] > 0 and seen.open(as_it_is=True):
-                _require_our_version(seen)
+        with closing(Engine(database)) as probe:  # opening it to write would make and move files
+            if probe.file_sizes()[0] > 0 and probe.open(as_it_is=True):
+                _require_our_version(probe)
     try:
         engine.lock.acquire(LOCK_PATIENCE)
         keys = KeyFile(key_file, engine.path)
         keyring, is_adopted = _open_pair(engine, keys, init, purpose, now)
         engine.lock.release()
         registry = Registry(engine, keys, keyring, **options)
-        if engine.version() < SCHEMA_VERSION or engine.schema_fault:  # it is only read
+        if engine.version() < SCHEMA_VERSION or engine.schema_fault:  # opened to read
             return registry
         if is_adopted or registry.perform(Call(KNOWN_KIDS), now) != set(registry.keys.keyring.kids):
-            registry.perform(Call(LEARN_KEYS, values={"restarts_audit": is_adopted}), now)
+            registry.perform(Call(SYNC_KIDS, values={"restarts_audit": is_adopted}), now)
         return registry
     except (Unrecoverable, MemoryError):
         raise
@@ -6446,7 +6461,7 @@ def _require_our_version(engine: Engine) -> None:
 def _open_pair(
     engine: Engine, keys: KeyFile, init: bool, purpose: str, now: int
 ) -> tuple[Keyring, bool]:
-    """Open or make both, with the lock held: the keyring, and whether it has to be adopted."""
+    """With the lock held: open or make both. Returns the keys, and whether to adopt them."""
     database, key_file = engine.path, keys.path
     has_database = engine.file_sizes()[0] > 0 and engine.open()
     if not has_database and (remedy := how_to_continue(database)):
@@ -6456,17 +6471,8 @@ def _open_pair(
     if has_database:
         engine.compare_schema(refuses=purpose not in ("read", "copy"))
     has_keys = os.path.exists(key_file)
-    if has_database and not has_keys and not init:
-        raise OperatorError(
-            f"there is a database {database} but no key file {key_file}: restore the key file "
-            "from a backup, or make new keys with serve --init (every host must re-enroll)"
-        )
-    if has_keys and not has_database and not init:
-        raise OperatorError(
-            f"there is a key file {key_file} but no database {database}: restore the database "
-            "from a backup, name other files with --db and --key-file, or make a new database for "
-            "these keys with serve --init"
-        )
+    if not init:
+        _require_both_or_none(database, key_file, has_database, has_keys)
     keyring = keys.load() if has_keys else new_keyring()
     if not has_database:
         _make_database(engine, keys, keyring, not has_keys, now)
@@ -6482,14 +6488,14 @@ def _open_pair(
         _copy_older(engine)
 
         def finish(older: int) -> None:
-            # With keys that are adopted the log begins again: they verify nothing of it.
+            # With adopted keys the log begins again: they cannot verify the old one.
             if not is_adopted:
-                begin_format(Queries(engine), keyring, now, older)
+                begin_audit_format(Queries(engine), keyring, now, older)
             begin_feed(Queries(engine), now)
 
         engine.migrate(finish)
     if is_adopted and is_served(Queries(engine).service(), now):
-        # It would go on with the keys that it has, until it reads the new ones.
+        # That server would use its keys until it reads the new ones.
         raise OperatorError(f"a server is running on {database}: stop it, and wait 30 s")
     if not has_keys:
         keys.replace(keyring)
@@ -6497,12 +6503,26 @@ def _open_pair(
     return keyring, is_adopted
 
 
+def _require_both_or_none(database: str, key_file: str, has_database: bool, has_keys: bool) -> None:
+    if has_database and not has_keys:
+        raise OperatorError(
+            f"there is a database {database} but no key file {key_file}: restore the key file "
+            "from a backup, or make new keys with serve --init (every host must re-enroll)"
+        )
+    if has_keys and not has_database:
+        raise OperatorError(
+            f"there is a key file {key_file} but no database {database}: restore the database "
+            "from a backup, name other files with --db and --key-file, or make a new database for "
+            "these keys with serve --init"
+        )
+
+
 def _copy_older(engine: Engine) -> None:
-    """Before a migration, copy the database to a file named by its schema, to go back to the older
-    program with; where the disk is short, go on without. Raises OperatorError, StoreError."""
+    """Before a migration, copy the database to a file named by its schema, for the older program;
+    if the disk is short, migrate without. Raises OperatorError, StoreError."""
     path, room = f"{engine.path}.schema{engine.version()}", 2 * sum(engine.file_sizes())
     try:
-        if shutil.disk_usage(os.path.dirname(path)).free < room:  # for it and for the migration
+        if shutil.disk_usage(os.path.dirname(path)).free < room:  # for copy and migration
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with replacing(path, os.stat(engine.path)) as copy:
             os.fchmod(copy.fileno(), PRIVATE_MODE)
@@ -6516,8 +6536,8 @@ def _copy_older(engine: Engine) -> None:
 
 
 def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool, now: int) -> None:
-    """The key file comes first, so that no database is ever without its keys. If the database
-    then cannot be made, new keys are removed again: nothing knows them."""
+    """Make the key file first, so that no database is ever without its keys. If the database then
+    cannot be made, remove new keys again: nothing knows them."""
     if is_new:
         keys.replace(keyring)
     try:
@@ -6540,8 +6560,8 @@ def _make_database(engine: Engine, keys: KeyFile, keyring: Keyring, is_new: bool
 
 
 def is_pair(engine: Engine, keyring: Keyring) -> bool:
-    """Whether database and keyring know each other: they share a key, or, where all were retired
-    since the database was backed up, the audit key verifies its last event. Raises StoreError."""
+    """Whether database and keyring belong together: they share a key; or, if all were retired since
+    the database was backed up, the audit key verifies its last event. Raises StoreError."""
     queries = Queries(engine)
     if any(queries.signing_key_number(kid) is not None for kid in keyring.kids):
         return True
@@ -6551,7 +6571,7 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
         return False
     anchor = queries.anchor()
     previous = events[1].mac if len(events) == 2 else anchor.mac if anchor else b""
-    if not isinstance(previous, bytes):  # a forger wrote it
+    if not isinstance(previous, bytes):  # it was forged
         return False
     record = audit_record(events[0].legible()[:-1])
     macs = keyring.audit_mac(b"event", record, previous), keyring.old_audit_mac(record, previous)
@@ -6560,17 +6580,17 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
 
 # Folders of backups: theory of operation.
 #
-# Each backup is a folder, named by its time. It is made, and removed, under another name: so what
-# a killed run leaves is not taken for a backup, and the next run removes it. Whole ones of this
-# fleet that are of the user who runs this are counted and removed, and nothing else: one that is
-# damaged does not take the place of a good one.
+# Each backup is a folder, named by its time. It is made and removed under another name, so what a
+# killed run leaves is not taken for a backup, and the next run removes it. Only whole backups of
+# this fleet that belong to the user who runs this are counted and removed: a damaged one does not
+# take the place of a good one.
 
 BACKUP_NAME = re.compile("[0-9]{4}(-[0-9]{2}){2}T[0-9]{6}[.][0-9]{3}Z")  # they sort by time
 
 
-def claim_for_backup(folder: Folder) -> None:
-    """Until it is closed. Raises OperatorError where anybody may replace what is in it, and
-    StoreBusy while another process has claimed it."""
+def lock_for_backup(folder: Folder) -> None:
+    """Lock a folder until it is closed. Raises OperatorError if anybody may replace what is in it,
+    and StoreBusy while another process has locked it."""
     if is_open_to_all(folder.descriptor):
         raise OperatorError(OPEN_TO_ALL.format(folder.path, "name another folder"))
     if not try_flock(folder.descriptor):
@@ -6578,44 +6598,44 @@ def claim_for_backup(folder: Folder) -> None:
 
 
 @contextmanager
-def own_folder(parent: Folder, name: str, files: Sequence[str]) -> Iterator[Folder]:
-    """A folder in another, of such files, or parts of them. Raises OSError, also for a link, and
-    OperatorError where it is another user's, or has something else in it, as links."""
+def checked_folder(parent: Folder, name: str, files: Sequence[str]) -> Iterator[Folder]:
+    """Open a folder in another that holds only these files, or parts of them. Raises OSError, also
+    for a link, and OperatorError if another user owns it or it has other files, as links."""
     with closing(Folder(name, parent)) as folder:
         names = os.listdir(folder.descriptor)
-        is_own = {each.removesuffix(".tmp") for each in names}.issubset(files)
-        is_own &= all(stat.S_ISREG(folder.status(each).st_mode) for each in names)
+        is_own = {file.removesuffix(".tmp") for file in names}.issubset(files)
+        is_own &= all(stat.S_ISREG(folder.status(file).st_mode) for file in names)
         if os.fstat(folder.descriptor).st_uid != os.geteuid() or not is_own:
             raise OperatorError(f"{folder.path} is another user's, or has other files: move it")
         yield folder
 
 
 def remove_folder(parent: Folder, name: str, files: Sequence[str]) -> None:
-    """The same. Idempotent."""
-    with suppress(FileNotFoundError), own_folder(parent, name, files) as folder:
-        for each in os.listdir(folder.descriptor):
-            folder.remove(each)
+    """Remove a folder that holds only these files, or parts of them. Idempotent."""
+    with suppress(FileNotFoundError), checked_folder(parent, name, files) as folder:
+        for file in os.listdir(folder.descriptor):
+            folder.remove(file)
         os.rmdir(name, dir_fd=parent.descriptor)
 
 
 class Backups(NamedTuple):
-    """Those of a fleet in a folder."""
+    """The backups of a fleet in a folder."""
 
     registry: Registry
-    place: Folder
+    folder: Folder
 
     def add(self, keep: int, now: int, progress: Progress) -> list[str]:
-        """Make one, then remove the oldest of more than keep; the paths of the new one and of
-        those. Raises OperatorError, StoreError, OSError."""
-        claim_for_backup(self.place)
-        at, name = self.place.descriptor, rfc3339(now).replace(":", "")
+        """Make a backup, then remove the oldest of more than keep. Returns the path of the new one
+        and those of the removed ones. Raises OperatorError, StoreError, OSError."""
+        lock_for_backup(self.folder)
+        at, name = self.folder.descriptor, rfc3339(now).replace(":", "")
         unfinished = f"{self.registry.copies_in('')[0]}.unfinished"
         rename = partial(os.rename, src_dir_fd=at, dst_dir_fd=at)
-        remove = partial(remove_folder, self.place, unfinished, self.registry.copies_in(""))
+        remove = partial(remove_folder, self.folder, unfinished, self.registry.copies_in(""))
         remove()
         os.mkdir(unfinished, 0o700, dir_fd=at)
         try:
-            pair = self.registry.backup(unfinished, progress, self.place)
+            pair = self.registry.backup(unfinished, progress, self.folder)
             require_sound(*pair, now, self.registry.engine.path)
             rename(unfinished, name)
             os.fsync(at)
@@ -6623,17 +6643,17 @@ class Backups(NamedTuple):
             with suppress(OSError, OperatorError):  # the first error tells more
                 remove()
             raise
-        named = filter(BACKUP_NAME.fullmatch, os.listdir(at))
-        others = sorted(each for each in named if each != name and self._is_whole(each))
-        old = others[: max(0, len(others) + 1 - keep)]
-        for each in old:
-            rename(each, unfinished)
+        names = filter(BACKUP_NAME.fullmatch, os.listdir(at))
+        others = sorted(backup for backup in names if backup != name and self._is_whole(backup))
+        removed = others[: max(0, len(others) + 1 - keep)]
+        for backup in removed:
+            rename(backup, unfinished)
             remove()
-        return [os.path.join(self.place.path, each) for each in (name, *old)]
+        return [os.path.join(self.folder.path, backup) for backup in (name, *removed)]
 
     def _is_whole(self, name: str) -> bool:
         with suppress(OSError, OperatorError, StoreError):
-            with own_folder(self.place, name, self.registry.copies_in("")) as folder:
+            with checked_folder(self.folder, name, self.registry.copies_in("")) as folder:
                 keyring = self.registry.keys_of_backup(folder.path)
             with closing(Engine(self.registry.copies_in(folder.path)[0])) as engine:
                 return engine.open(as_it_is=True) and is_pair(engine, keyring)
@@ -6642,34 +6662,34 @@ class Backups(NamedTuple):
 
 # Restoring a backup: theory of operation.
 #
-# Servers share a lock for their lives, and a restore has it alone. In WAL mode each connection has
-# a lock of SQLite on the database: where we can leave the mode, no other process has it open.
+# Servers share a lock for their lives, and a restore takes it alone. In WAL mode each connection
+# holds a lock of SQLite on the database: if we can leave that mode, no other process has it open.
 #
 # The new pair is made ready beside the old one. Then the old database moves to DB.before-<time>
-# with its -wal and -shm, the key file is replaced if it has to be, and the new database takes its
-# place. Killed in between, there is no database: no command makes another there, all say what to
-# do, and the next restore begins with the old one in its place again. The key file stays where it
-# can: it has the keys by which hosts were renewed since the backup, and none that were retired.
+# with its -wal and -shm, the key file is replaced if it has to be, and the new database is moved
+# in. If this is killed in between, there is no database: no command makes another one there, all
+# say what to do, and the next restore first moves the old one back. The key file stays if it can:
+# it has the keys that renewed hosts since the backup, and none that were retired.
 
 DATABASE_FILES = ("", "-wal", "-shm", "-journal", ".gate", ".lock", ".serve")
 
 
 def moved_database(path: str) -> str:
-    """Where a restore has moved the database that is missing; "": it is not, or nowhere."""
+    """Where a restore has moved a database that is missing; "" if none is, or none was moved."""
     folder, name = os.path.split(f"{path}.before-")
-    names = [each for each in os.listdir(folder) if each.startswith(name) and each.endswith("Z")]
+    names = [file for file in os.listdir(folder) if file.startswith(name) and file.endswith("Z")]
     return f"{folder}/{max(names)}" if names and not os.path.lexists(path) else ""
 
 
 def how_to_continue(database: str) -> str:
-    """What to do where a restore has moved the database and was interrupted; "": it was not."""
+    """What to do if a restore was interrupted after it moved the database; "" if none was."""
     path = os.path.realpath(database)
     back = f"mv {(old := moved_database(path))} {path}, and its -wal and -shm where it has them"
     return old and f"a restore was interrupted: run it again, or go back: {back}"
 
 
 def move_database(path: str, target: str, is_back: bool = False) -> None:
-    """With its -wal and -shm. It goes first and comes back last: without those it is not whole."""
+    """Move a database with -wal and -shm. It goes first and comes back last: it needs those."""
     for end in DATABASE_FILES[3::-1] if is_back else DATABASE_FILES[:4]:
         with suppress(FileNotFoundError):
             os.rename(f"{path}{end}", f"{target}{end}")
@@ -6677,8 +6697,8 @@ def move_database(path: str, target: str, is_back: bool = False) -> None:
         os.fsync(folder.descriptor)
 
 
-# The new pair is made ready under names that begin so. They are in no folder of their own: who owns
-# the one around could put a link in its place, to files of root's.
+# The new pair is made ready under names that begin with this, and not in a folder of its own: the
+# owner of the folder around that could replace it by a link to files of root's.
 RESTORING = ".restoring"
 
 
@@ -6688,22 +6708,22 @@ def files_beginning(start: str) -> list[str]:
 
 
 def remove_files(start: str) -> None:
-    """Those that begin so."""
+    """Remove the files that begin with this path."""
     with closing(Folder(os.path.dirname(start))) as folder:
         for name in files_beginning(start):
             folder.remove(name)
 
 
 class Restore(NamedTuple):
-    """Puts a backup in place of a database and its key file, or where they are missing."""
+    """Puts a backup in place of a database and its key file, even if these are missing."""
 
     path: str
     key_path: str
-    as_it_was: bool  # nothing is done again, and the keys are the backup's
+    as_it_was: bool  # nothing is redone, and the keys are the backup's
 
     def run(self, folder: str, by: Principal, now: int, progress: Progress) -> dict[str, Any]:
-        """What was done. Raises OperatorError, StoreError, Problem and OSError."""
-        source, saved = self._find(folder)
+        """Returns what was done. Raises OperatorError, StoreError, Problem and OSError."""
+        source, saved = self._find_backup(folder)
         with service_lock(self.path, is_shared=False), ExitStack() as stack:
             lock = stack.enter_context(closing(WriteLock(self.path)))
             lock.acquire(LOCK_PATIENCE)
@@ -6712,7 +6732,7 @@ class Restore(NamedTuple):
             new, new_keys = f"{self.path}{RESTORING}", f"{self.path}{RESTORING}.key"
             remove_files(new)  # left by a restore that was killed
             stack.callback(remove_files, new)
-            values, retired = self._read_old(lock, self._copy(source, new, progress))
+            values, retired = self._read_old(lock, self._copy_backup(source, new, progress))
             keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
             KeyFile(new_keys, new).replace(keyring)
             with closing(open_registry(new, new_keys, now)) as registry:
@@ -6721,11 +6741,11 @@ class Restore(NamedTuple):
             moved = self._put_in_place(new, None if is_kept else keyring, now)
         return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
 
-    def _find(self, folder: str) -> list[str]:
-        """The files of the backup that a folder is, or of the newest whole one in it."""
+    def _find_backup(self, folder: str) -> list[str]:
+        """The files of the backup in a folder, or of the newest whole backup in a folder of it."""
         names = [os.path.basename(path) for path in (self.path, self.key_path)]
-        made = filter(BACKUP_NAME.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())
-        places = [os.path.join(folder, each) for each in ("", *sorted(made))]
+        backups = filter(BACKUP_NAME.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())
+        places = [os.path.join(folder, backup) for backup in ("", *sorted(backups))]
         pairs = [[os.path.join(place, name) for name in names] for place in places]
         whole = [pair for pair in pairs if all(map(os.path.isfile, pair))]
         if not whole or os.path.realpath(whole[-1][0]) == self.path:
@@ -6735,8 +6755,8 @@ class Restore(NamedTuple):
             raise OperatorError(f"{folder} is a backup, and has others in it: {remedy}")
         return whole[-1]
 
-    def _copy(self, source: str, new: str, progress: Progress) -> int:
-        """Copy the backup, for the owner of the old one or folder; the id of its newest host."""
+    def _copy_backup(self, source: str, new: str, progress: Progress) -> int:
+        """Copy a backup, for the old database's owner. Returns the id of its newest host."""
         like = os.lstat(self.path if os.path.lexists(self.path) else os.path.dirname(self.path))
         with closing(Engine(source)) as backup, replacing(new, like) as copy:
             os.fchmod(copy.fileno(), PRIVATE_MODE)
@@ -6747,8 +6767,8 @@ class Restore(NamedTuple):
             return Queries(backup).newest_host()
 
     def _read_old(self, lock: WriteLock, newest: int) -> tuple[dict[str, Any], set[str]]:
-        """What must not be undone, as values for Reports, and the signing keys that are
-        retired: none where the old database cannot be read. Raises StoreBusy where it is in use."""
+        """What must not be undone, as values for redo_after_restore(), and the signing keys that
+        are retired: none if the old database cannot be read. Raises StoreBusy if it is in use."""
         kinds, old = (Host, ApiKey, Token), Engine(self.path)
         values: dict[str, Any] = {"used": (), "lost": [], "trouble": None}
         values["revoked"] = dict.fromkeys(kinds, ())
@@ -6774,8 +6794,8 @@ class Restore(NamedTuple):
         return values, retired
 
     def _choose_keys(self, saved: Keyring, new: str, retired: set[str]) -> tuple[Keyring, bool]:
-        """The keys to go on with, and whether those are in the key file. Raises OperatorError for
-        one that is damaged, or of another database."""
+        """The keys to use from now on, and whether the key file has them. Raises OperatorError if
+        that is damaged, or of another database."""
         kept = load_keyring(self.key_path, new) if os.path.lexists(self.key_path) else None
         keyring = Keyring(saved.keys, saved.audit_key, kept.file if kept else os.stat(new))
         if self.as_it_was or (kept and kept.audit_key == saved.audit_key):
@@ -6788,7 +6808,8 @@ class Restore(NamedTuple):
         return keyring, False
 
     def _put_in_place(self, new: str, keyring: Optional[Keyring], now: int) -> Optional[str]:
-        """Where the old database is now, if there was one. keyring: for the key file."""
+        """Move the old database away and the new one in. Returns where the old one is now, if there
+        was one. keyring: what to write to the key file."""
         end = f".before-{rfc3339(now).replace(':', '')}"
         move_database(self.path, f"{self.path}{end}")
         if keyring and os.path.lexists(self.key_path):
@@ -6810,59 +6831,17 @@ class Finding(NamedTuple):  # of examine()
 def examine(
     database: str, key_file: str, progress: Progress = no_progress, now: int = 0
 ) -> Iterator[Finding]:
-    """Look at a database and its key file, and change nothing: not even lock files are made. now:
-    Unix ms. Raises OperatorError, StoreError when the database cannot be looked at."""
+    """Examine a database and its key file, and change nothing: not even lock files are made. now:
+    Unix ms. Raises OperatorError, StoreError if the database cannot be read."""
     if not os.path.exists(database):
         remedy = f"there is no database {database}: name it with --db"
         raise OperatorError(how_to_continue(database) or remedy)
     with closing(Engine(database)) as engine:
         if not engine.open(as_it_is=True):
             raise OperatorError(f"the database {database} is empty: serve creates one")
-        version, faults = engine.version(), engine.faults()
-        is_ours = version == SCHEMA_VERSION
-        then = "current" if is_ours else f"serve migrates it to {SCHEMA_VERSION}"
-        yield Finding("schema", is_ours, f"{version}: {then}")
-        yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
-        if engine.schema_remark:
-            yield Finding("foreign", True, engine.schema_remark)
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
-        if copies:
-            yield Finding("copy", True, f"{', '.join(copies)}: left by a migration, may be removed")
-        if left := ", ".join(files_beginning(f"{engine.path}{RESTORING}")):
-            yield Finding("copy", True, f"{left}: left by a restore; the next one removes it")
-        yield Finding("sqlite", True, engine.sqlite_version)
-        name = "rows"
-        try:
-            bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
-            if bad:
-                yield Finding(name, False, f"impossible values in {bad}: {RESTORE}")
-            elif is_ours:
-                Queries(engine).feed()
-            name = "keys"
-            keyring = load_keyring(key_file, engine.path)
-            if not is_pair(engine, keyring):
-                raise OperatorError(f"{key_file} is not the key file of this database")
-            yield Finding(name, True, f"{len(keyring.keys)} in {key_file}")
-            name = "audit"
-            if version >= AUDITED_SINCE:
-                strangers = Queries(engine).unminted_secrets(ERRORS_NAMED)
-                text = "every API key and token newer than the log has its event"
-                if strangers:
-                    text = f"no event created {', '.join(strangers)}: revoke them"
-                yield Finding("minted", not strangers, text)
-                yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
-            feed = Queries(engine).feed() if is_ours else None
-            if feed and now < feed.lost_until:
-                text = f"lost hosts wait until {rfc3339(feed.lost_until)}, or accept-history"
-                yield Finding("restore", True, f"{text}: {feed.lost or 'none is known'}")
-            name = "certificate"
-            service = Queries(engine).service() if is_ours else None
-            if service and (ends := service.certificate_ends):
-                is_valid = ends > now
-                word = "is valid until" if is_valid else "expired at"
-                yield Finding(name, is_valid, f"the server's {word} {rfc3339(ends)}")
-        except (OperatorError, StoreError) as error:
-            yield Finding(name, False, str(error))
+        yield from _examine_schema(engine, copies)
+        yield from _examine_contents(engine, key_file, progress, now)
         paths = [f"{engine.path}{suffix}" for suffix in DATABASE_FILES]
         existing = filter(os.path.exists, [*paths, *copies])
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
@@ -6870,12 +6849,66 @@ def examine(
         yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
 
+def _examine_schema(engine: Engine, copies: Sequence[str]) -> Iterator[Finding]:
+    version, faults = engine.version(), engine.faults()
+    is_ours = version == SCHEMA_VERSION
+    then = "current" if is_ours else f"serve migrates it to {SCHEMA_VERSION}"
+    yield Finding("schema", is_ours, f"{version}: {then}")
+    yield Finding("integrity", not faults, "; ".join(faults[:ERRORS_NAMED]) or "sound")
+    if engine.schema_remark:
+        yield Finding("foreign", True, engine.schema_remark)
+    if copies:
+        yield Finding("copy", True, f"{', '.join(copies)}: left by a migration, may be removed")
+    if left := ", ".join(files_beginning(f"{engine.path}{RESTORING}")):
+        yield Finding("copy", True, f"{left}: left by a restore; the next one removes it")
+    yield Finding("sqlite", True, engine.sqlite_version)
+
+
+def _examine_contents(
+    engine: Engine, key_file: str, progress: Progress, now: int
+) -> Iterator[Finding]:
+    name = "rows"
+    try:
+        version = engine.version()
+        is_ours = version == SCHEMA_VERSION
+        bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
+        if bad:
+            yield Finding(name, False, f"impossible values in {bad}: {RESTORE}")
+        elif is_ours:
+            Queries(engine).feed()
+        name = "keys"
+        keyring = load_keyring(key_file, engine.path)
+        if not is_pair(engine, keyring):
+            raise OperatorError(f"{key_file} is not the key file of this database")
+        yield Finding(name, True, f"{len(keyring.keys)} in {key_file}")
+        name = "audit"
+        if version >= AUDITED_SINCE:
+            strangers = Queries(engine).unminted_secrets(ERRORS_NAMED)
+            text = "every API key and token newer than the log has its event"
+            if strangers:
+                text = f"no event created {', '.join(strangers)}: revoke them"
+            yield Finding("minted", not strangers, text)
+            yield Finding(name, True, verify_audit(engine, keyring, None, progress).summary())
+        feed = Queries(engine).feed() if is_ours else None
+        if feed and now < feed.lost_until:
+            text = f"lost hosts wait until {rfc3339(feed.lost_until)}, or accept-history"
+            yield Finding("restore", True, f"{text}: {feed.lost or 'none is known'}")
+        name = "certificate"
+        service = Queries(engine).service() if is_ours else None
+        if service and (ends := service.certificate_ends):
+            is_valid = ends > now
+            word = "is valid until" if is_valid else "expired at"
+            yield Finding(name, is_valid, f"the server's {word} {rfc3339(ends)}")
+    except (OperatorError, StoreError) as error:
+        yield Finding(name, False, str(error))
+
+
 def require_sound(database: str, key_file: str, now: int, shown: str) -> None:
-    """Raises OperatorError for what must not be restored. shown: which database it says."""
+    """Raises OperatorError for what must not be restored. shown: the database to name."""
     for finding in examine(database, key_file, now=now):
         if not finding.is_good and finding.name in ("integrity", "rows", "keys"):
             raise OperatorError(f"{shown} is damaged: {finding.detail}")
-        if finding.name == "keys":  # to verify the log takes longer
+        if finding.name == "keys":  # verifying the log takes longer
             return
 
 
@@ -10735,7 +10768,7 @@ def _process_metrics(registry: Registry, now: int) -> Iterator[str]:
     yield metric("keys_ok", "1 while the key file is valid.", keys_ok)
     lost = feed.lost if now < feed.lost_until else 0
     yield metric("lost_hosts", "Hosts that a restore lost and that wait.", lost)
-    at = registry.reports.last_at() / SECOND_MS
+    at = registry.reports.last_change_at() / SECOND_MS
     yield metric("last_change_timestamp_seconds", "Time of the last change of a status.", at)
     age = time.monotonic() - swept.last_ended
     yield metric("sweep_age_seconds", "Time since the last sweep for silent hosts.", age)
@@ -11853,9 +11886,9 @@ class Api:
 # 10. Server
 #
 # Law: the loop waits for the selector, the write lock and the disk (a commit, a checkpoint), and
-# for nothing else; threads write the log, and read files that may be on a mount which hangs. Its
-# sockets do not block; http.server is the frame, but neither its threads, nor its parser, nor the
-# name look-up with which it starts are used.
+# for nothing else. Threads write the log, and read files, because a mount may hang. Sockets do not
+# block. http.server is the frame: its threads, its parser and its name look-up at the start are not
+# used.
 #
 # Contents: connection states; TLS; Connections, which keeps them, receives and sends; Exchanges,
 # from requests to answers; Server, whose _turn() is the loop; service managers; bench's client.
@@ -11863,26 +11896,28 @@ class Api:
 
 # Connection states: theory of operation
 #
-# A connection is in one state, which says what the server waits for: bytes of the peer (HANDSHAKE,
-# HEAD, BODY, IDLE, LINGER), the peer to take ours (WRITING), or nothing of the peer's (BUSY: its
-# request is run, or waits for its turn; HELD: it waits for more of a feed; CLOSED). It begins in
-# HEAD, with TLS in HANDSHAKE. STATES has a row for each, TRANSITIONS those that may follow; only
-# Connections.move() changes the state.
+# A connection is in one state, which says what the server waits for: bytes from the peer
+# (HANDSHAKE, HEAD, BODY, IDLE, LINGER), the peer to take ours (WRITING), or nothing from the peer
+# (BUSY: its request runs, or waits to run; HELD: its request waits for more of a feed; CLOSED). It
+# begins in HEAD, or with TLS in HANDSHAKE. STATES has a row for each state, TRANSITIONS the states
+# that may follow it. Only Connections.move() changes the state.
 #
 # All connections in a state have the same time for it. So each state has a queue, the longest
-# waiting first, and a turn looks at eight heads, not at thousands of connections. To enter a state
-# again does not move the deadline: a byte now and then buys no time. Only IDLE starts again, with
-# each answer. Past a deadline Server._expire() answers 408 if a request may have begun, and closes.
+# waiting first, and a turn looks at the heads of the queues, not at thousands of connections. To
+# enter a state again does not move the deadline: a byte now and then buys no time. Only IDLE starts
+# again, with each answer. Past a deadline Server._expire() answers 408 if a request may have begun,
+# and closes.
 #
-# BUSY has no deadline and is not evicted: what runs ends by itself, and may be committed. Its
-# socket is not read, so a peer cannot pile up requests; but the selector watches it until the peer
-# sends more, because most requests are answered before that. So, too, a plain heartbeat stays IDLE
-# in the turn that answers it, and becomes BUSY only if that turn does not get the write lock.
+# A BUSY connection has no deadline and is not evicted: its call ends by itself, and may be
+# committed. Its socket is not read, so a peer cannot pile up requests. But the selector watches the
+# socket until the peer sends more, because most requests are answered before that. For the same
+# reason the connection of a plain heartbeat stays IDLE in the turn that answers it, and becomes
+# BUSY only if that turn does not get the write lock.
 #
-# HELD is for a request that waits, until its own time is over. Its socket is read, to see whether
-# the peer has gone; of the next request RECEIVE_SIZE are taken, which wait for the answer.
+# A HELD connection waits until the time of its request is over. Its socket is read, to see whether
+# the peer has gone; up to RECEIVE_SIZE bytes of the next request are taken, and wait.
 #
-# Output that the socket does not take at once makes the connection WRITING. When all is taken,
+# If the socket does not take all output at once, the connection becomes WRITING. When all is taken,
 # Connection.next_state follows: the state that was interrupted (by a part of the handshake, or 100
 # Continue), or after an answer IDLE or CLOSED. To close a socket with unread bytes resets it, and
 # the peer may lose the answer: while it may be sending, LINGER comes first (RFC 9112 section 9.6).
@@ -11894,11 +11929,11 @@ class State(NamedTuple):
     name: str
     deadline: float  # seconds
     events: int  # that the selector watches for
-    eviction: int  # when a new connection needs the place: 1 goes first, 0 never
+    eviction: int  # if a new connection needs its place: 1 first, 0 never
 
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-MORE_FOLLOWS: int = getattr(socket, "MSG_MORE", 0)  # of Linux: what is sent may wait for it
+MORE_FOLLOWS: int = getattr(socket, "MSG_MORE", 0)  # of Linux: what is sent may wait for the rest
 
 # fmt: off
 #                 name         deadline            events  eviction
@@ -11940,7 +11975,7 @@ class Tls:
         self.session = context.wrap_bio(self._incoming, self.outgoing, server_side=True)
         self.handshake_done = False
         self.has_ended = False  # the peer sends no more
-        self.buffered = 0  # bytes of an unfinished handshake or record, at most
+        self.buffered = 0  # an upper bound of the bytes of an unfinished handshake or record
 
     def receive(self, data: bytes) -> bytes:
         """The plain text of what has arrived. Raises ssl.SSLError."""
@@ -11951,7 +11986,7 @@ class Tls:
             if not self.handshake_done:
                 self.session.do_handshake()
                 self.handshake_done, self.buffered = True, 0
-            # Not until there is nothing: to raise SSLWantReadError takes longer than to decrypt.
+            # Stop when nothing is pending: to raise SSLWantReadError takes longer than to decrypt.
             while self._incoming.pending and not self.has_ended:
                 parts.append(self.session.read(TLS_RECORD))
                 self.has_ended = not parts[-1]
@@ -11960,20 +11995,20 @@ class Tls:
         if parts:
             self.buffered = 0
         if not self.handshake_done and self.buffered > HANDSHAKE_MAXIMUM:
-            self.outgoing.read()  # an answer, where this was the end of the hello
+            self.outgoing.read()  # drop an answer, if this was the end of the hello
             self.outgoing.write(self.TOO_LONG)
             raise ssl.SSLError("the handshake is too long")
         return b"".join(parts)
 
     def send(self, data: bytes) -> bytes:
-        """What to send for a plain text, behind what was to be sent. Raises ssl.SSLError."""
+        """The bytes to send for a plain text, after those that wait. Raises ssl.SSLError."""
         self.session.write(data)
         return self.outgoing.read()
 
     def end(self) -> bytes:
-        """What is still to be sent, and close_notify behind it: without one, the end may be a
+        """The bytes that wait to be sent, then close_notify: without it, the end may be a
         truncation attack (RFC 8446 section 6.1)."""
-        with suppress(ssl.SSLError):  # it waits for the peer's, which nothing depends on
+        with suppress(ssl.SSLError):  # it wants the peer's, on which nothing depends
             self.session.unwrap()
         return self.outgoing.read()
 
@@ -11983,8 +12018,8 @@ PEM = re.compile(r"-----BEGIN (PRIVATE KEY|CERTIFICATE)-----.+?-----END \1-----"
 
 
 def load_tls(certificate: str, key: Optional[str]) -> tuple[Optional[ssl.SSLContext], list[bytes]]:
-    """The TLS of a server from a certificate chain and its key, both PEM files; and the chain in
-    DER, the server's own first. Without the key, which a proxy has, the chain alone. Raises
+    """The TLS context of a server, from a certificate chain and its key, both PEM files; and the
+    chain in DER, the server's own first. Without the key, which a proxy has, only the chain. Raises
     OperatorError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -12014,20 +12049,20 @@ def load_tls(certificate: str, key: Optional[str]) -> tuple[Optional[ssl.SSLCont
         raise OperatorError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-# By the host of the server: its TLS, and what the loop calls when it begins to use that.
+# Takes the server's host; returns its TLS, and what the loop calls when it begins to use that.
 TlsLoader = Callable[[str], tuple[Optional[ssl.SSLContext], Callable[[], None]]]
 
 
 def distrust(chain: Sequence[bytes], host: str) -> str:
     """Why this machine's own trust store does not verify a chain, in DER, for a host; "" if it
-    does. A client is given the messages in which a server of TLS 1.2 shows its chain: they are in
-    the clear, so it takes no key to make them (RFC 5246 sections 7.4.1.3 and 7.4.2)."""
+    does. A client in memory is given the messages in which a TLS 1.2 server shows its chain: they
+    are in the clear, so it takes no key to make them (RFC 5246 sections 7.4.1.3 and 7.4.2)."""
     client, incoming = ssl.create_default_context(), ssl.MemoryBIO()
     client.verify_flags &= ~ssl.VERIFY_X509_STRICT  # from Python 3.13 on; curl is not strict
     client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_2
     suite = b"\xc0\x30" if RSA_KEY in chain[0] else b"\xc0\x2c"  # ECDHE, RSA or ECDSA, AES-256
     hello = b"\3\3%b\0%b\0\0\5\xff\1\0\1\0" % (bytes(32), suite)  # the end: RFC 5746
-    certificates = b"".join(len(each).to_bytes(3, "big") + each for each in chain)
+    certificates = b"".join(len(der).to_bytes(3, "big") + der for der in chain)
     shown = len(certificates).to_bytes(3, "big") + certificates
     flight = b"\2\0\0%c%b\x0b%b%b" % (len(hello), hello, len(shown).to_bytes(3, "big"), shown)
     for at in range(0, len(flight), TLS_RECORD):
@@ -12035,7 +12070,7 @@ def distrust(chain: Sequence[bytes], host: str) -> str:
         incoming.write(b"\x16\3\3" + len(part).to_bytes(2, "big") + part)
     try:
         session = client.wrap_bio(incoming, ssl.MemoryBIO(), server_hostname=host)
-        with suppress(ssl.SSLWantReadError):  # it has verified the chain, and waits for the rest
+        with suppress(ssl.SSLWantReadError):  # the chain is verified, and it waits for the rest
             session.do_handshake()
     except (OSError, ValueError) as error:
         return getattr(error, "verify_message", "") or str(error)
@@ -12051,7 +12086,7 @@ class Connection:
         self.tls: Optional[Tls] = None
         self.state = state
         self.interest = 0  # events that the selector watches for
-        self.buffered = 0  # bytes of an unfinished request, or of a large one that is run
+        self.buffered = 0  # bytes of an unfinished request, or of a large one that runs
         self.output: Union[bytes, memoryview] = b""
         self.next_state = IDLE  # the state that follows when the output is taken
         self.key = -1  # the id of the API key for which it is HELD
@@ -12059,17 +12094,17 @@ class Connection:
 
 
 class Connections:
-    """All connections, by state; and their sockets, to receive and to send."""
+    """All connections, by state. Receives and sends on their sockets."""
 
     def __init__(
         self, deadlines: Mapping[State, float], metrics: Metrics,
         maximum: int = CONNECTIONS_MAXIMUM, number: int = 0,
     ) -> None:  # fmt: skip
-        """deadlines: seconds, where they differ from the table. number: before the first one's."""
+        """deadlines: seconds, if not those of STATES. number: before the first connection's."""
         self.metrics, self._maximum, self._number = metrics, maximum, number
         self.is_crowded = False  # a new connection waits for a place or a descriptor
         self._short_at = -math.inf  # when no descriptor was free
-        # By state, when each of its connections entered it; the longest waiting first.
+        # For each state, its connections and when they entered it; the longest waiting first.
         self._queues: dict[State, OrderedDict[Connection, float]] = {
             state: OrderedDict() for state in STATES
         }
@@ -12080,7 +12115,7 @@ class Connections:
         self.buffered = 0  # bytes, with the output, of all connections together
 
     def accept(self, listener: socket.socket, most: int, state: State) -> list[Connection]:
-        """Take new connections, in a state, while there is room. They are read after the tick."""
+        """Accept connections, into a state, while there is room. They are read after the tick."""
         accepted: list[Connection] = []
         most = min(most, self._maximum - self.metrics.open_connections)
         self.is_crowded = most <= 0
@@ -12089,10 +12124,10 @@ class Connections:
                 peer, address = listener.accept()
             except (BlockingIOError, InterruptedError):
                 break
-            except ConnectionError:  # it was gone before we came
+            except ConnectionError:  # the peer has gone already
                 continue
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM
-                if accepted:  # perhaps no further connection waits: accept() looks later
+                if accepted:  # perhaps no other one waits: a later turn looks
                     break
                 self.is_crowded = True
                 if self.moment - self._short_at > TROUBLE_OVER:
@@ -12108,7 +12143,7 @@ class Connections:
         return accepted
 
     def add(self, connection: Connection) -> None:
-        """Begin with a connection that was accepted; the first move() watches it."""
+        """Add an accepted connection. The first move() watches it."""
         self._queues[connection.state][connection] = self.moment
         self.metrics.counts["connections"] += 1
         self.metrics.open_connections += 1
@@ -12117,7 +12152,7 @@ class Connections:
         """Put a connection into a state, under its deadline, and watch for its events."""
         before = connection.state
         if state is IDLE and before is IDLE:
-            self.restart(connection)
+            self.restart_deadline(connection)
         elif state is not before:
             if state not in TRANSITIONS[before]:
                 raise RuntimeError(f"a connection cannot go from {before.name} to {state.name}")
@@ -12127,11 +12162,11 @@ class Connections:
                 self._queues[state][connection] = self.moment
         events = state.events
         if state is BODY and connection.reader.has_more:
-            events = 0  # until it is read: no more may arrive meanwhile
+            events = 0  # receive no more until the buffer is parsed
         if events != connection.interest and state is not BUSY:
             self.watch(connection, events)
 
-    def restart(self, connection: Connection) -> None:
+    def restart_deadline(self, connection: Connection) -> None:
         """Move the deadline of an idle connection."""
         self._idle[connection] = self.moment
         self._idle.move_to_end(connection)
@@ -12161,16 +12196,16 @@ class Connections:
         return late
 
     def evictable(self) -> Optional[Connection]:
-        """The one to close for a new one, the longest waiting of the lowest rank: no busy one."""
+        """The connection to close for a new one: the longest waiting of the lowest rank."""
         queues = [(s.eviction, queue) for s, queue in self._queues.items() if s.eviction and queue]
         queues.sort(key=lambda ranked: (ranked[0], next(iter(ranked[1].values()))))
         return next(iter(queues[0][1])) if queues else None
 
-    def within(self, states: Iterable[State]) -> list[Connection]:
+    def in_states(self, states: Iterable[State]) -> list[Connection]:
         return [connection for state in states for connection in self._queues[state]]
 
-    def account(self, connection: Connection, size: int) -> None:
-        """Note how many bytes a connection buffers of its input."""
+    def note_buffered(self, connection: Connection, size: int) -> None:
+        """Note how many bytes of input a connection buffers."""
         self.buffered += size - connection.buffered
         connection.buffered = size
 
@@ -12200,7 +12235,7 @@ class Connections:
             plain = tls.receive(data)
         except ssl.SSLError:
             connection.tls = None
-            connection.lingers = True  # the peer is to read the alert
+            connection.lingers = True  # so that the peer can read the alert
             if self.push(connection, tls.outgoing.read(), CLOSED):
                 self.linger(connection)
             return b""
@@ -12208,13 +12243,13 @@ class Connections:
             self.move(connection, HEAD)
         if plain:
             if connection.buffered:
-                self.account(connection, connection.reader.buffered)
-            return plain  # the output of TLS goes in front of the answer
-        self.account(connection, connection.reader.buffered + tls.buffered)
+                self.note_buffered(connection, connection.reader.buffered)
+            return plain  # the answer takes the output of TLS along
+        self.note_buffered(connection, connection.reader.buffered + tls.buffered)
         if tls.outgoing.pending:
             state = connection.state
             if not self.push(connection, tls.outgoing.read(), state) and state is HELD:
-                self.close(connection)  # what it is held for could not be sent either
+                self.close(connection)  # its answer could not be sent either
         if tls.has_ended:
             self.close(connection)
         return b""
@@ -12236,8 +12271,8 @@ class Connections:
     def push(
         self, connection: Connection, data: Union[bytes, memoryview], next_state: State
     ) -> bool:
-        """send() without TLS, or behind it. The last bytes wait for the end, which follows at once,
-        and are one segment with it: two cost the kernel 4 us more."""
+        """Send bytes as they are, without TLS or after it. The last bytes of a connection wait for
+        the end, which follows at once, as one segment with it: two cost the kernel 4 us more."""
         connection.next_state = next_state
         try:
             sent = connection.socket.send(data, MORE_FOLLOWS if next_state is CLOSED else 0)
@@ -12265,7 +12300,7 @@ class Connections:
         return False
 
     def linger(self, connection: Connection) -> None:
-        """Close our side, and go on to receive until the peer closes its own."""
+        """Close our side, and continue to receive until the peer closes its side."""
         try:
             connection.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -12291,43 +12326,43 @@ class Connections:
 # A turn of the loop: theory of operation
 #
 # serve_forever() repeats Server._turn(). A turn reads whatever has arrived, at most one request of
-# each connection, and turns it into calls: Api.match() or Api.admit() gives a Heartbeat or a Call,
-# or an answer at once. It goes on with admit() for JUDGING_TIME, so a crowd of requests that are
-# slow to judge holds up itself. What may write becomes pending, and all of that is run as one
-# transaction, a tick, with one time; the answers are sent when it is committed. So the more there
-# is to do, the more each commit carries. Calls that only read wait in another queue and are run one
-# in a turn: no heartbeat waits for more than one page of a list.
+# each connection, and turns it into calls: Api.match() or Api.admit() returns a Heartbeat or a
+# Call, or an answer at once. A turn admits requests for JUDGING_TIME, so that a crowd of requests
+# that are slow to judge delays only itself. Calls that may write become pending, and all pending
+# calls run in one transaction, a tick, with one time; their answers are sent when it is committed.
+# So the more there is to do, the more each commit carries. Calls that only read wait in another
+# queue, and one runs in a turn: no heartbeat waits for more than one page of a list.
 #
-# Where another process holds the write lock, the tick is not run and the turn goes on without it:
+# If another process holds the write lock, the tick does not run and the turn continues without it:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
-# most. After LOCK_PATIENCE all that is pending is answered 503.
+# most. After LOCK_PATIENCE all pending calls are answered 503.
 #
-# A read of a feed may wait for more: it is held, and run again, as a read like any other, when a
-# change or event is committed (by another process too: each turn looks), when its time is over or
-# the server stops. So its API key is judged again, and many that wait delay no other. So is an
-# inventory while too many are being made, and run again after FOLLOW_EVERY.
+# A read of a feed may wait for more: it is held, and runs again, like any other read, when a change
+# or event is committed (by another process too: each turn looks), when its time is over, or when
+# the server stops. So its API key is judged again, and many waiting reads delay no other. An
+# inventory is held, too, while too many are being made, and runs again after FOLLOW_EVERY.
 #
 # A defect (an exception that no rule raises on purpose) ends the connection or the tick in which it
-# happened, not the loop: others are owed their answers. MemoryError and Unrecoverable are not
-# survived: the process ends, and whatever supervises it starts it again. If a tick or a read meets
-# Unrecoverable, its requests are still answered, 503.
+# happened, not the loop: others wait for their answers. MemoryError and Unrecoverable end the
+# process, and whatever supervises it starts it again. If a tick or a read meets Unrecoverable, its
+# requests are still answered, 503.
 
-# What waits to be run: the connection (None: the server's own call), its call, the head of its
+# A call that waits to run: its connection (None: the server's own call), the call, the head of its
 # request, and when that arrived, by the monotonic clock.
 Pending = tuple[Optional[Connection], Work, Head, float]
 
 
 class HeldReads:
-    """Reads of feeds that have found nothing, and inventories that wait for others."""
+    """Reads of feeds that have found nothing yet, and inventories that wait for others."""
 
     def __init__(self, reads: deque[Pending], connections: Connections, api: Api) -> None:
-        """reads: where they go to be run again."""
+        """reads: the queue that they join to run again."""
         self._reads, self._connections, self._api = reads, connections, api
         self._held: list[tuple[Connection, Call, Head, float]] = []  # as Pending
-        self._ends = (0, 0)  # of the feeds, when wake() looked
+        self._ends = (0, 0)  # the last numbers of the feeds, when wake() looked
 
     def hold(self, pending: Pending, outcome: Any, is_stopping: bool) -> Any:
-        """The outcome of a read; None: it has found nothing, and waits, or is to look further."""
+        """The outcome to answer a read with. None if it found nothing, and waits or runs again."""
         (connection, call, head, since), moment = pending, self._connections.moment
         is_feed = isinstance(outcome, Page) and not outcome.items and "cursor" in outcome.more
         if not is_feed and not (isinstance(outcome, Call) and outcome.values.get("waits")):
@@ -12340,7 +12375,7 @@ class HeldReads:
         if is_over or connection.state not in (BUSY, HELD):
             return outcome
         if connection.state is not HELD:
-            keys = [each.key for each in self._connections.within((HELD,))]
+            keys = [other.key for other in self._connections.in_states((HELD,))]
             if len(keys) >= WAITING_MAXIMUM or keys.count(call.by.id) >= WAITING_OF_KEY:
                 return TooManyRequests(
                     f"Try later, or without wait: {WAITING_OF_KEY} requests of a key can wait."
@@ -12353,7 +12388,7 @@ class HeldReads:
         return None
 
     def wake(self, is_stopping: bool) -> None:
-        """Have them run again where a feed has gone on, or their time is over."""
+        """Run held reads again whose feed has news, or whose time is over."""
         ends = self._api.registry.feed_ends() if self._held else self._ends
         has_news, self._ends = ends != self._ends or is_stopping, ends
         moment, held, self._held = self._connections.moment, self._held, []
@@ -12363,9 +12398,9 @@ class HeldReads:
             if connection.state is HELD:  # its peer has not gone
                 queue = self._reads if is_due else self._held
                 queue.append((connection, call, head, moment))  # the wait is not measured
-        self._api.metrics.waiting_requests = len(self._connections.within((HELD,)))
+        self._api.metrics.waiting_requests = len(self._connections.in_states((HELD,)))
 
-    def next_look(self) -> float:
+    def next_wake(self) -> float:
         """When to call wake() at the latest, by the monotonic clock."""
         times: list[float] = [call.values["until"] for _, call, _, _ in self._held]
         return min(self._connections.moment + FOLLOW_EVERY, *times) if times else math.inf
@@ -12379,13 +12414,13 @@ class Exchanges:
         self._registry = api.registry
         self._connections = connections
         self._access_log = access_log
-        self.pending: list[Pending] = []  # what may write
+        self.pending: list[Pending] = []  # calls that may write
         self.reads: deque[Pending] = deque()
         self.unjudged: deque[tuple[Connection, Request, float]] = deque()  # and when each arrived
-        self.ready: list[Connection] = []  # more of what they sent can be read in the next turn
+        self.ready: list[Connection] = []  # the next turn parses more of what they sent
         self.now = 0  # of this turn, Unix time in milliseconds
-        self.waiting_since = 0.0  # for the write lock, by the monotonic clock; 0: not
-        # When the server's own calls are due, by the monotonic clock; inf: until it has run.
+        self.waiting_since = 0.0  # since when we wait for the write lock, monotonic; 0: we do not
+        # When the server's own calls are due, by the monotonic clock; inf while one is pending.
         self.due = {rule: connections.moment + first for rule, first in RECURRING.items()}
         self.held = HeldReads(self.reads, connections, api)
         self.is_stopping = False  # each answer is then the last of its connection
@@ -12393,21 +12428,21 @@ class Exchanges:
     # Requests.
 
     def on_ready(self, connection: Connection) -> None:
-        """Go on with a connection that the selector reports: readable, or writable."""
-        if not connection.interest:  # this turn has closed it, or has more of it to read first
+        """Handle a connection that the selector reports as readable or writable."""
+        if not connection.interest:  # this turn has closed it, or has more of it to parse first
             return
         state = connection.state
         if state is IDLE or state is HEAD or state is BODY or state is HANDSHAKE:
             self.read(connection)
         elif state is WRITING:
             if self._connections.flush(connection):
-                self._answered(connection)
+                self._after_answer(connection)
         elif state is LINGER:
             self._connections.receive(connection, DROP_SIZE)
         elif state is HELD:
             if data := self._connections.receive(connection):
                 connection.reader.buffer += data
-                self._connections.account(connection, connection.reader.buffered)
+                self._connections.note_buffered(connection, connection.reader.buffered)
                 self._connections.watch(connection, 0)
             elif connection.state is not HELD:  # its TLS has failed: nothing can be answered
                 self._connections.close(connection)
@@ -12415,7 +12450,7 @@ class Exchanges:
             self._connections.watch(connection, 0)
 
     def read(self, connection: Connection) -> None:
-        """Take what has arrived: a plain heartbeat, by the fast path, or bytes of a request."""
+        """Receive what has arrived: a plain heartbeat, for the fast path, or bytes to parse."""
         try:
             data = self._connections.receive(connection)
         except Problem as problem:
@@ -12436,7 +12471,7 @@ class Exchanges:
             self._shed_load(connection)
 
     def parse(self, connection: Connection, data: bytes = b"") -> None:
-        """Read on in the request of a connection, and have it judged if that was the end of it."""
+        """Parse more of a connection's request. When it is complete, queue it to be judged."""
         reader = connection.reader
         try:
             request = reader.next(data)
@@ -12445,7 +12480,7 @@ class Exchanges:
             return
         if request is None or reader.buffer or connection.buffered:
             size = reader.buffered + (len(request.body) if request else 0)
-            self._connections.account(connection, size)
+            self._connections.note_buffered(connection, size)
             if self._connections.buffered > BUFFERED_MAXIMUM and self._shed_load(connection):
                 return
         if request is None:
@@ -12464,14 +12499,14 @@ class Exchanges:
             if reader.has_more:
                 self.ready.append(connection)
             elif is_new and reader.awaits_continue:
-                self._connections.send(connection, CONTINUE, BODY)  # it is no answer
+                self._connections.send(connection, CONTINUE, BODY)  # this is no answer
         elif reader.has_begun:
             self._connections.move(connection, HEAD)
-        elif connection.state is BUSY:  # an empty line behind the request before
+        elif connection.state is BUSY:  # an empty line after the last request
             self._connections.move(connection, IDLE)
 
     def judge(self) -> None:
-        """Judge what has arrived, one by one; what the turn has no time for waits for the next."""
+        """Judge what has arrived, one by one. What this turn has no time for waits for the next."""
         end = time.monotonic() + JUDGING_TIME
         while self.unjudged:
             self.guard(self._admit, *self.unjudged.popleft())
@@ -12494,20 +12529,20 @@ class Exchanges:
         queue.append((connection, admitted, request.head, moment))
 
     def refuse(self, connection: Connection, problem: Problem) -> None:
-        """Answer a request that is not whole, and read no further."""
+        """Answer a request that is not complete, and read no more of it."""
         reader = connection.reader
         request = reader.unfinished()
-        connection.reader = RequestReader(reader.peer, reader.connection)  # frees what it has read
-        self._connections.account(connection, 0)
+        connection.reader = RequestReader(reader.peer, reader.connection)  # frees its buffer
+        self._connections.note_buffered(connection, 0)
         response = self._api.refuse(problem, request.origin, self.now)
         self._answer(connection, response, request.head, request.origin, self._connections.moment)
 
     def _shed_load(self, connection: Connection) -> bool:
-        """More than BUFFERED_MAXIMUM is buffered, and a connection wants to add to it: refuse or
-        close the one that buffers most, but none whose call is run. So a crowd that buffers all it
-        can keeps out only itself. True if it was that connection."""
-        waiting = self._connections.within(s for s in STATES if s not in (BUSY, HELD))
-        largest = max((*waiting, connection), key=lambda each: each.buffered + len(each.output))
+        """More than BUFFERED_MAXIMUM is buffered, and a connection adds to it: refuse or close the
+        one that buffers most, but none whose call runs. So a crowd that buffers all it can hurts
+        only itself. True if it was this connection."""
+        waiting = self._connections.in_states(s for s in STATES if s not in (BUSY, HELD))
+        largest = max((*waiting, connection), key=lambda peer: peer.buffered + len(peer.output))
         if largest.output or largest.state is HANDSHAKE:
             self._connections.close(largest)
         elif largest.buffered:
@@ -12519,18 +12554,18 @@ class Exchanges:
     # Ticks.
 
     def add_internal(self, rule: InternalRule) -> None:
-        """Have a call of the server's own run in the next tick."""
+        """Run a call of the server's own in the next tick."""
         self.pending.append((None, Call(rule), INTERNAL_REQUEST.head, self._connections.moment))
 
-    def add_due(self) -> None:
-        """Have those of the server's recurring calls run that are due."""
+    def add_due_calls(self) -> None:
+        """Run those of the server's own calls that are due in the next tick."""
         for rule, at in self.due.items():
             if self._connections.moment >= at:
                 self.due[rule] = math.inf
                 self.add_internal(rule)
 
     def run_tick(self) -> None:
-        """Run what may write, unless another process does."""
+        """Run the pending calls, unless another process writes."""
         moment = self._connections.moment
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
         if outcomes is None:
@@ -12564,11 +12599,11 @@ class Exchanges:
 
     def _run(self, pending: Sequence[Pending]) -> Optional[list[Any]]:
         try:
-            return self._registry.run([each[1] for each in pending], self.now)
+            return self._registry.run([entry[1] for entry in pending], self.now)
         except Unrecoverable:
             self.is_stopping = True
-            for each in pending:
-                self._answer_one(each, StorageUnavailable())
+            for entry in pending:
+                self._answer_one(entry, StorageUnavailable())
             raise
         except Exception as error:
             return [log_defect("a tick failed", error)] * len(pending)
@@ -12595,11 +12630,11 @@ class Exchanges:
                     length = len(data) - data.index(b"\r\n\r\n") - 4
                     log_access(head, work.origin, 200, length, since)
                 is_plain = connection.state is IDLE and connection.tls is None and not closes
-                try:  # most take the shorter way to what _send() does: 13 us are 0.7 less
+                try:  # a short cut of _send() for most: it saves 0.7 of 13 us
                     if not is_plain:
                         self._send(connection, data, CLOSED if closes else IDLE)
                     elif self._connections.push(connection, data, IDLE):
-                        self._connections.restart(connection)
+                        self._connections.restart_deadline(connection)
                 except Exception as error:
                     self.fail(connection, error)
             elif not self._answer_one(pending, outcome):
@@ -12609,7 +12644,7 @@ class Exchanges:
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
 
     def _answer_one(self, pending: Pending, outcome: Any) -> bool:
-        """Answer a call; False if its outcome is one to be run later."""
+        """Answer a call. False if its outcome is another call, to run later."""
         connection, call, head, since = pending
         if connection is not None:
             try:
@@ -12630,7 +12665,7 @@ class Exchanges:
         request = origin.request if response.content_type is PROBLEM_JSON else ""
         seconds = self.now // SECOND_MS
         data = write_response(response, seconds, closes, head.method == "HEAD", request)
-        if response.closes or len(data) > RECEIVE_SIZE:  # it may be sending until it has all of it
+        if response.closes or len(data) > RECEIVE_SIZE:  # the peer may send until it has all
             connection.lingers = True
         if self._access_log:
             log_access(head, origin, response.status, len(response.body), since)
@@ -12638,12 +12673,12 @@ class Exchanges:
 
     def _send(self, connection: Connection, data: bytes, next_state: State) -> None:
         if self._connections.send(connection, data, next_state):
-            self._answered(connection)
+            self._after_answer(connection)
         elif self._connections.buffered > BUFFERED_MAXIMUM:
             self._shed_load(connection)
 
-    def _answered(self, connection: Connection) -> None:
-        """All of an answer is taken: go on to the next request, or close."""
+    def _after_answer(self, connection: Connection) -> None:
+        """All of an answer is taken: continue with the next request, or close."""
         reader = connection.reader
         if connection.next_state is CLOSED:
             if connection.lingers or reader.buffer:
@@ -12652,7 +12687,7 @@ class Exchanges:
                 self._connections.close(connection)
             return
         if connection.buffered:
-            self._connections.account(connection, reader.buffered)
+            self._connections.note_buffered(connection, reader.buffered)
         if reader.buffer:
             self._connections.move(connection, BUSY)
             self.ready.append(connection)
@@ -12661,20 +12696,20 @@ class Exchanges:
         else:
             self._connections.move(connection, IDLE)
 
-    def guard(self, handle: Callable[..., None], connection: Connection, *more: Any) -> None:
+    def guard(self, handle: Callable[..., None], connection: Connection, *arguments: Any) -> None:
         try:
-            handle(connection, *more)
+            handle(connection, *arguments)
         except Exception as error:
             self.fail(connection, error)
 
     def fail(self, connection: Connection, error: Exception) -> None:
-        """A connection had a defect: it ends here, and the loop goes on."""
+        """Log a defect in the handling of a connection, and close the connection."""
         log_defect("a connection failed", error)
         self._connections.close(connection)
 
 
 def log_defect(message: str, error: Exception, request: str = "") -> Problem:
-    """Log a defect; the answer to whatever it ended."""
+    """Log a defect. Returns the answer to the request that it ended."""
     if isinstance(error, MemoryError):
         raise error
     log.error(message, exc_info=error, extra={"request": request})
@@ -12682,7 +12717,7 @@ def log_defect(message: str, error: Exception, request: str = "") -> Problem:
 
 
 def log_access(head: Head, origin: Origin, status: int, length: int, since: float) -> None:
-    """A line of the access log. length: of the content, in bytes; since: by the monotonic clock."""
+    """Log a request. length: of the content, in bytes; since: by the monotonic clock."""
     access = {
         "address": origin.address,
         "method": sanitize_path(head.method),
@@ -12699,8 +12734,8 @@ def log_access(head: Head, origin: Origin, status: int, length: int, since: floa
 
 
 class Listener(socket.socket):
-    """A TCP socket to accept from. What it accepts are sockets of C: to make one of Python's class,
-    and enums of its family and type, takes 5 us for each connection."""
+    """A TCP socket to accept from. It returns sockets of C: to make one of Python's class, with
+    enums of its family and type, takes 5 us for each connection."""
 
     @cached_property
     def family(self) -> socket.AddressFamily:
@@ -12721,23 +12756,16 @@ class Server(HTTPServer):
         listener: Optional[socket.socket] = None, proxies: Networks = (), access_log: bool = False,
         notify: Callable[[str], None] = lambda state: None,
     ) -> None:  # fmt: skip
-        """clock: Unix time in seconds. deadlines: seconds, where they differ from STATES. load_tls
-        is called with our host, at once and in a thread at each reload. listener: a socket that a
-        service manager has bound. proxies: believed in X-Forwarded-For. notify is given our states,
-        as in sd_notify(3). Raises OSError."""
+        """clock: Unix time in seconds. deadlines: in seconds, if not those of STATES. load_tls is
+        called with our host, now and in a thread at each reload. listener: a socket that a service
+        manager has bound. proxies: believed in X-Forwarded-For. notify is given our states, as in
+        sd_notify(3). Raises OSError."""
         super().__init__((host, port), BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or Listener(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._is_inherited = listener is not None
         try:
-            if listener is None:  # server_bind() would ask DNS for our name, and wait
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self.socket.bind((host, port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the accepted
-            self.socket.setblocking(False)
-            self.socket.listen(BACKLOG)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+            self._listen(host, port)
             self._load_tls = partial(load_tls, self.host) if load_tls else None
             self._tls, announce = self._load_tls() if self._load_tls else (None, lambda: None)
             announce()
@@ -12749,14 +12777,14 @@ class Server(HTTPServer):
         self._clock = clock
         self._proxies = proxies
         self._notify = notify
-        number = int(clock() * SECOND_MS) << 20  # no earlier start has used it, or one above
+        number = int(clock() * SECOND_MS) << 20  # above any that an earlier start has used
         self._connections = Connections(deadlines or {}, api.metrics, connections, number)
         self._exchanges = Exchanges(api, self._connections, access_log)
-        self._accept_at = math.inf  # when to accept again; inf: all the time
+        self._accept_at = math.inf  # when to accept again; inf: no pause
         self._stop_before: Optional[float] = None
         self._is_audit_flushed = False
         self._reload_requested = False
-        self._loading: Optional[futures.Future[Any]] = None  # the certificate
+        self._loading: Optional[futures.Future[Any]] = None  # loads the certificate
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
@@ -12765,9 +12793,19 @@ class Server(HTTPServer):
 
     # Starting and stopping.
 
+    def _listen(self, host: str, port: int) -> None:
+        if not self._is_inherited:  # server_bind() would ask DNS for our name, and wait
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind((host, port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones take it
+        self.socket.setblocking(False)
+        self.socket.listen(BACKLOG)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
     @property
     def host(self) -> str:
-        """Its address, or the name of this machine if it listens on every address."""
+        """The server's address, or this machine's name if it listens on every address."""
         is_one = not ipaddress.ip_address(self.server_name).is_unspecified
         return self.server_name if is_one else socket.gethostname()
 
@@ -12778,18 +12816,18 @@ class Server(HTTPServer):
 
     @property
     def is_in_the_clear(self) -> bool:
-        """Whether other machines can connect, without TLS."""
+        """Whether other machines can connect without TLS."""
         return self._tls is None and not ipaddress.ip_address(self.server_name).is_loopback
 
     def stop(self, *_: object) -> None:
-        """Stop accepting, answer what has arrived, return from serve_forever(). A signal handler
-        may call it, or another thread."""
+        """Stop accepting, answer what has arrived, and return from serve_forever(). A signal
+        handler or another thread may call this."""
         if self._stop_before is None:
             self._stop_before = time.monotonic() + SHUTDOWN_DEADLINE
         self._wake()
 
     def reload(self, *_: object) -> None:
-        """Load the certificate again. A signal handler may call it, or another thread."""
+        """Load the certificate again. A signal handler or another thread may call this."""
         self._reload_requested = True
         self._wake()
 
@@ -12799,8 +12837,8 @@ class Server(HTTPServer):
 
     @contextmanager
     def woken_by_signals(self) -> Iterator[None]:
-        """For the main thread. A signal that arrives just before select() must still wake it:
-        Python runs the handler only afterwards."""
+        """For the main thread: a signal wakes select(), also one that arrives just before it.
+        Python runs the handler only after that."""
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -12808,7 +12846,7 @@ class Server(HTTPServer):
             signal.set_wakeup_fd(-1)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Turn until stop() has been called and all that arrived is answered."""
+        """Run turns until stop() was called and all that arrived is answered."""
         self._notify("READY=1")
         while self._stop_before is None:
             self._turn(self._timeout())
@@ -12816,14 +12854,14 @@ class Server(HTTPServer):
         self._stop_listening()
         deadline = self._stop_before
         self._finish(deadline - SHUTDOWN_DEADLINE + SHUTDOWN_GRACE)
-        self._close_silent()
+        self._close_unused()
         self._finish(deadline)
         if self._exchanges.waiting_since:
             self._exchanges.stop_waiting()
 
     def _stop_listening(self) -> None:
-        """Accept the connections that wait, unless another process is to: it has the socket. Who
-        came between that and the close would be reset, so their handshakes come after it."""
+        """Accept the waiting connections, unless the next process inherits the socket. One that
+        comes before the close is reset, so handshakes, which take long, come after it."""
         self._exchanges.is_stopping = True
         self._watch_listener(False)
         accepted = [] if self._is_inherited else self._accept(BACKLOG)
@@ -12833,22 +12871,22 @@ class Server(HTTPServer):
             self._exchanges.guard(self._on_accept, connection)
 
     def _finish(self, deadline: float) -> None:
-        """Turn until all that arrived is answered, or a deadline has passed."""
+        """Run turns until all that arrived is answered, or a deadline has passed."""
         self._stop_before = deadline
         while self._has_work_left() and time.monotonic() < deadline:
             self._turn(self._timeout())
 
-    def _close_silent(self) -> None:
+    def _close_unused(self) -> None:
         """Close the connections without a request. Not before: a peer may just have sent one, and
-        without an answer it cannot know whether that was run."""
+        without an answer it cannot know whether that ran."""
         self._turn(0)  # reads what has arrived
-        for connection in self._connections.within((IDLE, HANDSHAKE, HEAD)):
+        for connection in self._connections.in_states((IDLE, HANDSHAKE, HEAD)):
             if connection.state is HANDSHAKE or not connection.buffered:
                 self._connections.close(connection)
 
     def _has_work_left(self) -> bool:
-        """Whether answers are owed. When none are, the refusals that the audit log has not written
-        yet are the last tick, which waits for other writers like any other."""
+        """Whether requests wait for answers. If none does, a last tick writes the refusals that are
+        still to be audited. It waits for other writers, like any other tick."""
         exchanges, is_open = self._exchanges, self._connections.metrics.open_connections > 0
         if not (is_open or exchanges.pending or self._is_audit_flushed):
             audit = self._registry.audit
@@ -12858,7 +12896,7 @@ class Server(HTTPServer):
         return is_open or bool(exchanges.pending)
 
     def server_close(self) -> None:
-        for connection in self._connections.within(STATES):
+        for connection in self._connections.in_states(STATES):
             self._connections.close(connection)
         super().server_close()
         self._connections.selector.close()
@@ -12873,9 +12911,9 @@ class Server(HTTPServer):
         events = connections.selector.select(timeout)
         moment = connections.moment = time.monotonic()
         exchanges.now = int(self._clock() * SECOND_MS)
-        # 2. Go by the keys as other processes have changed them.
-        self._registry.follow()
-        # 3. Read on in what arrived in an earlier turn: pipelined requests, bodies in tiny chunks.
+        # 2. Use the keys as other processes have changed them.
+        self._registry.reload_changed_keys()
+        # 3. Parse more of what arrived in earlier turns: pipelined requests, bodies in tiny chunks.
         ready, exchanges.ready = exchanges.ready, []
         for connection in ready:
             if connection.state in (BUSY, BODY):  # it was not refused meanwhile
@@ -12897,15 +12935,15 @@ class Server(HTTPServer):
             else:
                 self._wakened.recv(RECEIVE_SIZE)
         exchanges.judge()
-        # 5. Use the certificate when it is read again. Add the server's own calls: housekeeping
-        #    every ALIVE_EVERY seconds; a slice of the sweep; if nothing else is to be run, a tick
-        #    that writes the refusals which wait to be audited.
+        # 5. Load the certificate again, or use it. Add the server's own calls: housekeeping every
+        #    ALIVE_EVERY seconds; a slice of the sweep; expiry; and if nothing else is pending, a
+        #    tick that writes the refusals which wait to be audited.
         if self._reload_requested or self._loading is not None:
             self._reload()
-        exchanges.add_due()
+        exchanges.add_due_calls()
         if self._has_refusals and not exchanges.pending:
             exchanges.add_internal(WRITE_REFUSALS)
-        # 6. Run what may write as one tick, and answer.
+        # 6. Run the pending calls as one tick, and answer them.
         if exchanges.pending:
             exchanges.run_tick()
         # 7. Run one call that only reads.
@@ -12929,7 +12967,7 @@ class Server(HTTPServer):
 
     @property
     def _has_refusals(self) -> bool:
-        """Whether refusals wait to be audited, and can be."""
+        """Whether refusals wait to be audited, and the database can be written."""
         return bool(self._registry.audit.pending) and not self._registry.storage_trouble
 
     def _timeout(self) -> float:
@@ -12943,7 +12981,7 @@ class Server(HTTPServer):
             return 0
         nearest = min(
             self._connections.next_deadline(),
-            exchanges.held.next_look(),
+            exchanges.held.next_wake(),
             *exchanges.due.values(),
             self._accept_at,
             math.inf if self._stop_before is None else self._stop_before,
@@ -12951,7 +12989,7 @@ class Server(HTTPServer):
         return max(0.0, nearest - time.monotonic())
 
     def _reload(self) -> None:
-        """Have the certificate read, or use it from now on; a bad one changes nothing."""
+        """Begin to load the certificate, or use it once it is loaded. A bad one changes nothing."""
         if self._loading is None:
             self._reload_requested = False
             self._notify(f"RELOADING=1\nMONOTONIC_USEC={int(self._connections.moment * 1e6)}")
@@ -12993,8 +13031,8 @@ class Server(HTTPServer):
                 self._connections.selector.unregister(self.socket)
 
     def _make_room(self) -> None:
-        """Close a connection for the new one that waits. If none can be closed, new ones wait: the
-        listener would stay readable, and the loop would spin."""
+        """Close a connection for the new one that waits. If none can be closed, stop accepting for
+        a while: the listener would stay readable, and the loop would spin."""
         self._connections.is_crowded = False
         connection = self._connections.evictable()
         if connection is not None:
@@ -13040,7 +13078,7 @@ def inherited_listener(process: str, count: str) -> Optional[socket.socket]:
 
 
 def fit_connections(wanted: int) -> int:
-    """Raise the soft limit of descriptors for so many connections; how many it allows."""
+    """Raise the soft limit of descriptors for so many connections. Returns how many it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + DESCRIPTORS_SPARE
     if hard != resource.RLIM_INFINITY:
@@ -13051,10 +13089,10 @@ def fit_connections(wanted: int) -> int:
 
 
 def has_reader(file: Any, seconds: float) -> bool:
-    """Wait; False as soon as a pipe has no reader any more."""
+    """Wait for so many seconds. False as soon as a pipe has no reader any more."""
     with selectors.DefaultSelector() as selector:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
-            selector.register(file, READ)  # of this end of a pipe, only the end is reported
+            selector.register(file, READ)  # for this end of a pipe, only its end is reported
         return not selector.select(seconds)
 
 
@@ -13064,8 +13102,8 @@ def has_reader(file: Any, seconds: float) -> bool:
 def closed_loop(
     port: int, requests: Iterator[bytes], connections: int, seconds: float, certificate: str = ""
 ) -> int:
-    """Load a server on this machine, in rounds: a request on each connection, then all answers; how
-    many there were. With a certificate to trust, each request has a TLS connection of its own;
+    """Load a server on this machine, in rounds: a request on each connection, then all answers;
+    returns their number. With a certificate to trust, each request has a TLS connection of its own;
     handshakes come one at a time, which costs a little more. Raises OperatorError, OSError."""
     context = ssl.create_default_context(cafile=certificate) if certificate else None
 

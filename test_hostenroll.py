@@ -1155,7 +1155,7 @@ def test_a_connection_goes_only_where_the_table_of_transitions_lets_it():
             waits = state is hostenroll.BODY and has_more
             assert connection.interest == (state.events if goes and not waits else 0)
             is_gone = after is hostenroll.CLOSED is not before
-            assert connections.within(states) == ([] if is_gone else [connection])
+            assert connections.in_states(states) == ([] if is_gone else [connection])
             if goes and (state is not before or state is hostenroll.IDLE):  # with a new deadline
                 since = connections.moment
             assert connections.next_deadline() == since + after.deadline
@@ -1442,8 +1442,10 @@ MUTATED = {
         "two_intervals or few_statements or strays_of or neighbours or moves_no_host or "
         "shut_out_lets or old_credential_is", 3,
         "what had matched is written once more, and is the same"),
-    "Heartbeats._place": ("alternates or was_ahead_keeps or last_heartbeat_and_where", 0, ""),
-    "Heartbeats._move": ("alternates or moves_of_a_host or last_heartbeat_and_where", 0, ""),
+    "Heartbeats._with_address_key": (
+        "alternates or was_ahead_keeps or last_heartbeat_and_where", 0, ""),
+    "Heartbeats._write_addresses": (
+        "alternates or moves_of_a_host or last_heartbeat_and_where", 0, ""),
     "SigningKeys.is_due": ("in_its_last_third or another_lifetime or lives_from_rotation", 0, ""),
     "SigningKeys.retire": ("lives_from_rotation or locked_out", 0, ""),
     "ServicePeriod.silence_ms": ("silence_counts or hosts_silence or nobody_alive", 4,
@@ -1458,7 +1460,7 @@ MUTATED = {
         "old_events or prun", 3,
         "a trouble that comes again is logged again; the same anchor is put again"),
     "chain_start": ("log_cannot or proves_no or named_for_ever or no_old_one or 2_goes_on", 0, ""),
-    "begin_format": ("named_for_ever or 2_goes_on or migrated_database_is", 0, ""),
+    "begin_audit_format": ("named_for_ever or 2_goes_on or migrated_database_is", 0, ""),
     "verify_events": ("no_event_can or verified_in_slices or 2_goes_on or named_for_ever", 1,
                       "the mac of the next finds it, too"),
     "ServiceRecord.watch_certificate": (
@@ -8889,16 +8891,16 @@ def test_what_a_command_does_to_the_keys_another_process_goes_by_at_once(world):
         new = rotate(command)
         fresh = reenrolled(command, number)
         assert world.beat(fresh).code == "storage-unavailable"
-        world.registry.follow()  # as before each turn
+        world.registry.reload_changed_keys()  # as before each turn
         assert world.beat(fresh).status == 200
         assert [row["kid"] for row in map(header_of, (credential, fresh))] == [old, new]
         newest = rotate(command)
         assert header_of(world.join("web-2")[1])["kid"] == newest
         retire(command, new, force=True)
-        world.registry.keys.follow()
+        world.registry.keys.reload_if_changed()
         assert world.beat(fresh).code == "credential-invalid"
         retire(command, old, force=True)
-        world.registry.keys.follow()
+        world.registry.keys.reload_if_changed()
         assert [problem.code for problem in world.run(beat)] == ["credential-invalid"]
         assert keys_of(world) == {newest: ("signs", 1), new: ("retired", 1), old: ("retired", 0)}
     world.housekeeping()
@@ -10703,7 +10705,7 @@ def log_of(world):
 
 def head_of(world, event):
     """What verify-audit printed when an event was the last."""
-    return hostenroll.Link(event.number, event.mac).head(world.registry.keys.keyring)
+    return hostenroll.ChainLink(event.number, event.mac).head(world.registry.keys.keyring)
 
 
 @pytest.fixture
@@ -18821,7 +18823,7 @@ def wait(live, monkeypatch):
 
 
 def held(live):
-    return set(live.server._connections.within((hostenroll.HELD,)))
+    return set(live.server._connections.in_states((hostenroll.HELD,)))
 
 
 def places(live):
