@@ -7509,7 +7509,7 @@ fail() {
     return 1
 }
 
-end() { # STATUS [TEXT]
+quit() { # STATUS [TEXT]; zsh has "end" for itself
     [ -z "${2:-}" ] || say "$2"
     [ -z "$locked" ] || rm -f "$state/lock"
     [ -z "$stopped" ] || systemctl start "$SERVICE"
@@ -7533,8 +7533,8 @@ escape() {
 }
 
 # A command's output as a fact: one line of at most 128 printable ASCII characters.
-fact() {
-    tr '\n' ' ' | tr -dc ' -~' | sed 's/^ *//; s/ *$//' | cut -c 1-128
+fact() { # [LENGTH]
+    tr '\n' ' ' | tr -dc ' -~' | sed 's/^ *//; s/ *$//' | cut -c "1-${1:-128}"
 }
 
 read_arguments() {
@@ -7567,9 +7567,9 @@ take() { # OPTION VALUE
     --prefix) prefix=$2 ;;
     --ask-again) ask_again=$2 ;;
     --every) every=$2 ;;
-    *) end 2 "unknown option $1; see --help" ;;
+    *) quit 2 "unknown option $1; see --help" ;;
     esac
-    [ -n "$2" ] || end 2 "$1 needs a value; see --help"
+    [ -n "$2" ] || quit 2 "$1 needs a value; see --help"
 }
 
 check_arguments() {
@@ -7577,23 +7577,23 @@ check_arguments() {
     hash='sha256//[A-Za-z0-9+/]\{43\}=' # curl takes anything else for the name of a file
     hash=$(printf %s "$pin" | tr '\n' ' ' | sed -n "\|^$hash\(;$hash\)\{0,3\}$|p")
     [ "$hash" = "$pin" ] ||
-        end 2 "--pin must look like sha256//..., or up to 4 of them with ; between"
+        quit 2 "--pin must look like sha256//..., or up to 4 of them with ; between"
     case $hostname in
-    *[!A-Za-z0-9._-]*) end 2 "--hostname must be letters, digits, dots, - and _" ;;
+    *[!A-Za-z0-9._-]*) quit 2 "--hostname must be letters, digits, dots, - and _" ;;
     esac
     case $name in
-    *[[:cntrl:]]*) end 2 "--name must be one line of text" ;;
+    *[[:cntrl:]]*) quit 2 "--name must be one line of text" ;;
     esac
     case $ask_again:$every in
-    *[!0-9:]* | 0* | *:0* | ??????*:* | *:??????*) end 2 "--ask-again, --every: not seconds" ;;
+    *[!0-9:]* | 0* | *:0* | ??????*:* | *:??????*) quit 2 "--ask-again, --every: not seconds" ;;
     esac
-    [ "${every:-1}" -le 86400 ] || end 2 "--every must be at most 86400 seconds"
-    [ -z "$every" ] || [ -n "$once" ] || [ "$act" = install ] || end 2 "--every needs --once"
-    [ -z "$cacert" ] || [ -r "$cacert" ] || end 2 "cannot read $cacert"
+    [ "${every:-1}" -le 86400 ] || quit 2 "--every must be at most 86400 seconds"
+    [ -z "$every" ] || [ -n "$once" ] || [ "$act" = install ] || quit 2 "--every needs --once"
+    [ -z "$cacert" ] || [ -r "$cacert" ] || quit 2 "cannot read $cacert"
 }
 
 check_server() {
-    [ -n "$server" ] || end 2 "--server URL is missing; see --help"
+    [ -n "$server" ] || quit 2 "--server URL is missing; see --help"
     host=${server#*://}
     host=${host%%/*}
     case $server in
@@ -7601,17 +7601,17 @@ check_server() {
     https://?*) return 0 ;;
     http://?*) check_plain_http && return 0 ;;
     esac
-    end 2 "--server must look like https://enroll.lan:8443"
+    quit 2 "--server must look like https://enroll.lan:8443"
 }
 
 check_plain_http() {
-    [ -z "$pin$cacert" ] || end 2 "--pin and --cacert have no effect over http: use https://"
+    [ -z "$pin$cacert" ] || quit 2 "--pin and --cacert have no effect over http: use https://"
     case $host in
     127.*[!0-9.:]*) ;; # a name
     127.* | '[::1]' | '[::1]':* | localhost | localhost:*) loopback=yes ;;
     esac
     [ -n "$loopback$insecure" ] ||
-        end 2 "others on the network can read secrets in http: use https, or --insecure-http"
+        quit 2 "others on the network can read secrets in http: use https, or --insecure-http"
 }
 
 # Files. The agent works where no other user can write: links, devices or process ids that another
@@ -7625,9 +7625,10 @@ find_state() {
         state=${state:-$STATE}
     else
         PROGRAM=${HOME:-}/.local/bin/hostenroll-agent
-        [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || end 2 "HOME is not set: give --state DIR"
+        [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || quit 2 "HOME is not set: give --state DIR"
         state=${state:-${XDG_STATE_HOME:-${HOME:-}/.local/state}/hostenroll-agent}
     fi
+    state=${state%/} # which a shell adds to the name of a folder
     case $state in
     /*) ;;
     *) state=$PWD/$state ;;
@@ -7642,16 +7643,16 @@ find_state() {
 }
 
 # For root, the folder and all above it must be root's, and writable by others in none but those
-# above it that have the sticky bit.
+# above it that have the sticky bit; also where links lead to it.
 open_folder() { # FOLDER
-    mkdir -p "$1" 2>/dev/null || [ -d "$1" ] || end 1 "cannot make the folder $1"
+    mkdir -p "$1" 2>/dev/null || [ -d "$1" ] || quit 1 "cannot make the folder $1"
     [ "$user" = 0 ] || return 0
-    folder=$1/.
     # shellcheck disable=SC2012 # not all systems have stat or find -printf
-    others=$(while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done |
-        sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
+    others=$(for folder in "$1/." "$(cd "$1" 2>/dev/null && pwd -P)/."; do
+        while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done
+    done | sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
     [ -z "$others" ] ||
-        end 1 "other users can write in $1: run this as its owner, or with --install for a service"
+        quit 1 "other users can write in $1: run this as its owner, or with --install for a service"
 }
 
 # Each file is written under another name and then moved into place, so that a full disk or a crash
@@ -7671,12 +7672,13 @@ store_credential() { # CREDENTIAL
         put "$state/credential" 600 "$owner"
 }
 
-# The credential, the ids of the host and of its token, the machine's mark. Fails without the first.
+# Reads the credential, the id of the host, the ids of the last tokens used here (newest first)
+# and the machine's mark. Fails without a credential.
 read_credential() { # FILE
     credential='' host_id='' enrolled_with='' mark=''
     [ -f "$1" ] || return 1 # a FIFO would never end
     # shellcheck disable=SC2046 # four words
-    set -- $(head -c 2048 "$1" 2>/dev/null) '' '' '' ''
+    set -- $(head -c 2048 "$1" 2>/dev/null | tr -dc '\n -~') '' '' '' ''
     credential=$1 host_id=$2 enrolled_with=$3 mark=$4
     is_credential "$credential"
 }
@@ -7714,7 +7716,7 @@ read_proxy() {
 # have given the id to another process since. Where neither /proc nor ps tells start times, no lock
 # is heeded: two agents may beat then, but no stranger's process silences them or gets a signal.
 start_time() { # PROCESS
-    { sed 's/.*) \([^ ]* \)\{19\}\([0-9]*\).*/\2/' "/proc/$1/stat" ||
+    { sed 's/.*) [^Z] \([^ ]* \)\{18\}\([0-9]*\).*/\2/' "/proc/$1/stat" || # Z: it has ended
         TZ=UTC0 ps -o lstart= -p "$1"; } 2>/dev/null | tr -dc 0-9
 }
 
@@ -7788,8 +7790,10 @@ ask() { # PATH CONFIG
     answer=$({
         printf '%s\n' "$config" | curl "$@" -K - 2>&1
         printf '\n%s' "$?"
-    } 2>/dev/null | head -c "$LONGEST_ANSWER" | tr '\000' ' ' 2>/dev/null) # TERM may end its reader
-    config='' status=000 reply='' failure=''
+    } 2>/dev/null | head -c "$LONGEST_ANSWER" | { # TERM may end its reader
+        tr '\000' ' ' && printf . # which keeps the newlines before it
+    } 2>/dev/null)
+    answer=${answer%.} config='' status=000 reply='' failure=''
     exit_status=$(printf '%s\n' "$answer" | tail -n 1)
     [ "${#answer}" != "$LONGEST_ANSWER" ] || exit_status=''
     case $exit_status in
@@ -7799,8 +7803,9 @@ ask() { # PATH CONFIG
         reply=$(printf '%s\n' "${answer%"$LINE"*}" | tail -n 1)
         ;;
     [1-9] | [1-9][0-9] | [1-9][0-9][0-9])
-        failure=$(printf '%s\n' "$answer" | sed -n 's/ after [0-9]* m[a-z]*//; s/^curl: //p' |
-            tail -n 1 | fact)
+        # It may quote the URL of a proxy, which has a password.
+        failure=$(printf '%s\n' "$answer" |
+            sed -n "s/ after [0-9]* m[a-z]*//; s/'.*@/'/; s/^curl: //p" | tail -n 1 | fact)
         ;;
     *) exit_status=63 failure="it sends more than $LONGEST_ANSWER bytes" ;;
     esac
@@ -7814,7 +7819,7 @@ member() { # NAME PATTERN
 
 detail() {
     reply=$(printf '%s\n' "$reply" | sed "s/\\\\[\"\\\\]/'/g")
-    member detail '"\([^"]*\)"' | fact
+    member detail '"\([^"]*\)"' | fact 500
 }
 
 # The reason of a failure that may pass.
@@ -7860,7 +7865,7 @@ limited() { # COMMAND...
 gather_facts() {
     own=${hostname:-$(uname -n)}
     own=$(printf '%s' "$own" | tr -dc 'A-Za-z0-9._-' | cut -c 1-253 | sed 's/^[.-]*//; s/-*$//')
-    [ -n "$own" ] || end 1 "this machine has no usable hostname: give --hostname"
+    [ -n "$own" ] || quit 1 "this machine has no usable hostname: give --hostname"
     os=$(sed -n 's/^PRETTY_NAME=//p' /etc/os-release 2>/dev/null | tr -d "\"'" | tail -n 1)
     os=$(printf '%s' "${os:+$os, }$(uname -s) $(uname -r)" | fact)
     docker=$(limited docker --version </dev/null 2>/dev/null |
@@ -7880,7 +7885,7 @@ gather_facts() {
 
 # The facts that the server has, and when they were sent. Without the file they are sent again.
 store_facts() { # [TIME]
-    printf '%s\n' "$facts" "${1:-}" | put "$state/facts" 600 || rm -f "$state/facts"
+    printf '%s\n' "$facts" "${1:-}" | put "$state/facts" 600 || rm -f "$state/facts" 2>/dev/null
     sent_facts=$facts
 }
 
@@ -7900,17 +7905,17 @@ read_state() {
 # connection or this process ends, the same token with the same key returns the same host.
 
 enroll() {
-    [ -z "$given" ] || end 2 "this folder belongs to the service: enroll as root, without --state"
-    read_token || end 2 "there is no token in $token_file: a token begins with het_"
-    if load_credential && is_mine "$mark" && [ "$enrolled_with" = "$token_id" ]; then
-        token='' # this command has run before
-        return
-    fi
-    keep_key || end 1
+    [ -z "$given" ] || quit 2 "this folder belongs to the service: enroll as root, without --state"
+    read_token || quit 2 "there is no token in $token_file: a token begins with het_"
+    { load_credential && is_mine "$mark"; } || enrolled_with=''
+    case ,$enrolled_with, in
+    *",$token_id,"*) token='' && return ;; # this command has run before
+    esac
+    keep_key || quit 1
     gather_facts
     until ask_for_credential; do
-        [ "$?" != 3 ] || end 3
-        ! is_untrusted || end 1
+        [ "$?" != 3 ] || quit 3
+        ! is_untrusted || quit 1
         back_off
     done
 }
@@ -7934,7 +7939,7 @@ read_token() {
     token_id=${token_id%%_*}
     case $token in
     *[!A-Za-z0-9_-]*) return 1 ;;
-    het_*_*) ;;
+    het_?*_*) ;;
     *) return 1 ;;
     esac
 }
@@ -7974,7 +7979,9 @@ data-binary = \"$(escape "$body}")\""
 keep_enrollment() {
     credential=$(member credential '"\([^"]*\)"[,}]')
     host_id=$(member hostId '"\([0-9a-f]\{1,64\}\)"')
-    enrolled_with=$token_id mark=''
+    mark=''
+    [ "${enrolled_with%%,*}" = "$token_id" ] || # in a try that failed
+        enrolled_with=$(printf %s "$token_id${enrolled_with:+,$enrolled_with}" | cut -d , -f 1-9)
     { is_credential "$credential" && [ -n "$host_id" ]; } ||
         fail "$server does not answer like a hostenroll server" || return
     store_credential "$credential" ||
@@ -7990,7 +7997,7 @@ keep_enrollment() {
 # Heartbeats. Returns 0 accepted, 1 failed, 3 refused.
 
 beat() {
-    load_credential || end 1 "no credential in $state: enroll with --token-file"
+    load_credential || quit 1 "no credential in $state: enroll with --token-file"
     body=''
     [ "$facts" = "$sent_facts" ] || body=$facts
     ask /api/agent/heartbeat "header = \"Authorization: Bearer $credential\"
@@ -8052,7 +8059,7 @@ back_off() {
     left=$((GIVE_UP - age))
     if [ -n "$once$act" ]; then
         [ "$left" -gt 0 ] || [ "$GIVE_UP" = 0 ] || say "gave up after $age s"
-        { [ "$left" -gt 0 ] && ! is_untrusted; } || end 1
+        { [ "$left" -gt 0 ] && ! is_untrusted; } || quit 1
         [ "$drawn" -le "$left" ] || drawn=$left
     fi
     pause "$drawn"
@@ -8067,7 +8074,7 @@ pause() {
     [ -z "$woken" ] || end_sleep
     wait "$!" 2>/dev/null
     slept=$! woken=''
-    trap - TERM INT HUP
+    [ -n "$stopped" ] || trap - TERM INT HUP
     age=$((age + $1))
 }
 
@@ -8081,6 +8088,7 @@ end_sleep() {
 leave() {
     end_sleep
     [ -z "$locked" ] || rm -f "$state/lock"
+    [ -z "$stopped" ] || systemctl start "$SERVICE"
     trap - TERM
     kill "$$"
 }
@@ -8092,7 +8100,7 @@ beat_on() {
         case $given:$outcome$answered in # root looks at the time of the file, and does not open it
         /*:[03]) { printf '' >|"$state/answered" && answered=yes; } 2>/dev/null ;;
         esac
-        [ -z "$once" ] || [ "$outcome" = 1 ] || end "$outcome"
+        [ -z "$once" ] || [ "$outcome" = 1 ] || quit "$outcome"
         case $outcome in
         0) tried='' bound=$FIRST_WAIT && pause "$next" ;;
         1) tried='' && back_off ;;
@@ -8107,14 +8115,14 @@ beat_on() {
 # As a service the agent has no privileges: it has a user and a folder of its own. Its program and
 # its unit belong to root. What is installed is the text that was read at the start.
 install() {
-    [ -n "$enrolled" ] || load_credential || end 2 "no credential in $state: give --token-file"
+    [ -n "$enrolled" ] || load_credential || quit 2 "no credential in $state: give --token-file"
     # No credential is sent: the service's may be newer, and root's would look like a copy of it.
     if [ -z "$enrolled" ] && [ -f "$installed" ]; then
         updates=yes
         ask /api/agent/heartbeat 'data-binary = "{}"'
         case $code in # the server's own answers, also where it cannot do more now
         credential-missing | too-many-requests | overloaded | storage-unavailable) ;;
-        *) fail_for_now || end 1 "nothing was changed" ;;
+        *) fail_for_now || quit 1 "nothing was changed" ;;
         esac
         trap 'put_back interrupted' HUP INT TERM
     fi
@@ -8129,18 +8137,18 @@ install() {
     say "systemd cannot be used here: run crontab -e and add this line"
     printf '%s * * * * sleep %s; sh %s %s --once --every %s 2>&1 | logger -t hostenroll-agent\n' \
         "${minutes%/1}" "$drawn" "$PROGRAM" "$(service_arguments)" "$every"
-    end 0
+    quit 0
 }
 
 # This runs before a token is used.
 check_install() {
     script=$(cat "$0" 2>/dev/null)
-    [ "${script##*"$LINE"}" = 'main "$@"' ] || end 1 "save this script in a file first"
+    [ "${script##*"$LINE"}" = 'main "$@"' ] || quit 1 "save this script in a file first"
     if [ "$user" = 0 ] && [ -d /run/systemd/system ]; then
         as_service=yes
-        [ -z "$every" ] || end 2 "--every is for cron: the server sets the interval of a service"
+        [ -z "$every" ] || quit 2 "--every is for cron: the server sets the interval of a service"
         [ "$state" = "$STATE" ] ||
-            end 2 "--state cannot be used with --install: a service uses $STATE"
+            quit 2 "--state cannot be used with --install: a service uses $STATE"
         systemd=$(systemctl --version | sed -n '1s/^[^0-9]*\([0-9]*\).*/\1/p')
         older=${STATE%/*}/private/${STATE##*/}
         case $(target_of "$STATE") in
@@ -8152,7 +8160,7 @@ check_install() {
     every=${every:-60}
     minutes="*/$((every / 60))"
     { [ "$((every % 60))" = 0 ] && [ "$every" -le 1800 ]; } ||
-        end 2 "--every must be whole minutes for cron, 60 to 1800"
+        quit 2 "--every must be whole minutes for cron, 60 to 1800"
     case $cacert in
     '' | /*) ;;
     *) cacert=$PWD/$cacert ;;
@@ -8166,11 +8174,11 @@ check_places() {
     installed=$PROGRAM
     [ -z "$prefix" ] || PROGRAM=$place
     case $PROGRAM$state${as_service:-$cacert} in
-    [!/]* | *[!A-Za-z0-9/._@+-]*) end 1 "cannot install with $PROGRAM, $state and $cacert" ;;
+    [!/]* | *[!A-Za-z0-9/._@+-]*) quit 1 "cannot install with $PROGRAM, $state and $cacert" ;;
     esac
     [ -z "$prefix" ] || (umask 022 && open_folder "${PROGRAM%/*}") || exit 1
     can_write "${PROGRAM%/*}" || {
-        [ -z "$prefix" ] || end 1 "cannot write in ${PROGRAM%/*}: no token was used"
+        [ -z "$prefix" ] || quit 1 "cannot write in ${PROGRAM%/*}: no token was used"
         say "cannot write in ${PROGRAM%/*} (see --prefix): installing the program in $state"
         PROGRAM=$state/hostenroll-agent
     }
@@ -8180,7 +8188,7 @@ check_places() {
     esac
     [ -n "$as_service" ] || return 0
     { can_write "${UNIT%/*}" && can_write "${AUTHORITIES%/*}"; } ||
-        end 1 "cannot write in ${UNIT%/*}: no token was used"
+        quit 1 "cannot write in ${UNIT%/*}: no token was used"
     make_account
 }
 
@@ -8199,6 +8207,7 @@ replace() { # FILE MODE TEXT
 }
 
 keep_new() {
+    trap '' HUP INT TERM # there is nothing to put back any more
     for file in $replaced; do rm -f "$file.old"; done
     [ "$installed" = "$PROGRAM" ] || rm -f "$installed"
 }
@@ -8207,7 +8216,7 @@ put_back() { # WHY
     trap '' HUP INT TERM
     for file in $replaced; do mv -f "$file.old" "$file" 2>/dev/null || rm -f "$file"; done
     [ -z "$served" ] || { systemctl daemon-reload && systemctl restart "$SERVICE"; }
-    end 1 "$1: everything is as before"
+    quit 1 "$1: everything is as before"
 }
 
 # Where nothing can make a user, systemd does (DynamicUser=).
@@ -8220,13 +8229,14 @@ make_account() {
         adduser -S -D -H -h / -s /sbin/nologin "$owner"
     else
         owner='' && [ "${systemd:-247}" -ge 247 ] # which hands it a credential
-    fi || end 1 "cannot make the user $ACCOUNT"
+    fi || quit 1 "cannot make the user $ACCOUNT"
 }
 
 # An older version's service had DynamicUser=: its folder is elsewhere, its user not a lasting one.
 leave_private() {
     stopped=yes
-    systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || end 1 "systemd cannot stop $SERVICE"
+    trap leave HUP INT TERM
+    systemctl stop "$SERVICE" || [ ! -f "$UNIT" ] || quit 1 "systemd cannot stop $SERVICE"
     [ ! -L "$STATE" ] || rm -f "$STATE"
     take_back "$older"
 }
@@ -8237,10 +8247,10 @@ take_back() { # FOLDER
     state=$STATE owner=''
     open_folder "$state"
     [ -d "$1" ] || return 0
-    { chown 0:0 "$1" && chmod 700 "$1"; } || end 1 "cannot take $1 from the service"
+    { chown 0:0 "$1" && chmod 700 "$1"; } || quit 1 "cannot take $1 from the service"
     own=$(find "$1/credential" -type f -links 1 2>/dev/null)
     ! choose_credential "$own" "$state/credential" || store_credential "$credential" ||
-        end 1 "cannot write in $state: make room"
+        quit 1 "cannot write in $state: make room"
     rm -rf "$1"
 }
 
@@ -8248,15 +8258,15 @@ take_back() { # FOLDER
 seal() {
     holder=$(target_of "$state/service/lock")
     { ! is_alive "$holder" && take_lock; } || leave_to_holder
-    [ -z "$served" ] || [ "$(systemctl is-active "$SERVICE")" != active ] || end 1 "$SERVICE runs"
+    [ -z "$served" ] || [ "$(systemctl is-active "$SERVICE")" != active ] || quit 1 "$SERVICE runs"
     if [ "$user:$state" = "0:$STATE" ]; then
         [ -L "$state/service" ] || take_back "$state/service"
         rm -rf "${STATE%/*}/private/${STATE##*/}"
     fi
     rm -f "$state/credential" "$state/credential.new" "$state/facts" "$state/facts.new" \
         "$state/enrolling" "$state/enrolling.new" ||
-        end 1 "cannot write in $state"
-    end 0 "sealed: each machine that starts from this image needs a token"
+        quit 1 "cannot write in $state"
+    quit 0 "sealed: each machine that starts from this image needs a token"
 }
 
 # Quoted for a shell and for systemd.
@@ -8270,14 +8280,15 @@ service_arguments() {
 
 install_service() {
     if [ -n "$cacert" ]; then
-        replace "$AUTHORITIES" 644 "$(cat "$cacert")"
+        # All can read it; the file that was given may have a private key, too.
+        replace "$AUTHORITIES" 644 "$(sed -n '/BEGIN.*CERTIFICATE/,/END.*CERTIFICATE/p' "$cacert")"
         cacert=$AUTHORITIES
     fi
     replace "$UNIT" 644 "$(unit)"
     waited=0
     if [ -n "$replaced$enrolled" ] || ! is_answered || ! systemctl -q is-active "$SERVICE"; then
         [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
-        { chmod 711 "$state" && store_credential "$credential"; } ||
+        { chmod 711 "$state" && load_credential && store_credential "$credential"; } ||
             put_back "cannot write in $state"
         stopped=''
         { systemctl daemon-reload && systemctl enable "$SERVICE" &&
@@ -8289,7 +8300,7 @@ install_service() {
         waited=$((waited + 1))
     done
     keep_new
-    end 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
+    quit 0 "installed $SERVICE: it starts with the machine; $PROGRAM --uninstall removes it"
 }
 
 # Since root has given the service its credential. Without the file find prints that.
@@ -8302,7 +8313,7 @@ leave_unanswered() {
     why="the server has answered no heartbeat of $SERVICE ($why)"
     [ -z "$updates" ] || put_back "$why"
     keep_new
-    end 1 "$why: it is installed and keeps trying; see journalctl -u $SERVICE"
+    quit 1 "$why: it is installed and keeps trying; see journalctl -u $SERVICE"
 }
 
 # No ProtectHostname: it would hide a changed hostname. No ProtectProc: the lock's holder.
@@ -8336,7 +8347,7 @@ END
 
 uninstall() {
     if [ -f "$UNIT" ] && [ "$user" = 0 ]; then
-        systemctl disable --now "$SERVICE" || end 1 "systemd cannot stop $SERVICE"
+        systemctl disable --now "$SERVICE" || quit 1 "systemd cannot stop $SERVICE"
         rm -f "$UNIT" "$AUTHORITIES"
         systemctl daemon-reload
         [ ! -d "$STATE/service" ] || [ -L "$STATE/service" ] || take_back "$STATE/service"
@@ -8346,19 +8357,20 @@ uninstall() {
     [ ! -f "$state/program" ] || ! (open_folder "$state") ||
         { read -r PROGRAM <"$state/program" && rm -f "$state/program" "$state/proxy"; }
     rm -f "$PROGRAM"
-    end 0 "uninstalled; the credential stays in $state: rm -r removes it"
+    quit 0 "uninstalled; the credential stays in $state: rm -r removes it"
 }
 
 main() {
     # If the environment has one of these names, children would get its new value too.
     unset token credential host_id enrolled_with answer reply config body key renewed used
+    unset QUOTING_STYLE # ls would quote what the lock says
     token='' credential='' answer='' reported='' bound=$FIRST_WAIT locked='' slept='' woken=''
     server='' pin='' cacert='' token_file='' hostname='' name='' state='' ask_again=3600
     insecure='' loopback='' once='' act='' owner='' facts='' sent_facts='' enrolled=''
     as_service='' given='' served='' stopped='' boot='' proxy='' prefix=''
     answered='' replaced='' updates='' every='' interval='' tried=''
     umask 077
-    set -fuC
+    set -fuC +e
     LC_ALL=C
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
@@ -8367,11 +8379,11 @@ main() {
     [ -z "$act" ] || trap '' PIPE # systemctl finishes what it began
     case $(type printf) in
     *builtin*) ;;
-    *) end 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
+    *) quit 1 "printf in this shell would show secrets to others: run this with dash or bash" ;;
     esac
     for tool in cat chmod curl cut date head id ln ls mkdir mv rm sed sleep sync tail tr uname \
         ${act:+chown env find}; do
-        command -v "$tool" >/dev/null 2>&1 || end 1 "$tool is missing: install it"
+        command -v "$tool" >/dev/null 2>&1 || quit 1 "$tool is missing: install it"
     done
     [ "$act" = uninstall ] || [ "$act" = seal ] || check_arguments
     find_state
@@ -8397,18 +8409,19 @@ main() {
 }
 
 leave_to_service() {
-    [ -n "$enrolled" ] || end 1 "$SERVICE uses $state: see systemctl status $SERVICE"
+    [ -n "$enrolled" ] || quit 1 "$SERVICE uses $state: see systemctl status $SERVICE"
     [ -z "$owner" ] || ! mkdir "$STATE/service" 2>/dev/null || chown "$owner" "$STATE/service"
-    systemctl try-restart "$SERVICE" || end 1 "systemd cannot restart $SERVICE"
-    end 0 "$SERVICE now uses the new credential"
+    systemctl try-restart "$SERVICE" || quit 1 "systemd cannot restart $SERVICE"
+    systemctl -q is-active "$SERVICE" || quit 0 "$SERVICE does not run: systemctl start $SERVICE"
+    quit 0 "$SERVICE now uses the new credential"
 }
 
 leave_to_holder() {
-    [ -n "$enrolled" ] || [ -z "$every" ] || end 0 # the run before this one still tries
+    [ -n "$enrolled$act" ] || [ -z "$every" ] || quit 0 # the run before this one still tries
     [ -n "$enrolled" ] ||
-        end 1 "another agent, process ${holder%%-*}, uses $state: stop it, or give --state DIR"
+        quit 1 "another agent, process ${holder%%-*}, uses $state: stop it, or give --state DIR"
     kill -USR1 "${holder%%-*}"
-    end 0 "another agent, process ${holder%%-*}, uses $state: it now uses the new credential"
+    quit 0 "another agent, process ${holder%%-*}, uses $state: it now uses the new credential"
 }
 
 main "$@"
@@ -8427,7 +8440,8 @@ def join_command(url: str, pin: str, token: str = "") -> str:
 
     The script is fetched with the same trust in the server as it then gets as options. With a
     self-signed certificate curl needs -k beside the pin, and the pin alone decides; without a pin
-    -k would trust any server. Over plain http curl would ignore the pin silently: hence --proto.
+    -k would trust any server: hence -q, because a .curlrc may have it. Over plain http curl would
+    ignore the pin silently: hence --proto.
     """
     server = urlsplit(url)
     fetch, trust = ["--proto", f"={server.scheme}"], ["--server", url]
@@ -8442,7 +8456,7 @@ def join_command(url: str, pin: str, token: str = "") -> str:
     trust += ["--token-file", "-"] if token else ["--install"]
     return (
         f"{given}sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
-        f'  curl -o "$d/hostenroll-agent" -fsS {fetch_words} &&\n'
+        f'  curl -q -o "$d/hostenroll-agent" -fsS {fetch_words} &&\n'
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' hostenroll-agent '
         f"{shlex.join(trust)}"
     )

@@ -12261,7 +12261,7 @@ def test_the_join_command_trusts_the_server_and_nothing_else(
     script, server = shlex.quote(f"{url}/agent.sh").replace("'", '"'), shlex.quote(url)
     assert hostenroll.join_command(url, pin, token) == (
         f"{given}sh -c 'trap : HUP INT PIPE TERM; d=$(mktemp -d) &&\n"
-        f'  curl -o "$d/hostenroll-agent" -fsS {trust} {script} &&\n'
+        f'  curl -q -o "$d/hostenroll-agent" -fsS {trust} {script} &&\n'
         '  sh "$d/hostenroll-agent" "$@"; s=$?; rm -rf "$d"; exit $s\' '
         f"hostenroll-agent --server {server}{more} {last}"
     )
@@ -12509,7 +12509,9 @@ def test_the_agent_uses_no_option_that_curl_7_58_does_not_have():
     assert used - {"-n", "-ne", "-c"} == set(known.split())  # of test and head
 
 
-@in_every_shell
+@pytest.mark.parametrize(
+    "shell", sample({**SHELLS, "zsh": ["zsh", "--emulate", "sh"]}, "dash"), indirect=True
+)
 def test_the_agent_enrolls_and_sends_heartbeats(machine):
     name = 'a "b" \\ K\u00fcche'
     shown = machine.once("--name", os.fsdecode(name.encode()), token=machine.door.token())
@@ -12600,9 +12602,30 @@ def test_a_token_enrolls_once_and_with_a_key_of_its_own(machine, behind):
 
 
 @slow
+def test_a_token_that_was_used_here_is_not_used_again_after_another_one(machine):
+    """The first may stand in a boot script, whatever has been pasted since."""
+    first, *others = [machine.door.token(maxUses=2) for _ in range(4)]
+    for token in (first, *others):
+        machine.once(token=token)
+    assert len(machine.hosts()) == 4
+    old = machine.credential()
+    assert machine.once(token=first) == "" and machine.credential() == old
+    assert len(machine.hosts()) == 4
+    assert machine.stored().split()[2].split(",") == [
+        token.split("_")[1] for token in (*others[::-1], first)
+    ]
+
+
+def test_what_to_do_after_a_refusal_is_said_to_its_end(member):
+    old = member.stored()
+    member.once(token=member.door.reenroll(member.host()["id"]).document["token"])
+    (member.state / "credential").write_text(old)
+    member.once(status=3, text=f": {hostenroll.CredentialSuperseded.remedy}\n")
+
+
 def test_a_token_can_come_from_a_file_and_a_text_that_is_no_token_is_not_sent(machine):
     file = machine.folder / "token"
-    for text in ("", "\n", "nonsense", "het_", 'het_1_a","x":"', "het_1_a b"):
+    for text in ("", "\n", "nonsense", "het_", "het__a", 'het_1_a","x":"', "het_1_a b"):
         file.write_text(text)
         machine.once("--token-file", str(file), status=2, text="there is no token in")
         assert machine.stored("enrolling") is None
@@ -12838,7 +12861,8 @@ def test_no_number_from_outside_ends_the_agent(shell, tmp_path):
     assert {fields: int(wait) - 1 for fields, wait in zip(RETRY_AFTERS, waits)} == RETRY_AFTERS
     replies = "".join(f'{{"hostId":"a","nextHeartbeatSeconds":{text}}}\n' for text in INTERVALS)
     waits = in_agent(shell, tmp_path, """sleep() { :; }
-        reported='' body='' facts='' sent_facts='' woken='' slept='' age=0 server=https://a
+        reported='' body='' facts='' sent_facts='' woken='' slept='' stopped='' age=0
+        server=https://a
         while IFS= read -r reply; do
             (accepted && pause "$next" && echo "$next $age") 2>/dev/null || echo none
         done""", replies)  # fmt: skip
@@ -12864,7 +12888,7 @@ def paste(machine, shell):
 
     def start(token, *options, pin="one"):
         url = f"https://127.0.0.1:{machine.port}"
-        command = hostenroll.join_command(url, pin_of(pin), token)
+        command = hostenroll.join_command(url, pin and pin_of(pin), token)
         words = ("--state", str(machine.state), *options)
         return subprocess.Popen(
             [*shell, "-c", f"{command} {shlex.join(words)}"], cwd=str(typed),
@@ -12880,8 +12904,10 @@ def paste(machine, shell):
 @pytest.mark.parametrize("shell", sample(PASTED, "dash"), indirect=True)
 def test_the_join_command_uses_a_private_folder_and_ends_like_the_agent(paste, machine):
     token = machine.door.token()
+    (machine.folder / ".curlrc").write_text("insecure\n")
     for options, pin, status in (
-        ((), "other", 90), (("--once",), "one", 0), (("--token-file", "/nowhere"), "one", 2)
+        ((), "", 60), ((), "other", 90), (("--once",), "one", 0),
+        (("--token-file", "/nowhere"), "one", 2),
     ):  # fmt: skip
         with paste(token, *options, pin=pin) as joining:
             shown = joining.stdout.read().decode()
@@ -13035,6 +13061,10 @@ ENDLESS = {  # how an answer begins, and what then comes for ever
         b"HTTP/1.1 200 OK\r\n\r\n".ljust(65524, b"x") + b" \x1b[2J 200\n\n0",
         b"x" * 0x8000,
     ),
+    "that, and empty lines": (
+        b"HTTP/1.1 200 OK\r\n\r\n".ljust(65525, b"x") + b" \x1b[2J\n\n0\n\n\n",
+        b"x" * 0x8000,
+    ),
 }
 
 
@@ -13045,7 +13075,8 @@ def test_an_answer_without_end_is_cut_off_and_changes_nothing(begin, rest, membe
     began = time.monotonic()
     shown = member.once(status=1)
     assert time.monotonic() - began < 10 and middle.sent < 16 << 20
-    assert shown.count("\n") == 1 and not hostenroll.UNPRINTABLE.search(shown[:-1])
+    assert shown.count("\n") == 1 and "sends more than" in shown
+    assert not hostenroll.UNPRINTABLE.search(shown[:-1])
     assert member.stored() == before
 
 
@@ -13455,7 +13486,7 @@ FOREIGN = {  # whose the state's folder is and its mode, and the same of the one
     "another's": (STRANGER, 0o700, 0, 0o755), "another's link": (0, 0o700, 0, 0o755),
     "open to all": (0, 0o777, 0, 0o755), "sticky": (0, 0o1777, 0, 0o755),
     "open to a group": (0, 0o770, 0, 0o755), "in another's": (0, 0o700, STRANGER, 0o755),
-    "in an open one": (0, 0o700, 0, 0o777),
+    "in an open one": (0, 0o700, 0, 0o777), "reached in another's": (0, 0o700, STRANGER, 0o755),
 }  # fmt: skip
 
 
@@ -13478,6 +13509,9 @@ def test_root_works_in_no_folder_that_others_can_change(
             state.rename(whole / "elsewhere")
             state.symlink_to("elsewhere")
             os.chown(str(state), STRANGER, -1, follow_symlinks=False)
+        if "reached" in request.node.name:
+            (tmp_path / "link").symlink_to(state)
+            state = tmp_path / "link"
         (tmp_path / "token").write_text("het_0123456789abcdef_x\n")
         for words in ((), ("--token-file", "token"), ("--once",)):
             arguments = ("--server", "https://127.0.0.1:9", "--state", str(state), *words)
@@ -13701,8 +13735,8 @@ def test_a_key_that_is_used_up_is_replaced_once(machine, behind):
 def test_sealing_leaves_nothing_that_makes_a_machine_a_host(member, shell):
     with member.agent() as agent:
         until(lambda: os.path.lexists(member.state / "lock"))
-        for _ in range(2):
-            member.run("--seal", status=1, text=f"process {agent.pid}, uses")
+        for words in ((), ("--once", "--every", "60")):
+            member.run("--seal", *words, status=1, text=f"process {agent.pid}, uses")
         assert member.stored() is not None
         agent.kill()
         agent.wait(10)
@@ -13813,8 +13847,8 @@ def test_one_agent_to_a_folder(member):
     with member.agent() as agent:
         until(lambda: os.path.lexists(lock))
         member.once(status=1, text=f"process {agent.pid}, uses")
-        agent.kill()
-        agent.wait(10)
+        agent.kill()  # and nobody waits for it, as in a container whose first process does not
+        until(lambda: not has_arguments(agent.pid))
         assert os.path.lexists(lock)
         member.once()
     assert not os.path.lexists(lock)
@@ -13822,6 +13856,36 @@ def test_one_agent_to_a_folder(member):
         lock.symlink_to(stale)
         member.once()
         assert not os.path.lexists(lock), stale
+
+
+@slow
+@pytest.mark.parametrize("variable, text, shell", table({
+    "ls quotes": ("QUOTING_STYLE", "shell-always", ["sh"]),
+    "a shell ends after a failure": ("SHELLOPTS", "errexit:pipefail", ["bash"]),
+}), indirect=["shell"])  # fmt: skip
+def test_no_variable_changes_what_tools_and_shell_do(variable, text, member):
+    member.environment[variable] = text
+    with member.agent() as agent:
+        until(lambda: os.path.lexists(member.state / "lock"))
+        member.once(status=1, text=f"process {agent.pid}, uses")
+    member.once(token=member.door.token())
+    assert len(member.hosts()) == 2
+
+
+@slow
+def test_what_runs_every_minute_has_no_word_for_a_read_only_disk(member):
+    """While nothing new is to be written. It says so when that is the credential."""
+    mount = partial(subprocess.run, capture_output=True)
+    if mount(["mount", "--bind", str(member.state), str(member.state)]).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        mount(["mount", "-o", "remount,bind,ro", str(member.state)], check=True)
+        for _ in range(2):
+            assert member.once("--every", "60") == ""
+        member.once(token=member.door.token(), status=1, text="the token has not been used")
+    finally:
+        mount(["umount", "-l", str(member.state)], check=True)
+    assert member.host()["everySeconds"] == 60
 
 
 PS = {  # a ps; whether it tells when a process began
@@ -14087,6 +14151,18 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(service, mach
 
 @slow
 @needs_root
+def test_a_private_key_beside_the_authorities_is_not_shown_to_all(service, machine, tmp_path):
+    certificate = (tmp_path / "one.pem").read_text()
+    key = Path(write_pair(tmp_path)[1]).read_text()
+    (tmp_path / "one.pem").write_text(f"{key}its name\n{certificate}{key}{certificate}")
+    shown = service(f"""
+        printf %s {machine.door.token()} | agent --install --token-file - 2>&-
+        stat -c %a /etc/hostenroll-agent.pem; cat /etc/hostenroll-agent.pem""")  # fmt: skip
+    assert shown.strip() == f"644\n{certificate}{certificate}".strip() and machine.is_online()
+
+
+@slow
+@needs_root
 def test_root_enrolls_for_the_service_and_leaves_its_folder_alone(service, machine, tmp_path):
     """Whatever the service, or who has broken into it, has put there."""
     secret = tmp_path / "secret"
@@ -14119,6 +14195,47 @@ def test_root_enrolls_for_the_service_and_leaves_its_folder_alone(service, machi
     assert parts[5].endswith("gone\n") and secret.read_text() == "a.b.c\n0\n0\n"
     seen = {host["hostname"] == "web-2": host["status"] for host in machine.hosts()}
     assert seen[True] == "online" and len(machine.hosts()) == 3
+
+
+@in_every_shell
+def test_nothing_in_the_file_of_a_credential_reaches_a_terminal(shell, tmp_path):
+    """That of a service is the service's own, and root's terminal shows which host it is."""
+    (tmp_path / "credential").write_text("a.b.c\n\033]0;x\007\n0\n0\n")
+    lines = 'read_credential credential && echo "$credential $host_id"'
+    assert in_agent(shell, tmp_path, lines) == ["a.b.c ]0;x"]
+
+
+@slow
+@needs_root
+def test_a_stopped_service_is_not_said_to_use_a_new_credential(service, machine):
+    tokens = [machine.door.token() for _ in range(2)]
+    machine.program("systemctl", SYSTEMD.replace("*restart)", "restart)"))
+    shown = service(f"""
+        printf %s {tokens[0]} | agent --install --token-file - 2>&-; rm "$CALLS.active"
+        printf %s {tokens[1]} | agent --token-file -""")  # fmt: skip
+    assert shown.endswith(": hostenroll-agent.service does not run: "
+                          "systemctl start hostenroll-agent.service\n")  # fmt: skip
+
+
+@slow
+@needs_root
+def test_an_update_does_not_undo_an_enrollment_that_comes_between(service, member):
+    """While it asks whether the server answers."""
+    token = member.door.reenroll(member.host()["id"]).document["token"]
+    (member.folder / "token").write_text(token)
+    server = ("--server", f"https://127.0.0.1:{member.port}", *member.trust)
+    enrolling = shlex.join([*member.shell, str(member.script), *server, "--token-file", "token"])
+    curl = shutil.which("curl")
+    member.program("curl", f"""{curl} "$@"; status=$?
+        ! mv "$CALLS.go" "$CALLS.gone" 2>/dev/null || {enrolling} >/dev/null 2>&1
+        exit $status""")  # fmt: skip
+    shown = service(f"""
+        mkdir -m 700 /var/lib/hostenroll-agent
+        cp {member.state}/credential /var/lib/hostenroll-agent/
+        agent --install; sed -i '1a# newer' {member.script}; >"$CALLS.go"
+        agent --install; sed -n 3p /var/lib/hostenroll-agent/credential""")  # fmt: skip
+    assert shown.splitlines()[-1].split(",")[0] == token.split("_")[1]
+    assert "refused" not in shown and member.is_online()
 
 
 @slow
@@ -14161,7 +14278,7 @@ def test_a_clone_of_a_machine_with_the_service_enrolls_with_the_same_token_or_is
         echo /; printf %s {token} | agent --token-file -
         echo /; sed -n 2p $root/credential
         mkdir -p /var/lib/private/hostenroll-agent/service # of a service with DynamicUser=
-        echo /; agent --seal; ls /var/lib/private; find $root
+        echo /; agent --seal --state $root/; ls /var/lib/private; find $root
         echo /; agent --once || echo status $?
         """)  # fmt: skip
     again, enrolled, kept, sealed, after = re.split("^/\n", shown, flags=re.MULTILINE)
@@ -14206,6 +14323,29 @@ def test_the_service_of_an_older_version_becomes_one_with_a_user(change, service
     else:
         assert "\nUser=hostenroll-agent\n" in shown and "DynamicUser" not in shown
         assert shown.endswith("\nroot 711\n") and calls[-1] == f"systemctl restart {name}"
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("program, text", table({
+    "as soon as it is stopped": ("systemctl", f'{SYSTEMD}\n[ "$1" != stop ] || kill -INT $PPID'),
+    "while the token is tried again": ("sleep", '[ "$1" = 05 ] || kill -INT $PPID'),
+}))  # fmt: skip
+def test_an_upgrade_that_is_interrupted_leaves_no_service_stopped(
+    program, text, service, member, behind
+):
+    """That of an older version, whose folder is not that of the new one."""
+    folder = "/var/lib/private/hostenroll-agent"
+    member.write_script(GIVE_UP=120)
+    member.program(program, text)
+    behind(answer_of("503 Busy"))
+    service(f"""
+        mkdir -p -m 700 {folder}; ln -s private/hostenroll-agent /var/lib/hostenroll-agent
+        printf '[Service]\nDynamicUser=yes\n' >{UNIT_FILE}
+        cp {member.state}/credential {folder}; chown -Rh 61999 {folder}
+        printf %s {member.door.token()} | agent --install --token-file -""")  # fmt: skip
+    calls = (member.folder / "calls").read_text().splitlines()
+    assert calls == [f"systemctl {word} hostenroll-agent.service" for word in ("stop", "start")]
 
 
 @slow
@@ -14356,6 +14496,24 @@ def test_an_update_that_is_interrupted_puts_back_what_was_there(service, machine
     before, said, after = shown.split("\n\n")
     assert said.endswith("interrupted: everything is as before\nstatus 1"), shown
     assert after.strip() == before
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("manager", ["systemd", "cron"])
+def test_an_update_that_is_interrupted_when_it_is_done_stays(manager, service, machine):
+    """What was there before has just been removed, and cannot be put back."""
+    machine.program(
+        "rm",
+        f"""{shutil.which("rm")} "$@"
+        case $* in */hostenroll-agent.old) kill -INT $PPID ;; esac""",
+    )
+    lines = f"""{INSTALLED}
+        printf %s {machine.door.token()} | agent --install --token-file - >/run/line 2>&1
+        sed -i '1a# newer' {machine.script}; agent --install >/run/line 2>&1
+        cmp {machine.script} /usr/local/sbin/hostenroll-agent && echo new; cat /run/line"""
+    shown = service(lines) if manager == "systemd" else in_a_new_root(machine, lines)
+    assert shown.startswith("new\n") and "as before" not in shown
 
 
 @slow
@@ -14623,6 +14781,15 @@ def test_a_proxy_that_is_named_is_gone_by(walled):
     assert walled.is_online() and walled.proxy.tunnels == 2
     assert "127.0.0.1:" in (arguments := (walled.folder / "arguments").read_text())
     assert walled.proxy.url[7:20] not in arguments
+
+
+@pytest.mark.parametrize("url", table({
+    "a port that is none": "http://u:se@cret@proxy:80x", "without a scheme": "u:cret@proxy:80x",
+    "of no kind that is known": "ftp://u:cret@proxy", "with spaces": "http://u:cret @proxy:80x",
+}))  # fmt: skip
+def test_the_password_of_a_proxy_is_in_no_message(url, machine):
+    shown = machine.once("--proxy", url, token=machine.door.token(), status=1, text="no answer")
+    assert "cret" not in shown and shown.endswith("'proxy:80x'\n" if "80x" in url else "'proxy'\n")
 
 
 @in_every_shell_slowly
