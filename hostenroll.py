@@ -2693,7 +2693,7 @@ class Engine(Database):
                 self.run("PRAGMA journal_mode = DELETE")
             except StoreBusy as error:
                 if time.monotonic() > deadline:
-                    reason = "another process has it open: stop all servers of older versions"
+                    reason = "another process has it open: stop every server, watch and --follow"
                     raise StoreBusy(f"{self.path}: {reason}") from error
                 time.sleep(LOCK_POLL)
         self.run("PRAGMA journal_mode = WAL")
@@ -10927,8 +10927,9 @@ def _put_ansible_host(inventory: Inventory, view: HostView, registry: Registry, 
     if is_shared or name != host["name"] or AMBIGUOUS_NAMES.fullmatch(name):
         name += f"-{host['id']}"
     variables = {f"hostenroll_{key}": ansible_value(text) for key, text in host.items()}
-    if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", host["address"]):
-        variables["ansible_host"] = host["address"]
+    target = host["address"] or view.host.enrolled_from  # else Ansible connects to the name
+    if re.fullmatch("[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?", target):
+        variables["ansible_host"] = target
     inventory.hosts.append(f'"{name}":{json_text(variables)}')
     labels = stored_object(view.host.labels).items()  # two of them may become one variable
     groups = {clean_name(f"label_{key}_{text}") for key, text in labels}
@@ -11130,7 +11131,9 @@ class Operation(NamedTuple):
             types = [
                 JSON_TYPES[part.get("type", "object")] for part in schema.get("anyOf", [schema])
             ]
-            members.update({field.name: tuple(types)} if field.required else {})
+            is_name = field.type in (ID_TEXT, SLUG, FEED_CURSOR)  # which scripts type again
+            shape = re.compile(schema["pattern"]) if is_name else tuple(types)
+            members.update({field.name: shape} if field.required else {})
         return {self.list_of: [members]} if self.list_of else members
 
     def schema(self) -> Optional[Schema]:
@@ -13268,9 +13271,10 @@ class Client:
                     timer.start()
                     try:
                         connection.sock = self._secure(connection.sock)
-                        connection.request(
-                            method, self._path + path or "/", body, {**self._headers, **headers}
-                        )
+                        with suppress(OSError):  # it may have answered, and takes no more
+                            connection.request(
+                                method, self._path + path or "/", body, {**self._headers, **headers}
+                            )
                         with connection.getresponse() as response:
                             octets = response.read(CLIENT_ANSWER_MAXIMUM + 1) if reads else b""
                     finally:
@@ -13290,7 +13294,12 @@ class Client:
         """Connect to the server or its proxy, before the time end. Raises OSError."""
         proxy, failure = self._proxy, OSError("it has no address")
         target = (proxy.hostname, proxy.port or 80) if proxy.hostname else self._address
-        for *kind, _, address in socket.getaddrinfo(*target, type=socket.SOCK_STREAM):
+        lookup = in_background(partial(socket.getaddrinfo, *target, type=socket.SOCK_STREAM))
+        try:
+            found = lookup.result(max(0, end - time.monotonic()))
+        except futures.TimeoutError:
+            raise OSError("the name servers do not answer") from None
+        for *kind, _, address in found:
             connection = socket.socket(*kind)
             try:
                 connection.settimeout(max(0.001, end - time.monotonic()))
@@ -13345,6 +13354,7 @@ class Client:
 # everything is sent at least once, and in order for each host.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
+HOSTS_PATH = "/api/hosts"
 DOWN_STATUSES = ("offline", "missing")
 REPORTED_STATUSES = (*DOWN_STATUSES, "pending")
 STATUS_WORDS = {"online": "back", "pending": "pending (no heartbeat yet)"}
@@ -13354,12 +13364,13 @@ REPORTED_EVENTS = ("clone", CredentialSuperseded.code, "refuse-burst", "certific
 CHANGE_SHAPE = {"cursor": str, "at": str, "status": str, "muted": bool,
                 "host": {"id": str, "name": str, "labels": dict}}  # fmt: skip
 EVENT_SHAPE = {"time": str, "action": str, "code": (str, type(None)), "detail": dict}
-ANSWER_SHAPES = {
-    CHANGES_PATH: {"cursor": str, "changes": [CHANGE_SHAPE]},
-    EVENTS_PATH: {"cursor": str, "events": [EVENT_SHAPE]},
-    INCIDENTS_PATH: {"incidents": [{"text": str, "hosts": [str]}]},
-}
 NUMBER, POSITION = (int, float), re.compile("now|[0-9a-f]{16}-[0-9]{1,19}")
+ANSWER_SHAPES = {
+    CHANGES_PATH: {"cursor": POSITION, "changes": [CHANGE_SHAPE]},
+    EVENTS_PATH: {"cursor": POSITION, "events": [EVENT_SHAPE]},
+    INCIDENTS_PATH: {"incidents": [{"text": str, "hosts": [str]}]},
+    HOSTS_PATH: {"hosts": [{"mutedUntil": (str, type(None))}]},
+}
 STATE_SHAPE = {
     CHANGES_PATH: POSITION, EVENTS_PATH: POSITION, "outbox": [dict], "events": [EVENT_SHAPE],
     "hosts": [{"reported": str, "due": NUMBER, "before": str, "times": [NUMBER]}],
@@ -13380,7 +13391,7 @@ class WatchOptions(NamedTuple):
 class TrackedHost(NamedTuple):
     """A host that was reported as down, or changed within the last hour. Times are Unix time."""
 
-    reported: str = ""  # the last report, if it was one of REPORTED_STATUSES or flapping
+    reported: str = ""  # the last report: one of REPORTED_STATUSES, flapping, or unknown
     due: float = 0  # when to report the last change; 0: never
     change: Mapping[str, Any] = {}  # the last change, as the feed has it, if it will be reported
     before: str = ""  # the cursor just before the last change
@@ -13391,7 +13402,9 @@ def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
           options: WatchOptions) -> TrackedHost:  # fmt: skip
     """The host after a change. before: the cursor just before the change."""
     status, reported, due = change["status"], host.reported, 0.0
-    times = [*(at for at in host.times if at > now - HOUR), now]
+    times = [*(at for at in host.times if now - HOUR < at <= now), now]
+    if reported and not host.due and change.get("was") != reported:
+        reported = "unknown"  # the feed had a gap, or the host had other labels for some time
     if status in ("revoked", "deleted") and status not in options.statuses:
         reported = ""  # an operator made this change, and knows about it
     elif reported == "flapping":
@@ -13406,7 +13419,7 @@ def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
 
 def after_report(host: TrackedHost, now: float) -> tuple[TrackedHost, list[Mapping[str, Any]]]:
     """A host that was due, after its report; and the changes to report, if they are news."""
-    status, times = host.change["status"], [at for at in host.times if at > now - HOUR]
+    status, times = host.change["status"], [at for at in host.times if now - HOUR < at <= now]
     if len(times) > FLAPPING_ABOVE:
         flapping = {**host.change, "flapping": len(times)}
         return host._replace(reported="flapping", due=now + HOUR, times=times), [flapping]
@@ -13525,13 +13538,20 @@ class Watch:
                     if is_new and isinstance(error, Problem) and error.status < 429:
                         raise
                     if not pause:
-                        log.error("%s; watch keeps trying", error)
+                        text = UNPRINTABLE.sub("?", redact(str(error)))  # a server may have said it
+                        log.error("%s; watch keeps trying", text[:COMPLAINT_MAXIMUM])
                     pause = min(max(1, 2 * pause), RETRY_LONGEST)
                     self._sleep(pause)
 
     def turn(self) -> None:
         """Wait for news until a report is due, and deliver what is in the outbox."""
-        now, dues = self._clock(), [host.due for host in self._hosts.values() if host.due]
+        now, longest = self._clock(), max(PENDING_REPORTED_AFTER, self._options.delay)
+        for id, host in self._hosts.items():  # if the clock was set back, they would wait too long
+            latest = now + (HOUR if host.reported == "flapping" else longest)
+            if host.due > latest:
+                self._hosts[id] = host._replace(due=latest)
+        self._state["events"] = [(min(at, now), event) for at, event in self._state["events"]]
+        dues = [host.due for host in self._hosts.values() if host.due]
         wait = min([WATCH_WAIT, *(due - now for due in dues if due > now)])
         if self._state["outbox"] or not self._is_current:
             wait = 0
@@ -13601,9 +13621,13 @@ class Watch:
         for host in ready.values():
             if host.change["cursor"] not in fresh:
                 limit = min(len(ready), PAGE_MAXIMUM)
-                with suppress(ChangesPruned):  # then the change that was read first is used
+                try:
                     page = self._ask(CHANGES_PATH, after=host.before, limit=limit)
                     fresh.update((change["cursor"], change) for change in page["changes"])
+                except ChangesPruned:
+                    hosts = self._ask(HOSTS_PATH, named=host.change["host"]["id"])["hosts"]
+                    until = max((it["mutedUntil"] or "" for it in hosts), default="")
+                    fresh[host.change["cursor"]] = {"muted": until > rfc3339(int(now * SECOND_MS))}
         silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN_STATUSES], []
         if len(silent) >= INCIDENT_SMALLEST:
             recent = self._ask(INCIDENTS_PATH)["incidents"]
@@ -14737,13 +14761,12 @@ def pages(session: Session, backend: Backend, call: UncheckedCall) -> Iterator[l
                     values["limit"] = str(min(left, PAGE_MAXIMUM))
                 page = perform_with_retries(backend, call._replace(values=values))
                 items, left = items + page[operation.list_of], left - len(page[operation.list_of])
-                if is_feed:
-                    is_last = feed_number(page) >= end or follows
-                    values["after"] = page["cursor"]
-                else:
-                    values["cursor"] = page.get("nextCursor")
-                    is_last = values["cursor"] is None
+                name, member = ("after", "cursor") if is_feed else ("cursor", "nextCursor")
+                before, values[name] = values.get(name), page.get(member)
+                is_last = feed_number(page) >= end or follows if is_feed else values[name] is None
                 is_last |= left <= 0
+                if before == values[name] and not is_last:
+                    raise OperatorError("the list never ends: check the URL of the server")
                 progress(len(items), 0)
         if items:
             yield items
@@ -15027,7 +15050,9 @@ def watch(session: Session) -> None:
             values: dict[str, list[str]] = {}
             for name, text in query:
                 values.setdefault(name, []).append(text)
-            return backend.perform(UncheckedCall(find_operation("GET", path)[0], values))
+            call = UncheckedCall(find_operation("GET", path)[0], values)
+            call.checked()
+            return backend.perform(call)
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         Watch(read, deliver, options, path or "", session.clock, time.sleep).run()

@@ -4526,7 +4526,7 @@ def test_nothing_is_migrated_while_another_process_has_it_open(make, paths, cloc
     command = [sys.executable, "-c", program, paths[0]]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(hostenroll.StoreBusy, match="stop all servers of older versions"):
+        with pytest.raises(hostenroll.StoreBusy, match="stop every server, watch and --follow"):
             open_registry(*paths, clock.ms)
         assert contents(paths[0]) == before and ".schema" not in str(
             os.listdir(Path(paths[0]).parent)
@@ -16980,7 +16980,9 @@ def test_an_ansible_inventory_has_hosts_by_name_in_groups_with_their_address(wor
         "hostenroll_architecture": "", "hostenroll_agent_version": "",
         "hostenroll_label_rack": "b 4", "hostenroll_label_a_b_c": "",
     }  # fmt: skip
-    assert "ansible_host" not in hostvars["db-1"] and hostvars["db-1"]["hostenroll_id"] == two
+    # Before the first heartbeat it is where it enrolled: its name may be that of another machine.
+    assert hostvars["db-1"]["ansible_host"] == ADDRESS and hostvars["db-1"]["hostenroll_id"] == two
+    assert hostvars["db-1"]["hostenroll_address"] == ""
     assert {name: sorted(hosts) for name, hosts in groups.items()} == {
         "status_online": ["web-1"], "status_pending": ["db-1"],
         "organization_default": ["db-1", "web-1"],
@@ -21664,6 +21666,17 @@ def test_its_time_begins_before_tls_and_the_proxy(where, receive, monkeypatch):
     assert 0.1 < time.monotonic() - started < 5
 
 
+def test_its_time_begins_before_its_name_is_looked_up(monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(10) and [])
+    monkeypatch.setattr(hostenroll, "CLIENT_PATIENCE", 0.2)
+    started = time.monotonic()
+    with pytest.raises(hostenroll.OperatorError, match=r"a\.lan: the name servers do not"):
+        document_of(hostenroll.Client("https://a.lan", WATCH_KEY), "/")
+    over.set()
+    assert 0.1 < time.monotonic() - started < 5
+
+
 def test_a_server_that_is_not_there_is_said_to_refuse():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -21836,6 +21849,10 @@ class Feed:
             raise self.failure
         if path == "/api/incidents":
             return {"incidents": self.incidents, "nextCursor": None}
+        if path == "/api/hosts":
+            later = hostenroll.rfc3339(self.clock.ms + 1000)
+            until = later if asked["named"] in self.muted else None
+            return {"hosts": [{"mutedUntil": until}], "nextCursor": None}
         member = {"/api/changes": "changes", "/api/audit": "events"}[path]
         items, kept = getattr(self, member), self.kept if member == "changes" else 1
         last = len(items) + kept - 1
@@ -22114,6 +22131,61 @@ def test_a_feed_that_goes_on_elsewhere_is_one_message(feed, people):
     assert people.texts[2:] == ["web-1 is back"]
 
 
+@pytest.mark.parametrize("is_gap", [True, False], ids=["a gap", "other labels"])
+def test_who_is_down_again_after_it_was_back_unseen_is_told_again(is_gap, feed, people):
+    feed.become("offline", "web-1", "web-2", "web-3")
+    people.run(200)
+    if is_gap:  # a backup was restored
+        feed.history, feed.kept = "b" * 16, 900
+        feed.changes.clear()
+        people.run(60)
+    feed.statuses["web-1"] = "online"
+    feed.become("offline", "web-1")
+    people.run(300)
+    feed.become("online", "web-1", "web-2")
+    feed.become("missing", "web-3")
+    people.run(300)
+    pruned = ["changes up to now may be missing: the server no longer keeps all of them"] * is_gap
+    assert people.texts == ["3 hosts are offline", *pruned, "web-1 is offline",
+                            "web-1 and web-2 are back", "web-3 is missing"]  # fmt: skip
+
+
+def test_who_is_muted_for_longer_than_the_feed_is_kept_is_told_when_that_ends(feed, people):
+    feed.muted.update(("web-1", "web-2"))
+    feed.become("offline", "web-1", "web-2")
+    people.run(60)
+    feed.changes, feed.kept = [], 900
+    people.run(300)
+    assert [message["kind"] for message in people.messages] == ["pruned"]
+    feed.muted.remove("web-1")
+    people.run(60)
+    assert people.texts[1:] == ["web-1 is offline"]
+
+
+@pytest.mark.parametrize("back", [3600, 86400])
+def test_a_clock_that_is_set_back_delays_no_message_by_more_than_ten_minutes(back, feed, people):
+    for _ in range(3):  # not so often that it would be flapping
+        feed.become("online", "web-1")
+        feed.become("offline", "web-1")
+    feed.note("clone")
+    people.run(5)
+    feed.clock.now -= back
+    people.run(15)
+    assert people.texts == ["events: 1 clone"]
+    people.run(600)
+    assert people.texts[1:] == ["web-1 is offline"]
+    feed.become("online", "web-1")
+    people.run(60)
+    assert people.texts[2:] == ["web-1 is back"]
+
+
+def test_a_failure_of_watch_is_one_line_whatever_a_server_says(feed, people, caplog):
+    feed.failure = hostenroll.Problem("a\x1b[31m\n2027 INFO forged" + "x" * 9999)
+    people.run(100)
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert line.startswith("a?[31m?2027 INFO forged") and len(line) < 1100
+
+
 def test_a_server_that_refuses_its_own_cursor_floods_nobody(feed, people):
     feed.become("offline", "web-1")
     people.run(1)
@@ -22146,6 +22218,7 @@ FELL = {"cursor": f"{'a' * 16}-1", "at": "2027-01-15T08:00:00.000Z", "status": "
 
 @pytest.mark.parametrize("answer", [
     None, 1, "x", [], {}, {"changes": []}, {"cursor": "x"}, {"changes": [], "cursor": 1},
+    {"changes": [], "cursor": "x"},  # a state with it would be none
     *({"changes": changes, "cursor": FELL["cursor"]} for changes in (
         1, [1], [{}], [{**FELL, "muted": 1}], [{**FELL, "status": {}}], [{**FELL, "host": 1}],
         [{**FELL, "host": {**FELL["host"], "labels": [1]}}],
@@ -22543,6 +22616,39 @@ def test_a_receiver_that_takes_no_long_messages_gets_them_without_lists(receive,
 def test_a_webhook_has_taken_what_it_answers_with_2xx_whatever_follows(receive, clock):
     server = receive(b"HTTP/1.1 202 X\r\nContent-Length: 999999999999\r\n\r\nx")
     hostenroll.deliver_by_webhook(hostenroll.Client(server.url), b"", clock, "{}")
+
+
+@pytest.mark.parametrize("tls", sample({"plain": False, "TLS": True}, "plain"))
+def test_who_answers_before_all_is_sent_and_takes_no_more_has_answered(tls, clock, tmp_path):
+    """As what refuses a long body by its head. More is sent than sockets hold."""
+    line = json.dumps({"text": "x", "changes": ["y" * 8_000_000], "events": []})
+    context = hostenroll.load_tls(*write_pair(tmp_path))[0] if tls else None
+    for status in (202, 413, 500):
+        listener, lengths = socket.create_server(("127.0.0.1", 0)), []
+
+        def serve(listener=listener, lengths=lengths, status=status):
+            for _ in range(2):
+                peer = listener.accept()[0]
+                peer = context.wrap_socket(peer, server_side=True) if tls else peer
+                with peer:
+                    head = peer.recv(65536)
+                    lengths.append(int(re.search(b"Content-Length: (\\d+)", head)[1]))
+                    if status == 413 and lengths[-1] < 1000:
+                        peer.sendall(b"HTTP/1.1 200 X\r\n\r\n")
+                    else:
+                        peer.sendall(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http{'s' * tls}://127.0.0.1:{listener.getsockname()[1]}/x"
+        client = hostenroll.Client(url, pins=[pin_of("one")] if tls else ())
+        tell = partial(hostenroll.deliver_by_webhook, client, b"", clock, line)
+        with listener:
+            if status == 500:
+                with pytest.raises(hostenroll.OperatorError, match="answered 500"):
+                    tell()
+            else:
+                tell()
+        assert [length > 1000 for length in lengths] == [True, False][: 1 + (status == 413)]
 
 
 @slow
@@ -24723,9 +24829,29 @@ def test_what_a_newer_server_says_is_shown_and_what_is_hostile_is_not(operator, 
         done = operator(*command.split(" "), *words)
         assert "\x1b" not in done.out + done.err and done.status in (0, 3)
     assert "asleep?[31m" in done.out and "paused: " in done.out
+    host["id"] = "--all"
+    for command in ("list-hosts -o name", "delete-host --status pending --dry-run"):
+        require_one_line(operator(*command.split(), *words), 1, "does not answer like")
     require_one_line(operator("mint-token", *words), 1, "(no secret)")
     service["publicUrl"] = "https://a/$(reboot)"
     require_one_line(operator("agent-command", *words), 1, "bad URL or pin")
+
+
+@pytest.mark.parametrize("command, answer", table({
+    "a list": ("list-orgs", {"organizations": [], "nextCursor": "0ca4f1b28e3d7a95"}),
+    "a feed": ("list-changes --after 0ca4f1b28e3d7a95-1",
+               {"changes": [], "cursor": "0ca4f1b28e3d7a95-1"}),
+}))  # fmt: skip
+def test_a_list_that_begins_again_and_again_ends(command, answer, operator, receive):
+    (operator.folder / "api.key").touch(0o600)
+    (operator.folder / "api.key").write_text(WATCH_KEY)
+
+    def answered(request):
+        is_end = "after=now" in request.target
+        return answer_with(200, {**answer, "cursor": "0ca4f1b28e3d7a95-9"} if is_end else answer)
+
+    words = "--server", receive(answered, closes=True).url, "--api-key-file", "api.key"
+    require_one_line(operator(*command.split(), *words), 1, "the list never ends")
 
 
 def test_a_script_that_types_names_again_is_not_led_to_another_host(operator):
@@ -24855,6 +24981,16 @@ def test_an_api_key_is_read_from_a_file_of_its_owner_alone(text, mode, complaint
     done = operator("watch", "--server", "http://127.0.0.1:1", "--api-key-file", str(path))
     require_one_line(done, 1, complaint)
     assert WATCH_KEY not in done.err
+
+
+@pytest.mark.parametrize("option", ["--org", "--label"])
+def test_a_filter_of_watch_that_no_server_takes_is_refused_before_it_is_sent(option, tmp_path):
+    (tmp_path / "api.key").touch(0o600)
+    (tmp_path / "api.key").write_text(WATCH_KEY)
+    words = "--server", "http://127.0.0.1:1", "--api-key-file", "api.key"
+    done = cli(tmp_path, "watch", *words, option, "k=\udcff")
+    require_one_line(SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr),
+                     3, "must not contain control characters")  # fmt: skip
 
 
 def test_a_sample_is_told_in_each_way_and_takes_no_database(operator, receive):
