@@ -339,6 +339,8 @@ ANSWER_DEADLINE = 30  # PAGE_BYTES at 35 KiB/s
 LINGER_DEADLINE = 2  # for the peer to read the answer before a reset drops it: RFC 9112 section 9.6
 HANDSHAKE_MAXIMUM = 16 * 1024  # bytes from the peer; OpenSSL alone would keep 128 KiB of a hello
 TLS_RECORD = 16384  # the longest plain text of a record: RFC 8446 section 5.1
+QUEUED_MAXIMUM = 1024  # lists and acts on many that wait to run: their connections stay open
+QUEUED_OF_KEY = 128  # of an API key: some seconds of work, and no agent is kept out
 RECEIVE_SIZE = 4096  # a request fits; a larger buffer takes longer to make than it saves
 DROP_SIZE = 64 * 1024  # bytes read at once after a refusal: smaller pieces would take 16 turns
 BUFFERED_MAXIMUM = 32 * 1024 * 1024  # all unfinished requests and unsent answers together
@@ -3276,12 +3278,14 @@ class Queries(Changes):
     def organizations(self) -> list[Organization]:
         return self._all(Organization, "ORDER BY id")
 
-    def live_keys_made_by(self, maker: int, now: int, limit: int) -> list[ApiKey]:
-        """Up to limit valid API keys that a key made, directly or through keys that it made."""
+    def live_keys_made_by(self, maker: int, first: int, now: int, limit: int) -> list[ApiKey]:
+        """Up to limit valid API keys that a key made, directly or through keys that it made; the
+        key first comes first, if it is one of these."""
         where = """WHERE id IN (WITH RECURSIVE made(id) AS (SELECT id FROM api_key WHERE
              maker_id = ? UNION SELECT api_key.id FROM api_key JOIN made ON maker_id = made.id)
-             SELECT id FROM made) AND revoked_at IS NULL AND coalesce(expires_at, ?) > ? LIMIT ?"""
-        return self._all(ApiKey, where, maker, now + 1, now, limit)
+             SELECT id FROM made) AND revoked_at IS NULL AND coalesce(expires_at, ?) > ?
+             ORDER BY CASE WHEN id = ? THEN 0 ELSE 1 END LIMIT ?"""
+        return self._all(ApiKey, where, maker, now + 1, now, first, limit)
 
     def use_api_keys(self, uses: Mapping[int, int]) -> None:
         """Record when API keys were used, for each key once an hour. uses: Unix ms by key id."""
@@ -4728,6 +4732,7 @@ class ServiceRecord(Rules):
         self.certificate: Optional[Certificate] = None  # in use; None without TLS
         self._pin = ""  # what join commands pin
         self._is_new = False  # whether these are not in the row yet
+        self._ready_at = -1  # the time of the last tick in which ready() wrote
 
     def period(self, now: int) -> ServicePeriod:
         return ServicePeriod(self._queries.service(), now)
@@ -4757,8 +4762,10 @@ class ServiceRecord(Rules):
     def ready(self, call: Call, now: int) -> None:
         """Check that the server can write, by writing. Raises StorageUnavailable for a bad key
         file: it refuses no host yet, but a restart would fail."""
-        self.keep_alive(now)
-        self._registry.keys.reload()
+        if now != self._ready_at:  # once in a tick: thousands may have waited for another writer
+            self.keep_alive(now)
+            self._registry.keys.reload()
+            self._ready_at = now
         if self._registry.keys.file.trouble:
             raise StorageUnavailable(
                 "The key file is missing or invalid. The server uses the keys that it loaded "
@@ -5230,7 +5237,7 @@ class ApiKeys(Rules):
         Conflict."""
         key, keys = self._row_of(call, ApiKey), []
         if call.values.get("withKeys") == "true":
-            keys = self._queries.live_keys_made_by(key.id, now, ACTED_AT_ONCE)
+            keys = self._queries.live_keys_made_by(key.id, call.by.id, now, ACTED_AT_ONCE)
         has_more = len(keys) == ACTED_AT_ONCE
         for target in (*keys, key):
             if target.id == call.by.id and call.values.get("self") != "true":
@@ -11959,8 +11966,8 @@ HEAD      = State("head",      HEAD_DEADLINE,      READ,   1)
 IDLE      = State("idle",      IDLE_DEADLINE,      READ,   1)
 BODY      = State("body",      BODY_DEADLINE,      READ,   2)
 LINGER    = State("linger",    LINGER_DEADLINE,    READ,   3)
-WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  0)
-HELD      = State("held",      math.inf,           READ,   4)
+WRITING   = State("writing",   ANSWER_DEADLINE,    WRITE,  4)
+HELD      = State("held",      math.inf,           READ,   5)
 BUSY      = State("busy",      math.inf,           0,      0)
 CLOSED    = State("closed",    math.inf,           0,      0)
 
@@ -12300,7 +12307,8 @@ class Connections:
             return False
         if sent == len(data):
             return True
-        connection.output = memoryview(data)[sent:]
+        rest = memoryview(data)[sent:]  # a copy where it is small: a view would keep all of data
+        connection.output = bytes(rest) if 2 * len(rest) < len(cast(bytes, rest.obj)) else rest
         self.buffered += len(connection.output)
         self.move(connection, WRITING)
         return False
@@ -12348,7 +12356,8 @@ class Connections:
 # that are slow to judge delays only itself. Calls that may write become pending, and all pending
 # calls run in one transaction, a tick, with one time; their answers are sent when it is committed.
 # So the more there is to do, the more each commit carries. Calls that only read wait in another
-# queue, and one runs in a turn: no heartbeat waits for more than one page of a list.
+# queue, and one runs in a turn; of acts on many, one runs in a tick: no heartbeat waits for more
+# than one of either.
 #
 # If another process holds the write lock, the tick does not run and the turn continues without it:
 # reads and /healthz are answered, more becomes pending, and the selector waits for LOCK_POLL at
@@ -12364,9 +12373,17 @@ class Connections:
 # process, and whatever supervises it starts it again. If a tick or a read meets Unrecoverable, its
 # requests are still answered, 503.
 
+ON_MANY = {"hosts", "withHosts", "withKeys"}  # values of acts on up to ACTED_AT_ONCE, 0.1 s each
+
 # A call that waits to run: its connection (None: the server's own call), the call, the head of its
 # request, and when that arrived, by the monotonic clock.
 Pending = tuple[Optional[Connection], Work, Head, float]
+
+
+def is_full(queue: Iterable[Any], key: int) -> bool:
+    """Whether no more calls of an API key can wait in a queue of those that are run one by one."""
+    keys = [call.by.id for _, call, *_ in queue]
+    return len(keys) >= QUEUED_MAXIMUM or keys.count(key) >= QUEUED_OF_KEY
 
 
 class HeldReads:
@@ -12404,6 +12421,14 @@ class HeldReads:
         queue.append((connection, call._replace(values=values), head, since))
         return None
 
+    def receive(self, connection: Connection) -> None:
+        if data := self._connections.receive(connection):
+            connection.reader.buffer += data
+            self._connections.note_buffered(connection, connection.reader.buffered)
+            self._connections.watch(connection, 0)
+        elif connection.state is not HELD:  # its TLS has failed: nothing can be answered
+            self._connections.close(connection)
+
     def wake(self, is_stopping: bool) -> None:
         """Run held reads again whose feed has news, or whose time is over."""
         ends = self._api.registry.feed_ends() if self._held else self._ends
@@ -12432,6 +12457,7 @@ class Exchanges:
         self._connections = connections
         self._access_log = access_log
         self.pending: list[Pending] = []  # calls that may write
+        self.large: deque[Pending] = deque()  # acts on many, which may write: one runs in a tick
         self.reads: deque[Pending] = deque()
         self.unjudged: deque[tuple[Connection, Request, float]] = deque()  # and when each arrived
         self.ready: list[Connection] = []  # the next turn parses more of what they sent
@@ -12457,12 +12483,7 @@ class Exchanges:
         elif state is LINGER:
             self._connections.receive(connection, DROP_SIZE)
         elif state is HELD:
-            if data := self._connections.receive(connection):
-                connection.reader.buffer += data
-                self._connections.note_buffered(connection, connection.reader.buffered)
-                self._connections.watch(connection, 0)
-            elif connection.state is not HELD:  # its TLS has failed: nothing can be answered
-                self._connections.close(connection)
+            self.held.receive(connection)
         else:  # BUSY: what it sends now waits in its socket
             self._connections.watch(connection, 0)
 
@@ -12537,12 +12558,16 @@ class Exchanges:
         except Exception as error:
             problem = log_defect("a request could not be admitted", error, origin.request)
             admitted = self._api.refusal(problem)
+        queue: Any = self.pending
+        if isinstance(admitted, Call):
+            is_large = not ON_MANY.isdisjoint(admitted.values)
+            queue = self.large if is_large else queue if admitted.operation.writes else self.reads
+            if queue is not self.pending and is_full(queue, admitted.by.id):
+                admitted = self._api.refusal(TooManyRequests())
         if isinstance(admitted, Response):
             self._answer(connection, admitted, request.head, origin, moment)
             self._api.metrics.requests.observe(time.monotonic() - moment)
             return
-        writes = isinstance(admitted, Heartbeat) or admitted.operation.writes
-        queue = self.pending if writes else self.reads
         queue.append((connection, admitted, request.head, moment))
 
     def refuse(self, connection: Connection, problem: Problem) -> None:
@@ -12581,23 +12606,23 @@ class Exchanges:
                 self.due[rule] = math.inf
                 self.add_internal(rule)
 
-    def run_tick(self) -> None:
-        """Run the pending calls, unless another process writes."""
-        moment = self._connections.moment
+    def run_tick(self, is_last: bool = False) -> None:
+        """Run the pending calls, and one act on many, unless another process writes. is_last: they
+        do not wait for that any longer."""
+        if self.large and not self.waiting_since:
+            self.pending.append(self.large.popleft())
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
         if outcomes is None:
-            self.waiting_since = self.waiting_since or moment
-            if moment - self.waiting_since <= LOCK_PATIENCE:
+            self.waiting_since = self.waiting_since or self._connections.moment
+            if self._connections.moment - self.waiting_since <= LOCK_PATIENCE and not is_last:
                 for connection, _, _, _ in self.pending:
                     if connection is not None and connection.state is IDLE:
                         self._connections.move(connection, BUSY)
                 return
             outcomes = repeat(self._registry.stop_waiting())
+            self.pending, self.large = [*self.pending, *self.large], deque()
         self._answer_pending(outcomes)
         self._registry.after_tick()
-
-    def stop_waiting(self) -> None:
-        self._answer_pending(repeat(self._registry.stop_waiting()))
 
     def run_read(self) -> None:
         """Run one call that only reads, or a slice of it: it needs no lock."""
@@ -12655,7 +12680,7 @@ class Exchanges:
                 except Exception as error:
                     self.fail(connection, error)
             elif not self._answer_one(pending, outcome):
-                self.pending.append((connection, outcome, head, since))
+                self.large.append((connection, outcome, head, since))  # behind the others
         if requests:
             self._api.metrics.ticks.observe(requests)
             self._api.metrics.requests.observe(time.monotonic() - began, requests)
@@ -12874,7 +12899,7 @@ class Server(HTTPServer):
         self._close_unused()
         self._finish(deadline)
         if self._exchanges.waiting_since:
-            self._exchanges.stop_waiting()
+            self._exchanges.run_tick(is_last=True)
 
     def _stop_listening(self) -> None:
         """Accept the waiting connections, unless the next process inherits the socket. One that
@@ -12961,7 +12986,7 @@ class Server(HTTPServer):
         if self._has_refusals and not exchanges.pending:
             exchanges.add_internal(WRITE_REFUSALS)
         # 6. Run the pending calls as one tick, and answer them.
-        if exchanges.pending:
+        if exchanges.pending or exchanges.large:
             exchanges.run_tick()
         # 7. Run one call that only reads.
         exchanges.held.wake(exchanges.is_stopping)
@@ -12994,7 +13019,7 @@ class Server(HTTPServer):
             return 0
         if exchanges.waiting_since:
             return LOCK_POLL
-        if exchanges.pending or self._has_refusals:
+        if exchanges.pending or exchanges.large or self._has_refusals:
             return 0
         nearest = min(
             self._connections.next_deadline(),

@@ -16826,6 +16826,24 @@ def test_health_touches_no_database(world):
     assert not connection.failed
 
 
+def test_who_asks_for_readiness_while_it_is_found_out_costs_a_tick_hardly_anything(world):
+    """While another process writes, thousands may come."""
+    asked, looks, writes = [world.admit(request_bytes("GET", "/readyz"))] * 50, [], []
+    service, keys = world.registry.service, world.registry.keys
+    reload, keep_alive = keys.reload, service.keep_alive
+    keys.reload = lambda: looks.append(reload())
+    service.keep_alive = lambda now: writes.append(keep_alive(now))
+    for n in (1, 2):
+        world.advance(1)
+        assert world.run(*asked) == [None] * 50
+        assert (len(looks), len(writes)) == (n, n)
+    world.advance(1)
+    os.remove(world.paths[1])
+    assert are_unavailable(world.run(*asked), 50) and len(looks) == 3
+    die = own_call(raising(hostenroll.StoreError("the disk is full")))
+    assert are_unavailable(world.run(*asked, die), 51)
+
+
 @pytest.mark.parametrize("trouble", [False, True], ids=["in good times", "with a bad key file"])
 def test_readiness_takes_one_tick_a_second(trouble, world, clock, paths):
     """It is open to all: a flood of it must not take the write lock from heartbeats."""
@@ -17920,6 +17938,16 @@ def test_a_key_that_revokes_itself_with_many_others_does_so_last(estate, monkeyp
     assert [works(estate, name) for name in (first, *made)] == [False] * 8
 
 
+def test_a_key_that_does_not_mean_to_revoke_itself_revokes_none_of_many(estate, monkeypatch):
+    first = mint_key(estate)
+    made = [mint_key(estate, first) for _ in range(7)]
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 3)
+    before = remembered(estate)
+    for caller in made:
+        reply = estate.call_as(caller, "DELETE", f"/api/keys/{first}?withKeys=true")
+        assert reply.code == "conflict" and remembered(estate) == before
+
+
 def test_a_key_does_not_revoke_itself_by_mistake(estate):
     """Nor by what made it, with all that came of that."""
     child = mint_key(estate)
@@ -18602,6 +18630,24 @@ def test_at_the_limit_the_longest_silent_connection_is_closed(count, uses, gone,
         assert select.select(peers, [], [], 0)[0] == []
     late.sendall(HEALTH[9:])
     assert late.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_at_the_limit_who_takes_no_answer_gives_place_to_a_new_connection(served):
+    """It takes no secret to ask for the page and not to read it: many who do so keep no agent out
+    until their time is over."""
+    live = served(connections=3)
+    queues = live.server._connections._queues
+    waits, peers = Waiting(live), []
+    with contextlib.closing(waits):
+        for n in range(2):
+            until(lambda: live.registry.metrics.open_connections == n + 1)
+            peers += live.peers(1)
+            peers[n].sendall(request_bytes("GET", "/agent.sh") * 150)
+            until(lambda: len(queues[hostenroll.WRITING]) == n + 1)
+        (late,) = live.peers(1)
+        late.sendall(HEALTH)
+        assert late.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert len(queues[hostenroll.WRITING]) == len(queues[hostenroll.HELD]) == 1
 
 
 def test_at_the_limit_a_connection_whose_request_runs_is_never_closed(served, paths):
@@ -20337,6 +20383,93 @@ def test_a_commit_of_nothing_does_not_say_that_the_disk_has_room(world):
     assert not world.registry.storage_trouble
 
 
+WAITING_CALLS = {
+    "lists": ("run_read", "GET", "/api/hosts", None),
+    "acts on many": ("run_tick", "POST", ACTIONS_PATH, {"action": "revoke", "hosts": []}),
+}
+
+
+@pytest.mark.parametrize("most", ["QUEUED_OF_KEY", "QUEUED_MAXIMUM"])
+@pytest.mark.parametrize("runs, method, path, body", table(WAITING_CALLS))
+def test_only_so_many_calls_of_a_key_and_of_all_wait_to_be_run(
+    runs, method, path, body, most, live, monkeypatch
+):
+    """Their connections are not closed for new ones: there would be no place for an agent."""
+    monkeypatch.setattr(hostenroll, most, 2)
+    other, is_held = live.ask("POST", "/api/keys", {}).document["apiKey"], [True]
+    exchanges = live.server._exchanges
+    run = getattr(exchanges, runs)
+    monkeypatch.setattr(exchanges, runs, lambda: None if is_held else run())
+    exchanges.waiting_since = float(runs == "run_tick")  # then no act is taken from its queue
+    with contextlib.ExitStack() as stack:
+        streams = []
+        for n, key in enumerate([live.api_key] * 3 + [other]):
+            peer = stack.enter_context(live.connect())
+            peer.sendall(request_bytes(method, path, body, key))
+            streams.append(stack.enter_context(peer.makefile("rb")))
+            if n < 2:
+                until(lambda: len([*exchanges.reads, *exchanges.large]) == n + 1)
+        refused = read_reply(streams[2])
+        assert refused.code == "too-many-requests" and "retry-after" in refused.headers
+        assert live.call("GET", "/api/me", bearer="hak_x").code == "api-key-invalid"
+        if most == "QUEUED_OF_KEY":
+            until(lambda: len([*exchanges.reads, *exchanges.large]) == 3)
+        exchanges.waiting_since = 0.0
+        is_held.clear()
+        live.server._wake()
+        last = 200 if most == "QUEUED_OF_KEY" else 429
+        assert [read_reply(streams[n]).status for n in (0, 1, 3)] == [200, 200, last]
+    assert all(event["code"] != "too-many-requests" for event in live.events().document["events"])
+
+
+@pytest.mark.parametrize("is_short", [True, False], ids=["for a moment", "for too long"])
+def test_of_acts_on_many_that_come_together_a_tick_takes_one(is_short, live, paths, monkeypatch):
+    """One on a thousand hosts takes a tenth of a second: together they would hold up heartbeats,
+    and keep the write lock for longer than other servers wait. One that goes on lets others go
+    first; and where another process writes, none waits longer than the others."""
+    monkeypatch.setattr(hostenroll, "ACTED_AT_ONCE", 1)
+    monkeypatch.setattr(hostenroll, "LOCK_PATIENCE", 9 if is_short else 2)
+    minted, ticks, run = live.mint(maxUses=3).document, [], live.registry.run
+    hosts = [live.enroll(minted["token"]).document["hostId"] for _ in range(3)]
+    exchanges, edit = live.server._exchanges, {"action": "edit", "labels": {"a": "1"}}
+    requests = [
+        request_bytes(*ask, live.api_key)
+        for ask in [
+            ("DELETE", f"{TOKENS_PATH}/{minted['id']}?withHosts=true", None),
+            ("DELETE", f"/api/keys/{UNKNOWN_ID}?withKeys=true", None),
+            ("POST", TOKENS_PATH, {}),
+            ("POST", ACTIONS_PATH, {**edit, "hosts": hosts}),
+        ]
+    ]
+
+    def named(works):
+        names = "revoke-token", "revoke-api-key", "act-on-hosts", "mint-token"
+        operations = [getattr(work, "operation", None) for work in works]
+        return [it.name for it in operations if getattr(it, "name", "") in names]
+
+    def noted(works, now):
+        outcomes = run(works, now)
+        ticks.append(named(works if outcomes else ()))
+        return outcomes
+
+    monkeypatch.setattr(live.registry, "run", noted)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(live.connect()) for _ in requests]
+        with write_lock(paths[0]):
+            for n, (peer, data) in enumerate(zip(peers, requests)):
+                peer.sendall(data)
+                waiting = lambda: named(  # noqa: E731
+                    each[1] for each in [*exchanges.pending, *exchanges.large])  # fmt: skip
+                until(lambda: len(waiting()) == n + 1)
+            streams = [stack.enter_context(peer.makefile("rb")) for peer in peers]
+            replies = [] if is_short else [read_reply(stream).status for stream in streams]
+        replies = replies or [read_reply(stream).status for stream in streams]
+    assert replies == ([204, 404, 201, 200] if is_short else [503] * 4)
+    assert [tick for tick in ticks if tick] == ([
+        ["revoke-token", "mint-token"], ["revoke-api-key"], ["act-on-hosts"],
+        *[["revoke-token"]] * 3] if is_short else [])  # fmt: skip
+
+
 @slow
 def test_a_flood_of_lists_does_not_hold_up_a_heartbeat(served):
     """A turn runs one page; and what a peer sends behind its list waits for it."""
@@ -20395,6 +20528,27 @@ def test_answers_that_are_not_taken_hold_only_so_much_memory(n, times, served):
             ended -= None not in [read_reply(stream) for _ in range(times)]
         ended += 1
     assert (ended > 0) == (n > 1)
+
+
+def test_of_an_answer_that_is_nearly_taken_hardly_more_than_the_rest_is_kept():
+    """Only the rest is counted."""
+    here, there = socket.socketpair()
+    connections = hostenroll.Connections({}, hostenroll.Metrics())
+    connection = hostenroll.Connection(here, RequestReader(), hostenroll.BUSY)
+    with here, there, connections.selector:
+        here.setblocking(False)
+        connections.add(connection)
+        content, taken = os.urandom(1 << 21), b""
+        connections.push(connection, content, hostenroll.IDLE)
+        while connection.output:
+            assert len(memoryview(connection.output).obj) <= 2 * len(connection.output)
+            assert connections.buffered == len(connection.output)
+            taken += there.recv(100_000)
+            connections.flush(connection)
+        while len(taken) < len(content):
+            taken += there.recv(100_000)
+        assert taken == content
+        connections.close(connection)
 
 
 def test_the_connection_that_buffers_most_is_closed_in_whatever_state(served):
