@@ -2197,8 +2197,8 @@ class Event(NamedTuple):
         if _fits_record(Event, tuple(map(type, self))):
             return self
         at = self.at if isinstance(self.at, int) else 0
-        *texts, detail = (v if isinstance(v, (str, type(None))) else repr(v) for v in self[2:-1])
-        return Event._make((self.number, at, *texts, str(detail), self.mac))
+        shown = [v if type(v) in types else repr(v) for v, types in zip(self, _column_types(Event))]
+        return Event._make((self.number, at, *shown[2:-1], self.mac))
 
 
 class Anchor(NamedTuple):
@@ -2271,6 +2271,7 @@ REMEDIES = {
     "disk I/O error": "its disk is full, read-only or failing: see df and dmesg",
     "database disk image is malformed": DAMAGED,
     "malformed database schema": DAMAGED,
+    "'utf-8' codec can't decode": DAMAGED,  # the name in an error of SQLite
     "file is not a database": DAMAGED,
     "database is locked": "another program is writing to it: end that program",
     "Python int too large": RESTORE,  # a forged number to which we add
@@ -2441,20 +2442,20 @@ class Database:
         statement raises StoreError and Unrecoverable."""
         try:
             return self.db.execute(statement, parameters).rowcount
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             raise self._failure(error, statement) from error
 
     def many(self, statement: str, rows: Iterable[Sequence[Any]]) -> int:
         """Run a statement for each row of parameters; the number of rows changed in all."""
         try:
             return self.db.executemany(statement, rows).rowcount
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             raise self._failure(error) from error
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
         try:
             return self.db.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # that in the text of its error
             if "decode to UTF-8" not in str(error) or self.db.text_factory is not str:
                 raise self._failure(error, statement) from error
         self.db.text_factory = _decode_text  # only for this read: it is called for each text
@@ -3468,7 +3469,7 @@ class Queries(Changes):
             statement = f"""SELECT CAST(number AS INTEGER), CAST(mac AS BLOB) FROM {table}
                  ORDER BY number DESC LIMIT 1"""
             for number, mac in self._rows(statement):
-                return number, mac
+                return number, mac or b""  # NULL, too
         return 0, b""
 
     def add_events(self, events: Sequence[Event]) -> None:
@@ -5141,7 +5142,8 @@ class IncidentLog(Rules):
             scan.last, scan.hosts = -1, 0
         rows = self._queries.labels_slice(owner, scan.last, LOOKED_AT_ONCE)
         for scan.last, labels, address in rows:
-            scan.shares.update(scan.traits.intersection(traits_of(labels, address)))
+            if isinstance(labels, str) and isinstance(address, str):  # else they were forged
+                scan.shares.update(scan.traits.intersection(traits_of(labels, address)))
         scan.hosts += len(rows)
         if len(rows) < LOOKED_AT_ONCE:
             return True
@@ -6590,7 +6592,7 @@ def is_pair(engine: Engine, keyring: Keyring) -> bool:
 # Each backup is a folder, named by its time. It is made and removed under another name, so what a
 # killed run leaves is not taken for a backup, and the next run removes it. Only whole backups of
 # this fleet that belong to the user who runs this are counted and removed: a damaged one does not
-# take the place of a good one.
+# take the place of a good one. What is dated after the new one is removed first.
 
 BACKUP_NAME = re.compile("[0-9]{4}(-[0-9]{2}){2}T[0-9]{6}[.][0-9]{3}Z")  # they sort by time
 
@@ -6651,7 +6653,7 @@ class Backups(NamedTuple):
                 remove()
             raise
         names = filter(BACKUP_NAME.fullmatch, os.listdir(at))
-        others = sorted(backup for backup in names if backup != name and self._is_whole(backup))
+        others = sorted(filter(self._is_whole, {*names} - {name}), key=lambda it: (it < name, it))
         removed = others[: max(0, len(others) + 1 - keep)]
         for backup in removed:
             rename(backup, unfinished)
@@ -6682,16 +6684,17 @@ DATABASE_FILES = ("", "-wal", "-shm", "-journal", ".gate", ".lock", ".serve")
 
 
 def moved_database(path: str) -> str:
-    """Where a restore has moved a database that is missing; "" if none is, or none was moved."""
-    folder, name = os.path.split(f"{path}.before-")
-    names = [file for file in os.listdir(folder) if file.startswith(name) and file.endswith("Z")]
-    return f"{folder}/{max(names)}" if names and not os.path.lexists(path) else ""
+    """Where a restore has moved the database since it made the new one, which waits; or ""."""
+    new, folder = f"{path}{RESTORING}", os.path.dirname(path)
+    made = math.inf if os.path.lexists(path) or not os.path.lexists(new) else os.lstat(new).st_ctime
+    old = (os.path.join(folder, file) for file in files_beginning(f"{path}.before-"))
+    return max((it for it in old if it.endswith("Z") and os.lstat(it).st_ctime >= made), default="")
 
 
 def how_to_continue(database: str) -> str:
     """What to do if a restore was interrupted after it moved the database; "" if none was."""
     path = os.path.realpath(database)
-    back = f"mv {(old := moved_database(path))} {path}, and its -wal and -shm where it has them"
+    back = f"mv {(old := moved_database(path))} {path}, with its -wal, -shm and .key if it has them"
     return old and f"a restore was interrupted: run it again, or go back: {back}"
 
 
@@ -6730,29 +6733,31 @@ class Restore(NamedTuple):
 
     def run(self, folder: str, by: Principal, now: int, progress: Progress) -> dict[str, Any]:
         """Returns what was done. Raises OperatorError, StoreError, Problem and OSError."""
-        source, saved = self._find_backup(folder)
+        shown, source, saved = self._find_backup(folder, now)
         with service_lock(self.path, is_shared=False), ExitStack() as stack:
             lock = stack.enter_context(closing(WriteLock(self.path)))
             lock.acquire(LOCK_PATIENCE)
-            if old := moved_database(self.path):
-                move_database(old, self.path, is_back=True)
+            self._go_back()
             new, new_keys = f"{self.path}{RESTORING}", f"{self.path}{RESTORING}.key"
             remove_files(new)  # left by a restore that was killed
             stack.callback(remove_files, new)
+            stack.callback(self._go_back)
             values, retired = self._read_old(lock, self._copy_backup(source, new, progress))
-            keyring, is_kept = self._choose_keys(load_keyring(saved, source), new, retired)
+            keyring, is_kept = self._choose_keys(self._load_keys(saved, source), new, retired)
             KeyFile(new_keys, new).replace(keyring)
             with closing(open_registry(new, new_keys, now)) as registry:
                 done = registry.perform(Call(REDO_AFTER_RESTORE, by, values=values), now)
-            require_sound(new, new_keys, now, source)
+            require_sound(new, new_keys, now, shown)
             moved = self._put_in_place(new, None if is_kept else keyring, now)
-        return {"backup": source, "oldDatabase": moved, "keysKept": is_kept, **done}
+        return {"backup": shown, "oldDatabase": moved, "keysKept": is_kept, **done}
 
-    def _find_backup(self, folder: str) -> list[str]:
-        """The files of the backup in a folder, or of the newest whole backup in a folder of it."""
+    def _find_backup(self, folder: str, now: int) -> list[str]:
+        """The backup in a folder, or the newest whole one in its folders, as typed; its files."""
         names = [os.path.basename(path) for path in (self.path, self.key_path)]
-        backups = filter(BACKUP_NAME.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())
-        places = [os.path.join(folder, backup) for backup in ("", *sorted(backups))]
+        made = [*filter(BACKUP_NAME.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())]
+        ahead = rfc3339(now + DAY * SECOND_MS).replace(":", "")  # of a wrong clock: it goes last
+        made.sort(key=lambda backup: (backup <= ahead, backup))
+        places = [os.path.join(folder, backup) for backup in ("", *made)]
         pairs = [[os.path.join(place, name) for name in names] for place in places]
         whole = [pair for pair in pairs if all(map(os.path.isfile, pair))]
         if not whole or os.path.realpath(whole[-1][0]) == self.path:
@@ -6760,7 +6765,19 @@ class Restore(NamedTuple):
         if len(whole) > 1 and whole[0] is pairs[0]:
             remedy = f"name one of these, as {os.path.dirname(whole[-1][0])}"
             raise OperatorError(f"{folder} is a backup, and has others in it: {remedy}")
-        return whole[-1]
+        place = resolve_file(os.path.dirname(whole[-1][0]))
+        return [whole[-1][0], *(resolve_file(os.path.join(place, name)) for name in names)]
+
+    def _load_keys(self, path: str, database: str) -> Keyring:
+        """The keys of a backup. Raises OperatorError, OSError if they were read through a link made
+        since _find_backup(): the owner of a folder of backups would be given a file of root's."""
+        keyring, (outer, name) = load_keyring(path, database), os.path.split(os.path.dirname(path))
+        with closing(Folder(outer)) as parent, closing(Folder(name or ".", parent)) as place:
+            own, owner = place.status(os.path.basename(path)), os.fstat(place.descriptor).st_uid
+        is_single = own.st_nlink == 1 or own.st_uid == owner  # some backups share their files
+        if not keyring.file or not os.path.samestat(own, keyring.file) or not is_single:
+            raise OperatorError(f"{path} is a link or a second name: copy it, and name the copy")
+        return keyring
 
     def _copy_backup(self, source: str, new: str, progress: Progress) -> int:
         """Copy a backup, for the old database's owner. Returns the id of its newest host."""
@@ -6828,6 +6845,13 @@ class Restore(NamedTuple):
         move_database(new, self.path)
         return f"{self.path}{end}" if os.path.lexists(f"{self.path}{end}") else None
 
+    def _go_back(self) -> None:
+        """Where a restore was interrupted, to what was there before: keys first, then database."""
+        if old := moved_database(self.path):
+            with suppress(FileNotFoundError):
+                os.replace(f"{self.key_path}{old[len(self.path) :]}", self.key_path)
+            move_database(old, self.path, is_back=True)
+
 
 class Finding(NamedTuple):  # of examine()
     name: str
@@ -6847,8 +6871,9 @@ def examine(
         if not engine.open(as_it_is=True):
             raise OperatorError(f"the database {database} is empty: serve creates one")
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
-        yield from _examine_schema(engine, copies)
-        yield from _examine_contents(engine, key_file, progress, now)
+        faults = engine.faults()
+        yield from _examine_schema(engine, faults, copies)
+        yield from _examine_contents(engine, key_file, not faults, progress, now)
         paths = [f"{engine.path}{suffix}" for suffix in DATABASE_FILES]
         existing = filter(os.path.exists, [*paths, *copies])
         wrong = [f"chmod 600 {path}" for path in existing if os.stat(path).st_mode & 0o077]
@@ -6856,8 +6881,8 @@ def examine(
         yield Finding("modes", not wrong, "; ".join(wrong) or "only the owner can read the files")
 
 
-def _examine_schema(engine: Engine, copies: Sequence[str]) -> Iterator[Finding]:
-    version, faults = engine.version(), engine.faults()
+def _examine_schema(engine: Engine, faults: list[str], copies: list[str]) -> Iterator[Finding]:
+    version = engine.version()
     is_ours = version == SCHEMA_VERSION
     then = "current" if is_ours else f"serve migrates it to {SCHEMA_VERSION}"
     yield Finding("schema", is_ours, f"{version}: {then}")
@@ -6872,13 +6897,13 @@ def _examine_schema(engine: Engine, copies: Sequence[str]) -> Iterator[Finding]:
 
 
 def _examine_contents(
-    engine: Engine, key_file: str, progress: Progress, now: int
+    engine: Engine, key_file: str, is_sound: bool, progress: Progress, now: int
 ) -> Iterator[Finding]:
     name = "rows"
     try:
         version = engine.version()
         is_ours = version == SCHEMA_VERSION
-        bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours else ""
+        bad = ", ".join(bad_rows(engine, ERRORS_NAMED)) if is_ours and is_sound else ""
         if bad:
             yield Finding(name, False, f"impossible values in {bad}: {RESTORE}")
         elif is_ours:

@@ -4675,6 +4675,19 @@ def test_what_writes_refuses_a_schema_that_was_altered_and_what_reads_warns(
     assert bytes_of(paths) == before
 
 
+def test_a_schema_with_a_name_in_no_encoding_is_a_damaged_database(paths, clock, operator):
+    """SQLite has the name in the text of its error, and Python cannot decode that."""
+    open_registry(*paths, clock.ms).close()
+    with contextlib.closing(sqlite3.connect(paths[0], isolation_level=None)) as db:
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET name = x'ff' WHERE name = 'organization'")
+    for command in ("list-orgs", "mint-token", "check"):
+        done = operator(command)
+        assert done.status == 1 and "restore it from a backup" in done.out + done.err
+    with pytest.raises(hostenroll.StoreError, match="run check, and restore it from a backup"):
+        open_registry(*paths, clock.ms)
+
+
 HARMLESS = (
     "CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY AUTOINCREMENT, seq INTEGER)",
     "CREATE TRIGGER own AFTER INSERT ON _litestream_seq BEGIN DELETE FROM _litestream_seq; END",
@@ -7240,6 +7253,18 @@ def outage(world, *groups):
     return hosts
 
 
+@pytest.mark.parametrize("column", ["labels", "address"])
+def test_what_a_forger_wrote_is_shared_by_no_hosts(column, world):
+    hosts = outage(world, (3, {"site": "berlin"}, "192.0.2.7"), (1, {}, ""))
+    world.live(90)
+    world.beat(hosts[-1][1])
+    world.live(20)
+    world.sweep()
+    world.sql(f"UPDATE host SET {column} = x'ff00' WHERE id = ?", int(hosts[0][0], 16))
+    (incident,) = incidents_of(world)
+    assert incident["text"].endswith("3 of the 3 have site=berlin, 2 of 4 in the fleet")
+
+
 def test_hosts_that_went_offline_together_are_an_incident_that_ends_with_the_last(world):
     hosts = outage(world, (5, {"site": "berlin"}, "192.0.2.7"), (3, {}, "2001:db8::7"))
     world.live(90)
@@ -7647,6 +7672,32 @@ def test_a_forged_mac_makes_a_stranger_of_the_key_file_and_no_traceback(events, 
         open_registry(*world.paths, world.clock.ms)
     findings = {finding.name: finding for finding in hostenroll.examine(*world.paths)}
     assert not findings["keys"].is_good
+
+
+def test_an_event_without_what_each_event_has_is_shown_and_followed_by_others(world):
+    """A table can be told for a while that its columns may be NULL, and then it cannot be seen."""
+    world.token()
+    texts = dict(world.sql("SELECT name, sql FROM sqlite_master"))
+    world.sql("DROP TRIGGER audit_is_never_changed")
+    world.registry.close()
+
+    def rewrite(old, new):
+        with contextlib.closing(sqlite3.connect(world.paths[0], isolation_level=None)) as db:
+            db.execute("PRAGMA writable_schema = ON")
+            db.execute("UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'audit'",
+                       (old, new))  # fmt: skip
+
+    rewrite(" NOT NULL", " /**/ ")
+    columns = "at", "action", "actor", "address", "subject", "detail", "mac"
+    sql(world.paths[0], f"UPDATE audit SET {', '.join(f'{name} = NULL' for name in columns)}")
+    rewrite(" /**/ ", " NOT NULL")
+    sql(world.paths[0], texts["audit_is_never_changed"])
+    world.reopen()
+    assert ("null",) in sql(world.paths[0], "SELECT typeof(actor) FROM audit")
+    world.token()
+    reply = world.call("GET", "/api/audit", bearer=world.api_key)
+    assert reply.status == 200 and reply.document["events"][-1]["actor"] == "None"
+    assert "audit" in {finding.name for finding in bad_in(world.paths)}
 
 
 # Hosts that expire.
@@ -9274,6 +9325,16 @@ def test_a_folder_of_backups_keeps_the_newest(world, folder):
     assert os.listdir(folder) == [name]
 
 
+def test_a_backup_of_a_clock_that_was_ahead_is_removed_before_all_others(world, folder):
+    """Or it would stay for ever, and with as many of them each new backup would be the only one."""
+    world.clock.advance(86400)
+    ahead = add_backup(world, folder, keep=2)[0]
+    world.clock.advance(-86400)
+    first = add_backup(world, folder, keep=2)[0]
+    second, *removed = add_backup(world, folder, keep=2)
+    assert removed == [ahead] and sorted(os.listdir(folder)) == [first, second]
+
+
 def other_fleet(path):
     for each in path.iterdir():
         each.unlink()
@@ -9563,6 +9624,23 @@ def test_a_restore_takes_the_newest_whole_backup_of_a_folder(paths, clock, folde
         restored(paths, folder, clock)  # and no older one in its place without a word
 
 
+def test_a_backup_of_a_clock_that_was_ahead_is_restored_only_where_there_is_no_other(
+    paths, clock, folder
+):
+    with World(paths, clock) as world:
+        world.clock.advance(30 * 86400)
+        ahead = add_backup(world, folder, keep=9)[0]
+        world.clock.advance(-30 * 86400)
+        newest = [add_backup(world, folder, keep=9)[0] for _ in range(2)][1]
+    clock.advance(-3600)  # of two machines, the clocks differ
+    assert restored(paths, folder, clock)["backup"] == str(folder / newest / "hostenroll.db")
+    for name in os.listdir(folder):
+        if name != ahead:
+            shutil.rmtree(folder / name)
+    clock.advance(1)
+    assert restored(paths, folder, clock)["backup"] == str(folder / ahead / "hostenroll.db")
+
+
 @slow
 def test_a_restore_as_it_was_does_nothing_again(undone, paths, clock, folder):
     with World(paths, clock) as world:
@@ -9699,6 +9777,63 @@ def test_what_is_restored_belongs_to_the_owner_of_what_it_replaces(undone, paths
     assert owned(f"{paths[0]}.serve")[:2] == (SERVICE, SERVICE)
 
 
+OF_ANOTHER_FLEET = {  # what the owner of a folder of backups makes of root's files, and how
+    "a folder": ("", "2099-01-01T000000.000Z", os.symlink),
+    "the keys": ("hostenroll.key", "hostenroll.key", os.symlink),
+    "the keys by a second name": ("hostenroll.key", "hostenroll.key", os.link),
+    "the database": ("hostenroll.db", "hostenroll.db", os.symlink),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("source, name, make_name", table(OF_ANOTHER_FLEET))
+def test_root_gives_the_owner_of_a_folder_of_backups_no_files_of_another_fleet(
+    source, name, make_name, undone, paths, clock, folder, tmp_path
+):
+    """A database can be forged that knows the keys: their names are in credentials."""
+    fleet, home = tmp_path / "fleet", Path(paths[0]).parent
+    shutil.copytree(folder, fleet)
+    for path in (home, *home.iterdir(), folder, *folder.iterdir()):
+        os.chown(path, SERVICE, SERVICE)
+    os.unlink(paths[1])
+    for path in folder.iterdir():
+        if source in ("", path.name):
+            path.unlink()
+    make_name(fleet / source, folder / name)
+    with pytest.raises(hostenroll.OperatorError, match="is a link"):
+        restored(paths, folder, clock)
+    assert not os.path.exists(paths[1]) and actions(paths[0])[-1] != "restore-backup"
+
+
+@needs_root
+def test_who_exchanges_a_backup_all_the_time_gets_no_key_of_root(undone, paths, clock, folder):
+    """The folder leads to another fleet only while its keys are read."""
+    home, mine = Path(paths[0]).parent, folder.parent / "mine"
+    mine.mkdir()
+    shutil.copytree(folder, mine / "backup")
+    for path in (home, *home.iterdir(), mine, mine / "backup", *(mine / "backup").iterdir()):
+        os.chown(path, SERVICE, SERVICE)
+    os.unlink(paths[1])
+    read = hostenroll.load_keyring
+
+    def exchanged(path, database):
+        (mine / "backup").rename(mine / "own")
+        (mine / "backup").symlink_to(folder)
+        try:
+            return read(path, database)
+        finally:
+            (mine / "backup").unlink()
+            (mine / "own").rename(mine / "backup")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostenroll, "load_keyring", exchanged)
+        with pytest.raises(hostenroll.OperatorError, match="is a link or a second name"):
+            restored(paths, mine / "backup", clock)
+    assert not os.path.exists(paths[1])
+    restored(paths, mine / "backup", clock)
+    assert owned(paths[1]) == (SERVICE, SERVICE, 0o600)
+
+
 @slow
 @pytest.mark.parametrize("left", [b"", b"not a database"], ids=["no database", "a damaged one"])
 def test_a_journal_beside_the_old_database_is_not_played_back_into_the_new(
@@ -9766,6 +9901,64 @@ def test_a_restore_that_is_killed_leaves_the_old_or_the_new(
             break
     assert home.exists() and seen["new"] >= 1 and seen["old"] >= 1 and seen["left"] >= 3
     assert not since or seen["none"] >= 3
+
+
+def test_a_restore_of_the_keys_that_stops_in_between_loses_no_key(
+    undone, paths, clock, folder, monkeypatch, tmp_path
+):
+    """Of --as-it-was: hosts that were renewed since the backup have credentials by later keys."""
+    with World(paths, clock) as world:
+        rotate(world)
+    kids = load(paths[1]).kids
+    move, end = hostenroll.move_database, hostenroll.RESTORING
+
+    def stop(path, target, is_back=False):
+        if path.endswith(end):
+            raise OSError(errno.EIO, "a disk fails")
+        move(path, target, is_back)
+
+    def kill(path, target, is_back=False):
+        if path.endswith(end):
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(path, target, is_back)
+
+    monkeypatch.setattr(hostenroll, "move_database", stop)
+    with pytest.raises(OSError, match="a disk fails"):
+        restored(paths, folder, clock, as_it_was=True)
+    assert load(paths[1]).kids == kids and bad_in(paths) == []
+    monkeypatch.setattr(hostenroll, "move_database", kill)
+    process = forked(lambda: restored(paths, folder, clock, as_it_was=True))
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert load(paths[1]).kids != kids and ".key" in hostenroll.how_to_continue(paths[0])
+    monkeypatch.undo()
+    clock.advance(1)
+    assert restored(paths, folder, clock)["keysKept"] and load(paths[1]).kids == kids
+
+
+def test_a_database_that_vanished_is_not_taken_for_a_restore_that_was_interrupted(
+    undone, paths, clock, folder
+):
+    """What an earlier restore has moved away, with its keys, is years old by then."""
+    old = restored(paths, folder, clock, as_it_was=True)["oldDatabase"]
+    old_keys = f"{paths[1]}{old[len(paths[0]) :]}"
+    write(old_keys)
+    os.unlink(paths[0])
+    kids = load(paths[1]).kids
+    assert hostenroll.how_to_continue(paths[0]) == ""
+    with pytest.raises(hostenroll.OperatorError, match="but no database"):
+        open_registry(*paths, clock.ms)
+    clock.advance(1)
+    (folder / "damaged").mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / "damaged")
+    drop_index_entries(folder / "damaged" / "hostenroll.db")
+    with pytest.raises(hostenroll.OperatorError, match="is damaged"):
+        restored(paths, folder / "damaged", clock)
+    assert not os.path.exists(paths[0]) and load(paths[1]).kids == kids
+    Path(f"{paths[0]}.restoring").touch()  # of a restore that was killed
+    assert restored(paths, folder, clock)["oldDatabase"] is None
+    assert os.path.exists(old) and os.path.exists(old_keys) and load(paths[1]).kids == kids
 
 
 # What check looks at.
@@ -11348,6 +11541,57 @@ def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, worl
             world.sql("DROP TABLE saved")
     assert is_quiet(caplog) and refused
     assert re.search(f"row [^ ]+ of ({name}|host) has impossible values", caplog.text)
+
+
+def endless_tree(path):
+    """A table whose pages have each sixty times the same page below them, and so on."""
+    (root,), (size,), (count,) = (sql(path, statement)[0] for statement in (
+        "SELECT rootpage FROM sqlite_master WHERE name = 'change'", "PRAGMA page_size",
+        "PRAGMA page_count"))  # fmt: skip
+    sql(path, "PRAGMA journal_mode = DELETE")
+    pages = bytearray(Path(path).read_bytes())
+    leaf = pages[(root - 1) * size : root * size]
+    depth, cells = 12, 60
+    for n in range(depth):
+        child = (count + 1 + n).to_bytes(4, "big")
+        content = size - 5 * cells  # each is the page below, and a key of one byte
+        page = b"\5\0\0" + cells.to_bytes(2, "big") + content.to_bytes(2, "big") + b"\0" + child
+        page += b"".join((content + 5 * n).to_bytes(2, "big") for n in range(cells))
+        page = page.ljust(content, b"\0") + b"".join(child + bytes([n]) for n in range(cells))
+        if n == 0:
+            pages[(root - 1) * size : root * size] = page
+        else:
+            pages += page
+    pages += leaf
+    pages[28:32] = (len(pages) // size).to_bytes(4, "big")
+    Path(path).write_bytes(pages)
+
+
+def endless_view(path):
+    columns = sql(path, "PRAGMA table_info(change)")
+    shown = ", ".join(
+        f"{'n % 5 + 1' if kind == 'INTEGER' else repr('x') + ' || n'} AS {column}"
+        for _, column, kind, *_ in columns
+    )
+    endless = "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
+    sql(path, "ALTER TABLE change RENAME TO x")
+    sql(path, f"CREATE VIEW change AS {endless} SELECT {shown} FROM c")
+
+
+@pytest.mark.parametrize("forge", [endless_tree, endless_view])
+def test_check_reads_no_rows_of_a_database_that_is_damaged(forge, paths, clock):
+    """They may have no end."""
+    with World(paths, clock) as world:
+        world.join()
+    forge(paths[0])
+    process = forked(lambda: os._exit(9 if "integrity" in {it.name for it in bad_in(paths)} else 1))
+    deadline = time.monotonic() + 10
+    while (status := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if status == (0, 0):
+        os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)
+    assert os.WEXITSTATUS(status[1]) == 9
 
 
 @pytest.mark.parametrize("table, column, value", [
