@@ -1164,7 +1164,7 @@ def test_a_connection_goes_only_where_the_table_of_transitions_lets_it():
     while reached - seen:
         seen |= reached
         reached |= {after for before in seen for after in table_of[before]}
-    assert reached == set(states) == set(table_of) and table_of[hostenroll.CLOSED] == ()
+    assert reached == set(states) == set(table_of) and table_of[hostenroll.CLOSED] == set()
     classes = (node for node in TREE.body if isinstance(node, ast.ClassDef))
     writers = {
         f"{owner.name}.{function.name}"
@@ -19462,7 +19462,7 @@ def test_who_waits_and_takes_nothing_of_tls_is_closed(paths, monkeypatch):
         until(lambda: places(live) == 1)
         (stuck,) = held(live)
 
-        def receive(data):
+        def read():
             stuck.tls.outgoing.write(b"keys")
             here = stuck.socket
             monkeypatch.setattr(stuck, "socket", SimpleNamespace(
@@ -19470,7 +19470,7 @@ def test_who_waits_and_takes_nothing_of_tls_is_closed(paths, monkeypatch):
                 shutdown=here.shutdown, setsockopt=here.setsockopt))  # fmt: skip
             return b""
 
-        monkeypatch.setattr(stuck.tls, "receive", receive)
+        monkeypatch.setattr(stuck.tls, "read", read)
         waiting.peer.sendall(b"x")
         until(lambda: places(live) == 0 and stuck.state is hostenroll.CLOSED)
         assert live.call("GET", "/healthz").status == 200
@@ -21585,6 +21585,34 @@ def test_a_handshake_that_stalls_ends_at_its_deadline_or_for_a_new_connection(n,
         stall(peer, where)
     assert live.call("GET", "/healthz").status == 200
     read_to_end(peers[0].socket)
+
+
+def test_handshakes_are_made_one_right_after_the_other(world, tmp_path, monkeypatch):
+    """With what Python does for each connection in between they take a tenth longer. But nobody
+    waits for more than so many."""
+    pair, done, at_once = write_pair(tmp_path), [], hostenroll.HANDSHAKES_AT_ONCE
+    options = {"load_tls": lambda host: (hostenroll.load_tls(*pair)[0], lambda: None)}
+
+    def note(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *it: done.append(name) or real(*it))
+
+    note(hostenroll.Tls, "shake_hands")
+    note(hostenroll.Connections, "push")
+    with contextlib.ExitStack() as stack:
+        server = hostenroll.Server(world.api, "127.0.0.1", 0, clock=world.clock, **options)
+        stack.enter_context(server)
+        peers = [stack.enter_context(Peer(server.server_port)) for _ in range(at_once + 1)]
+        for peer in peers:
+            stall(peer, "behind the hello")
+        server._turn(5)
+        assert done == ["shake_hands"] * at_once + ["push"] * at_once + ["shake_hands", "push"]
+        for peer in peers:
+            peer.handshake()
+            peer.send(peer.sealed(HEALTH))
+        for _ in range(3):
+            server._turn(0)
+        assert all(peer.read().startswith(b"HTTP/1.1 200 ") for peer in peers)
 
 
 def test_half_a_record_counts_among_what_is_buffered(served):
