@@ -347,6 +347,7 @@ BUFFERED_MAXIMUM = 32 * 1024 * 1024  # all unfinished requests and unsent answer
 ACCEPTS_PER_TURN = 128  # so that a flood of new connections does not delay the others
 ACCEPT_PAUSE = 0.1  # when no descriptor is free
 HANDSHAKES_AT_ONCE = 16  # of TLS: the first of them waits 4 ms for the others
+DAMAGED_PATIENCE = 2  # for what check reads of a damaged database: forged rows may have no end
 JUDGING_TIME = 0.005  # per turn: heartbeats wait no longer while other requests are judged
 SHUTDOWN_DEADLINE = 4  # with CLOSE_PATIENCE and LOG_PATIENCE less than 5 s for the whole shutdown
 SHUTDOWN_GRACE = 1  # for open connections to bring a request: a handshake has two round trips
@@ -438,7 +439,7 @@ def is_loopback(host: str) -> bool:
 
 
 def in_background(read: Callable[[], Any]) -> futures.Future[Any]:
-    """Run a function that reads files in a thread: if a mount hangs, only the thread hangs."""
+    """Run a function that may hang, as a read of a dead mount does: only its thread hangs."""
     outcome: futures.Future[Any] = futures.Future()
 
     def run() -> None:
@@ -2283,6 +2284,7 @@ REMEDIES = {
 def describe_error(path: str, error: Exception) -> str:
     """What went wrong with a file, and what to do, in one line."""
     text = getattr(error, "strerror", None) or str(error)
+    text = text or "malformed database schema"  # Python 3.9 and 3.10 cannot decode the name in it
     remedies = (remedy for start, remedy in REMEDIES.items() if text.startswith(start))
     return ": ".join(filter(None, (path, text, next(remedies, ""))))
 
@@ -2874,10 +2876,10 @@ class Engine(Database):
         faults: list[str] = []
         try:
             self.compare_schema()
-            faults += [self.schema_fault] if self.schema_fault else []
-            faults += [row[0] for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
-            orphans = self.rows("PRAGMA foreign_key_check")
-            faults += [f"a row of {row[0]} lacks its {row[2]}" for row in orphans]
+            faults += filter(None, [self.schema_fault])
+            pages = [text for (text,) in self.rows("PRAGMA integrity_check") if text != "ok"]
+            orphans = [] if pages else self.rows("PRAGMA foreign_key_check")  # which reads rows
+            faults += [*pages, *(f"a row of {row[0]} lacks its {row[2]}" for row in orphans)]
             self.require_unchanged(durable=False)
         except StoreError as error:
             faults.append(str(error))
@@ -4734,7 +4736,7 @@ class ServiceRecord(Rules):
         self.certificate: Optional[Certificate] = None  # in use; None without TLS
         self._pin = ""  # what join commands pin
         self._is_new = False  # whether these are not in the row yet
-        self._ready_at = -1  # the time of the last tick in which ready() wrote
+        self.ready_at = -1  # the time of the last tick in which ready() wrote
 
     def period(self, now: int) -> ServicePeriod:
         return ServicePeriod(self._queries.service(), now)
@@ -4764,10 +4766,10 @@ class ServiceRecord(Rules):
     def ready(self, call: Call, now: int) -> None:
         """Check that the server can write, by writing. Raises StorageUnavailable for a bad key
         file: it refuses no host yet, but a restart would fail."""
-        if now != self._ready_at:  # once in a tick: thousands may have waited for another writer
+        if now != self.ready_at:  # once in a tick: thousands may have waited for another writer
             self.keep_alive(now)
             self._registry.keys.reload()
-            self._ready_at = now
+            self.ready_at = now
         if self._registry.keys.file.trouble:
             raise StorageUnavailable(
                 "The key file is missing or invalid. The server uses the keys that it loaded "
@@ -6245,6 +6247,7 @@ class Registry:
         self.engine.rollback()
         self.audit.roll_back()
         self.reports.end_tick(is_committed=False)
+        self.service.ready_at = -1  # nothing was written
         self.metrics.tick.clear()
 
     def _note_failure(self, trouble: str, writes: bool) -> None:
@@ -6685,17 +6688,21 @@ DATABASE_FILES = ("", "-wal", "-shm", "-journal", ".gate", ".lock", ".serve")
 
 
 def moved_database(path: str) -> str:
-    """Where a restore has moved the database since it made the new one, which waits; or ""."""
-    new, folder = f"{path}{RESTORING}", os.path.dirname(path)
-    made = math.inf if os.path.lexists(path) or not os.path.lexists(new) else os.lstat(new).st_ctime
-    old = (os.path.join(folder, file) for file in files_beginning(f"{path}.before-"))
-    return max((it for it in old if it.endswith("Z") and os.lstat(it).st_ctime >= made), default="")
+    """Where a restore has moved the database, if the new one of the same time waits; or ""."""
+    begins = os.path.basename(f"{path}{RESTORING}")
+    new = [] if os.path.lexists(path) else files_beginning(f"{path}{RESTORING}")
+    old = (f"{path}.before{name[len(begins) :]}" for name in new if name.endswith("Z"))
+    return max(filter(os.path.lexists, old), default="")
 
 
 def how_to_continue(database: str) -> str:
     """What to do if a restore was interrupted after it moved the database; "" if none was."""
     path = os.path.realpath(database)
-    back = f"mv {(old := moved_database(path))} {path}, with its -wal, -shm and .key if it has them"
+    end = (old := moved_database(path))[len(path) :]
+    back = (
+        f"mv {old} {path}, with its -wal and -shm if it has them, and the key file's copy, whose "
+    )
+    back += f"name ends with {end}, if there is one"
     return old and f"a restore was interrupted: run it again, or go back: {back}"
 
 
@@ -6739,8 +6746,9 @@ class Restore(NamedTuple):
             lock = stack.enter_context(closing(WriteLock(self.path)))
             lock.acquire(LOCK_PATIENCE)
             self._go_back()
-            new, new_keys = f"{self.path}{RESTORING}", f"{self.path}{RESTORING}.key"
-            remove_files(new)  # left by a restore that was killed
+            remove_files(f"{self.path}{RESTORING}")  # left by a restore that was killed
+            new = f"{self.path}{RESTORING}-{rfc3339(now).replace(':', '')}"
+            new_keys = f"{new}.key"
             stack.callback(remove_files, new)
             stack.callback(self._go_back)
             values, retired = self._read_old(lock, self._copy_backup(source, new, progress))
@@ -6873,6 +6881,9 @@ def examine(
             raise OperatorError(f"the database {database} is empty: serve creates one")
         copies = [*filter(os.path.exists, (f"{engine.path}.schema{older}" for older in MIGRATIONS))]
         faults = engine.faults()
+        if faults:  # rows that a forger wrote may have no end
+            end = time.monotonic() + DAMAGED_PATIENCE
+            engine.db.set_progress_handler(lambda: time.monotonic() > end, 100_000)
         yield from _examine_schema(engine, faults, copies)
         yield from _examine_contents(engine, key_file, not faults, progress, now)
         paths = [f"{engine.path}{suffix}" for suffix in DATABASE_FILES]
@@ -7661,7 +7672,7 @@ find_state() {
         [ -n "$state${XDG_STATE_HOME:-}${HOME:-}" ] || quit 2 "HOME is not set: give --state DIR"
         state=${state:-${XDG_STATE_HOME:-${HOME:-}/.local/state}/hostenroll-agent}
     fi
-    state=${state%/} # which a shell adds to the name of a folder
+    while case $state in ?*/) ;; *) false ;; esac; do state=${state%/}; done # a shell adds it
     case $state in
     /*) ;;
     *) state=$PWD/$state ;;
@@ -7680,13 +7691,27 @@ find_state() {
 open_folder() { # FOLDER
     mkdir -p "$1" 2>/dev/null || [ -d "$1" ] || quit 1 "cannot make the folder $1"
     [ "$user" = 0 ] || return 0
-    # shellcheck disable=SC2012 # not all systems have stat or find -printf
-    others=$(for folder in "$1/." "$(cd "$1" 2>/dev/null && pwd -P)/."; do
-        while [ -n "$folder" ]; do ls -nd "$folder" || echo gone; folder=${folder%/*}; done
-    done | sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
+    others=$(list_folders "$1/." |
+        sed 's/^\([^ ]* *[0-9]* *0 \)/0\1/; /^0d....-..-/d; /^0l/d; 1!{/^0d........[tT]/d;}')
     [ -z "$others" ] ||
         quit 1 "other users can write in $1: run this as its owner, or with --install for a service"
 }
+
+# A folder and all above it, also where links on the way lead, as ls shows them.
+list_folders() ( # PATH
+    folder=$1
+    while [ -n "$folder" ]; do
+        # shellcheck disable=SC2012 # not all systems have stat or find -printf
+        ls -nd "$folder" || echo gone
+        target=$(target_of "$folder")
+        case $target in
+        '') ;;
+        /*) list_folders "$target" ;;
+        *) list_folders "${folder%/*}/$target" ;;
+        esac
+        folder=${folder%/*}
+    done
+)
 
 # Each file is written under another name and then moved into place, so that a full disk or a crash
 # leaves the old one whole.
@@ -7972,7 +7997,7 @@ read_token() {
     token_id=${token_id%%_*}
     case $token in
     *[!A-Za-z0-9_-]*) return 1 ;;
-    het_?*_*) ;;
+    het_[!_]*_*) ;;
     *) return 1 ;;
     esac
 }
@@ -8013,7 +8038,7 @@ keep_enrollment() {
     credential=$(member credential '"\([^"]*\)"[,}]')
     host_id=$(member hostId '"\([0-9a-f]\{1,64\}\)"')
     mark=''
-    [ "${enrolled_with%%,*}" = "$token_id" ] || # in a try that failed
+    [ "${enrolled_with%%,*}" = "$token_id" ] || # in a try that failed; the last nine are kept
         enrolled_with=$(printf %s "$token_id${enrolled_with:+,$enrolled_with}" | cut -d , -f 1-9)
     { is_credential "$credential" && [ -n "$host_id" ]; } ||
         fail "$server does not answer like a hostenroll server" || return
@@ -8240,7 +8265,7 @@ replace() { # FILE MODE TEXT
 }
 
 keep_new() {
-    trap '' HUP INT TERM # there is nothing to put back any more
+    trap '' HUP INT TERM # from here on nothing can be put back
     for file in $replaced; do rm -f "$file.old"; done
     [ "$installed" = "$PROGRAM" ] || rm -f "$installed"
 }
@@ -8314,7 +8339,8 @@ service_arguments() {
 install_service() {
     if [ -n "$cacert" ]; then
         # All can read it; the file that was given may have a private key, too.
-        replace "$AUTHORITIES" 644 "$(sed -n '/BEGIN.*CERTIFICATE/,/END.*CERTIFICATE/p' "$cacert")"
+        replace "$AUTHORITIES" 644 "$(sed -n '/PRIVATE KEY-----/,/PRIVATE KEY-----/d
+            /-----BEGIN .*CERTIFICATE-----/,/-----END /p' "$cacert")"
         cacert=$AUTHORITIES
     fi
     replace "$UNIT" 644 "$(unit)"
@@ -8403,7 +8429,7 @@ main() {
     as_service='' given='' served='' stopped='' boot='' proxy='' prefix=''
     answered='' replaced='' updates='' every='' interval='' tried=''
     umask 077
-    set -fuC +e
+    set -fuC +e # SHELLOPTS of the environment may have e
     LC_ALL=C
     export LC_ALL
     trap 'woken=yes; end_sleep' USR1
@@ -10506,9 +10532,10 @@ def service_info(url: str, pin: str, *options: Any) -> ServiceInfo:
     """A ServiceInfo of values that the database or a server has. Raises StorageUnavailable for a
     URL or a pin that serve never writes, because people paste both into a shell."""
     ours = rf"(?a)https?://[\w.:~/%\[\]-]+ ({PIN}(;{PIN}){{,3}})?"
-    if not re.fullmatch(ours, f"{url} {pin}"):
-        raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
-    return ServiceInfo(url, pin, *options)
+    with suppress(ValueError):  # of a host in brackets that is no address
+        if re.fullmatch(ours, f"{url} {pin}") and urlsplit(url).hostname:
+            return ServiceInfo(url, pin, *options)
+    raise StorageUnavailable("The database has a bad URL or pin: start serve again.")
 
 
 def _service(registry: Registry, call: Call, now: int) -> ServiceInfo:
@@ -11981,8 +12008,8 @@ class Api:
 
 
 class State:
-    """What the server waits for from a connection. No tuple: each is equal to itself alone, and to
-    hash and compare tuples took 0.4 us of each move."""
+    """What the server waits for from a connection. A plain class, not a NamedTuple: states are
+    compared and hashed by identity, which saves 0.4 us in each move."""
 
     def __init__(self, name: str, deadline: float, events: int, eviction: int) -> None:
         self.name = name
@@ -12052,7 +12079,7 @@ class Tls:
             self.handshake_done, self.buffered = True, 0
         except ssl.SSLWantReadError:
             pass
-        except OSError:  # as ssl.SSLError is
+        except (OSError, ValueError):  # ssl.SSLError is an OSError
             self._has_failed = True
 
     def read(self) -> bytes:
@@ -12295,24 +12322,23 @@ class Connections:
         which is then to go on. Closes a connection that has ended. Raises MalformedRequest for
         plain HTTP where TLS is spoken."""
         tls = connection.tls
-        if tls is not None and tls.taken:
-            return self._decrypt(connection, tls) if tls.can_read else b""
-        try:
-            data = connection.socket.recv(size)
-        except (BlockingIOError, InterruptedError):
-            return b""
-        except OSError:
-            data = b""
-        if not data:
-            self.close(connection)
-        elif len(data) == RECEIVE_SIZE:
-            connection.lingers = True
-        if data and tls is not None:
+        if tls is None or not tls.taken:
+            try:
+                data = connection.socket.recv(size)
+            except (BlockingIOError, InterruptedError):
+                return b""
+            except OSError:
+                data = b""
+            if not data:
+                self.close(connection)
+            elif len(data) == RECEIVE_SIZE:
+                connection.lingers = True
+            if tls is None or not data:
+                return data
             tls.take(data)
             if not tls.can_read:
                 self.handshakes.append((connection, tls))
-            return self._decrypt(connection, tls) if tls.can_read else b""
-        return data
+        return self._decrypt(connection, tls) if tls.can_read else b""
 
     def shake_hands(self) -> list[Connection]:
         """Go on with the next handshakes; the connections that are then to be received again. They
@@ -12455,10 +12481,19 @@ ON_MANY = {"hosts", "withHosts", "withKeys"}  # values of acts on up to ACTED_AT
 Pending = tuple[Optional[Connection], Work, Head, float]
 
 
-def is_full(queue: Iterable[Any], key: int) -> bool:
-    """Whether no more calls of an API key can wait in a queue of those that are run one by one."""
-    keys = [call.by.id for _, call, *_ in queue]
-    return len(keys) >= QUEUED_MAXIMUM or keys.count(key) >= QUEUED_OF_KEY
+def choose_queue(call: Call, pending: Any, large: Any, reads: Any) -> Any:
+    """The queue that a call joins, one of these three. Raises TooManyRequests if no more calls of
+    its API key can wait in a queue of calls that are run one by one."""
+    is_large = not ON_MANY.isdisjoint(call.values)
+    if call.operation.writes and not is_large:
+        return pending
+    queue = large if is_large else reads
+    keys = [queued.by.id for _, queued, *_ in queue]
+    if len(keys) >= QUEUED_MAXIMUM or keys.count(call.by.id) >= QUEUED_OF_KEY:
+        raise TooManyRequests(
+            f"Try later: {QUEUED_OF_KEY} lists, and as many acts on many, of a key can wait."
+        )
+    return queue
 
 
 class HeldReads:
@@ -12627,18 +12662,16 @@ class Exchanges:
                 return
 
     def _admit(self, connection: Connection, request: Request, moment: float) -> None:
-        origin = request.origin
+        origin, queue = request.origin, cast(Any, self.pending)
         try:
             admitted = self._api.admit(request, self.now)
+            if isinstance(admitted, Call):
+                queue = choose_queue(admitted, self.pending, self.large, self.reads)
+        except Problem as refused:
+            admitted = self._api.refusal(refused)
         except Exception as error:
             problem = log_defect("a request could not be admitted", error, origin.request)
             admitted = self._api.refusal(problem)
-        queue: Any = self.pending
-        if isinstance(admitted, Call):
-            is_large = not ON_MANY.isdisjoint(admitted.values)
-            queue = self.large if is_large else queue if admitted.operation.writes else self.reads
-            if queue is not self.pending and is_full(queue, admitted.by.id):
-                admitted = self._api.refusal(TooManyRequests())
         if isinstance(admitted, Response):
             self._answer(connection, admitted, request.head, origin, moment)
             self._api.metrics.requests.observe(time.monotonic() - moment)
@@ -12682,8 +12715,7 @@ class Exchanges:
                 self.add_internal(rule)
 
     def run_tick(self, is_last: bool = False) -> None:
-        """Run the pending calls, and one act on many, unless another process writes. is_last: they
-        do not wait for that any longer."""
+        """Run the pending calls, and one act on many. is_last: at the stop, none waits longer."""
         if self.large and not self.waiting_since:
             self.pending.append(self.large.popleft())
         outcomes: Optional[Iterable[Any]] = self._run(self.pending)
@@ -12697,6 +12729,9 @@ class Exchanges:
             outcomes = repeat(self._registry.stop_waiting())
             self.pending, self.large = [*self.pending, *self.large], deque()
         self._answer_pending(outcomes)
+        if is_last:  # what had no turn in time
+            self.pending = [*self.large, *self.reads]
+            self._answer_pending(repeat(Overloaded()))
         self._registry.after_tick()
 
     def run_read(self) -> None:
@@ -12973,8 +13008,7 @@ class Server(HTTPServer):
         self._finish(deadline - SHUTDOWN_DEADLINE + SHUTDOWN_GRACE)
         self._close_unused()
         self._finish(deadline)
-        if self._exchanges.waiting_since:
-            self._exchanges.run_tick(is_last=True)
+        self._exchanges.run_tick(is_last=True)
 
     def _stop_listening(self) -> None:
         """Accept the waiting connections, unless the next process inherits the socket. One that
@@ -13368,11 +13402,18 @@ class Client:
                     timer.start()
                     try:
                         connection.sock = self._secure(connection.sock)
-                        with suppress(OSError):  # it may have answered, and takes no more
+                        unsent: Optional[OSError] = None
+                        try:
                             connection.request(
                                 method, self._path + path or "/", body, {**self._headers, **headers}
                             )
-                        with connection.getresponse() as response:
+                        except OSError as error:  # it may have answered, and takes no more
+                            unsent = error
+                        try:
+                            response = connection.getresponse()
+                        except http.client.RemoteDisconnected as error:
+                            raise unsent or error from None
+                        with response:
                             octets = response.read(CLIENT_ANSWER_MAXIMUM + 1) if reads else b""
                     finally:
                         timer.cancel()
@@ -13500,7 +13541,8 @@ def track(host: TrackedHost, change: Mapping[str, Any], before: str, now: float,
     """The host after a change. before: the cursor just before the change."""
     status, reported, due = change["status"], host.reported, 0.0
     times = [*(at for at in host.times if now - HOUR < at <= now), now]
-    if reported and not host.due and change.get("was") != reported:
+    was = change.get("was")
+    if reported and not host.due and was != reported and was in ("online", *options.statuses):
         reported = "unknown"  # the feed had a gap, or the host had other labels for some time
     if status in ("revoked", "deleted") and status not in options.statuses:
         reported = ""  # an operator made this change, and knows about it
@@ -13648,6 +13690,7 @@ class Watch:
             if host.due > latest:
                 self._hosts[id] = host._replace(due=latest)
         self._state["events"] = [(min(at, now), event) for at, event in self._state["events"]]
+        self._save_at = min(self._save_at, now + HOUR)
         dues = [host.due for host in self._hosts.values() if host.due]
         wait = min([WATCH_WAIT, *(due - now for due in dues if due > now)])
         if self._state["outbox"] or not self._is_current:
@@ -13724,7 +13767,8 @@ class Watch:
                 except ChangesPruned:
                     hosts = self._ask(HOSTS_PATH, named=host.change["host"]["id"])["hosts"]
                     until = max((it["mutedUntil"] or "" for it in hosts), default="")
-                    fresh[host.change["cursor"]] = {"muted": until > rfc3339(int(now * SECOND_MS))}
+                    is_muted = until > rfc3339(int(now * SECOND_MS))
+                    fresh[host.change["cursor"]] = {"muted": is_muted, "isGone": not hosts}
         silent, incidents = [id for id in ready if ready[id].change["status"] in DOWN_STATUSES], []
         if len(silent) >= INCIDENT_SMALLEST:
             recent = self._ask(INCIDENTS_PATH)["incidents"]
@@ -13732,8 +13776,12 @@ class Watch:
                 incident for incident in recent if {*silent}.intersection(incident["hosts"])
             ]
         for id, host in ready.items():
-            if fresh.get(host.change["cursor"], host.change)["muted"]:
-                self._hosts[id] = host._replace(due=now + MUTED_FOR)
+            change = fresh.get(host.change["cursor"], host.change)
+            if change["muted"]:  # a change that is not kept takes two requests to look again
+                pause = MUTED_FOR if "cursor" in change else MINUTE
+                self._hosts[id] = host._replace(due=now + pause)
+            elif change.get("isGone"):  # it was deleted in a gap of the feed
+                self._hosts[id] = TrackedHost()
             else:
                 self._hosts[id], news = after_report(host, now)
                 changes += news
@@ -15084,7 +15132,13 @@ def run_restore(session: Session) -> None:
     with session.progress() as progress:
         folder = session.arguments.folder
         done = restore.run(folder, session.by, session.now(), progress)
-    session.report(done, describe(done, session.now(), session.screen))
+    newest = max(filter(BACKUP_NAME.fullmatch, os.listdir(folder)), default="")
+    taken = os.path.basename(os.path.dirname(done["backup"]))
+    facts = []
+    if BACKUP_NAME.fullmatch(taken) and newest > taken:
+        facts = [f"{newest} has a later date, but is ahead of this clock: if the clock is wrong, "
+                 "restore that"]  # fmt: skip
+    session.report(done, describe(done, session.now(), session.screen), *facts)
 
 
 def accept_history(session: Session) -> None:

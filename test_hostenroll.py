@@ -72,6 +72,8 @@ PYTHON = [sys.executable, *shlex.split(os.environ.get("HOSTENROLL_PYTHON_FLAGS",
 SCRIPT = [*PYTHON, str(MODULE)]
 PROGRAM = SCRIPT if PYTHON[1:] else [*PYTHON, py_compile.compile(str(MODULE), doraise=True)]
 OPERATOR = Principal("cli:test", None, "admin")
+# A job in the background of a shell script ignores SIGINT, and all that it starts would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 NOON = 1_800_000_000.0  # a Friday in 2027
 DAY_MS = 86_400_000
 ADDRESS = "192.0.2.7"  # of the peer, where there is no socket
@@ -9852,7 +9854,8 @@ def test_a_restore_follows_no_link_where_it_makes_the_new_pair(undone, paths, cl
     victim = folder / "victim"
     victim.write_text("as it was")
     for end in ("", ".tmp", "-wal", "-journal", ".lock", ".key", ".key.tmp"):
-        os.symlink(victim, f"{paths[0]}.restoring{end}")
+        time = hostenroll.rfc3339(clock.ms).replace(":", "")
+        os.symlink(victim, f"{paths[0]}.restoring-{time}{end}")
     restored(paths, folder, clock)
     assert victim.read_text() == "as it was" and bad_in(paths) == []
 
@@ -9913,12 +9916,12 @@ def test_a_restore_of_the_keys_that_stops_in_between_loses_no_key(
     move, end = hostenroll.move_database, hostenroll.RESTORING
 
     def stop(path, target, is_back=False):
-        if path.endswith(end):
+        if end in path:
             raise OSError(errno.EIO, "a disk fails")
         move(path, target, is_back)
 
     def kill(path, target, is_back=False):
-        if path.endswith(end):
+        if end in path:
             os.kill(os.getpid(), signal.SIGKILL)
         move(path, target, is_back)
 
@@ -9929,7 +9932,12 @@ def test_a_restore_of_the_keys_that_stops_in_between_loses_no_key(
     monkeypatch.setattr(hostenroll, "move_database", kill)
     process = forked(lambda: restored(paths, folder, clock, as_it_was=True))
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
-    assert load(paths[1]).kids != kids and ".key" in hostenroll.how_to_continue(paths[0])
+    (moved,) = (name for name in os.listdir(Path(paths[0]).parent) if ".key.before-" in name)
+    assert load(paths[1]).kids != kids
+    for file in Path(paths[0]).parent.glob("*.restoring*"):  # as when the files are copied
+        os.utime(file)
+    end = moved.partition(".key")[2]
+    assert f"name ends with {end}" in hostenroll.how_to_continue(paths[0])
     monkeypatch.undo()
     clock.advance(1)
     assert restored(paths, folder, clock)["keysKept"] and load(paths[1]).kids == kids
@@ -11543,10 +11551,10 @@ def test_a_hostile_row_refuses_by_name_what_reads_it_and_nothing_else(name, worl
     assert re.search(f"row [^ ]+ of ({name}|host) has impossible values", caplog.text)
 
 
-def endless_tree(path):
+def endless_tree(path, table):
     """A table whose pages have each sixty times the same page below them, and so on."""
     (root,), (size,), (count,) = (sql(path, statement)[0] for statement in (
-        "SELECT rootpage FROM sqlite_master WHERE name = 'change'", "PRAGMA page_size",
+        f"SELECT rootpage FROM sqlite_master WHERE name = '{table}'", "PRAGMA page_size",
         "PRAGMA page_count"))  # fmt: skip
     sql(path, "PRAGMA journal_mode = DELETE")
     pages = bytearray(Path(path).read_bytes())
@@ -11567,23 +11575,32 @@ def endless_tree(path):
     Path(path).write_bytes(pages)
 
 
-def endless_view(path):
-    columns = sql(path, "PRAGMA table_info(change)")
+def endless_view(path, table):
+    columns = sql(path, f"PRAGMA table_info({table})")
     shown = ", ".join(
         f"{'n % 5 + 1' if kind == 'INTEGER' else repr('x') + ' || n'} AS {column}"
         for _, column, kind, *_ in columns
     )
     endless = "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c)"
-    sql(path, "ALTER TABLE change RENAME TO x")
-    sql(path, f"CREATE VIEW change AS {endless} SELECT {shown} FROM c")
+    sql(path, f"ALTER TABLE {table} RENAME TO x")
+    sql(path, f"CREATE VIEW {table} AS {endless} SELECT {shown} FROM c")
+
+
+FORGED_TABLES = [
+    pytest.param(name, marks=[] if name in ("change", "feed") else slow)
+    for name, text in hostenroll.SCHEMA_OBJECTS.items()
+    if text.startswith("CREATE TABLE") and name != "organization"  # its key has no rowid
+]
 
 
 @pytest.mark.parametrize("forge", [endless_tree, endless_view])
-def test_check_reads_no_rows_of_a_database_that_is_damaged(forge, paths, clock):
-    """They may have no end."""
+@pytest.mark.parametrize("table", FORGED_TABLES)
+def test_check_ends_also_where_forged_rows_have_no_end(table, forge, paths, clock):
     with World(paths, clock) as world:
         world.join()
-    forge(paths[0])
+    if forge is endless_tree and "WITHOUT ROWID" in hostenroll.SCHEMA_OBJECTS[table]:
+        pytest.skip("its tree is of another kind")
+    forge(paths[0], table)
     process = forked(lambda: os._exit(9 if "integrity" in {it.name for it in bad_in(paths)} else 1))
     deadline = time.monotonic() + 10
     while (status := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
@@ -12869,7 +12886,7 @@ def test_what_to_do_after_a_refusal_is_said_to_its_end(member):
 
 def test_a_token_can_come_from_a_file_and_a_text_that_is_no_token_is_not_sent(machine):
     file = machine.folder / "token"
-    for text in ("", "\n", "nonsense", "het_", "het__a", 'het_1_a","x":"', "het_1_a b"):
+    for text in ("", "\n", "nonsense", "het_", "het__a", "het__a_b", 'het_1_a","x":"', "het_1_a b"):
         file.write_text(text)
         machine.once("--token-file", str(file), status=2, text="there is no token in")
         assert machine.stored("enrolling") is None
@@ -13731,6 +13748,8 @@ FOREIGN = {  # whose the state's folder is and its mode, and the same of the one
     "open to all": (0, 0o777, 0, 0o755), "sticky": (0, 0o1777, 0, 0o755),
     "open to a group": (0, 0o770, 0, 0o755), "in another's": (0, 0o700, STRANGER, 0o755),
     "in an open one": (0, 0o700, 0, 0o777), "reached in another's": (0, 0o700, STRANGER, 0o755),
+    "reached through another's": (0, 0o700, 0, 0o755),
+    "reached through another's, by a relative link": (0, 0o700, 0, 0o755),
 }  # fmt: skip
 
 
@@ -13753,8 +13772,15 @@ def test_root_works_in_no_folder_that_others_can_change(
             state.rename(whole / "elsewhere")
             state.symlink_to("elsewhere")
             os.chown(str(state), STRANGER, -1, follow_symlinks=False)
+        if "reached through" in request.node.name:  # whose owner may lead it elsewhere
+            (tmp_path / "theirs").mkdir()
+            (tmp_path / "theirs" / "hop").symlink_to(state)
+            os.chown(tmp_path / "theirs", STRANGER, -1)
+            state = tmp_path / "theirs" / "hop"
         if "reached" in request.node.name:
-            (tmp_path / "link").symlink_to(state)
+            is_relative = "relative" in request.node.name
+            target = os.path.relpath(state, tmp_path) if is_relative else state
+            (tmp_path / "link").symlink_to(target)
             state = tmp_path / "link"
         (tmp_path / "token").write_text("het_0123456789abcdef_x\n")
         for words in ((), ("--token-file", "token"), ("--once",)):
@@ -14398,7 +14424,8 @@ def test_installed_with_systemd_it_is_a_service_without_privileges(service, mach
 def test_a_private_key_beside_the_authorities_is_not_shown_to_all(service, machine, tmp_path):
     certificate = (tmp_path / "one.pem").read_text()
     key = Path(write_pair(tmp_path)[1]).read_text()
-    (tmp_path / "one.pem").write_text(f"{key}its name\n{certificate}{key}{certificate}")
+    text = f"# BEGIN OF OUR CERTIFICATES\n{key}its name\n{certificate}{key}{certificate}"
+    (tmp_path / "one.pem").write_text(text)
     shown = service(f"""
         printf %s {machine.door.token()} | agent --install --token-file - 2>&-
         stat -c %a /etc/hostenroll-agent.pem; cat /etc/hostenroll-agent.pem""")  # fmt: skip
@@ -15033,7 +15060,7 @@ def test_a_proxy_that_is_named_is_gone_by(walled):
 }))  # fmt: skip
 def test_the_password_of_a_proxy_is_in_no_message(url, machine):
     shown = machine.once("--proxy", url, token=machine.door.token(), status=1, text="no answer")
-    assert "cret" not in shown and shown.endswith("'proxy:80x'\n" if "80x" in url else "'proxy'\n")
+    assert "cret" not in shown and ("'proxy:80x'" if "80x" in url else "'proxy'") in shown
 
 
 @in_every_shell_slowly
@@ -17082,10 +17109,12 @@ def test_who_asks_for_readiness_while_it_is_found_out_costs_a_tick_hardly_anythi
         assert world.run(*asked) == [None] * 50
         assert (len(looks), len(writes)) == (n, n)
     world.advance(1)
-    os.remove(world.paths[1])
-    assert are_unavailable(world.run(*asked), 50) and len(looks) == 3
     die = own_call(raising(hostenroll.StoreError("the disk is full")))
     assert are_unavailable(world.run(*asked, die), 51)
+    assert world.run(*asked) == [None] * 50 and len(writes) == 4  # for what was written is gone
+    world.advance(1)
+    os.remove(world.paths[1])
+    assert are_unavailable(world.run(*asked), 50) and len(looks) == 5
 
 
 @pytest.mark.parametrize("trouble", [False, True], ids=["in good times", "with a bad key file"])
@@ -20002,6 +20031,8 @@ def test_after_kill_nine_nothing_acknowledged_is_missing(cycles, tmp_path):
                 assert minted.returncode == 0
                 ledger.minted.append(json.loads(minted.stdout)["id"])
             time.sleep(max(0, dies_at - time.monotonic()))
+            if cycle == cycles - 1:  # a slow machine may have acknowledged little by then
+                until(lambda: ledger.minted and ledger.revoked and len(ledger.hosts) > 5 * cycles)
         for thread in threads:
             thread.join(20)
         ledger.check(paths)
@@ -20643,7 +20674,7 @@ def test_only_so_many_calls_of_a_key_and_of_all_wait_to_be_run(
     other, is_held = live.ask("POST", "/api/keys", {}).document["apiKey"], [True]
     exchanges = live.server._exchanges
     run = getattr(exchanges, runs)
-    monkeypatch.setattr(exchanges, runs, lambda: None if is_held else run())
+    monkeypatch.setattr(exchanges, runs, lambda **how: None if is_held else run(**how))
     exchanges.waiting_since = float(runs == "run_tick")  # then no act is taken from its queue
     with contextlib.ExitStack() as stack:
         streams = []
@@ -20664,6 +20695,29 @@ def test_only_so_many_calls_of_a_key_and_of_all_wait_to_be_run(
         last = 200 if most == "QUEUED_OF_KEY" else 429
         assert [read_reply(streams[n]).status for n in (0, 1, 3)] == [200, 200, last]
     assert all(event["code"] != "too-many-requests" for event in live.events().document["events"])
+
+
+def test_an_act_on_many_that_has_no_turn_before_the_end_is_refused(live, monkeypatch):
+    """Without an answer its caller could not know whether it was run."""
+    monkeypatch.setattr(hostenroll, "SHUTDOWN_DEADLINE", 1.5)
+    run, exchanges = live.registry.run, live.server._exchanges
+
+    def slow_run(works, now):
+        names = {getattr(getattr(work, "operation", None), "name", "") for work in works}
+        time.sleep(0.4 if "act-on-hosts" in names else 0)
+        return run(works, now)
+
+    monkeypatch.setattr(live.registry, "run", slow_run)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(live.connect()) for _ in range(8)]
+        body = {"action": "revoke", "hosts": []}
+        for peer in peers:
+            peer.sendall(request_bytes("POST", ACTIONS_PATH, body, live.api_key))
+        until(lambda: len(exchanges.large) >= 6)
+        live.server.stop()
+        streams = [stack.enter_context(peer.makefile("rb")) for peer in peers]
+        statuses = {read_reply(stream).status for stream in streams}
+    assert statuses == {200, 503}
 
 
 @pytest.mark.parametrize("is_short", [True, False], ids=["for a moment", "for too long"])
@@ -22236,6 +22290,7 @@ class Feed:
         self.clock, self.history, self.kept = clock, "a" * 16, 1
         self.changes, self.events, self.plans, self.asked = [], [], [], []
         self.muted, self.statuses, self.failure, self.incidents = set(), {}, None, []
+        self.gone = set()
 
     def become(self, status, *names, labels=None, by=None, seen=True):
         for name in names:
@@ -22278,7 +22333,8 @@ class Feed:
         if path == "/api/hosts":
             later = hostenroll.rfc3339(self.clock.ms + 1000)
             until = later if asked["named"] in self.muted else None
-            return {"hosts": [{"mutedUntil": until}], "nextCursor": None}
+            is_there = asked["named"] not in self.gone
+            return {"hosts": [{"mutedUntil": until}] * is_there, "nextCursor": None}
         member = {"/api/changes": "changes", "/api/audit": "events"}[path]
         items, kept = getattr(self, member), self.kept if member == "changes" else 1
         last = len(items) + kept - 1
@@ -22584,8 +22640,24 @@ def test_who_is_muted_for_longer_than_the_feed_is_kept_is_told_when_that_ends(fe
     people.run(300)
     assert [message["kind"] for message in people.messages] == ["pruned"]
     feed.muted.remove("web-1")
-    people.run(60)
+    people.run(120)
     assert people.texts[1:] == ["web-1 is offline"]
+    feed.asked.clear()
+    people.run(600)  # web-2 is looked at once a minute, and not each ten seconds
+    assert 5 < [path for path, _ in feed.asked].count("/api/hosts") < 12
+    feed.muted.clear()
+    feed.gone.add("web-2")
+    people.run(120)
+    assert len(people.texts) == 2
+    assert people.watch._hosts["web-2"] == hostenroll.TrackedHost()  # which no file will have
+
+
+def test_an_outage_that_goes_on_in_a_status_that_nobody_asked_for_is_told_once(feed):
+    people = Told(feed, statuses=("offline",), batch=60)
+    for status in ("offline", "missing", "online", "offline"):
+        feed.become(status, "web-1")
+        people.run(200 if status != "online" else 5)
+    assert people.texts == ["web-1 is offline"]
 
 
 @pytest.mark.parametrize("back", [3600, 86400])
@@ -22603,6 +22675,15 @@ def test_a_clock_that_is_set_back_delays_no_message_by_more_than_ten_minutes(bac
     feed.become("online", "web-1")
     people.run(60)
     assert people.texts[2:] == ["web-1 is back"]
+
+
+def test_a_clock_that_is_set_back_does_not_keep_the_state_from_being_saved(feed, tmp_path):
+    people = Told(feed, tmp_path / "state")
+    people.run(60)
+    feed.clock.now -= 40 * 86400
+    (tmp_path / "state").unlink()
+    people.run(2 * 3600)
+    assert (tmp_path / "state").exists()
 
 
 def test_a_failure_of_watch_is_one_line_whatever_a_server_says(feed, people, caplog):
@@ -25259,8 +25340,8 @@ def test_what_a_newer_server_says_is_shown_and_what_is_hostile_is_not(operator, 
     for command in ("list-hosts -o name", "delete-host --status pending --dry-run"):
         require_one_line(operator(*command.split(), *words), 1, "does not answer like")
     require_one_line(operator("mint-token", *words), 1, "(no secret)")
-    service["publicUrl"] = "https://a/$(reboot)"
-    require_one_line(operator("agent-command", *words), 1, "bad URL or pin")
+    for service["publicUrl"] in ("https://a/$(reboot)", "http://[::1", "https://:80"):
+        require_one_line(operator("agent-command", *words), 1, "bad URL or pin")
 
 
 @pytest.mark.parametrize("command, answer", table({
@@ -25268,7 +25349,7 @@ def test_what_a_newer_server_says_is_shown_and_what_is_hostile_is_not(operator, 
     "a feed": ("list-changes --after 0ca4f1b28e3d7a95-1",
                {"changes": [], "cursor": "0ca4f1b28e3d7a95-1"}),
 }))  # fmt: skip
-def test_a_list_that_begins_again_and_again_ends(command, answer, operator, receive):
+def test_a_list_that_stays_where_it_is_ends(command, answer, operator, receive):
     (operator.folder / "api.key").touch(0o600)
     (operator.folder / "api.key").write_text(WATCH_KEY)
 
@@ -26136,6 +26217,19 @@ def test_a_folder_of_backups_that_cannot_be_listed_is_named(operator, monkeypatc
     failed = operator("backup", "--keep", "2", "backups")
     assert failed.status == 1
     assert failed.err == "hostenroll: cannot copy to backups/: Input/output error\n"
+
+
+def test_who_restores_is_told_of_a_backup_that_is_ahead_of_this_clock(operator):
+    """It may be this clock that is wrong, as on a second box without network."""
+    operator("mint-token")
+    operator("backup", "kept", "--keep", "9")
+    (made,) = (operator.folder / "kept").iterdir()
+    assert "later date" not in operator("restore", "kept").err
+    later = made.with_name("2099-01-01T000000.000Z")
+    shutil.copytree(made, later)
+    restored = operator("restore", "kept")
+    assert restored.status == 0 and f"{made.name}/hostenroll.db" in restored.out
+    assert f"{later.name} has a later date" in restored.err
 
 
 def test_a_command_keeps_the_newest_backups_and_names_what_it_made_and_removed(operator):
