@@ -2276,6 +2276,7 @@ REMEDIES = {
     "'utf-8' codec can't decode": DAMAGED,  # the name in an error of SQLite
     "file is not a database": DAMAGED,
     "database is locked": "another program is writing to it: end that program",
+    "interrupted": "it has damaged rows without end",  # see DAMAGED_PATIENCE
     "Python int too large": RESTORE,  # a forged number to which we add
     os.strerror(errno.EMFILE): "raise the limit of open files",
 }
@@ -6699,11 +6700,9 @@ def how_to_continue(database: str) -> str:
     """What to do if a restore was interrupted after it moved the database; "" if none was."""
     path = os.path.realpath(database)
     end = (old := moved_database(path))[len(path) :]
-    back = (
-        f"mv {old} {path}, with its -wal and -shm if it has them, and the key file's copy, whose "
-    )
-    back += f"name ends with {end}, if there is one"
-    return old and f"a restore was interrupted: run it again, or go back: {back}"
+    back = f"mv {old} {path}, with its -wal and -shm if it has them"
+    keys = f"and the key file's copy, whose name ends with {end}, if there is one"
+    return old and f"a restore was interrupted: run it again, or go back: {back}, {keys}"
 
 
 def move_database(path: str, target: str, is_back: bool = False) -> None:
@@ -11134,7 +11133,7 @@ class Operation(NamedTuple):
     more: Mapping[str, FieldType] = {}  # members of a list beside the items
     columns: tuple[str, ...] = ()  # of a table for people: members, or keys of CELLS in section 12
     content_type: str = JSON
-    raises: tuple[type[Problem], ...] = ()  # those that problems() cannot derive
+    raises: tuple[type[Problem], ...] = ()  # what problems() cannot derive
     writes: bool = True
     durable: bool = True  # what the operation writes is on the disk before the answer
     static: Optional[Callable[[Head], Response]] = None  # makes the answer, if the rule is ""
@@ -12104,7 +12103,7 @@ class Tls:
         return b"".join(parts)
 
     def send(self, data: bytes, is_last: bool) -> bytes:
-        """The bytes to send for a plain text, after those that wait. Raises ssl.SSLError."""
+        """The bytes to send for a plain text, after all that wait. Raises ssl.SSLError."""
         self.session.write(data)
         return self.end() if is_last else self.outgoing.read()
 
@@ -13487,9 +13486,9 @@ class Client:
 #
 # The cursors, the hosts and the outbox are the state. Watch writes the state to its file before it
 # sends a message, and again when the message was accepted. What it reads in between is written at
-# intervals, because it can be read again. A message of which nobody knows whether it arrived is
-# sent again, in the same bytes with the same Idempotency-Key, while the next batch grows. So
-# everything is sent at least once, and in order for each host.
+# intervals, because it can be read again. A message that may or may not have arrived is sent again,
+# in the same bytes with the same Idempotency-Key, while the next batch grows. So everything is sent
+# at least once, and in order for each host.
 
 CHANGES_PATH, EVENTS_PATH, INCIDENTS_PATH = "/api/changes", "/api/audit", "/api/incidents"
 HOSTS_PATH = "/api/hosts"
@@ -13677,7 +13676,7 @@ class Watch:
                     if is_new and isinstance(error, Problem) and error.status < 429:
                         raise
                     if not pause:
-                        text = UNPRINTABLE.sub("?", redact(str(error)))  # a server may have said it
+                        text = UNPRINTABLE.sub("?", redact(str(error)))  # it may be a server's
                         log.error("%s; watch keeps trying", text[:COMPLAINT_MAXIMUM])
                     pause = min(max(1, 2 * pause), RETRY_LONGEST)
                     self._sleep(pause)
@@ -15132,8 +15131,10 @@ def run_restore(session: Session) -> None:
     with session.progress() as progress:
         folder = session.arguments.folder
         done = restore.run(folder, session.by, session.now(), progress)
-    newest = max(filter(BACKUP_NAME.fullmatch, os.listdir(folder)), default="")
-    taken = os.path.basename(os.path.dirname(done["backup"]))
+    place, file = os.path.split(done["backup"])
+    taken, names = os.path.basename(place), filter(BACKUP_NAME.fullmatch, os.listdir(folder))
+    has_copy = (name for name in names if os.path.isfile(os.path.join(folder, name, file)))
+    newest = max(has_copy, default="")
     facts = []
     if BACKUP_NAME.fullmatch(taken) and newest > taken:
         facts = [f"{newest} has a later date, but is ahead of this clock: if the clock is wrong, "

@@ -26224,8 +26224,10 @@ def test_who_restores_is_told_of_a_backup_that_is_ahead_of_this_clock(operator):
     operator("mint-token")
     operator("backup", "kept", "--keep", "9")
     (made,) = (operator.folder / "kept").iterdir()
-    assert "later date" not in operator("restore", "kept").err
     later = made.with_name("2099-01-01T000000.000Z")
+    later.mkdir()  # without a copy in it
+    assert "later date" not in operator("restore", "kept").err
+    later.rmdir()
     shutil.copytree(made, later)
     restored = operator("restore", "kept")
     assert restored.status == 0 and f"{made.name}/hostenroll.db" in restored.out
